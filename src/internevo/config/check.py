@@ -1,0 +1,190 @@
+"""Checks across fields, and against the world size and the files, before any process group starts.
+
+Each rule yields messages that say what does not fit and what to change.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import ConfigError, NotAvailableYet
+from .option import unavailable
+from .schema import FAMILIES, FAMILIES_LATER, Config
+
+
+def check(config: Config, world_size: int) -> None:
+    """Raises ``ConfigError`` (or ``NotAvailableYet``) unless ``config`` can train on ``world_size`` processes."""
+    wrong = problems(config, world_size) + missing_paths(config)
+    if wrong:
+        raise ConfigError("the config cannot be trained:\n" + "\n".join(f"  {line}" for line in wrong))
+    later = missing_features(config)
+    if later:
+        raise NotAvailableYet("\n".join(later))
+
+
+def missing_features(config: Config) -> list[str]:
+    """What the config asks for that this version does not do."""
+    lines = unavailable(config)
+    if config.model_type in FAMILIES_LATER:
+        lines.append(f"not available yet: models of the family {config.model_type} (model_type)")
+    info = config.ckpt.load_ckpt_info
+    if info and info.path and info.ckpt_type in ("llama", "LLAMA", "normal"):
+        lines.append(f"not available yet: loading ckpt_type = {info.ckpt_type!r} (ckpt.load_ckpt_info.ckpt_type)")
+    return lines
+
+
+def problems(config: Config, world_size: int) -> list[str]:
+    """Contradictions inside the config, and with the world size."""
+    rules = (_model_type, _heads, _rope, _axes, _zero, _batch, _ramp, _skip, _pipeline, _sequence, _schedule, _precision, _load)
+    return [line for rule in rules for line in rule(config, world_size)]
+
+
+def missing_paths(config: Config) -> list[str]:
+    """Files and folders that the run reads and that are not there."""
+    data, info = config.data, config.ckpt.load_ckpt_info
+    paths = {
+        "data.train_folder": data.train_folder,
+        "data.valid_folder": data.valid_folder if data.valid_every else None,
+        "data.tokenizer_path": data.tokenizer_path if config.monitor.sample_prompts else None,
+        "ckpt.load_ckpt_info.path": info.path if info else None,
+    }
+    return [f"{key} = {path!r} does not exist" for key, path in paths.items() if path and not Path(path).exists()]
+
+
+def _model_type(config: Config, world: int) -> Iterator[str]:
+    if config.model_type not in FAMILIES + FAMILIES_LATER:
+        near = difflib.get_close_matches(config.model_type.upper(), FAMILIES + FAMILIES_LATER, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        yield f"model_type = {config.model_type!r} is unknown{hint} (known: {', '.join(FAMILIES + FAMILIES_LATER)})"
+
+
+def _heads(config: Config, world: int) -> Iterator[str]:
+    model, tensor = config.model, config.parallel.tensor
+    heads, kv = model.num_attention_heads, model.num_kv_attention_heads or model.num_attention_heads
+    if model.head_dim is None and model.hidden_size % heads:
+        yield (
+            f"model.hidden_size = {model.hidden_size} is not a multiple of model.num_attention_heads = {heads}; "
+            "change one of them or give model.head_dim"
+        )
+    elif (model.head_dim or model.hidden_size // heads) % 2:
+        yield "the head size must be even for the rotary embedding: change model.head_dim"
+    if heads % kv:
+        yield f"model.num_attention_heads = {heads} is not a multiple of model.num_kv_attention_heads = {kv}"
+    if heads % tensor.size:
+        yield f"model.num_attention_heads = {heads} is not divisible by parallel.tensor.size = {tensor.size}"
+    if model.vocab_size % tensor.size:
+        yield f"model.vocab_size = {model.vocab_size} is not divisible by parallel.tensor.size = {tensor.size}"
+
+
+def _rope(config: Config, world: int) -> Iterator[str]:
+    scaling = config.model.rope_scaling
+    kinds = ("default", "linear", "dynamic", "llama3", "yarn")
+    if scaling is not None and scaling.get("rope_type", scaling.get("type")) not in kinds:
+        yield f"model.rope_scaling = {scaling!r} has no rope_type among {', '.join(kinds)}"
+    if scaling is not None and config.model.use_dynamic_ntk_rope:
+        yield "model.rope_scaling and model.use_dynamic_ntk_rope are two ways to say it; leave one out"
+
+
+def _axes(config: Config, world: int) -> Iterator[str]:
+    parallel = config.parallel
+    tensor, weight, pipeline = parallel.tensor.size, parallel.weight.size, parallel.pipeline.size
+    if world % (tensor * pipeline):
+        yield (
+            f"{world} processes cannot be cut into parallel.tensor.size * parallel.pipeline.size = {tensor} * {pipeline}; "
+            f"use a multiple of {tensor * pipeline} processes"
+        )
+    if weight > 1 and parallel.tensor.mode != "isp":
+        yield f"parallel.weight.size = {weight} needs parallel.tensor.mode = 'isp', not {parallel.tensor.mode!r}"
+    if world % (weight * pipeline):
+        yield f"{world} processes are not a multiple of parallel.weight.size * parallel.pipeline.size = {weight} * {pipeline}"
+    if parallel.zero1.fsdp and pipeline > 1:
+        yield "parallel.zero1.fsdp = True does not go with parallel.pipeline.size > 1; use ZeRO (fsdp = False) there"
+    if parallel.zero1.fsdp and parallel.tensor.mode == "isp" and (tensor > 1 or weight > 1):
+        yield "parallel.zero1.fsdp = True does not go with parallel.tensor.mode = 'isp'; use parallel.weight.size"
+
+
+def data_size(config: Config, world_size: int) -> int:
+    """Number of data ranks: world / (tensor * pipeline)."""
+    return max(1, world_size // (config.parallel.tensor.size * config.parallel.pipeline.size))
+
+
+def _zero(config: Config, world: int) -> Iterator[str]:
+    size, ranks = config.parallel.zero1.size, data_size(config, world)
+    if size > 0 and ranks % size:
+        yield f"parallel.zero1.size = {size} does not divide the {ranks} data ranks; use a divisor of {ranks}, or -1 for all"
+
+
+def _batch(config: Config, world: int) -> Iterator[str]:
+    data, ranks = config.data, data_size(config, world)
+    if data.global_batch_size and data.global_batch_size % (data.micro_bsz * ranks):
+        yield (
+            f"data.global_batch_size = {data.global_batch_size} is not a multiple of data.micro_bsz * data ranks = "
+            f"{data.micro_bsz} * {ranks}"
+        )
+    if data.total_steps and config.lr_scheduler.total_steps and config.lr_scheduler.total_steps < data.total_steps:
+        yield (
+            f"lr_scheduler.total_steps = {config.lr_scheduler.total_steps} ends before data.total_steps = {data.total_steps}; "
+            "leave it out or make it as long"
+        )
+
+
+def _ramp(config: Config, world: int) -> Iterator[str]:
+    text = config.data.rampup_batch_size
+    if not text:
+        return
+    parts = text.split()
+    if len(parts) != 3 or not all(p.isdigit() and int(p) > 0 for p in parts):
+        yield f'data.rampup_batch_size = {text!r} is not "start increment every" (three positive integers)'
+
+
+def _skip(config: Config, world: int) -> Iterator[str]:
+    last = -1
+    for part in filter(None, (p.strip() for p in config.data.skip_batches.split(","))):
+        ends = part.split("-")
+        if len(ends) > 2 or not all(e.strip().isdigit() for e in ends):
+            yield f'data.skip_batches: {part!r} is neither a number nor a range like "10-20"'
+            return
+        first, end = int(ends[0]), int(ends[-1])
+        if first <= last or end < first:
+            yield f"data.skip_batches = {config.data.skip_batches!r} must be ascending and without overlap"
+            return
+        last = end
+
+
+def _pipeline(config: Config, world: int) -> Iterator[str]:
+    stages, chunks = config.parallel.pipeline.size, config.model.num_chunks
+    if stages > 1 and config.data.micro_num % stages and config.parallel.pipeline.interleaved_overlap:
+        yield f"data.micro_num = {config.data.micro_num} is not divisible by parallel.pipeline.size = {stages}"
+    if stages * chunks > config.model.num_layers:
+        yield f"model.num_layers = {config.model.num_layers} is less than parallel.pipeline.size * model.num_chunks = {stages} * {chunks}"
+
+
+def _sequence(config: Config, world: int) -> Iterator[str]:
+    tensor = config.parallel.tensor
+    if tensor.mode != "mtp" and config.data.seq_len % tensor.size:
+        yield f"data.seq_len = {config.data.seq_len} is not divisible by parallel.tensor.size = {tensor.size} ({tensor.mode})"
+
+
+def _schedule(config: Config, world: int) -> Iterator[str]:
+    schedule = config.lr_scheduler
+    total = schedule.total_steps or config.data.total_steps
+    if schedule.init_steps + int(total * schedule.warmup_ratio) > total:
+        yield "lr_scheduler: init_steps and warm-up are longer than total_steps"
+    if schedule.eta_min > config.adam.lr:
+        yield f"lr_scheduler.eta_min = {schedule.eta_min} is above adam.lr = {config.adam.lr}"
+
+
+def _precision(config: Config, world: int) -> Iterator[str]:
+    scaler = config.grad_scaler
+    if scaler.max_scale is not None and scaler.max_scale < scaler.fp16.initial_scale:
+        yield f"grad_scaler.max_scale = {scaler.max_scale} is below grad_scaler.fp16.initial_scale = {scaler.fp16.initial_scale}"
+
+
+def _load(config: Config, world: int) -> Iterator[str]:
+    info = config.ckpt.load_ckpt_info
+    if info and info.path and info.ckpt_type.startswith("hf") and info.content != ("model",):
+        yield 'ckpt.load_ckpt_info: a Hugging Face folder holds weights only; write content=("model",)'
+    if config.monitor.sample_prompts and not config.data.tokenizer_path:
+        yield "monitor.sample_prompts needs data.tokenizer_path"

@@ -1,0 +1,205 @@
+"""From a config file and overrides to one validated ``Config``.
+
+Precedence: defaults, then the file, then overrides. Mistakes are collected and reported together, each with its key
+and, where there is one, the name that was probably meant.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import json
+import os
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from ..errors import ConfigError
+from .internevo import translate
+from .option import Section
+from .schema import Config
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Reads ``path`` (.py, .yaml, .yml, .toml or .json), applies ``key.path=value`` overrides and validates.
+
+    Raises:
+        ConfigError: with every problem found, one per line.
+    """
+    raw = read_file(Path(path))
+    for text in overrides:
+        apply_override(raw, text)
+    return validate(raw, source=str(path))
+
+
+def validate(raw: dict[str, Any], source: str = "config") -> Config:
+    """Turns a plain dict with InternEvo's names into a ``Config``."""
+    try:
+        return Config.model_validate(translate(raw))
+    except ValidationError as error:
+        lines = [describe(item) for item in error.errors()]
+        raise ConfigError(f"{source}: {len(lines)} problem(s)\n" + "\n".join(f"  {line}" for line in lines)) from None
+
+
+# Reading files -------------------------------------------------------------------------------------------------------
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The config file as a plain dict. Only ``.py`` files are executed."""
+    if not path.is_file():
+        raise ConfigError(f"config file {path} does not exist")
+    readers = {".py": read_python, ".yaml": read_yaml, ".yml": read_yaml, ".toml": read_toml, ".json": read_json}
+    if path.suffix not in readers:
+        raise ConfigError(f"config file {path}: unknown kind {path.suffix!r}; use .py, .yaml, .toml or .json")
+    try:
+        raw = readers[path.suffix](path)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"config file {path} cannot be read: {type(error).__name__}: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"config file {path} must hold key-value pairs at its top level")
+    return raw
+
+
+def read_yaml(path: Path) -> Any:
+    import yaml
+
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def read_toml(path: Path) -> Any:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    return tomllib.loads(path.read_text(encoding="utf-8"))
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_python(path: Path) -> dict[str, Any]:
+    """Executes an InternEvo config and returns its top-level names.
+
+    Names in capitals that are no config key are the file's own constants (``SEQ_LEN``), as in InternEvo's files; so are
+    modules, classes, functions and names with a leading underscore.
+    """
+    namespace: dict[str, Any] = {"__file__": str(path), "__name__": "__config__"}
+    with _import_surroundings(path):
+        exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), namespace)
+    return {name: value for name, value in namespace.items() if _is_item(name, value)}
+
+
+def _is_item(name: str, value: Any) -> bool:
+    if name.startswith("_") or isinstance(value, types.ModuleType | type) or callable(value):
+        return False
+    if name in Config.model_fields or not name.isupper():
+        return True
+    # A constant of the file's own, unless it looks like a misspelt key (the only keys in capitals: JOB_NAME).
+    return bool(difflib.get_close_matches(name, [k for k in Config.model_fields if k.isupper()], n=1, cutoff=0.85))
+
+
+@contextmanager
+def _import_surroundings(path: Path) -> Iterator[None]:
+    """Lets ``from internlm.utils.utils import read_base`` and ``from configs._base_.X import *`` work from any directory."""
+
+    @contextmanager
+    def read_base() -> Iterator[None]:
+        yield
+
+    stubs = {name: types.ModuleType(name) for name in ("internlm", "internlm.utils", "internlm.utils.utils")}
+    stubs["internlm.utils.utils"].read_base = read_base  # type: ignore[attr-defined]
+    modules, search = dict(sys.modules), list(sys.path)
+    # The config's own folder and all folders above it, nearest first.
+    sys.path[:0] = [str(folder) for folder in path.resolve().parents]
+    sys.modules.update({k: v for k, v in stubs.items() if k not in sys.modules})
+    for name in [n for n in sys.modules if n == "configs" or n.startswith("configs.")]:
+        del sys.modules[name]
+    try:
+        yield
+    finally:
+        sys.path[:] = search
+        for name in set(sys.modules) - set(modules):
+            if name in stubs or name == "configs" or name.startswith("configs."):
+                del sys.modules[name]
+
+
+# Overrides -----------------------------------------------------------------------------------------------------------
+
+
+def apply_override(raw: dict[str, Any], text: str) -> None:
+    """Sets ``a.b.c=value`` in ``raw``; the value is a Python literal, or else the text itself."""
+    key, equals, value = text.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"override {text!r} is not of the form key.path=value")
+    *parents, last = key.split(".")
+    node = raw
+    for position, name in enumerate(parents):
+        child = node.get(name)
+        if child is None:
+            child = node[name] = {}
+        elif isinstance(child, int) and not isinstance(child, bool):
+            child = node[name] = {"size": child}  # parallel.tensor = 4 is short for dict(size=4)
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {text!r}: {'.'.join(parents[: position + 1])} holds {child!r}, not a section")
+        node = child
+    node[last] = parse_value(value)
+
+
+def parse_value(text: str) -> Any:
+    """``true``, ``none`` and Python literals become values; everything else stays text."""
+    words = {"true": True, "false": False, "none": None, "null": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+# Messages ------------------------------------------------------------------------------------------------------------
+
+
+def describe(item: Any) -> str:
+    """One pydantic error as one line: key, what is wrong, what was probably meant."""
+    path = [str(part) for part in item["loc"]]
+    key = ".".join(path)
+    if item["type"] == "extra_forbidden":
+        return f"{key}: unknown key{_hint(path)}"
+    if item["type"] == "missing":
+        return f"{key}: missing; it has no default"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{key}: {message[0].lower()}{message[1:]} (got {item['input']!r})"
+
+
+def _hint(path: list[str]) -> str:
+    section: type[BaseModel] = Config
+    for name in path[:-1]:
+        annotation = section.model_fields[name].annotation if name in section.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, Section)):
+            options = [a for a in getattr(annotation, "__args__", ()) if isinstance(a, type) and issubclass(a, Section)]
+            if not options:
+                return ""
+            annotation = options[0]
+        section = annotation
+    near = difflib.get_close_matches(path[-1], list(section.model_fields), n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean {'.'.join([*path[:-1], near[0]])}?"
+    home = [f"{name}.{path[-1]}" for name, field in Config.model_fields.items()
+            if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+            and path[-1] in field.annotation.model_fields]
+    if home:
+        return f"; did you mean {home[0]}?"
+    return "" if len(path) > 1 else "; names that only this file uses are written in capitals or with a leading underscore"
+
+
+def dump(config: Config) -> str:
+    """The resolved config as JSON, every default written out."""
+    return json.dumps(config.model_dump(mode="json"), indent=2, ensure_ascii=False) + os.linesep

@@ -1,0 +1,131 @@
+"""The ``model`` section: the shape of the network, and how its weights start."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import field_validator
+
+from .option import REQUIRED, Section, option
+
+DTYPES = {
+    "torch.float32": "float32",
+    "torch.float": "float32",
+    "torch.tf32": "tf32",
+    "torch.bfloat16": "bfloat16",
+    "torch.float16": "float16",
+    "torch.half": "float16",
+    "fp32": "float32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+}
+KERNELS = "the best kernel for the device is chosen in one place (internevo/ops)"
+ROTARY = "rotary pairs are stored half-split, as on the Hugging Face side; checkpoints are turned when converted"
+
+
+class Model(Section):
+    """The network. Names and defaults are InternEvo's."""
+
+    num_layers: int = option(REQUIRED, "Number of decoder layers.", ge=1)
+    hidden_size: int = option(REQUIRED, "Width of the residual stream.", ge=1)
+    vocab_size: int = option(REQUIRED, "Rows of the embedding; every token id is below it.", ge=1)
+    num_attention_heads: int = option(REQUIRED, "Query heads.", ge=1)
+    num_kv_attention_heads: int | None = option(None, "Key and value heads; by default as many as query heads.", ge=1)
+    head_dim: int | None = option(None, "Width of a head; by default hidden_size / num_attention_heads.", ge=1)
+    mlp_ratio: float = option(
+        4.0, "Width of the MLP = int(hidden_size * mlp_ratio), rounded up to multiple_of.", gt=0
+    )
+    multiple_of: int = option(256, "The MLP's width is rounded up to a multiple of this.", ge=1)
+    intermediate_size: int | None = option(None, "Width of the MLP, instead of mlp_ratio and multiple_of.", ge=1)
+    dtype: Literal["float32", "tf32", "bfloat16", "float16"] = option(
+        "float16",
+        'Type of the computation: "torch.float32", "torch.bfloat16", "torch.float16", or "torch.tf32" (fp32 weights, '
+        "TF32 matrix products). Master weights and optimizer state are fp32 in every case.",
+    )
+    checkpoint: float = option(
+        0.0, "Activation recomputation: True, False, or the share of layers (the first of them) recomputed.", ge=0, le=1
+    )
+    compile: bool = option(False, "Compile each layer with torch.compile; layers of one shape share the code.")
+    layer_norm_epsilon: float = option(1e-5, "Added to the mean square in the norms.", gt=0)
+    norm_type: Literal["rmsnorm", "layernorm"] = option("rmsnorm", "Kind of norm.", later="LayerNorm")
+    no_bias: bool | None = option(None, "No bias in attention. INTERNLM2 and LLAMA2: True unless given.")
+    qkv_bias: bool | None = option(None, "Bias in the query, key and value projections; overrides no_bias there.")
+    o_bias: bool | None = option(None, "Bias in the attention's output projection; overrides no_bias there.")
+    mlp_bias: bool = option(False, "Bias in the MLP (of the families that know it).")
+    tie_word_embeddings: bool = option(False, "The head is the embedding's weight.")
+    rope_base: float = option(10000.0, "Base of the rotary embedding's wave lengths.", gt=0)
+    rope_scaling: dict[str, Any] | None = option(
+        None, 'Rotary scaling in Hugging Face form, for example {"rope_type": "linear", "factor": 4.0}; '
+        "kinds: linear, dynamic, llama3, yarn."
+    )
+    use_dynamic_ntk_rope: bool = option(False, "Dynamic NTK scaling with rope_scaling_factor beyond max_position_embeddings.")
+    rope_scaling_factor: float = option(1.0, "Factor of the rotary scaling.", gt=0)
+    rope_type: Literal["normal", "native", "dynamic_ntk"] = option("normal", "QWEN2's name for the rotary kind.")
+    max_position_embeddings: int = option(2048, "Length that the rotary embedding was made for.", unit="tokens", ge=1)
+    embed_grad_scale: float = option(1.0, "Scale of the embedding's and head's gradients.", gt=0)
+    use_scaled_init: bool = option(
+        True, "The std of the output projections is divided by sqrt(2 * layer), with layers counted from 1."
+    )
+    init_type: Literal["normal", "uniform"] = option("normal", "Distribution of the initial weights.")
+    embedding_init_std: float = option(0.02, "Std of the embedding's initial weights.", ge=0)
+    attn_wqkv_init_std: float = option(0.02, "Std of the initial query, key and value weights.", ge=0)
+    attn_other_init_std: float = option(0.02, "Std of the initial attention output weights.", ge=0)
+    ffn_uplayer_init_std: float = option(0.02, "Std of the initial gate and up weights of the MLP.", ge=0)
+    ffn_other_init_std: float = option(0.02, "Std of the initial down weights of the MLP.", ge=0)
+    out_head_init_std: float = option(0.02, "Std of the head's initial weights.", ge=0)
+
+    # Features of later versions: they validate, and a run that needs one of them says so.
+    num_chunks: int = option(1, "Virtual pipeline stages on each rank.", later="interleaved pipeline stages", ge=1)
+    add_unit_offset: bool = option(False, "The norm multiplies by 1 + weight.", later="norms with a unit offset")
+    apply_post_layer_norm: bool = option(False, "Norm after the residual sum.", later="post-norm layers")
+    norm_head: bool = option(False, "The head's rows are normalised.", later="normalised heads")
+    use_swiglu: bool = option(True, "SwiGLU (True) or gated GELU.", later="gated GELU")
+    use_sliding_window: bool = option(False, "Attention looks back a limited number of tokens.", later="sliding windows")
+    sliding_window: int | None = option(None, "Width of the window.", unit="tokens")
+    max_window_layers: int | None = option(None, "Layers below this one use full attention.")
+    use_logn_attn: bool = option(False, "Qwen 1's log-n attention.", later="log-n attention")
+    scale_attn_weights: bool = option(False, "Qwen 1's scaled attention weights.", later="scaled attention weights")
+    residual_in_fp32: bool = option(False, "The residual stream in fp32.", later="a residual stream in fp32")
+    is_reward: bool = option(False, "A reward head in place of the language head.", later="reward models")
+    drop_rate: float = option(0.0, "Dropout on the residual branches.", later="dropout", neutral=(0,))
+    attn_drop_rate: float = option(0.0, "Dropout on attention weights.", later="attention dropout", neutral=(0,))
+    num_experts: int = option(1, "Experts per layer.", later="mixture of experts", ge=1)
+    top_k: int = option(1, "Experts per token.", ge=1)
+    num_shared_experts: int = option(0, "Experts that see every token.", later="mixture of experts")
+    moe_use_residual: bool = option(False, "Old name of one shared expert.", later="mixture of experts")
+    moe_type: str = option("GShard", "Kind of expert layer.")
+    moe_layer_kwargs: dict[str, Any] = option({}, "Options of the expert layer.")
+    lora: dict[str, Any] | None = option(None, "Low-rank adapters: rank, alpha, targets.", later="LoRA")
+
+    # Known from InternEvo, without effect here.
+    use_flash_attn: bool = option(True, "Use flash attention.", ignored=KERNELS)
+    mlp_layer_fusion: bool = option(False, "One weight for gate and up.", ignored=KERNELS)
+    enable_qkv_fusion: bool = option(True, "One weight for q, k, v.", ignored=KERNELS)
+    qk_interleaved: bool = option(False, "Rotary pairs are neighbours.", ignored=ROTARY)
+    embed_split_hidden: bool = option(
+        False, "Cut the embedding along its width.", ignored="the embedding is cut along the vocabulary in every mode"
+    )
+    parallel_output: bool = option(True, "Logits stay cut.", ignored="full logits never exist on a rank")
+    deepnorm: bool = option(False, "Unused in InternEvo.", ignored="InternEvo does not use it either")
+    dropout_selective_checkpoint: bool = option(True, "Recompute dropout.", ignored="it belongs to dropout")
+    device: str | None = option(None, "Device of the weights' making.", ignored="weights are made on the run's device")
+    inject_info: dict[str, Any] | None = option(None, "Foreign models.", later="foreign models inside InternEvo's modules")
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _dtype(cls, value: Any) -> Any:
+        text = str(value)
+        return DTYPES.get(text, text.removeprefix("torch."))
+
+    @field_validator("checkpoint", mode="before")
+    @classmethod
+    def _share(cls, value: Any) -> Any:
+        return float(value) if isinstance(value, bool | int) else value
+
+    @property
+    def mlp_width(self) -> int:
+        """The MLP's width: ``intermediate_size``, or InternEvo's rounding of ``hidden_size * mlp_ratio``."""
+        if self.intermediate_size is not None:
+            return self.intermediate_size
+        width = int(self.hidden_size * self.mlp_ratio)
+        return self.multiple_of * ((width + self.multiple_of - 1) // self.multiple_of)

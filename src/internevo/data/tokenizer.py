@@ -1,0 +1,207 @@
+"""Tokenizers under one small interface: ``tokenizer.json``, SentencePiece ``.model``, or a Hugging Face folder.
+
+No code from a folder is ever run.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..errors import UsageError
+
+
+class Backend(Protocol):
+    """Text to ids and back, without special tokens."""
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
+
+    def decode(self, ids: list[int]) -> str: ...
+
+    def size(self) -> int: ...
+
+    def token_id(self, token: str) -> int | None: ...
+
+
+@dataclass
+class Tokenizer:
+    """A tokenizer and the ids that begin and end a document."""
+
+    backend: Backend
+    path: Path
+    bos_id: int | None = None
+    eos_id: int | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids."""
+        return self.backend.size()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without special tokens."""
+        return self.backend.encode_batch([text])[0]
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids."""
+        return self.backend.decode(ids)
+
+
+class _Json:
+    """The ``tokenizers`` library."""
+
+    def __init__(self, path: Path) -> None:
+        from tokenizers import Tokenizer as Fast
+
+        try:
+            self.fast = Fast.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise UsageError(f"{path} is not a tokenizer.json: {error}") from error
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [e.ids for e in self.fast.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: list[int]) -> str:
+        return self.fast.decode(ids, skip_special_tokens=False)
+
+    def size(self) -> int:
+        return self.fast.get_vocab_size()
+
+    def token_id(self, token: str) -> int | None:
+        return self.fast.token_to_id(token)
+
+
+class _SentencePiece:
+    """The ``sentencepiece`` library."""
+
+    def __init__(self, path: Path) -> None:
+        import sentencepiece
+
+        try:
+            self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except Exception as error:
+            raise UsageError(f"{path} is not a SentencePiece model: {error}") from error
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return self.model.encode(texts, out_type=int, num_threads=1)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.model.decode(ids)
+
+    def size(self) -> int:
+        return self.model.get_piece_size()
+
+    def token_id(self, token: str) -> int | None:
+        found = self.model.piece_to_id(token)
+        return None if found == self.model.unk_id() else found
+
+
+class _Transformers:
+    """A folder that only transformers can read (vocab.json and merges.txt, vocab.txt, ...)."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            from transformers import AutoTokenizer
+        except ImportError:
+            raise UsageError(f"{path} has neither tokenizer.json nor tokenizer.model; reading it needs `internevo[hf]`") from None
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
+        except Exception as error:
+            raise UsageError(f"{path} is not a tokenizer folder: {error}") from error
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids)
+
+    def size(self) -> int:
+        return len(self.tokenizer)
+
+    def token_id(self, token: str) -> int | None:
+        found = self.tokenizer.convert_tokens_to_ids(token)
+        return None if found == self.tokenizer.unk_token_id else found
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Opens a tokenizer file or folder.
+
+    Raises:
+        UsageError: when there is none at ``path``, or it cannot be read.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UsageError(f"tokenizer {path} does not exist")
+    folder = path if path.is_dir() else path.parent
+    if path.is_dir():
+        found = [path / n for n in ("tokenizer.json", "tokenizer.model") if (path / n).is_file()]
+        path = found[0] if found else path
+    backend: Backend
+    if path.suffix == ".json":
+        backend = _Json(path)
+    elif path.suffix == ".model":
+        backend = _SentencePiece(path)
+    elif path.is_dir():
+        backend = _Transformers(path)
+    else:
+        raise UsageError(f"tokenizer {path} is neither a folder, nor a .json, nor a .model file")
+    bos, eos = _special_ids(folder, backend)
+    return Tokenizer(backend, path, bos, eos)
+
+
+def _special_ids(folder: Path, backend: Backend) -> tuple[int | None, int | None]:
+    """Ids that begin and end a document, as the folder's files name them; else by the customary names."""
+    if isinstance(backend, _SentencePiece) and not (folder / "tokenizer_config.json").is_file():
+        ids = (backend.model.bos_id(), backend.model.eos_id())
+        return tuple(i if i >= 0 else None for i in ids)  # type: ignore[return-value]
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).is_file():
+            try:
+                table = json.loads((folder / name).read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise UsageError(f"{folder / name} is not JSON: {error}") from error
+            return _named(table.get("bos_token"), backend), _named(table.get("eos_token"), backend)
+    for eos in ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>"):
+        if backend.token_id(eos) is not None:
+            bos = {"</s>": "<s>", "<eos>": "<bos>", "<|end_of_text|>": "<|begin_of_text|>"}.get(eos)
+            return (backend.token_id(bos) if bos else None), backend.token_id(eos)
+    return None, None
+
+
+def _named(token: Any, backend: Backend) -> int | None:
+    content = token.get("content") if isinstance(token, dict) else token
+    return backend.token_id(content) if isinstance(content, str) else None
+
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def train_bpe(texts: Any, vocab_size: int, folder: Path) -> Path:
+    """Trains a byte-level BPE tokenizer and leaves it in ``folder`` in Hugging Face form.
+
+    Args:
+        texts: an iterator over documents.
+
+    Returns:
+        The path of ``tokenizer.json``.
+    """
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size < len(alphabet) + 1:
+        raise UsageError(f"--vocab-size {vocab_size} is too small: byte-level BPE needs at least {len(alphabet) + 1}")
+    fast = Fast(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
+    )
+    fast.train_from_iterator(texts, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "tokenizer.json"
+    fast.save(str(path))
+    table = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "clean_up_tokenization_spaces": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(table, indent=2) + "\n")
+    return path

@@ -1,0 +1,102 @@
+"""Rotary position embedding (https://arxiv.org/abs/2104.09864), half-split, with the scalings that configs name.
+
+Shapes: B rows, S tokens, H heads, N head size.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .config import Rope
+
+
+def rotate(x_BSHN: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns each pair (x_i, x_{i + N/2}) by its angle.
+
+    Args:
+        x_BSHN: queries or keys.
+        cos, sin: [B, S, 1, N/2], in x's dtype.
+    """
+    a, b = x_BSHN.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def tables(
+    rope: Rope, head_dim: int, max_positions: int, positions_BS: Tensor, lengths_BS: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """cos and sin [B, S, 1, N/2] of every token's angles, computed in fp32 and cast to ``dtype``.
+
+    Args:
+        positions_BS: position of each token in its document.
+        lengths_BS: length of each token's document; needed by dynamic scaling only.
+    """
+    device = positions_BS.device
+    frequencies, scale = inverse_frequencies(rope, head_dim, max_positions, device)
+    if rope.kind == "dynamic":
+        assert lengths_BS is not None
+        frequencies = _dynamic(rope, head_dim, max_positions, lengths_BS)
+    angles = positions_BS.float().unsqueeze(-1) * frequencies
+    cos, sin = angles.cos() * scale, angles.sin() * scale
+    return cos.unsqueeze(2).to(dtype), sin.unsqueeze(2).to(dtype)
+
+
+def inverse_frequencies(rope: Rope, head_dim: int, max_positions: int, device: torch.device) -> tuple[Tensor, float]:
+    """1 / wave length (in radians per position) of each pair [N/2], and the factor of cos and sin (yarn's)."""
+    plain = rope.base ** -(torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    if rope.kind in ("default", "dynamic"):
+        return plain, 1.0
+    if rope.kind == "linear":
+        return plain / rope.factor, 1.0
+    if rope.kind == "llama3":
+        return _llama3(plain, rope, max_positions), 1.0
+    return _yarn(plain, rope, head_dim, max_positions)
+
+
+def _dynamic(rope: Rope, head_dim: int, max_positions: int, lengths_BS: Tensor) -> Tensor:
+    """NTK scaling: the base grows with the document's length once it passes ``max_positions``. Returns [B, S, N/2]."""
+    stretch = (rope.factor * lengths_BS.float() / max_positions - (rope.factor - 1)).clamp(min=1.0)
+    base = torch.where(lengths_BS > max_positions, rope.base * stretch ** (head_dim / (head_dim - 2)), rope.base)
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=lengths_BS.device) / head_dim
+    return base.unsqueeze(-1) ** -exponents
+
+
+def _llama3(plain: Tensor, rope: Rope, max_positions: int) -> Tensor:
+    """Llama 3.1: long waves are divided by the factor, short ones kept, those between mixed."""
+    original = rope.options.get("original_max_position_embeddings", max_positions)
+    low, high = rope.options["low_freq_factor"], rope.options["high_freq_factor"]
+    wave = 2 * math.pi / plain
+    mix = (original / wave - low) / (high - low)
+    between = (1 - mix) * plain / rope.factor + mix * plain
+    return torch.where(wave > original / low, plain / rope.factor, torch.where(wave < original / high, plain, between))
+
+
+def _yarn(plain: Tensor, rope: Rope, head_dim: int, max_positions: int) -> tuple[Tensor, float]:
+    """YaRN (https://arxiv.org/abs/2309.00071): a ramp over the pairs between kept and divided frequencies."""
+    options, factor = rope.options, rope.factor
+    original = options.get("original_max_position_embeddings", max_positions)
+
+    def pair(rotations: float) -> float:
+        """The pair that turns ``rotations`` times within the original length."""
+        return head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope.base))
+
+    low, high = pair(options.get("beta_fast", 32.0)), pair(options.get("beta_slow", 1.0))
+    if options.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    high += 0.001 if low == high else 0
+    ramp = ((torch.arange(head_dim // 2, dtype=torch.float32, device=plain.device) - low) / (high - low)).clamp(0, 1)
+    return plain / factor * ramp + plain * (1 - ramp), _yarn_scale(factor, options)
+
+
+def _yarn_scale(factor: float, options: dict[str, float]) -> float:
+    def magnitude(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    if options.get("attention_factor") is not None:
+        return options["attention_factor"]
+    if options.get("mscale") and options.get("mscale_all_dim"):
+        return magnitude(options["mscale"]) / magnitude(options["mscale_all_dim"])
+    return magnitude(1.0)

@@ -1,0 +1,35 @@
+"""RMSNorm (https://arxiv.org/abs/1910.07467), keeping only its input and one number per token for backward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps), computed in fp32 and cast to x's dtype, then times ``weight``.
+
+    Args:
+        x: [..., D]. weight: [D].
+    """
+    return _RmsNorm.apply(x, weight, eps)
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override, no-untyped-def]
+        x32 = x.float()
+        scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, scale)
+        return (x32 * scale).to(x.dtype) * weight
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override, no-untyped-def]
+        x, weight, scale = ctx.saved_tensors
+        unit = x.float() * scale
+        grad32 = grad.float()
+        grad_weight = (grad32 * unit).flatten(0, -2).sum(0).to(weight.dtype)
+        grad_unit = grad32 * weight.float()
+        # d unit / d x = scale * (I - unit unit^T / D)
+        inner = (grad_unit * unit).mean(-1, keepdim=True)
+        return ((grad_unit - unit * inner) * scale).to(x.dtype), grad_weight, None
