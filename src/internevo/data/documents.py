@@ -95,8 +95,8 @@ def make_jobs(files: list[tuple[str, Path]]) -> list[Job]:
     return jobs
 
 
-def texts(job: Job, key: str | None) -> Iterator[tuple[str, str]]:
-    """(where, text) of each document of a job.
+def texts(job: Job, key: str | None) -> Iterator[str]:
+    """The text of each document of a job.
 
     Raises:
         DataError: naming file, line or byte, when a text is not UTF-8, a line not JSON, or the key not there.
@@ -105,12 +105,12 @@ def texts(job: Job, key: str | None) -> Iterator[tuple[str, str]]:
     yield from readers[job.kind](job, key)
 
 
-def _text_files(job: Job, key: str | None) -> Iterator[tuple[str, str]]:
+def _text_files(job: Job, key: str | None) -> Iterator[str]:
     for path, _ in job.files:
-        yield path, decode(Path(path).read_bytes(), path)
+        yield decode(Path(path).read_bytes(), path)
 
 
-def _json_file(job: Job, key: str | None) -> Iterator[tuple[str, str]]:
+def _json_file(job: Job, key: str | None) -> Iterator[str]:
     """One object, or a list of them."""
     path = job.files[0][0]
     try:
@@ -118,11 +118,10 @@ def _json_file(job: Job, key: str | None) -> Iterator[tuple[str, str]]:
     except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}") from error
     for number, item in enumerate(content if isinstance(content, list) else [content]):
-        where = f"{path}, item {number}"
-        yield where, text_of(item, key, where)
+        yield text_of(item, key, f"{path}, item {number}")
 
 
-def _json_lines(job: Job, key: str | None) -> Iterator[tuple[str, str]]:
+def _json_lines(job: Job, key: str | None) -> Iterator[str]:
     """The lines that begin in the job's byte range."""
     path = job.files[0][0]
     with open(path, "rb") as file:
@@ -139,7 +138,7 @@ def _json_lines(job: Job, key: str | None) -> Iterator[tuple[str, str]]:
                 item = json.loads(decode(line, path, offset))
             except ValueError as error:
                 raise DataError(f"{where}: the line is not JSON: {error}") from error
-            yield where, text_of(item, key, where)
+            yield text_of(item, key, where)
 
 
 def decode(content: bytes, path: str, offset: int = 0) -> str:

@@ -10,13 +10,15 @@ import multiprocessing
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import DataError, UsageError
+from ..errors import UsageError
 from .documents import Job, find_files, make_jobs, texts
 from .tokenized import TokenWriter
 from .tokenizer import Tokenizer, load_tokenizer, train_bpe
@@ -34,7 +36,6 @@ class Result:
     valid_documents: int = 0
     valid_tokens: int = 0
     vocab_size: int = 0
-    skipped: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -43,7 +44,6 @@ class _Done:
 
     ids: npt.NDArray[np.int32]
     counts: list[int]
-    skipped: list[str]
     size: int
 
 
@@ -60,7 +60,6 @@ def tokenize(
     dataset_type: str = "en",
     valid_ratio: float = 0.0,
     workers: int | None = None,
-    skip_bad: bool = False,
     overwrite: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
     status: Callable[[str], None] = lambda text: None,
@@ -69,26 +68,24 @@ def tokenize(
 
     Args:
         tokenizer: a tokenizer file or folder; or else ``train_vocab_size``, which trains one into ``output``.
-        skip_bad: skip documents that cannot be read, and list them, rather than stop.
         progress: called with bytes done and bytes in all.
 
     Raises:
-        DataError: when a document cannot be read; nothing half-written stays behind.
+        DataError: when a document cannot be read (named with its place); nothing half-written stays behind.
     """
     jobs = make_jobs(find_files(inputs, kind, pattern, exclude))
     _prepare(output, overwrite)
     if tokenizer is None:
         assert train_vocab_size is not None
         status(f"training a byte-level BPE tokenizer of {train_vocab_size:,} entries")
-        found = (text for job in jobs for _, text in _readable(job, text_key, skip_bad, []))
+        found = (text for job in jobs for text in texts(job, text_key))
         tokenizer = train_bpe(found, train_vocab_size, output)
     result = Result(vocab_size=load_tokenizer(tokenizer).vocab_size)
     writers = _Writers(output, dataset_type, valid_ratio, result)
     try:
         total, done = sum(job.size for job in jobs), 0
-        for part in _run(jobs, tokenizer, text_key, skip_bad, workers or os.cpu_count() or 1):
+        for part in _run(jobs, tokenizer, text_key, workers or os.cpu_count() or 1):
             writers.write(part)
-            result.skipped += part.skipped
             done += part.size
             progress(done, total)
         writers.close()
@@ -170,58 +167,36 @@ class _Writers:
 # Workers -------------------------------------------------------------------------------------------------------------
 
 
-def _run(jobs: list[Job], tokenizer: Path, key: str | None, skip_bad: bool, workers: int) -> Iterator[_Done]:
+def _run(jobs: list[Job], tokenizer: Path, key: str | None, workers: int) -> Iterator[_Done]:
     """Tokenizes jobs in order, in ``workers`` processes."""
-    setup = (tokenizer, key, skip_bad)
+    work = partial(_work, tokenizer, key)
     if workers == 1 or len(jobs) == 1:
-        worker = _Worker(*setup)
-        yield from map(worker, jobs)
+        yield from map(work, jobs)
         return
-    context = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
-    with context.Pool(min(workers, len(jobs)), initializer=_start, initargs=setup) as pool:
-        yield from pool.imap(_work, jobs)
+    with multiprocessing.get_context("forkserver").Pool(min(workers, len(jobs)), initializer=_one_core) as pool:
+        yield from pool.imap(work, jobs)
 
 
-class _Worker:
-    def __init__(self, tokenizer: Path, key: str | None, skip_bad: bool) -> None:
-        self.tokenizer: Tokenizer = load_tokenizer(tokenizer)
-        self.key, self.skip_bad = key, skip_bad
+def _one_core() -> None:
+    """A worker process has one core; the tokenizers library would take all."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-    def __call__(self, job: Job) -> _Done:
-        skipped: list[str] = []
-        found = [text for _, text in _readable(job, self.key, self.skip_bad, skipped)]
-        bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
-        eos = [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
-        ids, counts = [], []
-        for encoded in self.tokenizer.backend.encode_batch(found):
-            if not encoded:
-                continue  # an empty document teaches nothing
+
+def _work(path: Path, key: str | None, job: Job) -> _Done:
+    tokenizer = _tokenizer(path)
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    ids: list[list[int]] = []
+    counts = []
+    for encoded in tokenizer.backend.encode_batch(list(texts(job, key))):
+        if encoded:  # an empty document teaches nothing
             ids += [bos, encoded, eos]
             counts.append(len(bos) + len(encoded) + len(eos))
-        flat = np.fromiter((i for part in ids for i in part), dtype=np.int32, count=sum(counts))
-        return _Done(flat, counts, skipped, job.size)
+    flat = np.fromiter(chain.from_iterable(ids), dtype=np.int32, count=sum(counts))
+    return _Done(flat, counts, job.size)
 
 
-_worker: list[_Worker] = []
-"""The worker process's own; empty in the process that started it."""
-
-
-def _start(tokenizer: Path, key: str | None, skip_bad: bool) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core per worker process
-    _worker.append(_Worker(tokenizer, key, skip_bad))
-
-
-def _work(job: Job) -> _Done:
-    return _worker[0](job)
-
-
-def _readable(job: Job, key: str | None, skip_bad: bool, skipped: list[str]) -> Iterator[tuple[str, str]]:
-    """Documents of a job; one that cannot be read is an error, or is skipped with the rest of its file or range."""
-    jobs = [Job(job.kind, (file,), job.start, job.stop) for file in job.files] if job.kind == "text" else [job]
-    for part in jobs:
-        try:
-            yield from texts(part, key)
-        except (DataError, OSError) as error:
-            if not skip_bad:
-                raise error if isinstance(error, DataError) else DataError(f"{part.files[0][0]}: {error}") from error
-            skipped.append(str(error))
+@cache
+def _tokenizer(path: Path) -> Tokenizer:
+    """Loaded once in each worker process."""
+    return load_tokenizer(path)

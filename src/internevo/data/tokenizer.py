@@ -43,6 +43,12 @@ class Tokenizer:
         """Ids of a text, without special tokens."""
         return self.backend.encode_batch([text])[0]
 
+    def with_bos(self, text: str) -> list[int]:
+        """Ids of the beginning of a document; never empty."""
+        begin = self.bos_id if self.bos_id is not None else self.eos_id
+        ids = self.encode(text)
+        return [begin, *ids] if begin is not None and (self.bos_id is not None or not ids) else ids or [0]
+
     def decode(self, ids: list[int]) -> str:
         """Text of ids."""
         return self.backend.decode(ids)

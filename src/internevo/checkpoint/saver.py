@@ -1,0 +1,157 @@
+"""Saving in the background: a copy in host memory, then files, then the manifest, then the folder's name.
+
+A checkpoint is written to ``NAME.tmp`` and renamed when it is whole, so that a process killed at any moment leaves at
+most a folder that nobody takes for a checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from .. import __version__
+from ..config.run import Ckpt
+from ..errors import CheckpointError, InternEvoError
+from ..models.folder import copy_tokenizer
+from .folder import CHECKPOINTS, SNAPSHOTS
+from .manifest import FileEntry, Manifest, TensorEntry, describe_file
+from .storage import SafetensorsWriter
+
+
+@dataclass
+class Extras:
+    """What a checkpoint holds besides tensors: JSON files by name, and a tokenizer."""
+
+    json: dict[str, Any]
+    tokenizer: Path | None = None
+
+
+class Saver:
+    """Saves checkpoints of a run, one at a time. Every rank calls every method alike."""
+
+    def __init__(
+        self,
+        run: Path,
+        config: Ckpt,
+        rank: int,
+        layout: dict[str, int],
+        after: Callable[[Path], None] = lambda folder: None,
+    ) -> None:
+        """``after`` is called on rank 0, in the background, with each checkpoint that is complete."""
+        self.run, self.config, self.rank, self.layout, self.after = run, config, rank, layout, after
+        # Collectives of the background thread must not meet those of training.
+        self.group = dist.new_group(backend="gloo")
+        self.pending: Future[Any] | None = None
+        self.snapshots = 0
+
+    def save(self, step: int, tensors: dict[str, Tensor], extras: Extras) -> None:
+        """Copies ``tensors`` (KIND/NAME -> DTensor) to host memory and goes on in the background."""
+        self._start(self.run / CHECKPOINTS / f"step-{step:08d}", step, tensors, extras)
+
+    def snapshot(self, step: int, tensors: dict[str, Tensor], extras: Extras) -> None:
+        """The same into one of two folders in turn."""
+        folder = self.run / SNAPSHOTS / str(self.snapshots % 2)
+        self.snapshots += 1
+        self._start(folder, step, tensors, extras)
+
+    def _start(self, folder: Path, step: int, tensors: dict[str, Tensor], extras: Extras) -> None:
+        self.wait()
+        temporary = folder.with_name(folder.name + ".tmp")
+        if self.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        dist.barrier(group=self.group)
+
+        def finished(entries: dict[str, TensorEntry], files: dict[str, FileEntry]) -> None:
+            versions = {"internevo": __version__, "torch": torch.__version__}
+            manifest = Manifest(step, self.layout, versions, files, entries)
+            complete(temporary, folder, manifest, extras)
+            self._retain()
+            self.after(folder)
+
+        writer = SafetensorsWriter(temporary, self.rank, finished)
+        pending = dcp.async_save(tensors, storage_writer=writer, process_group=self.group)
+        assert isinstance(pending, Future)
+        self.pending = pending
+
+    def check(self) -> None:
+        """Raises the error of a background save that has failed, without waiting for one under way."""
+        if self.pending is not None and self.pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits for the save under way; raises its error."""
+        pending, self.pending = self.pending, None
+        if pending is None:
+            return
+        try:
+            pending.result()
+        except BaseException as error:
+            raise CheckpointError(f"saving a checkpoint failed; earlier ones are untouched: {_reason(error)}") from error
+
+    def _retain(self) -> None:
+        """Deletes checkpoints that ``keep_last`` and ``keep_every`` do not keep, on rank 0 after a new one is complete."""
+        if self.config.keep_last is None:
+            return
+        folders = sorted((self.run / CHECKPOINTS).glob("step-????????"))
+        every = self.config.keep_every
+        for folder in folders[: -self.config.keep_last]:
+            if not (every and int(folder.name.removeprefix("step-")) % every == 0):
+                # The manifest goes first: a half-deleted folder must not look whole.
+                (folder / "manifest.json").unlink(missing_ok=True)
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def complete(temporary: Path, folder: Path, manifest: Manifest, extras: Extras) -> None:
+    """Adds the small files and the manifest to a folder of tensors, and gives it its name."""
+    for name, values in extras.json.items():
+        (temporary / name).write_text(json.dumps(values, indent=1), encoding="utf-8")
+    if extras.tokenizer is not None:
+        copy_tokenizer(extras.tokenizer, temporary / "tokenizer")
+    for path in sorted(temporary.rglob("*")):
+        name = path.relative_to(temporary).as_posix()
+        if path.is_file() and name not in manifest.files:
+            manifest.files[name] = describe_file(path)
+    _sync(temporary)
+    manifest.write(temporary)
+    _sync(temporary)
+    if folder.exists():  # a snapshot's turn, or a step saved again after a resume
+        old = folder.with_name(folder.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        temporary.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        temporary.rename(folder)
+    _sync(folder.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Makes sure that files and names are on disk before what depends on them."""
+    for path in [*(p for p in folder.glob("*") if p.is_file()), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):  # some network file systems refuse it for folders
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _reason(error: BaseException) -> str:
+    """The message of our own error inside DCP's wrapping, when there is one."""
+    failures = getattr(error, "failures", None) or {}
+    for inner, *_ in failures.values():
+        if isinstance(inner, InternEvoError | OSError):
+            return str(inner)
+    return str(error) or type(error).__name__

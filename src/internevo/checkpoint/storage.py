@@ -1,0 +1,159 @@
+"""Safetensors behind torch.distributed.checkpoint: its planner decides which rank writes or reads which box of which
+tensor; here the boxes are stored and found again. Loading unpickles nothing."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.checkpoint import StorageReader, StorageWriter
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from ..errors import CheckpointError
+from .manifest import Chunk, FileEntry, Manifest, TensorEntry, describe_file
+
+KINDS = ("model", "optimizer")
+"""Tensors are named KIND/NAME; each rank writes one file per kind."""
+
+
+class SafetensorsWriter(StorageWriter):
+    """Writes this rank's boxes to ``KIND-RANK.safetensors``; the coordinator then hands everything to ``finished``."""
+
+    def __init__(self, folder: Path, rank: int, finished: Callable[[dict[str, TensorEntry], dict[str, FileEntry]], None]) -> None:
+        self.folder, self.rank, self.finished = folder, rank, finished
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        pass
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        return plans
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        by_kind: dict[str, list[WriteItem]] = defaultdict(list)
+        for item in plan.items:
+            by_kind[item.index.fqn.split("/")[0]].append(item)
+        results: list[WriteResult] = []
+        for kind, items in by_kind.items():
+            results += self._write_file(f"{kind}-{self.rank:05d}.safetensors", items, planner)
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+    def _write_file(self, name: str, items: list[WriteItem], planner: SavePlanner) -> list[WriteResult]:
+        tensors = {}
+        for item in items:
+            data = planner.resolve_data(item)
+            assert isinstance(data, torch.Tensor), f"{item.index.fqn} is not a tensor"
+            tensors[_key(item.index)] = data.detach().cpu().contiguous()
+        path = self.folder / name
+        try:
+            save_file(tensors, path, metadata={"format": "pt"})
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} cannot be written: {error}") from error
+        entry = describe_file(path)
+        return [WriteResult(i.index, tensors[_key(i.index)].nbytes, (name, _key(i.index), entry)) for i in items]
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        places = {_key(r.index): r.storage_data for part in results for r in part}
+        tensors = {}
+        for fqn, info in metadata.state_dict_metadata.items():
+            assert isinstance(info, TensorStorageMetadata)
+            chunks = []
+            for chunk in info.chunks:
+                file, key, _ = places[_key(MetadataIndex(fqn, chunk.offsets))]
+                chunks.append(Chunk(file, key, list(chunk.offsets), list(chunk.sizes)))
+            dtype = str(info.properties.dtype).removeprefix("torch.")
+            tensors[fqn] = TensorEntry(dtype, list(info.size), chunks)
+        self.finished(tensors, {file: entry for file, _, entry in places.values()})
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        return True
+
+    def storage_meta(self) -> StorageMeta | None:
+        return None
+
+
+def _key(index: MetadataIndex) -> str:
+    """Name of a box in its file: the tensor's, and where the box begins."""
+    offset = ",".join(str(o) for o in index.offset or ())
+    return f"{index.fqn.split('/', 1)[1]}@{offset}"
+
+
+class SafetensorsReader(StorageReader):
+    """Reads the boxes that the manifest names."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder, self.manifest = folder, manifest
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        pass
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        tensors: dict[str, Any] = {}
+        places = {}
+        for name, entry in self.manifest.tensors.items():
+            chunks = [ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes)) for c in entry.chunks]
+            properties = TensorProperties(dtype=getattr(torch, entry.dtype))
+            tensors[name] = TensorStorageMetadata(properties, torch.Size(entry.shape), chunks)
+            places.update({MetadataIndex(name, c.offsets): (c.file, c.key) for c in entry.chunks})
+        return Metadata(state_dict_metadata=tensors, storage_data=places)
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        self.places = metadata.storage_data
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        by_file = defaultdict(list)
+        for request in plan.items:
+            file, key = self.places[request.storage_index]
+            by_file[file].append((key, request))
+        for name, requests in by_file.items():
+            with open_file(self.folder / name) as file:
+                for key, request in requests:
+                    stored = file.get_slice(key)
+                    box = tuple(slice(o, o + n) for o, n in zip(request.storage_offsets, request.lengths, strict=True))
+                    part = stored[box] if box else file.get_tensor(key)
+                    planner.resolve_tensor(request).detach().copy_(part)
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        return True
+
+
+def open_file(path: Path) -> Any:
+    """A safetensors file for reading, or an error that names it."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error

@@ -1,0 +1,204 @@
+"""The command line. Each command parses and hands over; nothing is decided here, and PyTorch is imported only where needed."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Literal
+
+
+import typer
+from typer._click import exceptions
+
+from .errors import InternEvoError, UsageError
+
+app = typer.Typer(
+    name="internevo",
+    help="Pre-train and fine-tune large language models, from a laptop to thousands of GPUs. --debug shows tracebacks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="Config file: .py, .yaml, .toml or .json.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Overrides of config keys.")]
+
+
+def _epilog(example: str) -> str:
+    return f"Example: {example}"
+
+
+@app.command(epilog=_epilog("internevo train configs/demo.py data.total_steps=100 --nproc 2"))
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Local processes (default: 1, or one per GPU).")] = None,
+) -> None:
+    """Train. Under torchrun or srun it joins their world; otherwise it starts the processes itself."""
+    from .train.start import train as start
+
+    raise typer.Exit(start(config, overrides or [], nproc))
+
+
+@app.command("config", epilog=_epilog("internevo config configs/7B_internlm2.py --world-size 8"))
+def config_(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    world_size: Annotated[int | None, typer.Option(min=1, help="Also print the layout on so many processes.")] = None,
+) -> None:
+    """Validate a config and print it with every default written out."""
+    from .config.show import show
+
+    show(config, overrides or [], world_size)
+
+
+@app.command(epilog=_epilog("internevo tokenize corpus.jsonl --tokenizer llama/ --output data --valid-ratio 0.01"))
+def tokenize(
+    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Files, or folders of them.")],
+    output: Annotated[Path, typer.Option(help="Folder for the tokenized data.")],
+    tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder, tokenizer.json or SentencePiece .model.")] = None,
+    train_tokenizer: Annotated[Literal["bpe"] | None, typer.Option(help="Train a tokenizer on the input instead.")] = None,
+    vocab_size: Annotated[int | None, typer.Option(min=1, help="Entries of the tokenizer to train.")] = None,
+    format: Annotated[
+        Literal["text", "json", "jsonl", "parquet", "alpaca"] | None, typer.Option(help="Default: by suffix.")
+    ] = None,
+    text_key: Annotated[str | None, typer.Option(help="Key of the text in JSON (default: content, then text).")] = None,
+    pattern: Annotated[str | None, typer.Option(help="Which files of a folder, for example '*.py'.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Folder name to leave out; may be repeated.")] = None,
+    type: Annotated[str, typer.Option(help="Dataset type: the folder below the output; losses are reported per type.")] = "en",
+    valid_ratio: Annotated[float, typer.Option(min=0, max=1, help="Share of documents for validation.")] = 0.0,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes (default: all cores).")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace tokenized data in the output folder.")] = False,
+) -> None:
+    """Turn text into tokenized data: OUTPUT/TYPE, or OUTPUT/train/TYPE and OUTPUT/valid/TYPE with --valid-ratio."""
+    from .data.command import run
+
+    run(
+        inputs, output, tokenizer=tokenizer, train_tokenizer=train_tokenizer, vocab_size=vocab_size, kind=format,
+        text_key=text_key, pattern=pattern, exclude=tuple(exclude or ()), dataset_type=type, valid_ratio=valid_ratio,
+        workers=workers, overwrite=overwrite,
+    )  # fmt: skip
+
+
+@app.command(epilog=_epilog("internevo convert runs/demo exported --to hf --dtype bfloat16"))
+def convert(
+    source: Annotated[Path, typer.Argument(help="Hugging Face folder, checkpoint, or run folder.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write.")],
+    to: Annotated[Literal["hf", "internevo"], typer.Option(help="Kind of the target.")],
+    family: Annotated[str | None, typer.Option(help="Family, when the source does not say it (LLAMA2, INTERNLM2, ...).")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Default: as in the source.")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file.")] = "5GB",
+) -> None:
+    """Convert weights to Hugging Face form or back, one tensor at a time."""
+    from .interchange import DTYPES, convert_with_progress
+    from .models.hf import parse_size
+
+    convert_with_progress(
+        source, target, to, family=family, dtype=DTYPES[dtype] if dtype else None, shard_bytes=parse_size(max_shard_size)
+    )
+
+
+@app.command(epilog=_epilog("internevo generate runs/demo --prompt 'def ' --max-new-tokens 100 --seed 1"))
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint, run folder or Hugging Face folder.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the continuation.")] = 100,
+    temperature: Annotated[float, typer.Option(min=0, help="Divides the logits; 0: the likeliest token.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Among so many likeliest tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Among the likeliest tokens of this total probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+    tokenizer: Annotated[Path | None, typer.Option(help="Default: the one that lies with the model.")] = None,
+) -> None:
+    """Continue a text."""
+    from .generate import Sampling, continue_text
+
+    sampling = Sampling(temperature, top_k, top_p)
+    print(prompt + continue_text(checkpoint, prompt, max_new_tokens, sampling, seed, tokenizer))
+
+
+@app.command(epilog=_epilog("internevo inspect runs/demo"))
+def inspect(path: Annotated[Path, typer.Argument(help="Checkpoint, dataset, run folder or Hugging Face folder.")]) -> None:
+    """Say what a folder holds, and whether it is intact."""
+    from .inspection import inspect as look
+
+    for line in look(path):
+        print(line)
+
+
+@app.command(epilog=_epilog("internevo report runs/demo"))
+def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
+    """Write report.html of a run folder again."""
+    from .observe.report import write_report
+
+    if not (run / "metrics.jsonl").is_file():
+        raise UsageError(f"{run} is no run folder: it has no metrics.jsonl")
+    print(write_report(run))
+
+
+@app.command(epilog=_epilog("internevo demo"))
+def demo(
+    config: Annotated[Path, typer.Option(help="The demo's config.")] = Path("configs/demo.py"),
+    folder: Annotated[Path, typer.Option(help="Where its data and results go.")] = Path("demo"),
+    steps: Annotated[int | None, typer.Option(min=1, help="Train so many steps only.")] = None,
+) -> None:
+    """Train a small model on the Python standard library: data, training, text, export and report, command by command."""
+    from .demo import run
+
+    run(config, folder, steps)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs a command. Exits with 0 on success, 2 on wrong usage or config, 1 on a failure at run time."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    sys.exit(_run(arguments, debug))
+
+
+def _run(arguments: list[str], debug: bool) -> int:
+    try:
+        return int(app(arguments, standalone_mode=False) or 0)
+    except exceptions.NoArgsIsHelpError as error:
+        print(error.format_message())
+        return 2
+    except exceptions.ClickException as error:
+        error.show()
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        elif isinstance(error, InternEvoError):
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            print(f"error: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
+        return error.exit_code if isinstance(error, InternEvoError) else 1
+
+
+def train_py() -> None:
+    """InternEvo's own command line: ``train.py --config CONFIG [--launcher slurm|torch] [--port P] [--seed S]``."""
+    import argparse
+
+    parser = argparse.ArgumentParser(description="Train. The same as `internevo train`.", epilog=_epilog(
+        "torchrun --nproc-per-node 8 train.py --config configs/7B_internlm2.py --launcher torch"))
+    parser.add_argument("--config", type=Path, required=True, help="config file")
+    parser.add_argument("--launcher", choices=("slurm", "torch"), help="who started the processes (default: look)")
+    parser.add_argument("--port", type=int, default=8888, help="port of the first host, under Slurm")
+    parser.add_argument("--seed", type=int, help="seed of the initial weights")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.add_argument("overrides", nargs="*", metavar="KEY.PATH=VALUE", help="overrides of config keys")
+    a = parser.parse_args()
+    overrides = [*a.overrides, *([f"seed={a.seed}"] if a.seed is not None else [])]
+
+    @app.command("train.py", hidden=True)
+    def start() -> None:
+        from .train.start import train as start_
+
+        raise typer.Exit(start_(a.config, overrides, None, port=a.port, launcher=a.launcher))
+
+    sys.exit(_run(["train.py"], a.debug))

@@ -1,0 +1,40 @@
+"""``internevo config``: the resolved config, and the layout it would have."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from ..errors import ConfigError
+from .check import data_size, missing_features, missing_paths, problems
+from .load import dump, load_config
+from .option import notices
+
+
+def show(path: Path, overrides: list[str], world_size: int | None) -> None:
+    """Prints the config on standard output; notes and warnings on standard error.
+
+    Raises:
+        ConfigError: when the config cannot be trained on ``world_size`` processes, missing files aside.
+    """
+    config = load_config(path, overrides)
+    for line in notices(config):
+        print(f"note: {line}", file=sys.stderr)
+    for line in [*missing_paths(config), *missing_features(config)]:
+        print(f"warning: {line}", file=sys.stderr)
+    smallest = config.parallel.tensor.size * config.parallel.pipeline.size
+    wrong = problems(config, world_size or max(smallest, config.parallel.weight.size, config.parallel.zero1.size * smallest))
+    if wrong:
+        raise ConfigError("the config cannot be trained:\n" + "\n".join(f"  {line}" for line in wrong))
+    print(dump(config), end="")
+    if world_size:
+        from ..data.batches import BatchSizes
+        from ..parallel.layout import Layout
+
+        print(f"\nlayout on {world_size} processes")
+        for axis, size, meaning in Layout.of(config.parallel, world_size).describe():
+            print(f"  {axis:<10} {size:>6}  {meaning}")
+        sizes = BatchSizes.of(config.data, data_size(config, world_size))
+        rows = sizes.rows(config.data.total_steps)
+        print(f"  step       {rows:>6}  rows of {config.data.seq_len} tokens = {rows * config.data.seq_len:,} tokens "
+              f"({sizes.micro_num} micro-batches of {sizes.micro_bsz} on each of {sizes.ranks} data ranks)")

@@ -1,0 +1,106 @@
+"""Text generation with a key-value cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .data.tokenizer import load_tokenizer
+from .errors import UsageError
+from .interchange import load_model, open_source
+from .models import Decoder
+from .models.layers import Cache
+from .parallel.world import pick_device
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    temperature: float = 1.0
+    """0: the likeliest token."""
+    top_k: int = 0
+    """Among so many likeliest tokens; 0: all."""
+    top_p: float = 1.0
+    """Among the fewest likeliest tokens whose probability reaches this (https://arxiv.org/abs/1904.09751)."""
+
+
+@torch.no_grad()
+def generate(
+    model: Decoder,
+    prompt: list[int],
+    max_new_tokens: int,
+    sampling: Sampling,
+    *,
+    seed: int = 0,
+    eos_ids: tuple[int, ...] = (),
+    dtype: torch.dtype | None = None,
+) -> list[int]:
+    """The ids that follow ``prompt`` (at least one id), ended by an id of ``eos_ids`` (included) or the length.
+
+    Args:
+        dtype: in which the model computes; by default that of its weights (a sharded model casts them).
+    """
+    device = model.embed.weight.device
+    generator = torch.Generator(device=device).manual_seed(seed)
+    caches = empty_caches(model, len(prompt) + max_new_tokens, dtype or model.embed.weight.dtype, device)
+    tokens = torch.tensor([prompt], device=device)
+    out: list[int] = []
+    # Compiled layers are made for training's shapes; generation has a new shape for every token.
+    with torch.compiler.set_stance("force_eager"):
+        for _ in range(max_new_tokens):
+            logits = model(tokens, caches=caches)
+            caches = [Cache(c.keys, c.values, c.length + tokens.shape[1]) for c in caches]
+            chosen = choose(logits[0, -1].float(), sampling, generator)
+            out.append(chosen)
+            if chosen in eos_ids:
+                break
+            tokens = torch.tensor([[chosen]], device=device)
+    return out
+
+
+def empty_caches(model: Decoder, capacity: int, dtype: torch.dtype, device: torch.device) -> list[Cache]:
+    """Room for ``capacity`` tokens in every layer."""
+    config = model.config
+    shape = (1, capacity, config.num_kv_heads, config.head_dim)
+    return [Cache(*(torch.empty(shape, dtype=dtype, device=device) for _ in range(2)), 0) for _ in model.layers]
+
+
+def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """Draws one id from a row of fp32 logits."""
+    if sampling.temperature == 0:
+        return int(logits_V.argmax())
+    logits_V = logits_V / sampling.temperature
+    if 0 < sampling.top_k < logits_V.numel():
+        smallest = logits_V.topk(sampling.top_k).values[-1]
+        logits_V = logits_V.masked_fill(logits_V < smallest, -torch.inf)
+    probabilities = logits_V.softmax(-1)
+    if sampling.top_p < 1:
+        ordered, order = probabilities.sort(descending=True)
+        ordered[ordered.cumsum(0) - ordered >= sampling.top_p] = 0
+        probabilities = torch.zeros_like(probabilities).scatter_(0, order, ordered)
+    return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+def continue_text(
+    folder: Path, prompt: str, max_new_tokens: int, sampling: Sampling, seed: int = 0, tokenizer: Path | None = None
+) -> str:
+    """The text that a model in ``folder`` puts behind ``prompt``.
+
+    Args:
+        folder: a checkpoint, a run folder or a Hugging Face folder.
+        tokenizer: by default the one that lies with the model.
+    """
+    source = open_source(folder)
+    path = tokenizer or source.tokenizer
+    if path is None:
+        raise UsageError(f"{folder} has no tokenizer with it; give --tokenizer PATH")
+    text = load_tokenizer(path)
+    device = pick_device(0)
+    model = load_model(folder, dtype=source.dtype, device=device)
+    ends = () if text.eos_id is None else (text.eos_id,)
+    out = generate(model, text.with_bos(prompt), max_new_tokens, sampling, seed=seed, eos_ids=ends)
+    return text.decode([i for i in out if i not in ends])

@@ -1,0 +1,96 @@
+"""``internevo inspect``: what a folder holds, and whether it is intact."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from .checkpoint import Checkpoint, complete_checkpoints
+from .checkpoint.manifest import NAME, verify
+from .data.index import open_index
+from .errors import UsageError
+from .models.folder import HfFolder
+from .models.registry import family
+from .observe.metrics import read_rows
+
+
+def inspect(path: Path) -> Iterator[str]:
+    """Lines that describe ``path``.
+
+    Raises:
+        UsageError: when it is nothing that is known here.
+        CheckpointError, DataError: when it is damaged, naming the file and the place.
+    """
+    if not path.is_dir():
+        raise UsageError(f"{path} is not a folder")
+    if (path / NAME).is_file() or (path / "state.json").is_file():
+        return _checkpoint(path)
+    if (path / "metrics.jsonl").is_file() or (path / "checkpoints").is_dir():
+        return _run(path)
+    if (path / "config.json").is_file():
+        return _hf(path)
+    if any(path.rglob("*.bin")):
+        return _dataset(path)
+    raise UsageError(f"{path} holds neither a checkpoint, a run, a Hugging Face model nor tokenized data")
+
+
+def _checkpoint(path: Path) -> Iterator[str]:
+    checkpoint = Checkpoint(path)
+    manifest = checkpoint.manifest
+    yield f"checkpoint {path}: step {manifest.step}"
+    yield f"model: {checkpoint.config.family}, {checkpoint.config.parameters():,} parameters, {checkpoint.dtype}"
+    kinds = sorted({name.split("/")[0] for name in manifest.tensors})
+    size = sum(f.size for f in manifest.files.values())
+    yield f"holds: {', '.join(kinds)}; {len(manifest.tensors)} tensors in {len(manifest.files)} files, {size / 1e6:,.1f} MB"
+    axes = ", ".join(f"{axis} {n}" for axis, n in manifest.layout.items())
+    yield f"written by: internevo {manifest.versions['internevo']}, torch {manifest.versions['torch']}; layout: {axes}"
+    verify(path, sorted(manifest.files), manifest)
+    yield "intact: every file has the size and the checksum that the manifest says"
+
+
+def _run(path: Path) -> Iterator[str]:
+    rows = [r for r in read_rows(path / "metrics.jsonl") if "loss" in r]
+    yield f"run {path}: {len(rows)} steps"
+    if rows:
+        yield f"last step: {rows[-1]['step']}, loss {rows[-1]['loss']}, {rows[-1]['consumed_tokens']:,} tokens"
+    found = complete_checkpoints(path)
+    if not found:
+        yield "no complete checkpoint"
+    for folder in found:
+        yield from _checkpoint(folder)
+
+
+def _hf(path: Path) -> Iterator[str]:
+    folder = HfFolder(path)
+    config = folder.config
+    yield f"Hugging Face model {path}: {family(config.family).ARCHITECTURE} ({config.family})"
+    yield f"model: {config.parameters():,} parameters, {folder.dtype}; tokenizer: {'yes' if folder.tokenizer else 'no'}"
+    entries = family(config.family).entries(config)
+    missing = [e.disk for e in entries if e.disk not in folder.weights]
+    if missing:
+        raise UsageError(f"{path} lacks {len(missing)} tensors, the first {missing[0]!r}")
+    elements = sum(folder.weights[e.disk].numel() for e in entries)
+    yield f"intact: all {len(entries)} tensors are there and can be read, {elements:,} values"
+
+
+def _dataset(path: Path) -> Iterator[str]:
+    index = open_index(path)
+    yield f"tokenized data {path}: {len(index):,} documents, {index.tokens:,} tokens in {len(index.files):,} files"
+    lengths = index.documents[:, 1]
+    if len(lengths):
+        yield f"lengths: shortest {lengths.min():,}, mean {lengths.mean():,.1f}, longest {lengths.max():,}"
+    for number, name in enumerate(index.types):
+        files = [f for f, kind in enumerate(index.file_types) if kind == number]
+        chosen = [lengths[index.first[f] : index.first[f + 1]] for f in files]
+        yield f"type {name}: {sum(map(len, chosen)):,} documents, {sum(int(c.sum()) for c in chosen):,} tokens"
+    largest = 0
+    for f in range(len(index.files)):
+        file = index.file(f)
+        if file.itemsize:
+            ids = file.bytes.view("<u2" if file.itemsize == 2 else "<i4")
+            step = 1 << 24
+            largest = max([largest, *(int(abs(ids[a : a + step].astype("int64")).max()) for a in range(0, len(ids), step))])
+        else:
+            largest = max([largest, *(int(abs(file.read(d)).max(initial=0)) for d in range(len(file.meta)))])
+    yield f"intact: every document can be read; the largest id is {largest:,} ({math.ceil(math.log2(largest + 1))} bits)"

@@ -1,0 +1,96 @@
+"""The console: a live line for people at a terminal, plain lines otherwise; and a log file per rank."""
+
+from __future__ import annotations
+
+import logging
+import math
+from datetime import timedelta
+from pathlib import Path
+
+from rich.console import Console as Terminal
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from .record import StepRecord, ValidRecord
+
+log = logging.getLogger("internevo")
+
+
+def start_log(folder: Path, rank: int, alerts: str | None = None) -> None:
+    """Sends the program's log to ``log/rank-N.log``, and rank 0's warnings to ``alerts`` as well."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    files = [(folder / f"rank-{rank:05d}.log", logging.INFO)]
+    if alerts and rank == 0:
+        Path(alerts).parent.mkdir(parents=True, exist_ok=True)
+        files.append((Path(alerts), logging.WARNING))
+    for path, level in files:
+        handler = logging.FileHandler(path, encoding="utf-8")
+        handler.setLevel(level)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(handler)
+
+
+class Console:
+    """What rank 0 shows."""
+
+    def __init__(self, first_step: int, total_steps: int, every: int, terminal: Terminal | None = None) -> None:
+        self.terminal = terminal or Terminal(soft_wrap=True, highlight=False)
+        self.first, self.total, self.every = first_step, total_steps, every
+        self.times: list[float] = []
+        self.live: Live | None = None
+        if self.terminal.is_terminal:
+            self.live = Live(Text("starting"), console=self.terminal, refresh_per_second=4, transient=False)
+            self.live.start()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self.terminal.print(text, markup=False)
+        log.info(text)
+
+    def step(self, record: StepRecord) -> None:
+        """One training step."""
+        self.times = [*self.times[-49:], record.step_time + record.data_time]
+        line = self._line(record)
+        log.info(line)
+        if self.live is not None:
+            bar = ProgressBar(total=self.total, completed=record.step, width=24)
+            table = Table.grid(padding=(0, 1))
+            table.add_row(bar, Text(line))
+            self.live.update(table)
+        elif record.step % self.every == 0 or record.step in (self.first, self.total) or record.skipped:
+            self.terminal.print(line, markup=False)
+        if record.skipped:
+            log.warning(f"step {record.step} was skipped: its gradients are not finite ({record.skipped_steps} so far)")
+
+    def valid(self, record: ValidRecord) -> None:
+        """One evaluation."""
+        types = "".join(f" | {name} {loss:.4f}" for name, loss in sorted(record.valid_loss_by_type.items()))
+        self.say(f"step {record.step}: validation loss {record.valid_loss:.4f}, perplexity {record.valid_ppl:.2f}{types}")
+
+    def close(self) -> None:
+        """Leaves the last line in place."""
+        if self.live is not None:
+            self.live.stop()
+            self.live = None
+
+    def _line(self, r: StepRecord) -> str:
+        left = timedelta(seconds=round(sorted(self.times)[len(self.times) // 2] * (self.total - r.step)))
+        parts = [
+            f"step {r.step}/{self.total}", f"loss {r.loss:.4f}", f"lr {r.lr:.2e}", f"grad {r.grad_norm:.3f}",
+            f"TGS {r.tgs:,.0f}", f"{r.tflops:.3g} TFLOPS",
+        ]  # fmt: skip
+        if r.mfu is not None:
+            parts.append(f"MFU {100 * r.mfu:.1f}%")
+        if r.loss_scale is not None:
+            parts.append(f"scale {r.loss_scale:g}")
+        parts += [f"mem {r.memory_peak_max / 2**30:.2f} GiB", f"left {left}"]
+        if r.skipped or not math.isfinite(r.loss):
+            parts.append("SKIPPED (gradients not finite)")
+        return "  ".join(parts)

@@ -1,0 +1,74 @@
+"""metrics.jsonl, samples.jsonl and TensorBoard: every step once, also after a resume."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from .record import StepRecord, ValidRecord
+
+
+class JsonLines:
+    """A file of one JSON object per line, continued from a step on: rows behind that step give way."""
+
+    def __init__(self, path: Path, last_step: int) -> None:
+        kept = [row for row in read_rows(path) if row["step"] <= last_step]
+        temporary = path.with_name(path.name + ".tmp")
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in kept)
+        os.replace(temporary, path)
+        self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (kept open, closed by close)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Appends one row; it is in the file when this returns."""
+        self._file.write(json.dumps(row) + "\n")
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file; a last line cut off by a killed process is left out."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+class TensorBoardLog:
+    """Scalars for TensorBoard."""
+
+    def __init__(self, folder: Path, last_step: int, queue: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(folder), purge_step=last_step + 1, max_queue=queue)
+
+    def step(self, record: StepRecord) -> None:
+        """One training step."""
+        scalars = {
+            "train/loss": record.loss, "train/grad_norm": record.grad_norm, "train/lr": record.lr,
+            "speed/tgs": record.tgs, "speed/tflops": record.tflops, "speed/step_time": record.step_time,
+            "speed/data_time": record.data_time, "memory/peak_max": record.memory_peak_max,
+            **{f"train/loss/{name}": loss for name, loss in record.loss_by_type.items()},
+        }  # fmt: skip
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, record.step)
+
+    def valid(self, record: ValidRecord) -> None:
+        """One evaluation."""
+        self._writer.add_scalar("valid/loss", record.valid_loss, record.step)
+        self._writer.add_scalar("valid/ppl", record.valid_ppl, record.step)
+        for name, loss in record.valid_loss_by_type.items():
+            self._writer.add_scalar(f"valid/loss/{name}", loss, record.step)
+
+    def close(self) -> None:
+        """Writes what is left."""
+        self._writer.close()

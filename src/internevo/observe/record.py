@@ -1,0 +1,92 @@
+"""The value of a finished step, and the speed and memory figures in it."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+PEAK_TFLOPS = {
+    "H200": 989.0, "H100": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0, "B200": 2250.0, "L40S": 362.0,
+    "A40": 150.0, "A10": 125.0, "V100": 125.0, "4090": 165.0, "3090": 71.0,
+}  # fmt: skip
+"""Dense bf16/fp16 peaks of one device, by a part of its name (vendors' data sheets)."""
+
+
+@dataclass
+class StepRecord:
+    """One line of metrics.jsonl."""
+
+    step: int
+    """From 1."""
+    loss: float
+    """Mean over the global batch's predicted tokens."""
+    grad_norm: float
+    """Before clipping."""
+    lr: float
+    tokens: int
+    """Of this step, over all ranks."""
+    consumed_tokens: int
+    tgs: float
+    """Tokens per device per second."""
+    tflops: float
+    """Per device."""
+    mfu: float | None
+    """Share of the device's peak; None when the peak is unknown."""
+    step_time: float
+    """Seconds."""
+    data_time: float
+    """Seconds spent waiting for data."""
+    memory_peak: int
+    """Bytes, this rank."""
+    memory_peak_max: int
+    """Bytes, the largest of all ranks."""
+    skipped: bool
+    """The gradients were not finite, nothing was updated."""
+    time: float
+    """Unix time at the end of the step."""
+    loss_by_type: dict[str, float] = field(default_factory=dict)
+    loss_scale: float | None = None
+    """fp16 only."""
+    skipped_steps: int = 0
+    """Skipped so far."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values; NaN and infinity, which JSON has not, become None."""
+        values = asdict(self)
+        return {k: None if isinstance(v, float) and not abs(v) < float("inf") else v for k, v in values.items()}
+
+
+@dataclass
+class ValidRecord:
+    """One evaluation."""
+
+    step: int
+    valid_loss: float
+    valid_ppl: float
+    time: float
+    valid_loss_by_type: dict[str, float] = field(default_factory=dict)
+    valid_ppl_by_type: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+
+def peak_tflops(device: torch.device, dtype: str, given: float | None) -> float | None:
+    """Peak of one device in TFLOPS, if it is given or known."""
+    if given is not None or device.type != "cuda" or dtype not in ("bfloat16", "float16"):
+        return given
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
+
+def memory_peak(device: torch.device) -> int:
+    """Most memory this process has held, in bytes: the device's, or the process's own on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

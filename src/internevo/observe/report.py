@@ -1,0 +1,102 @@
+"""report.html: one self-contained file with plots, figures, the config and samples. It needs no network."""
+
+from __future__ import annotations
+
+import html
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .metrics import read_rows
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1200px; padding: 0 1rem; color: #1c2733; }
+h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem } .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(520px, 1fr)); gap: 1rem }
+.figures { display: flex; flex-wrap: wrap; gap: 1rem; margin-top: 1rem } .figure { background: #f2f5f9; border-radius: 8px; padding: .7rem 1.1rem }
+.figure b { display: block; font-size: 1.35rem } pre { background: #f2f5f9; border-radius: 8px; padding: 1rem; overflow: auto; white-space: pre-wrap }
+mark { background: #d6e9ff } @media (max-width: 600px) { .plots { grid-template-columns: 1fr } }
+"""
+
+
+def write_report(run: Path) -> Path:
+    """Writes ``run/report.html`` from the run folder's files alone."""
+    rows = read_rows(run / "metrics.jsonl")
+    train, valid = [r for r in rows if "loss" in r], [r for r in rows if "valid_loss" in r]
+    samples = read_rows(run / "samples.jsonl")
+    config = (run / "config.json").read_text(encoding="utf-8") if (run / "config.json").is_file() else "{}"
+    title = json.loads(config).get("JOB_NAME", run.name)
+    page = (
+        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{html.escape(title)}</title>"
+        f"<meta name='viewport' content='width=device-width, initial-scale=1'><style>{STYLE}</style></head><body>"
+        f"<h1>{html.escape(title)}</h1>{_figures(train, valid)}<h2>Training</h2><div class='plots'>{_plots(train, valid)}</div>"
+        f"{_samples(samples)}<h2>Config</h2><details><summary>the resolved config</summary><pre>{html.escape(config)}</pre></details>"
+        "</body></html>"
+    )
+    path = run / "report.html"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def _figures(train: list[dict[str, Any]], valid: list[dict[str, Any]]) -> str:
+    """The few numbers that one looks for first."""
+    if not train:
+        return "<p>No step has been trained yet.</p>"
+    last = train[-1]
+    shown = [
+        ("steps", f"{last['step']:,}"),
+        ("tokens", f"{last['consumed_tokens']:,}"),
+        ("last loss", _number(last["loss"], ".4f")),
+        ("TGS (median)", f"{statistics.median(r['tgs'] for r in train):,.0f}"),
+        ("TFLOPS (median)", f"{statistics.median(r['tflops'] for r in train):.3g}"),
+        ("peak memory", f"{max(r['memory_peak_max'] for r in train) / 2**30:.2f} GiB"),
+        ("skipped steps", f"{sum(r['skipped'] for r in train)}"),
+    ]
+    if valid:
+        shown[3:3] = [("validation loss", _number(valid[-1]["valid_loss"], ".4f")), ("perplexity", _number(valid[-1]["valid_ppl"], ".2f"))]
+    cells = "".join(f"<div class='figure'><b>{value}</b>{name}</div>" for name, value in shown)
+    return f"<div class='figures'>{cells}</div>"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "n/a" if value is None else format(value, form)
+
+
+def _plots(train: list[dict[str, Any]], valid: list[dict[str, Any]]) -> str:
+    import plotly.graph_objects as go
+    import plotly.io
+
+    def series(rows: list[dict[str, Any]], key: str, name: str, scale: float = 1.0) -> Any:
+        points = [(r["step"], r[key] * scale) for r in rows if r.get(key) is not None]
+        mode = "lines+markers" if rows is valid else "lines"
+        return go.Scatter(x=[p[0] for p in points], y=[p[1] for p in points], name=name, mode=mode)
+
+    plots: list[tuple[str, list[Callable[[], Any]], str]] = [
+        ("Loss", [lambda: series(train, "loss", "training"), lambda: series(valid, "valid_loss", "validation")], "nats per token"),
+        ("Learning rate", [lambda: series(train, "lr", "lr")], ""),
+        ("Gradient norm", [lambda: series(train, "grad_norm", "norm")], "before clipping"),
+        ("Speed", [lambda: series(train, "tgs", "TGS")], "tokens per device per second"),
+        ("Peak memory", [lambda: series(train, "memory_peak_max", "memory", 2**-30)], "GiB, largest rank"),
+        ("Step time", [lambda: series(train, "step_time", "step"), lambda: series(train, "data_time", "waiting for data")], "s"),
+    ]
+    parts = []
+    for number, (title, lines, unit) in enumerate(plots):
+        figure = go.Figure([line() for line in lines])
+        figure.update_layout(
+            title=title, xaxis_title="step", yaxis_title=unit, template="plotly_white", height=340,
+            margin={"l": 60, "r": 20, "t": 50, "b": 45}, hovermode="x unified", legend={"x": 1, "xanchor": "right", "y": 1},
+        )  # fmt: skip
+        parts.append(plotly.io.to_html(figure, include_plotlyjs=number == 0, full_html=False, config={"displaylogo": False}))
+    return "".join(f"<div>{part}</div>" for part in parts)
+
+
+def _samples(samples: list[dict[str, Any]]) -> str:
+    if not samples:
+        return ""
+    shown = "".join(
+        f"<p>step {s['step']}</p><pre><mark>{html.escape(s['prompt'])}</mark>{html.escape(s['text'])}</pre>" for s in samples[-12:]
+    )
+    return f"<h2>What the model writes</h2>{shown}"

@@ -1,0 +1,102 @@
+"""Joining the processes of a run: under torchrun, under Slurm, or alone."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from ..errors import UsageError
+
+TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process's place, as its launcher's environment says. ``address`` is None when it is alone."""
+
+    rank: int
+    size: int
+    local_rank: int
+    address: str | None
+
+
+def find_place(env: Mapping[str, str], port: int = 8888, launcher: str | None = None) -> Place:
+    """Reads torchrun's or Slurm's variables.
+
+    Args:
+        port: of the first host, under Slurm.
+        launcher: "torch" or "slurm" insists on one of them.
+
+    Raises:
+        UsageError: when the launcher's variables are not there.
+    """
+    slurm = launcher == "slurm" or (launcher is None and "RANK" not in env and "SLURM_STEP_ID" in env)
+    try:
+        if slurm:
+            host = env.get("MASTER_ADDR") or first_host(env["SLURM_JOB_NODELIST"])
+            size = int(env.get("SLURM_NTASKS") or env["SLURM_NPROCS"])
+            return Place(int(env["SLURM_PROCID"]), size, int(env["SLURM_LOCALID"]), f"tcp://{host}:{port}")
+        if launcher == "torch" or "RANK" in env:
+            return Place(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]), "env://")
+    except KeyError as error:
+        who = "srun" if slurm else "torchrun"
+        raise UsageError(f"{error.args[0]} is not set: start this command with {who}, or leave out --launcher") from None
+    return Place(0, 1, 0, None)
+
+
+def first_host(nodes: str) -> str:
+    """The first name of Slurm's node list: "gpu[003-005,9],x" -> "gpu003"."""
+    match = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodes)
+    if match is None:
+        raise UsageError(f"SLURM_JOB_NODELIST = {nodes!r} cannot be read")
+    return match[1] + (match[2] or "")
+
+
+@contextmanager
+def join(port: int = 8888, launcher: str | None = None) -> Iterator[World]:
+    """Joins the run's process group, and leaves it at the end. NCCL on GPUs, gloo elsewhere."""
+    place = find_place(os.environ, port, launcher)
+    device = pick_device(place.local_rank)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cpu" and place.size > 1 and _is_local(os.environ):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if place.address is None:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+    else:
+        dist.init_process_group(backend, place.address, rank=place.rank, world_size=place.size, timeout=TIMEOUT)
+    try:
+        yield World(place.rank, place.size, place.local_rank, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def _is_local(env: Mapping[str, str]) -> bool:
+    """Whether all processes are on this machine and have a loopback device to meet on."""
+    return env.get("MASTER_ADDR") in ("127.0.0.1", "localhost") and any(n == "lo" for _, n in socket.if_nameindex())
+
+
+def pick_device(local_rank: int) -> torch.device:
+    """This process's GPU, or the CPU (also when INTERNEVO_DEVICE=cpu)."""
+    if os.environ.get("INTERNEVO_DEVICE") == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device

@@ -1,0 +1,50 @@
+"""The dynamic loss scale of fp16 (https://arxiv.org/abs/1710.03740)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..config.training import GradScaler
+
+
+@dataclass
+class LossScaler:
+    """Grows after clean steps, shrinks after overflows. With other dtypes the scale is 1 and stays so."""
+
+    config: GradScaler
+    enabled: bool
+    scale: float = 1.0
+    clean: int = 0
+    """Clean steps since the scale last changed."""
+    overflows: int = 0
+    """Overflows in a row."""
+
+    @classmethod
+    def of(cls, config: GradScaler, dtype: str) -> LossScaler:
+        """For a model of ``dtype``."""
+        enabled = dtype == "float16"
+        return cls(config, enabled, config.fp16.initial_scale if enabled else 1.0)
+
+    def update(self, overflow: bool) -> None:
+        """After each step: whether its gradients overflowed."""
+        if not self.enabled:
+            return
+        if overflow:
+            self.clean, self.overflows = 0, self.overflows + 1
+            if self.overflows >= self.config.hysteresis:
+                floor = self.config.fp16.min_scale or 0.0
+                self.scale = max(self.scale * self.config.backoff_factor, floor)
+            return
+        self.clean, self.overflows = self.clean + 1, 0
+        if self.clean % self.config.fp16.growth_interval == 0:
+            ceiling = self.config.max_scale or float("inf")
+            self.scale = min(self.scale * self.config.growth_factor, ceiling)
+
+    def state(self) -> dict[str, float]:
+        """For the checkpoint."""
+        return {"scale": self.scale, "clean": self.clean, "overflows": self.overflows}
+
+    def load(self, state: dict[str, float]) -> None:
+        """From a checkpoint; of a model of another dtype nothing is taken."""
+        if self.enabled and state["scale"] != 1.0:
+            self.scale, self.clean, self.overflows = state["scale"], int(state["clean"]), int(state["overflows"])

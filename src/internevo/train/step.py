@@ -1,0 +1,137 @@
+"""One optimizer step, the same for every layout: forward and backward of each micro-batch, one reduction of all that the
+step must know, clipping, update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..data.batches import MicroBatch, StepBatch
+from ..models import Decoder
+from ..parallel import data as data_axis
+from ..parallel.layout import Layout
+from .optimizer import Optimizer
+from .scaler import LossScaler
+
+
+@dataclass
+class Losses:
+    """Sums over tokens, by dataset type; this rank's until they are reduced."""
+
+    sums: Tensor
+    """fp64 [types]"""
+    counts: Tensor
+    """fp64 [types]: predicted tokens."""
+
+    @classmethod
+    def zeros(cls, types: int, device: torch.device) -> Losses:
+        """Nothing yet."""
+        return cls(*(torch.zeros(types, dtype=torch.float64, device=device) for _ in range(2)))
+
+    def add(self, losses: Tensor, batch: MicroBatch) -> None:
+        """Adds a micro-batch's losses [B, S]."""
+        types = batch.types.flatten().long()
+        self.sums.index_add_(0, types, losses.detach().flatten().double())
+        self.counts.index_add_(0, types, (batch.labels != -100).flatten().double())
+
+    def mean(self) -> float:
+        """Mean over all predicted tokens."""
+        return float(self.sums.sum() / self.counts.sum().clamp(min=1))
+
+    def by_type(self, names: list[str]) -> dict[str, float]:
+        """Mean of each type that occurred."""
+        sums, counts = self.sums.tolist(), self.counts.tolist()
+        return {name: s / c for name, s, c in zip(names, sums, counts, strict=True) if c}
+
+
+@dataclass
+class StepResult:
+    """What a step found, the same on every rank."""
+
+    losses: Losses
+    grad_norm: float
+    """Global L2 norm before clipping, of the gradient of the mean loss."""
+    skipped: bool
+    """The gradients were not finite; nothing was updated."""
+    shared: list[float]
+    """Sums over all ranks of what each put in."""
+
+
+@dataclass
+class Stepper:
+    """Takes steps with a model spread over ranks."""
+
+    model: Decoder
+    optimizer: Optimizer
+    scaler: LossScaler
+    layout: Layout
+    group: dist.ProcessGroup
+    """All data ranks."""
+    device: torch.device
+    types: int
+    clip: float
+    smoothing: float = 0.0
+
+    def __call__(self, batch: StepBatch, lr: float, beta2: float, share: Callable[[], list[float]]) -> StepResult:
+        """Trains on one batch. ``share`` is asked for numbers to add up over all ranks, on the way with the losses."""
+        # Gradients are those of the sum of losses over a fixed number; the true number of predicted tokens is known when
+        # all ranks have been asked, and enters with the clipping.
+        expected = float(batch.tokens)
+        losses = self._forward_backward(batch, self.scaler.scale / expected)
+        result, to_mean = self._reduce(losses, expected / self.scaler.scale, share())
+        if not result.skipped:
+            factor = to_mean
+            if self.clip > 0:
+                factor *= min(1.0, self.clip / (result.grad_norm + 1e-6))
+            torch._foreach_mul_(self.optimizer.gradients(), factor)
+            self.optimizer.step(lr, beta2)
+        self.optimizer.zero_grad()
+        self.scaler.update(result.skipped)
+        return result
+
+    def _forward_backward(self, batch: StepBatch, scale: float) -> Losses:
+        losses = Losses.zeros(self.types, self.device)
+        for number, micro in enumerate(batch.micro_batches, start=1):
+            data_axis.set_last_micro_batch(self.model, number == len(batch.micro_batches), self.layout.fsdp)
+            on_device = micro.to(self.device)
+            total, token_losses = self.model(
+                on_device.tokens, cu_seqlens=on_device.cu_seqlens, labels=on_device.labels, smoothing=self.smoothing
+            )
+            (total * scale).backward()
+            losses.add(token_losses, on_device)
+        return losses
+
+    def _reduce(self, losses: Losses, unscale: float, share: list[float]) -> tuple[StepResult, float]:
+        """One all-reduce of everything that all ranks must know. Returns the factor from gradients to those of the mean."""
+        norms = torch.stack(torch._foreach_norm(self.optimizer.gradients())).double()
+        # Ranks of one ZeRO group hold different parts, and each part is held by ``replicate`` ranks.
+        squares = norms.square().sum() / self.layout.replicate
+        shared = torch.tensor(share, dtype=torch.float64, device=self.device)
+        packed = torch.cat([squares.view(1), losses.sums, losses.counts, shared])
+        dist.all_reduce(packed, group=self.group)
+        square_sum, sums, counts, shared = packed.split([1, self.types, self.types, len(share)])
+        to_mean = unscale / max(float(counts.sum()), 1.0)
+        norm = float(square_sum.sqrt()) * to_mean
+        finite = math.isfinite(norm) and bool(torch.isfinite(sums).all())
+        return StepResult(Losses(sums, counts), norm, not finite, shared.tolist()), to_mean
+
+
+@torch.no_grad()
+def evaluate(
+    model: Decoder, batches: Iterable[MicroBatch], types: int, device: torch.device, group: dist.ProcessGroup
+) -> Losses:
+    """Losses over all ranks' validation batches; every rank must have equally many."""
+    losses = Losses.zeros(types, device)
+    for batch in batches:
+        on_device = batch.to(device)
+        _, token_losses = model(on_device.tokens, cu_seqlens=on_device.cu_seqlens, labels=on_device.labels)
+        losses.add(token_losses, on_device)
+    data_axis.reshard(model)
+    packed = torch.cat([losses.sums, losses.counts])
+    dist.all_reduce(packed, group=group)
+    return Losses(packed[:types], packed[types:])

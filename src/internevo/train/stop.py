@@ -1,0 +1,53 @@
+"""Requests to stop or to save: SIGTERM and SIGUSR1 on any rank, and InternEvo's stop file."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..observe.console import log
+
+
+class StopRequests:
+    """Collects requests on this rank; all ranks learn of them with the losses of a step, and decide alike."""
+
+    def __init__(self, file: str | None) -> None:
+        """``file``: the stop file (rank 0 only). It begins as "0"; "N" means save and stop at step N, "-N" save and go on."""
+        self.asked = False
+        self.file = Path(file) if file else None
+        if self.file:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self.file.write_text("0")
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Turns the signals into requests while the loop runs."""
+
+        def ask(number: int, _frame: object) -> None:
+            log.info(f"{signal.Signals(number).name}: this step is finished and saved, then the run stops")
+            self.asked = True
+
+        old = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    def share(self) -> list[float]:
+        """This rank's requests, to be summed over all ranks."""
+        return [float(self.asked), float(self._read())]
+
+    def decide(self, step: int, summed: list[float]) -> tuple[bool, bool]:
+        """(stop, save) behind ``step``, from the sums."""
+        asked, at = summed[0] > 0, int(summed[1])
+        stop = asked or 0 < at <= step
+        return stop, stop or (at < 0 and -at == step)
+
+    def _read(self) -> int:
+        try:
+            return int(self.file.read_text().strip() or 0) if self.file else 0
+        except (OSError, ValueError):
+            return 0  # half-written or gone: the next step looks again

@@ -1,0 +1,253 @@
+"""A training run, from a checked config to its last checkpoint. ``Trainer.fit`` is the loop."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..checkpoint import Checkpoint
+from ..checkpoint.saver import Extras, Saver
+from ..config import Config, dump
+from ..data.batches import BatchSizes, StepBatch, TrainBatches, parse_skips, valid_batches
+from ..data.order import Order
+from ..data.source import train_rows, valid_rows
+from ..data.tokenizer import load_tokenizer
+from ..generate import Sampling, generate
+from ..models import decoder_config
+from ..models.folder import write_hf
+from ..observe.console import log, start_log
+from ..observe.observers import Observers
+from ..observe.record import StepRecord, ValidRecord, memory_peak, peak_tflops
+from ..parallel import plan
+from ..parallel.data import COMPUTE, reshard
+from ..parallel.layout import Layout
+from ..parallel.world import World
+from .optimizer import Optimizer
+from .restore import restore
+from .scaler import LossScaler
+from .schedule import beta2, learning_rate
+from .state import RunState
+from .step import Stepper, StepResult, evaluate
+from .stop import StopRequests
+
+
+def run_folder(config: Config) -> Path:
+    """Where everything that the run writes is."""
+    return Path(config.ckpt.save_ckpt_folder or f"runs/{config.JOB_NAME}")
+
+
+class Trainer:
+    """All parts of a run, put together for this rank."""
+
+    def __init__(self, config: Config, world: World) -> None:
+        self.config, self.world = config, world
+        self.run = run_folder(config)
+        self.layout = Layout.of(config.parallel, world.size)
+        start_log(self.run / "log", world.rank, config.monitor.alert.alert_file_path)
+        _set_backends(config)
+        self.decoder = decoder_config(config.model_type, config.model)
+        self._open_data()
+        mesh = self.layout.data_mesh(world.device.type)
+        self.model = plan.build(self.decoder, config.model, self.layout, mesh, world.device, config.seed)
+        self.optimizer = Optimizer(self.model, config.adam)
+        self.scaler = LossScaler.of(config.grad_scaler, config.model.dtype)
+        self.state = RunState()
+        self.news = restore(self)
+        assert dist.group.WORLD is not None
+        self.stepper = Stepper(
+            self.model, self.optimizer, self.scaler, self.layout, dist.group.WORLD, world.device, len(self.rows.types),
+            config.hybrid_zero_optimizer.clip_grad_norm, config.loss.label_smoothing,
+        )  # fmt: skip
+        self.saver = Saver(self.run, config.ckpt, world.rank, _sizes(self.layout), after=self._export)
+        self.saved_step = self.state.step
+        self.peak = peak_tflops(world.device, config.model.dtype, config.monitor.peak_tflops)
+        self.stops = StopRequests(config.ckpt.stop_file_path if world.rank == 0 else None)
+
+    def _open_data(self) -> None:
+        data, vocab = self.config.data, self.config.model.vocab_size
+        if self.world.rank > 0:
+            dist.barrier()  # rank 0 makes the index, the others find it
+        self.rows, self.valid = train_rows(data, vocab), valid_rows(data, vocab)
+        if self.world.rank == 0:
+            dist.barrier()
+        self.sizes = BatchSizes.of(data, self.layout.data)
+        rank = self.layout.data_rank(self.world.rank)
+        self.batches = TrainBatches(
+            self.rows, Order(len(self.rows), data.seed), self.sizes, rank, data.use_packed_dataset, data.total_steps,
+            parse_skips(data.skip_batches),
+        )  # fmt: skip
+
+    # The loop --------------------------------------------------------------------------------------------------------
+
+    def fit(self) -> None:
+        """Trains to the end, or until asked to stop; then saves."""
+        config, data = self.config, self.config.data
+        observers = self._observers()
+        try:
+            with self.stops.listening():
+                clock = time.perf_counter()
+                for batch in self.batches.prefetch(self.state.cursor):
+                    record, stop, save = self._step(batch, time.perf_counter() - clock)
+                    step, last = record.step, stop or record.step == data.total_steps
+                    if observers:
+                        observers.step(record)
+                    if _due(step, data.valid_every, last and not stop):
+                        self._evaluate(step, observers)
+                    if _due(step, config.monitor.sample_every, last):
+                        self._sample(step, observers)
+                    if config.ckpt.enable_save_ckpt and (_due(step, config.ckpt.checkpoint_every, last) or save):
+                        self._save(step)
+                    elif config.ckpt.enable_save_ckpt and _due(step, config.ckpt.oss_snapshot_freq, False):
+                        self.saver.snapshot(step, self._tensors(), self._extras())
+                    self.saver.check()
+                    if stop:
+                        break
+                    clock = time.perf_counter()
+            if config.ckpt.enable_save_ckpt and self.saved_step < self.state.step:
+                self._save(self.state.step)  # batches at the very end were skipped
+            self.saver.wait()
+        finally:
+            if observers:
+                observers.close()
+
+    def _step(self, batch: StepBatch, data_time: float) -> tuple[StepRecord, bool, bool]:
+        """One step; its record, and whether to stop and to save behind it."""
+        config, begin = self.config, time.perf_counter()
+        lr = learning_rate(batch.number, config.data.total_steps, config.adam.lr, config.lr_scheduler)
+        result = self.stepper(batch, lr, beta2(batch.number, config.adam, config.beta2_scheduler), self._share)
+        self.state.cursor = batch.after
+        self.state.consumed_tokens += batch.tokens
+        self.state.skipped_steps += result.skipped
+        record = self._record(batch, result, lr, time.perf_counter() - begin, data_time)
+        return record, *self.stops.decide(record.step, result.shared)
+
+    def _share(self) -> list[float]:
+        """What this rank tells all others with each step: requests to stop, and its memory in a place of its own."""
+        memory = [0.0] * self.world.size
+        memory[self.world.rank] = float(memory_peak(self.world.device))
+        return [*self.stops.share(), *memory]
+
+    def _record(self, batch: StepBatch, result: StepResult, lr: float, step_time: float, data_time: float) -> StepRecord:
+        tgs = batch.tokens / (step_time + data_time) / self.world.size
+        tflops = tgs * self.decoder.flops_per_token(self.config.data.seq_len) / 1e12
+        memory = result.shared[-self.world.size :]
+        types = self.rows.types
+        return StepRecord(
+            step=self.state.step, loss=result.losses.mean(), grad_norm=result.grad_norm, lr=lr, tokens=batch.tokens,
+            consumed_tokens=self.state.consumed_tokens, tgs=tgs, tflops=tflops,
+            mfu=tflops / self.peak if self.peak else None, step_time=step_time, data_time=data_time,
+            memory_peak=int(memory[self.world.rank]), memory_peak_max=int(max(memory)), skipped=result.skipped,
+            time=time.time(), loss_by_type=result.losses.by_type(types) if len(types) > 1 else {},
+            loss_scale=self.scaler.scale if self.scaler.enabled else None, skipped_steps=self.state.skipped_steps,
+        )  # fmt: skip
+
+    # What happens between steps --------------------------------------------------------------------------------------
+
+    def _evaluate(self, step: int, observers: Observers | None) -> None:
+        if self.valid is None:
+            return
+        data = self.config.data
+        batches = valid_batches(
+            self.valid, data.micro_bsz, self.layout.data_rank(self.world.rank), self.layout.data,
+            data.use_packed_dataset, data.valid_max_rows,
+        )  # fmt: skip
+        losses = evaluate(self.model, batches, len(self.valid.types), self.world.device, self.stepper.group)
+        if observers:
+            by_type = losses.by_type(self.valid.types)
+            ppl = {name: _perplexity(loss) for name, loss in by_type.items()}
+            loss = losses.mean()
+            observers.valid(ValidRecord(step, loss, _perplexity(loss), time.time(), by_type, ppl))
+
+    def _sample(self, step: int, observers: Observers | None) -> None:
+        """Continues the configured prompts. Every rank takes part, since the weights may be spread over all."""
+        monitor, path = self.config.monitor, self.config.data.tokenizer_path
+        if not monitor.sample_prompts or path is None:
+            return
+        tokenizer = load_tokenizer(path)
+        dtype = COMPUTE[self.config.model.dtype] or torch.float32
+        for prompt in monitor.sample_prompts:
+            ids = tokenizer.with_bos(prompt)
+            ends = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+            sampling = Sampling(temperature=0.8, top_p=0.95)
+            out = generate(self.model, ids, monitor.sample_tokens, sampling, seed=self.config.seed, eos_ids=ends, dtype=dtype)
+            if observers:
+                observers.sample(step, prompt, tokenizer.decode([i for i in out if i not in ends]))
+        reshard(self.model)
+
+    def _save(self, step: int) -> None:
+        self.saver.save(step, self._tensors(), self._extras())
+        self.saved_step = step
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Weights and moments, under the names they have in a checkpoint."""
+        return named_tensors(self.optimizer)
+
+    def _extras(self) -> Extras:
+        path = self.config.data.tokenizer_path
+        state = {
+            **self.state.to_dict(), "updates": self.optimizer.steps, "scaler": self.scaler.state(),
+            "data": self.rows.fingerprint(), "global_rows": self.sizes.rows(self.state.cursor.batch),
+        }  # fmt: skip
+        files = {"state.json": state, "model.json": self.decoder.to_dict(), "config.json": json.loads(dump(self.config))}
+        return Extras(files, Path(path) if path and Path(path).exists() else None)
+
+    def _export(self, folder: Path) -> None:
+        """Behind each checkpoint, in the background of rank 0: the same weights in Hugging Face form."""
+        if not self.config.ckpt.enable_internevo2hf_ckpt or not folder.name.startswith("step-"):
+            return
+        checkpoint = Checkpoint(folder)
+        dtype = COMPUTE[self.config.model.dtype] or torch.float32
+        target = self.run / "hf" / folder.name
+        write_hf(checkpoint.config, checkpoint.parameter, target, dtype=dtype, tokenizer=checkpoint.tokenizer)
+
+    def _observers(self) -> Observers | None:
+        """On rank 0, with the run's first lines said."""
+        for line in self.news:
+            log.info(line)
+        if self.world.rank:
+            return None
+        (self.run / "config.json").write_text(dump(self.config), encoding="utf-8")
+        config, total = self.config, self.config.data.total_steps
+        observers = Observers(self.run, config.monitor, self.state.step, total, config.enable_tb)
+        say = observers.console.say
+        rows = self.sizes.rows(self.state.cursor.batch)
+        say(
+            f"{config.JOB_NAME}: {self.decoder.family}, {self.decoder.parameters():,} parameters, {config.model.dtype}, on "
+            f"{self.world.size} x {self.world.device.type}; {rows} rows of {config.data.seq_len} tokens per step; {self.run}/"
+        )
+        for line in self.news:
+            say(line)
+        if self.state.step >= total:
+            say(f"all {total} steps are trained already")
+        return observers
+
+
+def named_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+    """Weights (model/NAME) and moments (optimizer/NAME.exp_avg, ...) as they are named in a checkpoint."""
+    weights = {f"model/{name}": tensor.detach() for name, tensor in optimizer.named.items()}
+    return {**weights, **{f"optimizer/{name}": tensor for name, tensor in optimizer.state().items()}}
+
+
+def _due(step: int, every: int, last: bool) -> bool:
+    return last or (every > 0 and step % every == 0)
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))
+
+
+def _sizes(layout: Layout) -> dict[str, int]:
+    return {axis: size for axis, size, _ in layout.describe()}
+
+
+def _set_backends(config: Config) -> None:
+    torch.backends.cudnn.deterministic = config.cudnn_deterministic
+    torch.backends.cudnn.benchmark = config.cudnn_benchmark
+    if config.model.dtype == "tf32":
+        torch.backends.cuda.matmul.allow_tf32 = True
