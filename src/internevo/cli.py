@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 
 import typer
-from typer._click import exceptions
+
 
 from .errors import InternEvoError, UsageError
 
@@ -161,11 +161,8 @@ def main(arguments: list[str] | None = None) -> None:
 def _run(arguments: list[str], debug: bool) -> int:
     try:
         return int(app(arguments, standalone_mode=False) or 0)
-    except exceptions.NoArgsIsHelpError as error:
-        print(error.format_message())
-        return 2
-    except exceptions.ClickException as error:
-        error.show()
+    except typer.TyperException as error:  # wrong usage: the message says what is right
+        error.show()  # type: ignore[attr-defined]
         return 2
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)

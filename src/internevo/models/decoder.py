@@ -46,18 +46,19 @@ class Decoder(nn.Module):
         Returns:
             [B, S, V]; or (sum of losses, losses [B, S] in fp32) with ``labels``.
         """
-        context = self._context(tokens, positions, cu_seqlens, caches)
         x_BSD = self.embed(tokens)
+        context = self._context(tokens, positions, cu_seqlens, caches, x_BSD.dtype)
         for number, layer in enumerate(self.layers):
             x_BSD = layer(x_BSD, context, caches[number] if caches is not None else None)
-        x_BSD = self.norm(x_BSD)
-        if labels is None:
-            return self.head(x_BSD)
-        total, losses = self.head.loss(x_BSD, labels, smoothing)
-        return total, losses
+        return self.head(self.norm(x_BSD), labels, smoothing)
 
     def _context(
-        self, tokens: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None, caches: list[Cache] | None
+        self,
+        tokens: Tensor,
+        positions: Tensor | None,
+        cu_seqlens: Tensor | None,
+        caches: list[Cache] | None,
+        dtype: torch.dtype,
     ) -> Context:
         """Angles and document borders, made once for all layers."""
         past = caches[0].length if caches else 0
@@ -79,7 +80,7 @@ class Decoder(nn.Module):
             lengths = _lengths(positions, cu_seqlens)
         cos, sin = tables(
             self.config.rope, self.config.head_dim, self.config.max_position_embeddings,
-            positions, lengths, self.embed.weight.dtype,
+            positions, lengths, dtype,
         )  # fmt: skip
         return Context(cos, sin, cu_seqlens, max_seqlen)
 

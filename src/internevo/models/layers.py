@@ -87,14 +87,15 @@ class Head(nn.Module):
         self.axes = ("vocab", "embed")
         self.grad_scale = grad_scale
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        return F.linear(x_BSD, self.weight)
-
-    def loss(self, x_BSD: Tensor, labels_BS: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-        """Sum of the losses (differentiable), and each token's loss [B, S] (fp32, 0 where the label is -100)."""
-        total, losses = ops.linear_cross_entropy(
-            x_BSD.flatten(0, 1), scale_gradient(self.weight, self.grad_scale), labels_BS.flatten(), smoothing
-        )
+    def forward(
+        self, x_BSD: Tensor, labels_BS: Tensor | None = None, smoothing: float = 0.0
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits [B, S, V]; or, with labels, the sum of the losses (differentiable) and each token's loss [B, S] (fp32, 0 where
+        the label is -100)."""
+        weight = scale_gradient(self.weight, self.grad_scale)
+        if labels_BS is None:
+            return F.linear(x_BSD, weight)
+        total, losses = ops.linear_cross_entropy(x_BSD.flatten(0, 1), weight, labels_BS.flatten(), smoothing)
         return total, losses.view(labels_BS.shape)
 
 

@@ -13,8 +13,16 @@ import torch
 from torch import Tensor
 
 IGNORE = -100
-CHUNK_BYTES = 64 * 2**20
-"""fp32 logits that exist at once."""
+CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+"""fp32 logits that exist at once: enough to fill the device, no more."""
+BLOCK = 4096
+"""Rows of the head's weight whose gradient is computed at once."""
+
+
+def chunk_tokens(hidden_TD: Tensor, weight_VD: Tensor) -> int:
+    """Tokens of which logits exist at once."""
+    limit = CHUNK_BYTES.get(hidden_TD.device.type, CHUNK_BYTES["cpu"])
+    return max(1, min(hidden_TD.shape[0], limit // (4 * weight_VD.shape[0])))
 
 
 def linear_cross_entropy(
@@ -37,18 +45,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        # Chunks add up in fp32; a single chunk needs no sum.
-        chunk = max(1, min(hidden.shape[0], CHUNK_BYTES // (4 * weight.shape[0])))
-        grad_weight = None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        chunk = chunk_tokens(hidden, weight)
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
-            grad_logits = torch.empty(0)
-            losses[part], grad_logits = _chunk(hidden[part], weight, labels[part], smoothing, wants_hidden or wants_weight)
+            losses[part], grad_logits = _softmax(hidden[part] @ weight.t(), labels[part], smoothing)
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[part])
-            if wants_weight:
-                product = grad_logits.t() @ hidden[part]
-                grad_weight = product.float() if grad_weight is None else grad_weight.add_(product)
+            if grad_weight is not None:
+                # Block by block, so that each product is added while it is in the cache.
+                for block in range(0, weight.shape[0], BLOCK):
+                    rows = slice(block, block + BLOCK)
+                    grad_weight[rows] += grad_logits[:, rows].t() @ hidden[part]
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         ctx.save_for_backward(*(g for g in (grad_hidden, grad_weight) if g is not None))
@@ -63,20 +71,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (*(g if g is None else g.mul_(grad_sum.to(g.dtype)) for g in grads), None, None)
 
 
-def _chunk(hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float, backward: bool) -> tuple[Tensor, Tensor]:
-    """Losses of one chunk in fp32, and d loss / d logits in the hidden states' dtype (empty unless ``backward``)."""
-    logits = (hidden @ weight.t()).float()
-    lse = torch.logsumexp(logits, dim=-1, keepdim=True)
+def _softmax(logits: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+    """Losses in fp32, and d loss / d logits in the logits' dtype. One fp32 buffer serves for logits, exponentials,
+    probabilities and gradients in turn."""
+    dtype, logits = logits.dtype, logits.float()
     kept = labels != IGNORE
     index = labels.clamp(min=0).unsqueeze(1)
-    losses = (lse - logits.gather(1, index)).squeeze(1)
-    if smoothing:
-        losses = (1 - smoothing) * losses + smoothing * (lse.squeeze(1) - logits.mean(-1))
-    losses = torch.where(kept, losses, 0.0)
-    if not backward:
-        return losses, hidden.new_empty(0)
-    grad = logits.sub_(lse).exp_()
+    target = logits.gather(1, index)
+    largest = logits.amax(-1, keepdim=True)
+    mean = logits.mean(-1, keepdim=True) if smoothing else target
+    total = logits.sub_(largest).exp_().sum(-1, keepdim=True)
+    lse = largest + total.log()
+    losses = lse - ((1 - smoothing) * target + smoothing * mean)
+    grad = logits.mul_(total.reciprocal())
     if smoothing:
         grad.sub_(smoothing / logits.shape[1])
     grad.scatter_add_(1, index, torch.full_like(lse, smoothing - 1.0))
-    return losses, grad.mul_(kept.unsqueeze(1)).to(hidden.dtype)
+    return torch.where(kept, losses.squeeze(1), 0.0), grad.mul_(kept.unsqueeze(1)).to(dtype)

@@ -1,9 +1,10 @@
-"""The data axis: ZeRO-1.5, plain data parallel and FSDP, as policies of one ``fully_shard``.
+"""The data axis: ZeRO-1.5, plain data parallel and FSDP, as policies of one ``fully_shard``; and a single process.
 
-Every decoder layer is a unit, and embedding, last norm and head are one more. Parameters, gradients and optimizer state
-are DTensors sharded over ``zero`` and replicated over ``replicate``; compute happens on full tensors in the model's dtype.
+Every policy keeps fp32 master weights, which the optimizer updates, and computes on full weights in the model's dtype.
+Units are the decoder layers, the embedding, and the last norm with the head. On several ranks, master weights, gradients and
+optimizer state are DTensors sharded over ``zero`` and replicated over ``replicate``:
 
-| policy   | parameters gathered                   | gradients                                            |
+| policy   | weights gathered                      | gradients                                            |
 |----------|---------------------------------------|------------------------------------------------------|
 | ZeRO-1.5 | once per step, at the first forward   | once per step: reduce-scatter over zero,             |
 |          |                                       | all-reduce of the shard over replicate               |
@@ -14,45 +15,107 @@ Gradients are summed, not averaged: the loss is already divided by the global nu
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-COMPUTE = {"float32": None, "tf32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from ..models import Decoder
+
+COMPUTE = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def shard(model: nn.Module, layers: list[nn.Module], mesh: DeviceMesh, dtype: str, fsdp: bool) -> None:
-    """Shards ``model`` in place over the mesh ("replicate", "zero").
+class DataAxis(Protocol):
+    """Who owns the weights of a run."""
 
-    Args:
-        layers: the units besides the rest of the model.
-        dtype: of the computation, by its name in the config; parameters stay fp32.
-        fsdp: gather per use rather than once per step.
-    """
-    precision = MixedPrecisionPolicy(param_dtype=COMPUTE[dtype], reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for unit in [*layers, model]:
-        fully_shard(unit, mesh=mesh, mp_policy=precision, reshard_after_forward=fsdp)
-    for unit in units(model):
-        unit.set_gradient_divide_factor(1.0)
-        # A divide factor would use PREMUL_SUM, which gloo has not.
-        unit.set_force_sum_reduction_for_comms(True)
+    masters: dict[str, nn.Parameter]
+    """fp32 weights by name, with their gradients: what the optimizer updates and checkpoints hold."""
 
+    def before_micro_batch(self, last: bool) -> None:
+        """A forward and backward is coming, the ``last`` of its step or not."""
 
-def units(model: nn.Module) -> list[FSDPModule]:
-    """Every module that ``fully_shard`` has wrapped."""
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+    def masters_changed(self) -> None:
+        """The masters have new values."""
+
+    def after_forwards(self) -> None:
+        """Forwards without a backward are over."""
 
 
-def set_last_micro_batch(model: nn.Module, last: bool, fsdp: bool) -> None:
-    """Tells the units whether the coming backward ends the step: only then does ZeRO-1.5 reduce and free."""
-    assert isinstance(model, FSDPModule)
-    if not fsdp:
-        model.set_requires_gradient_sync(last)
-        model.set_reshard_after_backward(last)
+class SingleProcess:
+    """One rank: nothing is sharded. In half precision the model's weights are copies of the masters, refreshed in place, and
+    gradients move to the masters as soon as they are there. (``fully_shard`` on one rank copies every gradient twice more.)"""
+
+    def __init__(self, model: Decoder, device: torch.device, dtype: torch.dtype) -> None:
+        model.to_empty(device=device)
+        if model.config.tie_embeddings:
+            model.head.weight = model.embed.weight  # to_empty has made it a weight of its own
+        self.weights = dict(model.named_parameters())
+        self.masters = self.weights
+        if dtype != torch.float32:
+            self.masters = {n: nn.Parameter(torch.empty_like(w)) for n, w in self.weights.items()}
+            model.to(dtype)
+            for name, weight in self.weights.items():
+                weight.register_post_accumulate_grad_hook(_Move(self.masters[name]))
+
+    def before_micro_batch(self, last: bool) -> None:
+        pass
+
+    @torch.no_grad()
+    def masters_changed(self) -> None:
+        if self.masters is not self.weights:
+            torch._foreach_copy_(list(self.weights.values()), list(self.masters.values()))
+
+    def after_forwards(self) -> None:
+        pass
 
 
-def reshard(model: nn.Module) -> None:
-    """Frees the gathered parameters, after forwards that no backward follows."""
-    for unit in units(model):
-        unit.reshard()
+class _Move:
+    """Adds a weight's gradient to its master's, in fp32."""
+
+    def __init__(self, master: nn.Parameter) -> None:
+        self.master = master
+
+    def __call__(self, weight: Tensor) -> None:
+        assert weight.grad is not None
+        if self.master.grad is None:
+            self.master.grad = weight.grad.float()
+        else:
+            self.master.grad += weight.grad
+        weight.grad = None
+
+
+class Sharded:
+    """Several ranks: ``fully_shard`` over the mesh ("replicate", "zero")."""
+
+    def __init__(self, model: Decoder, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype, fsdp: bool) -> None:
+        """``fsdp``: gather per use rather than once per step."""
+        self.model, self.fsdp = model, fsdp
+        compute = None if dtype == torch.float32 else dtype
+        precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        ends: list[nn.Module | list[nn.Module]] = [model.embed, [model.norm, model.head]]
+        if model.config.tie_embeddings:
+            ends = []  # one weight cannot be in two units: both ends belong to the whole model's
+        for unit in [*model.layers, *ends, model]:
+            fully_shard(unit, mesh=mesh, mp_policy=precision, reshard_after_forward=fsdp)
+        self.units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        for unit in self.units:
+            unit.set_gradient_divide_factor(1.0)
+            # A divide factor would use PREMUL_SUM, which gloo has not.
+            unit.set_force_sum_reduction_for_comms(True)
+        model.to_empty(device=device)
+        self.masters = dict(model.named_parameters())
+
+    def before_micro_batch(self, last: bool) -> None:
+        if not self.fsdp:
+            root = self.units[0]
+            root.set_requires_gradient_sync(last)
+            root.set_reshard_after_backward(last)
+
+    def masters_changed(self) -> None:
+        pass  # the next forward gathers them
+
+    def after_forwards(self) -> None:
+        for unit in self.units:
+            unit.reshard()

@@ -3,44 +3,47 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import Replicate, Shard
 
 from ..config.model import Model
 from ..models import Decoder, DecoderConfig, Initializer
-from . import data
+from .data import COMPUTE, DataAxis, Sharded, SingleProcess
 from .layout import Layout
 from .recompute import recompute
 
 
 def build(
-    config: DecoderConfig, model_section: Model, layout: Layout, mesh: DeviceMesh, device: torch.device, seed: int
-) -> Decoder:
-    """The model of a run: spread over the ranks, with its initial weights, on ``device``."""
+    config: DecoderConfig, section: Model, layout: Layout, device: torch.device, seed: int
+) -> tuple[Decoder, DataAxis]:
+    """The model of a run: spread over the ranks, with its initial weights, on ``device``; and who owns its weights."""
     with torch.device("meta"):
-        model = Decoder(config, embed_grad_scale=model_section.embed_grad_scale)
+        model = Decoder(config, embed_grad_scale=section.embed_grad_scale)
     layers = list(model.layers)
     # Innermost: what a layer keeps for backward.
-    recompute(layers, model_section.checkpoint)
+    recompute(layers, section.checkpoint)
     # Compiled with recomputation inside, and before sharding, so that hooks stay outside the compiled code.
-    if model_section.compile:
+    if section.compile:
         for layer in layers:
             layer.compile(fullgraph=True)
-    # Outermost: the data axis owns the parameters.
-    data.shard(model, layers, mesh, model_section.dtype, layout.fsdp)
-    # Only now are there tensors, and only this rank's part of them.
-    model.to_empty(device=device)
-    initialize(model, Initializer.of(model_section, seed))
-    return model
+    # Outermost: the data axis owns the weights. Only now are there tensors, and only this rank's part of them.
+    dtype = COMPUTE[section.dtype]
+    axis: DataAxis
+    if layout.data == 1:
+        axis = SingleProcess(model, device, dtype)
+    else:
+        axis = Sharded(model, layout.data_mesh(device.type), device, dtype, layout.fsdp)
+    initialize(axis.masters, Initializer.of(section, seed))
+    axis.masters_changed()
+    return model, axis
 
 
 @torch.no_grad()
-def initialize(model: Decoder, initializer: Initializer) -> None:
-    """Fills every parameter with this rank's part of its initial value."""
-    for name, parameter in model.named_parameters():
+def initialize(masters: dict[str, nn.Parameter], initializer: Initializer) -> None:
+    """Fills every weight with this rank's part of its initial value."""
+    for name, parameter in masters.items():
         if isinstance(parameter, DTensor):
             parameter.to_local().copy_(_local_part(name, parameter, initializer))
         else:

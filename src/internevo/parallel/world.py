@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import UsageError
+from ..ops import keep_freed_memory
 
 TIMEOUT = timedelta(minutes=30)
 
@@ -75,6 +76,8 @@ def join(port: int = 8888, launcher: str | None = None) -> Iterator[World]:
     """Joins the run's process group, and leaves it at the end. NCCL on GPUs, gloo elsewhere."""
     place = find_place(os.environ, port, launcher)
     device = pick_device(place.local_rank)
+    if device.type == "cpu":
+        keep_freed_memory()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if device.type == "cpu" and place.size > 1 and _is_local(os.environ):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

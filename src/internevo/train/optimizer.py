@@ -18,8 +18,8 @@ class Optimizer:
     count, since a step updates all or none.
     """
 
-    def __init__(self, model: nn.Module, config: Adam) -> None:
-        self.named = dict(model.named_parameters())
+    def __init__(self, masters: dict[str, nn.Parameter], config: Adam) -> None:
+        self.named = masters
         groups = [
             {"params": [p for p in self.named.values() if p.dim() >= 2], "weight_decay": config.weight_decay},
             {"params": [p for p in self.named.values() if p.dim() < 2], "weight_decay": 0.0},

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..data.batches import MicroBatch, StepBatch
 from ..models import Decoder
-from ..parallel import data as data_axis
+from ..parallel.data import DataAxis
 from ..parallel.layout import Layout
 from .optimizer import Optimizer
 from .scaler import LossScaler
@@ -67,6 +67,7 @@ class Stepper:
     """Takes steps with a model spread over ranks."""
 
     model: Decoder
+    axis: DataAxis
     optimizer: Optimizer
     scaler: LossScaler
     layout: Layout
@@ -90,6 +91,7 @@ class Stepper:
                 factor *= min(1.0, self.clip / (result.grad_norm + 1e-6))
             torch._foreach_mul_(self.optimizer.gradients(), factor)
             self.optimizer.step(lr, beta2)
+            self.axis.masters_changed()
         self.optimizer.zero_grad()
         self.scaler.update(result.skipped)
         return result
@@ -97,7 +99,7 @@ class Stepper:
     def _forward_backward(self, batch: StepBatch, scale: float) -> Losses:
         losses = Losses.zeros(self.types, self.device)
         for number, micro in enumerate(batch.micro_batches, start=1):
-            data_axis.set_last_micro_batch(self.model, number == len(batch.micro_batches), self.layout.fsdp)
+            self.axis.before_micro_batch(last=number == len(batch.micro_batches))
             on_device = micro.to(self.device)
             total, token_losses = self.model(
                 on_device.tokens, cu_seqlens=on_device.cu_seqlens, labels=on_device.labels, smoothing=self.smoothing
@@ -123,7 +125,12 @@ class Stepper:
 
 @torch.no_grad()
 def evaluate(
-    model: Decoder, batches: Iterable[MicroBatch], types: int, device: torch.device, group: dist.ProcessGroup
+    model: Decoder,
+    axis: DataAxis,
+    batches: Iterable[MicroBatch],
+    types: int,
+    device: torch.device,
+    group: dist.ProcessGroup,
 ) -> Losses:
     """Losses over all ranks' validation batches; every rank must have equally many."""
     losses = Losses.zeros(types, device)
@@ -131,7 +138,7 @@ def evaluate(
         on_device = batch.to(device)
         _, token_losses = model(on_device.tokens, cu_seqlens=on_device.cu_seqlens, labels=on_device.labels)
         losses.add(token_losses, on_device)
-    data_axis.reshard(model)
+    axis.after_forwards()
     packed = torch.cat([losses.sums, losses.counts])
     dist.all_reduce(packed, group=group)
     return Losses(packed[:types], packed[types:])

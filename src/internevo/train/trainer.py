@@ -25,7 +25,7 @@ from ..observe.console import log, start_log
 from ..observe.observers import Observers
 from ..observe.record import StepRecord, ValidRecord, memory_peak, peak_tflops
 from ..parallel import plan
-from ..parallel.data import COMPUTE, reshard
+from ..parallel.data import COMPUTE
 from ..parallel.layout import Layout
 from ..parallel.world import World
 from .optimizer import Optimizer
@@ -53,16 +53,16 @@ class Trainer:
         _set_backends(config)
         self.decoder = decoder_config(config.model_type, config.model)
         self._open_data()
-        mesh = self.layout.data_mesh(world.device.type)
-        self.model = plan.build(self.decoder, config.model, self.layout, mesh, world.device, config.seed)
-        self.optimizer = Optimizer(self.model, config.adam)
+        self.model, self.axis = plan.build(self.decoder, config.model, self.layout, world.device, config.seed)
+        self.optimizer = Optimizer(self.axis.masters, config.adam)
         self.scaler = LossScaler.of(config.grad_scaler, config.model.dtype)
         self.state = RunState()
         self.news = restore(self)
+        self.axis.masters_changed()
         assert dist.group.WORLD is not None
         self.stepper = Stepper(
-            self.model, self.optimizer, self.scaler, self.layout, dist.group.WORLD, world.device, len(self.rows.types),
-            config.hybrid_zero_optimizer.clip_grad_norm, config.loss.label_smoothing,
+            self.model, self.axis, self.optimizer, self.scaler, self.layout, dist.group.WORLD, world.device,
+            len(self.rows.types), config.hybrid_zero_optimizer.clip_grad_norm, config.loss.label_smoothing,
         )  # fmt: skip
         self.saver = Saver(self.run, config.ckpt, world.rank, _sizes(self.layout), after=self._export)
         self.saved_step = self.state.step
@@ -157,7 +157,9 @@ class Trainer:
             self.valid, data.micro_bsz, self.layout.data_rank(self.world.rank), self.layout.data,
             data.use_packed_dataset, data.valid_max_rows,
         )  # fmt: skip
-        losses = evaluate(self.model, batches, len(self.valid.types), self.world.device, self.stepper.group)
+        losses = evaluate(
+            self.model, self.axis, batches, len(self.valid.types), self.world.device, self.stepper.group
+        )
         if observers:
             by_type = losses.by_type(self.valid.types)
             ppl = {name: _perplexity(loss) for name, loss in by_type.items()}
@@ -170,7 +172,7 @@ class Trainer:
         if not monitor.sample_prompts or path is None:
             return
         tokenizer = load_tokenizer(path)
-        dtype = COMPUTE[self.config.model.dtype] or torch.float32
+        dtype = COMPUTE[self.config.model.dtype]
         for prompt in monitor.sample_prompts:
             ids = tokenizer.with_bos(prompt)
             ends = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
@@ -178,7 +180,7 @@ class Trainer:
             out = generate(self.model, ids, monitor.sample_tokens, sampling, seed=self.config.seed, eos_ids=ends, dtype=dtype)
             if observers:
                 observers.sample(step, prompt, tokenizer.decode([i for i in out if i not in ends]))
-        reshard(self.model)
+        self.axis.after_forwards()
 
     def _save(self, step: int) -> None:
         self.saver.save(step, self._tensors(), self._extras())
@@ -202,7 +204,7 @@ class Trainer:
         if not self.config.ckpt.enable_internevo2hf_ckpt or not folder.name.startswith("step-"):
             return
         checkpoint = Checkpoint(folder)
-        dtype = COMPUTE[self.config.model.dtype] or torch.float32
+        dtype = COMPUTE[self.config.model.dtype]
         target = self.run / "hf" / folder.name
         write_hf(checkpoint.config, checkpoint.parameter, target, dtype=dtype, tokenizer=checkpoint.tokenizer)
 
