@@ -11,10 +11,10 @@ SEQ_LEN = 256
 DATA = "demo/data"
 
 model = dict(
-    num_layers=6,
+    num_layers=5,
     hidden_size=256,
-    num_attention_heads=8,
-    num_kv_attention_heads=4,
+    num_attention_heads=4,
+    num_kv_attention_heads=2,
     mlp_ratio=8 / 3,
     multiple_of=64,
     vocab_size=VOCAB_SIZE,
@@ -27,11 +27,11 @@ data = dict(
     valid_folder=f"{DATA}/valid",
     tokenizer_path=DATA,
     seq_len=SEQ_LEN,
-    micro_bsz=16,
+    micro_bsz=8,
     # Rows per step over all processes: one process or two train the same batches.
-    global_batch_size=32,
-    total_steps=300,
-    valid_every=100,
+    global_batch_size=16,
+    total_steps=360,
+    valid_every=120,
     valid_max_rows=256,
 )
 
@@ -43,13 +43,13 @@ parallel = dict(zero1=dict(size=-1))
 
 ckpt = dict(
     save_ckpt_folder="demo/run",
-    checkpoint_every=100,
+    checkpoint_every=120,
     keep_last=2,
 )
 
 monitor = dict(
     log_every=10,
     sample_prompts=("def ", "import ", "class "),
-    sample_every=100,
+    sample_every=120,
     sample_tokens=96,
 )

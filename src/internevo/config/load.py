@@ -74,10 +74,8 @@ def read_yaml(path: Path) -> Any:
 
 
 def read_toml(path: Path) -> Any:
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
+    import tomllib
+
     return tomllib.loads(path.read_text(encoding="utf-8"))
 
 

@@ -1,0 +1,45 @@
+# make demo and make test need nothing but Python 3.11 or newer: they set up .venv by themselves, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := 2.13.0
+# pytest arguments, for example: make test ARGS="tests/unit -k rope"
+ARGS ?=
+# Arguments of the demo, for example: make demo DEMO="--steps 20"
+DEMO ?=
+
+.PHONY: demo test lint types docs check clean
+
+demo: $(VENV)/ready
+	$(BIN)/internevo demo $(DEMO)
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/ready
+	$(BIN)/mypy
+
+docs: $(VENV)/ready
+	$(BIN)/mkdocs build --strict
+
+check: lint types docs test
+
+clean:
+	rm -rf $(VENV) demo site build
+
+# Made anew when the pinned versions or the package's needs change. Without a GPU, the CPU build of PyTorch is taken when the
+# index has one (TORCH_INDEX names another index).
+$(VENV)/ready: constraints.txt pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not installed; install Python 3.11 or newer, or give PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11; give PYTHON=python3.12, say" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "error: this Python has no venv module; on Debian: apt install python3-venv" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (a few minutes the first time)"
+	@command -v nvidia-smi >/dev/null || $(BIN)/python -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==$(TORCH)+cpu 2>/dev/null || true
+	$(BIN)/python -m pip install -q torch==$(TORCH)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@

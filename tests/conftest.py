@@ -1,0 +1,91 @@
+"""Shared by all tests: a tiny config, a tiny dataset, and a way to run the commands as a user does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+ROOT = Path(__file__).resolve().parent.parent
+TINY = {
+    "JOB_NAME": "tiny",
+    "model_type": "LLAMA2",
+    "model": {
+        "num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "num_kv_attention_heads": 2, "vocab_size": 97,
+        "intermediate_size": 48, "dtype": "torch.float32",
+    },
+    "data": {"seq_len": 32, "micro_bsz": 1, "global_batch_size": 12, "total_steps": 8},
+    "adam": {"lr": 1e-2},
+    "hybrid_zero_optimizer": {"clip_grad_norm": 1.0},
+    "lr_scheduler": {"total_steps": 20},
+    "enable_tb": False,
+}  # fmt: skip
+
+
+def run(*arguments, code=0, env=None, timeout=180, command=None):
+    """Runs ``internevo ARGUMENTS`` and returns the finished process; fails with its output on another exit code."""
+    command = command or [sys.executable, "-m", "internevo"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "INTERNEVO_DEVICE": "cpu", **(env or {})}
+    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, env=environment)
+    assert code is None or done.returncode == code, f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done
+
+
+@pytest.fixture(name="run")
+def run_fixture():
+    return run
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Two types of documents, random lengths, some masked tokens (token 0 among them)."""
+    from internevo.data.tokenized import MASKED_ZERO, TokenWriter
+
+    draw = np.random.default_rng(7)
+    for name in ("cn", "en"):
+        writer = TokenWriter(tmp_path / "data" / name / "part.bin", vocab_size=2**20)
+        counts = draw.integers(1, 80, size=60)
+        ids = draw.integers(0, 97, size=counts.sum())
+        masked = draw.random(len(ids)) < 0.05
+        writer.write(np.where(masked, np.where(ids == 0, MASKED_ZERO, -ids), ids), counts)
+        writer.close()
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def config(tmp_path, dataset):
+    """Writes the tiny config with changes (dotted keys) to a file; its run folder is ``tmp_path/NAME``."""
+
+    def write(name="run", **changes):
+        values = json.loads(json.dumps(TINY))
+        values["data"]["train_folder"] = str(dataset)
+        values["ckpt"] = {"save_ckpt_folder": str(tmp_path / name)}
+        for key, value in changes.items():
+            *path, last = key.split("__")
+            node = values
+            for part in path:
+                node = node.setdefault(part, {})
+            node[last] = value
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(values))
+        return path
+
+    return write
+
+
+def metrics(folder):
+    """Training rows of a run folder."""
+    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "loss" in row]
+
+
+def tensors(folder, step):
+    """Every tensor of a checkpoint of a run folder, in full."""
+    from internevo.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint(Path(folder) / "checkpoints" / f"step-{step:08d}")
+    return {name: checkpoint.tensor(name) for name in checkpoint.manifest.tensors}

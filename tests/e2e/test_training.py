@@ -1,0 +1,224 @@
+"""Training through the command: the same on any number of processes, exact on resume, safe when it is killed."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from tests.conftest import ROOT, metrics, tensors
+
+SAME = ("step", "loss", "grad_norm", "lr", "tokens", "consumed_tokens", "skipped", "loss_by_type")
+
+
+def comparable(rows):
+    return [{key: row[key] for key in SAME} for row in rows]
+
+
+def assert_close(rows, reference, tolerance=1e-5):
+    assert [r["step"] for r in rows] == [r["step"] for r in reference]
+    for row, wanted in zip(rows, reference, strict=True):
+        for key in ("loss", "grad_norm"):
+            assert abs(row[key] - wanted[key]) <= tolerance * abs(wanted[key]), (row["step"], key, row[key], wanted[key])
+
+
+LAYOUTS = {
+    "zero over all of 2": (2, {}),
+    "plain data parallel on 2": (2, {"parallel__zero1": 1}),
+    "zero in groups of 2 on 4": (4, {"parallel__zero1": 2}),
+    "fsdp on 2": (2, {"parallel__zero1": {"size": -1, "fsdp": True}}),
+    "hybrid fsdp on 4": (4, {"parallel__zero1": {"size": 2, "fsdp": True}}),
+    "uneven: 3": (3, {}),
+    "recompute on 2": (2, {"model__checkpoint": True}),
+    "several rows per micro-batch": (1, {"data__micro_bsz": 4}),
+    "half of the layers recomputed": (1, {"model__checkpoint": 0.5}),
+}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """One process, per kind of data."""
+    return {}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("kind", ["packed", "padded", "tied"])
+def test_every_layout_trains_the_same_model(run, config, tmp_path, name, kind):
+    processes, changes = LAYOUTS[name]
+    if kind != "packed" and name not in ("zero over all of 2", "hybrid fsdp on 4"):
+        pytest.skip("the kinds of data are tried on two layouts")
+    kinds = {"packed": {}, "padded": {"data__use_packed_dataset": False}, "tied": {"model__tie_word_embeddings": True}}
+    run("train", config("one", **kinds[kind]))
+    run("train", config("many", **kinds[kind], **changes), "--nproc", processes)
+    assert_close(metrics(tmp_path / "many"), metrics(tmp_path / "one"))
+    mine, wanted = tensors(tmp_path / "many", 8), tensors(tmp_path / "one", 8)
+    assert mine.keys() == wanted.keys()
+    for key, tensor in wanted.items():
+        assert (mine[key] - tensor).abs().max() <= 1e-5 * max(1.0, tensor.abs().max()), key
+
+
+def test_recomputation_and_overlap_of_documents_change_nothing_or_something(run, config, tmp_path):
+    run("train", config("plain"))
+    run("train", config("recomputed", model__checkpoint=True))
+    run("train", config("joined", data__pack_sample_into_one=True))
+    assert comparable(metrics(tmp_path / "recomputed")) == comparable(metrics(tmp_path / "plain"))
+    assert metrics(tmp_path / "joined")[3]["loss"] != metrics(tmp_path / "plain")[3]["loss"]
+
+
+@pytest.mark.parametrize("dtype", ["torch.float32", "torch.bfloat16"])
+def test_resume_is_bit_identical(run, config, tmp_path, dtype):
+    changes = {"model__dtype": dtype, "ckpt__checkpoint_every": 3, "data__rampup_batch_size": "4 4 2"}
+    run("train", config("whole", **changes))
+    half = config("halves", **changes)
+    run("train", half, "data.total_steps=5")
+    run("train", half)
+    assert comparable(metrics(tmp_path / "halves")) == comparable(metrics(tmp_path / "whole"))
+    mine, wanted = tensors(tmp_path / "halves", 8), tensors(tmp_path / "whole", 8)
+    assert all(torch.equal(mine[key], wanted[key]) for key in wanted)
+
+
+def test_resume_on_another_number_of_processes(run, config, tmp_path):
+    run("train", config("whole"))
+    parts = config("parts")
+    run("train", parts, "data.total_steps=2", "--nproc", 2)
+    run("train", parts, "data.total_steps=4", "parallel.zero1.fsdp=true", "--nproc", 3)
+    run("train", parts, "data.total_steps=6", "parallel.zero1=1", "--nproc", 2)
+    run("train", parts)
+    assert_close(metrics(tmp_path / "parts"), metrics(tmp_path / "whole"))
+    mine, wanted = tensors(tmp_path / "parts", 8), tensors(tmp_path / "whole", 8)
+    assert all((mine[k] - wanted[k]).abs().max() <= 1e-5 * max(1.0, wanted[k].abs().max()) for k in wanted)
+
+
+def start(path, *arguments):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "INTERNEVO_DEVICE": "cpu"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "internevo", "train", str(path), *map(str, arguments)],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def wait_for_step(folder, step, process, seconds=90):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and process.poll() is None:
+        if (folder / "metrics.jsonl").is_file() and len(metrics(folder)) >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached: {process.stdout.read() if process.poll() is not None else ''}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_finishes_the_step_saves_and_exits_0(run, config, tmp_path, number, processes):
+    steps = {"data__total_steps": 400, "lr_scheduler__total_steps": 400}
+    path = config("stopped", **steps)
+    process = start(path, "--nproc", processes)
+    wait_for_step(tmp_path / "stopped", 5, process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    last = metrics(tmp_path / "stopped")[-1]["step"]
+    assert 5 <= last < 400
+    assert (tmp_path / "stopped" / "checkpoints" / f"step-{last:08d}" / "manifest.json").is_file()
+    run("train", path, f"data.total_steps={last + 3}", "--nproc", processes)
+    assert [row["step"] for row in metrics(tmp_path / "stopped")] == list(range(1, last + 4))
+
+
+def test_a_killed_run_goes_on_to_bit_identical_weights(run, config, tmp_path):
+    changes = {"ckpt__checkpoint_every": 4, "ckpt__oss_snapshot_freq": 3, "ckpt__keep_last": 2, "data__total_steps": 40,
+               "lr_scheduler__total_steps": 40}  # fmt: skip
+    run("train", config("whole", **changes), "--nproc", 2)
+    path = config("killed", **changes)
+    draw = random.Random(3)
+    for _ in range(3):
+        process = start(path, "--nproc", 2)
+        done = len(metrics(tmp_path / "killed")) if (tmp_path / "killed" / "metrics.jsonl").is_file() else 0
+        wait_for_step(tmp_path / "killed", min(done + draw.randint(2, 9), 38), process)
+        process.kill()
+        process.wait()
+        time.sleep(0.2)
+    run("train", path, "--nproc", 2)
+    assert comparable(metrics(tmp_path / "killed")) == comparable(metrics(tmp_path / "whole"))
+    mine, wanted = tensors(tmp_path / "killed", 40), tensors(tmp_path / "whole", 40)
+    assert all(torch.equal(mine[key], wanted[key]) for key in wanted)
+    kept = sorted(p.name for p in (tmp_path / "killed" / "checkpoints").iterdir())
+    assert kept == ["step-00000036", "step-00000040"]
+
+
+def test_a_process_that_fails_ends_the_run_with_its_message(run, config, tmp_path):
+    path = config("failing")
+    process = start(path, "--nproc", 2, "data.total_steps=400", "lr_scheduler.total_steps=400")
+    wait_for_step(tmp_path / "failing", 3, process)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "of 2 failed" in output
+
+
+def test_torchrun_and_slurm_start_the_same_run(run, config, tmp_path):
+    run("train", config("one"))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    run(ROOT / "train.py", "--config", config("torchrun"), "--launcher", "torch", command=torchrun)
+    assert_close(metrics(tmp_path / "torchrun"), metrics(tmp_path / "one"))
+    path = config("slurm")
+    port = 20000 + os.getpid() % 20000
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), "--config", str(path), "--launcher", "slurm", "--port", str(port)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "SLURM_PROCID": str(rank), "SLURM_NTASKS": "2", "SLURM_LOCALID": str(rank),
+                 "SLURM_JOB_NODELIST": "localhost", "SLURM_STEP_ID": "0"},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for process in processes:
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
+    assert_close(metrics(tmp_path / "slurm"), metrics(tmp_path / "one"))
+
+
+def test_half_precision_follows_fp32(run, config, tmp_path):
+    run("train", config("fp32"))
+    for dtype in ("torch.bfloat16", "torch.float16"):
+        run("train", config("half", model__dtype=dtype, ckpt__enable_save_ckpt=False))
+        for row, wanted in zip(metrics(tmp_path / "half"), metrics(tmp_path / "fp32"), strict=True):
+            assert abs(row["loss"] - wanted["loss"]) < 0.03 and not row["skipped"]
+
+
+def test_compiled_layers_train_the_same(run, config, tmp_path):
+    run("train", config("plain"), "data.total_steps=3")
+    run("train", config("compiled", model__compile=True), "data.total_steps=3", timeout=280)
+    assert_close(metrics(tmp_path / "compiled"), metrics(tmp_path / "plain"))
+
+
+def test_overflow_is_skipped_counted_and_backed_off(run, config, tmp_path):
+    scaler = {"fp16": {"initial_scale": 2.0**40, "growth_interval": 3}, "hysteresis": 1}
+    run("train", config("overflow", model__dtype="torch.float16", grad_scaler=scaler), "data.total_steps=30")
+    rows = metrics(tmp_path / "overflow")
+    assert rows[0]["skipped"] and not rows[-1]["skipped"]
+    scales = [row["loss_scale"] for row in rows]
+    assert scales[0] == 2.0**39 and min(scales) < 2.0**30
+    assert max(scales[20:]) > min(scales)  # it grows again
+    assert rows[-1]["skipped_steps"] == sum(row["skipped"] for row in rows)
+
+
+def test_validation_stop_file_skips_and_export(run, config, tmp_path, dataset):
+    stop = tmp_path / "stop"
+    path = config(
+        "full", data__valid_folder=str(dataset), data__valid_every=2, data__skip_batches="1,3-4", ckpt__stop_file_path=str(stop),
+        ckpt__enable_internevo2hf_ckpt=True, ckpt__checkpoint_every=2,
+    )  # fmt: skip
+    run("train", path, "--nproc", 2)
+    rows = metrics(tmp_path / "full")
+    assert [row["step"] for row in rows] == [1, 3, 6, 7, 8]
+    assert set(rows[0]["loss_by_type"]) == {"cn", "en"}
+    text = (tmp_path / "full" / "metrics.jsonl").read_text()
+    assert text.count("valid_loss\"") == 2  # steps 6 and 8 are trained and multiples of 2
+    assert stop.read_text() == "0"
+    for name in ("report.html", "config.json", "log/rank-00000.log", "log/rank-00001.log", "hf/step-00000008/model.safetensors"):
+        assert (tmp_path / "full" / name).is_file(), name
+    assert "https://cdn" not in (tmp_path / "full" / "report.html").read_text()
