@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -40,41 +41,45 @@ def run_fixture():
     return run
 
 
-@pytest.fixture
-def dataset(tmp_path):
+def write_dataset(folder):
     """Two types of documents, random lengths, some masked tokens (token 0 among them)."""
     from internevo.data.tokenized import MASKED_ZERO, TokenWriter
 
     draw = np.random.default_rng(7)
     for name in ("cn", "en"):
-        writer = TokenWriter(tmp_path / "data" / name / "part.bin", vocab_size=2**20)
+        writer = TokenWriter(folder / name / "part.bin", vocab_size=2**20)
         counts = draw.integers(1, 80, size=60)
         ids = draw.integers(0, 97, size=counts.sum())
         masked = draw.random(len(ids)) < 0.05
         writer.write(np.where(masked, np.where(ids == 0, MASKED_ZERO, -ids), ids), counts)
         writer.close()
-    return tmp_path / "data"
+    return folder
+
+
+def write_config(folder, dataset, name="run", **changes):
+    """Writes the tiny config with changes (``section__key=value``) to a file; its run folder is ``folder/NAME``."""
+    values = json.loads(json.dumps(TINY))
+    values["data"]["train_folder"] = str(dataset)
+    values["ckpt"] = {"save_ckpt_folder": str(folder / name)}
+    for key, value in changes.items():
+        *path, last = key.split("__")
+        node = values
+        for part in path:
+            node = node.setdefault(part, {})
+        node[last] = value
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(values))
+    return path
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    return write_dataset(tmp_path / "data")
 
 
 @pytest.fixture
 def config(tmp_path, dataset):
-    """Writes the tiny config with changes (dotted keys) to a file; its run folder is ``tmp_path/NAME``."""
-
-    def write(name="run", **changes):
-        values = json.loads(json.dumps(TINY))
-        values["data"]["train_folder"] = str(dataset)
-        values["ckpt"] = {"save_ckpt_folder": str(tmp_path / name)}
-        for key, value in changes.items():
-            *path, last = key.split("__")
-            node = values
-            for part in path:
-                node = node.setdefault(part, {})
-            node[last] = value
-        path = tmp_path / f"{name}.json"
-        path.write_text(json.dumps(values))
-        return path
-
-    return write
+    return partial(write_config, tmp_path, dataset)
 
 
 def metrics(folder):
