@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .data.tokenizer import load_tokenizer
+from .tokenizer import load_tokenizer
 from .errors import UsageError
 from .interchange import load_model, open_source
 from .models import Decoder

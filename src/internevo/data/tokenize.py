@@ -21,7 +21,7 @@ import numpy.typing as npt
 from ..errors import UsageError
 from .documents import Job, find_files, make_jobs, texts
 from .tokenized import TokenWriter
-from .tokenizer import Tokenizer, load_tokenizer, train_bpe
+from ..tokenizer import Tokenizer, load_tokenizer, train_bpe
 
 PART_TOKENS = 2**30
 """Tokens in one output file."""

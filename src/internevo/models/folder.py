@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from ..tokenizer import load_tokenizer
 from .config import DecoderConfig
 from .hf import Entry, FolderWriter, Weights, disk_tensors, read_config
 from .registry import decoder_from_hf, family
@@ -107,6 +108,17 @@ def copy_tokenizer(source: Path, folder: Path) -> dict[str, Any]:
     for name in names:
         if (home / name).is_file():
             shutil.copyfile(home / name, folder / name)
-    path = home / "config.json"
-    known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return {key: known[key] for key in SPECIAL_IDS if known.get(key) is not None}
+    return _special_ids(home, source)
+
+
+def _special_ids(home: Path, tokenizer: Path) -> dict[str, Any]:
+    """Ids for config.json: as the folder's own config names them, else as its tokenizer does."""
+    for name in ("config.json", "generation_config.json"):
+        if (home / name).is_file():
+            known = json.loads((home / name).read_text(encoding="utf-8"))
+            ids = {key: known[key] for key in SPECIAL_IDS if known.get(key) is not None}
+            if ids:
+                return ids
+    found = load_tokenizer(tokenizer)
+    ids = {"bos_token_id": found.bos_id, "eos_token_id": found.eos_id}
+    return {key: value for key, value in ids.items() if value is not None}

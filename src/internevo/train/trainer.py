@@ -17,7 +17,7 @@ from ..config import Config, dump
 from ..data.batches import BatchSizes, StepBatch, TrainBatches, parse_skips, valid_batches
 from ..data.order import Order
 from ..data.source import train_rows, valid_rows
-from ..data.tokenizer import load_tokenizer
+from ..tokenizer import load_tokenizer
 from ..generate import Sampling, generate
 from ..models import decoder_config
 from ..models.folder import write_hf

@@ -1,0 +1,239 @@
+"""Configs: InternEvo's files run unchanged, mistakes are named, nothing is ignored in silence."""
+
+import json
+import textwrap
+
+import pytest
+from internevo.config import check, load_config, missing_features, notices, problems, validate
+from internevo.config.option import walk
+from internevo.errors import ConfigError, NotAvailableYet
+from internevo.models import decoder_config
+
+from tests.conftest import ROOT, TINY, run
+
+INTERNEVO = '''
+JOB_NAME = "7b_train"
+model_type = "INTERNLM2_PUBLIC"
+DO_ALERT = False
+
+VOCAB_SIZE = 92544
+SEQ_LEN = 2048
+HIDDEN_SIZE = 4096
+MLP_RATIO = 3.5
+MODEL_ONLY_FOLDER = "local:llm_ckpts/xxxx"
+SAVE_CKPT_FOLDER = "local:llm_ckpts"
+CHECKPOINT_EVERY = 50
+
+ckpt = dict(
+    enable_save_ckpt=False,
+    enable_internevo2hf_ckpt=False,
+    save_ckpt_folder=SAVE_CKPT_FOLDER,
+    load_ckpt_info=dict(path=None, content=("model",), ckpt_type="internevo"),
+    auto_resume=True,
+    checkpoint_every=CHECKPOINT_EVERY,
+    async_upload=True,
+    async_upload_tmp_folder="/dev/shm/internlm_tmp_ckpt/",
+    oss_snapshot_freq=int(CHECKPOINT_EVERY / 2),
+)
+TRAIN_FOLDER = None
+VALID_FOLDER = None
+data = dict(
+    seq_len=SEQ_LEN, micro_num=4, micro_bsz=2, valid_micro_num=4, valid_every=0, pack_sample_into_one=False,
+    total_steps=20, skip_batches="", rampup_batch_size="", min_length=50, train_folder=TRAIN_FOLDER,
+    valid_folder=VALID_FOLDER, empty_cache_and_diag_interval=200, diag_outlier_ratio=1.1,
+)
+grad_scaler = dict(
+    fp16=dict(initial_scale=2**16, min_scale=1, growth_interval=1000),
+    growth_factor=2, backoff_factor=0.5, max_scale=2**24, hysteresis=2,
+)
+hybrid_zero_optimizer = dict(
+    overlap_sync_grad=True, overlap_sync_param=False, reduce_bucket_size=512 * 1024 * 1024, clip_grad_norm=1.0,
+)
+loss = dict(label_smoothing=0)
+adam = dict(lr=1e-4, adam_beta1=0.9, adam_beta2=0.95, adam_beta2_c=0, adam_eps=1e-8, weight_decay=0.01)
+lr_scheduler = dict(total_steps=data["total_steps"], init_steps=0, warmup_ratio=0.01, eta_min=1e-5, last_epoch=-1)
+beta2_scheduler = dict(init_beta2=adam["adam_beta2"], c=adam["adam_beta2_c"], cur_iter=-1)
+use_fp32_norm = False
+model = dict(
+    checkpoint=False, num_chunks=1, num_attention_heads=32, embed_split_hidden=True, vocab_size=VOCAB_SIZE,
+    embed_grad_scale=1, parallel_output=True, hidden_size=HIDDEN_SIZE, num_layers=32, no_bias=True, mlp_ratio=MLP_RATIO,
+    apply_post_layer_norm=False, dtype="torch.bfloat16", norm_type="rmsnorm", layer_norm_epsilon=1e-5,
+    num_kv_attention_heads=8, use_flash_attn=True, qk_interleaved=False,
+)
+parallel = dict(
+    zero1=dict(size=-1), tensor=dict(size=1, mode="mtp"), pipeline=dict(size=1, interleaved_overlap=True),
+    weight=dict(size=1, overlap=True, launch_allgather_before="wo", forward_overlap_per="layer"),
+)
+cudnn_deterministic = False
+cudnn_benchmark = False
+monitor = dict(
+    alert=dict(enable_feishu_alert=DO_ALERT, feishu_alert_address=None, light_monitor_address=None,
+               alert_file_path=f"llm_alter/{JOB_NAME}_alert.log"),
+    tensorboard=dict(queue_max_length=10),
+)
+generation = dict(ckpt_folder="/path/to/saved/ckpt", output_folder="/path/to/save/generation", batch_size=1, eos_id=[2, 0],
+                  bos_id=1, max_length=100, do_sample=True, temperature=1.0, top_k=50, top_p=1.0, repetition_penalty=1,
+                  length_penalty=1.0)
+'''
+
+
+def tiny(**changes):
+    values = json.loads(json.dumps(TINY))
+    for key, value in changes.items():
+        *path, last = key.split("__")
+        node = values
+        for part in path:
+            node = node.setdefault(part, {})
+        node[last] = value
+    return validate(values)
+
+
+def test_an_internevo_file_runs_unchanged(tmp_path):
+    path = tmp_path / "7B_sft.py"
+    path.write_text(INTERNEVO)
+    config = load_config(path)
+    check(config, 8)
+    assert decoder_config(config.model_type, config.model).parameters() == 7_737_708_544
+    assert config.ckpt.save_ckpt_folder == "llm_ckpts"
+    assert config.lr_scheduler.total_steps == 20
+    silent = {"ckpt.async_upload", "model.use_flash_attn", "parallel.weight.layer_fuse_isp_comm"}
+    said = {line.split()[0] for line in notices(config)}
+    assert "ckpt.async_upload" in said and "model.use_flash_attn" in said
+    assert "parallel.weight.layer_fuse_isp_comm" in silent - said  # not given, so not said
+
+
+def test_read_base_works_from_any_directory(tmp_path, monkeypatch):
+    base = tmp_path / "configs" / "_base_"
+    base.mkdir(parents=True)
+    (base / "shape.py").write_text("model_type = 'LLAMA2'\nmodel = " + repr(TINY["model"]) + "\n")
+    (tmp_path / "configs" / "demo.py").write_text(
+        "from internlm.utils.utils import read_base\nwith read_base():\n    from configs._base_.shape import *\n"
+        f"data = {TINY['data']!r}\nadam = dict(lr=1)\n"
+    )
+    monkeypatch.chdir("/")
+    assert load_config(tmp_path / "configs" / "demo.py").model.hidden_size == 32
+
+
+@pytest.mark.parametrize(
+    ("change", "meant"),
+    [
+        ({"data__micro_nun": 2}, "data.micro_num"),
+        ({"model__num_layer": 2}, "model.num_layers"),
+        ({"parallel__tensor__sise": 2}, "parallel.tensor.size"),
+        ({"modle": {}}, "model"),
+        ({"seq_len": 3}, "data.seq_len"),
+        ({"beta2_scheduler": {"init_beta": 0.9}}, "beta2_scheduler.init_beta2"),
+    ],
+)
+def test_an_unknown_key_is_an_error_that_names_what_was_meant(change, meant):
+    with pytest.raises(ConfigError, match=f"unknown key; did you mean {meant}"):
+        tiny(**change)
+
+
+def test_all_problems_are_reported_together():
+    with pytest.raises(ConfigError) as caught:
+        tiny(data__micro_nun=2, adam__lr=-1, model__dtype="torch.int3")
+    assert all(key in str(caught.value) for key in ("data.micro_nun", "adam.lr", "model.dtype", "3 problem(s)"))
+
+
+@pytest.mark.parametrize(
+    ("world", "changes", "message"),
+    [
+        (3, {"parallel__tensor": 2}, "3 processes cannot be cut"),
+        (1, {"model__num_attention_heads": 5}, "not a multiple of model.num_attention_heads"),
+        (1, {"model__num_kv_attention_heads": 3}, "not a multiple of model.num_kv_attention_heads"),
+        (2, {"parallel__tensor": {"size": 2, "mode": "msp"}, "data__seq_len": 31}, "data.seq_len = 31 is not divisible"),
+        (4, {"parallel__zero1": 3}, "does not divide the 4 data ranks"),
+        (5, {}, "data.global_batch_size = 12 is not a multiple"),
+        (2, {"parallel__weight__size": 2}, "needs parallel.tensor.mode = 'isp'"),
+        (1, {"model_type": "LAMA2"}, "did you mean LLAMA2"),
+        (1, {"data__skip_batches": "5,3"}, "ascending"),
+        (1, {"data__rampup_batch_size": "4 4"}, "three positive integers"),
+        (1, {"lr_scheduler__total_steps": 3}, "ends before data.total_steps"),
+        (1, {"model__rope_scaling": {"rope_type": "magic"}}, "no rope_type among"),
+        (1, {"monitor__sample_prompts": ["a"]}, "needs data.tokenizer_path"),
+    ],
+)
+def test_contradictions_are_found_before_anything_starts(world, changes, message):
+    assert any(message in line for line in problems(tiny(**changes), world)), problems(tiny(**changes), world)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"parallel__tensor": {"size": 2, "mode": "isp"}, "model__vocab_size": 98},
+        {"parallel__pipeline": 2},
+        {"model__num_experts": 8},
+        {"model_type": "QWEN2"},
+        {"data__type": "streaming", "data__train_folder": "."},
+        {"model__norm_head": True},
+        {"fp8": {"margin": 0}},
+        {"monitor__comm": True},
+    ],
+)
+def test_what_is_not_there_yet_validates_and_refuses_to_train(changes):
+    config = tiny(**changes)
+    assert missing_features(config)
+    with pytest.raises(NotAvailableYet, match="not available yet"):
+        check(config, 4)
+
+
+def test_missing_folders_are_named():
+    with pytest.raises(ConfigError, match="data.train_folder = '/no/such' does not exist"):
+        check(tiny(data__train_folder="/no/such"), 1)
+
+
+def test_yaml_toml_json_and_python_say_the_same(tmp_path):
+    import yaml
+
+    body = {"model_type": "LLAMA2", "model": TINY["model"], "data": TINY["data"], "adam": {"lr": 0.5}}
+    toml = "model_type = 'LLAMA2'\n" + "".join(
+        f"[{name}]\n" + "".join(f"{k} = {v!r}\n" for k, v in body[name].items()) for name in ("model", "data", "adam")
+    )
+    texts = {
+        "a.yaml": yaml.safe_dump(body), "a.json": json.dumps(body), "a.toml": toml,
+        "a.py": "".join(f"{k} = {v!r}\n" for k, v in body.items()),
+    }  # fmt: skip
+    found = []
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+        found.append(load_config(tmp_path / name, ["data.seq_len=4096", "parallel.tensor.size=2", "ckpt.enable_save_ckpt=false"]))
+    assert all(config == found[0] for config in found)
+    assert found[0].data.seq_len == 4096 and found[0].parallel.tensor.size == 2
+
+
+def test_every_field_says_what_it_means():
+    for key, field, _, _ in walk(tiny()):
+        assert field.description and field.description.endswith((".", ":", '".')), key
+
+
+COUNTS = {
+    "1.8B_internlm2": 1_889_110_016, "7B_internlm2": 7_737_708_544, "20B_internlm2": 19_861_149_696, "7B_llama2": 6_738_415_616,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
+def test_ready_configs_validate_and_have_the_published_sizes(path):
+    config = load_config(path)
+    assert not problems(config, 2 if path.stem == "demo" else 8) and not missing_features(config)
+    parameters = decoder_config(config.model_type, config.model).parameters()
+    assert parameters == COUNTS.get(path.stem, parameters)
+    if path.stem == "demo":
+        assert 5e6 <= parameters <= 15e6
+
+
+def test_config_command(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(textwrap.dedent("""
+        model_type: LLAMA2
+        model: {num_layers: 2, hidden_size: 32, num_attention_heads: 4, vocab_size: 97}
+        data: {seq_len: 32, micro_bsz: 1, total_steps: 8, train_folder: /no/such}
+        adam: {lr: 0.1}
+    """))
+    done = run("config", path, "data.micro_num=3")
+    assert json.loads(done.stdout)["data"]["micro_num"] == 3
+    assert "/no/such" in done.stderr
+    done = run("config", path, "--world-size", 4, "parallel.zero1.size=2")
+    assert "zero" in done.stdout and "4  rows of 32 tokens" in done.stdout
+    assert "did you mean data.seq_len" in run("config", path, "data.seqlen=3", code=2).stderr
+    assert "does not exist" in run("train", path, code=2).stderr
