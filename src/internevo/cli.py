@@ -7,9 +7,7 @@ import traceback
 from pathlib import Path
 from typing import Annotated, Literal
 
-
 import typer
-
 
 from .errors import InternEvoError, UsageError
 
@@ -86,10 +84,10 @@ def convert(
     source: Annotated[Path, typer.Argument(help="Hugging Face folder, checkpoint, or run folder.")],
     target: Annotated[Path, typer.Argument(help="Folder to write.")],
     to: Annotated[Literal["hf", "internevo"], typer.Option(help="Kind of the target.")],
-    family: Annotated[str | None, typer.Option(help="Family, when the source does not say it (LLAMA2, INTERNLM2, ...).")] = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Default: as in the source.")
+    family: Annotated[
+        str | None, typer.Option(help="Family, when the source does not say it (LLAMA2, INTERNLM2, ...).")
     ] = None,
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Default: as in the source.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file.")] = "5GB",
 ) -> None:
     """Convert weights to Hugging Face form or back, one tensor at a time."""
@@ -97,7 +95,12 @@ def convert(
     from .models.hf import parse_size
 
     convert_with_progress(
-        source, target, to, family=family, dtype=DTYPES[dtype] if dtype else None, shard_bytes=parse_size(max_shard_size)
+        source,
+        target,
+        to,
+        family=family,
+        dtype=DTYPES[dtype] if dtype else None,
+        shard_bytes=parse_size(max_shard_size),
     )
 
 
@@ -120,7 +123,9 @@ def generate(
 
 
 @app.command(epilog=_epilog("internevo inspect runs/demo"))
-def inspect(path: Annotated[Path, typer.Argument(help="Checkpoint, dataset, run folder or Hugging Face folder.")]) -> None:
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Checkpoint, dataset, run folder or Hugging Face folder.")],
+) -> None:
     """Say what a folder holds, and whether it is intact."""
     from .inspection import inspect as look
 
@@ -181,8 +186,10 @@ def train_py() -> None:
     """InternEvo's own command line: ``train.py --config CONFIG [--launcher slurm|torch] [--port P] [--seed S]``."""
     import argparse
 
-    parser = argparse.ArgumentParser(description="Train. The same as `internevo train`.", epilog=_epilog(
-        "torchrun --nproc-per-node 8 train.py --config configs/7B_internlm2.py --launcher torch"))
+    parser = argparse.ArgumentParser(
+        description="Train. The same as `internevo train`.",
+        epilog=_epilog("torchrun --nproc-per-node 8 train.py --config configs/7B_internlm2.py --launcher torch"),
+    )
     parser.add_argument("--config", type=Path, required=True, help="config file")
     parser.add_argument("--launcher", choices=("slurm", "torch"), help="who started the processes (default: look)")
     parser.add_argument("--port", type=int, default=8888, help="port of the first host, under Slurm")

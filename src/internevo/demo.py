@@ -10,6 +10,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -72,7 +73,7 @@ def _internevo(*arguments: str) -> None:
 def compare_with_transformers(folder: Path) -> float:
     """Largest absolute difference between our logits and transformers' for a folder, over some random tokens."""
     try:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM as auto
     except ImportError:
         raise UsageError('the check needs transformers: pip install "internevo[hf]"') from None
     import torch
@@ -80,7 +81,8 @@ def compare_with_transformers(folder: Path) -> float:
     from . import load_model
 
     ours = load_model(folder)
-    theirs, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    loader: Any = auto
+    theirs, info = loader.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     unfit = {kind: sorted(names) for kind, names in info.items() if names}
     if unfit:
         raise InternEvoError(f"transformers finds the folder unfit: {json.dumps(unfit, default=str)}")

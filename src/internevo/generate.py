@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .tokenizer import load_tokenizer
 from .errors import UsageError
 from .interchange import load_model, open_source
 from .models import Decoder
 from .models.layers import Cache
 from .parallel.world import pick_device
+from .tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,10 @@ def empty_caches(model: Decoder, capacity: int, dtype: torch.dtype, device: torc
     """Room for ``capacity`` tokens in every layer."""
     config = model.config
     shape = (1, capacity, config.num_kv_heads, config.head_dim)
-    return [Cache(*(torch.empty(shape, dtype=dtype, device=device) for _ in range(2)), 0) for _ in model.layers]
+    return [
+        Cache(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device), 0)
+        for _ in model.layers
+    ]
 
 
 def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:

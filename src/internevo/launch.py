@@ -58,9 +58,11 @@ def launch(arguments: list[str], processes: int, log: Path) -> int:
         with open(errors[rank], "w") as stderr:
             children.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "internevo", *arguments], stderr=stderr, stdin=subprocess.DEVNULL,
+                    [sys.executable, "-m", "internevo", *arguments],
+                    stderr=stderr,
+                    stdin=subprocess.DEVNULL,
                     env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                )  # fmt: skip
+                )
             )
     _forward_signals(children)
     failed = _wait(children)

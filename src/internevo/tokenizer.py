@@ -110,7 +110,9 @@ class _Transformers:
         try:
             from transformers import AutoTokenizer
         except ImportError:
-            raise UsageError(f"{path} has neither tokenizer.json nor tokenizer.model; reading it needs `internevo[hf]`") from None
+            raise UsageError(
+                f"{path} has neither tokenizer.json nor tokenizer.model; reading it needs `internevo[hf]`"
+            ) from None
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
         except Exception as error:
@@ -208,6 +210,10 @@ def train_bpe(texts: Any, vocab_size: int, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "tokenizer.json"
     fast.save(str(path))
-    table = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "clean_up_tokenization_spaces": False}
+    table = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END_OF_TEXT,
+        "clean_up_tokenization_spaces": False,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(table, indent=2) + "\n")
     return path

@@ -24,7 +24,12 @@ def assert_close(rows, reference, tolerance=1e-5):
     assert [r["step"] for r in rows] == [r["step"] for r in reference]
     for row, wanted in zip(rows, reference, strict=True):
         for key in ("loss", "grad_norm"):
-            assert abs(row[key] - wanted[key]) <= tolerance * abs(wanted[key]), (row["step"], key, row[key], wanted[key])
+            assert abs(row[key] - wanted[key]) <= tolerance * abs(wanted[key]), (
+                row["step"],
+                key,
+                row[key],
+                wanted[key],
+            )
 
 
 LAYOUTS = {
@@ -180,8 +185,8 @@ def test_torchrun_and_slurm_start_the_same_run(config, tmp_path, reference):
     processes = [
         subprocess.Popen(
             [sys.executable, str(ROOT / "train.py"), "--config", str(path), "--launcher", "slurm", "--port", str(port)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "SLURM_PROCID": str(rank), "SLURM_NTASKS": "2", "SLURM_LOCALID": str(rank),
-                 "SLURM_JOB_NODELIST": "localhost", "SLURM_STEP_ID": "0"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "SLURM_PROCID": str(rank), "SLURM_NTASKS": "2", 
+                 "SLURM_LOCALID": str(rank), "SLURM_JOB_NODELIST": "localhost", "SLURM_STEP_ID": "0"},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank in range(2)
@@ -206,7 +211,12 @@ def test_compiled_layers_train_the_same(config, tmp_path, reference):
 
 def test_overflow_is_skipped_counted_and_backed_off(config, tmp_path):
     scaler = {"fp16": {"initial_scale": 2.0**40, "growth_interval": 3}, "hysteresis": 1}
-    run("train", config("overflow", model__dtype="torch.float16", grad_scaler=scaler), "data.total_steps=30", "lr_scheduler.total_steps=30")
+    run(
+        "train",
+        config("overflow", model__dtype="torch.float16", grad_scaler=scaler),
+        "data.total_steps=30",
+        "lr_scheduler.total_steps=30",
+    )
     rows = metrics(tmp_path / "overflow")
     assert rows[0]["skipped"] and not rows[-1]["skipped"]
     scales = [row["loss_scale"] for row in rows]
@@ -218,16 +228,22 @@ def test_overflow_is_skipped_counted_and_backed_off(config, tmp_path):
 def test_validation_stop_file_skips_and_export(config, tmp_path, dataset):
     stop = tmp_path / "stop"
     path = config(
-        "full", data__valid_folder=str(dataset), data__valid_every=2, data__skip_batches="1,3-4", ckpt__stop_file_path=str(stop),
-        ckpt__enable_internevo2hf_ckpt=True, ckpt__checkpoint_every=2,
+        "full", data__valid_folder=str(dataset), data__valid_every=2, data__skip_batches="1,3-4",
+        ckpt__stop_file_path=str(stop), ckpt__enable_internevo2hf_ckpt=True, ckpt__checkpoint_every=2,
     )  # fmt: skip
     run("train", path, "--nproc", 2)
     rows = metrics(tmp_path / "full")
     assert [row["step"] for row in rows] == [1, 3, 6, 7, 8]
     assert set(rows[0]["loss_by_type"]) == {"cn", "en"}
     text = (tmp_path / "full" / "metrics.jsonl").read_text()
-    assert text.count("valid_loss\"") == 2  # steps 6 and 8 are trained and multiples of 2
+    assert text.count('valid_loss"') == 2  # steps 6 and 8 are trained and multiples of 2
     assert stop.read_text() == "0"
-    for name in ("report.html", "config.json", "log/rank-00000.log", "log/rank-00001.log", "hf/step-00000008/model.safetensors"):
+    for name in (
+        "report.html",
+        "config.json",
+        "log/rank-00000.log",
+        "log/rank-00001.log",
+        "hf/step-00000008/model.safetensors",
+    ):
         assert (tmp_path / "full" / name).is_file(), name
-    assert not re.search('<(script|link|img)[^>]*(src|href)=.?http', (tmp_path / "full" / "report.html").read_text())
+    assert not re.search("<(script|link|img)[^>]*(src|href)=.?http", (tmp_path / "full" / "report.html").read_text())

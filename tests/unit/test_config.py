@@ -4,14 +4,14 @@ import json
 import textwrap
 
 import pytest
+
 from internevo.config import check, load_config, missing_features, notices, problems, validate
 from internevo.config.option import walk
 from internevo.errors import ConfigError, NotAvailableYet
 from internevo.models import decoder_config
-
 from tests.conftest import ROOT, TINY, run
 
-INTERNEVO = '''
+INTERNEVO = """
 JOB_NAME = "7b_train"
 model_type = "INTERNLM2_PUBLIC"
 DO_ALERT = False
@@ -74,7 +74,7 @@ monitor = dict(
 generation = dict(ckpt_folder="/path/to/saved/ckpt", output_folder="/path/to/save/generation", batch_size=1, eos_id=[2, 0],
                   bos_id=1, max_length=100, do_sample=True, temperature=1.0, top_k=50, top_p=1.0, repetition_penalty=1,
                   length_penalty=1.0)
-'''
+"""
 
 
 def tiny(**changes):
@@ -142,7 +142,11 @@ def test_all_problems_are_reported_together():
         (3, {"parallel__tensor": 2}, "3 processes cannot be cut"),
         (1, {"model__num_attention_heads": 5}, "not a multiple of model.num_attention_heads"),
         (1, {"model__num_kv_attention_heads": 3}, "not a multiple of model.num_kv_attention_heads"),
-        (2, {"parallel__tensor": {"size": 2, "mode": "msp"}, "data__seq_len": 31}, "data.seq_len = 31 is not divisible"),
+        (
+            2,
+            {"parallel__tensor": {"size": 2, "mode": "msp"}, "data__seq_len": 31},
+            "data.seq_len = 31 is not divisible",
+        ),
         (4, {"parallel__zero1": 3}, "does not divide the 4 data ranks"),
         (5, {}, "data.global_batch_size = 12 is not a multiple"),
         (2, {"parallel__weight__size": 2}, "needs parallel.tensor.mode = 'isp'"),
@@ -197,7 +201,9 @@ def test_yaml_toml_json_and_python_say_the_same(tmp_path):
     found = []
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
-        found.append(load_config(tmp_path / name, ["data.seq_len=4096", "parallel.tensor.size=2", "ckpt.enable_save_ckpt=false"]))
+        found.append(
+            load_config(tmp_path / name, ["data.seq_len=4096", "parallel.tensor.size=2", "ckpt.enable_save_ckpt=false"])
+        )
     assert all(config == found[0] for config in found)
     assert found[0].data.seq_len == 4096 and found[0].parallel.tensor.size == 2
 
@@ -224,12 +230,14 @@ def test_ready_configs_validate_and_have_the_published_sizes(path):
 
 def test_config_command(tmp_path):
     path = tmp_path / "c.yaml"
-    path.write_text(textwrap.dedent("""
+    path.write_text(
+        textwrap.dedent("""
         model_type: LLAMA2
         model: {num_layers: 2, hidden_size: 32, num_attention_heads: 4, vocab_size: 97}
         data: {seq_len: 32, micro_bsz: 1, total_steps: 8, train_folder: /no/such}
         adam: {lr: 0.1}
-    """))
+    """)
+    )
     done = run("config", path, "data.micro_num=3")
     assert json.loads(done.stdout)["data"]["micro_num"] == 3
     assert "/no/such" in done.stderr

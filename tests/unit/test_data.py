@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from internevo.data.batches import BatchSizes, Cursor, TrainBatches, parse_skips, valid_batches
 from internevo.data.index import open_index
 from internevo.data.order import Order
@@ -58,8 +59,16 @@ def test_both_forms_read_back_what_was_written(tmp_path_factory, documents, mask
 
 
 @settings(max_examples=60, deadline=None)
-@given(documents=documents_of, seq_len=st.integers(2, 50), minimum=st.integers(0, 9), files=st.integers(1, 3), form=st.booleans())
-def test_packing_keeps_every_token_and_predicts_within_documents_only(tmp_path_factory, documents, seq_len, minimum, files, form):
+@given(
+    documents=documents_of,
+    seq_len=st.integers(2, 50),
+    minimum=st.integers(0, 9),
+    files=st.integers(1, 3),
+    form=st.booleans(),
+)
+def test_packing_keeps_every_token_and_predicts_within_documents_only(
+    tmp_path_factory, documents, seq_len, minimum, files, form
+):
     folder = tmp_path_factory.mktemp("packing")
     for n in range(files):
         part = documents[n::files]
@@ -92,7 +101,12 @@ def test_masked_tokens_are_context_and_no_target(tmp_path):
 def test_padded_rows_hold_one_document_each(tmp_path):
     write_binary(tmp_path / "en" / "a.bin", [[1, 2, 3], list(range(10))], 501)
     rows = PaddedRows(open_index(tmp_path), 4, 501)
-    assert [rows[n].tokens.tolist() for n in range(len(rows))] == [[1, 2, 3, 0], [0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 0]]
+    assert [rows[n].tokens.tolist() for n in range(len(rows))] == [
+        [1, 2, 3, 0],
+        [0, 1, 2, 3],
+        [4, 5, 6, 7],
+        [8, 9, 0, 0],
+    ]
     assert rows[1].labels.tolist() == [1, 2, 3, 4] and rows[0].labels.tolist() == [2, 3, IGNORE, IGNORE]
 
 
@@ -152,7 +166,9 @@ def test_validation_gives_each_row_once_whatever_the_ranks():
     for ranks in (1, 2, 4):
         batches = [list(valid_batches(rows, 2, rank, ranks, False, None)) for rank in range(ranks)]
         assert len({len(b) for b in batches}) == 1
-        labelled = [t.tolist() for part in batches for b in part for t, l in zip(b.tokens, b.labels, strict=True) if (l != -100).any()]
+        labelled = [
+            t.tolist() for part in batches for b in part for t, l in zip(b.tokens, b.labels, strict=True) if (l != -100).any()
+        ]
         assert sorted(labelled) == sorted(rows[n].tokens.tolist() for n in range(11))
 
 

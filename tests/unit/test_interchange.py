@@ -4,15 +4,16 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
 from internevo import load_model, save_hf
 from internevo.checkpoint import Checkpoint
-from internevo.tokenizer import train_bpe
 from internevo.errors import CheckpointError, UsageError
 from internevo.generate import Sampling, generate
 from internevo.interchange import convert
 from internevo.models import Decoder, internlm2, llama
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from internevo.tokenizer import train_bpe
 
 
 @pytest.fixture
@@ -91,7 +92,11 @@ def test_internlm2_is_llama_with_another_layout_on_disk(llama_folder, tmp_path):
     config = internlm2.from_hf({**json.loads((llama_folder / "config.json").read_text()), "bias": False, "rope_theta": 500.0})
     disk = {}
     for name, tensor in load_file(llama_folder / "model.safetensors").items():
-        new = name.replace("embed_tokens", "tok_embeddings").replace("self_attn.o_proj", "attention.wo").replace("lm_head", "output")
+        new = (
+            name.replace("embed_tokens", "tok_embeddings")
+            .replace("self_attn.o_proj", "attention.wo")
+            .replace("lm_head", "output")
+        )
         new = new.replace("mlp.gate_proj", "feed_forward.w1").replace("mlp.up_proj", "feed_forward.w3")
         new = new.replace("mlp.down_proj", "feed_forward.w2").replace("input_layernorm", "attention_norm")
         disk[new.replace("post_attention_layernorm", "ffn_norm")] = tensor

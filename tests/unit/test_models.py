@@ -4,16 +4,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from internevo.models import Decoder, llama
 from internevo.models.hf import read_tensors
 from internevo.ops import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM
 
 SCALINGS = [
     None,
     {"rope_type": "linear", "factor": 3.0},
     {"rope_type": "dynamic", "factor": 2.0},
-    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
+    {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
     {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
 ]
 
@@ -43,14 +50,16 @@ def shapes(draw):
 def pair(shape, seed):
     """The same random weights in transformers and here."""
     torch.manual_seed(seed)
-    theirs = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in shape.items() if v is not None}, attn_implementation="eager")).eval()
+    theirs = LlamaForCausalLM(
+        LlamaConfig(**{k: v for k, v in shape.items() if v is not None}, attn_implementation="eager")
+    ).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():  # far from ones and zeros, so that a lost bias or gain shows
             parameter.copy_(torch.randn_like(parameter) * (0.2 if parameter.dim() == 1 else 0.08))
             parameter.add_(1.0 if parameter.dim() == 1 else 0.0)
     config = llama.from_hf(theirs.config.to_dict())
     ours = Decoder(config)
-    weights = {k: v for k, v in theirs.state_dict().items()}
+    weights = dict(theirs.state_dict().items())
     parameters = dict(ours.named_parameters())
     with torch.no_grad():
         for name, tensor in read_tensors(weights, llama.entries(config)):

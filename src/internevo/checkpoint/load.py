@@ -52,4 +52,3 @@ def agree(check: Callable[[], None]) -> None:
         message = next((m for m in messages if m), None)
     if message:
         raise CheckpointError(message)
-

@@ -112,7 +112,9 @@ def verify(folder: Path, names: list[str], manifest: Manifest) -> None:
         if not path.is_file():
             raise CheckpointError(f"{path} is missing: the checkpoint is incomplete; use an earlier one")
         if path.stat().st_size != wanted.size:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, and the manifest says {wanted.size}; use an earlier one")
+            raise CheckpointError(
+                f"{path} has {path.stat().st_size} bytes, and the manifest says {wanted.size}; use an earlier one"
+            )
         found = describe_file(path)
         if found.sha256 != wanted.sha256:
             block = next((n for n, (a, b) in enumerate(zip(found.crc32, wanted.crc32, strict=True)) if a != b), 0)

@@ -34,7 +34,9 @@ KINDS = ("model", "optimizer")
 class SafetensorsWriter(StorageWriter):
     """Writes this rank's boxes to ``KIND-RANK.safetensors``; the coordinator then hands everything to ``finished``."""
 
-    def __init__(self, folder: Path, rank: int, finished: Callable[[dict[str, TensorEntry], dict[str, FileEntry]], None]) -> None:
+    def __init__(
+        self, folder: Path, rank: int, finished: Callable[[dict[str, TensorEntry], dict[str, FileEntry]], None]
+    ) -> None:
         self.folder, self.rank, self.finished = folder, rank, finished
 
     def reset(self, checkpoint_id: Any = None) -> None:

@@ -5,4 +5,14 @@ from .load import dump, load_config, validate
 from .option import notices
 from .schema import Config
 
-__all__ = ["Config", "check", "dump", "load_config", "missing_features", "missing_paths", "notices", "problems", "validate"]
+__all__ = [
+    "Config",
+    "check",
+    "dump",
+    "load_config",
+    "missing_features",
+    "missing_paths",
+    "notices",
+    "problems",
+    "validate",
+]

@@ -37,7 +37,21 @@ def missing_features(config: Config) -> list[str]:
 
 def problems(config: Config, world_size: int) -> list[str]:
     """Contradictions inside the config, and with the world size."""
-    rules = (_model_type, _heads, _rope, _axes, _zero, _batch, _ramp, _skip, _pipeline, _sequence, _schedule, _precision, _load)
+    rules = (
+        _model_type,
+        _heads,
+        _rope,
+        _axes,
+        _zero,
+        _batch,
+        _ramp,
+        _skip,
+        _pipeline,
+        _sequence,
+        _schedule,
+        _precision,
+        _load,
+    )
     return [line for rule in rules for line in rule(config, world_size)]
 
 
@@ -158,7 +172,7 @@ def _pipeline(config: Config, world: int) -> Iterator[str]:
     if stages > 1 and config.data.micro_num % stages and config.parallel.pipeline.interleaved_overlap:
         yield f"data.micro_num = {config.data.micro_num} is not divisible by parallel.pipeline.size = {stages}"
     if stages * chunks > config.model.num_layers:
-        yield f"model.num_layers = {config.model.num_layers} is less than parallel.pipeline.size * model.num_chunks = {stages} * {chunks}"
+        yield f"model.num_layers = {config.model.num_layers} is below {stages} pipeline stages * model.num_chunks = {chunks}"
 
 
 def _sequence(config: Config, world: int) -> Iterator[str]:
@@ -179,7 +193,7 @@ def _schedule(config: Config, world: int) -> Iterator[str]:
 def _precision(config: Config, world: int) -> Iterator[str]:
     scaler = config.grad_scaler
     if scaler.max_scale is not None and scaler.max_scale < scaler.fp16.initial_scale:
-        yield f"grad_scaler.max_scale = {scaler.max_scale} is below grad_scaler.fp16.initial_scale = {scaler.fp16.initial_scale}"
+        yield f"grad_scaler.max_scale = {scaler.max_scale} is below fp16.initial_scale = {scaler.fp16.initial_scale}"
 
 
 def _load(config: Config, world: int) -> Iterator[str]:

@@ -32,9 +32,7 @@ class Data(Section):
     )
     total_steps: int = option(REQUIRED, "Batches to train, skipped ones included.", unit="steps", ge=1)
     seed: int = option(1024, "Seed of the data order, apart from the weights' seed.")
-    use_packed_dataset: bool = option(
-        True, "Pack documents into full rows. False: one document per row, padded to seq_len."
-    )
+    use_packed_dataset: bool = option(True, "Pack documents into full rows. False: one document per row, padded to seq_len.")
     pack_sample_into_one: bool = option(
         False, "Let tokens see the documents before theirs in the row. False: documents are kept apart."
     )
@@ -46,7 +44,9 @@ class Data(Section):
     )
     valid_every: int = option(0, "Steps between evaluations; 0: none.", unit="steps", ge=0)
     valid_micro_num: int | None = option(
-        None, "Micro-batches between two progress marks of an evaluation.", ignored="evaluation goes over every row once"
+        None,
+        "Micro-batches between two progress marks of an evaluation.",
+        ignored="evaluation goes over every row once",
     )
     valid_max_rows: int | None = option(None, "Evaluate on so many rows at most, per set.", unit="rows", ge=1)
     fixed_random_dataset_seqlen: bool = option(True, "Random documents all have length seq_len.")

@@ -190,9 +190,13 @@ def _hint(path: list[str]) -> str:
     near = difflib.get_close_matches(path[-1], list(section.model_fields), n=1, cutoff=0.6)
     if near:
         return f"; did you mean {'.'.join([*path[:-1], near[0]])}?"
-    home = [f"{name}.{path[-1]}" for name, field in Config.model_fields.items()
-            if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
-            and path[-1] in field.annotation.model_fields]
+    home = [
+        f"{name}.{path[-1]}"
+        for name, field in Config.model_fields.items()
+        if isinstance(field.annotation, type)
+        and issubclass(field.annotation, Section)
+        and path[-1] in field.annotation.model_fields
+    ]
     if home:
         return f"; did you mean {home[0]}?"
     return "" if len(path) > 1 else "; names that only this file uses are written in capitals or with a leading underscore"

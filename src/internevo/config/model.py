@@ -32,9 +32,7 @@ class Model(Section):
     num_attention_heads: int = option(REQUIRED, "Query heads.", ge=1)
     num_kv_attention_heads: int | None = option(None, "Key and value heads; by default as many as query heads.", ge=1)
     head_dim: int | None = option(None, "Width of a head; by default hidden_size / num_attention_heads.", ge=1)
-    mlp_ratio: float = option(
-        4.0, "Width of the MLP = int(hidden_size * mlp_ratio), rounded up to multiple_of.", gt=0
-    )
+    mlp_ratio: float = option(4.0, "Width of the MLP = int(hidden_size * mlp_ratio), rounded up to multiple_of.", gt=0)
     multiple_of: int = option(256, "The MLP's width is rounded up to a multiple of this.", ge=1)
     intermediate_size: int | None = option(None, "Width of the MLP, instead of mlp_ratio and multiple_of.", ge=1)
     dtype: Literal["float32", "tf32", "bfloat16", "float16"] = option(
@@ -55,8 +53,9 @@ class Model(Section):
     tie_word_embeddings: bool = option(False, "The head is the embedding's weight.")
     rope_base: float = option(10000.0, "Base of the rotary embedding's wave lengths.", gt=0)
     rope_scaling: dict[str, Any] | None = option(
-        None, 'Rotary scaling in Hugging Face form, for example {"rope_type": "linear", "factor": 4.0}; '
-        "kinds: linear, dynamic, llama3, yarn."
+        None,
+        'Rotary scaling in Hugging Face form, for example {"rope_type": "linear", "factor": 4.0}; '
+        "kinds: linear, dynamic, llama3, yarn.",
     )
     use_dynamic_ntk_rope: bool = option(False, "Dynamic NTK scaling with rope_scaling_factor beyond max_position_embeddings.")
     rope_scaling_factor: float = option(1.0, "Factor of the rotary scaling.", gt=0)

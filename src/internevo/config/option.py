@@ -38,7 +38,7 @@ def option(
             it validates, and a run that needs it stops with this text.
         bounds: pydantic's own constraints (``ge``, ``gt``, ``le``).
     """
-    extra = {"unit": unit, "ignored": ignored, "later": later}
+    extra: dict[str, Any] = {"unit": unit, "ignored": ignored, "later": later}
     info: FieldInfo = Field(default, description=doc, json_schema_extra=extra, **bounds)
     info.metadata.append(Neutral(neutral))
     return info

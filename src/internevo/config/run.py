@@ -44,9 +44,7 @@ class Ckpt(Section):
     checkpoint_every: int = option(0, "Steps between checkpoints, and at the end; 0: only at the end.", unit="steps", ge=0)
     keep_last: int | None = option(None, "Keep so many newest checkpoints; None: all.", ge=1)
     keep_every: int | None = option(None, "Keep every checkpoint whose step is a multiple of this.", unit="steps", ge=1)
-    oss_snapshot_freq: int = option(
-        0, "Steps between snapshots, kept in two alternating folders; 0: none.", unit="steps", ge=0
-    )
+    oss_snapshot_freq: int = option(0, "Steps between snapshots, kept in two alternating folders; 0: none.", unit="steps", ge=0)
     auto_resume: bool = option(True, "Go on from the newest complete checkpoint or snapshot in the run folder.")
     load_ckpt_info: LoadCkptInfo | None = option(None, "What a new run starts from.")
     enable_internevo2hf_ckpt: bool = option(False, "Also export each checkpoint to hf/step-N in Hugging Face form.")

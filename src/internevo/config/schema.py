@@ -19,7 +19,9 @@ FP32_NORM = "norms compute in fp32 from fp32 master weights in any case"
 class Config(Section):
     """A training run."""
 
-    JOB_NAME: str = option("AnonymousJob", "Name of the run; its folder is runs/JOB_NAME unless ckpt.save_ckpt_folder says else.")
+    JOB_NAME: str = option(
+        "AnonymousJob", "Name of the run; its folder is runs/JOB_NAME unless ckpt.save_ckpt_folder says else."
+    )
     model_type: str = option("INTERNLM2", f"Family of the model: {', '.join(FAMILIES)}.")
     seed: int = option(1024, "Seed of the initial weights.")
     model: Model = option(REQUIRED, "The network.")
@@ -47,10 +49,15 @@ class Config(Section):
     output_tf32: bool = option(False, "Head output in fp32.", ignored="the loss is computed in fp32 in any case")
     use_apex_adam: bool = option(False, "Apex's Adam.", ignored="PyTorch's fused AdamW is used")
     gradient_handler: list[Any] = option([], "Extra gradient handlers.", later="gradient handlers")
-    reduce_comm_dtype: str | None = option(None, "Type of gradient reduction.", later="another reduction type",
-                                           neutral=("torch.float32",))
-    cpu_offloading: dict[str, Any] | None = option(None, "Activations to the host.", later="activation offload",
-                                                   neutral=({"enable": False, "num_layers": 0}, {"enable": False}))
+    reduce_comm_dtype: str | None = option(
+        None, "Type of gradient reduction.", later="another reduction type", neutral=("torch.float32",)
+    )
+    cpu_offloading: dict[str, Any] | None = option(
+        None,
+        "Activations to the host.",
+        later="activation offload",
+        neutral=({"enable": False, "num_layers": 0}, {"enable": False}),
+    )
     selective_checkpoint: bool = option(False, "Keep attention outputs when recomputing.", later="selective recomputation")
     selective_checkpoint_offload: bool = option(False, "Those to the host.", later="activation offload")
     fp8: dict[str, Any] | None = option(None, "fp8 matrix products.", later="fp8")

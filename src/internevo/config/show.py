@@ -36,5 +36,7 @@ def show(path: Path, overrides: list[str], world_size: int | None) -> None:
             print(f"  {axis:<10} {size:>6}  {meaning}")
         sizes = BatchSizes.of(config.data, data_size(config, world_size))
         rows = sizes.rows(config.data.total_steps)
-        print(f"  step       {rows:>6}  rows of {config.data.seq_len} tokens = {rows * config.data.seq_len:,} tokens "
-              f"({sizes.micro_num} micro-batches of {sizes.micro_bsz} on each of {sizes.ranks} data ranks)")
+        print(
+            f"  step       {rows:>6}  rows of {config.data.seq_len} tokens = {rows * config.data.seq_len:,} tokens "
+            f"({sizes.micro_num} micro-batches of {sizes.micro_bsz} on each of {sizes.ranks} data ranks)"
+        )

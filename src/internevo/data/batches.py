@@ -33,8 +33,8 @@ class MicroBatch:
         """On ``device``, without waiting when the memory is pinned. Document borders stay on the host."""
         if device.type == "cpu":
             return self
-        moved = (t.pin_memory().to(device, non_blocking=True) for t in (self.tokens, self.labels, self.types))
-        return MicroBatch(*moved, self.cu_seqlens)
+        tokens, labels, types = (t.pin_memory().to(device, non_blocking=True) for t in (self.tokens, self.labels, self.types))
+        return MicroBatch(tokens, labels, types, self.cu_seqlens)
 
 
 def micro_batch(rows: Sequence[Row], packed: bool) -> MicroBatch:
@@ -44,8 +44,10 @@ def micro_batch(rows: Sequence[Row], packed: bool) -> MicroBatch:
         return MicroBatch(torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(types), None)
     size = len(rows[0].tokens)
     borders = [n * size + b for n, row in enumerate(rows) for b in row.borders] + [len(rows) * size]
-    flat = (torch.from_numpy(x.reshape(1, -1)) for x in (tokens, labels, types))
-    return MicroBatch(*flat, torch.tensor(borders, dtype=torch.int32))
+    tokens, labels, types = (x.reshape(1, -1) for x in (tokens, labels, types))
+    return MicroBatch(
+        torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(types), torch.tensor(borders, dtype=torch.int32)
+    )
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class BatchSizes:
 
 
 def parse_skips(text: str) -> list[range]:
-    """"3,10-20" as ranges of batch numbers, both ends included."""
+    """ "3,10-20" as ranges of batch numbers, both ends included."""
     parts = [p.split("-") for p in text.replace(" ", "").split(",") if p]
     return [range(int(p[0]), int(p[-1]) + 1) for p in parts]
 
@@ -137,9 +139,7 @@ class TrainBatches:
             before, rows = rows, rows + self.sizes.rows(batch)
             if any(batch in skip for skip in self.skips):
                 continue
-            made = [
-                micro_batch([self.rows[n] for n in numbers], self.packed) for numbers in self.row_numbers(batch, before)
-            ]
+            made = [micro_batch([self.rows[n] for n in numbers], self.packed) for numbers in self.row_numbers(batch, before)]
             yield StepBatch(made, batch, Cursor(batch + 1, rows), (rows - before) * self.rows.seq_len)
 
     def prefetch(self, cursor: Cursor) -> Iterator[StepBatch]:

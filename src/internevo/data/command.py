@@ -33,7 +33,13 @@ def run(
         raise UsageError("give either --tokenizer PATH or --train-tokenizer bpe --vocab-size N")
     if train_tokenizer and vocab_size is None:
         raise UsageError("--train-tokenizer needs --vocab-size")
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns) as bar:
         task = bar.add_task("tokenizing", total=None)
         result = tokenize(

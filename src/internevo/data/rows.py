@@ -166,7 +166,13 @@ class RandomRows:
     """Rows of made-up documents (runs 0, 1, 2, ... repeated), for trying a config without data."""
 
     def __init__(self, seq_len: int, vocab_size: int, seed: int, fixed_length: bool = True, rows: int = 100_000) -> None:
-        self.seq_len, self.vocab_size, self.seed, self.fixed_length, self.rows = seq_len, vocab_size, seed, fixed_length, rows
+        self.seq_len, self.vocab_size, self.seed, self.fixed_length, self.rows = (
+            seq_len,
+            vocab_size,
+            seed,
+            fixed_length,
+            rows,
+        )
         self.types = ["random"]
 
     def __len__(self) -> int:

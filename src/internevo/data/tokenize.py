@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UsageError
+from ..tokenizer import Tokenizer, load_tokenizer, train_bpe
 from .documents import Job, find_files, make_jobs, texts
 from .tokenized import TokenWriter
-from ..tokenizer import Tokenizer, load_tokenizer, train_bpe
 
 PART_TOKENS = 2**30
 """Tokens in one output file."""

@@ -88,7 +88,7 @@ class TokenFile:
             ids = json.loads(self.bytes[offset:end].tobytes())["tokens"]
             array: Ids = np.array(ids, dtype=np.int64)
         except (ValueError, KeyError, TypeError, OverflowError) as error:
-            raise DataError(f"{where} is not a line {{\"tokens\": [...]}}: {error}") from error
+            raise DataError(f'{where} is not a line {{"tokens": [...]}}: {error}') from error
         if array.shape != (count,):
             raise DataError(f"{where} has {array.size} tokens, and its .meta says {count}")
         return array[start:stop]

@@ -72,9 +72,7 @@ class Decoder(nn.Module):
         if positions is None:
             positions = torch.arange(past, past + tokens.shape[1], device=tokens.device).expand(tokens.shape)
             if cu_seqlens is not None:
-                starts = torch.repeat_interleave(
-                    cu_seqlens[:-1], cu_seqlens.diff(), output_size=tokens.shape[1]
-                )
+                starts = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff(), output_size=tokens.shape[1])
                 positions = positions - starts
         if self.config.rope.kind == "dynamic":
             lengths = _lengths(positions, cu_seqlens)
@@ -91,4 +89,3 @@ def _lengths(positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         return (positions.amax(-1, keepdim=True) + 1).expand(positions.shape)
     sizes = cu_seqlens.diff()
     return torch.repeat_interleave(sizes, sizes, output_size=positions.shape[1]).unsqueeze(0)
-

@@ -123,7 +123,7 @@ def disk_tensors(entries: Iterable[Entry], parameter: Callable[[str], Tensor]) -
 
 
 def parse_size(text: str) -> int:
-    """"5GB" in bytes (powers of ten, as on the Hugging Face side)."""
+    """ "5GB" in bytes (powers of ten, as on the Hugging Face side)."""
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
     number, unit = text[:-2], text[-2:].upper()
     try:

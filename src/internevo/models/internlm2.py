@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -63,14 +62,14 @@ def join_wqkv(parts: list[Tensor], groups: int, per_group: int, head_dim: int) -
 
 def entries(config: DecoderConfig) -> list[Entry]:
     """Every tensor on disk."""
-    shape = {"groups": config.num_kv_heads, "per_group": config.num_heads // config.num_kv_heads, "head_dim": config.head_dim}
+    shape = (config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_dim)
     found = [Entry("model.tok_embeddings.weight", ("embed.weight",))]
     for n in range(config.num_layers):
         disk, ours = f"model.layers.{n}", f"layers.{n}"
         for kind in ("weight", "bias") if config.qkv_bias else ("weight",):
             parts = tuple(f"{ours}.attn.{name}.{kind}" for name in "qkv")
             found.append(
-                Entry(f"{disk}.attention.wqkv.{kind}", parts, partial(split_wqkv, **shape), partial(join_wqkv, **shape))
+                Entry(f"{disk}.attention.wqkv.{kind}", parts, lambda t: split_wqkv(t, *shape), lambda ts: join_wqkv(ts, *shape))
             )
             found.append(Entry(f"{disk}.attention.wo.{kind}", (f"{ours}.attn.o.{kind}",)))
         for theirs, name in (("w1", "gate"), ("w3", "up"), ("w2", "down")):
@@ -81,5 +80,3 @@ def entries(config: DecoderConfig) -> list[Entry]:
     if not config.tie_embeddings:
         found.append(Entry("output.weight", ("head.weight",)))
     return found
-
-

@@ -87,9 +87,7 @@ class Head(nn.Module):
         self.axes = ("vocab", "embed")
         self.grad_scale = grad_scale
 
-    def forward(
-        self, x_BSD: Tensor, labels_BS: Tensor | None = None, smoothing: float = 0.0
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, x_BSD: Tensor, labels_BS: Tensor | None = None, smoothing: float = 0.0) -> Tensor | tuple[Tensor, Tensor]:
         """Logits [B, S, V]; or, with labels, the sum of the losses (differentiable) and each token's loss [B, S] (fp32, 0 where
         the label is -100)."""
         weight = scale_gradient(self.weight, self.grad_scale)

@@ -19,7 +19,7 @@ class JsonLines:
         with open(temporary, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in kept)
         os.replace(temporary, path)
-        self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (kept open, closed by close)
+        self._file = open(path, "a", encoding="utf-8", buffering=1)
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends one row; it is in the file when this returns."""

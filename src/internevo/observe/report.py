@@ -13,9 +13,12 @@ from .metrics import read_rows
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1200px; padding: 0 1rem; color: #1c2733; }
-h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem } .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(520px, 1fr)); gap: 1rem }
-.figures { display: flex; flex-wrap: wrap; gap: 1rem; margin-top: 1rem } .figure { background: #f2f5f9; border-radius: 8px; padding: .7rem 1.1rem }
-.figure b { display: block; font-size: 1.35rem } pre { background: #f2f5f9; border-radius: 8px; padding: 1rem; overflow: auto; white-space: pre-wrap }
+h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(520px, 1fr)); gap: 1rem }
+.figures { display: flex; flex-wrap: wrap; gap: 1rem; margin-top: 1rem }
+.figure { background: #f2f5f9; border-radius: 8px; padding: .7rem 1.1rem }
+.figure b { display: block; font-size: 1.35rem }
+pre { background: #f2f5f9; border-radius: 8px; padding: 1rem; overflow: auto; white-space: pre-wrap }
 mark { background: #d6e9ff } @media (max-width: 600px) { .plots { grid-template-columns: 1fr } }
 """
 
@@ -31,7 +34,8 @@ def write_report(run: Path) -> Path:
         f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{html.escape(title)}</title>"
         f"<meta name='viewport' content='width=device-width, initial-scale=1'><style>{STYLE}</style></head><body>"
         f"<h1>{html.escape(title)}</h1>{_figures(train, valid)}<h2>Training</h2><div class='plots'>{_plots(train, valid)}</div>"
-        f"{_samples(samples)}<h2>Config</h2><details><summary>the resolved config</summary><pre>{html.escape(config)}</pre></details>"
+        f"{_samples(samples)}<h2>Config</h2><details><summary>the resolved config</summary>"
+        f"<pre>{html.escape(config)}</pre></details>"
         "</body></html>"
     )
     path = run / "report.html"
@@ -56,7 +60,10 @@ def _figures(train: list[dict[str, Any]], valid: list[dict[str, Any]]) -> str:
         ("skipped steps", f"{sum(r['skipped'] for r in train)}"),
     ]
     if valid:
-        shown[3:3] = [("validation loss", _number(valid[-1]["valid_loss"], ".4f")), ("perplexity", _number(valid[-1]["valid_ppl"], ".2f"))]
+        shown[3:3] = [
+            ("validation loss", _number(valid[-1]["valid_loss"], ".4f")),
+            ("perplexity", _number(valid[-1]["valid_ppl"], ".2f")),
+        ]
     cells = "".join(f"<div class='figure'><b>{value}</b>{name}</div>" for name, value in shown)
     return f"<div class='figures'>{cells}</div>"
 
@@ -75,12 +82,20 @@ def _plots(train: list[dict[str, Any]], valid: list[dict[str, Any]]) -> str:
         return go.Scatter(x=[p[0] for p in points], y=[p[1] for p in points], name=name, mode=mode)
 
     plots: list[tuple[str, list[Callable[[], Any]], str]] = [
-        ("Loss", [lambda: series(train, "loss", "training"), lambda: series(valid, "valid_loss", "validation")], "nats per token"),
+        (
+            "Loss",
+            [lambda: series(train, "loss", "training"), lambda: series(valid, "valid_loss", "validation")],
+            "nats per token",
+        ),
         ("Learning rate", [lambda: series(train, "lr", "lr")], ""),
         ("Gradient norm", [lambda: series(train, "grad_norm", "norm")], "before clipping"),
         ("Speed", [lambda: series(train, "tgs", "TGS")], "tokens per device per second"),
         ("Peak memory", [lambda: series(train, "memory_peak_max", "memory", 2**-30)], "GiB, largest rank"),
-        ("Step time", [lambda: series(train, "step_time", "step"), lambda: series(train, "data_time", "waiting for data")], "s"),
+        (
+            "Step time",
+            [lambda: series(train, "step_time", "step"), lambda: series(train, "data_time", "waiting for data")],
+            "s",
+        ),
     ]
     parts = []
     for number, (title, lines, unit) in enumerate(plots):
@@ -97,6 +112,7 @@ def _samples(samples: list[dict[str, Any]]) -> str:
     if not samples:
         return ""
     shown = "".join(
-        f"<p>step {s['step']}</p><pre><mark>{html.escape(s['prompt'])}</mark>{html.escape(s['text'])}</pre>" for s in samples[-12:]
+        f"<p>step {s['step']}</p><pre><mark>{html.escape(s['prompt'])}</mark>{html.escape(s['text'])}</pre>"
+        for s in samples[-12:]
     )
     return f"<h2>What the model writes</h2>{shown}"

@@ -10,6 +10,8 @@ Shapes: B rows, S tokens per row, T = tokens of one packed row, H query heads, K
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,9 +20,7 @@ _flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def attention(
-    q_BSHN: Tensor, k_BSKN: Tensor, v_BSKN: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int = 0
-) -> Tensor:
+def attention(q_BSHN: Tensor, k_BSKN: Tensor, v_BSKN: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int = 0) -> Tensor:
     """softmax(q k^T / sqrt(N)) v, where a token sees itself and the tokens before it in its row or document.
 
     Args:
@@ -38,10 +38,11 @@ def attention(
     if q_BSHN.is_cuda and q_BSHN.dtype in (torch.float16, torch.bfloat16):
         from torch.nn.attention.varlen import varlen_attn
 
-        out_THN = varlen_attn(
+        out_THN = varlen_attn(  # without return_aux it is one tensor
             q_BSHN[0], k_BSKN[0], v_BSKN[0], cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
             window_size=(-1, 0), enable_gqa=q_BSHN.shape[2] != k_BSKN.shape[2],
         )  # fmt: skip
+        assert isinstance(out_THN, Tensor)
         return out_THN.unsqueeze(0)
     if q_BSHN.is_cuda:
         return _documents_cuda(q_BSHN, k_BSKN, v_BSKN, cu_seqlens)
@@ -65,7 +66,7 @@ def _rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _documents_cuda(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     """fp32 on CUDA, where no varlen kernel exists: one call per document."""
     borders = cu_seqlens.tolist()
-    parts = [_rows(q[:, a:b], k[:, a:b], v[:, a:b]) for a, b in zip(borders, borders[1:], strict=False) if b > a]
+    parts = [_rows(q[:, a:b], k[:, a:b], v[:, a:b]) for a, b in itertools.pairwise(borders) if b > a]
     return torch.cat(parts, dim=1)
 
 
@@ -97,7 +98,7 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> t
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     borders = cu_seqlens.tolist()
-    for a, b in zip(borders, borders[1:], strict=False):
+    for a, b in itertools.pairwise(borders):
         if b > a:
             o, l = _flash_cpu(_heads_first(q, a, b), _heads_first(k, a, b), _heads_first(v, a, b), 0.0, True)
             out[a:b] = o[0, :, : b - a].transpose(0, 1)
@@ -117,7 +118,7 @@ def document_attention_backward(
     """Gradients of ``document_attention`` with respect to q, k and v."""
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     borders = cu_seqlens.tolist()
-    for a, b in zip(borders, borders[1:], strict=False):
+    for a, b in itertools.pairwise(borders):
         if b > a:
             parts = [_heads_first(x, a, b) for x in (grad, q, k, v, out)]
             # The padding's own rows have zero scores and zero gradients: any finite log-sum-exp does.

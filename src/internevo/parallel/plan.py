@@ -15,9 +15,7 @@ from .layout import Layout
 from .recompute import recompute
 
 
-def build(
-    config: DecoderConfig, section: Model, layout: Layout, device: torch.device, seed: int
-) -> tuple[Decoder, DataAxis]:
+def build(config: DecoderConfig, section: Model, layout: Layout, device: torch.device, seed: int) -> tuple[Decoder, DataAxis]:
     """The model of a run: spread over the ranks, with its initial weights, on ``device``; and who owns its weights."""
     with torch.device("meta"):
         model = Decoder(config, embed_grad_scale=section.embed_grad_scale)
@@ -52,7 +50,7 @@ def initialize(masters: dict[str, nn.Parameter], initializer: Initializer) -> No
 
 def _local_part(name: str, parameter: DTensor, initializer: Initializer) -> Tensor:
     placements = parameter.placements
-    if all(p == Replicate() or type(p) is Shard and p.dim == 0 for p in placements):
+    if all(p == Replicate() or (type(p) is Shard and p.dim == 0) for p in placements):
         local, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, placements)
         rows = local[0] if local else 0
         return initializer.rows(name, parameter.shape, offset[0], offset[0] + rows)

@@ -57,7 +57,7 @@ def _compare_data(trainer: Trainer, data: str, global_rows: int, folder: Path) -
     if data != trainer.rows.fingerprint():
         if trainer.config.data.on_change == "stop":
             raise CheckpointError(
-                f"the training data is not that of {folder} (other files, lengths, seq_len or packing), so that the place in it "
+                f"the training data is not that of {folder} (other files, lengths, seq_len or packing): the place in it "
                 "means nothing. Give the old data; or set data.on_change=continue to go on at the same number of rows; or load "
                 'with content=("model", "optimizer", "scheduler") to start the data anew'
             )

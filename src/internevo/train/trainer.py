@@ -17,7 +17,6 @@ from ..config import Config, dump
 from ..data.batches import BatchSizes, StepBatch, TrainBatches, parse_skips, valid_batches
 from ..data.order import Order
 from ..data.source import train_rows, valid_rows
-from ..tokenizer import load_tokenizer
 from ..generate import Sampling, generate
 from ..models import decoder_config
 from ..models.folder import write_hf
@@ -28,6 +27,7 @@ from ..parallel import plan
 from ..parallel.data import COMPUTE
 from ..parallel.layout import Layout
 from ..parallel.world import World
+from ..tokenizer import load_tokenizer
 from .optimizer import Optimizer
 from .restore import restore
 from .scaler import LossScaler
@@ -157,9 +157,7 @@ class Trainer:
             self.valid, data.micro_bsz, self.layout.data_rank(self.world.rank), self.layout.data,
             data.use_packed_dataset, data.valid_max_rows,
         )  # fmt: skip
-        losses = evaluate(
-            self.model, self.axis, batches, len(self.valid.types), self.world.device, self.stepper.group
-        )
+        losses = evaluate(self.model, self.axis, batches, len(self.valid.types), self.world.device, self.stepper.group)
         if observers:
             by_type = losses.by_type(self.valid.types)
             ppl = {name: _perplexity(loss) for name, loss in by_type.items()}
@@ -196,7 +194,11 @@ class Trainer:
             **self.state.to_dict(), "updates": self.optimizer.steps, "scaler": self.scaler.state(),
             "data": self.rows.fingerprint(), "global_rows": self.sizes.rows(self.state.cursor.batch),
         }  # fmt: skip
-        files = {"state.json": state, "model.json": self.decoder.to_dict(), "config.json": json.loads(dump(self.config))}
+        files = {
+            "state.json": state,
+            "model.json": self.decoder.to_dict(),
+            "config.json": json.loads(dump(self.config)),
+        }
         return Extras(files, Path(path) if path and Path(path).exists() else None)
 
     def _export(self, folder: Path) -> None:
