@@ -46,7 +46,7 @@ def config_(
     world_size: Annotated[int | None, typer.Option(min=1, help="Also print the layout on so many processes.")] = None,
 ) -> None:
     """Validate a config and print it with every default written out."""
-    from .config.show import show
+    from .show import show
 
     show(config, overrides or [], world_size)
 

@@ -54,6 +54,7 @@ class Saver:
         # Collectives of the background thread must not meet those of training.
         self.group = dist.new_group(backend="gloo")
         self.pending: Future[Any] | None = None
+        self.temporary = run / "none"
         self.snapshots = 0
 
     def save(self, step: int, tensors: dict[str, Tensor], extras: Extras) -> None:
@@ -68,7 +69,7 @@ class Saver:
 
     def _start(self, folder: Path, step: int, tensors: dict[str, Tensor], extras: Extras) -> None:
         self.wait()
-        temporary = folder.with_name(folder.name + ".tmp")
+        temporary = self.temporary = folder.with_name(folder.name + ".tmp")
         if self.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         dist.barrier(group=self.group)
@@ -98,6 +99,8 @@ class Saver:
         try:
             pending.result()
         except BaseException as error:
+            if self.rank == 0:
+                shutil.rmtree(self.temporary, ignore_errors=True)
             raise CheckpointError(f"saving a checkpoint failed; earlier ones are untouched: {_reason(error)}") from error
 
     def _retain(self) -> None:

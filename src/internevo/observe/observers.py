@@ -47,5 +47,8 @@ class Observers:
         self.samples.close()
         if self.tensorboard is not None:
             self.tensorboard.close()
-        path = write_report(self.run)
-        self.console.say(f"report: {path}")
+        try:
+            self.console.say(f"report: {write_report(self.run)}")
+        except OSError as error:
+            # The run itself, or the error that ends it, matters more than its report.
+            self.console.say(f"the report could not be written ({error}); `internevo report {self.run}` tries again")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from ..errors import ConfigError
-from .check import data_size, missing_features, missing_paths, problems
-from .load import dump, load_config
-from .option import notices
+from .errors import ConfigError
+from .config.check import data_size, missing_features, missing_paths, problems
+from .config.load import dump, load_config
+from .config.option import notices
 
 
 def show(path: Path, overrides: list[str], world_size: int | None) -> None:
@@ -28,8 +28,8 @@ def show(path: Path, overrides: list[str], world_size: int | None) -> None:
         raise ConfigError("the config cannot be trained:\n" + "\n".join(f"  {line}" for line in wrong))
     print(dump(config), end="")
     if world_size:
-        from ..data.batches import BatchSizes
-        from ..parallel.layout import Layout
+        from .data.batches import BatchSizes
+        from .parallel.layout import Layout
 
         print(f"\nlayout on {world_size} processes")
         for axis, size, meaning in Layout.of(config.parallel, world_size).describe():

@@ -1,0 +1,125 @@
+"""Bad input: one clear message with file and position, a non-zero exit, and nothing that was safe is lost."""
+
+import json
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import metrics, run, tensors
+
+
+def tokenize(*arguments, code=0):
+    return run("tokenize", *arguments, "--train-tokenizer", "bpe", "--vocab-size", 300, code=code)
+
+
+def test_text_that_is_not_utf8_is_named_and_leaves_nothing(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("fine")
+    (tmp_path / "in" / "b.txt").write_bytes(b"12345\xff67")
+    done = tokenize(tmp_path / "in", "--output", tmp_path / "out", code=1)
+    assert "b.txt is not UTF-8 at byte 5 (0xff)" in done.stderr
+    assert not list((tmp_path / "out").rglob("*.bin*"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"content": "x"', "byte 16: the line is not JSON"),
+        ('{"body": "x"}', "byte 16 has no text under 'content' or 'text' (it has 'body'); give --text-key"),
+    ],
+)
+def test_a_bad_json_line_is_named(tmp_path, line, message):
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}'[:-1] + "}\n"[:1] + "\n" + line + "\n")
+    (tmp_path / "a.jsonl").write_text('{"text": "abc"}\n' + line + "\n")
+    done = tokenize(tmp_path / "a.jsonl", "--output", tmp_path / "out", code=1)
+    assert "a.jsonl, " + message in done.stderr
+
+
+def test_tokenizing_keeps_order_and_content_whatever_the_workers(tmp_path):
+    from internevo.data.index import open_index
+    from internevo.tokenizer import load_tokenizer
+
+    texts = [f"document {n}: " + "naïve text 文本 " * (n % 50) for n in range(4000)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"content": t}) + "\n" for t in texts))
+    tokenize(tmp_path / "a.jsonl", "--output", tmp_path / "one", "--workers", 1, "--type", "cn", "--valid-ratio", 0.1)
+    done = run(
+        "tokenize", tmp_path / "a.jsonl", "--output", tmp_path / "two", "--tokenizer", tmp_path / "one", "--workers", 2,
+        "--type", "cn", "--valid-ratio", 0.1,
+    )  # fmt: skip
+    assert "documents" in done.stdout
+    for part in ("train", "valid"):
+        name = f"{part}/cn/part-00000.bin"
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    tokenizer = load_tokenizer(tmp_path / "one")
+    found = []
+    for part in ("train", "valid"):
+        index = open_index(tmp_path / "one" / part)
+        found += [tokenizer.decode(index.read(n).tolist()[:-1]) for n in range(len(index))]
+        assert all(index.read(n)[-1] == tokenizer.eos_id for n in range(len(index)))
+    assert sorted(found) == sorted(texts)
+    assert "holds tokenized data already" in tokenize(tmp_path / "a.jsonl", "--output", tmp_path / "one", code=2).stderr
+
+
+def test_wrong_usage_of_tokenize(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    assert "give either --tokenizer" in run("tokenize", tmp_path / "a.txt", "--output", tmp_path / "o", code=2).stderr
+    assert "does not exist" in tokenize(tmp_path / "b.txt", "--output", tmp_path / "o", code=2).stderr
+    done = run("tokenize", tmp_path / "a.txt", "--output", tmp_path / "o", "--tokenizer", tmp_path / "a.txt", code=2)
+    assert "neither a folder" in done.stderr
+
+
+def test_an_id_outside_the_vocabulary_stops_the_run_by_name(tmp_path, config):
+    done = run("train", config("small", model__vocab_size=50), code=1)
+    assert "part.bin, document" in done.stderr and "outside the vocabulary of 50" in done.stderr
+
+
+def test_an_unknown_command_and_a_config_with_a_typo_exit_2(tmp_path, config):
+    run("trian", code=2)
+    done = run("train", config("typo"), "model.hiden_size=3", code=2)
+    assert "did you mean model.hidden_size" in done.stderr and "Traceback" not in done.stderr
+    assert "Traceback" in run("train", config("typo"), "model.hiden_size=3", "--debug", code=2).stderr
+
+
+def test_a_full_disk_while_saving_loses_nothing(tmp_path, config):
+    """A limit on the size of files stands in for a full disk: both make a write fail half-way."""
+    path = config("full", ckpt__checkpoint_every=3)
+    run("train", path, "data.total_steps=3")
+    before = tensors(tmp_path / "full", 3)
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+    done = subprocess.run(
+        [sys.executable, "-m", "internevo", "train", str(path)], preexec_fn=limit, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert "saving a checkpoint failed; earlier ones are untouched" in done.stderr
+    assert "step-00000006.tmp/model-00000.safetensors cannot be written" in done.stderr
+    assert [p.name for p in (tmp_path / "full" / "checkpoints").iterdir()] == ["step-00000003"]
+    after = tensors(tmp_path / "full", 3)
+    assert all((after[k] == before[k]).all() for k in before)
+    run("train", path)
+    assert [row["step"] for row in metrics(tmp_path / "full")] == list(range(1, 9))
+
+
+def test_a_damaged_checkpoint_stops_the_resume_on_every_process(tmp_path, config):
+    path = config("damaged")
+    run("train", path, "data.total_steps=3")
+    file = tmp_path / "damaged" / "checkpoints" / "step-00000003" / "optimizer-00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-10] ^= 1
+    file.write_bytes(content)
+    done = run("train", path, "--nproc", 2, code=1)
+    assert "optimizer-00000.safetensors is damaged: its checksum differs in bytes" in done.stderr
+
+
+def test_other_data_or_another_model_is_refused_on_resume(tmp_path, config):
+    path = config("changed")
+    run("train", path, "data.total_steps=3")
+    done = run("train", path, "data.seq_len=16", code=1)
+    assert "the training data is not that of" in done.stderr and "data.on_change=continue" in done.stderr
+    done = run("train", path, "data.total_steps=4", "data.seq_len=16", "data.on_change=continue")
+    assert "the training data has changed" in done.stdout
+    assert "has shape [97, 32], and the config's model [98, 32]" in run("train", path, "model.vocab_size=98", code=1).stderr
