@@ -30,8 +30,8 @@ data = dict(
     micro_bsz=8,
     # Rows per step over all processes: one process or two train the same batches.
     global_batch_size=16,
-    total_steps=360,
-    valid_every=120,
+    total_steps=400,
+    valid_every=100,
     valid_max_rows=256,
 )
 
@@ -43,13 +43,13 @@ parallel = dict(zero1=dict(size=-1))
 
 ckpt = dict(
     save_ckpt_folder="demo/run",
-    checkpoint_every=120,
+    checkpoint_every=100,
     keep_last=2,
 )
 
 monitor = dict(
     log_every=10,
     sample_prompts=("def ", "import ", "class "),
-    sample_every=120,
+    sample_every=100,
     sample_tokens=96,
 )

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from .errors import ConfigError
 from .config.check import data_size, missing_features, missing_paths, problems
 from .config.load import dump, load_config
 from .config.option import notices
+from .errors import ConfigError
 
 
 def show(path: Path, overrides: list[str], world_size: int | None) -> None:

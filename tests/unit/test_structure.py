@@ -3,12 +3,26 @@
 import ast
 from pathlib import Path
 
-import internevo
 import pytest
+
+import internevo
 
 SOURCE = Path(internevo.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
-ORDER = ["errors", "config", "ops", "tokenizer", "models", "data", "parallel", "checkpoint", "interchange", "generate", "observe", "train"]
+ORDER = [
+    "errors",
+    "config",
+    "ops",
+    "tokenizer",
+    "models",
+    "data",
+    "parallel",
+    "checkpoint",
+    "interchange",
+    "generate",
+    "observe",
+    "train",
+]
 """A package may import those before it (and a few leaves that all may use)."""
 
 

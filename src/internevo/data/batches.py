@@ -31,10 +31,12 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """On ``device``, without waiting when the memory is pinned. Document borders stay on the host."""
-        if device.type == "cpu":
-            return self
-        tokens, labels, types = (t.pin_memory().to(device, non_blocking=True) for t in (self.tokens, self.labels, self.types))
+        tokens, labels, types = (t.to(device, non_blocking=True) for t in (self.tokens, self.labels, self.types))
         return MicroBatch(tokens, labels, types, self.cu_seqlens)
+
+    def pinned(self) -> MicroBatch:
+        """In page-locked memory, from which a GPU copies by itself."""
+        return MicroBatch(self.tokens.pin_memory(), self.labels.pin_memory(), self.types.pin_memory(), self.cu_seqlens)
 
 
 def micro_batch(rows: Sequence[Row], packed: bool) -> MicroBatch:
@@ -123,6 +125,8 @@ class TrainBatches:
     total: int
     """Batches in all."""
     skips: list[range] = field(default_factory=list)
+    pin: bool = False
+    """Leave the batches in page-locked memory."""
     ahead: int = 2
 
     def row_numbers(self, batch: int, consumed: int) -> list[list[int]]:
@@ -140,6 +144,7 @@ class TrainBatches:
             if any(batch in skip for skip in self.skips):
                 continue
             made = [micro_batch([self.rows[n] for n in numbers], self.packed) for numbers in self.row_numbers(batch, before)]
+            made = [m.pinned() for m in made] if self.pin else made
             yield StepBatch(made, batch, Cursor(batch + 1, rows), (rows - before) * self.rows.seq_len)
 
     def prefetch(self, cursor: Cursor) -> Iterator[StepBatch]:

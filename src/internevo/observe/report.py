@@ -14,7 +14,8 @@ from .metrics import read_rows
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1200px; padding: 0 1rem; color: #1c2733; }
 h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(520px, 1fr)); gap: 1rem }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(520px, 1fr)); gap: 1rem }
+.plots > div { min-width: 0 }
 .figures { display: flex; flex-wrap: wrap; gap: 1rem; margin-top: 1rem }
 .figure { background: #f2f5f9; border-radius: 8px; padding: .7rem 1.1rem }
 .figure b { display: block; font-size: 1.35rem }
@@ -25,6 +26,8 @@ mark { background: #d6e9ff } @media (max-width: 600px) { .plots { grid-template-
 
 def write_report(run: Path) -> Path:
     """Writes ``run/report.html`` from the run folder's files alone."""
+    from plotly.offline import get_plotlyjs
+
     rows = read_rows(run / "metrics.jsonl")
     train, valid = [r for r in rows if "loss" in r], [r for r in rows if "valid_loss" in r]
     samples = read_rows(run / "samples.jsonl")
@@ -32,7 +35,8 @@ def write_report(run: Path) -> Path:
     title = json.loads(config).get("JOB_NAME", run.name)
     page = (
         f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{html.escape(title)}</title>"
-        f"<meta name='viewport' content='width=device-width, initial-scale=1'><style>{STYLE}</style></head><body>"
+        f"<meta name='viewport' content='width=device-width, initial-scale=1'><style>{STYLE}</style>"
+        f"<script>{get_plotlyjs()}</script></head><body>"
         f"<h1>{html.escape(title)}</h1>{_figures(train, valid)}<h2>Training</h2><div class='plots'>{_plots(train, valid)}</div>"
         f"{_samples(samples)}<h2>Config</h2><details><summary>the resolved config</summary>"
         f"<pre>{html.escape(config)}</pre></details>"
@@ -98,13 +102,17 @@ def _plots(train: list[dict[str, Any]], valid: list[dict[str, Any]]) -> str:
         ),
     ]
     parts = []
-    for number, (title, lines, unit) in enumerate(plots):
+    for title, lines, unit in plots:
         figure = go.Figure([line() for line in lines])
         figure.update_layout(
             title=title, xaxis_title="step", yaxis_title=unit, template="plotly_white", height=340,
             margin={"l": 60, "r": 20, "t": 50, "b": 45}, hovermode="x unified", legend={"x": 1, "xanchor": "right", "y": 1},
         )  # fmt: skip
-        parts.append(plotly.io.to_html(figure, include_plotlyjs=number == 0, full_html=False, config={"displaylogo": False}))
+        parts.append(
+            plotly.io.to_html(
+                figure, include_plotlyjs=False, full_html=False, config={"displaylogo": False, "responsive": True}
+            )
+        )
     return "".join(f"<div>{part}</div>" for part in parts)
 
 

@@ -32,6 +32,7 @@ def train(path: Path, overrides: list[str], processes: int | None, port: int = 8
 
 def _train_here(config: Config, port: int, launcher: str | None) -> int:
     from ..parallel.world import find_place, join
+    from .stop import StopRequests
     from .trainer import Trainer
 
     die_with_parent()
@@ -39,8 +40,9 @@ def _train_here(config: Config, port: int, launcher: str | None) -> int:
     check(config, place.size)
     if place.rank == 0 and "INTERNEVO_PARENT" not in os.environ:
         _say(config)
-    with join(port, launcher) as world:
-        Trainer(config, world).fit()
+    stops = StopRequests()
+    with stops.listening(), join(port, launcher) as world:
+        Trainer(config, world, stops).fit()
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Requests to stop or to save: SIGTERM and SIGUSR1 on any rank, and InternEvo's stop file."""
+"""Requests to stop or to save: SIGTERM, SIGUSR1 and Ctrl-C on any rank, and InternEvo's stop file."""
 
 from __future__ import annotations
 
@@ -13,23 +13,27 @@ from ..observe.console import log
 class StopRequests:
     """Collects requests on this rank; all ranks learn of them with the losses of a step, and decide alike."""
 
-    def __init__(self, file: str | None) -> None:
-        """``file``: the stop file (rank 0 only). It begins as "0"; "N" means save and stop at step N, "-N" save and go on."""
+    def __init__(self) -> None:
         self.asked = False
-        self.file = Path(file) if file else None
-        if self.file:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            self.file.write_text("0")
+        self.file: Path | None = None
+
+    def watch(self, file: str) -> None:
+        """Rank 0 also reads a file at each step. It begins as "0"; "N" means save and stop at step N, "-N" save and go on."""
+        self.file = Path(file)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.file.write_text("0")
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Turns the signals into requests while the loop runs."""
+        """Turns the signals into requests. A second Ctrl-C interrupts at once."""
 
         def ask(number: int, _frame: object) -> None:
             log.info(f"{signal.Signals(number).name}: this step is finished and saved, then the run stops")
             self.asked = True
+            if number == signal.SIGINT:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
 
-        old = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        old = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
         try:
             yield
         finally:

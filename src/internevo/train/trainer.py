@@ -17,6 +17,7 @@ from ..config import Config, dump
 from ..data.batches import BatchSizes, StepBatch, TrainBatches, parse_skips, valid_batches
 from ..data.order import Order
 from ..data.source import train_rows, valid_rows
+from ..errors import ConfigError
 from ..generate import Sampling, generate
 from ..models import decoder_config
 from ..models.folder import write_hf
@@ -45,8 +46,8 @@ def run_folder(config: Config) -> Path:
 class Trainer:
     """All parts of a run, put together for this rank."""
 
-    def __init__(self, config: Config, world: World) -> None:
-        self.config, self.world = config, world
+    def __init__(self, config: Config, world: World, stops: StopRequests) -> None:
+        self.config, self.world, self.stops = config, world, stops
         self.run = run_folder(config)
         self.layout = Layout.of(config.parallel, world.size)
         start_log(self.run / "log", world.rank, config.monitor.alert.alert_file_path)
@@ -67,7 +68,8 @@ class Trainer:
         self.saver = Saver(self.run, config.ckpt, world.rank, _sizes(self.layout), after=self._export)
         self.saved_step = self.state.step
         self.peak = peak_tflops(world.device, config.model.dtype, config.monitor.peak_tflops)
-        self.stops = StopRequests(config.ckpt.stop_file_path if world.rank == 0 else None)
+        if config.ckpt.stop_file_path and world.rank == 0:
+            stops.watch(config.ckpt.stop_file_path)
 
     def _open_data(self) -> None:
         data, vocab = self.config.data, self.config.model.vocab_size
@@ -80,8 +82,12 @@ class Trainer:
         rank = self.layout.data_rank(self.world.rank)
         self.batches = TrainBatches(
             self.rows, Order(len(self.rows), data.seed), self.sizes, rank, data.use_packed_dataset, data.total_steps,
-            parse_skips(data.skip_batches),
+            parse_skips(data.skip_batches), pin=self.world.device.type == "cuda",
         )  # fmt: skip
+        if self.config.monitor.sample_prompts and data.tokenizer_path:
+            size = load_tokenizer(data.tokenizer_path).vocab_size
+            if size > vocab:
+                raise ConfigError(f"model.vocab_size = {vocab} is below the {size} entries of data.tokenizer_path")
 
     # The loop --------------------------------------------------------------------------------------------------------
 
@@ -90,25 +96,24 @@ class Trainer:
         config, data = self.config, self.config.data
         observers = self._observers()
         try:
-            with self.stops.listening():
+            clock = time.perf_counter()
+            for batch in self.batches.prefetch(self.state.cursor):
+                record, stop, save = self._step(batch, time.perf_counter() - clock)
+                step, last = record.step, stop or record.step == data.total_steps
+                if observers:
+                    observers.step(record)
+                if _due(step, data.valid_every, last and not stop):
+                    self._evaluate(step, observers)
+                if _due(step, config.monitor.sample_every, last):
+                    self._sample(step, observers)
+                if config.ckpt.enable_save_ckpt and (_due(step, config.ckpt.checkpoint_every, last) or save):
+                    self._save(step)
+                elif config.ckpt.enable_save_ckpt and _due(step, config.ckpt.oss_snapshot_freq, False):
+                    self.saver.snapshot(step, self._tensors(), self._extras())
+                self.saver.check()
+                if stop:
+                    break
                 clock = time.perf_counter()
-                for batch in self.batches.prefetch(self.state.cursor):
-                    record, stop, save = self._step(batch, time.perf_counter() - clock)
-                    step, last = record.step, stop or record.step == data.total_steps
-                    if observers:
-                        observers.step(record)
-                    if _due(step, data.valid_every, last and not stop):
-                        self._evaluate(step, observers)
-                    if _due(step, config.monitor.sample_every, last):
-                        self._sample(step, observers)
-                    if config.ckpt.enable_save_ckpt and (_due(step, config.ckpt.checkpoint_every, last) or save):
-                        self._save(step)
-                    elif config.ckpt.enable_save_ckpt and _due(step, config.ckpt.oss_snapshot_freq, False):
-                        self.saver.snapshot(step, self._tensors(), self._extras())
-                    self.saver.check()
-                    if stop:
-                        break
-                    clock = time.perf_counter()
             if config.ckpt.enable_save_ckpt and self.saved_step < self.state.step:
                 self._save(self.state.step)  # batches at the very end were skipped
             self.saver.wait()
