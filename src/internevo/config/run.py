@@ -8,6 +8,7 @@ from pydantic import field_validator
 
 from .option import Section, option
 
+COMMAND = "`internevo generate` takes its options on the command line"
 UPLOAD = "saving always goes on in the background"
 CONTENTS = ("model", "optimizer", "scheduler", "sampler", "all")
 
@@ -105,18 +106,18 @@ class Monitor(Section):
 
 
 class Generation(Section):
-    """Defaults of text generation."""
+    """InternEvo's options of text generation."""
 
-    ckpt_folder: str | None = option(None, "Checkpoint to generate from.")
-    output_folder: str | None = option(None, "Where texts go.")
-    batch_size: int = option(1, "Texts at once.", ge=1)
-    max_length: int = option(100, "Length, prompt included.", unit="tokens", ge=1)
-    eos_id: int | list[int] | None = option(None, "Tokens that end a text.")
-    bos_id: int | None = option(None, "Token that starts a text.")
-    pad_id: int | None = option(None, "Padding token.")
-    do_sample: bool = option(True, "Sample, or take the likeliest token.")
-    temperature: float = option(1.0, "Divides the logits.", ge=0)
-    top_k: int = option(50, "Sample from so many likeliest tokens; 0: all.", ge=0)
-    top_p: float = option(1.0, "Sample from the likeliest tokens of this total probability.", gt=0, le=1)
-    repetition_penalty: float = option(1.0, "Divides logits of tokens already there.", later="repetition penalty", neutral=(1,))
-    length_penalty: float = option(1.0, "Of beam search.", later="beam search", neutral=(1,))
+    ckpt_folder: str | None = option(None, "Checkpoint to generate from.", ignored=COMMAND)
+    output_folder: str | None = option(None, "Where texts go.", ignored=COMMAND)
+    batch_size: int = option(1, "Texts at once.", ignored=COMMAND, ge=1)
+    max_length: int = option(100, "Length, prompt included.", unit="tokens", ignored=COMMAND, ge=1)
+    eos_id: int | list[int] | None = option(None, "Tokens that end a text.", ignored=COMMAND)
+    bos_id: int | None = option(None, "Token that starts a text.", ignored=COMMAND)
+    pad_id: int | None = option(None, "Padding token.", ignored=COMMAND)
+    do_sample: bool = option(True, "Sample, or take the likeliest token.", ignored=COMMAND)
+    temperature: float = option(1.0, "Divides the logits.", ignored=COMMAND, ge=0)
+    top_k: int = option(50, "Sample from so many likeliest tokens; 0: all.", ignored=COMMAND, ge=0)
+    top_p: float = option(1.0, "Sample from the likeliest tokens of this total probability.", ignored=COMMAND, gt=0, le=1)
+    repetition_penalty: float = option(1.0, "Divides logits of tokens already there.", ignored=COMMAND)
+    length_penalty: float = option(1.0, "Of beam search.", ignored=COMMAND)

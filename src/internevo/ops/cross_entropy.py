@@ -13,16 +13,17 @@ import torch
 from torch import Tensor
 
 IGNORE = -100
-CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
-"""fp32 logits that exist at once: enough to fill the device, no more."""
+CHUNK_BYTES = {"cpu": 24 * 2**20, "cuda": 512 * 2**20}
+"""fp32 logits that exist at once: enough to fill the device, no more (and on a CPU, memory that the C library keeps)."""
 BLOCK = 4096
 """Rows of the head's weight whose gradient is computed at once."""
 
 
 def chunk_tokens(hidden_TD: Tensor, weight_VD: Tensor) -> int:
-    """Tokens of which logits exist at once."""
-    limit = CHUNK_BYTES.get(hidden_TD.device.type, CHUNK_BYTES["cpu"])
-    return max(1, min(hidden_TD.shape[0], limit // (4 * weight_VD.shape[0])))
+    """Tokens of which logits exist at once; chunks are as equal as can be."""
+    tokens, limit = hidden_TD.shape[0], CHUNK_BYTES.get(hidden_TD.device.type, CHUNK_BYTES["cpu"])
+    chunks = -(-tokens // max(1, limit // (4 * weight_VD.shape[0])))
+    return -(-tokens // max(chunks, 1))
 
 
 def linear_cross_entropy(
