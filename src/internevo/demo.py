@@ -74,6 +74,7 @@ def compare_with_transformers(folder: Path) -> float:
     """Largest absolute difference between our logits and transformers' for a folder, over some random tokens."""
     try:
         from transformers import AutoModelForCausalLM as auto
+        from transformers.utils import logging
     except ImportError:
         raise UsageError('the check needs transformers: pip install "internevo[hf]"') from None
     import torch
@@ -81,6 +82,7 @@ def compare_with_transformers(folder: Path) -> float:
     from . import load_model
 
     ours = load_model(folder)
+    logging.disable_progress_bar()
     loader: Any = auto
     theirs, info = loader.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     unfit = {kind: sorted(names) for kind, names in info.items() if names}

@@ -5,26 +5,25 @@ import random
 
 import pytest
 import sentencepiece
-from internevo.errors import UsageError
-from internevo.tokenizer import load_tokenizer, train_bpe
 from transformers import AutoTokenizer
 
-TEXTS = [
-    " ".join(random.Random(n).choices("the quick brown fox jumps über den faulen Hund 文本 def return".split(), k=40))
-    for n in range(99)
-]
+from internevo.errors import UsageError
+from internevo.tokenizer import load_tokenizer, train_bpe
+
+WORDS = ["the", "quick", "brown", "fox", "jumps", "über", "den", "faulen", "Hund", "文本", "def", "return"]
+TEXTS = [" ".join(random.Random(n).choices(WORDS, k=40)) for n in range(99)]
 
 
 def test_sentencepiece(tmp_path):
     (tmp_path / "corpus.txt").write_text("\n".join(TEXTS))
     sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=60, minloglevel=2,
+        input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=40, minloglevel=2,
     )  # fmt: skip
     own = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     for path in (tmp_path / "tokenizer.model", tmp_path):
         tokenizer = load_tokenizer(path)
         assert [tokenizer.encode(t) for t in TEXTS] == [own.encode(t) for t in TEXTS]
-        assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (1, 2, 60)
+        assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (1, 2, 40)
         assert tokenizer.decode(tokenizer.encode(TEXTS[0])) == TEXTS[0]
     assert tokenizer.with_bos("")[0] == 1
 
