@@ -14,7 +14,7 @@ demo: $(VENV)/ready
 	$(BIN)/internevo demo $(DEMO)
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
