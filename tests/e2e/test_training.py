@@ -247,3 +247,20 @@ def test_validation_stop_file_skips_and_export(config, tmp_path, dataset):
     ):
         assert (tmp_path / "full" / name).is_file(), name
     assert not re.search("<(script|link|img)[^>]*(src|href)=.?http", (tmp_path / "full" / "report.html").read_text())
+
+
+def test_a_new_run_loads_the_parts_it_names(config, tmp_path):
+    first = config("first", ckpt__checkpoint_every=2, ckpt__keep_last=1, ckpt__keep_every=4)
+    run("train", first, "data.total_steps=6")
+    kept = sorted(p.name for p in (tmp_path / "first" / "checkpoints").iterdir())
+    assert kept == ["step-00000004", "step-00000006"]
+    run("train", config("whole", data__total_steps=7, ckpt__load_ckpt_info={"path": str(tmp_path / "first"), "content": "all"}))
+    rows = metrics(tmp_path / "whole")
+    assert [row["step"] for row in rows] == [7] and rows[0]["consumed_tokens"] == 7 * 12 * 32
+    info = {"path": str(tmp_path / "first"), "content": ["model"], "ckpt_type": "internevo"}
+    run("train", config("weights", data__total_steps=1, adam__lr=0.0, ckpt__load_ckpt_info=info), "--nproc", 2)
+    rows = metrics(tmp_path / "weights")
+    assert [row["step"] for row in rows] == [1] and rows[0]["consumed_tokens"] == 12 * 32
+    mine, wanted = tensors(tmp_path / "weights", 1), tensors(tmp_path / "first", 6)
+    names = [n for n in wanted if n.startswith("model/")]
+    assert all(torch.equal(mine[n], wanted[n]) for n in names)
