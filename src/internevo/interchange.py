@@ -51,9 +51,7 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device: s
     source = open_source(Path(folder))
     with torch.device("meta"):
         model = Decoder(source.config)
-    model.to(dtype).to_empty(device=device)
-    if source.config.tie_embeddings:
-        model.head.weight = model.embed.weight  # to_empty has made it a weight of its own
+    model.to(dtype).materialize(device)
     fill(model, source.parameter, Path(folder))
     return model
 

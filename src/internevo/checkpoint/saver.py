@@ -26,7 +26,7 @@ from ..config.run import Ckpt
 from ..errors import CheckpointError, InternEvoError
 from ..models.folder import copy_tokenizer
 from .folder import CHECKPOINTS, SNAPSHOTS
-from .manifest import FileEntry, Manifest, TensorEntry, describe_file
+from .manifest import NAME, FileEntry, Manifest, TensorEntry, describe_file
 from .storage import SafetensorsWriter
 
 
@@ -112,7 +112,7 @@ class Saver:
         for folder in folders[: -self.config.keep_last]:
             if not (every and int(folder.name.removeprefix("step-")) % every == 0):
                 # The manifest goes first: a half-deleted folder must not look whole.
-                (folder / "manifest.json").unlink(missing_ok=True)
+                (folder / NAME).unlink(missing_ok=True)
                 shutil.rmtree(folder, ignore_errors=True)
 
 

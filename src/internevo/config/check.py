@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import ConfigError, NotAvailableYet
+from .model import ROPE_KINDS
 from .option import unavailable
 from .schema import FAMILIES, FAMILIES_LATER, Config
 
@@ -94,9 +95,8 @@ def _heads(config: Config, world: int) -> Iterator[str]:
 
 def _rope(config: Config, world: int) -> Iterator[str]:
     scaling = config.model.rope_scaling
-    kinds = ("default", "linear", "dynamic", "llama3", "yarn")
-    if scaling is not None and scaling.get("rope_type", scaling.get("type")) not in kinds:
-        yield f"model.rope_scaling = {scaling!r} has no rope_type among {', '.join(kinds)}"
+    if scaling is not None and scaling.get("rope_type", scaling.get("type")) not in ROPE_KINDS:
+        yield f"model.rope_scaling = {scaling!r} has no rope_type among {', '.join(ROPE_KINDS)}"
     if scaling is not None and config.model.use_dynamic_ntk_rope:
         yield "model.rope_scaling and model.use_dynamic_ntk_rope are two ways to say it; leave one out"
 

@@ -19,6 +19,7 @@ DTYPES = {
     "bf16": "bfloat16",
     "fp16": "float16",
 }
+ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 KERNELS = "the best kernel for the device is chosen in one place (internevo/ops)"
 ROTARY = "rotary pairs are stored half-split, as on the Hugging Face side; checkpoints are turned when converted"
 

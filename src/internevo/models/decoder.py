@@ -20,8 +20,16 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = Head(config.vocab_size, config.hidden_size, embed_grad_scale)
-        if config.tie_embeddings:
+        self._tie()
+
+    def _tie(self) -> None:
+        if self.config.tie_embeddings:
             self.head.weight = self.embed.weight
+
+    def materialize(self, device: str | torch.device) -> None:
+        """Gives a model made on the meta device uninitialised weights on ``device``; a tied head stays tied."""
+        self.to_empty(device=device)
+        self._tie()  # to_empty has made it a weight of its own
 
     def forward(
         self,

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..config.model import ROPE_KINDS
 from ..errors import UsageError
 from .config import Rope
-
-KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
 def from_hf(config: dict[str, Any], default_base: float = 10000.0) -> Rope:
@@ -23,8 +22,8 @@ def from_scaling(scaling: dict[str, Any], base: float) -> Rope:
     """From a ``rope_scaling`` dict: {"rope_type" (or "type"), "factor", ...}."""
     options = {k: v for k, v in scaling.items() if k not in ("rope_type", "type", "factor", "rope_theta") and v is not None}
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind not in KINDS:
-        raise UsageError(f"rope_scaling of kind {kind!r} is not known here (known: {', '.join(KINDS)})")
+    if kind not in ROPE_KINDS:
+        raise UsageError(f"rope_scaling of kind {kind!r} is not known here (known: {', '.join(ROPE_KINDS)})")
     return Rope(base=base, kind=kind, factor=float(scaling.get("factor") or 1.0), options=options)
 
 

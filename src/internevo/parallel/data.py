@@ -48,9 +48,7 @@ class SingleProcess:
     gradients move to the masters as soon as they are there. (``fully_shard`` on one rank copies every gradient twice more.)"""
 
     def __init__(self, model: Decoder, device: torch.device, dtype: torch.dtype) -> None:
-        model.to_empty(device=device)
-        if model.config.tie_embeddings:
-            model.head.weight = model.embed.weight  # to_empty has made it a weight of its own
+        model.materialize(device)
         self.weights = dict(model.named_parameters())
         self.masters = self.weights
         if dtype != torch.float32:

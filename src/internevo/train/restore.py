@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..checkpoint import Checkpoint, complete_checkpoints, find_checkpoint
 from ..checkpoint.load import load_tensors
+from ..checkpoint.storage import KINDS
 from ..config.run import LoadCkptInfo
 from ..errors import CheckpointError, UsageError
 from ..models.folder import HfFolder
@@ -36,7 +37,7 @@ def load_checkpoint(trainer: Trainer, folder: Path, wanted: LoadCkptInfo) -> lis
     from .trainer import named_tensors
 
     checkpoint = Checkpoint(folder)
-    kinds = tuple(f"{kind}/" for kind in ("model", "optimizer") if wanted.has(kind))
+    kinds = tuple(f"{kind}/" for kind in KINDS if wanted.has(kind))
     if "optimizer/" in kinds and not any(n.startswith("optimizer/") for n in checkpoint.manifest.tensors):
         raise CheckpointError(f'{folder} holds weights only; load it with content=("model",) (ckpt.load_ckpt_info)')
     load_tensors(checkpoint, {n: t for n, t in named_tensors(trainer.optimizer).items() if n.startswith(kinds)})

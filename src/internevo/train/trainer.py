@@ -28,7 +28,7 @@ from ..parallel import plan
 from ..parallel.data import COMPUTE
 from ..parallel.layout import Layout
 from ..parallel.world import World
-from ..tokenizer import load_tokenizer
+from ..tokenizer import Tokenizer, load_tokenizer
 from .optimizer import Optimizer
 from .restore import restore
 from .scaler import LossScaler
@@ -84,10 +84,13 @@ class Trainer:
             self.rows, Order(len(self.rows), data.seed), self.sizes, rank, data.use_packed_dataset, data.total_steps,
             parse_skips(data.skip_batches), pin=self.world.device.type == "cuda",
         )  # fmt: skip
+        self.tokenizer: Tokenizer | None = None
         if self.config.monitor.sample_prompts and data.tokenizer_path:
-            size = load_tokenizer(data.tokenizer_path).vocab_size
-            if size > vocab:
-                raise ConfigError(f"model.vocab_size = {vocab} is below the {size} entries of data.tokenizer_path")
+            self.tokenizer = load_tokenizer(data.tokenizer_path)
+            if self.tokenizer.vocab_size > vocab:
+                raise ConfigError(
+                    f"model.vocab_size = {vocab} is below the {self.tokenizer.vocab_size} entries of data.tokenizer_path"
+                )
 
     # The loop --------------------------------------------------------------------------------------------------------
 
@@ -171,10 +174,9 @@ class Trainer:
 
     def _sample(self, step: int, observers: Observers | None) -> None:
         """Continues the configured prompts. Every rank takes part, since the weights may be spread over all."""
-        monitor, path = self.config.monitor, self.config.data.tokenizer_path
-        if not monitor.sample_prompts or path is None:
+        monitor, tokenizer = self.config.monitor, self.tokenizer
+        if tokenizer is None:
             return
-        tokenizer = load_tokenizer(path)
         dtype = COMPUTE[self.config.model.dtype]
         for prompt in monitor.sample_prompts:
             ids = tokenizer.with_bos(prompt)
