@@ -87,6 +87,9 @@ def convert(
     family: Annotated[
         str | None, typer.Option(help="Family, when the source does not say it (LLAMA2, INTERNLM2, ...).")
     ] = None,
+    write_as: Annotated[
+        str | None, typer.Option("--as", help="Family to write: an InternLM2 model as LLAMA2, say, which needs no code.")
+    ] = None,
     dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Default: as in the source.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file.")] = "5GB",
 ) -> None:
@@ -99,6 +102,7 @@ def convert(
         target,
         to,
         family=family,
+        write_as=write_as,
         dtype=DTYPES[dtype] if dtype else None,
         shard_bytes=parse_size(max_shard_size),
     )

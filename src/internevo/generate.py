@@ -50,6 +50,8 @@ def generate(
     tokens = torch.tensor([prompt], device=device)
     out: list[int] = []
     # Compiled layers are made for training's shapes; generation has a new shape for every token.
+    training = model.training
+    model.eval()
     with torch.compiler.set_stance("force_eager"):
         for _ in range(max_new_tokens):
             logits = model(tokens, caches=caches)
@@ -59,6 +61,7 @@ def generate(
             if chosen in eos_ids:
                 break
             tokens = torch.tensor([[chosen]], device=device)
+    model.train(training)
     return out
 
 

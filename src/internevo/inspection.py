@@ -13,6 +13,7 @@ from .errors import UsageError
 from .models.folder import HfFolder
 from .models.registry import family
 from .observe.metrics import read_rows
+from .tensorfile import Spec
 
 
 def inspect(path: Path) -> Iterator[str]:
@@ -66,12 +67,11 @@ def _hf(path: Path) -> Iterator[str]:
     config = folder.config
     yield f"Hugging Face model {path}: {family(config.family).ARCHITECTURE} ({config.family})"
     yield f"model: {config.parameters():,} parameters, {folder.dtype}; tokenizer: {'yes' if folder.tokenizer else 'no'}"
-    entries = family(config.family).entries(config)
-    missing = [e.disk for e in entries if e.disk not in folder.weights]
-    if missing:
-        raise UsageError(f"{path} lacks {len(missing)} tensors, the first {missing[0]!r}")
-    elements = sum(folder.weights[e.disk].numel() for e in entries)
-    yield f"intact: all {len(entries)} tensors are there and can be read, {elements:,} values"
+    read = 0
+    for disk, shape in folder.naming.shapes.items():
+        spec = Spec(shape, folder.dtype)
+        read += sum(folder.weights.read(disk, row, count).numel() for row, count in spec.chunks(0, spec.rows))
+    yield f"intact: all {len(folder.naming.shapes)} tensors are there and can be read, {read:,} values"
 
 
 def _dataset(path: Path) -> Iterator[str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,7 +14,7 @@ from .checkpoint import Checkpoint, find_checkpoint
 from .checkpoint.weights import write_checkpoint
 from .errors import CheckpointError, UsageError
 from .models import Decoder
-from .models.folder import HfFolder, fill, write_hf
+from .models.folder import HfFolder, Module, fill, write_hf
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -43,7 +45,7 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device: s
         folder: a Hugging Face folder, a checkpoint, or a run folder (its newest checkpoint).
 
     Returns:
-        ``model(tokens, positions=None, cu_seqlens=None) -> logits``.
+        ``model(tokens, positions=None, cu_seqlens=None) -> logits``, in evaluation mode.
 
     Raises:
         UsageError, CheckpointError: as ``open_source``.
@@ -52,8 +54,8 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device: s
     with torch.device("meta"):
         model = Decoder(source.config)
     model.to(dtype).materialize(device)
-    fill(model, source.parameter, Path(folder))
-    return model
+    fill(model, source)
+    return model.eval()
 
 
 def save_hf(model: Decoder, folder: str | Path, dtype: torch.dtype | None = None, max_shard_size: int = 5 * 10**9) -> None:
@@ -63,9 +65,7 @@ def save_hf(model: Decoder, folder: str | Path, dtype: torch.dtype | None = None
         dtype: of the weights on disk; by default the model's.
         max_shard_size: bytes per file.
     """
-    parameters = dict(model.named_parameters())
-    dtype = dtype or next(model.parameters()).dtype
-    write_hf(model.config, parameters.__getitem__, Path(folder), dtype=dtype, shard_bytes=max_shard_size)
+    write_hf(Module(model.config, model), Path(folder), dtype=dtype, shard_bytes=max_shard_size)
 
 
 def convert(
@@ -74,40 +74,47 @@ def convert(
     to: str,
     *,
     family: str | None = None,
+    write_as: str | None = None,
     dtype: torch.dtype | None = None,
     shard_bytes: int = 5 * 10**9,
-    progress: Callable[[str], None] = lambda name: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Converts a Hugging Face folder or a checkpoint to either; one tensor is in memory at a time.
+    """Converts a Hugging Face folder or a checkpoint to either; a few rows of one tensor are in memory at a time.
 
     Args:
         to: "hf" or "internevo" (a checkpoint that holds weights only).
+        family: of a source that does not say it.
+        write_as: the family under whose names a Hugging Face folder is written.
         dtype: of the weights written; by default as in the source.
+        progress: is told the bytes written, of how many.
     """
     if target.exists() and any(target.iterdir()):
         raise UsageError(f"target {target} is not empty; give another folder")
+    if write_as and to != "hf":
+        raise UsageError("--as is about Hugging Face folders: use it with --to hf")
     model = open_source(source, family)
-    write = write_hf if to == "hf" else write_checkpoint
     try:
-        write(
-            model.config, model.parameter, target, dtype=dtype or model.dtype, shard_bytes=shard_bytes,
-            tokenizer=model.tokenizer, progress=progress,
-        )  # fmt: skip
+        if to == "hf":
+            write_hf(model, target, dtype=dtype, shard_bytes=shard_bytes, write_as=write_as, progress=progress)
+        else:
+            write_checkpoint(model, target, dtype=dtype, shard_bytes=shard_bytes, progress=progress)
     finally:
         shutil.rmtree(target.with_name(target.name + ".tmp"), ignore_errors=True)
 
 
-def convert_with_progress(
-    source: Path, target: Path, to: str, *, family: str | None, dtype: torch.dtype | None, shard_bytes: int
-) -> None:
-    """``convert`` under a progress bar, and a closing line."""
-    from rich.progress import Progress
+def convert_with_progress(source: Path, target: Path, to: str, **options: Any) -> None:
+    """``convert`` with the same options under a progress bar, and a closing line."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-    with Progress() as bar:
+    with Progress("converting", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as bar:
         task = bar.add_task("converting", total=None)
-        convert(
-            source, target, to, family=family, dtype=dtype, shard_bytes=shard_bytes,
-            progress=lambda name: bar.update(task, advance=1, description=name),
-        )  # fmt: skip
-        bar.update(task, description="converting", total=1, completed=1)
+        convert(source, target, to, progress=lambda done, total: bar.update(task, completed=done, total=total), **options)
     print(f"{source} -> {target}")
+    config = target / "config.json"
+    if to == "hf" and "auto_map" in (values := json.loads(config.read_text(encoding="utf-8"))):
+        file = values["auto_map"]["AutoConfig"].split(".")[0] + ".py"
+        if not (target / file).is_file():
+            print(
+                f"note: transformers loads {values['architectures'][0]} with the family's own code ({file} and others), which "
+                "the source did not hold; put it into the folder, or see --as"
+            )

@@ -1,19 +1,25 @@
 """Interchange with Hugging Face, generation, and damaged checkpoints."""
 
 import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from internevo import load_model, save_hf
 from internevo.checkpoint import Checkpoint
 from internevo.errors import CheckpointError, UsageError
-from internevo.generate import Sampling, generate
+from internevo.generate import Sampling
 from internevo.interchange import convert
-from internevo.models import Decoder, internlm2, llama
+from internevo.models.folder import HfFolder
 from internevo.tokenizer import train_bpe
+from tests.families import CONFIGS, pair
+from tests.references import REFERENCES, random_folder
 
 
 @pytest.fixture
@@ -57,7 +63,12 @@ def test_save_hf_writes_what_transformers_reads(llama_folder, tmp_path):
     assert (model(tokens) - theirs(tokens).logits).abs().max() < 0.04
 
 
-def test_older_bin_folders_load_and_code_in_them_does_not_run(llama_folder, tmp_path):
+class Evil:
+    def __reduce__(self):
+        return (Path.touch, (Path("was-run"),))
+
+
+def test_older_bin_folders_load_and_code_in_them_does_not_run(llama_folder, tmp_path, monkeypatch):
     weights = load_file(llama_folder / "model.safetensors")
     old = tmp_path / "old"
     old.mkdir()
@@ -65,66 +76,128 @@ def test_older_bin_folders_load_and_code_in_them_does_not_run(llama_folder, tmp_
     torch.save(weights, old / "pytorch_model.bin")
     tokens = torch.randint(0, 300, (1, 9))
     assert torch.equal(load_model(old)(tokens), load_model(llama_folder)(tokens))
+    monkeypatch.chdir(tmp_path)
+    torch.save({**weights, "evil": Evil()}, old / "pytorch_model.bin")
+    with pytest.raises(UsageError, match=r"pytorch_model.bin is refused"):
+        load_model(old)
+    assert not (tmp_path / "was-run").exists()
 
 
 def test_a_folder_that_does_not_fit_is_refused_by_name(llama_folder, tmp_path):
     path = llama_folder / "config.json"
     good = json.loads(path.read_text())
-    path.write_text(json.dumps({**good, "architectures": ["BertModel"], "model_type": "bert"}))
-    with pytest.raises(UsageError, match=r"hf: no family fits architectures = \['BertModel'\]"):
-        load_model(llama_folder)
-    path.write_text(json.dumps({**good, "intermediate_size": 41}))
-    with pytest.raises(UsageError, match=r"layers\.0\.mlp\.gate\.weight has shape \[40, 32\]"):
-        load_model(llama_folder)
+
+    def refused(match, **changes):
+        path.write_text(json.dumps({**good, **changes}))
+        with pytest.raises(UsageError, match=match):
+            load_model(llama_folder)
+
+    families = r".*known: INTERNLM \(InternLMForCausalLM\), .*GEMMA"
+    refused(r"hf: no family fits model_type = 'bert'" + families, architectures=["BertModel"], model_type="bert")
+    refused(r"architectures = \['LlamaForSequenceClassification'\] is no language", architectures=["LlamaForSequenceClassification"])
+    refused(r"hidden_act = 'relu' does not fit LLAMA2, which has 'silu' \(families: INTERNLM", hidden_act="relu")
+    refused(r"gate_proj.weight has shape \[40, 32\], and by config.json it should have \[41, 32\]", intermediate_size=41)
+    refused(r"has no tensor 'model.layers.0.self_attn.q_proj.bias', which LLAMA2 needs", attention_bias=True)
+    refused(r"holds a tensor 'model.layers.1.*' that LLAMA2 of this config.json has not", num_hidden_layers=1)
     path.write_text(json.dumps(good))
     weights = load_file(llama_folder / "model.safetensors")
-    del weights["model.norm.weight"]
-    save_file(weights, llama_folder / "model.safetensors")
-    with pytest.raises(UsageError, match="has no tensor 'model.norm.weight'"):
+    save_file({**weights, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, llama_folder / "model.safetensors")
+    load_model(llama_folder)
+    (llama_folder / "model.safetensors").write_bytes((llama_folder / "model.safetensors").read_bytes()[:-50])
+    with pytest.raises(UsageError, match=r"model.safetensors is not a safetensors file: tensor .* does not fit into the file"):
         load_model(llama_folder)
     with pytest.raises(UsageError, match="nor is it a Hugging Face folder"):
         load_model(tmp_path)
 
 
-def test_internlm2_is_llama_with_another_layout_on_disk(llama_folder, tmp_path):
-    """wqkv is read by an independent description: row (g, j, n) of the view (K, H/K + 2, N)."""
-    llama_model = load_model(llama_folder)
-    config = internlm2.from_hf({**json.loads((llama_folder / "config.json").read_text()), "bias": False, "rope_theta": 500.0})
-    disk = {}
-    for name, tensor in load_file(llama_folder / "model.safetensors").items():
-        new = (
-            name.replace("embed_tokens", "tok_embeddings")
-            .replace("self_attn.o_proj", "attention.wo")
-            .replace("lm_head", "output")
-        )
-        new = new.replace("mlp.gate_proj", "feed_forward.w1").replace("mlp.up_proj", "feed_forward.w3")
-        new = new.replace("mlp.down_proj", "feed_forward.w2").replace("input_layernorm", "attention_norm")
-        disk[new.replace("post_attention_layernorm", "ffn_norm")] = tensor
-    for layer in range(2):
-        q, k, v = (disk.pop(f"model.layers.{layer}.self_attn.{n}_proj.weight") for n in "qkv")
-        rows = []
-        for group in range(2):
-            rows += [q[16 * group : 16 * group + 16], k[8 * group : 8 * group + 8], v[8 * group : 8 * group + 8]]
-        disk[f"model.layers.{layer}.attention.wqkv.weight"] = torch.cat(rows)
+def disk(folder):
+    """Every tensor of a folder."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found.update(load_file(path))
+    return found
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+@settings(max_examples=3, deadline=None)
+@given(data=st.data(), seed=st.integers(0, 10**6), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_every_family_goes_both_ways_with_transformers(family, data, seed, dtype):
+    theirs, _ = pair(data.draw(CONFIGS[family]), seed)
+    theirs.to(dtype)
+    with TemporaryDirectory() as place:
+        there, ours, back = (Path(place) / name for name in ("there", "ours", "back"))
+        theirs.save_pretrained(there)
+        convert(there, ours, "internevo")
+        convert(ours, back, "hf", shard_bytes=20_000)
+        assert same(disk(back), disk(there))
+        loaded, info = AutoModelForCausalLM.from_pretrained(back, output_loading_info=True, experts_implementation="eager")
+        assert not any(info.values()), info
+        assert loaded.dtype == dtype
+        tokens = torch.randint(1, theirs.config.vocab_size, (1, 9))
+        close = 1e-5 if dtype == torch.float32 else 0.04
+        for folder in (there, ours, back):
+            assert (load_model(folder, dtype=dtype)(tokens) - theirs(tokens).logits).abs().mean() < close
+        assert Checkpoint(ours).config == HfFolder(there).config == HfFolder(back).config
+
+
+@pytest.mark.parametrize("family", REFERENCES)
+@settings(max_examples=5, deadline=None)
+@given(data=st.data(), seed=st.integers(0, 10**6))
+def test_families_without_a_class_in_transformers_go_both_ways(family, data, seed):
+    torch.manual_seed(seed)
+    config, tensors = random_folder(family, lambda values: data.draw(st.sampled_from(values)))
+    with TemporaryDirectory() as place:
+        there, ours, back = (Path(place) / name for name in ("there", "ours", "back"))
+        there.mkdir()
+        (there / "config.json").write_text(json.dumps(config))
+        save_file(tensors, there / "model.safetensors", metadata={"format": "pt"})
+        (there / "modeling_own.py").write_text("raise SystemExit('code of the folder was run')")
+        convert(there, ours, "internevo")
+        convert(ours, back, "hf")
+        assert same(disk(back), tensors)
+        assert HfFolder(back).config == HfFolder(there).config == Checkpoint(ours).config
+        written = json.loads((back / "config.json").read_text())
+        assert written["architectures"] == config["architectures"] and "AutoModelForCausalLM" in written["auto_map"]
+        assert ("max_position_embeddings" in written) == ("max_position_embeddings" in config)
+
+
+def test_an_internlm2_model_is_written_as_llama_for_transformers(tmp_path, run):
+    torch.manual_seed(0)
+    config, tensors = random_folder("INTERNLM2", lambda values: values[-1])
     folder = tmp_path / "internlm2"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(internlm2.to_hf(config)))
-    save_file(disk, folder / "model.safetensors")
-    model = load_model(folder)
-    assert model.config.family == "INTERNLM2"
-    tokens = torch.randint(0, 300, (2, 20))
-    assert torch.equal(model(tokens), llama_model(tokens))
-    convert(folder, tmp_path / "ours", "internevo")
-    convert(tmp_path / "ours", tmp_path / "back", "hf")
-    back = load_file(tmp_path / "back" / "model.safetensors")
-    assert back.keys() == disk.keys() and all(torch.equal(back[k], disk[k]) for k in disk)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors")
+    run("convert", folder, tmp_path / "llama", "--to", "hf", "--as", "LLAMA2")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
+    tokens = torch.randint(0, config["vocab_size"], (1, 20))
+    assert (load_model(folder)(tokens) - theirs(tokens).logits).abs().max() < 1e-5
+    done = run("convert", folder, tmp_path / "gemma", "--to", "hf", "--as", "GEMMA", code=2)
+    assert "GemmaForCausalLM cannot hold this model: its tie_embeddings is False" in done.stderr.replace("\n", " ") or (
+        "GemmaForCausalLM cannot hold this model" in done.stderr
+    )
 
 
-def test_generation_with_the_cache_equals_transformers(llama_folder):
-    ours, theirs = load_model(llama_folder), AutoModelForCausalLM.from_pretrained(llama_folder)
-    prompt = torch.randint(3, 300, (1, 7))
-    wanted = theirs.generate(prompt, max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 7:].tolist()
-    assert generate(ours, prompt[0].tolist(), 30, Sampling(temperature=0)) == wanted
+def test_what_lies_beside_the_weights_goes_along(llama_folder, tmp_path):
+    beside = {
+        "generation_config.json": '{"temperature": 0.5}', "chat_template.jinja": "{{ messages }}",
+        "tokenizer_config.json": '{"bos_token": "<s>"}', "configuration_own.py": "x = 1",
+    }  # fmt: skip
+    for name, text in beside.items():
+        (llama_folder / name).write_text(text)
+    path = llama_folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "own_key": 7, "torch_dtype": "float32"}))
+    convert(llama_folder, tmp_path / "ours", "internevo")
+    convert(tmp_path / "ours", tmp_path / "back", "hf", dtype=torch.bfloat16)
+    for name, text in beside.items():
+        assert (tmp_path / "back" / name).read_text() == text
+    written = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert written["own_key"] == 7
+    assert {written[k] for k in ("torch_dtype", "dtype") if k in written} == {"bfloat16"}
 
 
 def test_sampling_is_seeded_and_keeps_to_its_limits():
@@ -183,11 +256,3 @@ def test_training_starts_from_a_hugging_face_folder(llama_folder, tmp_path, conf
     assert len(metrics(tmp_path / "tuned")) == 1
 
 
-def test_parameter_counts_follow_from_the_shapes():
-    for family, shape in ((llama, {"qkv_bias": True, "mlp_bias": True}), (internlm2, {"tie_embeddings": True})):
-        config = family.from_hf({
-            "vocab_size": 67, "hidden_size": 24, "intermediate_size": 10, "num_hidden_layers": 3, "num_attention_heads": 4,
-            "num_key_value_heads": 2, "head_dim": 8,
-        })  # fmt: skip
-        config = type(config)(**{**vars(config), **shape})
-        assert config.parameters() == sum(p.numel() for p in Decoder(config).parameters())

@@ -11,6 +11,7 @@ SOURCE = Path(internevo.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 ORDER = [
     "errors",
+    "tensorfile",
     "config",
     "ops",
     "tokenizer",

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, UsageError
 from ..models import DecoderConfig
-from .manifest import NAME, Manifest, TensorEntry
-from .storage import open_file
+from ..tensorfile import Spec, TensorFile
+from .manifest import NAME, Chunk, Manifest, TensorEntry
 
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
+HF_CONFIG = "hf_config.json"
 
 
 class Checkpoint:
@@ -24,6 +26,7 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest = Manifest.read(folder)
+        self._files: dict[str, TensorFile] = {}
 
     def json(self, name: str) -> dict[str, Any]:
         """One of the JSON files: state.json, model.json, config.json."""
@@ -50,21 +53,55 @@ class Checkpoint:
         path = self.folder / "tokenizer"
         return path if path.is_dir() else None
 
-    def parameter(self, name: str) -> Tensor:
-        """A weight in full, by the model's name for it."""
-        return self.tensor(f"model/{name}")
+    @property
+    def hf_config(self) -> dict[str, Any]:
+        """The ``config.json`` that the model was converted from, if it was."""
+        return self.json(HF_CONFIG) if (self.folder / HF_CONFIG).is_file() else {}
+
+    def read(self, name: str, start: int, count: int) -> Tensor:
+        """Rows of a weight, by the model's name for it."""
+        return self._read(f"model/{name}", start, count)
 
     def tensor(self, name: str) -> Tensor:
         """A tensor in full, joined from its boxes. ``name`` is KIND/NAME."""
         if name not in self.manifest.tensors:
             raise CheckpointError(f"{self.folder} has no tensor {name!r}")
         entry = self.manifest.tensors[name]
-        full = torch.empty(entry.shape, dtype=dtype_of(entry))
+        spec = Spec(tuple(entry.shape), dtype_of(entry))
+        return self._read(name, 0, spec.rows).view(entry.shape)
+
+    def _read(self, name: str, start: int, count: int) -> Tensor:
+        if name not in self.manifest.tensors:
+            raise CheckpointError(f"{self.folder} has no tensor {name!r}")
+        entry = self.manifest.tensors[name]
+        spec = Spec(tuple(entry.shape), dtype_of(entry))
+        out = torch.empty((count, *spec.row_shape), dtype=spec.dtype)
         for chunk in entry.chunks:
-            with open_file(self.folder / chunk.file) as file:
-                box = tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))
-                full[box] = file.get_tensor(chunk.key)
-        return full
+            for row, stored, rows in _strips(chunk, spec):
+                a, b = max(start, row), min(start + count, row + rows)
+                if b > a:
+                    part = self._file(chunk.file).read(chunk.key, stored + a - row, b - a)
+                    columns = slice(chunk.offsets[-1], chunk.offsets[-1] + chunk.sizes[-1]) if part.dim() > 1 else ...
+                    out[a - start : b - start, columns] = part
+        return out
+
+    def _file(self, name: str) -> TensorFile:
+        if name not in self._files:
+            try:
+                self._files[name] = TensorFile(self.folder / name)
+            except UsageError as error:
+                raise CheckpointError(f"{error}; use an earlier checkpoint") from error
+        return self._files[name]
+
+
+def _strips(chunk: Chunk, spec: Spec) -> Iterator[tuple[int, int, int]]:
+    """(row of the tensor, row of the box, number of rows) of a box: one run, or with three axes one for each of the first."""
+    if len(chunk.sizes) < 3:
+        yield chunk.offsets[0], 0, chunk.sizes[0]
+        return
+    outer, rows = chunk.sizes[0], chunk.sizes[1]
+    for n in range(outer):
+        yield (chunk.offsets[0] + n) * spec.shape[1] + chunk.offsets[1], n * rows, rows
 
 
 def dtype_of(entry: TensorEntry) -> torch.dtype:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import zlib
@@ -13,7 +12,7 @@ from typing import Any
 from ..errors import CheckpointError
 
 NAME = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 BLOCK = 4 << 20
 """Bytes of a file under one CRC, so that damage can be located."""
 
@@ -23,7 +22,6 @@ class FileEntry:
     """One file of a checkpoint."""
 
     size: int
-    sha256: str
     crc32: list[int]
     """Of each block of ``BLOCK`` bytes."""
 
@@ -90,15 +88,37 @@ class Manifest:
             raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
+class Checksums:
+    """Size and checksums of a file whose bytes come in pieces."""
+
+    def __init__(self) -> None:
+        self._size, self._crc32, self._running = 0, list[int](), 0
+
+    def update(self, data: bytes | memoryview) -> None:
+        """The next bytes of the file."""
+        view = memoryview(data)
+        while len(view):
+            part = view[: BLOCK - self._size % BLOCK]
+            self._running = zlib.crc32(part, self._running)
+            self._size += len(part)
+            if self._size % BLOCK == 0:
+                self._crc32.append(self._running)
+                self._running = 0
+            view = view[len(part) :]
+
+    def entry(self) -> FileEntry:
+        """What the manifest says of the file."""
+        rest = [self._running] if self._size % BLOCK else []
+        return FileEntry(self._size, self._crc32 + rest)
+
+
 def describe_file(path: Path) -> FileEntry:
     """Size and checksums of a file, read once."""
-    whole, blocks, size = hashlib.sha256(), [], 0
+    sums = Checksums()
     with open(path, "rb") as file:
         while block := file.read(BLOCK):
-            whole.update(block)
-            blocks.append(zlib.crc32(block))
-            size += len(block)
-    return FileEntry(size, whole.hexdigest(), blocks)
+            sums.update(block)
+    return sums.entry()
 
 
 def verify(folder: Path, names: list[str], manifest: Manifest) -> None:
@@ -116,7 +136,7 @@ def verify(folder: Path, names: list[str], manifest: Manifest) -> None:
                 f"{path} has {path.stat().st_size} bytes, and the manifest says {wanted.size}; use an earlier one"
             )
         found = describe_file(path)
-        if found.sha256 != wanted.sha256:
-            block = next((n for n, (a, b) in enumerate(zip(found.crc32, wanted.crc32, strict=True)) if a != b), 0)
+        block = next((n for n, (a, b) in enumerate(zip(found.crc32, wanted.crc32, strict=True)) if a != b), None)
+        if block is not None:
             place = f"bytes {block * BLOCK} to {min((block + 1) * BLOCK, wanted.size)}"
             raise CheckpointError(f"{path} is damaged: its checksum differs in {place}; use an earlier checkpoint")

@@ -1,58 +1,82 @@
-"""A checkpoint that holds weights only, written from one process."""
+"""A checkpoint that holds weights only, written from one process, a few rows at a time."""
 
 from __future__ import annotations
 
 import shutil
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
 from .. import __version__
-from ..models import Decoder, DecoderConfig
-from .manifest import Chunk, Manifest, TensorEntry
+from ..models import parameter_shapes
+from ..models.folder import Source
+from ..tensorfile import ShardWriter, Spec
+from .folder import HF_CONFIG
+from .manifest import Checksums, Chunk, Manifest, TensorEntry
 from .saver import Extras, complete
 
 
 def write_checkpoint(
-    config: DecoderConfig,
-    parameter: Callable[[str], Tensor],
+    source: Source,
     folder: Path,
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None = None,
     shard_bytes: int = 5 * 10**9,
-    tokenizer: Path | None = None,
-    progress: Callable[[str], None] = lambda name: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Writes every parameter, taken one at a time from ``parameter(name)``, into files of at most ``shard_bytes``."""
+    """Writes every parameter into files of about ``shard_bytes``; the folder appears when it is whole.
+
+    Args:
+        dtype: of the weights on disk; by default the source's.
+        progress: is told the bytes written, of how many.
+    """
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    manifest = Manifest(step=0, layout={"world": 1}, versions={"internevo": __version__, "torch": torch.__version__})
-    pending: dict[str, Tensor] = {}
-    shards = 0
+    dtype = dtype or source.dtype
+    boxes, tensors = _boxes(parameter_shapes(source.config), dtype)
+    sums: dict[str, Checksums] = defaultdict(Checksums)
+    writer = ShardWriter(
+        temporary, boxes, shard_bytes, lambda number, count: f"model-{number - 1:05d}.safetensors",
+        seen=lambda file, data: sums[file].update(data),
+    )  # fmt: skip
+    total, done = sum(spec.nbytes for spec in boxes.values()), 0
+    for name, entry in tensors.items():
+        rows_before = 0
+        for chunk in entry.chunks:
+            spec = boxes[chunk.key]
+            for row, count in spec.chunks(0, spec.rows):
+                rows = source.read(name, rows_before + row, count).to("cpu", dtype)
+                writer.add(rows)
+                done += rows.nbytes
+                progress(done, total)
+            rows_before += spec.rows
+            chunk.file = writer.files[chunk.key]
+    writer.close()
+    manifest = Manifest(
+        step=0, layout={"world": 1}, versions={"internevo": __version__, "torch": torch.__version__},
+        files={file: s.entry() for file, s in sums.items()}, tensors={f"model/{n}": t for n, t in tensors.items()},
+    )  # fmt: skip
+    values: dict[str, Any] = {"model.json": source.config.to_dict(), "state.json": {"step": 0}}
+    if source.hf_config:
+        values[HF_CONFIG] = source.hf_config
+    complete(temporary, folder, manifest, Extras(values, source.tokenizer))
 
-    def flush() -> None:
-        nonlocal shards
-        save_file(pending, temporary / _file(shards), metadata={"format": "pt"})
-        pending.clear()
-        shards += 1
 
-    with torch.device("meta"):
-        names = [name for name, _ in Decoder(config).named_parameters()]
-    for name in names:
-        tensor = parameter(name).detach().to("cpu", dtype, copy=True).contiguous()
-        if pending and sum(t.nbytes for t in pending.values()) + tensor.nbytes > shard_bytes:
-            flush()
-        pending[name] = tensor
-        chunk = Chunk(_file(shards), name, [0] * tensor.dim(), list(tensor.shape))
-        manifest.tensors[f"model/{name}"] = TensorEntry(str(dtype).removeprefix("torch."), list(tensor.shape), [chunk])
-        progress(name)
-    flush()
-    complete(temporary, folder, manifest, Extras({"model.json": config.to_dict(), "state.json": {"step": 0}}, tokenizer))
-
-
-def _file(number: int) -> str:
-    return f"model-{number:05d}.safetensors"
+def _boxes(shapes: dict[str, torch.Size], dtype: torch.dtype) -> tuple[dict[str, Spec], dict[str, TensorEntry]]:
+    """What is stored under which key, and the boxes of every parameter: one, or one for each expert, so that files can be cut
+    between experts."""
+    boxes: dict[str, Spec] = {}
+    tensors = {}
+    for name, shape in shapes.items():
+        entry = TensorEntry(str(dtype).removeprefix("torch."), list(shape), [])
+        parts = shape[0] if len(shape) == 3 else 1
+        sizes = [shape[0] // parts, *shape[1:]]
+        for part in range(parts):
+            key = f"{name}@{part}" if parts > 1 else name
+            boxes[key] = Spec(tuple(sizes), dtype)
+            entry.chunks.append(Chunk("", key, [part * sizes[0], *[0] * (len(shape) - 1)], list(sizes)))
+        tensors[name] = entry
+    return boxes, tensors

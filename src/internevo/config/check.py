@@ -12,7 +12,7 @@ from pathlib import Path
 from ..errors import ConfigError, NotAvailableYet
 from .model import ROPE_KINDS
 from .option import unavailable
-from .schema import FAMILIES, FAMILIES_LATER, Config
+from .schema import EXPERT_FAMILIES, FAMILIES, FAMILIES_LATER, WINDOW_FAMILIES, Config
 
 
 def check(config: Config, world_size: int) -> None:
@@ -40,6 +40,8 @@ def problems(config: Config, world_size: int) -> list[str]:
     """Contradictions inside the config, and with the world size."""
     rules = (
         _model_type,
+        _family,
+        _experts,
         _heads,
         _rope,
         _axes,
@@ -73,6 +75,41 @@ def _model_type(config: Config, world: int) -> Iterator[str]:
         near = difflib.get_close_matches(config.model_type.upper(), FAMILIES + FAMILIES_LATER, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         yield f"model_type = {config.model_type!r} is unknown{hint} (known: {', '.join(FAMILIES + FAMILIES_LATER)})"
+
+
+def _family(config: Config, world: int) -> Iterator[str]:
+    """Choices that belong to one family."""
+    model, name = config.model, config.model_type
+    gemma = name == "GEMMA"
+    wrong = {
+        "model.add_unit_offset": model.add_unit_offset not in (None, gemma),
+        "model.use_swiglu": model.use_swiglu not in (None, not gemma),
+        "model.norm_head": model.norm_head not in (None, False) and name != "BAICHUAN2",
+        "model.use_alibi": model.use_alibi and name != "BAICHUAN2",
+        "model.qkv_bias": bool(model.qkv_bias) and name == "MIXTRALMOE",
+        "model.use_sliding_window": model.use_sliding_window and name not in WINDOW_FAMILIES,
+    }
+    for key, unfit in wrong.items():
+        if unfit:
+            yield f"{key} = {getattr(model, key.removeprefix('model.'))!r} does not go with model_type = {name!r}"
+    if model.use_sliding_window and not model.sliding_window:
+        yield "model.use_sliding_window needs model.sliding_window"
+
+
+def _experts(config: Config, world: int) -> Iterator[str]:
+    model, name = config.model, config.model_type
+    if name in EXPERT_FAMILIES and model.num_experts < 2:
+        yield f"model_type = {name!r} needs model.num_experts > 1"
+    if name in FAMILIES and name not in EXPERT_FAMILIES and model.num_experts > 1:
+        yield f"model.num_experts = {model.num_experts} needs a family with experts: {', '.join(EXPERT_FAMILIES)}"
+    if model.top_k > model.num_experts:
+        yield f"model.top_k = {model.top_k} is above model.num_experts = {model.num_experts}"
+    if name == "MIXTRALMOE" and (model.decoder_sparse_step > 1 or model.mlp_only_layers):
+        yield "MIXTRALMOE has experts in every layer: leave out model.decoder_sparse_step and model.mlp_only_layers"
+    if name != "QWEN2MOE" and (model.num_shared_experts or model.shared_expert_intermediate_size):
+        yield f"a shared expert (model.num_shared_experts) does not go with model_type = {name!r}; QWEN2MOE has one"
+    if name == "QWEN2MOE" and not (model.num_shared_experts or model.shared_expert_intermediate_size):
+        yield "model_type = 'QWEN2MOE' needs model.num_shared_experts or model.shared_expert_intermediate_size"
 
 
 def _heads(config: Config, world: int) -> Iterator[str]:

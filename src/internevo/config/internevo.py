@@ -63,9 +63,13 @@ def _old_moe(config: dict[str, Any]) -> None:
     old = config.pop("moe", None)
     if isinstance(old, dict):
         model = config.setdefault("model", {})
+        old.pop("parallel_mode", None)
         if "top_k" in old:
             model.setdefault("top_k", old.pop("top_k"))
         model.setdefault("moe_layer_kwargs", old)
+    model = _section(config, "model")
+    if model.pop("moe_use_residual", False):
+        model.setdefault("num_shared_experts", 1)
 
 
 def _old_loading(config: dict[str, Any]) -> None:

@@ -24,6 +24,28 @@ KERNELS = "the best kernel for the device is chosen in one place (internevo/ops)
 ROTARY = "rotary pairs are stored half-split, as on the Hugging Face side; checkpoints are turned when converted"
 
 
+class MoeLayerKwargs(Section):
+    """Options of the expert layer."""
+
+    capacity_factor: float | None = option(
+        None, "Tokens that an expert takes in training, over its even share; GShard's default is 1.0.", gt=0
+    )
+    eval_capacity_factor: float | None = option(None, "The same in evaluation and generation.", gt=0)
+    min_capacity: int = option(4, "An expert takes at least so many.", unit="tokens", ge=0)
+    drop_tokens: bool = option(True, "GShard with False drops nothing.")
+    drop_policy: Literal["position", "probs"] = option(
+        "position", "Who is left out of a full expert: the last in the batch, or the least likely."
+    )
+    noisy_gate_policy: Literal["Jitter", "RSample"] | None = option(None, "Noise in the router.", later="noisy routers")
+    drop_and_pad: bool = option(False, "Pad every expert to its capacity.", ignored="experts take ragged groups of rows")
+    use_rts: bool = option(True, "Drop at random.", ignored="drop_policy decides, so that results do not depend on chance")
+    use_fused_gating: bool = option(True, "Fused router.", ignored=KERNELS)
+    use_grouped_mlp: bool = option(True, "Grouped products.", ignored=KERNELS)
+    enable_fused_permute: bool = option(False, "Fused permutation.", ignored=KERNELS)
+    deterministic_mode: bool = option(False, "Deterministic kernels.", ignored="gathers replace atomic sums in any case")
+    token_dispatch_policy: str = option("alltoall", "Exchange of tokens.", ignored="an all-to-all is used")
+
+
 class Model(Section):
     """The network. Names and defaults are InternEvo's."""
 
@@ -47,11 +69,11 @@ class Model(Section):
     compile: bool = option(False, "Compile each layer with torch.compile; layers of one shape share the code.")
     layer_norm_epsilon: float = option(1e-5, "Added to the mean square in the norms.", gt=0)
     norm_type: Literal["rmsnorm", "layernorm"] = option("rmsnorm", "Kind of norm.", later="LayerNorm")
-    no_bias: bool | None = option(None, "No bias in attention. INTERNLM2 and LLAMA2: True unless given.")
-    qkv_bias: bool | None = option(None, "Bias in the query, key and value projections; overrides no_bias there.")
+    no_bias: bool | None = option(None, "No bias in attention. INTERNLM: False unless given; INTERNLM2, LLAMA2: True.")
+    qkv_bias: bool | None = option(None, "Bias in the query, key and value projections; overrides no_bias there. QWEN2, QWEN2MOE: True.")
     o_bias: bool | None = option(None, "Bias in the attention's output projection; overrides no_bias there.")
     mlp_bias: bool = option(False, "Bias in the MLP (of the families that know it).")
-    tie_word_embeddings: bool = option(False, "The head is the embedding's weight.")
+    tie_word_embeddings: bool | None = option(None, "The head is the embedding's weight. GEMMA: True unless given.")
     rope_base: float = option(10000.0, "Base of the rotary embedding's wave lengths.", gt=0)
     rope_scaling: dict[str, Any] | None = option(
         None,
@@ -62,6 +84,15 @@ class Model(Section):
     rope_scaling_factor: float = option(1.0, "Factor of the rotary scaling.", gt=0)
     rope_type: Literal["normal", "native", "dynamic_ntk"] = option("normal", "QWEN2's name for the rotary kind.")
     max_position_embeddings: int = option(2048, "Length that the rotary embedding was made for.", unit="tokens", ge=1)
+    use_sliding_window: bool = option(
+        False, "Attention looks back a limited number of tokens (QWEN2, QWEN2MOE, QWEN3, QWEN3MOE, MIXTRALMOE)."
+    )
+    sliding_window: int | None = option(None, "Tokens that a token sees, itself included.", unit="tokens", ge=1)
+    max_window_layers: int | None = option(None, "Layers below this one (counted from 0) use full attention.", ge=0)
+    use_alibi: bool = option(False, "Attention with linear biases in place of rotary positions (BAICHUAN2, 13B).")
+    norm_head: bool | None = option(None, "The head's rows have length 1. BAICHUAN2: True unless given.")
+    add_unit_offset: bool | None = option(None, "The norm multiplies by 1 + weight. GEMMA: True.")
+    use_swiglu: bool | None = option(None, "SwiGLU, or gated GELU (tanh form). GEMMA: False, all others True.")
     embed_grad_scale: float = option(1.0, "Scale of the embedding's and head's gradients.", gt=0)
     use_scaled_init: bool = option(
         True, "The std of the output projections is divided by sqrt(2 * layer), with layers counted from 1."
@@ -76,25 +107,29 @@ class Model(Section):
 
     # Features of later versions: they validate, and a run that needs one of them says so.
     num_chunks: int = option(1, "Virtual pipeline stages on each rank.", later="interleaved pipeline stages", ge=1)
-    add_unit_offset: bool = option(False, "The norm multiplies by 1 + weight.", later="norms with a unit offset")
     apply_post_layer_norm: bool = option(False, "Norm after the residual sum.", later="post-norm layers")
-    norm_head: bool = option(False, "The head's rows are normalised.", later="normalised heads")
-    use_swiglu: bool = option(True, "SwiGLU (True) or gated GELU.", later="gated GELU")
-    use_sliding_window: bool = option(False, "Attention looks back a limited number of tokens.", later="sliding windows")
-    sliding_window: int | None = option(None, "Width of the window.", unit="tokens")
-    max_window_layers: int | None = option(None, "Layers below this one use full attention.")
     use_logn_attn: bool = option(False, "Qwen 1's log-n attention.", later="log-n attention")
     scale_attn_weights: bool = option(False, "Qwen 1's scaled attention weights.", later="scaled attention weights")
     residual_in_fp32: bool = option(False, "The residual stream in fp32.", later="a residual stream in fp32")
     is_reward: bool = option(False, "A reward head in place of the language head.", later="reward models")
     drop_rate: float = option(0.0, "Dropout on the residual branches.", later="dropout", neutral=(0,))
     attn_drop_rate: float = option(0.0, "Dropout on attention weights.", later="attention dropout", neutral=(0,))
-    num_experts: int = option(1, "Experts per layer.", later="mixture of experts", ge=1)
+    num_experts: int = option(1, "Experts per layer (QWEN2MOE, QWEN3MOE, MIXTRALMOE).", ge=1)
     top_k: int = option(1, "Experts per token.", ge=1)
-    num_shared_experts: int = option(0, "Experts that see every token.", later="mixture of experts")
-    moe_use_residual: bool = option(False, "Old name of one shared expert.", later="mixture of experts")
-    moe_type: str = option("GShard", "Kind of expert layer.")
-    moe_layer_kwargs: dict[str, Any] = option({}, "Options of the expert layer.")
+    moe_type: Literal["GShard", "Dropless", "MegaBlock", "MegaBlock-D", "MegaBlock-Dropless"] = option(
+        "GShard",
+        "GShard: an expert takes up to its capacity and the rest is dropped. Dropless: it takes all that choose it. "
+        "The MegaBlock kinds are accepted as names of Dropless.",
+    )
+    moe_layer_kwargs: MoeLayerKwargs = option(MoeLayerKwargs(), "Options of the expert layer.")
+    moe_intermediate_size: int | None = option(None, "Width of an expert; by default the MLP's width.", ge=1)
+    num_shared_experts: int = option(0, "Width of the shared expert (QWEN2MOE), in widths of an expert.", ge=0)
+    shared_expert_intermediate_size: int | None = option(None, "Width of the shared expert, given directly.", ge=1)
+    norm_topk_prob: bool | None = option(
+        None, "The chosen experts' weights add up to 1. By default True, in QWEN2MOE False."
+    )
+    decoder_sparse_step: int = option(1, "Every so many layers has experts (counted from 1).", ge=1)
+    mlp_only_layers: tuple[int, ...] = option((), "Layers with a plain MLP (counted from 0).")
     lora: dict[str, Any] | None = option(None, "Low-rank adapters: rank, alpha, targets.", later="LoRA")
 
     # Known from InternEvo, without effect here.

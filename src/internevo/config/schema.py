@@ -11,8 +11,13 @@ from .parallel import Parallel
 from .run import Ckpt, Generation, Monitor
 from .training import Adam, Beta2Scheduler, GradScaler, HybridZeroOptimizer, Loss, LrScheduler
 
-FAMILIES = ("INTERNLM2", "LLAMA2")
-FAMILIES_LATER = ("INTERNLM", "INTERNLM3", "QWEN2", "BAICHUAN2", "GEMMA", "QWEN2MOE", "MIXTRALMOE", "INTERNLM_MoE")
+FAMILIES = (
+    "INTERNLM", "INTERNLM2", "INTERNLM3", "LLAMA2", "QWEN2", "BAICHUAN2", "GEMMA", "QWEN2MOE", "MIXTRALMOE", "QWEN3",
+    "QWEN3MOE",
+)  # fmt: skip
+EXPERT_FAMILIES = ("QWEN2MOE", "MIXTRALMOE", "QWEN3MOE")
+WINDOW_FAMILIES = ("QWEN2", "QWEN3", *EXPERT_FAMILIES)
+FAMILIES_LATER = ("INTERNLM_MoE",)
 FP32_NORM = "norms compute in fp32 from fp32 master weights in any case"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from .option import REQUIRED, Section, option
 
 BUCKETS = "a bucket is a decoder layer"
@@ -71,5 +73,11 @@ class Loss(Section):
 
     label_smoothing: float = option(0.0, "Weight of the uniform distribution in the target.", ge=0, lt=1)
     op_type: str = option("py_vocab_parallel", "Kernel of the loss.", ignored="one loss serves all: linear and chunked")
-    moe_loss_coeff: float = option(1.0, "Weight of the load-balancing loss.")
+    moe_loss_coeff: float = option(1.0, "Weight of the experts' load-balancing loss.", ge=0)
+    moe_loss_kind: Literal["gshard", "pooled"] = option(
+        "gshard",
+        "gshard: of each layer, by first choices, summed over layers (InternEvo). "
+        "pooled: all choices of all layers as one (Hugging Face's router_aux_loss_coef).",
+    )
+    moe_z_loss_coeff: float = option(0.0, "Weight of the router's z-loss, summed over layers.", ge=0)
     mtp_loss_coeff: float = option(0.0, "Weight of multi-token prediction.", later="multi-token prediction")

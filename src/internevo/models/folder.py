@@ -1,50 +1,93 @@
-"""Models in and out of Hugging Face folders, one tensor at a time."""
+"""Models in and out of Hugging Face folders, a few rows at a time."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..tensorfile import ShardWriter, Spec
 from ..tokenizer import load_tokenizer
 from .config import DecoderConfig
-from .hf import Entry, FolderWriter, Weights, disk_tensors, read_config
+from .decoder import parameter_shapes
+from .hf import Naming, Weights, overlap, read_config
 from .registry import decoder_from_hf, family
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "vocab.txt", "generation_config.json", "chat_template.jinja",
+    "vocab.json", "merges.txt", "vocab.txt", "generation_config.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+CODE_FILES = ("configuration_*.py", "modeling_*.py", "tokenization_*.py")
+"""A family's own code for transformers: carried along, never run."""
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+IGNORED = ("rotary_emb.inv_freq",)
+"""Ends of names of tensors that older files hold and nobody needs."""
+
+
+class Source(Protocol):
+    """Where the parameters of a model come from: a Hugging Face folder, a checkpoint, a model in memory."""
+
+    @property
+    def config(self) -> DecoderConfig:
+        """The model."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """File or folder of the tokenizer that belongs to it."""
+
+    @property
+    def hf_config(self) -> dict[str, Any]:
+        """The ``config.json`` that it came with, if it came from Hugging Face."""
+
+    def read(self, name: str, start: int, count: int) -> Tensor:
+        """Rows of a parameter, by our name (``internevo.tensorfile`` says what a row is)."""
 
 
 class HfFolder:
-    """A Hugging Face folder as a source of parameters.
+    """A Hugging Face folder as a source.
 
     Raises:
-        UsageError: naming the folder or file, and the architecture where no family fits.
+        UsageError: naming the folder or file, and the architecture, field or tensor that does not fit.
     """
 
     def __init__(self, folder: Path, name: str | None = None) -> None:
         """``name`` overrides the family that the folder claims."""
         self.folder = folder
-        self.config = decoder_from_hf(read_config(folder), str(folder), name)
+        self.hf_config = read_config(folder)
+        self.config = decoder_from_hf(self.hf_config, str(folder), name)
+        self.naming = naming(self.config)
         self.weights = Weights(folder)
-        self._entries: dict[str, Entry] = {
-            part: entry for entry in family(self.config.family).entries(self.config) for part in entry.parts
-        }
-        self._last: tuple[str, dict[str, Tensor]] = ("", {})
+        self._check()
+
+    def _check(self) -> None:
+        for disk, shape in self.naming.shapes.items():
+            if disk not in self.weights.files:
+                raise UsageError(f"{self.folder} has no tensor {disk!r}, which {self.config.family} needs")
+            found = self.weights.spec(disk).shape
+            if found != shape:
+                raise UsageError(
+                    f"{self.folder}: {disk} has shape {list(found)}, and by config.json it should have {list(shape)}"
+                )
+        tied = [family(self.config.family).HEAD] if self.config.tie_embeddings else []
+        for disk in self.weights.files:
+            if disk not in self.naming.shapes and disk not in tied and not disk.endswith(IGNORED):
+                raise UsageError(f"{self.folder} holds a tensor {disk!r} that {self.config.family} of this config.json has not")
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights on disk."""
-        return self.weights[next(iter(self._entries.values())).disk].dtype
+        return self.weights.spec(next(iter(self.naming.shapes))).dtype
 
     @property
     def tokenizer(self) -> Path | None:
@@ -52,62 +95,126 @@ class HfFolder:
         names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
         return self.folder if any((self.folder / n).is_file() for n in names) else None
 
-    def parameter(self, name: str) -> Tensor:
-        """A parameter by our name. Parameters that share one tensor on disk are read once when asked for in a row."""
-        entry = self._entries[name]
-        if self._last[0] != entry.disk:
-            self._last = (entry.disk, dict(zip(entry.parts, entry.split(self.weights[entry.disk]), strict=True)))
-        return self._last[1][name]
+    def read(self, name: str, start: int, count: int) -> Tensor:
+        """Rows of a parameter, joined from the tensors on disk that hold them."""
+        parts = overlap(self.naming.by_parameter[name], start, count)
+        read = [self.weights.read(span.disk, span.disk_row + row, n) for span, row, n in parts]
+        return read[0] if len(read) == 1 else torch.cat(read)
 
 
-def fill(model: torch.nn.Module, parameter: Callable[[str], Tensor], source: Path) -> None:
-    """Copies every parameter of a plain model from ``parameter(name)``; refuses another shape by name."""
-    with torch.no_grad():
-        for name, mine in model.named_parameters():
-            tensor = parameter(name)
-            if tensor.shape != mine.shape:
-                raise UsageError(f"{source}: {name} has shape {list(tensor.shape)}, and its config says {list(mine.shape)}")
-            mine.copy_(tensor)
+class Module:
+    """A model in memory as a source."""
+
+    def __init__(self, config: DecoderConfig, model: nn.Module) -> None:
+        self.config, self.tokenizer = config, None
+        self.hf_config: dict[str, Any] = {}
+        self._parameters = {name: p.detach() for name, p in model.named_parameters()}
+        self.dtype = next(iter(self._parameters.values())).dtype
+
+    def read(self, name: str, start: int, count: int) -> Tensor:
+        """Rows of a parameter."""
+        tensor = self._parameters[name]
+        return (tensor.flatten(0, -2) if tensor.dim() > 1 else tensor)[start : start + count]
+
+
+def naming(config: DecoderConfig) -> Naming:
+    """Where every parameter of a model is on disk."""
+    return Naming(family(config.family).names(config), parameter_shapes(config))
+
+
+@torch.no_grad()
+def fill(model: nn.Module, source: Source) -> None:
+    """Copies every parameter of a plain model."""
+    for name, mine in model.named_parameters():
+        rows = Spec(tuple(mine.shape), mine.dtype).rows
+        mine.copy_(source.read(name, 0, rows).view(mine.shape))
 
 
 def write_hf(
-    config: DecoderConfig,
-    parameter: Callable[[str], Tensor],
+    source: Source,
     folder: Path,
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None = None,
     shard_bytes: int = 5 * 10**9,
-    tokenizer: Path | None = None,
-    progress: Callable[[str], None] = lambda name: None,
+    write_as: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Writes a Hugging Face folder; it appears when it is whole.
 
     Args:
-        parameter: gives a parameter in full, by our name.
-        tokenizer: a folder or file whose tokenizer goes along.
+        dtype: of the weights on disk; by default the source's.
+        write_as: the family under whose names they are written; by default the source's own.
+        progress: is told the bytes written, of how many.
     """
-    module = family(config.family)
+    config = as_family(source.config, write_as or source.config.family)
+    module, dtype = family(config.family), dtype or source.dtype
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    writer = FolderWriter(temporary, shard_bytes)
-    for name, tensor in disk_tensors(module.entries(config), parameter):
-        # A copy of its own: safetensors refuses tensors that share memory with others.
-        writer.add(name, tensor.detach().to("cpu", dtype, copy=True))
-        progress(name)
-    extra = copy_tokenizer(tokenizer, temporary) if tokenizer else {}
-    writer.finish({**module.to_hf(config), **extra, "torch_dtype": str(dtype).removeprefix("torch.")})
+    names = naming(config)
+    specs = {disk: Spec(shape, dtype) for disk, shape in names.shapes.items()}
+    writer = ShardWriter(temporary, specs, shard_bytes, _shard_name)
+    total, done = sum(spec.nbytes for spec in specs.values()), 0
+    for disk, spec in specs.items():
+        for span in names.by_disk[disk]:
+            for row, count in spec.chunks(span.row, span.count):
+                rows = source.read(span.parameter, row, count).to("cpu", dtype)
+                writer.add(rows)
+                done += rows.nbytes
+                progress(done, total)
+    writer.close()
+    if len(writer.shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": writer.files}
+        (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+    extra = copy_tokenizer(source.tokenizer, temporary) if source.tokenizer else {}
+    values = _config_json(source, config, module.to_hf(config), extra, dtype)
+    (temporary / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.replace(folder)
 
 
+def _shard_name(number: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def _config_json(
+    source: Source, config: DecoderConfig, ours: dict[str, Any], special: dict[str, Any], dtype: torch.dtype
+) -> dict[str, Any]:
+    """What the model came with, under what we know better. Every version of transformers reads ``torch_dtype``."""
+    kept = source.hf_config if config.family == source.config.family else {}
+    kept = {key: value for key, value in kept.items() if key not in ("dtype", "torch_dtype")}
+    return {**special, **kept, **ours, "torch_dtype": str(dtype).removeprefix("torch.")}
+
+
+def as_family(config: DecoderConfig, name: str) -> DecoderConfig:
+    """The same model as one of family ``name``, with experts that take all tokens, since no ``config.json`` says otherwise.
+
+    Raises:
+        UsageError: when that family's ``config.json`` cannot say what the model is; names the first field that does not fit.
+    """
+    module = family(name)
+    wanted = replace(config, family=name, experts=config.experts and config.experts.dropless())
+    read = module.from_hf(json.loads(json.dumps(module.to_hf(wanted))))
+    for field in fields(DecoderConfig):
+        mine, theirs = getattr(wanted, field.name), getattr(read, field.name)
+        if mine != theirs:
+            raise UsageError(
+                f"a Hugging Face folder of {module.ARCHITECTURE} cannot hold this model: "
+                f"its {field.name} is {mine}, and there it would be {theirs}"
+            )
+    return wanted
+
+
 def copy_tokenizer(source: Path, folder: Path) -> dict[str, Any]:
-    """Copies a tokenizer file, or the tokenizer files of a folder. Returns the special ids of the folder's config.json."""
+    """Copies a tokenizer file, or the tokenizer and code files of a folder. Returns the special ids of the folder's config."""
     folder.mkdir(parents=True, exist_ok=True)
     home = source if source.is_dir() else source.parent
-    names = TOKENIZER_FILES if source.is_dir() or source.name in TOKENIZER_FILES else (source.name,)
-    for name in names:
-        if (home / name).is_file():
-            shutil.copyfile(home / name, folder / name)
+    whole = source.is_dir() or source.name in TOKENIZER_FILES
+    paths = [home / name for name in (TOKENIZER_FILES if whole else (source.name,))]
+    if source.is_dir():
+        paths += [path for pattern in CODE_FILES for path in home.glob(pattern)]
+    for path in paths:
+        if path.is_file():
+            shutil.copyfile(path, folder / path.name)
     return _special_ids(home, source)
 
 

@@ -1,33 +1,77 @@
-"""The engine of Hugging Face interchange: reads and writes folders; the names in them belong to the families.
+"""The engine of Hugging Face interchange: which rows of which tensor on disk are which rows of which parameter.
 
 A folder is ``config.json`` and either ``model.safetensors``, or shards with ``model.safetensors.index.json``, or the
-older ``pytorch_model*.bin`` (read with ``weights_only=True``). No code from a folder is ever run.
+older ``pytorch_model*.bin`` (read with ``weights_only=True``). The names in it belong to the families. No code from a folder is
+ever run.
+
+Every family's layout on disk is made of whole rows (``internevo.tensorfile`` says what a row is): q, k and v in one tensor
+are rows of it, and the tensors of single experts are rows of one parameter.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+import pickle
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import UsageError
+from ..tensorfile import Spec, TensorFile
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One tensor on disk and the parameter(s) it holds."""
+class Piece:
+    """Rows of a tensor on disk; by default all of them."""
 
     disk: str
-    parts: tuple[str, ...]
-    split: Callable[[Tensor], list[Tensor]] = lambda tensor: [tensor]
-    join: Callable[[list[Tensor]], Tensor] = lambda tensors: tensors[0]
+    start: int = 0
+    count: int | None = None
+
+
+Names = dict[str, list[Piece]]
+"""Parameter -> the pieces that it is made of, in order."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Rows that a parameter and a tensor on disk have in common."""
+
+    parameter: str
+    row: int
+    disk: str
+    disk_row: int
+    count: int
+
+
+class Naming:
+    """A family's names on disk for a model of given shapes."""
+
+    def __init__(self, names: Names, shapes: dict[str, torch.Size]) -> None:
+        """``names`` of the parameters in ``shapes``, both in the same order."""
+        assert names.keys() == shapes.keys(), sorted(names.keys() ^ shapes.keys())
+        self.by_parameter: dict[str, list[Span]] = {}
+        self.by_disk: dict[str, list[Span]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        """Of the tensors on disk."""
+        for parameter, pieces in names.items():
+            spec = Spec(tuple(shapes[parameter]), torch.float32)
+            row = 0
+            for piece in pieces:
+                count = piece.count if piece.count is not None else spec.rows // len(pieces)
+                span = Span(parameter, row, piece.disk, piece.start, count)
+                self.by_parameter.setdefault(parameter, []).append(span)
+                self.by_disk.setdefault(piece.disk, []).append(span)
+                row += count
+            assert row == spec.rows, f"{parameter} has {spec.rows} rows, and its pieces {row}"
+        for disk, spans in self.by_disk.items():
+            spans.sort(key=lambda span: span.disk_row)
+            columns = Spec(tuple(shapes[spans[0].parameter]), torch.float32).row_shape
+            self.shapes[disk] = (sum(span.count for span in spans), *columns)
 
 
 class Weights:
@@ -39,60 +83,60 @@ class Weights:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._files: dict[Path, TensorFile | _BinFile] = {}
         self.files: dict[str, Path] = {}
-        self._bins: dict[Path, dict[str, Tensor]] = {}
-        for name, read in (
-            ("model.safetensors.index.json", self._index),
-            ("model.safetensors", self._single),
-            ("pytorch_model.bin.index.json", self._index),
-            ("pytorch_model.bin", self._single),
-        ):
+        for name in ("model.safetensors", "pytorch_model.bin"):
+            if (folder / f"{name}.index.json").is_file():
+                self._read_index(folder / f"{name}.index.json")
+                return
             if (folder / name).is_file():
-                read(folder / name)
+                self.files = dict.fromkeys(self._open(folder / name).specs, folder / name)
                 return
         raise UsageError(f"{folder} holds no weights (model*.safetensors or pytorch_model*.bin)")
 
-    def _index(self, path: Path) -> None:
+    def _read_index(self, path: Path) -> None:
         try:
             names = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError) as error:
+            self.files = {name: self.folder / file for name, file in names.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{path} is no index of weights: {error}") from error
-        self.files = {name: self.folder / file for name, file in names.items()}
         missing = sorted({f.name for f in self.files.values() if not f.is_file()})
         if missing:
             raise UsageError(f"{path} names {missing[0]}, which is not in the folder")
 
-    def _single(self, path: Path) -> None:
-        names = list(self._bin(path)) if path.suffix == ".bin" else _safetensors_names(path)
-        self.files = dict.fromkeys(names, path)
+    def _open(self, path: Path) -> TensorFile | _BinFile:
+        if path not in self._files:
+            self._files[path] = _BinFile(path) if path.suffix == ".bin" else TensorFile(path)
+        return self._files[path]
 
-    def _bin(self, path: Path) -> dict[str, Tensor]:
-        if path not in self._bins:
-            self._bins = {path: torch.load(path, map_location="cpu", weights_only=True, mmap=True)}
-        return self._bins[path]
+    def spec(self, name: str) -> Spec:
+        """Shape and dtype of a tensor."""
+        file = self._open(self.files[name])
+        if name not in file.specs:
+            raise UsageError(f"{self.files[name]} has no tensor {name!r}, which the index says is in it")
+        return file.specs[name]
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.files
+    def read(self, name: str, start: int, count: int) -> Tensor:
+        """Rows of a tensor."""
+        return self._open(self.files[name]).read(name, start, count)
 
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self.files:
-            raise UsageError(f"{self.folder} has no tensor {name!r}")
-        path = self.files[name]
-        if path.suffix == ".bin":
-            return self._bin(path)[name]
+
+class _BinFile:
+    """An older file of pickled tensors, read without running code."""
+
+    def __init__(self, path: Path) -> None:
         try:
-            with safe_open(path, framework="pt") as file:
-                return file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise UsageError(f"{path}, tensor {name!r}: {error}") from error
+            self._tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+            raise UsageError(
+                f"{path} is refused: it holds something else than tensors, or is damaged; ask for safetensors. ({error})"
+            ) from None
+        self.specs = {name: Spec(tuple(t.shape), t.dtype) for name, t in self._tensors.items()}
 
-
-def _safetensors_names(path: Path) -> list[str]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise UsageError(f"{path} is not a safetensors file: {error}") from error
+    def read(self, name: str, start: int, count: int) -> Tensor:
+        tensor = self._tensors[name]
+        rows = tensor.flatten(0, -2) if tensor.dim() > 1 else tensor
+        return rows[start : start + count].clone()
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -109,17 +153,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     return values
 
 
-def read_tensors(weights: Weights, entries: Iterable[Entry]) -> Iterator[tuple[str, Tensor]]:
-    """(parameter name, tensor) for every part of every entry, one tensor on disk at a time."""
-    for entry in entries:
-        tensor = weights[entry.disk]
-        yield from zip(entry.parts, entry.split(tensor), strict=True)
-
-
-def disk_tensors(entries: Iterable[Entry], parameter: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """(name on disk, tensor) of every entry, taking parameters one at a time from ``parameter(name)``."""
-    for entry in entries:
-        yield entry.disk, entry.join([parameter(part) for part in entry.parts]).contiguous()
+def overlap(spans: list[Span], start: int, count: int) -> Iterator[tuple[Span, int, int]]:
+    """(span, first row within it, number of rows) that make up a parameter's rows ``start`` to ``start + count``."""
+    for span in spans:
+        a, b = max(start, span.row), min(start + count, span.row + span.count)
+        if b > a:
+            yield span, a - span.row, b - a
 
 
 def parse_size(text: str) -> int:
@@ -130,42 +169,3 @@ def parse_size(text: str) -> int:
         return int(float(number) * units[unit])
     except (KeyError, ValueError):
         raise UsageError(f"size {text!r} is not a number with KB, MB, GB or TB") from None
-
-
-class FolderWriter:
-    """Writes tensors, as they come, to shards of at most ``shard_bytes``, and the index when there are several."""
-
-    def __init__(self, folder: Path, shard_bytes: int = 5 * 10**9) -> None:
-        self.folder, self.shard_bytes = folder, shard_bytes
-        self.pending: dict[str, Tensor] = {}
-        self.shards: list[list[str]] = []
-        self.total = 0
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Adds one tensor; writes the shard that is full before it."""
-        if self.pending and sum(t.nbytes for t in self.pending.values()) + tensor.nbytes > self.shard_bytes:
-            self._flush()
-        self.pending[name] = tensor
-        self.total += tensor.nbytes
-
-    def _flush(self) -> None:
-        self.shards.append(list(self.pending))
-        save_file(self.pending, self.folder / f"shard-{len(self.shards)}.tmp", metadata={"format": "pt"})
-        self.pending = {}
-
-    def finish(self, config: dict[str, Any]) -> None:
-        """Writes the rest, gives the shards their names, and writes config.json last."""
-        self._flush()
-        count = len(self.shards)
-        weight_map = {}
-        for number, names in enumerate(self.shards, start=1):
-            file = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-            (self.folder / f"shard-{number}.tmp").replace(self.folder / file)
-            weight_map.update(dict.fromkeys(names, file))
-        index = self.folder / "model.safetensors.index.json"
-        if count > 1:
-            index.write_text(json.dumps({"metadata": {"total_size": self.total}, "weight_map": weight_map}, indent=2))
-        else:
-            index.unlink(missing_ok=True)
-        (self.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -26,11 +26,13 @@ class Initializer:
 
     seed: int
     std: Callable[[str], float | None]
-    """Parameter name -> standard deviation, or None for norms (ones) and biases (zeros)."""
+    """Parameter name -> standard deviation, or None for norms (identity) and biases (zeros)."""
     uniform: bool = False
+    norm_unit_offset: bool = False
+    """Norms multiply by 1 + weight, so that 0 is the identity."""
 
     @classmethod
-    def of(cls, model: Model, seed: int) -> Initializer:
+    def of(cls, model: Model, seed: int, norm_unit_offset: bool = False) -> Initializer:
         """As the config's ``model`` section says."""
         stds = {
             "embed": model.embedding_init_std,
@@ -42,6 +44,8 @@ class Initializer:
             "gate": model.ffn_uplayer_init_std,
             "up": model.ffn_uplayer_init_std,
             "down": model.ffn_other_init_std,
+            "router": model.ffn_uplayer_init_std,
+            "shared_gate": model.ffn_uplayer_init_std,
         }
 
         def std(name: str) -> float | None:
@@ -51,13 +55,13 @@ class Initializer:
             depth = int(path[1]) + 1 if model.use_scaled_init and module in ("o", "down") else 0
             return stds[module] / math.sqrt(2 * depth) if depth else stds[module]
 
-        return cls(seed, std, model.init_type == "uniform")
+        return cls(seed, std, model.init_type == "uniform", norm_unit_offset)
 
     def rows(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop`` of the full tensor of ``shape``, in fp32 on the host."""
         std = self.std(name)
         if std is None:
-            return torch.full((stop - start, *shape[1:]), 0.0 if name.endswith("bias") else 1.0)
+            return torch.full((stop - start, *shape[1:]), 0.0 if name.endswith("bias") or self.norm_unit_offset else 1.0)
         per_block = max(1, BLOCK // max(1, math.prod(shape[1:])))
         blocks = range(start // per_block, -(-stop // per_block))
         drawn = [self._block(name, b, (min(per_block, shape[0] - b * per_block), *shape[1:]), std) for b in blocks]

@@ -1,6 +1,6 @@
 """The layers that every family is made of: plain single-device mathematics.
 
-Each weight names its axes (``vocab``, ``embed``, ``heads``, ``kv_heads``, ``mlp``), from which initial weights follow
+Each weight names its axes (``vocab``, ``embed``, ``heads``, ``kv_heads``, ``mlp``, ``expert``), from which initial weights follow
 and by which a strategy knows what may be cut.
 
 Shapes: B rows, S tokens, D hidden, H query heads, K key/value heads, N head size, F width of the MLP, V vocabulary.
@@ -8,6 +8,7 @@ Shapes: B rows, S tokens, D hidden, H query heads, K key/value heads, N head siz
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -16,15 +17,16 @@ from torch import Tensor, nn
 
 from .. import ops
 from .config import DecoderConfig
+from .moe import MoE, Routing
 from .rotary import rotate
 
 
 class Context(NamedTuple):
     """What every layer of one forward pass shares."""
 
-    cos: Tensor
-    """[B, S, 1, N/2]"""
-    sin: Tensor
+    cos: Tensor | None
+    """[B, S, 1, N/2]; None without rotary positions."""
+    sin: Tensor | None
     cu_seqlens: Tensor | None = None
     """int32 [documents + 1]: borders of the documents in one packed row."""
     max_seqlen: int = 0
@@ -48,16 +50,16 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """y = x / rms(x) * weight."""
+    """y = x / rms(x) * weight, or * (1 + weight) with ``unit_offset``."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, unit_offset: bool = False, axis: str = "embed") -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.axes = ("embed",)
-        self.eps = eps
+        self.axes = (axis,)
+        self.eps, self.unit_offset = eps, unit_offset
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        return ops.rms_norm(x_BSD, self.weight, self.eps)
+        return ops.rms_norm(x_BSD, self.weight, self.eps, self.unit_offset)
 
 
 def scale_gradient(x: Tensor, scale: float) -> Tensor:
@@ -66,31 +68,35 @@ def scale_gradient(x: Tensor, scale: float) -> Tensor:
 
 
 class Embedding(nn.Module):
-    """Rows of a table."""
+    """Rows of a table, times ``scale``."""
 
-    def __init__(self, vocab_size: int, size: int, grad_scale: float = 1.0) -> None:
+    def __init__(self, vocab_size: int, size: int, scale: float = 1.0, grad_scale: float = 1.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, size))
         self.axes = ("vocab", "embed")
-        self.grad_scale = grad_scale
+        self.scale, self.grad_scale = scale, grad_scale
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
-        return scale_gradient(F.embedding(tokens_BS, self.weight), self.grad_scale)
+        x_BSD = scale_gradient(F.embedding(tokens_BS, self.weight), self.grad_scale)
+        # The factor is rounded to the weight's dtype, as on the Hugging Face side: 55.5 for sqrt(3072) in bf16.
+        return x_BSD if self.scale == 1.0 else x_BSD * torch.tensor(self.scale, dtype=x_BSD.dtype, device=x_BSD.device)
 
 
 class Head(nn.Module):
     """Logits of the next token, or the loss against labels without ever holding all logits."""
 
-    def __init__(self, vocab_size: int, size: int, grad_scale: float = 1.0) -> None:
+    def __init__(self, vocab_size: int, size: int, normalized: bool = False, grad_scale: float = 1.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, size))
         self.axes = ("vocab", "embed")
-        self.grad_scale = grad_scale
+        self.normalized, self.grad_scale = normalized, grad_scale
 
     def forward(self, x_BSD: Tensor, labels_BS: Tensor | None = None, smoothing: float = 0.0) -> Tensor | tuple[Tensor, Tensor]:
         """Logits [B, S, V]; or, with labels, the sum of the losses (differentiable) and each token's loss [B, S] (fp32, 0 where
         the label is -100)."""
         weight = scale_gradient(self.weight, self.grad_scale)
+        if self.normalized:  # NormHead, section 2.4 of https://arxiv.org/abs/2309.10305
+            weight = F.normalize(weight.float(), dim=1).to(weight.dtype)
         if labels_BS is None:
             return F.linear(x_BSD, weight)
         total, losses = ops.linear_cross_entropy(x_BSD.flatten(0, 1), weight, labels_BS.flatten(), smoothing)
@@ -98,55 +104,84 @@ class Head(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions."""
+    """Grouped-query attention with rotary positions or ALiBi."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
+        self.head_dim, self.window = config.head_dim, config.window(layer)
         d, heads, kv = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q = Linear("heads", heads, "embed", d, bias=config.qkv_bias)
         self.k = Linear("kv_heads", kv, "embed", d, bias=config.qkv_bias)
         self.v = Linear("kv_heads", kv, "embed", d, bias=config.qkv_bias)
         self.o = Linear("embed", d, "heads", heads, bias=config.o_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps, axis="head") if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps, axis="head") if config.qk_norm else None
+        self.slopes = None if config.rope else alibi_slopes(config.num_heads)
 
     def forward(self, x_BSD: Tensor, context: Context, cache: Cache | None = None) -> Tensor:
         split = (*x_BSD.shape[:2], -1, self.head_dim)
-        q_BSHN = rotate(self.q(x_BSD).view(split), context.cos, context.sin)
-        k_BSKN = rotate(self.k(x_BSD).view(split), context.cos, context.sin)
-        v_BSKN = self.v(x_BSD).view(split)
+        q_BSHN, k_BSKN, v_BSKN = self.q(x_BSD).view(split), self.k(x_BSD).view(split), self.v(x_BSD).view(split)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BSHN, k_BSKN = self.q_norm(q_BSHN), self.k_norm(k_BSKN)
+        if context.cos is not None and context.sin is not None:
+            q_BSHN, k_BSKN = rotate(q_BSHN, context.cos, context.sin), rotate(k_BSKN, context.cos, context.sin)
         if cache is not None:
             end = cache.length + x_BSD.shape[1]
             cache.keys[:, cache.length : end] = k_BSKN
             cache.values[:, cache.length : end] = v_BSKN
             k_BSKN, v_BSKN = cache.keys[:, :end], cache.values[:, :end]
-        out_BSHN = ops.attention(q_BSHN, k_BSKN, v_BSKN, context.cu_seqlens, context.max_seqlen)
+        slopes_H = None if self.slopes is None else torch.tensor(self.slopes, device=x_BSD.device)
+        out_BSHN = ops.attention(
+            q_BSHN, k_BSKN, v_BSKN, context.cu_seqlens, context.max_seqlen, window=self.window, slopes_H=slopes_H
+        )
         return self.o(out_BSHN.flatten(2))
 
 
-class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
+def alibi_slopes(heads: int) -> list[float]:
+    """Each head's slope (https://arxiv.org/abs/2108.12409): a geometric series for a power of two; other numbers of heads take
+    the rest from every second slope of the next power."""
+    power = 2 ** math.floor(math.log2(heads))
+    slopes = [2.0 ** (-8 * (i + 1) / power) for i in range(power)]
+    return slopes + [2.0 ** (-4 * (2 * j + 1) / power) for j in range(heads - power)]
 
-    def __init__(self, config: DecoderConfig) -> None:
+
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) * up(x))."""
+
+    def __init__(self, config: DecoderConfig, width: int) -> None:
         super().__init__()
-        d, f, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate = Linear("mlp", f, "embed", d, bias=bias)
-        self.up = Linear("mlp", f, "embed", d, bias=bias)
-        self.down = Linear("embed", d, "mlp", f, bias=bias)
+        d, bias, self.activation = config.hidden_size, config.mlp_bias, config.activation
+        self.gate = Linear("mlp", width, "embed", d, bias=bias)
+        self.up = Linear("mlp", width, "embed", d, bias=bias)
+        self.down = Linear("embed", d, "mlp", width, bias=bias)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        return self.down(ops.swiglu(self.gate(x_BSD), self.up(x_BSD)))
+        return self.down(ops.gated(self.gate(x_BSD), self.up(x_BSD), self.activation))
+
+
+def make_mlp(config: DecoderConfig, layer: int) -> GatedMLP | MoE:
+    """A layer's MLP, or its experts."""
+    experts = config.experts
+    if experts is None or not config.is_sparse(layer):
+        return GatedMLP(config, config.intermediate_size)
+    if not experts.shared_size:
+        return MoE(config, experts, None, None)
+    return MoE(config, experts, GatedMLP(config, experts.shared_size), Linear("one", 1, "embed", config.hidden_size))
 
 
 class DecoderLayer(nn.Module):
     """x += attention(norm(x)); x += mlp(norm(x))."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
-        self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attn = Attention(config)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = SwiGLU(config)
+        self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps, config.norm_unit_offset)
+        self.attn = Attention(config, layer)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, config.norm_unit_offset)
+        self.mlp = make_mlp(config, layer)
 
-    def forward(self, x_BSD: Tensor, context: Context, cache: Cache | None = None) -> Tensor:
+    def forward(self, x_BSD: Tensor, context: Context, cache: Cache | None = None) -> tuple[Tensor, Routing | None]:
+        """The new residual stream; and what the router did, in a layer with experts."""
         x_BSD = x_BSD + self.attn(self.attn_norm(x_BSD), context, cache)
-        return x_BSD + self.mlp(self.mlp_norm(x_BSD))
+        out = self.mlp(self.mlp_norm(x_BSD))
+        out_BSD, routing = out if isinstance(out, tuple) else (out, None)
+        return x_BSD + out_BSD, routing

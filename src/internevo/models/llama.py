@@ -1,17 +1,20 @@
-"""Llama 2 and 3: the shared decoder under Hugging Face's names."""
+"""Llama 2 and 3: the shared decoder under Hugging Face's names. Other families say how they differ from this one."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ..config.model import Model
 from . import rope_hf
 from .config import DecoderConfig, Rope
-from .hf import Entry
+from .hf import Names, Piece
 
 FAMILY = "LLAMA2"
 ARCHITECTURE = "LlamaForCausalLM"
-HF_MODEL_TYPES = ("llama",)
+HF_MODEL_TYPE = "llama"
+HEAD = "lm_head.weight"
+FIXED = {"hidden_act": ("silu",)}
 
 
 def from_section(model: Model) -> DecoderConfig:
@@ -35,13 +38,13 @@ def from_section(model: Model) -> DecoderConfig:
         qkv_bias=bias if model.qkv_bias is None else model.qkv_bias,
         o_bias=bias if model.o_bias is None else model.o_bias,
         mlp_bias=model.mlp_bias,
-        tie_embeddings=model.tie_word_embeddings,
+        tie_embeddings=bool(model.tie_word_embeddings),
     )
 
 
 def from_hf(hf: dict[str, Any]) -> DecoderConfig:
     """The decoder that a Hugging Face ``config.json`` describes; missing keys mean transformers' defaults."""
-    heads = hf["num_attention_heads"]
+    heads, bias = hf["num_attention_heads"], hf.get("attention_bias", False)
     return DecoderConfig(
         family=FAMILY,
         vocab_size=hf["vocab_size"],
@@ -54,8 +57,8 @@ def from_hf(hf: dict[str, Any]) -> DecoderConfig:
         norm_eps=hf.get("rms_norm_eps", 1e-6),
         rope=rope_hf.from_hf(hf),
         max_position_embeddings=hf.get("max_position_embeddings", 2048),
-        qkv_bias=hf.get("attention_bias", False),
-        o_bias=hf.get("attention_bias", False),
+        qkv_bias=bias,
+        o_bias=bias,
         mlp_bias=hf.get("mlp_bias", False),
         tie_embeddings=hf.get("tie_word_embeddings", False),
     )
@@ -64,19 +67,19 @@ def from_hf(hf: dict[str, Any]) -> DecoderConfig:
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
     """The Hugging Face ``config.json`` of a decoder."""
     return {
-        "architectures": [ARCHITECTURE],
-        "model_type": "llama",
-        "hidden_act": "silu",
+        **common_to_hf(config, ARCHITECTURE, HF_MODEL_TYPE),
         "attention_bias": config.qkv_bias,
         "mlp_bias": config.mlp_bias,
         "head_dim": config.head_dim,
-        **common_to_hf(config),
     }
 
 
-def common_to_hf(config: DecoderConfig) -> dict[str, Any]:
+def common_to_hf(config: DecoderConfig, architecture: str, model_type: str) -> dict[str, Any]:
     """The keys that families of the Llama line share."""
     return {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "hidden_act": "silu",
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -88,24 +91,56 @@ def common_to_hf(config: DecoderConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": 0.02,
         "use_cache": True,
-        **rope_hf.to_hf(config.rope),
+        **(rope_hf.to_hf(config.rope) if config.rope else {}),
     }
 
 
-def entries(config: DecoderConfig) -> list[Entry]:
-    """Every tensor on disk."""
-    found = [Entry("model.embed_tokens.weight", ("embed.weight",))]
+def remote_code(name: str, class_name: str, model: str | None = None) -> dict[str, str]:
+    """``auto_map`` of a family whose code for transformers lies in its folder; ``model``: the class of AutoModel."""
+    causal = f"modeling_{name}.{class_name}ForCausalLM"
+    return {
+        "AutoConfig": f"configuration_{name}.{class_name}Config",
+        "AutoModel": f"modeling_{name}.{model}" if model else causal,
+        "AutoModelForCausalLM": causal,
+    }
+
+
+def names(
+    config: DecoderConfig,
+    attention: Callable[[DecoderConfig, int], Names] | None = None,
+    mlp: Callable[[DecoderConfig, int], Names] | None = None,
+) -> Names:
+    """Every parameter on disk; ``attention`` and ``mlp`` replace the names of those parts of a layer."""
+    found: Names = {"embed.weight": [Piece("model.embed_tokens.weight")]}
     for n in range(config.num_layers):
         disk, ours = f"model.layers.{n}", f"layers.{n}"
-        linears = [("self_attn", "attn", name, config.qkv_bias) for name in "qkv"]
-        linears += [("self_attn", "attn", "o", config.o_bias)]
-        linears += [("mlp", "mlp", name, config.mlp_bias) for name in ("gate", "up", "down")]
-        for theirs, block, name, bias in linears:
-            for kind in ("weight", "bias") if bias else ("weight",):
-                found.append(Entry(f"{disk}.{theirs}.{name}_proj.{kind}", (f"{ours}.{block}.{name}.{kind}",)))
-        found.append(Entry(f"{disk}.input_layernorm.weight", (f"{ours}.attn_norm.weight",)))
-        found.append(Entry(f"{disk}.post_attention_layernorm.weight", (f"{ours}.mlp_norm.weight",)))
-    found.append(Entry("model.norm.weight", ("norm.weight",)))
+        found[f"{ours}.attn_norm.weight"] = [Piece(f"{disk}.input_layernorm.weight")]
+        found |= (attention or attention_names)(config, n)
+        found[f"{ours}.mlp_norm.weight"] = [Piece(f"{disk}.post_attention_layernorm.weight")]
+        found |= (mlp or mlp_names)(config, n)
+    found["norm.weight"] = [Piece("model.norm.weight")]
     if not config.tie_embeddings:
-        found.append(Entry("lm_head.weight", ("head.weight",)))
+        found["head.weight"] = [Piece(HEAD)]
     return found
+
+
+def attention_names(config: DecoderConfig, layer: int) -> Names:
+    """q, k, v and o, each by itself."""
+    found: Names = {}
+    for name in "qkvo":
+        bias = config.o_bias if name == "o" else config.qkv_bias
+        for kind in ("weight", "bias") if bias else ("weight",):
+            found[f"layers.{layer}.attn.{name}.{kind}"] = [Piece(f"model.layers.{layer}.self_attn.{name}_proj.{kind}")]
+    if config.qk_norm:
+        for name in ("q_norm", "k_norm"):
+            found[f"layers.{layer}.attn.{name}.weight"] = [Piece(f"model.layers.{layer}.self_attn.{name}.weight")]
+    return found
+
+
+def mlp_names(config: DecoderConfig, layer: int, ours: str = "mlp", disk: str = "mlp") -> Names:
+    """gate, up and down."""
+    return {
+        f"layers.{layer}.{ours}.{name}.{kind}": [Piece(f"model.layers.{layer}.{disk}.{name}_proj.{kind}")]
+        for name in ("gate", "up", "down")
+        for kind in (("weight", "bias") if config.mlp_bias else ("weight",))
+    }

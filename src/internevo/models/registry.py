@@ -7,10 +7,11 @@ from typing import Any
 
 from ..config.model import Model
 from ..errors import UsageError
-from . import internlm2, llama
+from . import baichuan2, gemma, internlm, internlm2, internlm3, llama, mixtral, qwen2, qwen2moe, qwen3, qwen3moe
 from .config import DecoderConfig
 
-FAMILIES: dict[str, ModuleType] = {module.FAMILY: module for module in (internlm2, llama)}
+MODULES = (internlm, internlm2, internlm3, llama, qwen2, baichuan2, gemma, qwen2moe, mixtral, qwen3, qwen3moe)
+FAMILIES: dict[str, ModuleType] = {module.FAMILY: module for module in MODULES}
 
 
 def family(name: str) -> ModuleType:
@@ -26,24 +27,36 @@ def decoder_config(model_type: str, model: Model) -> DecoderConfig:
 
 
 def family_of_hf(hf: dict[str, Any], folder: str) -> ModuleType:
-    """The family of a Hugging Face config, by its architecture or model_type."""
+    """The family of a Hugging Face config, by its model_type, else by its architecture."""
     architectures = hf.get("architectures") or []
+    known = ", ".join(f"{name} ({m.ARCHITECTURE})" for name, m in FAMILIES.items())
     for module in FAMILIES.values():
-        if module.ARCHITECTURE in architectures:
+        if hf.get("model_type") == module.HF_MODEL_TYPE:
+            if architectures and not any(a.endswith("ForCausalLM") for a in architectures):
+                raise UsageError(f"{folder}: architectures = {architectures} is no language model (known: {known})")
             return module
     for module in FAMILIES.values():
-        if hf.get("model_type") in module.HF_MODEL_TYPES and not architectures:
+        if "model_type" not in hf and module.ARCHITECTURE in architectures:
             return module
-    known = ", ".join(m.ARCHITECTURE for m in FAMILIES.values())
-    raise UsageError(
-        f"{folder}: no family fits architectures = {architectures}, model_type = {hf.get('model_type')!r} (known: {known})"
-    )
+    field = "model_type" if "model_type" in hf else "architectures"
+    raise UsageError(f"{folder}: no family fits {field} = {hf.get(field)!r}, architectures = {architectures} (known: {known})")
 
 
 def decoder_from_hf(hf: dict[str, Any], folder: str, name: str | None = None) -> DecoderConfig:
-    """The decoder of a Hugging Face config; ``name`` overrides the family that the folder claims."""
+    """The decoder of a Hugging Face config; ``name`` overrides the family that the folder claims.
+
+    Raises:
+        UsageError: when no family fits; it names the first field that does not, and the families.
+    """
     module = family(name) if name else family_of_hf(hf, folder)
+    for key, allowed in module.FIXED.items():
+        if key in hf and hf[key] not in allowed:
+            raise UsageError(
+                f"{folder}/config.json: {key} = {hf[key]!r} does not fit {module.FAMILY}, "
+                f"which has {' or '.join(repr(v) for v in allowed)} (families: {', '.join(FAMILIES)})"
+            )
     try:
-        return module.from_hf(hf)
+        config: DecoderConfig = module.from_hf(hf)
     except KeyError as error:
-        raise UsageError(f"{folder}/config.json has no {error.args[0]!r}, which {module.ARCHITECTURE} needs") from error
+        raise UsageError(f"{folder}/config.json has no {error.args[0]!r}, which {module.FAMILY} needs") from error
+    return config

@@ -90,6 +90,8 @@ class Console:
             parts.append(f"MFU {100 * r.mfu:.1f}%")
         if r.loss_scale is not None:
             parts.append(f"scale {r.loss_scale:g}")
+        if r.moe is not None:
+            parts.append(f"experts max {r.moe['max_load']:.2f}x dropped {100 * r.moe['dropped']:.1f}%")
         parts += [f"mem {r.memory_peak_max / 2**30:.2f} GiB", f"left {left}"]
         if r.skipped or not math.isfinite(r.loss):
             parts.append("SKIPPED (gradients not finite)")

@@ -59,6 +59,9 @@ class TensorBoardLog:
             "speed/data_time": record.data_time, "memory/peak_max": record.memory_peak_max,
             **{f"train/loss/{name}": loss for name, loss in record.loss_by_type.items()},
         }  # fmt: skip
+        for name, value in (record.moe or {}).items():
+            if not isinstance(value, list):
+                scalars[f"moe/{name}"] = value
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, record.step)
 

@@ -53,6 +53,9 @@ class StepRecord:
     """fp16 only."""
     skipped_steps: int = 0
     """Skipped so far."""
+    moe: dict[str, Any] | None = None
+    """Mixtures of experts: each expert's share of the load (mean over layers), the fullest expert of any layer over its even
+    share (max_load), share of choices dropped, mean entropy of the routers (nats), auxiliary losses."""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values; NaN and infinity, which JSON has not, become None."""

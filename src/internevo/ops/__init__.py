@@ -2,8 +2,9 @@
 
 from .attention import attention
 from .cross_entropy import linear_cross_entropy
+from .gated import gated
+from .grouped import grouped_linear, take_rows
 from .host_memory import keep_freed_memory
 from .norm import rms_norm
-from .swiglu import swiglu
 
-__all__ = ["attention", "keep_freed_memory", "linear_cross_entropy", "rms_norm", "swiglu"]
+__all__ = ["attention", "gated", "grouped_linear", "keep_freed_memory", "linear_cross_entropy", "rms_norm", "take_rows"]

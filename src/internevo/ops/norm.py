@@ -6,21 +6,26 @@ import torch
 from torch import Tensor
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps), computed in fp32 and cast to x's dtype, then times ``weight``.
+def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -> Tensor:
+    """x / sqrt(mean(x^2) + eps), computed in fp32, times the gain.
 
     Args:
         x: [..., D]. weight: [D].
+        unit_offset: the gain is 1 + weight, applied in fp32 before the cast to x's dtype (Gemma's). Otherwise the gain is
+            ``weight``, applied after the cast.
     """
-    return _RmsNorm.apply(x, weight, eps)
+    return _RmsNorm.apply(x, weight, eps, unit_offset)
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override, no-untyped-def]
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tensor:  # type: ignore[override, no-untyped-def]
         x32 = x.float()
         scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, scale)
+        ctx.unit_offset = unit_offset
+        if unit_offset:
+            return (x32 * scale * (1.0 + weight.float())).to(x.dtype)
         return (x32 * scale).to(x.dtype) * weight
 
     @staticmethod
@@ -29,7 +34,7 @@ class _RmsNorm(torch.autograd.Function):
         unit = x.float() * scale
         grad32 = grad.float()
         grad_weight = (grad32 * unit).flatten(0, -2).sum(0).to(weight.dtype)
-        grad_unit = grad32 * weight.float()
+        grad_unit = grad32 * (weight.float() + 1.0 if ctx.unit_offset else weight.float())
         # d unit / d x = scale * (I - unit unit^T / D)
         inner = (grad_unit * unit).mean(-1, keepdim=True)
-        return ((grad_unit - unit * inner) * scale).to(x.dtype), grad_weight, None
+        return ((grad_unit - unit * inner) * scale).to(x.dtype), grad_weight, None, None

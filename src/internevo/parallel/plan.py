@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -33,26 +36,30 @@ def build(config: DecoderConfig, section: Model, layout: Layout, device: torch.d
         axis = SingleProcess(model, device, dtype)
     else:
         axis = Sharded(model, layout.data_mesh(device.type), device, dtype, layout.fsdp)
-    initialize(axis.masters, Initializer.of(section, seed))
+    initialize(axis.masters, Initializer.of(section, seed, config.norm_unit_offset))
     axis.masters_changed()
     return model, axis
 
 
-@torch.no_grad()
 def initialize(masters: dict[str, nn.Parameter], initializer: Initializer) -> None:
     """Fills every weight with this rank's part of its initial value."""
     for name, parameter in masters.items():
-        if isinstance(parameter, DTensor):
-            parameter.to_local().copy_(_local_part(name, parameter, initializer))
-        else:
-            parameter.copy_(initializer.rows(name, parameter.shape, 0, parameter.shape[0]))
+        fill_local(parameter, partial(initializer.rows, name, parameter.shape))
 
 
-def _local_part(name: str, parameter: DTensor, initializer: Initializer) -> Tensor:
+@torch.no_grad()
+def fill_local(parameter: nn.Parameter, values: Callable[[int, int], Tensor]) -> None:
+    """Fills this rank's part of a weight from ``values(start, stop)``, the full tensor's slices along its first axis."""
+    if not isinstance(parameter, DTensor):
+        parameter.copy_(values(0, parameter.shape[0]))
+        return
     placements = parameter.placements
     if all(p == Replicate() or (type(p) is Shard and p.dim == 0) for p in placements):
         local, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, placements)
         rows = local[0] if local else 0
-        return initializer.rows(name, parameter.shape, offset[0], offset[0] + rows)
-    full = initializer.rows(name, parameter.shape, 0, parameter.shape[0])
-    return distribute_tensor(full, parameter.device_mesh, placements, src_data_rank=None).to_local()
+        if rows:
+            parameter.to_local().copy_(values(offset[0], offset[0] + rows))
+        return
+    full = values(0, parameter.shape[0]).float()
+    part = distribute_tensor(full, parameter.device_mesh, placements, src_data_rank=None)
+    parameter.to_local().copy_(part.to_local())

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch import Tensor
 
 from ..checkpoint import Checkpoint, complete_checkpoints, find_checkpoint
 from ..checkpoint.load import load_tensors
 from ..checkpoint.storage import KINDS
 from ..config.run import LoadCkptInfo
 from ..errors import CheckpointError, UsageError
+from ..models import DecoderConfig, parameter_shapes
 from ..models.folder import HfFolder
+from ..parallel.plan import fill_local
+from ..tensorfile import Spec
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -72,17 +76,42 @@ def _compare_data(trainer: Trainer, data: str, global_rows: int, folder: Path) -
     return lines
 
 
-@torch.no_grad()
 def load_hf(trainer: Trainer, folder: Path) -> list[str]:
-    """Weights from a Hugging Face folder; each rank keeps its own part of each tensor."""
+    """Weights from a Hugging Face folder; each rank reads the rows that it holds."""
     source = HfFolder(folder)
+    lines = _compare(trainer.decoder, source.config, folder)
     for name, parameter in trainer.optimizer.named.items():
-        full = source.parameter(name)
-        if full.shape != parameter.shape:
-            raise UsageError(f"{folder}: {name} has shape {list(full.shape)}, and the config's model {list(parameter.shape)}")
-        if isinstance(parameter, DTensor):
-            part = distribute_tensor(full.float(), parameter.device_mesh, parameter.placements, src_data_rank=None)
-            parameter.to_local().copy_(part.to_local())
-        else:
-            parameter.copy_(full)
-    return [f"loaded weights from {folder}"]
+        shape = parameter.shape
+        per_slice = Spec(tuple(shape), torch.float32).rows // shape[0]
+
+        def values(start: int, stop: int, name: str = name, shape: torch.Size = shape, n: int = per_slice) -> Tensor:
+            return source.read(name, start * n, (stop - start) * n).view(stop - start, *shape[1:])
+
+        fill_local(parameter, values)
+    return [*lines, f"loaded weights from {folder}"]
+
+
+CHOICES = ("family", "rope", "norm_eps", "max_position_embeddings", "windows", "experts")
+"""What may differ between the folder and the run, since the weights have the same names and shapes."""
+
+
+def _compare(mine: DecoderConfig, theirs: DecoderConfig, folder: Path) -> list[str]:
+    """Lines about what differs between the config's model and the folder's; refuses another network."""
+    lines = []
+    for field in fields(DecoderConfig):
+        ours, other = getattr(mine, field.name), getattr(theirs, field.name)
+        if ours != other and field.name not in CHOICES:
+            raise UsageError(f"{folder} holds another model: its {field.name} is {other}, and the config's is {ours}")
+        if ours != other and field.name not in ("family", "experts"):
+            lines.append(f"note: {field.name} is {other} in {folder}, and {ours} in the config")
+    shapes, stored = parameter_shapes(mine), parameter_shapes(theirs)
+    for name in {**shapes, **stored}:
+        if shapes.get(name) != stored.get(name):
+            raise UsageError(f"{folder} holds another model: {name} is {_shape(stored, name)}, in the config {_shape(shapes, name)}")
+    if mine.experts and theirs.experts and mine.experts != theirs.experts:
+        lines.append(f"note: the experts are {theirs.experts} in {folder}, and {mine.experts} in the config")
+    return lines
+
+
+def _shape(shapes: dict[str, torch.Size], name: str) -> str:
+    return f"of shape {list(shapes[name])}" if name in shapes else "not there"

@@ -6,16 +6,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..data.batches import MicroBatch, StepBatch
-from ..models import Decoder
+from ..models import Decoder, LossTerms
 from ..parallel.data import DataAxis
 from ..parallel.layout import Layout
 from .optimizer import Optimizer
+from .routing import RouterSums
 from .scaler import LossScaler
 
 
@@ -60,6 +62,8 @@ class StepResult:
     """The gradients were not finite; nothing was updated."""
     shared: list[float]
     """Sums over all ranks of what each put in."""
+    routing: dict[str, Any] | None = None
+    """What the routers did, in a model with experts."""
 
 
 @dataclass
@@ -76,15 +80,15 @@ class Stepper:
     device: torch.device
     types: int
     clip: float
-    smoothing: float = 0.0
+    terms: LossTerms = LossTerms()
 
     def __call__(self, batch: StepBatch, lr: float, beta2: float, share: Callable[[], list[float]]) -> StepResult:
         """Trains on one batch. ``share`` is asked for numbers to add up over all ranks, on the way with the losses."""
         # Gradients are those of the sum of losses over a fixed number; the true number of predicted tokens is known when
         # all ranks have been asked, and enters with the clipping.
         expected = float(batch.tokens)
-        losses = self._forward_backward(batch, self.scaler.scale / expected)
-        result, to_mean = self._reduce(losses, expected / self.scaler.scale, share())
+        losses, routed = self._forward_backward(batch, self.scaler.scale / expected)
+        result, to_mean = self._reduce(losses, routed, expected / self.scaler.scale, share())
         if not result.skipped:
             factor = to_mean
             if self.clip > 0:
@@ -96,31 +100,37 @@ class Stepper:
         self.scaler.update(result.skipped)
         return result
 
-    def _forward_backward(self, batch: StepBatch, scale: float) -> Losses:
-        losses = Losses.zeros(self.types, self.device)
+    def _forward_backward(self, batch: StepBatch, scale: float) -> tuple[Losses, RouterSums]:
+        losses, routed = Losses.zeros(self.types, self.device), RouterSums(self.model.config, self.device)
         for number, micro in enumerate(batch.micro_batches, start=1):
             self.axis.before_micro_batch(last=number == len(batch.micro_batches))
             on_device = micro.to(self.device)
-            total, token_losses = self.model(
-                on_device.tokens, cu_seqlens=on_device.cu_seqlens, labels=on_device.labels, smoothing=self.smoothing
+            loss = self.model(
+                on_device.tokens, cu_seqlens=on_device.cu_seqlens, labels=on_device.labels, terms=self.terms
             )
-            (total * scale).backward()
-            losses.add(token_losses, on_device)
-        return losses
+            (loss.total * scale).backward()
+            losses.add(loss.losses, on_device)
+            routed.add(loss)
+        return losses, routed
 
-    def _reduce(self, losses: Losses, unscale: float, share: list[float]) -> tuple[StepResult, float]:
+    def _reduce(
+        self, losses: Losses, routed: RouterSums, unscale: float, share: list[float]
+    ) -> tuple[StepResult, float]:
         """One all-reduce of everything that all ranks must know. Returns the factor from gradients to those of the mean."""
         norms = torch.stack(torch._foreach_norm(self.optimizer.gradients())).double()
         # Ranks of one ZeRO group hold different parts, and each part is held by ``replicate`` ranks.
         squares = norms.square().sum() / self.layout.replicate
         shared = torch.tensor(share, dtype=torch.float64, device=self.device)
-        packed = torch.cat([squares.view(1), losses.sums, losses.counts, shared])
+        parts = [squares.view(1), losses.sums, losses.counts, routed.values, shared]
+        packed = torch.cat(parts)
         dist.all_reduce(packed, group=self.group)
-        square_sum, sums, counts, shared = packed.split([1, self.types, self.types, len(share)])
-        to_mean = unscale / max(float(counts.sum()), 1.0)
+        square_sum, sums, counts, routing, shared = packed.split([part.numel() for part in parts])
+        predicted = float(counts.sum())
+        to_mean = unscale / max(predicted, 1.0)
         norm = float(square_sum.sqrt()) * to_mean
         finite = math.isfinite(norm) and bool(torch.isfinite(sums).all())
-        return StepResult(Losses(sums, counts), norm, not finite, shared.tolist()), to_mean
+        summary = routed.summary(routing, predicted)
+        return StepResult(Losses(sums, counts), norm, not finite, shared.tolist(), summary), to_mean
 
 
 @torch.no_grad()
@@ -134,10 +144,12 @@ def evaluate(
 ) -> Losses:
     """Losses over all ranks' validation batches; every rank must have equally many."""
     losses = Losses.zeros(types, device)
+    model.eval()
     for batch in batches:
         on_device = batch.to(device)
-        _, token_losses = model(on_device.tokens, cu_seqlens=on_device.cu_seqlens, labels=on_device.labels)
-        losses.add(token_losses, on_device)
+        loss = model(on_device.tokens, cu_seqlens=on_device.cu_seqlens, labels=on_device.labels)
+        losses.add(loss.losses, on_device)
+    model.train()
     axis.after_forwards()
     packed = torch.cat([losses.sums, losses.counts])
     dist.all_reduce(packed, group=group)

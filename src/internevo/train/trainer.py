@@ -14,12 +14,13 @@ from torch import Tensor
 from ..checkpoint import Checkpoint
 from ..checkpoint.saver import Extras, Saver
 from ..config import Config, dump
+from ..config.training import Loss as LossSection
 from ..data.batches import BatchSizes, StepBatch, TrainBatches, parse_skips, valid_batches
 from ..data.order import Order
 from ..data.source import train_rows, valid_rows
 from ..errors import ConfigError
 from ..generate import Sampling, generate
-from ..models import decoder_config
+from ..models import LossTerms, decoder_config
 from ..models.folder import write_hf
 from ..observe.console import log, start_log
 from ..observe.observers import Observers
@@ -63,7 +64,7 @@ class Trainer:
         assert dist.group.WORLD is not None
         self.stepper = Stepper(
             self.model, self.axis, self.optimizer, self.scaler, self.layout, dist.group.WORLD, world.device,
-            len(self.rows.types), config.hybrid_zero_optimizer.clip_grad_norm, config.loss.label_smoothing,
+            len(self.rows.types), config.hybrid_zero_optimizer.clip_grad_norm, _terms(config.loss),
         )  # fmt: skip
         self.saver = Saver(self.run, config.ckpt, world.rank, _sizes(self.layout), after=self._export)
         self.saved_step = self.state.step
@@ -153,6 +154,7 @@ class Trainer:
             memory_peak=int(memory[self.world.rank]), memory_peak_max=int(max(memory)), skipped=result.skipped,
             time=time.time(), loss_by_type=result.losses.by_type(types) if len(types) > 1 else {},
             loss_scale=self.scaler.scale if self.scaler.enabled else None, skipped_steps=self.state.skipped_steps,
+            moe=result.routing,
         )  # fmt: skip
 
     # What happens between steps --------------------------------------------------------------------------------------
@@ -215,7 +217,7 @@ class Trainer:
         checkpoint = Checkpoint(folder)
         dtype = COMPUTE[self.config.model.dtype]
         target = self.run / "hf" / folder.name
-        write_hf(checkpoint.config, checkpoint.parameter, target, dtype=dtype, tokenizer=checkpoint.tokenizer)
+        write_hf(checkpoint, target, dtype=dtype)
 
     def _observers(self) -> Observers | None:
         """On rank 0, with the run's first lines said."""
@@ -243,6 +245,10 @@ def named_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
     """Weights (model/NAME) and moments (optimizer/NAME.exp_avg, ...) as they are named in a checkpoint."""
     weights = {f"model/{name}": tensor.detach() for name, tensor in optimizer.named.items()}
     return {**weights, **{f"optimizer/{name}": tensor for name, tensor in optimizer.state().items()}}
+
+
+def _terms(loss: LossSection) -> LossTerms:
+    return LossTerms(loss.label_smoothing, loss.moe_loss_coeff, loss.moe_loss_kind, loss.moe_z_loss_coeff)
 
 
 def _due(step: int, every: int, last: bool) -> bool:

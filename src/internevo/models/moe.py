@@ -1,0 +1,141 @@
+"""Mixture of experts: a router gives each token ``k`` of ``E`` experts (https://arxiv.org/abs/2006.16668).
+
+Tokens are sorted by expert and each expert's rows go through it as one group. Experts take all that choose them (dropless),
+or up to a capacity; who comes too late is left out, and its share of the output is zero.
+
+Shapes: T tokens, D hidden, E experts, k choices per token, F width of an expert.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from .config import DecoderConfig, Experts
+
+
+class Routing(NamedTuple):
+    """Sums over the tokens of one layer, in fp32: what losses and statistics are made of. ``probs`` and ``z`` have gradients."""
+
+    load: Tensor
+    """[E] choices of each expert, before any is dropped."""
+    first: Tensor
+    """[E] first choices."""
+    probs: Tensor
+    """[E] probabilities."""
+    z: Tensor
+    """log-sum-exp of the logits, squared."""
+    entropy: Tensor
+    """Of each token's probabilities, in nats."""
+    dropped: Tensor
+    """Choices left out."""
+
+
+class Router(nn.Module):
+    """Which experts each token goes to, and with which weight; computed in fp32."""
+
+    def __init__(self, config: DecoderConfig, experts: Experts) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts.count, config.hidden_size))
+        self.axes = ("expert", "embed")
+        self.experts = experts
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Routing]:
+        """Experts [T, k] (int64), weights [T, k] (fp32), which of the choices are kept [T, k] (bool), and the sums."""
+        logits_TE = F.linear(x_TD.float(), self.weight.float())
+        probs_TE = logits_TE.softmax(-1)
+        chosen_Tk, experts_Tk = probs_TE.topk(self.experts.top_k)
+        weights_Tk = chosen_Tk / chosen_Tk.sum(-1, keepdim=True) if self.experts.normalize else chosen_Tk
+        kept_Tk = self._kept(chosen_Tk.detach(), experts_Tk)
+        log_probs = logits_TE.detach().log_softmax(-1)
+        counts = F.one_hot(experts_Tk, self.experts.count).sum(0).float()
+        routing = Routing(
+            load=counts.sum(0),
+            first=counts[0],
+            probs=probs_TE.sum(0),
+            z=logits_TE.logsumexp(-1).square().sum(),
+            entropy=-(log_probs.exp() * log_probs).sum(),
+            dropped=(~kept_Tk).sum().float(),
+        )
+        return experts_Tk, weights_Tk, kept_Tk, routing
+
+    def _kept(self, probs_Tk: Tensor, experts_Tk: Tensor) -> Tensor:
+        """Every expert keeps up to its capacity: first choices before second ones; among equals by the drop policy."""
+        e, (tokens, k) = self.experts, experts_Tk.shape
+        factor = e.capacity_factor if self.training else e.eval_capacity_factor
+        if factor == 0:
+            return torch.ones_like(experts_Tk, dtype=torch.bool)
+        capacity = max(e.min_capacity, math.ceil(tokens * k / e.count * factor))
+        # One row per choice, in the order of their right: all first choices, then all second ones, ...
+        if e.drop_policy == "probs":
+            order_kT = probs_Tk.t().argsort(dim=1, descending=True, stable=True)
+        else:
+            order_kT = torch.arange(tokens, device=probs_Tk.device).expand(k, tokens)
+        wanted_kT = experts_Tk.t().gather(1, order_kT)
+        places = F.one_hot(wanted_kT.flatten(), e.count).cumsum(0).gather(1, wanted_kT.reshape(-1, 1))
+        fits_kT = (places <= capacity).view(k, tokens)
+        return torch.zeros_like(fits_kT).scatter(1, order_kT, fits_kT).t()
+
+
+class ExpertMLPs(nn.Module):
+    """E gated MLPs, each on its own rows."""
+
+    def __init__(self, config: DecoderConfig, experts: Experts) -> None:
+        super().__init__()
+        shape = (experts.count, experts.size, config.hidden_size)
+        self.gate = ExpertLinear("mlp", "embed", *shape)
+        self.up = ExpertLinear("mlp", "embed", *shape)
+        self.down = ExpertLinear("embed", "mlp", experts.count, config.hidden_size, experts.size)
+        self.activation = config.activation
+
+    def forward(self, rows_RD: Tensor, ends_E: Tensor, complete: bool) -> Tensor:
+        """Args as ``ops.grouped_linear``."""
+        gate, up = self.gate(rows_RD, ends_E, complete), self.up(rows_RD, ends_E, complete)
+        return self.down(ops.gated(gate, up, self.activation), ends_E, complete)
+
+
+class ExpertLinear(nn.Module):
+    """One weight [out, in] per expert."""
+
+    def __init__(self, out_axis: str, in_axis: str, count: int, out_size: int, in_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(count, out_size, in_size))
+        self.axes = ("expert", out_axis, in_axis)
+
+    def forward(self, rows_RD: Tensor, ends_E: Tensor, complete: bool) -> Tensor:
+        return ops.grouped_linear(rows_RD, self.weight, ends_E, complete=complete)
+
+
+class MoE(nn.Module):
+    """The weighted sum of the chosen experts, and of the shared one."""
+
+    def __init__(self, config: DecoderConfig, experts: Experts, shared: nn.Module | None, shared_gate: nn.Module | None) -> None:
+        """``shared`` and ``shared_gate``: the MLP that sees every token, and the [1, D] linear that weighs it."""
+        super().__init__()
+        self.top_k, self.dropless = experts.top_k, experts.capacity_factor == experts.eval_capacity_factor == 0
+        self.router = Router(config, experts)
+        self.experts = ExpertMLPs(config, experts)
+        self.shared, self.shared_gate = shared, shared_gate
+
+    def forward(self, x_BSD: Tensor) -> tuple[Tensor, Routing]:
+        x_TD = x_BSD.flatten(0, 1)
+        experts_Tk, weights_Tk, kept_Tk, routing = self.router(x_TD)
+        # Rows that no expert takes go to the end, as if to an expert behind the last.
+        count = routing.load.shape[0]
+        targets_R = torch.where(kept_Tk, experts_Tk, count).flatten()
+        order_R = targets_R.argsort(stable=True)
+        places_R = order_R.argsort()
+        ends_E = F.one_hot(targets_R, count + 1).sum(0).cumsum(0)[:count].int()
+        rows_RD = ops.take_rows(x_TD, order_R // self.top_k, places_R, copies=self.top_k)
+        out_RD = self.experts(rows_RD, ends_E, self.dropless)
+        out_TkD = ops.take_rows(out_RD, places_R, order_R).view(*experts_Tk.shape, -1)
+        weights_T1k = (weights_Tk * kept_Tk).to(x_TD.dtype).unsqueeze(1)
+        out_TD = torch.bmm(weights_T1k, out_TkD).squeeze(1)
+        if self.shared is not None and self.shared_gate is not None:
+            out_TD = out_TD + torch.sigmoid(self.shared_gate(x_TD)) * self.shared(x_TD)
+        return out_TD.view(x_BSD.shape), routing

@@ -1,0 +1,37 @@
+"""Gated activations (https://arxiv.org/abs/2002.05202), keeping only their two inputs for backward."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def gated(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
+    """act(gate) * up, elementwise; both [..., F].
+
+    Args:
+        activation: "silu", or "gelu_tanh" (GELU by its tanh approximation, https://arxiv.org/abs/1606.08415).
+    """
+    return _Gated.apply(gate, up, activation)
+
+
+def _act(x: Tensor, activation: str) -> Tensor:
+    return F.silu(x) if activation == "silu" else F.gelu(x, approximate="tanh")
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor, activation: str) -> Tensor:  # type: ignore[override, no-untyped-def]
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        return _act(gate, activation) * up
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override, no-untyped-def]
+        gate, up = ctx.saved_tensors
+        if ctx.activation == "silu":
+            grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
+        else:
+            grad_gate = torch.ops.aten.gelu_backward(grad * up, gate, approximate="tanh")
+        return grad_gate, grad * _act(gate, ctx.activation), None

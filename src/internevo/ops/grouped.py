@@ -1,0 +1,113 @@
+"""Matrix products of many experts at once: rows sorted by expert, each group times its expert's weight.
+
+Shapes: R rows, D in, F out, E experts.
+
+- CUDA in bf16, with sizes of whole 16 bytes: ``torch.nn.functional.grouped_mm``, which needs no wait for the counts.
+- elsewhere: one product per expert, as one opaque operator, so that a compiled layer holds no loop over experts.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def grouped_linear(x_RD: Tensor, weight_EFD: Tensor, ends_E: Tensor, *, complete: bool = True) -> Tensor:
+    """x W_e^T for the rows of each expert e.
+
+    Args:
+        x_RD: rows sorted by expert.
+        weight_EFD: one weight [F, D] per expert.
+        ends_E: int32, where each expert's rows end (``cumsum`` of the counts).
+        complete: every row belongs to an expert. Otherwise the rows behind the last end belong to none.
+
+    Returns:
+        [R, F], in x's dtype; rows that belong to no expert are zero.
+    """
+    if not _has_kernel(x_RD, weight_EFD):
+        return torch.ops.internevo.grouped_linear(x_RD, weight_EFD, ends_E)
+    if complete:
+        return F.grouped_mm(x_RD, weight_EFD.transpose(1, 2), offs=ends_E)
+    # The kernel leaves rows of no group, and their gradients, as they were in memory.
+    used = (torch.arange(x_RD.shape[0], device=x_RD.device) < ends_E[-1]).unsqueeze(1)
+    out_RF = F.grouped_mm(torch.where(used, x_RD, 0.0), weight_EFD.transpose(1, 2), offs=ends_E)
+    return torch.where(used, out_RF, 0.0)
+
+
+def take_rows(x_ID: Tensor, rows_R: Tensor, places_R: Tensor, copies: int = 1) -> Tensor:
+    """x[rows], where every row of x is taken ``copies`` times; its gradient is a gather too, not a scatter.
+
+    Args:
+        x_ID: [R / copies, D].
+        rows_R: which row each result is.
+        places_R: where in the result the copies of row 0 are, then those of row 1, ...
+    """
+    return _TakeRows.apply(x_ID, rows_R, places_R, copies)
+
+
+class _TakeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, rows: Tensor, places: Tensor, copies: int) -> Tensor:  # type: ignore[override, no-untyped-def]
+        ctx.save_for_backward(places)
+        ctx.copies = copies
+        return x[rows]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override, no-untyped-def]
+        (places,) = ctx.saved_tensors
+        grad = grad[places]
+        return (grad if ctx.copies == 1 else grad.view(-1, ctx.copies, grad.shape[1]).sum(1)), None, None, None
+
+
+def _has_kernel(x: Tensor, weight: Tensor) -> bool:
+    aligned = all(size * x.dtype.itemsize % 16 == 0 for size in weight.shape[1:])
+    return x.is_cuda and x.dtype == torch.bfloat16 and aligned
+
+
+def _groups(ends: Tensor) -> Iterator[tuple[int, slice]]:
+    """(expert, its rows) of every expert that has some."""
+    for expert, (a, b) in enumerate(itertools.pairwise([0, *ends.tolist()])):
+        if b > a:
+            yield expert, slice(a, b)
+
+
+@torch.library.custom_op("internevo::grouped_linear", mutates_args=())
+def _grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    out = x.new_zeros(x.shape[0], weight.shape[1])
+    for expert, rows in _groups(ends):
+        torch.mm(x[rows], weight[expert].t(), out=out[rows])
+    return out
+
+
+@_grouped_linear.register_fake
+def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@torch.library.custom_op("internevo::grouped_linear_backward", mutates_args=())
+def _grouped_linear_backward(grad: Tensor, x: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    grad_x, grad_weight = x.new_zeros(x.shape), weight.new_zeros(weight.shape)
+    for expert, rows in _groups(ends):
+        torch.mm(grad[rows], weight[expert], out=grad_x[rows])
+        torch.mm(grad[rows].t(), x[rows], out=grad_weight[expert])
+    return grad_x, grad_weight
+
+
+@_grouped_linear_backward.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+    return (*torch.ops.internevo.grouped_linear_backward(grad, *ctx.saved_tensors), None)
+
+
+_grouped_linear.register_autograd(_backward, setup_context=_save)

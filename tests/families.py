@@ -1,0 +1,190 @@
+"""Random small models of every family that transformers has, with the same weights there and here."""
+
+import torch
+import transformers as tf
+from hypothesis import strategies as st
+
+from internevo.models import Decoder, decoder_from_hf, parameter_shapes
+from internevo.models.folder import naming
+
+SCALINGS = [
+    None,
+    {"rope_type": "linear", "factor": 3.0},
+    {"rope_type": "dynamic", "factor": 2.0},
+    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8},
+]  # fmt: skip
+
+
+@st.composite
+def common(draw, head_dims=(4, 8, 16)):
+    kv = draw(st.sampled_from([1, 2, 3]))
+    return dict(
+        num_attention_heads=kv * draw(st.sampled_from([1, 2, 4])),
+        num_key_value_heads=kv,
+        head_dim=draw(st.sampled_from(head_dims)),
+        hidden_size=draw(st.sampled_from([24, 48, 72])),
+        intermediate_size=draw(st.sampled_from([17, 48])),
+        vocab_size=draw(st.sampled_from([67, 128, 131])),
+        num_hidden_layers=draw(st.integers(1, 3)),
+        tie_word_embeddings=draw(st.booleans()),
+        rms_norm_eps=draw(st.sampled_from([1e-3, 1e-6])),
+        rope_theta=draw(st.sampled_from([100.0, 10000.0])),
+        max_position_embeddings=16,
+        rope_scaling=draw(st.sampled_from(SCALINGS)),
+    )
+
+
+@st.composite
+def sparse(draw):
+    count = draw(st.sampled_from([2, 4, 7]))
+    return dict(count=count, top_k=draw(st.integers(1, min(count, 3))), size=draw(st.sampled_from([12, 20])))
+
+
+@st.composite
+def llama(draw):
+    return tf.LlamaConfig(**draw(common()), attention_bias=draw(st.booleans()), mlp_bias=draw(st.booleans()))
+
+
+@st.composite
+def internlm3(draw):
+    bias = draw(st.booleans())
+    shape = draw(common())
+    shape["hidden_size"] = shape["num_attention_heads"] * 8  # transformers insists on a multiple
+    return tf.models.internlm3.configuration_internlm3.InternLM3Config(
+        **shape, qkv_bias=bias, bias=bias, pad_token_id=None
+    )  # fmt: skip  (a padding token would have no gradient)
+
+
+def no_head_dim(shape):
+    """Families that derive the head size."""
+    shape["hidden_size"] = shape["num_attention_heads"] * shape.pop("head_dim")
+    return shape
+
+
+@st.composite
+def windows(draw, layers):
+    return dict(use_sliding_window=draw(st.booleans()), sliding_window=5, max_window_layers=draw(st.integers(0, layers)))
+
+
+@st.composite
+def qwen2(draw):
+    shape = no_head_dim(draw(common()))
+    return tf.Qwen2Config(**shape, **draw(windows(shape["num_hidden_layers"])))
+
+
+@st.composite
+def gemma(draw):
+    return tf.GemmaConfig(**draw(common()))
+
+
+@st.composite
+def qwen3(draw):
+    shape = draw(common())
+    return tf.Qwen3Config(**shape, **draw(windows(shape["num_hidden_layers"])), attention_bias=draw(st.booleans()))
+
+
+@st.composite
+def mixtral(draw):
+    moe = draw(sparse())
+    return tf.MixtralConfig(
+        **draw(common()), num_local_experts=moe["count"], num_experts_per_tok=moe["top_k"],
+        sliding_window=draw(st.sampled_from([None, 5])),
+    )  # fmt: skip
+
+
+@st.composite
+def qwen2moe(draw):
+    moe, shape = draw(sparse()), no_head_dim(draw(common()))
+    return tf.Qwen2MoeConfig(
+        **shape, **draw(windows(shape["num_hidden_layers"])), num_experts=moe["count"], num_experts_per_tok=moe["top_k"],
+        moe_intermediate_size=moe["size"], shared_expert_intermediate_size=28, norm_topk_prob=draw(st.booleans()),
+        decoder_sparse_step=draw(st.sampled_from([1, 2])), mlp_only_layers=draw(st.sampled_from([[], [0]])),
+        qkv_bias=draw(st.booleans()),
+    )  # fmt: skip
+
+
+@st.composite
+def qwen3moe(draw):
+    moe = draw(sparse())
+    return tf.Qwen3MoeConfig(
+        **draw(common()), num_experts=moe["count"], num_experts_per_tok=moe["top_k"], moe_intermediate_size=moe["size"],
+        norm_topk_prob=draw(st.booleans()), decoder_sparse_step=draw(st.sampled_from([1, 2])), mlp_only_layers=[],
+        use_sliding_window=draw(st.booleans()), sliding_window=5, attention_bias=draw(st.booleans()),
+    )  # fmt: skip
+
+
+CONFIGS = {
+    "LLAMA2": llama(), "INTERNLM3": internlm3(), "QWEN2": qwen2(), "GEMMA": gemma(), "QWEN3": qwen3(),
+    "MIXTRALMOE": mixtral(), "QWEN2MOE": qwen2moe(), "QWEN3MOE": qwen3moe(),
+}  # fmt: skip
+
+
+def pair(config, seed):
+    """transformers' model and ours, with the same random weights, far from ones and zeros so that a lost one shows."""
+    torch.manual_seed(seed)
+    config._attn_implementation = config._experts_implementation = "eager"
+    theirs = tf.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            vector = parameter.dim() == 1
+            parameter.copy_(torch.randn_like(parameter) * (0.2 if vector else 0.08))
+            if vector and not name.endswith("bias"):
+                parameter.add_(1.0)
+            if "gate.weight" in name or "router" in name:
+                parameter.mul_(8)  # so that the choice of experts is not within noise
+    return theirs, ours_of(theirs)
+
+
+def disk_tensors(theirs, gradients=False):
+    """transformers' weights (or their gradients) under their names on disk: it fuses experts in memory."""
+    found = {}
+    for name, parameter in theirs.named_parameters():
+        tensor = parameter.grad if gradients else parameter.detach()
+        if ".experts." not in name:
+            found[name] = tensor
+            continue
+        base, mixtral = name.rsplit(".", 1)[0], theirs.config.model_type == "mixtral"
+        base = base.replace(".mlp.", ".block_sparse_moe.") if mixtral else base
+        for expert, one in enumerate(tensor):
+            if name.endswith("gate_up_proj"):
+                gate, up = one.chunk(2)
+                found[f"{base}.{expert}.{'w1' if mixtral else 'gate_proj'}.weight"] = gate
+                found[f"{base}.{expert}.{'w3' if mixtral else 'up_proj'}.weight"] = up
+            else:
+                found[f"{base}.{expert}.{'w2' if mixtral else 'down_proj'}.weight"] = one
+    if theirs.config.model_type == "mixtral":
+        found = {k.replace(".mlp.gate.", ".block_sparse_moe.gate."): v for k, v in found.items()}
+    return found
+
+
+def ours_of(theirs):
+    """Our model with the weights of transformers' one."""
+    values = theirs.config.to_dict()
+    values["architectures"] = [type(theirs).__name__]
+    config = decoder_from_hf(values, "test")
+    model = Decoder(config)
+    put(model, disk_tensors(theirs))
+    return model
+
+
+@torch.no_grad()
+def put(model, disk):
+    """Fills a model from tensors under their names on disk."""
+    spans = naming(model.config).by_parameter
+    for name, parameter in model.named_parameters():
+        rows = parameter.flatten(0, -2) if parameter.dim() > 1 else parameter
+        for span in spans[name]:
+            rows[span.row : span.row + span.count] = disk[span.disk][span.disk_row : span.disk_row + span.count]
+
+
+def to_disk(model, tensors):
+    """Tensors by parameter name, under their names on disk."""
+    names = naming(model.config)
+    found = {disk: torch.empty(shape) for disk, shape in names.shapes.items()}
+    for name in parameter_shapes(model.config):
+        tensor = tensors[name]
+        rows = tensor.flatten(0, -2) if tensor.dim() > 1 else tensor
+        for span in names.by_parameter[name]:
+            found[span.disk][span.disk_row : span.disk_row + span.count] = rows[span.row : span.row + span.count]
+    return found

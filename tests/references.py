@@ -1,0 +1,170 @@
+"""InternLM, InternLM2 and Baichuan2 from their published descriptions, straight from tensors under their names on disk.
+
+transformers has no class for them. Nothing here is shared with the package: one token at a time where that is clearer, dense
+masks, full logits, everything in fp32.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def rms(x, gain, eps):
+    return gain * (x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps))
+
+
+def turn(x, base):
+    """Rotary positions of x [heads, length, size], half-split."""
+    heads, length, size = x.shape
+    out = torch.empty_like(x)
+    half = size // 2
+    for i in range(half):
+        angle = torch.arange(length) * base ** (-2 * i / size)
+        a, b = x[:, :, i], x[:, :, i + half]
+        out[:, :, i] = a * angle.cos() - b * angle.sin()
+        out[:, :, i + half] = b * angle.cos() + a * angle.sin()
+    return out
+
+
+def slopes(heads):
+    """ALiBi, as its authors' code has it."""
+
+    def power_of_two(n):
+        start = 2 ** (-(2 ** -(math.log2(n) - 3)))
+        return [start * start**i for i in range(n)]
+
+    if math.log2(heads).is_integer():
+        return power_of_two(heads)
+    closest = 2 ** math.floor(math.log2(heads))
+    return power_of_two(closest) + slopes(2 * closest)[0::2][: heads - closest]
+
+
+def attend(q, k, v, alibi):
+    """[heads, length, size] each -> [length, heads * size]."""
+    heads, length, size = q.shape
+    group = heads // k.shape[0]
+    out = []
+    for h in range(heads):
+        scores = q[h] @ k[h // group].T / math.sqrt(size)
+        if alibi:
+            scores = scores + slopes(heads)[h] * (torch.arange(length) - torch.arange(length)[:, None])
+        scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), -math.inf)
+        out.append(scores.softmax(-1) @ v[h // group])
+    return torch.cat(out, dim=-1)
+
+
+def linear(disk, name, x):
+    return F.linear(x, disk[f"{name}.weight"], disk.get(f"{name}.bias"))
+
+
+def heads_of(x, heads):
+    return x.view(x.shape[0], heads, -1).transpose(0, 1)
+
+
+def internlm(disk, config, tokens):
+    """Logits of one document."""
+    x, n, eps = disk["model.embed_tokens.weight"][tokens], config["num_attention_heads"], config["rms_norm_eps"]
+    for layer in range(config["num_hidden_layers"]):
+        at = f"model.layers.{layer}"
+        y = rms(x, disk[f"{at}.input_layernorm.weight"], eps)
+        q, k, v = (heads_of(linear(disk, f"{at}.self_attn.{p}_proj", y), n) for p in "qkv")
+        base = config["rotary"]["base"]
+        longest, size = config["max_position_embeddings"], q.shape[-1]
+        if config["rotary"]["type"] == "dynamic" and len(tokens) > longest:
+            base = base * (len(tokens) / longest) ** (size / (size - 2))
+        x = x + linear(disk, f"{at}.self_attn.o_proj", attend(turn(q, base), turn(k, base), v, alibi=False))
+        y = rms(x, disk[f"{at}.post_attention_layernorm.weight"], eps)
+        y = F.silu(linear(disk, f"{at}.mlp.gate_proj", y)) * linear(disk, f"{at}.mlp.up_proj", y)
+        x = x + linear(disk, f"{at}.mlp.down_proj", y)
+    return rms(x, disk["model.norm.weight"], eps) @ disk["lm_head.weight"].T
+
+
+def internlm2(disk, config, tokens):
+    """wqkv gives, for each key/value head: its queries, its key, its value."""
+    x, groups, eps = disk["model.tok_embeddings.weight"][tokens], config["num_key_value_heads"], config["rms_norm_eps"]
+    per_group = config["num_attention_heads"] // groups
+    for layer in range(config["num_hidden_layers"]):
+        at = f"model.layers.{layer}"
+        y = rms(x, disk[f"{at}.attention_norm.weight"], eps)
+        qkv = linear(disk, f"{at}.attention.wqkv", y).view(len(tokens), groups, per_group + 2, -1)
+        q = torch.stack([qkv[:, g, j] for g in range(groups) for j in range(per_group)])
+        k = torch.stack([qkv[:, g, per_group] for g in range(groups)])
+        v = torch.stack([qkv[:, g, per_group + 1] for g in range(groups)])
+        base = config["rope_theta"]
+        x = x + linear(disk, f"{at}.attention.wo", attend(turn(q, base), turn(k, base), v, alibi=False))
+        y = rms(x, disk[f"{at}.ffn_norm.weight"], eps)
+        y = F.silu(linear(disk, f"{at}.feed_forward.w1", y)) * linear(disk, f"{at}.feed_forward.w3", y)
+        x = x + linear(disk, f"{at}.feed_forward.w2", y)
+    return rms(x, disk["model.norm.weight"], eps) @ disk["output.weight"].T
+
+
+def baichuan2(disk, config, tokens):
+    """W_pack gives all queries, all keys, all values; the head's rows are brought to length 1."""
+    x, n, eps = disk["model.embed_tokens.weight"][tokens], config["num_attention_heads"], config["rms_norm_eps"]
+    alibi = "max_position_embeddings" not in config
+    for layer in range(config["num_hidden_layers"]):
+        at = f"model.layers.{layer}"
+        y = rms(x, disk[f"{at}.input_layernorm.weight"], eps)
+        q, k, v = (heads_of(part, n) for part in linear(disk, f"{at}.self_attn.W_pack", y).chunk(3, dim=-1))
+        if not alibi:
+            q, k = turn(q, 10000.0), turn(k, 10000.0)
+        x = x + linear(disk, f"{at}.self_attn.o_proj", attend(q, k, v, alibi))
+        y = rms(x, disk[f"{at}.post_attention_layernorm.weight"], eps)
+        y = F.silu(linear(disk, f"{at}.mlp.gate_proj", y)) * linear(disk, f"{at}.mlp.up_proj", y)
+        x = x + linear(disk, f"{at}.mlp.down_proj", y)
+    head = disk["lm_head.weight"]
+    head = head / head.pow(2).sum(1, keepdim=True).sqrt()
+    return rms(x, disk["model.norm.weight"], eps) @ head.T
+
+
+REFERENCES = {"INTERNLM": internlm, "INTERNLM2": internlm2, "BAICHUAN2": baichuan2}
+
+
+def random_folder(family, draw):
+    """A random config.json and tensors of a family. ``draw(sampled values)`` picks one."""
+    kv = draw([1, 2, 3]) if family == "INTERNLM2" else draw([2, 4, 6])
+    heads = kv * draw([1, 2]) if family == "INTERNLM2" else kv
+    size, layers, width, vocab = draw([4, 8]), draw([1, 2]), draw([17, 40]), draw([67, 128])
+    hidden = heads * size
+    config = {
+        "hidden_size": hidden, "intermediate_size": width, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "vocab_size": vocab, "rms_norm_eps": draw([1e-3, 1e-6]), "hidden_act": "silu", "tie_word_embeddings": False,
+    }  # fmt: skip
+    bias = draw([True, False])
+    shapes = {}
+    if family == "INTERNLM":
+        rotary = {"base": draw([100, 10000]), "type": draw(["dynamic", "origin"])}
+        config |= {"model_type": "internlm", "architectures": ["InternLMForCausalLM"], "bias": bias,
+                   "max_position_embeddings": 8, "rotary": rotary}  # fmt: skip
+    elif family == "INTERNLM2":
+        config |= {"model_type": "internlm2", "architectures": ["InternLM2ForCausalLM"], "bias": bias,
+                   "num_key_value_heads": kv, "max_position_embeddings": 64, "rope_theta": draw([100.0, 1e6])}  # fmt: skip
+    else:
+        longest = draw(["max_position_embeddings", "model_max_length"])
+        config |= {"model_type": "baichuan", "architectures": ["BaichuanForCausalLM"], longest: 64}
+        if longest == "max_position_embeddings":
+            config["model_max_length"] = 64
+    for n in range(layers):
+        at = f"model.layers.{n}"
+        if family == "INTERNLM2":
+            norms, mlp = ("attention_norm", "ffn_norm"), {"w1": "feed_forward.w1", "w3": "feed_forward.w3", "w2": "feed_forward.w2"}
+            attention = {"attention.wqkv": ((heads + 2 * kv) * size, hidden), "attention.wo": (hidden, hidden)}
+        else:
+            norms = ("input_layernorm", "post_attention_layernorm")
+            mlp = {"w1": "mlp.gate_proj", "w3": "mlp.up_proj", "w2": "mlp.down_proj"}
+            packed = {"self_attn.W_pack": (3 * hidden, hidden)}
+            apart = {f"self_attn.{p}_proj": (hidden, hidden) for p in "qkv"}
+            attention = {**(packed if family == "BAICHUAN2" else apart), "self_attn.o_proj": (hidden, hidden)}
+        shapes |= {f"{at}.{name}.weight": (hidden,) for name in norms}
+        shapes |= {f"{at}.{name}.weight": shape for name, shape in attention.items()}
+        if bias and family != "BAICHUAN2":
+            shapes |= {f"{at}.{name}.bias": shape[:1] for name, shape in attention.items()}
+        shapes |= {f"{at}.{mlp[p]}.weight": (hidden, width) if p == "w2" else (width, hidden) for p in mlp}
+    embed, head = ("model.tok_embeddings", "output") if family == "INTERNLM2" else ("model.embed_tokens", "lm_head")
+    shapes |= {f"{embed}.weight": (vocab, hidden), f"{head}.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
+    tensors = {}
+    for name, shape in shapes.items():
+        tensor = torch.randn(shape) * (0.2 if len(shape) == 1 else 0.1)
+        tensors[name] = tensor + 1 if "norm" in name else tensor
+    return config, tensors
