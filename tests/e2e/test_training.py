@@ -49,7 +49,18 @@ KINDS = {
     "packed": {},
     "padded": {"data__use_packed_dataset": False},
     "tied": {"model__tie_word_embeddings": True},
-}
+    "gemma": {"model_type": "GEMMA", "model__head_dim": 16},
+    "alibi": {"model_type": "BAICHUAN2", "model__use_alibi": True, "model__num_kv_attention_heads": 4},
+    "gshard": {
+        "model_type": "QWEN2MOE", "model__num_experts": 5, "model__top_k": 2, "model__num_shared_experts": 2,
+        "model__moe_intermediate_size": 20, "model__mlp_only_layers": [0], "loss__moe_z_loss_coeff": 0.1,
+        "model__use_sliding_window": True, "model__sliding_window": 9,
+    },
+    "dropless": {
+        "model_type": "MIXTRALMOE", "model__num_experts": 4, "model__top_k": 2, "model__moe_type": "Dropless",
+        "loss__moe_loss_coeff": 0.1, "loss__moe_loss_kind": "pooled",
+    },
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -67,24 +78,30 @@ def reference(tmp_path_factory):
 
 
 PAIRS = [(name, "packed") for name in LAYOUTS]
-PAIRS += [(name, kind) for name in ("zero over all of 2", "hybrid fsdp on 4") for kind in ("padded", "tied")]
+PAIRS += [(name, kind) for name in ("zero over all of 2", "hybrid fsdp on 4") for kind in KINDS if kind != "packed"]
+PAIRS += [("recompute on 2", "gshard"), ("uneven: 3", "dropless")]
 
 
 @pytest.mark.parametrize(("name", "kind"), PAIRS)
 def test_every_layout_trains_the_same_model(config, tmp_path, reference, name, kind):
     processes, changes = LAYOUTS[name]
     one = reference(kind)
-    run("train", config("many", **KINDS[kind], **changes), "--nproc", processes)
+    run("train", config("many", **{**KINDS[kind], **changes}), "--nproc", processes)
     assert_close(metrics(tmp_path / "many"), metrics(one))
+    for row, wanted in zip(metrics(tmp_path / "many"), metrics(one), strict=True):
+        assert (row["moe"] is None) == (kind not in ("gshard", "dropless"))
+        for key, value in (wanted["moe"] or {}).items():
+            torch.testing.assert_close(torch.tensor(row["moe"][key]), torch.tensor(value), atol=1e-5, rtol=1e-5)
     mine, wanted = tensors(tmp_path / "many", 8), tensors(one, 8)
     assert mine.keys() == wanted.keys()
     for key, tensor in wanted.items():
         assert (mine[key] - tensor).abs().max() <= 1e-5 * max(1.0, tensor.abs().max()), key
 
 
-def test_recomputation_changes_no_bit(config, tmp_path, reference):
-    run("train", config("recomputed", model__checkpoint=True))
-    assert comparable(metrics(tmp_path / "recomputed")) == comparable(metrics(reference("packed")))
+@pytest.mark.parametrize("kind", ["packed", "gshard"])
+def test_recomputation_changes_no_bit(config, tmp_path, reference, kind):
+    run("train", config("recomputed", **KINDS[kind], model__checkpoint=True))
+    assert comparable(metrics(tmp_path / "recomputed")) == comparable(metrics(reference(kind)))
 
 
 @pytest.mark.parametrize("dtype", ["torch.float32", "torch.bfloat16"])
@@ -99,14 +116,15 @@ def test_resume_is_bit_identical(config, tmp_path, dtype):
     assert all(torch.equal(mine[key], wanted[key]) for key in wanted)
 
 
-def test_resume_on_another_number_of_processes(config, tmp_path, reference):
-    parts = config("parts")
+@pytest.mark.parametrize("kind", ["packed", "gshard"])
+def test_resume_on_another_number_of_processes(config, tmp_path, reference, kind):
+    parts = config("parts", **KINDS[kind])
     run("train", parts, "data.total_steps=2", "--nproc", 2)
     run("train", parts, "data.total_steps=4", "parallel.zero1.fsdp=true", "--nproc", 3)
     run("train", parts, "data.total_steps=6", "parallel.zero1=1", "--nproc", 2)
     run("train", parts)
-    assert_close(metrics(tmp_path / "parts"), metrics(reference("packed")))
-    mine, wanted = tensors(tmp_path / "parts", 8), tensors(reference("packed"), 8)
+    assert_close(metrics(tmp_path / "parts"), metrics(reference(kind)))
+    mine, wanted = tensors(tmp_path / "parts", 8), tensors(reference(kind), 8)
     assert all((mine[k] - wanted[k]).abs().max() <= 1e-5 * max(1.0, wanted[k].abs().max()) for k in wanted)
 
 
@@ -204,9 +222,10 @@ def test_half_precision_follows_fp32(config, tmp_path, reference):
             assert abs(row["loss"] - wanted["loss"]) < 0.03 and not row["skipped"]
 
 
-def test_compiled_layers_train_the_same(config, tmp_path, reference):
-    run("train", config("compiled", model__compile=True), "data.total_steps=3", timeout=280)
-    assert_close(metrics(tmp_path / "compiled"), metrics(reference("packed"))[:3])
+@pytest.mark.parametrize("kind", ["packed", "gshard", "alibi"])
+def test_compiled_layers_train_the_same(config, tmp_path, reference, kind):
+    run("train", config("compiled", **KINDS[kind], model__compile=True), "data.total_steps=3", timeout=280)
+    assert_close(metrics(tmp_path / "compiled"), metrics(reference(kind))[:3])
 
 
 def test_overflow_is_skipped_counted_and_backed_off(config, tmp_path):

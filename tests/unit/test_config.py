@@ -167,10 +167,10 @@ def test_contradictions_are_found_before_anything_starts(world, changes, message
     [
         {"parallel__tensor": {"size": 2, "mode": "isp"}, "model__vocab_size": 98},
         {"parallel__pipeline": 2},
-        {"model__num_experts": 8},
-        {"model_type": "QWEN2"},
+        {"model_type": "INTERNLM_MoE"},
+        {"model__moe_layer_kwargs": {"noisy_gate_policy": "Jitter"}},
         {"data__type": "streaming", "data__train_folder": "."},
-        {"model__norm_head": True},
+        {"model__norm_type": "layernorm"},
         {"fp8": {"margin": 0}},
         {"monitor__comm": True},
     ],
