@@ -60,7 +60,7 @@ def ours(shape: dict[str, int], dtype: str, steps: int, compiled: bool) -> list[
 
     from internevo.config import validate
     from internevo.data.batches import Cursor, MicroBatch, StepBatch
-    from internevo.models import decoder_config
+    from internevo.models import LossTerms, decoder_config
     from internevo.parallel import plan
     from internevo.parallel.layout import Layout
     from internevo.parallel.world import join
@@ -85,7 +85,9 @@ def ours(shape: dict[str, int], dtype: str, steps: int, compiled: bool) -> list[
         optimizer = Optimizer(axis.masters, config.adam)
         scaler = LossScaler.of(config.grad_scaler, config.model.dtype)
         assert dist.group.WORLD is not None
-        stepper = Stepper(model, axis, optimizer, scaler, layout, dist.group.WORLD, world.device, types=1, clip=1.0)
+        stepper = Stepper(
+            model, axis, optimizer, scaler, layout, dist.group.WORLD, world.device, types=1, clip=1.0, terms=LossTerms()
+        )
         for number in range(steps):
             tokens = torch.randint(0, shape["vocab"], (shape["rows"], shape["seq"]))
             labels = torch.cat([tokens[:, 1:], torch.full((shape["rows"], 1), -100)], dim=1)

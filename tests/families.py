@@ -11,7 +11,8 @@ SCALINGS = [
     None,
     {"rope_type": "linear", "factor": 3.0},
     {"rope_type": "dynamic", "factor": 2.0},
-    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8},
+    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+     "original_max_position_embeddings": 8},
     {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8},
 ]  # fmt: skip
 

@@ -16,7 +16,7 @@ def rms(x, gain, eps):
 
 def turn(x, base):
     """Rotary positions of x [heads, length, size], half-split."""
-    heads, length, size = x.shape
+    _, length, size = x.shape
     out = torch.empty_like(x)
     half = size // 2
     for i in range(half):
@@ -148,7 +148,10 @@ def random_folder(family, draw):
     for n in range(layers):
         at = f"model.layers.{n}"
         if family == "INTERNLM2":
-            norms, mlp = ("attention_norm", "ffn_norm"), {"w1": "feed_forward.w1", "w3": "feed_forward.w3", "w2": "feed_forward.w2"}
+            norms, mlp = (
+                ("attention_norm", "ffn_norm"),
+                {"w1": "feed_forward.w1", "w3": "feed_forward.w3", "w2": "feed_forward.w2"},
+            )
             attention = {"attention.wqkv": ((heads + 2 * kv) * size, hidden), "attention.wo": (hidden, hidden)}
         else:
             norms = ("input_layernorm", "post_attention_layernorm")

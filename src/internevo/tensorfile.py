@@ -8,6 +8,7 @@ The rows of a tensor are those of its view [everything but the last axis, last a
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -29,8 +30,8 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-CHUNK_BYTES = 32 << 20
-"""Bytes that are read, converted and written at once."""
+CHUNK_BYTES = 1 << 20
+"""Bytes that are read, converted and written at once: few enough to stay in a cache between reading and writing."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,22 @@ class Spec:
         """(first row, number of rows) of parts of at most ``CHUNK_BYTES`` (at least one row)."""
         step = max(1, CHUNK_BYTES // max(1, math.prod(self.row_shape) * self.dtype.itemsize))
         return ((row, min(step, start + count - row)) for row in range(start, start + count, step))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Bytes in an open file."""
+
+    descriptor: int
+    offset: int
+    nbytes: int
+
+    def read(self) -> memoryview:
+        """The bytes."""
+        data = os.pread(self.descriptor, self.nbytes, self.offset)
+        if len(data) != self.nbytes:
+            raise UsageError(f"a file of weights ends at byte {self.offset + len(data)}, inside a tensor")
+        return memoryview(data)
 
 
 class TensorFile:
@@ -103,7 +120,7 @@ class TensorFile:
         out = torch.empty((count, *spec.row_shape), dtype=spec.dtype)
         if out.numel() == 0:
             return out
-        view = memoryview(out.flatten().view(torch.uint8).numpy())
+        view = _bytes(out)
         position = self._starts[name] + start * (out.nbytes // count)
         while len(view):
             got = os.preadv(self._file.fileno(), [view], position)
@@ -111,6 +128,12 @@ class TensorFile:
                 raise UsageError(f"{self.path} ends at byte {position}, inside tensor {name!r}")
             view, position = view[got:], position + got
         return out
+
+    def place(self, name: str, start: int, count: int) -> Place:
+        """Where rows ``start`` to ``start + count`` lie."""
+        spec = self.specs[name]
+        row_bytes = math.prod(spec.row_shape) * spec.dtype.itemsize
+        return Place(self._file.fileno(), self._starts[name] + start * row_bytes, count * row_bytes)
 
     def __del__(self) -> None:
         if hasattr(self, "_file"):
@@ -137,37 +160,58 @@ class ShardWriter:
         specs: dict[str, Spec],
         shard_bytes: int,
         file_name: Callable[[int, int], str],
-        seen: Callable[[str, memoryview], None] = lambda file, data: None,
+        seen: Callable[[str, memoryview], None] | None = None,
     ) -> None:
         """
         Args:
             file_name: name of shard ``number`` (from 1) of ``count``.
-            seen: is told, in the writing thread, all bytes of each file in order.
+            seen: is told all bytes of each file in order, while they are in the cache.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.specs, self.seen = specs, seen
+        self.shards: list[_Shard] = [_Shard(folder)]
+        for name, spec in specs.items():
+            if self.shards[-1].names and self.shards[-1].nbytes + spec.nbytes > shard_bytes:
+                self.shards.append(_Shard(folder))
+            self.shards[-1].names.append(name)
+            self.shards[-1].nbytes += spec.nbytes
         self.files: dict[str, str] = {}
         """File of each tensor."""
-        groups: list[_Shard] = [_Shard(folder)]
-        for name, spec in specs.items():
-            if groups[-1].names and groups[-1].nbytes + spec.nbytes > shard_bytes:
-                groups.append(_Shard(folder))
-            groups[-1].names.append(name)
-            groups[-1].nbytes += spec.nbytes
-        for number, group in enumerate(groups, start=1):
-            group.path = folder / file_name(number, len(groups))
-            self.files.update(dict.fromkeys(group.names, group.path.name))
-        self.shards = groups
-        self._queue: queue.Queue[Tensor | None] = queue.Queue(2)
+        for number, shard in enumerate(self.shards, start=1):
+            shard.path = folder / file_name(number, len(self.shards))
+            self.files.update(dict.fromkeys(shard.names, shard.path.name))
+        self._waiting = list(reversed(self.shards))
+        self._shard, self._left = self.shards[0], 0
+        self._queue: queue.Queue[_Shard | Place | memoryview | None] = queue.Queue(4)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="writer", daemon=True)
         self._thread.start()
 
     def add(self, rows: Tensor) -> None:
         """The next rows. They must not change any more."""
-        self._queue.put(rows)
+        self._begin(rows.nbytes)
+        self._put(_bytes(rows.contiguous()))
+
+    def copy(self, place: Place) -> None:
+        """The next rows, as they lie in another file; the kernel copies them."""
+        self._begin(place.nbytes)
+        self._put(place)
+
+    def _begin(self, nbytes: int) -> None:
+        """Rows of so many bytes are coming: begins a file when the last one is full."""
         if self._error is not None:
             self.close()
+        if self._left == 0:
+            self._shard = self._waiting.pop()
+            self._left = self._shard.nbytes
+            self._queue.put(self._shard)
+            self._put(memoryview(_header({name: self.specs[name] for name in self._shard.names})))
+        self._left -= nbytes
+
+    def _put(self, item: Place | memoryview) -> None:
+        self._queue.put(item)
+        if self.seen is not None:  # meanwhile the thread writes
+            self.seen(self._shard.path.name, item.read() if isinstance(item, Place) else item)
 
     def close(self) -> None:
         """Waits until everything is written; raises what went wrong."""
@@ -175,30 +219,63 @@ class ShardWriter:
         self._thread.join()
         if self._error is not None:
             raise self._error
+        if self._left or self._waiting:
+            raise ValueError(f"{self._shard.path} lacks {self._left} bytes, and {len(self._waiting)} files were not begun")
 
     def _work(self) -> None:
+        file: Any = None
         try:
-            for shard in self.shards:
-                with open(shard.path, "wb", buffering=0) as file:
-                    self._put(file, shard, memoryview(_header({n: self.specs[n] for n in shard.names})))
-                    left = shard.nbytes
-                    while left:
-                        rows = self._queue.get()
-                        if rows is None:
-                            raise ValueError(f"{shard.path} lacks {left} bytes of its tensors")
-                        left -= rows.nbytes
-                        if left < 0:
-                            raise ValueError(f"{shard.path} was given rows of the next shard")
-                        self._put(file, shard, memoryview(rows.contiguous().flatten().view(torch.uint8).numpy()))
+            while (item := self._queue.get()) is not None:
+                if isinstance(item, _Shard):
+                    if file is not None:
+                        file.close()
+                    file = open(item.path, "wb", buffering=0)
+                    _reserve(file.fileno(), item.nbytes)
+                    continue
+                if isinstance(item, Place):
+                    item = _copy(item, file.fileno())
+                while len(item):
+                    item = item[file.write(item) :]
         except BaseException as error:
             self._error = error
-        while self._queue.get() is not None:  # nobody waits for a writer that has failed
-            pass
+            while self._queue.get() is not None:  # nobody waits for a writer that has failed
+                pass
+        finally:
+            if file is not None:
+                file.close()
 
-    def _put(self, file: Any, shard: _Shard, data: memoryview) -> None:
-        self.seen(shard.path.name, data)
-        while len(data):
-            data = data[file.write(data) :]
+
+def _copy(place: Place, target: int) -> memoryview:
+    """Lets the kernel append the bytes to ``target``; returns those that it could not."""
+    offset, left = place.offset, place.nbytes
+    try:
+        while left and hasattr(os, "copy_file_range"):
+            done = os.copy_file_range(place.descriptor, target, left, offset)
+            if done == 0:
+                break
+            offset, left = offset + done, left - done
+    except OSError as error:  # not between these two file systems
+        if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF):
+            raise
+    return Place(place.descriptor, offset, left).read()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    array: Any = tensor.flatten().view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Asks for the file's room at once: writing is several times faster than into a growing file, and a full disk is found out
+    before anything is written."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+                raise
+            # Some file systems cannot; they are written to as they are.
 
 
 def _header(specs: dict[str, Spec]) -> bytes:

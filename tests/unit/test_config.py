@@ -213,19 +213,10 @@ def test_every_field_says_what_it_means():
         assert field.description and field.description.endswith((".", ":", '".')), key
 
 
-COUNTS = {
-    "1.8B_internlm2": 1_889_110_016, "7B_internlm2": 7_737_708_544, "20B_internlm2": 19_861_149_696, "7B_llama2": 6_738_415_616,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
-def test_ready_configs_validate_and_have_the_published_sizes(path):
-    config = load_config(path)
-    assert not problems(config, 2 if path.stem == "demo" else 8) and not missing_features(config)
-    parameters = decoder_config(config.model_type, config.model).parameters()
-    assert parameters == COUNTS.get(path.stem, parameters)
-    if path.stem == "demo":
-        assert 5e6 <= parameters <= 15e6
+def test_the_demo_is_small():
+    config = load_config(ROOT / "configs" / "demo.py")
+    assert not problems(config, 2) and not missing_features(config)
+    assert 5e6 <= decoder_config(config.model_type, config.model).parameters() <= 15e6
 
 
 def test_config_command(tmp_path):

@@ -96,7 +96,9 @@ def test_router_sums_are_what_they_say():
 
 @settings(max_examples=20, deadline=None)
 @given(
-    counts=st.lists(st.integers(0, 5), min_size=1, max_size=5), extra=st.integers(0, 3), sizes=st.sampled_from([(16, 8), (12, 20)])
+    counts=st.lists(st.integers(0, 5), min_size=1, max_size=5),
+    extra=st.integers(0, 3),
+    sizes=st.sampled_from([(16, 8), (12, 20)]),
 )
 def test_grouped_products_equal_one_product_per_group(counts, extra, sizes):
     rows, (d, f) = sum(counts) + extra, sizes

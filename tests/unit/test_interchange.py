@@ -9,15 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from internevo import load_model, save_hf
 from internevo.checkpoint import Checkpoint
 from internevo.errors import CheckpointError, UsageError
 from internevo.generate import Sampling
 from internevo.interchange import convert
-from internevo.models.folder import HfFolder
+from internevo.models.folder import HfFolder, write_hf
 from internevo.tokenizer import train_bpe
+from tests.conftest import metrics
 from tests.families import CONFIGS, pair
 from tests.references import REFERENCES, random_folder
 
@@ -94,7 +95,9 @@ def test_a_folder_that_does_not_fit_is_refused_by_name(llama_folder, tmp_path):
 
     families = r".*known: INTERNLM \(InternLMForCausalLM\), .*GEMMA"
     refused(r"hf: no family fits model_type = 'bert'" + families, architectures=["BertModel"], model_type="bert")
-    refused(r"architectures = \['LlamaForSequenceClassification'\] is no language", architectures=["LlamaForSequenceClassification"])
+    refused(
+        r"architectures = \['LlamaForSequenceClassification'\] is no language", architectures=["LlamaForSequenceClassification"]
+    )
     refused(r"hidden_act = 'relu' does not fit LLAMA2, which has 'silu' \(families: INTERNLM", hidden_act="relu")
     refused(r"gate_proj.weight has shape \[40, 32\], and by config.json it should have \[41, 32\]", intermediate_size=41)
     refused(r"has no tensor 'model.layers.0.self_attn.q_proj.bias', which LLAMA2 needs", attention_bias=True)
@@ -241,18 +244,33 @@ def test_commands_generate_and_convert(llama_folder, tmp_path, run):
     assert "LlamaForCausalLM" in run("inspect", llama_folder).stdout
 
 
-def test_training_starts_from_a_hugging_face_folder(llama_folder, tmp_path, config, run):
-    from tests.conftest import metrics
-
-    model = {"num_layers": 2, "intermediate_size": 40, "vocab_size": 300, "rope_base": 500.0,
-             "rope_scaling": {"rope_type": "linear", "factor": 2.0}, "layer_norm_epsilon": 1e-6}  # fmt: skip
-    changes = {f"model__{k}": v for k, v in model.items()}
-    info = {"path": str(llama_folder), "content": ["model"], "ckpt_type": "hf"}
-    path = config("tuned", ckpt__load_ckpt_info=info, adam__lr=0.0, data__total_steps=1, **changes)
-    run("train", path, "--nproc", 2)
-    back = load_model(tmp_path / "tuned")
-    wanted = load_model(llama_folder)
-    assert all(torch.equal(a, b) for a, b in zip(back.parameters(), wanted.parameters(), strict=True))
+@pytest.mark.parametrize(("family", "processes"), [("LLAMA2", 2), ("MIXTRALMOE", 3), ("INTERNLM2", 2)])
+def test_training_starts_from_a_hugging_face_folder(tmp_path, config, run, family, processes):
+    """Any layout; fused and expert tensors too. With a learning rate of 0 the folder's weights come out again."""
+    torch.manual_seed(0)
+    shape = dict(
+        vocab_size=300, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        rope_theta=500.0, rms_norm_eps=1e-6, max_position_embeddings=64,
+    )  # fmt: skip
+    folder, experts = tmp_path / "hf", {}
+    if family == "MIXTRALMOE":
+        experts = {"model__num_experts": 4, "model__top_k": 2, "model__moe_type": "Dropless"}
+        MixtralForCausalLM(MixtralConfig(**shape, num_local_experts=4)).save_pretrained(folder)
+    else:
+        LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(folder)
+    if family == "INTERNLM2":
+        write_hf(HfFolder(folder), tmp_path / "internlm2", write_as="INTERNLM2")
+        folder = tmp_path / "internlm2"
+    model = {"num_layers": 2, "intermediate_size": 40, "vocab_size": 300, "rope_base": 500.0, "layer_norm_epsilon": 1e-6}
+    info = {"path": str(folder), "content": ["model"], "ckpt_type": "hf"}
+    path = config(
+        "tuned", model_type=family, **experts, **{f"model__{k}": v for k, v in model.items()}, ckpt__load_ckpt_info=info,
+        adam__lr=0.0, data__total_steps=1, parallel__zero1={"size": -1, "fsdp": processes == 3},
+    )  # fmt: skip
+    done = run("train", path, "--nproc", processes)
+    assert "note: max_position_embeddings is 64" in done.stdout
+    wanted = load_model(folder)
+    assert all(torch.equal(a, b) for a, b in zip(load_model(tmp_path / "tuned").parameters(), wanted.parameters(), strict=True))
     assert len(metrics(tmp_path / "tuned")) == 1
-
-
+    failed = run("train", path, "model.num_layers=1", "ckpt.auto_resume=false", code=2)
+    assert "holds another model: its num_layers is 2, and the config's is 1" in failed.stderr

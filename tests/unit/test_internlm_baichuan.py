@@ -48,7 +48,7 @@ def test_logits_and_gradients_equal_the_reference(family, data, seed, sizes):
 @settings(max_examples=5, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 10**6))
 def test_with_llamas_layout_on_disk_they_are_llama(family, data, seed):
-    config, disk, model = build(family, data, seed)
+    _, _, model = build(family, data, seed)
     if model.config.rope is None:
         return  # ALiBi is none of Llama's kinds
     c, rope = model.config, model.config.rope

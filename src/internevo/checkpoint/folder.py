@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, UsageError
 from ..models import DecoderConfig
-from ..tensorfile import Spec, TensorFile
+from ..tensorfile import Place, Spec, TensorFile
 from .manifest import NAME, Chunk, Manifest, TensorEntry
 
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
@@ -62,6 +62,17 @@ class Checkpoint:
         """Rows of a weight, by the model's name for it."""
         return self._read(f"model/{name}", start, count)
 
+    def place(self, name: str, start: int, count: int) -> Place | None:
+        """Where rows of a weight lie, if one box holds them in full width."""
+        entry = self.manifest.tensors[f"model/{name}"]
+        spec = Spec(tuple(entry.shape), dtype_of(entry))
+        for chunk in entry.chunks:
+            for row, stored, rows in _strips(chunk, spec):
+                full_width = len(entry.shape) == 1 or chunk.sizes[-1] == entry.shape[-1]
+                if full_width and row <= start and start + count <= row + rows:
+                    return self._file(chunk.file).place(chunk.key, stored + start - row, count)
+        return None
+
     def tensor(self, name: str) -> Tensor:
         """A tensor in full, joined from its boxes. ``name`` is KIND/NAME."""
         if name not in self.manifest.tensors:
@@ -75,14 +86,18 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder} has no tensor {name!r}")
         entry = self.manifest.tensors[name]
         spec = Spec(tuple(entry.shape), dtype_of(entry))
-        out = torch.empty((count, *spec.row_shape), dtype=spec.dtype)
+        out: Tensor | None = None
         for chunk in entry.chunks:
             for row, stored, rows in _strips(chunk, spec):
                 a, b = max(start, row), min(start + count, row + rows)
                 if b > a:
                     part = self._file(chunk.file).read(chunk.key, stored + a - row, b - a)
+                    if part.shape == (count, *spec.row_shape):
+                        return part
+                    out = torch.empty((count, *spec.row_shape), dtype=spec.dtype) if out is None else out
                     columns = slice(chunk.offsets[-1], chunk.offsets[-1] + chunk.sizes[-1]) if part.dim() > 1 else ...
                     out[a - start : b - start, columns] = part
+        assert out is not None, f"{name} has no boxes"
         return out
 
     def _file(self, name: str) -> TensorFile:

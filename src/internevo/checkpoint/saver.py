@@ -6,13 +6,9 @@ most a folder that nobody takes for a checkpoint.
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +20,10 @@ from torch import Tensor
 from .. import __version__
 from ..config.run import Ckpt
 from ..errors import CheckpointError, InternEvoError
-from ..models.folder import copy_tokenizer
+from .finish import Extras, complete
 from .folder import CHECKPOINTS, SNAPSHOTS
-from .manifest import NAME, FileEntry, Manifest, TensorEntry, describe_file
+from .manifest import NAME, FileEntry, Manifest, TensorEntry
 from .storage import SafetensorsWriter
-
-
-@dataclass
-class Extras:
-    """What a checkpoint holds besides tensors: JSON files by name, and a tokenizer."""
-
-    json: dict[str, Any]
-    tokenizer: Path | None = None
 
 
 class Saver:
@@ -114,41 +102,6 @@ class Saver:
                 # The manifest goes first: a half-deleted folder must not look whole.
                 (folder / NAME).unlink(missing_ok=True)
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-def complete(temporary: Path, folder: Path, manifest: Manifest, extras: Extras) -> None:
-    """Adds the small files and the manifest to a folder of tensors, and gives it its name."""
-    for name, values in extras.json.items():
-        (temporary / name).write_text(json.dumps(values, indent=1), encoding="utf-8")
-    if extras.tokenizer is not None:
-        copy_tokenizer(extras.tokenizer, temporary / "tokenizer")
-    for path in sorted(temporary.rglob("*")):
-        name = path.relative_to(temporary).as_posix()
-        if path.is_file() and name not in manifest.files:
-            manifest.files[name] = describe_file(path)
-    _sync(temporary)
-    manifest.write(temporary)
-    _sync(temporary)
-    if folder.exists():  # a snapshot's turn, or a step saved again after a resume
-        old = folder.with_name(folder.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-        temporary.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        temporary.rename(folder)
-    _sync(folder.parent)
-
-
-def _sync(folder: Path) -> None:
-    """Makes sure that files and names are on disk before what depends on them."""
-    for path in [*(p for p in folder.glob("*") if p.is_file()), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            with contextlib.suppress(OSError):  # some network file systems refuse it for folders
-                os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _reason(error: BaseException) -> str:

@@ -12,11 +12,11 @@ import torch
 
 from .. import __version__
 from ..models import parameter_shapes
-from ..models.folder import Source
+from ..models.folder import Source, pour
 from ..tensorfile import ShardWriter, Spec
+from .finish import Extras, complete
 from .folder import HF_CONFIG
 from .manifest import Checksums, Chunk, Manifest, TensorEntry
-from .saver import Extras, complete
 
 
 def write_checkpoint(
@@ -48,9 +48,7 @@ def write_checkpoint(
         for chunk in entry.chunks:
             spec = boxes[chunk.key]
             for row, count in spec.chunks(0, spec.rows):
-                rows = source.read(name, rows_before + row, count).to("cpu", dtype)
-                writer.add(rows)
-                done += rows.nbytes
+                done += pour(source, name, rows_before + row, count, dtype, writer)
                 progress(done, total)
             rows_before += spec.rows
             chunk.file = writer.files[chunk.key]
@@ -62,7 +60,7 @@ def write_checkpoint(
     values: dict[str, Any] = {"model.json": source.config.to_dict(), "state.json": {"step": 0}}
     if source.hf_config:
         values[HF_CONFIG] = source.hf_config
-    complete(temporary, folder, manifest, Extras(values, source.tokenizer))
+    complete(temporary, folder, manifest, Extras(values, source.tokenizer), durable=False)
 
 
 def _boxes(shapes: dict[str, torch.Size], dtype: torch.dtype) -> tuple[dict[str, Spec], dict[str, TensorEntry]]:

@@ -70,7 +70,9 @@ class Model(Section):
     layer_norm_epsilon: float = option(1e-5, "Added to the mean square in the norms.", gt=0)
     norm_type: Literal["rmsnorm", "layernorm"] = option("rmsnorm", "Kind of norm.", later="LayerNorm")
     no_bias: bool | None = option(None, "No bias in attention. INTERNLM: False unless given; INTERNLM2, LLAMA2: True.")
-    qkv_bias: bool | None = option(None, "Bias in the query, key and value projections; overrides no_bias there. QWEN2, QWEN2MOE: True.")
+    qkv_bias: bool | None = option(
+        None, "Bias in the query, key and value projections; overrides no_bias there. QWEN2, QWEN2MOE: True."
+    )
     o_bias: bool | None = option(None, "Bias in the attention's output projection; overrides no_bias there.")
     mlp_bias: bool = option(False, "Bias in the MLP (of the families that know it).")
     tie_word_embeddings: bool | None = option(None, "The head is the embedding's weight. GEMMA: True unless given.")
@@ -125,9 +127,7 @@ class Model(Section):
     moe_intermediate_size: int | None = option(None, "Width of an expert; by default the MLP's width.", ge=1)
     num_shared_experts: int = option(0, "Width of the shared expert (QWEN2MOE), in widths of an expert.", ge=0)
     shared_expert_intermediate_size: int | None = option(None, "Width of the shared expert, given directly.", ge=1)
-    norm_topk_prob: bool | None = option(
-        None, "The chosen experts' weights add up to 1. By default True, in QWEN2MOE False."
-    )
+    norm_topk_prob: bool | None = option(None, "The chosen experts' weights add up to 1. By default True, in QWEN2MOE False.")
     decoder_sparse_step: int = option(1, "Every so many layers has experts (counted from 1).", ge=1)
     mlp_only_layers: tuple[int, ...] = option((), "Layers with a plain MLP (counted from 0).")
     lora: dict[str, Any] | None = option(None, "Low-rank adapters: rank, alpha, targets.", later="LoRA")

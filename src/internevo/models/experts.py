@@ -47,6 +47,20 @@ def hf_dense_layers(hf: dict[str, Any]) -> tuple[int, ...]:
     return dense_layers(hf["num_hidden_layers"], hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers") or [])
 
 
+def to_hf(moe: Experts) -> dict[str, Any]:
+    """The keys that Qwen's kinds share."""
+    return {
+        "num_experts": moe.count,
+        "num_experts_per_tok": moe.top_k,
+        "moe_intermediate_size": moe.size,
+        "norm_topk_prob": moe.normalize,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": list(moe.dense_layers),
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.001,
+    }
+
+
 def names(config: DecoderConfig, layer: int, router: str, expert: str, parts: dict[str, str]) -> Names:
     """Router and experts of one layer.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..tensorfile import ShardWriter, Spec
+from ..tensorfile import Place, ShardWriter, Spec
 from ..tokenizer import load_tokenizer
 from .config import DecoderConfig
 from .decoder import parameter_shapes
@@ -52,6 +52,9 @@ class Source(Protocol):
 
     def read(self, name: str, start: int, count: int) -> Tensor:
         """Rows of a parameter, by our name (``internevo.tensorfile`` says what a row is)."""
+
+    def place(self, name: str, start: int, count: int) -> Place | None:
+        """Where those rows lie, if they lie in one piece in a file."""
 
 
 class HfFolder:
@@ -101,6 +104,12 @@ class HfFolder:
         read = [self.weights.read(span.disk, span.disk_row + row, n) for span, row, n in parts]
         return read[0] if len(read) == 1 else torch.cat(read)
 
+    def place(self, name: str, start: int, count: int) -> Place | None:
+        """Where those rows lie, if it is one piece of one tensor on disk."""
+        parts = list(overlap(self.naming.by_parameter[name], start, count))
+        (span, row, rows), whole = parts[0], len(parts) == 1
+        return self.weights.place(span.disk, span.disk_row + row, rows) if whole else None
+
 
 class Module:
     """A model in memory as a source."""
@@ -115,6 +124,9 @@ class Module:
         """Rows of a parameter."""
         tensor = self._parameters[name]
         return (tensor.flatten(0, -2) if tensor.dim() > 1 else tensor)[start : start + count]
+
+    def place(self, name: str, start: int, count: int) -> None:
+        """Nowhere."""
 
 
 def naming(config: DecoderConfig) -> Naming:
@@ -157,9 +169,7 @@ def write_hf(
     for disk, spec in specs.items():
         for span in names.by_disk[disk]:
             for row, count in spec.chunks(span.row, span.count):
-                rows = source.read(span.parameter, row, count).to("cpu", dtype)
-                writer.add(rows)
-                done += rows.nbytes
+                done += pour(source, span.parameter, row, count, dtype, writer)
                 progress(done, total)
     writer.close()
     if len(writer.shards) > 1:
@@ -170,6 +180,17 @@ def write_hf(
     (temporary / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.replace(folder)
+
+
+def pour(source: Source, name: str, row: int, count: int, dtype: torch.dtype, writer: ShardWriter) -> int:
+    """Hands rows of a parameter to a writer, unread where they can stay as they are. Returns the bytes written."""
+    place = source.place(name, row, count) if dtype == source.dtype else None
+    if place is not None:
+        writer.copy(place)
+        return place.nbytes
+    rows = source.read(name, row, count).to("cpu", dtype)
+    writer.add(rows)
+    return rows.nbytes
 
 
 def _shard_name(number: int, count: int) -> str:

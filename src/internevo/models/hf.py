@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from ..tensorfile import Spec, TensorFile
+from ..tensorfile import Place, Spec, TensorFile
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,10 @@ class Weights:
         """Rows of a tensor."""
         return self._open(self.files[name]).read(name, start, count)
 
+    def place(self, name: str, start: int, count: int) -> Place | None:
+        """Where rows lie, if they lie in one piece."""
+        return self._open(self.files[name]).place(name, start, count)
+
 
 class _BinFile:
     """An older file of pickled tensors, read without running code."""
@@ -137,6 +141,9 @@ class _BinFile:
         tensor = self._tensors[name]
         rows = tensor.flatten(0, -2) if tensor.dim() > 1 else tensor
         return rows[start : start + count].clone()
+
+    def place(self, name: str, start: int, count: int) -> None:
+        """Nowhere: the file is an archive."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:

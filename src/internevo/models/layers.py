@@ -1,7 +1,7 @@
 """The layers that every family is made of: plain single-device mathematics.
 
-Each weight names its axes (``vocab``, ``embed``, ``heads``, ``kv_heads``, ``mlp``, ``expert``), from which initial weights follow
-and by which a strategy knows what may be cut.
+Each weight names its axes (``vocab``, ``embed``, ``heads``, ``kv_heads``, ``mlp``, ``expert``), by which a strategy knows what
+may be cut.
 
 Shapes: B rows, S tokens, D hidden, H query heads, K key/value heads, N head size, F width of the MLP, V vocabulary.
 """

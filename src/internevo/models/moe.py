@@ -20,7 +20,7 @@ from .config import DecoderConfig, Experts
 
 
 class Routing(NamedTuple):
-    """Sums over the tokens of one layer, in fp32: what losses and statistics are made of. ``probs`` and ``z`` have gradients."""
+    """Sums over the tokens of one layer, in fp32, for losses and statistics. ``probs`` and ``z`` have gradients."""
 
     load: Tensor
     """[E] choices of each expert, before any is dropped."""
@@ -114,7 +114,9 @@ class ExpertLinear(nn.Module):
 class MoE(nn.Module):
     """The weighted sum of the chosen experts, and of the shared one."""
 
-    def __init__(self, config: DecoderConfig, experts: Experts, shared: nn.Module | None, shared_gate: nn.Module | None) -> None:
+    def __init__(
+        self, config: DecoderConfig, experts: Experts, shared: nn.Module | None, shared_gate: nn.Module | None
+    ) -> None:
         """``shared`` and ``shared_gate``: the MLP that sees every token, and the [1, D] linear that weighs it."""
         super().__init__()
         self.top_k, self.dropless = experts.top_k, experts.capacity_factor == experts.eval_capacity_factor == 0

@@ -49,22 +49,14 @@ def _windows(hf: dict[str, Any]) -> tuple[int, ...]:
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
     """The Hugging Face ``config.json``."""
-    moe = config.experts
-    assert moe is not None
+    assert config.experts is not None
     return {
         **qwen2.to_hf(config),
         "architectures": [ARCHITECTURE],
         "model_type": HF_MODEL_TYPE,
         "qkv_bias": config.qkv_bias,
-        "num_experts": moe.count,
-        "num_experts_per_tok": moe.top_k,
-        "moe_intermediate_size": moe.size,
-        "shared_expert_intermediate_size": moe.shared_size,
-        "norm_topk_prob": moe.normalize,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": list(moe.dense_layers),
-        "output_router_logits": False,
-        "router_aux_loss_coef": 0.001,
+        "shared_expert_intermediate_size": config.experts.shared_size,
+        **experts.to_hf(config.experts),
     }
 
 

@@ -21,8 +21,14 @@ def from_hf(config: dict[str, Any], default_base: float = 10000.0) -> Rope:
 def from_scaling(scaling: dict[str, Any], base: float) -> Rope:
     """From a ``rope_scaling`` dict: {"rope_type" (or "type"), "factor", ...}."""
     if scaling.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UsageError(f"partial_rotary_factor = {scaling['partial_rotary_factor']} is not known here: whole heads are turned")
-    options = {k: v for k, v in scaling.items() if k not in ("rope_type", "type", "factor", "rope_theta", "partial_rotary_factor") and v is not None}
+        raise UsageError(
+            f"partial_rotary_factor = {scaling['partial_rotary_factor']} is not known here: whole heads are turned"
+        )
+    options = {
+        k: v
+        for k, v in scaling.items()
+        if k not in ("rope_type", "type", "factor", "rope_theta", "partial_rotary_factor") and v is not None
+    }
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in ROPE_KINDS:
         raise UsageError(f"rope_scaling of kind {kind!r} is not known here (known: {', '.join(ROPE_KINDS)})")

@@ -50,8 +50,8 @@ def attention(
     if cu_seqlens is None and masked and q_BSHN.device.type == "cpu" and q_BSHN.shape[1] == k_BSKN.shape[1]:
         rows, size = q_BSHN.shape[:2]
         borders = torch.arange(0, (rows + 1) * size, size, dtype=torch.int32)
-        flat = [x.reshape(1, rows * size, *x.shape[2:]) for x in (q_BSHN, k_BSKN, v_BSKN)]
-        return attention(*flat, borders, window=window, slopes_H=slopes_H).view(q_BSHN.shape)
+        q, k, v = (x.reshape(1, rows * size, *x.shape[2:]) for x in (q_BSHN, k_BSKN, v_BSKN))
+        return attention(q, k, v, borders, window=window, slopes_H=slopes_H).view(q_BSHN.shape)
     if cu_seqlens is None:
         return _rows(q_BSHN, k_BSKN, v_BSKN, window, slopes_H)
     if q_BSHN.is_cuda and q_BSHN.dtype in (torch.float16, torch.bfloat16) and slopes_H is None:
@@ -95,9 +95,7 @@ def _mask(
     return torch.where(seen, bias, -torch.inf)
 
 
-def _documents_cuda(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, slopes_H: Tensor | None
-) -> Tensor:
+def _documents_cuda(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, slopes_H: Tensor | None) -> Tensor:
     """On CUDA in fp32 or with ALiBi, where no varlen kernel exists: one call per document."""
     borders = cu_seqlens.tolist()
     parts = [_rows(q[:, a:b], k[:, a:b], v[:, a:b], window, slopes_H) for a, b in itertools.pairwise(borders) if b > a]
@@ -133,7 +131,9 @@ def _pieces(cu_seqlens: Tensor, window: int, slopes_H: Tensor | None) -> Iterato
                 yield a + seen, query, min(query + BLOCK, b), False
 
 
-def _options(piece: tuple[int, int, int, bool], q: Tensor, k: Tensor, window: int, slopes_H: Tensor | None) -> dict[str, Tensor]:
+def _options(
+    piece: tuple[int, int, int, bool], q: Tensor, k: Tensor, window: int, slopes_H: Tensor | None
+) -> dict[str, Tensor]:
     """The mask of a piece, padded like its queries ``q`` and keys ``k``."""
     first_key, first_query, _, whole = piece
     if whole:
@@ -168,9 +168,7 @@ def document_attention(
 
 
 @document_attention.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, slopes: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, slopes: Tensor | None) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 

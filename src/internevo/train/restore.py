@@ -107,7 +107,9 @@ def _compare(mine: DecoderConfig, theirs: DecoderConfig, folder: Path) -> list[s
     shapes, stored = parameter_shapes(mine), parameter_shapes(theirs)
     for name in {**shapes, **stored}:
         if shapes.get(name) != stored.get(name):
-            raise UsageError(f"{folder} holds another model: {name} is {_shape(stored, name)}, in the config {_shape(shapes, name)}")
+            raise UsageError(
+                f"{folder} holds another model: {name} is {_shape(stored, name)}, in the config {_shape(shapes, name)}"
+            )
     if mine.experts and theirs.experts and mine.experts != theirs.experts:
         lines.append(f"note: the experts are {theirs.experts} in {folder}, and {mine.experts} in the config")
     return lines

@@ -17,7 +17,9 @@ class RouterSums:
         self.layers = sum(config.is_sparse(layer) for layer in range(config.num_layers))
         self.experts = config.experts.count if config.experts and self.layers else 0
         self.top_k = config.experts.top_k if config.experts else 0
-        self.values = torch.zeros(self.layers * (self.experts + 2) + 1 if self.layers else 0, dtype=torch.float64, device=device)
+        self.values = torch.zeros(
+            self.layers * (self.experts + 2) + 1 if self.layers else 0, dtype=torch.float64, device=device
+        )
         """Of each layer: choices of each expert, entropy, choices dropped. Last: auxiliary losses times predicted tokens."""
 
     @torch.no_grad()

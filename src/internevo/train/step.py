@@ -80,7 +80,7 @@ class Stepper:
     device: torch.device
     types: int
     clip: float
-    terms: LossTerms = LossTerms()
+    terms: LossTerms
 
     def __call__(self, batch: StepBatch, lr: float, beta2: float, share: Callable[[], list[float]]) -> StepResult:
         """Trains on one batch. ``share`` is asked for numbers to add up over all ranks, on the way with the losses."""
@@ -105,17 +105,13 @@ class Stepper:
         for number, micro in enumerate(batch.micro_batches, start=1):
             self.axis.before_micro_batch(last=number == len(batch.micro_batches))
             on_device = micro.to(self.device)
-            loss = self.model(
-                on_device.tokens, cu_seqlens=on_device.cu_seqlens, labels=on_device.labels, terms=self.terms
-            )
+            loss = self.model(on_device.tokens, cu_seqlens=on_device.cu_seqlens, labels=on_device.labels, terms=self.terms)
             (loss.total * scale).backward()
             losses.add(loss.losses, on_device)
             routed.add(loss)
         return losses, routed
 
-    def _reduce(
-        self, losses: Losses, routed: RouterSums, unscale: float, share: list[float]
-    ) -> tuple[StepResult, float]:
+    def _reduce(self, losses: Losses, routed: RouterSums, unscale: float, share: list[float]) -> tuple[StepResult, float]:
         """One all-reduce of everything that all ranks must know. Returns the factor from gradients to those of the mean."""
         norms = torch.stack(torch._foreach_norm(self.optimizer.gradients())).double()
         # Ranks of one ZeRO group hold different parts, and each part is held by ``replicate`` ranks.

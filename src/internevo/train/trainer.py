@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..checkpoint import Checkpoint
-from ..checkpoint.saver import Extras, Saver
+from ..checkpoint.finish import Extras
+from ..checkpoint.saver import Saver
 from ..config import Config, dump
 from ..config.training import Loss as LossSection
 from ..data.batches import BatchSizes, StepBatch, TrainBatches, parse_skips, valid_batches

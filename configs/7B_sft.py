@@ -1,0 +1,25 @@
+"""InternLM-7B in its published shape. Attention has biases unless no_bias=True.
+
+    torchrun --nproc-per-node 8 train.py --config configs/7B_sft.py --launcher torch
+"""
+
+from configs._base_.pretrain import *
+
+JOB_NAME = "7B_sft"
+model_type = "INTERNLM"
+
+model = dict(
+    num_layers=32,
+    hidden_size=4096,
+    num_attention_heads=32,
+    mlp_ratio=8 / 3,
+    vocab_size=103168,
+    rope_base=10000,
+    max_position_embeddings=2048,
+    layer_norm_epsilon=1e-6,
+    dtype="torch.bfloat16",
+    checkpoint=False,
+    compile=True,
+)
+
+data = dict(data, seq_len=2048)

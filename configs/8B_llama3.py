@@ -1,0 +1,27 @@
+"""Llama-3-8B in its published shape.
+
+    torchrun --nproc-per-node 8 train.py --config configs/8B_llama3.py --launcher torch
+"""
+
+from configs._base_.pretrain import *
+
+JOB_NAME = "8B_llama3_train"
+model_type = "LLAMA2"
+
+model = dict(
+    num_layers=32,
+    hidden_size=4096,
+    num_attention_heads=32,
+    num_kv_attention_heads=8,
+    mlp_ratio=3.5,
+    vocab_size=128256,
+    rope_base=500000,
+    max_position_embeddings=8192,
+    layer_norm_epsilon=1e-5,
+    no_bias=True,
+    dtype="torch.bfloat16",
+    checkpoint=False,
+    compile=True,
+)
+
+data = dict(data, seq_len=8192)

@@ -1,0 +1,39 @@
+"""Every ready config is valid and has its model's published number of parameters."""
+
+import json
+
+import pytest
+
+from internevo.config import load_config
+from internevo.config.check import missing_features, problems
+from internevo.config.schema import FAMILIES
+from internevo.models import FAMILIES as REGISTERED
+from internevo.models import decoder_config, decoder_from_hf, family, parameter_shapes
+from tests.conftest import ROOT
+
+PUBLISHED = {
+    "7B_sft": 7_321_948_160, "7B_isp_sft": 7_321_948_160, "1.8B_internlm2": 1_889_110_016, "7B_internlm2": 7_737_708_544,
+    "20B_internlm2": 19_861_149_696, "8B_internlm3": 8_804_241_408, "7B_llama2": 6_738_415_616, "70B_llama2": 68_976_648_192,
+    "8B_llama3": 8_030_261_248, "7B_qwen2": 7_615_616_512, "7B_baichuan2": 7_505_973_248, "13B_baichuan2": 13_896_668_160,
+    "7B_gemma": 8_537_680_896, "57B_qwen2_MoE": 57_408_658_944, "8x7B_mixtral": 46_702_792_704,
+    "8x22B_mixtral": 140_620_634_112, "8B_qwen3": 8_190_735_360, "30B_qwen3_MoE": 30_532_122_624,
+}  # fmt: skip
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "demo")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_ready_config_has_the_published_size_and_goes_to_hugging_face(name):
+    config = load_config(ROOT / "configs" / f"{name}.py")
+    assert not problems(config, 64)
+    assert name == "7B_isp_sft" or not missing_features(config)
+    decoder = decoder_config(config.model_type, config.model)
+    shapes = parameter_shapes(decoder)
+    assert decoder.parameters() == sum(shape.numel() for shape in shapes.values()) == PUBLISHED[name]
+    written = json.loads(json.dumps(family(decoder.family).to_hf(decoder)))
+    assert decoder_from_hf(written, name) == decoder
+    assert family(decoder.family).names(decoder).keys() == shapes.keys()
+
+
+def test_the_config_knows_the_families_that_there_are():
+    assert set(FAMILIES) == set(REGISTERED)
+    assert set(PUBLISHED) == set(CONFIGS)
