@@ -11,7 +11,7 @@ from torch import Tensor
 from .errors import UsageError
 from .interchange import load_model, open_source
 from .models import Decoder
-from .models.layers import Cache
+from .models.layers import Cache, DecoderLayer
 from .parallel.world import pick_device
 from .tokenizer import load_tokenizer
 
@@ -67,12 +67,13 @@ def generate(
 
 def empty_caches(model: Decoder, capacity: int, dtype: torch.dtype, device: torch.device) -> list[Cache]:
     """Room for ``capacity`` tokens in every layer."""
-    config = model.config
-    shape = (1, capacity, config.num_kv_heads, config.head_dim)
-    return [
-        Cache(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device), 0)
-        for _ in model.layers
-    ]
+    caches = []
+    for layer in model.layers:
+        assert isinstance(layer, DecoderLayer)
+        shape = (1, capacity, layer.attn.kv_heads, layer.attn.head_dim)
+        keys, values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        caches.append(Cache(keys, values, 0))
+    return caches
 
 
 def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:

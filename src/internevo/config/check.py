@@ -30,6 +30,11 @@ def missing_features(config: Config) -> list[str]:
     lines = unavailable(config)
     if config.model_type in FAMILIES_LATER:
         lines.append(f"not available yet: models of the family {config.model_type} (model_type)")
+    parallel = config.parallel
+    if config.model_type in EXPERT_FAMILIES and max(parallel.tensor.size, parallel.weight.size) > 1:
+        lines.append(
+            "not available yet: experts with tensor or weight parallelism (parallel.tensor.size, parallel.weight.size)"
+        )
     info = config.ckpt.load_ckpt_info
     if info and info.path and info.ckpt_type in ("llama", "LLAMA", "normal"):
         lines.append(f"not available yet: loading ckpt_type = {info.ckpt_type!r} (ckpt.load_ckpt_info.ckpt_type)")
@@ -124,9 +129,22 @@ def _heads(config: Config, world: int) -> Iterator[str]:
         yield "the head size must be even for the rotary embedding: change model.head_dim"
     if heads % kv:
         yield f"model.num_attention_heads = {heads} is not a multiple of model.num_kv_attention_heads = {kv}"
+    if kv % tensor.size and tensor.size % kv:
+        yield (
+            f"model.num_kv_attention_heads = {kv} and parallel.tensor.size = {tensor.size}: one must be a multiple of the other"
+        )
+    if tensor.mode != "isp" and model.mlp_width % tensor.size:
+        yield f"the MLP's width {model.mlp_width} is not divisible by parallel.tensor.size = {tensor.size}"
+    for size, what in (
+        (model.mlp_width, "the MLP's width"),
+        (model.hidden_size, "model.hidden_size"),
+        (model.vocab_size, "model.vocab_size"),
+    ):
+        if size % config.parallel.weight.size:
+            yield f"{what} = {size} is not divisible by parallel.weight.size = {config.parallel.weight.size}"
     if heads % tensor.size:
         yield f"model.num_attention_heads = {heads} is not divisible by parallel.tensor.size = {tensor.size}"
-    if model.vocab_size % tensor.size:
+    if tensor.mode != "isp" and model.vocab_size % tensor.size:
         yield f"model.vocab_size = {model.vocab_size} is not divisible by parallel.tensor.size = {tensor.size}"
 
 
@@ -162,9 +180,14 @@ def data_size(config: Config, world_size: int) -> int:
 
 
 def _zero(config: Config, world: int) -> Iterator[str]:
-    size, ranks = config.parallel.zero1.size, data_size(config, world)
+    size, parallel = config.parallel.zero1.size, config.parallel
+    inner = parallel.weight.size if parallel.tensor.mode == "isp" else parallel.tensor.size
+    ranks = max(1, world // (inner * parallel.pipeline.size))
     if size > 0 and ranks % size:
-        yield f"parallel.zero1.size = {size} does not divide the {ranks} data ranks; use a divisor of {ranks}, or -1 for all"
+        yield (
+            f"parallel.zero1.size = {size} does not divide the {ranks} ranks that hold the same part of the weights; "
+            f"use a divisor of {ranks}, or -1 for all"
+        )
 
 
 def _batch(config: Config, world: int) -> Iterator[str]:

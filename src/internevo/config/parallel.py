@@ -21,14 +21,14 @@ class Zero1(Section):
 class Tensor(Section):
     """The tensor axis."""
 
-    size: int = option(1, "Ranks that share one sample.", later="tensor parallelism", ge=1)
+    size: int = option(1, "Ranks that share one sample.", ge=1)
     mode: Literal["mtp", "msp", "fsp", "isp"] = option("mtp", "Strategy of the tensor axis.")
 
 
 class Weight(Section):
     """Weight sharding of Intern Sequence Parallel."""
 
-    size: int = option(1, "Ranks that share one copy of each weight (isp).", later="weight parallelism", ge=1)
+    size: int = option(1, "Ranks that share one copy of each weight (isp).", ge=1)
     overlap: bool = option(False, "Gather the next weights while computing.")
     forward_overlap_per: Literal["layer", "module"] = option("layer", "Unit of the prefetch.")
     launch_allgather_before: Literal["wqkv", "attn", "wo", "w1"] = option("wo", "Where the next gather starts.")

@@ -25,16 +25,17 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(size, config.norm_eps, config.norm_unit_offset)
         self.head = Head(vocab, size, config.norm_head, embed_grad_scale)
-        self._tie()
+        self.tie()
 
-    def _tie(self) -> None:
+    def tie(self) -> None:
+        """Makes the head the embedding's weight, where the model has it so. After anything that makes new parameters."""
         if self.config.tie_embeddings:
             self.head.weight = self.embed.weight
 
     def materialize(self, device: str | torch.device) -> None:
         """Gives a model made on the meta device uninitialised weights on ``device``; a tied head stays tied."""
         self.to_empty(device=device)
-        self._tie()  # to_empty has made it a weight of its own
+        self.tie()
 
     def forward(
         self,

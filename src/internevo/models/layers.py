@@ -9,6 +9,7 @@ Shapes: B rows, S tokens, D hidden, H query heads, K key/value heads, N head siz
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,6 +40,53 @@ class Cache(NamedTuple):
     keys: Tensor
     values: Tensor
     length: int
+
+
+# What a strategy may exchange: each layer calls one of these, and a file under ``parallel`` puts another in its place. ------
+
+
+def project(x_BSD: Tensor, linears: Sequence[nn.Linear]) -> list[Tensor]:
+    """Linears that share one input: q, k and v; gate and up."""
+    return [linear(x_BSD) for linear in linears]
+
+
+def finish(x_BSF: Tensor, linear: nn.Linear) -> Tensor:
+    """The linear at the end of a block: o, down."""
+    return linear(x_BSF)
+
+
+def split_heads(q_BSHN: Tensor, k_BSKN: Tensor, v_BSKN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Before attention: all tokens of the heads that are attended to here."""
+    return q_BSHN, k_BSKN, v_BSKN
+
+
+def join_heads(out_BSHN: Tensor) -> Tensor:
+    """Behind attention: the inverse of ``split_heads``."""
+    return out_BSHN
+
+
+def own_heads(values: list[float]) -> list[float]:
+    """Of values per head, those of the heads that are attended to here."""
+    return values
+
+
+def look_up(tokens_BS: Tensor, weight_VD: Tensor) -> Tensor:
+    """Rows of the embedding."""
+    return F.embedding(tokens_BS, weight_VD)
+
+
+def logits(x_BSD: Tensor, weight_VD: Tensor) -> Tensor:
+    """[B, S, V]"""
+    return F.linear(x_BSD, weight_VD)
+
+
+def loss(x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+    """The sum of the losses, and each token's [B, S]."""
+    total, losses = ops.linear_cross_entropy(x_BSD.flatten(0, 1), weight_VD, labels_BS.flatten(), smoothing)
+    return total, losses.view(labels_BS.shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
 
 
 class Linear(nn.Linear):
@@ -75,9 +123,10 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab_size, size))
         self.axes = ("vocab", "embed")
         self.scale, self.grad_scale = scale, grad_scale
+        self.look_up = look_up
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
-        x_BSD = scale_gradient(F.embedding(tokens_BS, self.weight), self.grad_scale)
+        x_BSD = scale_gradient(self.look_up(tokens_BS, self.weight), self.grad_scale)
         # The factor is rounded to the weight's dtype, as on the Hugging Face side: 55.5 for sqrt(3072) in bf16.
         return x_BSD if self.scale == 1.0 else x_BSD * torch.tensor(self.scale, dtype=x_BSD.dtype, device=x_BSD.device)
 
@@ -90,17 +139,17 @@ class Head(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab_size, size))
         self.axes = ("vocab", "embed")
         self.normalized, self.grad_scale = normalized, grad_scale
+        self.logits, self.loss, self.whole_rows = logits, loss, lambda weight: weight
 
     def forward(self, x_BSD: Tensor, labels_BS: Tensor | None = None, smoothing: float = 0.0) -> Tensor | tuple[Tensor, Tensor]:
         """Logits [B, S, V]; or, with labels, the sum of the losses (differentiable) and each token's loss [B, S] (fp32, 0 where
         the label is -100)."""
-        weight = scale_gradient(self.weight, self.grad_scale)
+        weight = scale_gradient(self.whole_rows(self.weight), self.grad_scale)
         if self.normalized:  # NormHead, section 2.4 of https://arxiv.org/abs/2309.10305
             weight = F.normalize(weight.float(), dim=1).to(weight.dtype)
         if labels_BS is None:
-            return F.linear(x_BSD, weight)
-        total, losses = ops.linear_cross_entropy(x_BSD.flatten(0, 1), weight, labels_BS.flatten(), smoothing)
-        return total, losses.view(labels_BS.shape)
+            return self.logits(x_BSD, weight)
+        return self.loss(x_BSD, weight, labels_BS, smoothing)
 
 
 class Attention(nn.Module):
@@ -109,6 +158,8 @@ class Attention(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         self.head_dim, self.window = config.head_dim, config.window(layer)
+        self.kv_heads = config.num_kv_heads
+        """Key/value heads that are attended to here, for a cache."""
         d, heads, kv = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q = Linear("heads", heads, "embed", d, bias=config.qkv_bias)
         self.k = Linear("kv_heads", kv, "embed", d, bias=config.qkv_bias)
@@ -117,24 +168,27 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps, axis="head") if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps, axis="head") if config.qk_norm else None
         self.slopes = None if config.rope else alibi_slopes(config.num_heads)
+        self.project, self.finish, self.split_heads, self.join_heads = project, finish, split_heads, join_heads
+        self.own_heads = own_heads
 
     def forward(self, x_BSD: Tensor, context: Context, cache: Cache | None = None) -> Tensor:
-        split = (*x_BSD.shape[:2], -1, self.head_dim)
-        q_BSHN, k_BSKN, v_BSKN = self.q(x_BSD).view(split), self.k(x_BSD).view(split), self.v(x_BSD).view(split)
+        q, k, v = self.project(x_BSD, (self.q, self.k, self.v))
+        q_BSHN, k_BSKN, v_BSKN = (part.view(*part.shape[:2], -1, self.head_dim) for part in (q, k, v))
         if self.q_norm is not None and self.k_norm is not None:
             q_BSHN, k_BSKN = self.q_norm(q_BSHN), self.k_norm(k_BSKN)
+        q_BSHN, k_BSKN, v_BSKN = self.split_heads(q_BSHN, k_BSKN, v_BSKN)
         if context.cos is not None and context.sin is not None:
             q_BSHN, k_BSKN = rotate(q_BSHN, context.cos, context.sin), rotate(k_BSKN, context.cos, context.sin)
         if cache is not None:
-            end = cache.length + x_BSD.shape[1]
+            end = cache.length + k_BSKN.shape[1]
             cache.keys[:, cache.length : end] = k_BSKN
             cache.values[:, cache.length : end] = v_BSKN
             k_BSKN, v_BSKN = cache.keys[:, :end], cache.values[:, :end]
-        slopes_H = None if self.slopes is None else torch.tensor(self.slopes, device=x_BSD.device)
+        slopes_H = None if self.slopes is None else torch.tensor(self.own_heads(self.slopes), device=x_BSD.device)
         out_BSHN = ops.attention(
             q_BSHN, k_BSKN, v_BSKN, context.cu_seqlens, context.max_seqlen, window=self.window, slopes_H=slopes_H
         )
-        return self.o(out_BSHN.flatten(2))
+        return self.finish(self.join_heads(out_BSHN).flatten(2), self.o)
 
 
 def alibi_slopes(heads: int) -> list[float]:
@@ -154,9 +208,11 @@ class GatedMLP(nn.Module):
         self.gate = Linear("mlp", width, "embed", d, bias=bias)
         self.up = Linear("mlp", width, "embed", d, bias=bias)
         self.down = Linear("embed", d, "mlp", width, bias=bias)
+        self.project, self.finish = project, finish
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        return self.down(ops.gated(self.gate(x_BSD), self.up(x_BSD), self.activation))
+        gate_BSF, up_BSF = self.project(x_BSD, (self.gate, self.up))
+        return self.finish(ops.gated(gate_BSF, up_BSF, self.activation), self.down)
 
 
 def make_mlp(config: DecoderConfig, layer: int) -> GatedMLP | MoE:

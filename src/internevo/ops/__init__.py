@@ -1,10 +1,19 @@
 """Kernels: the best one for the device, chosen here and nowhere else."""
 
 from .attention import attention
-from .cross_entropy import linear_cross_entropy
+from .cross_entropy import VocabShard, linear_cross_entropy
 from .gated import gated
 from .grouped import grouped_linear, take_rows
 from .host_memory import keep_freed_memory
 from .norm import rms_norm
 
-__all__ = ["attention", "gated", "grouped_linear", "keep_freed_memory", "linear_cross_entropy", "rms_norm", "take_rows"]
+__all__ = [
+    "VocabShard",
+    "attention",
+    "gated",
+    "grouped_linear",
+    "keep_freed_memory",
+    "linear_cross_entropy",
+    "rms_norm",
+    "take_rows",
+]

@@ -9,6 +9,9 @@ Shapes: T tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -26,23 +29,38 @@ def chunk_tokens(hidden_TD: Tensor, weight_VD: Tensor) -> int:
     return -(-tokens // max(chunks, 1))
 
 
+class VocabShard(NamedTuple):
+    """Which rows of the head's weight are here, when they are shared out over ranks."""
+
+    first: int
+    """Number of the first row."""
+    vocabulary: int
+    """Rows in all."""
+    gather: Callable[[Tensor], Tensor]
+    """[...] of every rank -> [ranks, ...]."""
+
+
 def linear_cross_entropy(
-    hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, smoothing: float = 0.0
+    hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, smoothing: float = 0.0, shard: VocabShard | None = None
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of ``hidden @ weight^T`` against ``labels``; labels of -100 count for nothing.
 
     With smoothing s the target is (1 - s) * one_hot + s / V.
 
+    Args:
+        shard: ``weight`` holds these rows only. The losses are those of the whole vocabulary, on every rank; the gradient of
+            ``hidden`` is this rank's part of a sum over ranks.
+
     Returns:
         The sum of the losses (a scalar in fp32, differentiable), and each token's loss (fp32 [T], 0 where ignored,
         for statistics only).
     """
-    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, smoothing)
+    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, smoothing, shard)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float):  # type: ignore[override, no-untyped-def]
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float, shard: VocabShard | None):  # type: ignore[override, no-untyped-def]
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
@@ -50,7 +68,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk = chunk_tokens(hidden, weight)
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
-            losses[part], grad_logits = _softmax(hidden[part] @ weight.t(), labels[part], smoothing)
+            losses[part], grad_logits = _softmax(hidden[part] @ weight.t(), labels[part], smoothing, shard)
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[part])
             if grad_weight is not None:
@@ -69,23 +87,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_sum: Tensor, _grad_losses: Tensor):  # type: ignore[override, no-untyped-def]
         saved = iter(ctx.saved_tensors)
         grads = [next(saved) if wanted else None for wanted in ctx.wants]
-        return (*(g if g is None else g.mul_(grad_sum.to(g.dtype)) for g in grads), None, None)
+        return (*(g if g is None else g.mul_(grad_sum.to(g.dtype)) for g in grads), None, None, None)
 
 
-def _softmax(logits: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+def _softmax(logits: Tensor, labels: Tensor, smoothing: float, shard: VocabShard | None) -> tuple[Tensor, Tensor]:
     """Losses in fp32, and d loss / d logits in the logits' dtype. One fp32 buffer serves for logits, exponentials,
     probabilities and gradients in turn."""
     dtype, logits = logits.dtype, logits.float()
+    vocabulary = shard.vocabulary if shard else logits.shape[1]
     kept = labels != IGNORE
-    index = labels.clamp(min=0).unsqueeze(1)
-    target = logits.gather(1, index)
+    index = (labels - (shard.first if shard else 0)).unsqueeze(1)
+    here = kept.unsqueeze(1) & (index >= 0) & (index < logits.shape[1])
+    index = index.clamp(0, logits.shape[1] - 1)
+    target = torch.where(here, logits.gather(1, index), 0.0)
     largest = logits.amax(-1, keepdim=True)
-    mean = logits.mean(-1, keepdim=True) if smoothing else target
+    mean = logits.sum(-1, keepdim=True) / vocabulary if smoothing else target
     total = logits.sub_(largest).exp_().sum(-1, keepdim=True)
     lse = largest + total.log()
+    if shard:
+        lses, targets, means = shard.gather(torch.stack([lse, target, mean])).unbind(1)
+        lse, target, mean = lses.logsumexp(0), targets.sum(0), means.sum(0)
     losses = lse - ((1 - smoothing) * target + smoothing * mean)
-    grad = logits.mul_(total.reciprocal())
+    grad = logits.mul_((largest - lse).exp())
     if smoothing:
-        grad.sub_(smoothing / logits.shape[1])
-    grad.scatter_add_(1, index, torch.full_like(lse, smoothing - 1.0))
+        grad.sub_(smoothing / vocabulary)
+    grad.scatter_add_(1, index, torch.where(here, smoothing - 1.0, 0.0))
     return torch.where(kept, losses.squeeze(1), 0.0), grad.mul_(kept.unsqueeze(1)).to(dtype)

@@ -15,12 +15,18 @@ Gradients are summed, not averaged: the loss is already divided by the global nu
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from ..models import Decoder
 
@@ -41,6 +47,15 @@ class DataAxis(Protocol):
 
     def after_forwards(self) -> None:
         """Forwards without a backward are over."""
+
+    def after_backwards(self) -> None:
+        """The last backward of a step is over: now the masters' gradients become whole sums."""
+
+    def copies(self, name: str) -> int:
+        """Ranks of the world that hold the same part of a master."""
+
+    def whole_sequences(self) -> AbstractContextManager[None]:
+        """Within it every rank computes all tokens: for generation, a token at a time."""
 
 
 class SingleProcess:
@@ -68,6 +83,30 @@ class SingleProcess:
     def after_forwards(self) -> None:
         pass
 
+    def after_backwards(self) -> None:
+        pass
+
+    def copies(self, name: str) -> int:
+        return 1
+
+    def whole_sequences(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+@dataclass(frozen=True)
+class Inner:
+    """What a strategy inside a layer tells the data axis."""
+
+    partial: frozenset[str] = frozenset()
+    """Parameters that are whole on every inner rank, and whose gradients are parts of a sum over these ranks."""
+    strategy: CutsSequences | None = None
+
+
+class CutsSequences(Protocol):
+    """A strategy that may cut sequences."""
+
+    cut: bool
+
 
 class _Move:
     """Adds a weight's gradient to its master's, in fp32."""
@@ -87,9 +126,18 @@ class _Move:
 class Sharded:
     """Several ranks: ``fully_shard`` over the mesh ("replicate", "zero")."""
 
-    def __init__(self, model: Decoder, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype, fsdp: bool) -> None:
-        """``fsdp``: gather per use rather than once per step."""
-        self.model, self.fsdp = model, fsdp
+    def __init__(
+        self, model: Decoder, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype, fsdp: bool, inner: Inner
+    ) -> None:
+        """
+        Args:
+            mesh: ("replicate", "zero", "inner").
+            fsdp: gather per use rather than once per step.
+            inner: what a strategy has made of the "inner" dimension.
+        """
+        self.model, self.fsdp, self.inner, self.world = model, fsdp, inner, mesh.size()
+        self.inner_group = mesh.get_group("inner")
+        mesh = mesh["replicate", "zero"]
         compute = None if dtype == torch.float32 else dtype
         precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
         ends: list[nn.Module | list[nn.Module]] = [model.embed, [model.norm, model.head]]
@@ -117,3 +165,31 @@ class Sharded:
     def after_forwards(self) -> None:
         for unit in self.units:
             unit.reshard()
+
+    @torch.no_grad()
+    def after_backwards(self) -> None:
+        """Gradients of whole parameters that are parts of a sum over the inner ranks: one all-reduce for all of them."""
+        parts = [p.grad.to_local() for n, p in self.masters.items() if n in self.inner.partial and isinstance(p.grad, DTensor)]
+        if parts:
+            joined = torch.cat([part.flatten() for part in parts])
+            dist.all_reduce(joined, group=self.inner_group)
+            for part, whole in zip(parts, joined.split([part.numel() for part in parts]), strict=True):
+                part.copy_(whole.view(part.shape))
+
+    def copies(self, name: str) -> int:
+        master = self.masters[name]
+        assert isinstance(master, DTensor)
+        shards = [n for n, place in zip(master.device_mesh.shape, master.placements, strict=True) if not place.is_replicate()]
+        return self.world // math.prod(shards)
+
+    @contextmanager
+    def whole_sequences(self) -> Iterator[None]:
+        strategy = self.inner.strategy
+        before = strategy.cut if strategy else False
+        try:
+            if strategy:
+                strategy.cut = False
+            yield
+        finally:
+            if strategy:
+                strategy.cut = before

@@ -7,23 +7,35 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.distributed.tensor.placement_types import Replicate, Shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Shard, _StridedShard
 
 from ..config.model import Model
+from ..config.parallel import Parallel
 from ..models import Decoder, DecoderConfig, Initializer
-from .data import COMPUTE, DataAxis, Sharded, SingleProcess
+from .data import COMPUTE, DataAxis, Inner, Sharded, SingleProcess
+from .isp import InternSequenceParallel
 from .layout import Layout
 from .recompute import recompute
+from .tensor import TensorParallel
 
 
-def build(config: DecoderConfig, section: Model, layout: Layout, device: torch.device, seed: int) -> tuple[Decoder, DataAxis]:
+def build(
+    config: DecoderConfig, section: Model, parallel: Parallel, layout: Layout, device: torch.device, seed: int
+) -> tuple[Decoder, DataAxis]:
     """The model of a run: spread over the ranks, with its initial weights, on ``device``; and who owns its weights."""
     with torch.device("meta"):
         model = Decoder(config, embed_grad_scale=section.embed_grad_scale)
     layers = list(model.layers)
-    # Innermost: what a layer keeps for backward.
+    mesh = layout.weight_mesh(device.type) if layout.world > 1 else None
+    # Innermost: the weights of a layer are cut, and its collectives put in.
+    inner = Inner()
+    if mesh is not None and layout.mode != "isp" and layout.tensor > 1:
+        inner = TensorParallel(mesh["inner"], layout.mode).apply(model)
+    elif mesh is not None and layout.mode == "isp" and max(layout.tensor, layout.weight) > 1:
+        tokens = layout.activation_mesh(device.type)["tensor"]
+        inner = InternSequenceParallel(mesh["inner"], tokens, parallel.weight).apply(model)
+    # What a layer keeps for backward.
     recompute(layers, section.checkpoint)
     # Compiled with recomputation inside, and before sharding, so that hooks stay outside the compiled code.
     if section.compile:
@@ -32,10 +44,10 @@ def build(config: DecoderConfig, section: Model, layout: Layout, device: torch.d
     # Outermost: the data axis owns the weights. Only now are there tensors, and only this rank's part of them.
     dtype = COMPUTE[section.dtype]
     axis: DataAxis
-    if layout.data == 1:
+    if mesh is None:
         axis = SingleProcess(model, device, dtype)
     else:
-        axis = Sharded(model, layout.data_mesh(device.type), device, dtype, layout.fsdp)
+        axis = Sharded(model, mesh, device, dtype, layout.fsdp, inner)
     initialize(axis.masters, Initializer.of(section, seed, config.norm_unit_offset))
     axis.masters_changed()
     return model, axis
@@ -50,16 +62,27 @@ def initialize(masters: dict[str, nn.Parameter], initializer: Initializer) -> No
 @torch.no_grad()
 def fill_local(parameter: nn.Parameter, values: Callable[[int, int], Tensor]) -> None:
     """Fills this rank's part of a weight from ``values(start, stop)``, the full tensor's slices along its first axis."""
+    (start, stop), *others = local_box(parameter)
+    part = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    if part.numel():
+        part.copy_(values(start, stop)[(slice(None), *(slice(a, b) for a, b in others))])
+
+
+def local_box(parameter: Tensor) -> list[tuple[int, int]]:
+    """(start, stop) of this rank's part along every axis of the full tensor.
+
+    Inner dimensions of the mesh have cut first, outer ones what was left; each as ``torch.chunk`` does.
+    """
+    box = [(0, size) for size in parameter.shape]
     if not isinstance(parameter, DTensor):
-        parameter.copy_(values(0, parameter.shape[0]))
-        return
-    placements = parameter.placements
-    if all(p == Replicate() or (type(p) is Shard and p.dim == 0) for p in placements):
-        local, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, placements)
-        rows = local[0] if local else 0
-        if rows:
-            parameter.to_local().copy_(values(offset[0], offset[0] + rows))
-        return
-    full = values(0, parameter.shape[0]).float()
-    part = distribute_tensor(full, parameter.device_mesh, placements, src_data_rank=None)
-    parameter.to_local().copy_(part.to_local())
+        return box
+    mesh, coordinate = parameter.device_mesh, parameter.device_mesh.get_coordinate()
+    assert coordinate is not None
+    for dim in reversed(range(mesh.ndim)):
+        place = parameter.placements[dim]
+        if isinstance(place, Shard | _StridedShard):
+            start, stop = box[place.dim]
+            step = -(-(stop - start) // mesh.size(dim))
+            first = min(start + coordinate[dim] * step, stop)
+            box[place.dim] = (first, min(first + step, stop))
+    return box

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
 
 from ..config.training import Adam
 
@@ -14,53 +15,56 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class Optimizer:
     """PyTorch's fused AdamW (https://arxiv.org/abs/1711.05101): matrices decay, norms and biases do not.
 
-    Its moments exist from the start, so that a checkpoint is loaded into them in place. All parameters share one step
-    count, since a step updates all or none.
+    It updates this rank's part of each parameter as a plain tensor, whatever it is sharded over. Its moments exist from the
+    start, so that a checkpoint is loaded into them in place. All parameters share one step count, since a step updates all
+    or none.
     """
 
     def __init__(self, masters: dict[str, nn.Parameter], config: Adam) -> None:
-        self.named = masters
-        groups = [
-            {"params": [p for p in self.named.values() if p.dim() >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in self.named.values() if p.dim() < 2], "weight_decay": 0.0},
-        ]
-        self.adam = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=config.lr, betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_eps, fused=True,
-        )  # fmt: skip
-        for parameter in self.named.values():
-            step = torch.zeros((), dtype=torch.float32, device=_local(parameter).device)
-            self.adam.state[parameter] = {"step": step, **{m: torch.zeros_like(parameter) for m in MOMENTS}}
+        self.named, self.config = masters, config
+        self.moments = {name: [torch.zeros_like(p, requires_grad=False) for _ in MOMENTS] for name, p in masters.items()}
+        device = local(next(iter(masters.values()))).device
+        self._steps = {name: torch.zeros((), dtype=torch.float32, device=device) for name in masters}
 
     @property
     def steps(self) -> int:
         """Updates so far."""
-        return int(next(iter(self.adam.state.values()))["step"].item())
+        return int(next(iter(self._steps.values())).item())
 
     @steps.setter
     def steps(self, value: int) -> None:
-        for state in self.adam.state.values():
-            state["step"].fill_(value)
+        for step in self._steps.values():
+            step.fill_(value)
 
     def state(self) -> dict[str, Tensor]:
         """The moments by name, ``NAME.exp_avg`` and ``NAME.exp_avg_sq``: DTensors like the parameters."""
-        return {f"{name}.{m}": self.adam.state[p][m] for name, p in self.named.items() for m in MOMENTS}
+        return {f"{name}.{m}": t for name, both in self.moments.items() for m, t in zip(MOMENTS, both, strict=True)}
 
-    def gradients(self) -> list[Tensor]:
+    def gradients(self) -> dict[str, Tensor]:
         """This rank's part of every gradient."""
-        return [_local(p.grad) for p in self.named.values() if p.grad is not None]
+        return {name: local(p.grad) for name, p in self.named.items() if p.grad is not None}
 
+    @torch.no_grad()
     def step(self, lr: float, beta2: float) -> None:
         """One update with the gradients as they are."""
-        for group in self.adam.param_groups:
-            group["lr"] = lr
-            group["betas"] = (group["betas"][0], beta2)
-        self.adam.step()
+        gradients = self.gradients()
+        for decays in (True, False):
+            names = [name for name in gradients if (self.named[name].dim() >= 2) == decays]
+            if names:
+                first, second = ([local(self.moments[name][m]) for name in names] for m in range(2))
+                adamw(
+                    [local(self.named[name]) for name in names], [gradients[name] for name in names], first, second, [],
+                    [self._steps[name] for name in names],
+                    fused=True, amsgrad=False, beta1=self.config.adam_beta1, beta2=beta2, lr=lr,
+                    weight_decay=self.config.weight_decay if decays else 0.0, eps=self.config.adam_eps, maximize=False,
+                )  # fmt: skip
 
     def zero_grad(self) -> None:
         """Frees the gradients."""
-        self.adam.zero_grad(set_to_none=True)
+        for parameter in self.named.values():
+            parameter.grad = None
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -76,7 +76,7 @@ class Stepper:
     scaler: LossScaler
     layout: Layout
     group: dist.ProcessGroup
-    """All data ranks."""
+    """All ranks."""
     device: torch.device
     types: int
     clip: float
@@ -93,7 +93,7 @@ class Stepper:
             factor = to_mean
             if self.clip > 0:
                 factor *= min(1.0, self.clip / (result.grad_norm + 1e-6))
-            torch._foreach_mul_(self.optimizer.gradients(), factor)
+            torch._foreach_mul_(list(self.optimizer.gradients().values()), factor)
             self.optimizer.step(lr, beta2)
             self.axis.masters_changed()
         self.optimizer.zero_grad()
@@ -109,18 +109,22 @@ class Stepper:
             (loss.total * scale).backward()
             losses.add(loss.losses, on_device)
             routed.add(loss)
+        self.axis.after_backwards()
         return losses, routed
 
     def _reduce(self, losses: Losses, routed: RouterSums, unscale: float, share: list[float]) -> tuple[StepResult, float]:
         """One all-reduce of everything that all ranks must know. Returns the factor from gradients to those of the mean."""
-        norms = torch.stack(torch._foreach_norm(self.optimizer.gradients())).double()
-        # Ranks of one ZeRO group hold different parts, and each part is held by ``replicate`` ranks.
-        squares = norms.square().sum() / self.layout.replicate
+        gradients = self.optimizer.gradients()
+        norms = torch.stack(torch._foreach_norm(list(gradients.values()))).double()
+        # Every part counts once, however many ranks hold it.
+        copies = torch.tensor([self.axis.copies(name) for name in gradients], dtype=torch.float64, device=self.device)
+        squares = (norms.square() / copies).sum()
         shared = torch.tensor(share, dtype=torch.float64, device=self.device)
         parts = [squares.view(1), losses.sums, losses.counts, routed.values, shared]
         packed = torch.cat(parts)
         dist.all_reduce(packed, group=self.group)
         square_sum, sums, counts, routing, shared = packed.split([part.numel() for part in parts])
+        counts = counts / self.layout.tensor  # the ranks of a tensor group have counted the same tokens
         predicted = float(counts.sum())
         to_mean = unscale / max(predicted, 1.0)
         norm = float(square_sum.sqrt()) * to_mean
@@ -137,6 +141,7 @@ def evaluate(
     types: int,
     device: torch.device,
     group: dist.ProcessGroup,
+    layout: Layout,
 ) -> Losses:
     """Losses over all ranks' validation batches; every rank must have equally many."""
     losses = Losses.zeros(types, device)
@@ -149,4 +154,4 @@ def evaluate(
     axis.after_forwards()
     packed = torch.cat([losses.sums, losses.counts])
     dist.all_reduce(packed, group=group)
-    return Losses(packed[:types], packed[types:])
+    return Losses(packed[:types], packed[types:] / layout.tensor)

@@ -56,7 +56,7 @@ class Trainer:
         _set_backends(config)
         self.decoder = decoder_config(config.model_type, config.model)
         self._open_data()
-        self.model, self.axis = plan.build(self.decoder, config.model, self.layout, world.device, config.seed)
+        self.model, self.axis = plan.build(self.decoder, config.model, config.parallel, self.layout, world.device, config.seed)
         self.optimizer = Optimizer(self.axis.masters, config.adam)
         self.scaler = LossScaler.of(config.grad_scaler, config.model.dtype)
         self.state = RunState()
@@ -168,7 +168,9 @@ class Trainer:
             self.valid, data.micro_bsz, self.layout.data_rank(self.world.rank), self.layout.data,
             data.use_packed_dataset, data.valid_max_rows,
         )  # fmt: skip
-        losses = evaluate(self.model, self.axis, batches, len(self.valid.types), self.world.device, self.stepper.group)
+        losses = evaluate(
+            self.model, self.axis, batches, len(self.valid.types), self.world.device, self.stepper.group, self.layout
+        )
         if observers:
             by_type = losses.by_type(self.valid.types)
             ppl = {name: _perplexity(loss) for name, loss in by_type.items()}
@@ -185,7 +187,10 @@ class Trainer:
             ids = tokenizer.with_bos(prompt)
             ends = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
             sampling = Sampling(temperature=0.8, top_p=0.95)
-            out = generate(self.model, ids, monitor.sample_tokens, sampling, seed=self.config.seed, eos_ids=ends, dtype=dtype)
+            with self.axis.whole_sequences():
+                out = generate(
+                    self.model, ids, monitor.sample_tokens, sampling, seed=self.config.seed, eos_ids=ends, dtype=dtype
+                )
             if observers:
                 observers.sample(step, prompt, tokenizer.decode([i for i in out if i not in ends]))
         self.axis.after_forwards()

@@ -1,0 +1,121 @@
+"""Collectives as autograd functions: what one does forward, its conjugate does backward.
+
+| function           | forward                        | backward                       |
+|--------------------|--------------------------------|--------------------------------|
+| ``copy``           | nothing                        | all-reduce                     |
+| ``reduce``         | all-reduce                     | nothing                        |
+| ``gather_tokens``  | all-gather of the sequence     | reduce-scatter of the sequence |
+| ``scatter_tokens`` | reduce-scatter of the sequence | all-gather of the sequence     |
+| ``exchange``       | all-to-all                     | all-to-all                     |
+
+They are PyTorch's functional collectives, which a compiler can trace; each returns its result when it is there.
+Shapes: B rows, S tokens, t ranks of the group, D anything.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
+from torch import Tensor
+
+Group = dist.ProcessGroup
+
+
+def all_gather(x: Tensor, group: Group) -> Tensor:
+    """[N, ...] of each rank -> [t * N, ...]."""
+    return functional.wait_tensor(functional.all_gather_tensor(x.contiguous(), 0, group))
+
+
+def reduce_scatter(x: Tensor, group: Group) -> Tensor:
+    """[t * N, ...] of each rank -> the sum's [N, ...]."""
+    return functional.wait_tensor(functional.reduce_scatter_tensor(x.contiguous(), "sum", 0, group))
+
+
+def all_reduce(x: Tensor, group: Group) -> Tensor:
+    """The sum over ranks."""
+    return functional.wait_tensor(functional.all_reduce(x.contiguous(), "sum", group))
+
+
+def tokens_first(x_BSD: Tensor) -> Tensor:
+    """[S, B, D]: sequences are gathered and scattered along the first axis. Free of cost for one (packed) row."""
+    return x_BSD.transpose(0, 1).contiguous()
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: Group) -> Tensor:  # type: ignore[override, no-untyped-def]
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override, no-untyped-def]
+        return all_reduce(grad, ctx.group), None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: Group) -> Tensor:  # type: ignore[override, no-untyped-def]
+        return all_reduce(x, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override, no-untyped-def]
+        return grad, None
+
+
+class _GatherTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: Group) -> Tensor:  # type: ignore[override, no-untyped-def]
+        ctx.group = group
+        return all_gather(tokens_first(x), group).transpose(0, 1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override, no-untyped-def]
+        return reduce_scatter(tokens_first(grad), ctx.group).transpose(0, 1), None
+
+
+class _ScatterTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: Group) -> Tensor:  # type: ignore[override, no-untyped-def]
+        ctx.group = group
+        return reduce_scatter(tokens_first(x), group).transpose(0, 1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override, no-untyped-def]
+        return all_gather(tokens_first(grad), ctx.group).transpose(0, 1), None
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: Group) -> Tensor:  # type: ignore[override, no-untyped-def]
+        ctx.group = group
+        return functional.wait_tensor(functional.all_to_all_single(x.contiguous(), None, None, group))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override, no-untyped-def]
+        return functional.wait_tensor(functional.all_to_all_single(grad.contiguous(), None, None, ctx.group)), None
+
+
+def copy(x: Tensor, group: Group) -> Tensor:
+    """The same on every rank; its gradient is the sum of the ranks' parts."""
+    return _Copy.apply(x, group)
+
+
+def reduce(x: Tensor, group: Group) -> Tensor:
+    """The sum of the ranks' parts; each part has the sum's gradient."""
+    return _Reduce.apply(x, group)
+
+
+def gather_tokens(x_BSD: Tensor, group: Group) -> Tensor:
+    """[B, S/t, D] -> [B, S, D]."""
+    return _GatherTokens.apply(x_BSD, group)
+
+
+def scatter_tokens(x_BSD: Tensor, group: Group) -> Tensor:
+    """The sum of the ranks' [B, S, D], of which each keeps its [B, S/t, D]."""
+    return _ScatterTokens.apply(x_BSD, group)
+
+
+def exchange(x_tN: Tensor, group: Group) -> Tensor:
+    """[t, ...]: part r of every rank goes to rank r."""
+    return _Exchange.apply(x_tN, group)

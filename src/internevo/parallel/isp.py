@@ -1,0 +1,252 @@
+"""Intern Sequence Parallel (isp, https://arxiv.org/abs/2401.09149): whole weights come to cut sequences.
+
+Two groups that need not be the same: ``t`` ranks share a sequence, ``w`` ranks share each weight.
+
+    every linear, embedding, head  [out, in]   cut along out over w; gathered for use, in forward and again in backward
+    norms, biases                              whole on every rank
+    activations                                each rank has its S/t tokens, everywhere but inside attention
+    attention                                  all tokens of H/t heads
+
+Per layer and micro-batch, with W = the layer's weights and A = one full activation (b * s * h * bytes):
+
+| group  | forward                                  | backward                                                   |
+|--------|------------------------------------------|------------------------------------------------------------|
+| weight | 4 all-gathers, together W                | 4 all-gathers, together W; 4 reduce-scatters, together W   |
+| tensor | 2 all-to-all: q, k, v as one; the output | the same                                                   |
+
+q, k and v are gathered as one, and gate and up (they share an input); o and down by themselves. With ``overlap`` the next
+weights are gathered while these are used, in both directions. Gradients are reduce-scattered behind the product that gives the
+input's gradient.
+A recomputed layer gathers twice, not three times: its backward uses what its second forward has gathered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed._functional_collectives as functional
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from ..config.parallel import Weight
+from ..models import Decoder
+from ..models.layers import DecoderLayer, GatedMLP, look_up, loss
+from .collectives import Group, exchange
+from .data import Inner
+
+
+class InternSequenceParallel:
+    """Cuts a model's weights over one group and its sequences over another."""
+
+    def __init__(self, weights: DeviceMesh, tokens: DeviceMesh, config: Weight) -> None:
+        """``weights``, ``tokens``: meshes of one dimension, w and t ranks."""
+        self.mesh, self.config = weights, config
+        self.weight_group: Group = weights.get_group()
+        self.token_group: Group = tokens.get_group()
+        self.size, self.rank = tokens.size(), tokens.get_local_rank()
+        self.cut = self.size > 1
+        """Whether sequences are cut. Off for generation, token by token."""
+
+    def apply(self, model: Decoder) -> Inner:
+        """Cuts the weights and exchanges the layers' functions, in place."""
+        whole = set()
+        for path, module in model.named_modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if name == "weight" and parameter.dim() == 2 and self.mesh.size() > 1:
+                    cut = nn.Parameter(distribute_tensor(parameter.data, self.mesh, [Shard(0)], src_data_rank=None))
+                    module.register_parameter(name, cut)
+                else:
+                    whole.add(f"{path}.{name}")
+        model.tie()
+        stations = [station for layer in model.layers for station in self._layer(layer)]
+        connect(stations, self.config)
+        model.embed.look_up = self._look_up
+        model.head.whole_rows, model.head.loss = self._whole, self._loss
+        return Inner(frozenset(whole) if self.mesh.size() > 1 else frozenset(), self)
+
+    def _layer(self, layer: nn.Module) -> list[Station]:
+        assert isinstance(layer, DecoderLayer) and isinstance(layer.mlp, GatedMLP)
+        attn, mlp = layer.attn, layer.mlp
+        groups = {"wqkv": [attn.q, attn.k, attn.v], "wo": [attn.o], "w1": [mlp.gate, mlp.up], "w2": [mlp.down]}
+        stations = {name: Station(name, linears, self.weight_group) for name, linears in groups.items()}
+        attn.project, attn.finish = partial(_project, stations["wqkv"]), partial(_finish, stations["wo"])
+        mlp.project, mlp.finish = partial(_project, stations["w1"]), partial(_finish, stations["w2"])
+        attn.split_heads, attn.join_heads, attn.own_heads = self._split_heads, self._join_heads, self._own_heads
+        return list(stations.values())
+
+    # What layers do instead ------------------------------------------------------------------------------------------
+
+    def _tokens(self, x_BS: Tensor) -> Tensor:
+        """This rank's tokens of every row."""
+        return x_BS.chunk(self.size, dim=1)[self.rank] if self.cut else x_BS
+
+    def _whole(self, weight: Tensor) -> Tensor:
+        """A weight in full, for the embedding and the head; its gradient is reduce-scattered."""
+        return _Whole.apply(_local(weight), self.weight_group) if isinstance(weight, DTensor) else weight
+
+    def _look_up(self, tokens_BS: Tensor, weight_VD: Tensor) -> Tensor:
+        return look_up(self._tokens(tokens_BS), self._whole(weight_VD))
+
+    def _loss(self, x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+        """The loss of this rank's tokens; the losses of the others are 0."""
+        total, mine = loss(x_BSD, weight_VD, self._tokens(labels_BS).contiguous(), smoothing)
+        losses = torch.zeros(labels_BS.shape, dtype=mine.dtype, device=mine.device)
+        self._tokens(losses).copy_(mine)
+        return total, losses
+
+    def _split_heads(self, q_BSHN: Tensor, k_BSKN: Tensor, v_BSKN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, S/t, H, N] and [B, S/t, K, N] -> all tokens of this rank's heads, q, k and v in one all-to-all. Where there are
+        fewer key/value heads than ranks, each goes to all that need it."""
+        if not self.cut:
+            return q_BSHN, k_BSKN, v_BSKN
+        repeats = max(1, self.size // k_BSKN.shape[2])
+        k_BSKN, v_BSKN = (x.repeat_interleave(repeats, dim=2) if repeats > 1 else x for x in (k_BSKN, v_BSKN))
+        parts = [x.unflatten(2, (self.size, -1)) for x in (q_BSHN, k_BSKN, v_BSKN)]
+        sent = torch.cat(parts, dim=3).movedim(2, 0)
+        received = exchange(sent, self.token_group).movedim(0, 1).flatten(1, 2)
+        q, k, v = received.split([part.shape[3] for part in parts], dim=2)
+        return q, k, v
+
+    def _join_heads(self, out_BSHN: Tensor) -> Tensor:
+        """[B, S, H/t, N] -> [B, S/t, H, N]."""
+        if not self.cut:
+            return out_BSHN
+        sent = out_BSHN.unflatten(1, (self.size, -1)).movedim(1, 0)
+        return exchange(sent, self.token_group).movedim(0, 2).flatten(2, 3)
+
+    def _own_heads(self, values: list[float]) -> list[float]:
+        share = len(values) // self.size
+        return values[self.rank * share : (self.rank + 1) * share] if self.cut else values
+
+
+# The weights of a layer, in stations ---------------------------------------------------------------------------------
+
+
+class Station:
+    """Linears whose weights are gathered at once. Stations stand in the order of the forward pass."""
+
+    def __init__(self, name: str, linears: Sequence[nn.Linear], group: Group) -> None:
+        self.name, self.linears, self.group = name, linears, group
+        self.after: list[Station] = []
+        """Stations whose weights are fetched while these are used, forward."""
+        self.before: list[Station] = []
+        """The same, backward."""
+        self.overlap = False
+        self._coming: list[Tensor] | None = None
+        self._kept: list[Tensor] | None = None
+
+    def fetch(self) -> None:
+        """Starts to gather, unless that is under way; not before the data axis has given the weights to this layer."""
+        weights = [linear.weight for linear in self.linears]
+        ready = all(isinstance(weight, DTensor) and weight.device_mesh.ndim == 1 for weight in weights)
+        if ready and self._coming is None and self._kept is None:
+            self._coming = gather([_local(weight.detach()) for weight in weights], self.group)
+
+    def take(self, parts: Sequence[Tensor], then: list[Station]) -> list[Tensor]:
+        """The weights in full; ``then`` are started on the way."""
+        if torch.compiler.is_compiling() or not self.overlap:  # a compiler orders collectives by itself
+            return [functional.wait_tensor(w) for w in gather(parts, self.group)]
+        coming, self._coming = self._coming, None
+        coming = coming if coming is not None else gather(parts, self.group)
+        for station in then:
+            station.fetch()
+        return [functional.wait_tensor(w) for w in coming]
+
+    def forward(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """For the forward pass. In a recomputation the backward is next: it gets the same."""
+        full = self.take(parts, self.after)
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            self._kept = full
+        return full
+
+    def backward(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """For the backward pass."""
+        kept, self._kept = self._kept, None
+        return kept if kept is not None else self.take(parts, self.before)
+
+
+def connect(stations: list[Station], config: Weight) -> None:
+    """Who is fetched when: the next station ("module"), or the next layer's from one place of this layer on ("layer")."""
+    per_layer, places = 4, {"wqkv": 0, "attn": 1, "wo": 1, "w1": 2}
+    for number, station in enumerate(stations):
+        station.overlap = config.overlap
+        if config.forward_overlap_per == "module" or number < per_layer - 1:
+            station.after = stations[number + 1 : number + 2]
+        elif number % per_layer == places[config.launch_allgather_before]:
+            first = (number // per_layer + 1) * per_layer
+            station.after = stations[first : first + per_layer]
+        station.before = stations[number - 1 : number] if number else []
+
+
+def gather(parts: Sequence[Tensor], group: Group) -> list[Tensor]:
+    """[N, ...] of each rank -> [w * N, ...], several tensors in one call; not waited for."""
+    parts = [part.contiguous() for part in parts]
+    if len(parts) == 1:
+        return [_plain(functional.all_gather_tensor(parts[0], 0, group))]
+    return [_plain(w) for w in functional.all_gather_into_tensor_coalesced(parts, group)]
+
+
+def scatter(grads: Sequence[Tensor], group: Group) -> list[Tensor]:
+    """The inverse: the sums' parts, in one call; not waited for."""
+    if len(grads) == 1:
+        return [functional.reduce_scatter_tensor(grads[0], "sum", 0, group)]
+    return functional.reduce_scatter_tensor_coalesced(list(grads), "sum", [0] * len(grads), group)
+
+
+def _plain(tensor: Any) -> Tensor:
+    """Without the wrapper that waits at first use: stations wait themselves."""
+    return tensor.elem if isinstance(tensor, functional.AsyncCollectiveTensor) else tensor
+
+
+def _local(weight: Tensor) -> Tensor:
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+class _StationLinears(torch.autograd.Function):
+    """Linears of one input; only the input and this rank's parts of the weights are kept for backward."""
+
+    @staticmethod
+    def forward(ctx, station: Station, x_BSD: Tensor, *parts: Tensor):  # type: ignore[override, no-untyped-def]
+        ctx.station = station
+        ctx.save_for_backward(x_BSD, *parts)
+        return tuple(F.linear(x_BSD, weight) for weight in station.forward(parts))
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):  # type: ignore[override, no-untyped-def]
+        x_BSD, *parts = ctx.saved_tensors
+        full = ctx.station.backward(parts)
+        rows_TD = x_BSD.flatten(0, 1)
+        flat_TF = [grad.flatten(0, 1) for grad in grads]
+        # Weights first: their gradients travel while the input's gradient is computed.
+        scattered = scatter([grad.t() @ rows_TD for grad in flat_TF], ctx.station.group)
+        grad_TD = flat_TF[0] @ full[0]
+        for grad, weight in zip(flat_TF[1:], full[1:], strict=True):
+            grad_TD += grad @ weight
+        return None, grad_TD.view(x_BSD.shape), *(functional.wait_tensor(part) for part in scattered)
+
+
+class _Whole(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, part: Tensor, group: Group) -> Tensor:  # type: ignore[override, no-untyped-def]
+        ctx.group = group
+        return functional.wait_tensor(gather([part], group)[0])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override, no-untyped-def]
+        return functional.wait_tensor(scatter([grad.contiguous()], ctx.group)[0]), None
+
+
+def _project(station: Station, x_BSD: Tensor, linears: Sequence[nn.Linear]) -> list[Tensor]:
+    if not isinstance(linears[0].weight, DTensor):
+        return [linear(x_BSD) for linear in linears]
+    outs = _StationLinears.apply(station, x_BSD, *(_local(linear.weight) for linear in linears))
+    return [out if linear.bias is None else out + linear.bias for out, linear in zip(outs, linears, strict=True)]
+
+
+def _finish(station: Station, x_BSF: Tensor, linear: nn.Linear) -> Tensor:
+    return _project(station, x_BSF, [linear])[0]

@@ -1,0 +1,180 @@
+"""Megatron tensor parallel (mtp), Megatron sequence parallel (msp) and flash-attn sequence parallel (fsp).
+
+``t`` ranks share each layer: attention by heads, the MLP by its columns, the embedding and the head by the vocabulary.
+
+    q, k, v, gate, up  [out, in]   cut along out: each rank computes its heads, its columns
+    o, down            [out, in]   cut along in:  each rank's result is a part of a sum
+    embedding, head    [vocab, D]  cut along the vocabulary
+    norms, biases of o and down    whole on every rank
+
+Per layer and micro-batch, with A = one full activation (b * s * h * bytes):
+
+| mode | forward                               | backward                              | kept at norms and residual |
+|------|---------------------------------------|---------------------------------------|----------------------------|
+| mtp  | 2 all-reduce of A                     | 2 all-reduce of A                     | A                          |
+| msp  | 2 all-gather to A, 2 reduce-scatter   | 2 all-gather to A, 2 reduce-scatter   | A / t; inputs of linears A |
+| fsp  | as msp                                | as msp, and 2 more all-gathers        | A / t                      |
+
+In msp and fsp each rank has its tokens' part of the residual stream. fsp keeps a linear's input cut and gathers it again
+for the weight's gradient, while the input's gradient is computed. Linears that share an input share its collective.
+
+Sources: https://arxiv.org/abs/1909.08053 (mtp), https://arxiv.org/abs/2205.05198 (msp).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.distributed._functional_collectives as functional
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from .. import ops
+from ..models import Decoder
+from ..models.layers import Attention, GatedMLP
+from . import collectives
+from .collectives import Group, all_gather, tokens_first
+from .data import Inner
+
+OUT, IN = ("heads", "kv_heads", "mlp", "vocab"), ("heads", "mlp")
+"""Axes along which a weight's rows, or its columns, are cut."""
+
+
+class TensorParallel:
+    """Cuts a model (on the meta device) over a mesh of one dimension, and puts the collectives in."""
+
+    def __init__(self, mesh: DeviceMesh, mode: str) -> None:
+        self.mesh, self.mode, self.size, self.rank = mesh, mode, mesh.size(), mesh.get_local_rank()
+        self.group: Group = mesh.get_group()
+        self.cut = mode != "mtp"
+        """Whether ranks have their own tokens outside attention and MLP. Off for generation, token by token."""
+
+    def apply(self, model: Decoder) -> Inner:
+        """Cuts the weights and exchanges the layers' functions, in place."""
+        partial_gradients = set()
+        repeated_kv = model.config.num_kv_heads % self.size != 0
+        for path, module in model.named_modules():
+            axes = getattr(module, "axes", ())
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                dim = self._cut_along(axes, name, repeated_kv)
+                if dim is not None:
+                    cut = nn.Parameter(distribute_tensor(parameter.data, self.mesh, [Shard(dim)], src_data_rank=None))
+                    module.register_parameter(name, cut)
+                elif self.cut or axes in (("head",), ("kv_heads", "embed")):
+                    partial_gradients.add(f"{path}.{name}")
+            if isinstance(module, Attention):
+                self._attention(module, model.config.num_heads, model.config.num_kv_heads)
+            elif isinstance(module, GatedMLP):
+                module.project, module.finish = self._project, self._finish
+        model.tie()
+        model.embed.look_up = self._look_up
+        head = model.head
+        head.whole_rows, head.logits, head.loss = _local, self._logits, partial(self._loss, model.config.vocab_size)
+        return Inner(frozenset(partial_gradients), self)
+
+    def _cut_along(self, axes: Sequence[str], name: str, repeated_kv: bool) -> int | None:
+        if not axes or (axes[0] == "kv_heads" and repeated_kv):
+            return None  # fewer key/value heads than ranks: each rank takes the rows of the one that it needs
+        if axes[0] in OUT:
+            return 0
+        return 1 if len(axes) > 1 and axes[1] in IN and name == "weight" else None
+
+    def _attention(self, module: Attention, heads: int, kv_heads: int) -> None:
+        module.project, module.finish = self._project, self._finish
+        if kv_heads % self.size:
+            each = self.size // kv_heads
+            rows = slice(self.rank // each * module.head_dim, (self.rank // each + 1) * module.head_dim)
+            module.kv_heads = 1
+            module.project = partial(self._project, rows=(slice(None), rows, rows))
+        else:
+            module.kv_heads = kv_heads // self.size
+        share = heads // self.size
+        module.own_heads = lambda values: values[self.rank * share : (self.rank + 1) * share]
+
+    # What layers do instead ------------------------------------------------------------------------------------------
+
+    def _enter(self, x_BSD: Tensor) -> Tensor:
+        """Into a block of cut weights: all tokens, whose gradient is the sum of the ranks' parts."""
+        return collectives.gather_tokens(x_BSD, self.group) if self.cut else collectives.copy(x_BSD, self.group)
+
+    def _leave(self, x_BSD: Tensor) -> Tensor:
+        """Out of it: the sum of the ranks' parts."""
+        return collectives.scatter_tokens(x_BSD, self.group) if self.cut else collectives.reduce(x_BSD, self.group)
+
+    def _project(self, x_BSD: Tensor, linears: Sequence[nn.Linear], rows: Sequence[slice] | None = None) -> list[Tensor]:
+        rows = rows or [slice(None)] * len(linears)
+        weights = [_local(linear.weight)[part] for linear, part in zip(linears, rows, strict=True)]
+        biases = [
+            None if linear.bias is None else _local(linear.bias)[part] for linear, part in zip(linears, rows, strict=True)
+        ]
+        if self.mode == "fsp" and self.cut:
+            outs = list(_GatheredLinears.apply(x_BSD, self.group, *weights))
+            return [out if bias is None else out + bias for out, bias in zip(outs, biases, strict=True)]
+        x_BSD = self._enter(x_BSD)
+        return [F.linear(x_BSD, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+
+    def _finish(self, x_BSF: Tensor, linear: nn.Linear) -> Tensor:
+        out_BSD = self._leave(F.linear(x_BSF, _local(linear.weight)))
+        return out_BSD if linear.bias is None else out_BSD + linear.bias
+
+    def _look_up(self, tokens_BS: Tensor, weight_VD: Tensor) -> Tensor:
+        rows_VD = _local(weight_VD)
+        numbers = tokens_BS - self.rank * rows_VD.shape[0]
+        here = (numbers >= 0) & (numbers < rows_VD.shape[0])
+        x_BSD = F.embedding(numbers.clamp(0, rows_VD.shape[0] - 1), rows_VD)
+        return self._leave(torch.where(here.unsqueeze(-1), x_BSD, 0.0))
+
+    def _logits(self, x_BSD: Tensor, weight_VD: Tensor) -> Tensor:
+        """[B, S, V], whole on every rank: for generation."""
+        out_BSV = F.linear(self._enter(x_BSD), weight_VD)
+        return all_gather(out_BSV.movedim(-1, 0), self.group).movedim(0, -1)
+
+    def _loss(
+        self, vocabulary: int, x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor, smoothing: float
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of all tokens on every rank; of each token's losses, every rank reports its share."""
+        shard = ops.VocabShard(self.rank * weight_VD.shape[0], vocabulary, self._stack)
+        x_TD = self._enter(x_BSD).flatten(0, 1)
+        total, losses = ops.linear_cross_entropy(x_TD, weight_VD, labels_BS.flatten(), smoothing, shard)
+        share = losses.numel() // self.size
+        mine = torch.zeros_like(losses)
+        last = losses.numel() if self.rank == self.size - 1 else (self.rank + 1) * share
+        mine[self.rank * share : last] = losses[self.rank * share : last]
+        return total, mine.view(labels_BS.shape)
+
+    def _stack(self, x: Tensor) -> Tensor:
+        return all_gather(x.unsqueeze(0), self.group)
+
+
+def _local(weight: Tensor) -> Tensor:
+    """This rank's part of a cut weight."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+class _GatheredLinears(torch.autograd.Function):
+    """fsp: linears of one gathered input, of which only this rank's tokens are kept for backward."""
+
+    @staticmethod
+    def forward(ctx, x_BSD: Tensor, group: Group, *weights: Tensor):  # type: ignore[override, no-untyped-def]
+        ctx.group = group
+        ctx.save_for_backward(x_BSD, *weights)
+        whole_SBD = all_gather(tokens_first(x_BSD), group)
+        return tuple(F.linear(whole_SBD, weight).transpose(0, 1) for weight in weights)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):  # type: ignore[override, no-untyped-def]
+        x_BSD, *weights = ctx.saved_tensors
+        # Started before the product that hides it.
+        gathering = functional.all_gather_tensor(tokens_first(x_BSD), 0, ctx.group)
+        parts_SBF = [tokens_first(grad) for grad in grads]
+        grad_SBD = parts_SBF[0] @ weights[0]
+        for part, weight in zip(parts_SBF[1:], weights[1:], strict=True):
+            grad_SBD += part @ weight
+        scattering = functional.reduce_scatter_tensor(grad_SBD, "sum", 0, ctx.group)
+        whole_TD = functional.wait_tensor(gathering).flatten(0, 1)
+        grad_weights = [part.flatten(0, 1).t() @ whole_TD for part in parts_SBF]
+        return functional.wait_tensor(scattering).transpose(0, 1), None, *grad_weights
