@@ -102,7 +102,9 @@ class Monitor(Section):
     peak_tflops: float | None = option(
         None, "Peak of one device for the model's dtype, for MFU; by default known GPUs'.", unit="TFLOPS", gt=0
     )
-    comm: bool = option(False, "Print a table of collectives.", later="the table of collectives")
+    comm: bool = option(
+        False, "Count the collectives of the first step: a table on the console, and comm.json in the run folder."
+    )
 
 
 class Generation(Section):

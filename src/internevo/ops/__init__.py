@@ -1,7 +1,7 @@
 """Kernels: the best one for the device, chosen here and nowhere else."""
 
 from .attention import attention
-from .cross_entropy import VocabShard, linear_cross_entropy
+from .cross_entropy import VocabShard, chunk_tokens, linear_cross_entropy
 from .gated import gated
 from .grouped import grouped_linear, take_rows
 from .host_memory import keep_freed_memory
@@ -10,6 +10,7 @@ from .norm import rms_norm
 __all__ = [
     "VocabShard",
     "attention",
+    "chunk_tokens",
     "gated",
     "grouped_linear",
     "keep_freed_memory",

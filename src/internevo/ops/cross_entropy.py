@@ -22,10 +22,10 @@ BLOCK = 4096
 """Rows of the head's weight whose gradient is computed at once."""
 
 
-def chunk_tokens(hidden_TD: Tensor, weight_VD: Tensor) -> int:
-    """Tokens of which logits exist at once; chunks are as equal as can be."""
-    tokens, limit = hidden_TD.shape[0], CHUNK_BYTES.get(hidden_TD.device.type, CHUNK_BYTES["cpu"])
-    chunks = -(-tokens // max(1, limit // (4 * weight_VD.shape[0])))
+def chunk_tokens(tokens: int, rows: int, device_type: str = "cpu") -> int:
+    """Tokens of which ``rows`` logits each exist at once; chunks are as equal as can be."""
+    limit = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cpu"])
+    chunks = -(-tokens // max(1, limit // (4 * rows)))
     return -(-tokens // max(chunks, 1))
 
 
@@ -65,7 +65,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        chunk = chunk_tokens(hidden, weight)
+        chunk = chunk_tokens(hidden.shape[0], weight.shape[0], hidden.device.type)
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
             losses[part], grad_logits = _softmax(hidden[part] @ weight.t(), labels[part], smoothing, shard)

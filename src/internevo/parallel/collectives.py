@@ -24,12 +24,12 @@ Group = dist.ProcessGroup
 
 def all_gather(x: Tensor, group: Group) -> Tensor:
     """[N, ...] of each rank -> [t * N, ...]."""
-    return functional.wait_tensor(functional.all_gather_tensor(x.contiguous(), 0, group))
+    return functional.wait_tensor(functional.all_gather_single(x.contiguous(), 0, group))
 
 
 def reduce_scatter(x: Tensor, group: Group) -> Tensor:
     """[t * N, ...] of each rank -> the sum's [N, ...]."""
-    return functional.wait_tensor(functional.reduce_scatter_tensor(x.contiguous(), "sum", 0, group))
+    return functional.wait_tensor(functional.reduce_scatter_single(x.contiguous(), "sum", 0, group))
 
 
 def all_reduce(x: Tensor, group: Group) -> Tensor:

@@ -34,10 +34,36 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from ..config.parallel import Weight
-from ..models import Decoder
+from ..models import Decoder, DecoderConfig
 from ..models.layers import DecoderLayer, GatedMLP, look_up, loss
 from .collectives import Group, exchange
 from .data import Inner
+from .traffic import Collectives
+
+
+def traffic(
+    config: DecoderConfig, token_ranks: int, weight_ranks: int, tokens: int, element: int, recomputed: int = 0
+) -> list[Collectives]:
+    """Collectives over the tensor and weight groups of one micro-batch's forward and backward.
+
+    Args:
+        tokens: of the micro-batch, over all ranks of a tensor group.
+        element: bytes of one element of a weight and an activation.
+        recomputed: layers whose backward uses what their second forward has gathered.
+    """
+    rows, layers = [], config.num_layers
+    size, d = config.head_dim, config.hidden_size
+    if weight_ranks > 1:
+        layer = d * size * (2 * config.num_heads + 2 * config.num_kv_heads) + 3 * d * config.intermediate_size
+        ends = 2 * config.vocab_size * d  # the embedding and the head are gathered once and scattered once
+        rows.append(Collectives("all-gather", "weight", 8 * layers + 2, (2 * layers * layer + ends) * element))
+        rows.append(Collectives("reduce-scatter", "weight", 4 * layers + 2, (layers * layer + ends) * element))
+    if token_ranks > 1:
+        kv_heads = config.num_kv_heads * max(1, token_ranks // config.num_kv_heads)
+        exchanged = tokens // token_ranks * size * (2 * config.num_heads + 2 * kv_heads) * element
+        passes = 2 * layers + recomputed
+        rows.append(Collectives("all-to-all", "tensor", 2 * passes, passes * exchanged))
+    return rows
 
 
 class InternSequenceParallel:
@@ -63,17 +89,17 @@ class InternSequenceParallel:
                 else:
                     whole.add(f"{path}.{name}")
         model.tie()
-        stations = [station for layer in model.layers for station in self._layer(layer)]
+        stations = [station for number, layer in enumerate(model.layers) for station in self._layer(number, layer)]
         connect(stations, self.config)
         model.embed.look_up = self._look_up
         model.head.whole_rows, model.head.loss = self._whole, self._loss
         return Inner(frozenset(whole) if self.mesh.size() > 1 else frozenset(), self)
 
-    def _layer(self, layer: nn.Module) -> list[Station]:
+    def _layer(self, number: int, layer: nn.Module) -> list[Station]:
         assert isinstance(layer, DecoderLayer) and isinstance(layer.mlp, GatedMLP)
         attn, mlp = layer.attn, layer.mlp
         groups = {"wqkv": [attn.q, attn.k, attn.v], "wo": [attn.o], "w1": [mlp.gate, mlp.up], "w2": [mlp.down]}
-        stations = {name: Station(name, linears, self.weight_group) for name, linears in groups.items()}
+        stations = {name: Station(number, linears, self.weight_group) for name, linears in groups.items()}
         attn.project, attn.finish = partial(_project, stations["wqkv"]), partial(_finish, stations["wo"])
         mlp.project, mlp.finish = partial(_project, stations["w1"]), partial(_finish, stations["w2"])
         attn.split_heads, attn.join_heads, attn.own_heads = self._split_heads, self._join_heads, self._own_heads
@@ -130,8 +156,8 @@ class InternSequenceParallel:
 class Station:
     """Linears whose weights are gathered at once. Stations stand in the order of the forward pass."""
 
-    def __init__(self, name: str, linears: Sequence[nn.Linear], group: Group) -> None:
-        self.name, self.linears, self.group = name, linears, group
+    def __init__(self, layer: int, linears: Sequence[nn.Linear], group: Group) -> None:
+        self.layer, self.linears, self.group = layer, linears, group
         self.after: list[Station] = []
         """Stations whose weights are fetched while these are used, forward."""
         self.before: list[Station] = []
@@ -158,11 +184,12 @@ class Station:
         return [functional.wait_tensor(w) for w in coming]
 
     def forward(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """For the forward pass. In a recomputation the backward is next: it gets the same."""
-        full = self.take(parts, self.after)
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            self._kept = full
-        return full
+        """For the forward pass. In a recomputation the layer's own backward is next: it gets the same weights."""
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            return self.take(parts, self.after)
+        # Only within the layer: the ones behind it have had their backward, and nobody would wait for their weights.
+        self._kept = self.take(parts, [station for station in self.after if station.layer == self.layer])
+        return self._kept
 
     def backward(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """For the backward pass."""
@@ -178,7 +205,7 @@ def connect(stations: list[Station], config: Weight) -> None:
         if config.forward_overlap_per == "module" or number < per_layer - 1:
             station.after = stations[number + 1 : number + 2]
         elif number % per_layer == places[config.launch_allgather_before]:
-            first = (number // per_layer + 1) * per_layer
+            first = (station.layer + 1) * per_layer
             station.after = stations[first : first + per_layer]
         station.before = stations[number - 1 : number] if number else []
 
@@ -187,15 +214,15 @@ def gather(parts: Sequence[Tensor], group: Group) -> list[Tensor]:
     """[N, ...] of each rank -> [w * N, ...], several tensors in one call; not waited for."""
     parts = [part.contiguous() for part in parts]
     if len(parts) == 1:
-        return [_plain(functional.all_gather_tensor(parts[0], 0, group))]
-    return [_plain(w) for w in functional.all_gather_into_tensor_coalesced(parts, group)]
+        return [_plain(functional.all_gather_single(parts[0], 0, group))]
+    return [_plain(w) for w in functional.all_gather_single_coalesced(parts, group)]
 
 
 def scatter(grads: Sequence[Tensor], group: Group) -> list[Tensor]:
     """The inverse: the sums' parts, in one call; not waited for."""
     if len(grads) == 1:
-        return [functional.reduce_scatter_tensor(grads[0], "sum", 0, group)]
-    return functional.reduce_scatter_tensor_coalesced(list(grads), "sum", [0] * len(grads), group)
+        return [functional.reduce_scatter_single(grads[0], "sum", 0, group)]
+    return functional.reduce_scatter_single_coalesced(list(grads), "sum", [0] * len(grads), group)
 
 
 def _plain(tensor: Any) -> Tensor:

@@ -34,14 +34,40 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from .. import ops
-from ..models import Decoder
+from ..models import Decoder, DecoderConfig
 from ..models.layers import Attention, GatedMLP
 from . import collectives
 from .collectives import Group, all_gather, tokens_first
 from .data import Inner
+from .traffic import Collectives
 
 OUT, IN = ("heads", "kv_heads", "mlp", "vocab"), ("heads", "mlp")
 """Axes along which a weight's rows, or its columns, are cut."""
+
+
+def traffic(config: DecoderConfig, mode: str, ranks: int, tokens: int, element: int, recomputed: int = 0) -> list[Collectives]:
+    """Collectives over the tensor group of one micro-batch's forward and backward.
+
+    Args:
+        tokens: of the micro-batch.
+        element: bytes of one element of an activation.
+        recomputed: layers that run forward twice.
+    """
+    layers, once = config.num_layers, config.num_layers + recomputed
+    activation = tokens * config.hidden_size * element
+    chunks = -(-tokens // ops.chunk_tokens(tokens, config.vocab_size // ranks))
+    statistics = Collectives("all-gather", "tensor", chunks, 3 * 4 * tokens * ranks)
+    if mode == "mtp":
+        # Forward: behind attention, behind the MLP, and the embedding. Backward: before each of those, and the head.
+        count = 2 * once + 1 + 2 * layers + 1
+        return [Collectives("all-reduce", "tensor", count, count * activation), statistics]
+    # Into attention, the MLP and the head; backward out of attention, the MLP and the embedding.
+    gathers = 2 * once + 1 + 2 * layers + 1 + (2 * layers if mode == "fsp" else 0)
+    scatters = 2 * once + 1 + 2 * layers + 1
+    return [
+        Collectives("all-gather", "tensor", gathers + statistics.count, gathers * activation + statistics.nbytes),
+        Collectives("reduce-scatter", "tensor", scatters, scatters * activation),
+    ]
 
 
 class TensorParallel:
@@ -169,12 +195,12 @@ class _GatheredLinears(torch.autograd.Function):
     def backward(ctx, *grads: Tensor):  # type: ignore[override, no-untyped-def]
         x_BSD, *weights = ctx.saved_tensors
         # Started before the product that hides it.
-        gathering = functional.all_gather_tensor(tokens_first(x_BSD), 0, ctx.group)
+        gathering = functional.all_gather_single(tokens_first(x_BSD), 0, ctx.group)
         parts_SBF = [tokens_first(grad) for grad in grads]
         grad_SBD = parts_SBF[0] @ weights[0]
         for part, weight in zip(parts_SBF[1:], weights[1:], strict=True):
             grad_SBD += part @ weight
-        scattering = functional.reduce_scatter_tensor(grad_SBD, "sum", 0, ctx.group)
+        scattering = functional.reduce_scatter_single(grad_SBD, "sum", 0, ctx.group)
         whole_TD = functional.wait_tensor(gathering).flatten(0, 1)
         grad_weights = [part.flatten(0, 1).t() @ whole_TD for part in parts_SBF]
         return functional.wait_tensor(scattering).transpose(0, 1), None, *grad_weights

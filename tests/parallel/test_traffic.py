@@ -1,0 +1,87 @@
+"""The collectives of a step are those of the strategies' formulas: kinds, groups, counts and bytes."""
+
+import json
+import math
+
+import pytest
+
+from internevo.config import load_config
+from internevo.models import decoder_config, parameter_shapes
+from internevo.parallel import isp, tensor
+from internevo.parallel.layout import Layout
+from tests.conftest import run, write_config, write_dataset
+from tests.parallel.test_strategies import layout
+
+MICRO_BATCHES, TOKENS = 3, 32
+
+
+def counted(tmp_path, processes, changes):
+    """Rows of comm.json by (kind, axis), and the config's decoder and layout."""
+    dataset = write_dataset(tmp_path / "data")
+    ranks = processes // changes["parallel__tensor"]["size"]
+    path = write_config(
+        tmp_path, dataset, "run", **{"model__vocab_size": 96 + 4, "data__total_steps": 1, "ckpt__enable_save_ckpt": False,
+        "monitor__comm": True, "data__global_batch_size": MICRO_BATCHES * ranks, **changes},
+    )  # fmt: skip
+    run("train", path, "--nproc", processes)
+    config = load_config(path)
+    rows = json.loads((tmp_path / "run" / "comm.json").read_text())
+    found = {(row["kind"], row["axis"]): (row["count"], row["nbytes"]) for row in rows}
+    return found, decoder_config(config.model_type, config.model), Layout.of(config.parallel, processes)
+
+
+def times(rows, number):
+    return {(row.kind, row.axis): (row.count * number, row.nbytes * number) for row in rows}
+
+
+@pytest.mark.parametrize(("mode", "recomputed"), [("mtp", False), ("msp", False), ("fsp", True)])
+def test_tensor_modes_move_what_their_table_says(tmp_path, mode, recomputed):
+    found, decoder, _ = counted(tmp_path, 4, layout(mode, 2, model__checkpoint=recomputed))
+    rows = tensor.traffic(decoder, mode, 2, TOKENS, 4, decoder.num_layers if recomputed else 0)
+    if recomputed:  # nothing of a layer is needed behind its last linear: the second forward stops there
+        rows = tensor.traffic(decoder, mode, 2, TOKENS, 4, decoder.num_layers)
+    mine = {key: value for key, value in found.items() if key[1] == "tensor"}
+    wanted = times(rows, MICRO_BATCHES)
+    if mode != "mtp":  # gradients of norms, once per step
+        count, nbytes = mine.pop(("all-reduce", "tensor"))
+        norms = (2 * decoder.num_layers + 1) * decoder.hidden_size * 4
+        assert count == 1 and nbytes == norms // 2  # this rank's half under ZeRO
+    if recomputed:
+        assert mine[("all-gather", "tensor")] == wanted[("all-gather", "tensor")]
+    else:
+        assert mine == wanted
+
+
+@pytest.mark.parametrize(("t", "w", "recomputed"), [(1, 2, False), (2, 4, False), (4, 2, True)])
+def test_isp_moves_what_its_table_says(tmp_path, t, w, recomputed):
+    changes = layout("isp", t, w, weights={"overlap": True}, model__checkpoint=recomputed)
+    found, decoder, _ = counted(tmp_path, 4, changes)
+    wanted = times(isp.traffic(decoder, t, w, TOKENS, 4, decoder.num_layers if recomputed else 0), MICRO_BATCHES)
+    assert {key: found[key] for key in wanted} == wanted
+    # Gradients of norms once per step; losses and counts once per step, over the world, which may be the weight group.
+    assert found[("all-reduce", "weight")][0] == (2 if w == 4 else 1)
+
+
+@pytest.mark.parametrize(("zero", "fsdp"), [(-1, False), (2, False), (2, True)])
+@pytest.mark.parametrize("inner", [1, 2])
+def test_the_data_axis_moves_what_its_table_says(tmp_path, zero, fsdp, inner):
+    """ZeRO-1.5: every weight gathered and every gradient scattered once per step. FSDP: twice and once per micro-batch."""
+    found, decoder, spread = counted(tmp_path, 4, layout("mtp", inner, zero=zero, fsdp=fsdp))
+    sizes = {name: math.prod(shape) for name, shape in parameter_shapes(decoder).items()}
+    whole = sum(n for name, n in sizes.items() if "norm" in name)
+    nbytes = 4 * (whole + (sum(sizes.values()) - whole) // inner)
+    units, passes = decoder.num_layers + 2, MICRO_BATCHES if fsdp else 1
+    axis = "zero"
+    assert found[("all-gather", axis)] == (units * passes * (2 if fsdp else 1), nbytes * passes * (2 if fsdp else 1))
+    assert found[("reduce-scatter", axis)] == (units * passes, nbytes * passes)
+    if spread.replicate > 1:
+        assert found[("all-reduce", "replicate")] == (units * passes, nbytes * passes // spread.zero)
+    world = "zero" if spread.zero == 4 else "world"
+    assert found[("all-reduce", world)][0] == 1  # losses, counts, the norm, requests to stop: one message
+
+
+def test_the_console_shows_the_table(tmp_path):
+    path = write_config(tmp_path, write_dataset(tmp_path / "data"), **layout("msp", 2), model__vocab_size=100,
+                        data__total_steps=1, monitor__comm=True)  # fmt: skip
+    lines = run("train", path, "--nproc", 2).stdout.splitlines()
+    assert any(line.split()[:3] == ["reduce-scatter", "tensor", "2"] for line in lines)
