@@ -81,7 +81,9 @@ def ours(shape: dict[str, int], dtype: str, steps: int, compiled: bool) -> list[
     times = []
     with join() as world:
         layout = Layout.of(config.parallel, world.size)
-        model, axis = plan.build(decoder_config("LLAMA2", config.model), config.model, config.parallel, layout, world.device, seed=0)
+        model, axis = plan.build(
+            decoder_config("LLAMA2", config.model), config.model, config.parallel, layout, world.device, seed=0
+        )
         optimizer = Optimizer(axis.masters, config.adam)
         scaler = LossScaler.of(config.grad_scaler, config.model.dtype)
         assert dist.group.WORLD is not None

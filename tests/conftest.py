@@ -41,6 +41,16 @@ def run_fixture():
     return run
 
 
+@pytest.fixture(scope="session")
+def pool():
+    """Processes for training runs, kept over tests."""
+    from tests.pool import Pool
+
+    pool = Pool()
+    yield pool
+    pool.stop()
+
+
 def write_dataset(folder):
     """Two types of documents, random lengths, some masked tokens (token 0 among them)."""
     from internevo.data.tokenized import MASKED_ZERO, TokenWriter

@@ -32,11 +32,25 @@ def show(path: Path, overrides: list[str], world_size: int | None) -> None:
         from .parallel.layout import Layout
 
         print(f"\nlayout on {world_size} processes")
-        for axis, size, meaning in Layout.of(config.parallel, world_size).describe():
+        layout = Layout.of(config.parallel, world_size)
+        for axis, size, meaning in layout.describe():
             print(f"  {axis:<10} {size:>6}  {meaning}")
+        for axis, groups in layout.groups().items():
+            print(f"  {axis:<10} groups  {_some([_ranks(group) for group in groups])}")
         sizes = BatchSizes.of(config.data, data_size(config, world_size))
         rows = sizes.rows(config.data.total_steps)
         print(
             f"  step       {rows:>6}  rows of {config.data.seq_len} tokens = {rows * config.data.seq_len:,} tokens "
             f"({sizes.micro_num} micro-batches of {sizes.micro_bsz} on each of {sizes.ranks} data ranks)"
         )
+
+
+def _ranks(group: list[int]) -> str:
+    """Ranks of a group: "0-7", "0,8,...,56"."""
+    if len(group) > 1 and group[-1] - group[0] == len(group) - 1:
+        return f"{group[0]}-{group[-1]}"
+    return ",".join(map(str, group)) if len(group) <= 4 else f"{group[0]},{group[1]},...,{group[-1]}"
+
+
+def _some(groups: list[str]) -> str:
+    return "  ".join(groups if len(groups) <= 8 else [*groups[:4], "...", groups[-1]])

@@ -64,14 +64,14 @@ KINDS = {
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory):
+def reference(tmp_path_factory, pool):
     """The run folder of one process, for each kind of data or model, trained once."""
     folder = tmp_path_factory.mktemp("reference")
     dataset = write_dataset(folder / "data")
 
     def train(kind):
         if not (folder / kind).exists():
-            run("train", write_config(folder, dataset, kind, **KINDS[kind]))
+            pool.train(write_config(folder, dataset, kind, **KINDS[kind]))
         return folder / kind
 
     return train
@@ -83,10 +83,10 @@ PAIRS += [("recompute on 2", "gshard"), ("uneven: 3", "dropless")]
 
 
 @pytest.mark.parametrize(("name", "kind"), PAIRS)
-def test_every_layout_trains_the_same_model(config, tmp_path, reference, name, kind):
+def test_every_layout_trains_the_same_model(pool, config, tmp_path, reference, name, kind):
     processes, changes = LAYOUTS[name]
     one = reference(kind)
-    run("train", config("many", **{**KINDS[kind], **changes}), "--nproc", processes)
+    pool.train(config("many", **{**KINDS[kind], **changes}), processes)
     assert_close(metrics(tmp_path / "many"), metrics(one))
     for row, wanted in zip(metrics(tmp_path / "many"), metrics(one), strict=True):
         assert (row["moe"] is None) == (kind not in ("gshard", "dropless"))
@@ -99,30 +99,30 @@ def test_every_layout_trains_the_same_model(config, tmp_path, reference, name, k
 
 
 @pytest.mark.parametrize("kind", ["packed", "gshard"])
-def test_recomputation_changes_no_bit(config, tmp_path, reference, kind):
-    run("train", config("recomputed", **KINDS[kind], model__checkpoint=True))
+def test_recomputation_changes_no_bit(pool, config, tmp_path, reference, kind):
+    pool.train(config("recomputed", **KINDS[kind], model__checkpoint=True))
     assert comparable(metrics(tmp_path / "recomputed")) == comparable(metrics(reference(kind)))
 
 
 @pytest.mark.parametrize("dtype", ["torch.float32", "torch.bfloat16"])
-def test_resume_is_bit_identical(config, tmp_path, dtype):
+def test_resume_is_bit_identical(pool, config, tmp_path, dtype):
     changes = {"model__dtype": dtype, "ckpt__checkpoint_every": 3, "data__rampup_batch_size": "4 4 2"}
-    run("train", config("whole", **changes))
+    pool.train(config("whole", **changes))
     half = config("halves", **changes)
-    run("train", half, "data.total_steps=5")
-    run("train", half)
+    pool.train(half, 1, "data.total_steps=5")
+    pool.train(half)
     assert comparable(metrics(tmp_path / "halves")) == comparable(metrics(tmp_path / "whole"))
     mine, wanted = tensors(tmp_path / "halves", 8), tensors(tmp_path / "whole", 8)
     assert all(torch.equal(mine[key], wanted[key]) for key in wanted)
 
 
 @pytest.mark.parametrize("kind", ["packed", "gshard"])
-def test_resume_on_another_number_of_processes(config, tmp_path, reference, kind):
+def test_resume_on_another_number_of_processes(pool, config, tmp_path, reference, kind):
     parts = config("parts", **KINDS[kind])
-    run("train", parts, "data.total_steps=2", "--nproc", 2)
-    run("train", parts, "data.total_steps=4", "parallel.zero1.fsdp=true", "--nproc", 3)
-    run("train", parts, "data.total_steps=6", "parallel.zero1=1", "--nproc", 2)
-    run("train", parts)
+    pool.train(parts, 2, "data.total_steps=2")
+    pool.train(parts, 3, "data.total_steps=4", "parallel.zero1.fsdp=true")
+    pool.train(parts, 2, "data.total_steps=6", "parallel.zero1=1")
+    pool.train(parts)
     assert_close(metrics(tmp_path / "parts"), metrics(reference(kind)))
     mine, wanted = tensors(tmp_path / "parts", 8), tensors(reference(kind), 8)
     assert all((mine[k] - wanted[k]).abs().max() <= 1e-5 * max(1.0, wanted[k].abs().max()) for k in wanted)
@@ -215,9 +215,9 @@ def test_torchrun_and_slurm_start_the_same_run(config, tmp_path, reference):
     assert_close(metrics(tmp_path / "slurm"), metrics(reference("packed")))
 
 
-def test_half_precision_follows_fp32(config, tmp_path, reference):
+def test_half_precision_follows_fp32(pool, config, tmp_path, reference):
     for dtype in ("torch.bfloat16", "torch.float16"):
-        run("train", config("half", model__dtype=dtype, ckpt__enable_save_ckpt=False))
+        pool.train(config("half", model__dtype=dtype, ckpt__enable_save_ckpt=False))
         for row, wanted in zip(metrics(tmp_path / "half"), metrics(reference("packed")), strict=True):
             assert abs(row["loss"] - wanted["loss"]) < 0.03 and not row["skipped"]
 

@@ -15,7 +15,7 @@ from tests.parallel.test_strategies import layout
 MICRO_BATCHES, TOKENS = 3, 32
 
 
-def counted(tmp_path, processes, changes):
+def counted(pool, tmp_path, processes, changes):
     """Rows of comm.json by (kind, axis), and the config's decoder and layout."""
     dataset = write_dataset(tmp_path / "data")
     ranks = processes // changes["parallel__tensor"]["size"]
@@ -23,7 +23,7 @@ def counted(tmp_path, processes, changes):
         tmp_path, dataset, "run", **{"model__vocab_size": 96 + 4, "data__total_steps": 1, "ckpt__enable_save_ckpt": False,
         "monitor__comm": True, "data__global_batch_size": MICRO_BATCHES * ranks, **changes},
     )  # fmt: skip
-    run("train", path, "--nproc", processes)
+    pool.train(path, processes)
     config = load_config(path)
     rows = json.loads((tmp_path / "run" / "comm.json").read_text())
     found = {(row["kind"], row["axis"]): (row["count"], row["nbytes"]) for row in rows}
@@ -35,8 +35,8 @@ def times(rows, number):
 
 
 @pytest.mark.parametrize(("mode", "recomputed"), [("mtp", False), ("msp", False), ("fsp", True)])
-def test_tensor_modes_move_what_their_table_says(tmp_path, mode, recomputed):
-    found, decoder, _ = counted(tmp_path, 4, layout(mode, 2, model__checkpoint=recomputed))
+def test_tensor_modes_move_what_their_table_says(pool, tmp_path, mode, recomputed):
+    found, decoder, _ = counted(pool, tmp_path, 4, layout(mode, 2, model__checkpoint=recomputed))
     rows = tensor.traffic(decoder, mode, 2, TOKENS, 4, decoder.num_layers if recomputed else 0)
     if recomputed:  # nothing of a layer is needed behind its last linear: the second forward stops there
         rows = tensor.traffic(decoder, mode, 2, TOKENS, 4, decoder.num_layers)
@@ -53,9 +53,9 @@ def test_tensor_modes_move_what_their_table_says(tmp_path, mode, recomputed):
 
 
 @pytest.mark.parametrize(("t", "w", "recomputed"), [(1, 2, False), (2, 4, False), (4, 2, True)])
-def test_isp_moves_what_its_table_says(tmp_path, t, w, recomputed):
+def test_isp_moves_what_its_table_says(pool, tmp_path, t, w, recomputed):
     changes = layout("isp", t, w, weights={"overlap": True}, model__checkpoint=recomputed)
-    found, decoder, _ = counted(tmp_path, 4, changes)
+    found, decoder, _ = counted(pool, tmp_path, 4, changes)
     wanted = times(isp.traffic(decoder, t, w, TOKENS, 4, decoder.num_layers if recomputed else 0), MICRO_BATCHES)
     assert {key: found[key] for key in wanted} == wanted
     # Gradients of norms once per step; losses and counts once per step, over the world, which may be the weight group.
@@ -64,9 +64,9 @@ def test_isp_moves_what_its_table_says(tmp_path, t, w, recomputed):
 
 @pytest.mark.parametrize(("zero", "fsdp"), [(-1, False), (2, False), (2, True)])
 @pytest.mark.parametrize("inner", [1, 2])
-def test_the_data_axis_moves_what_its_table_says(tmp_path, zero, fsdp, inner):
+def test_the_data_axis_moves_what_its_table_says(pool, tmp_path, zero, fsdp, inner):
     """ZeRO-1.5: every weight gathered and every gradient scattered once per step. FSDP: twice and once per micro-batch."""
-    found, decoder, spread = counted(tmp_path, 4, layout("mtp", inner, zero=zero, fsdp=fsdp))
+    found, decoder, spread = counted(pool, tmp_path, 4, layout("mtp", inner, zero=zero, fsdp=fsdp))
     sizes = {name: math.prod(shape) for name, shape in parameter_shapes(decoder).items()}
     whole = sum(n for name, n in sizes.items() if "norm" in name)
     nbytes = 4 * (whole + (sum(sizes.values()) - whole) // inner)
@@ -76,7 +76,7 @@ def test_the_data_axis_moves_what_its_table_says(tmp_path, zero, fsdp, inner):
     assert found[("reduce-scatter", axis)] == (units * passes, nbytes * passes)
     if spread.replicate > 1:
         assert found[("all-reduce", "replicate")] == (units * passes, nbytes * passes // spread.zero)
-    world = "zero" if spread.zero == 4 else "world"
+    world = "zero" if spread.zero == 4 else "data" if spread.data == 4 else "world"
     assert found[("all-reduce", world)][0] == 1  # losses, counts, the norm, requests to stop: one message
 
 

@@ -147,7 +147,7 @@ def test_all_problems_are_reported_together():
             {"parallel__tensor": {"size": 2, "mode": "msp"}, "data__seq_len": 31},
             "data.seq_len = 31 is not divisible",
         ),
-        (4, {"parallel__zero1": 3}, "does not divide the 4 data ranks"),
+        (4, {"parallel__zero1": 3}, "does not divide the 4 ranks that hold the same part"),
         (5, {}, "data.global_batch_size = 12 is not a multiple"),
         (2, {"parallel__weight__size": 2}, "needs parallel.tensor.mode = 'isp'"),
         (1, {"model_type": "LAMA2"}, "did you mean LLAMA2"),
@@ -165,14 +165,14 @@ def test_contradictions_are_found_before_anything_starts(world, changes, message
 @pytest.mark.parametrize(
     "changes",
     [
-        {"parallel__tensor": {"size": 2, "mode": "isp"}, "model__vocab_size": 98},
+        {"model_type": "MIXTRALMOE", "model__num_experts": 4, "parallel__tensor": 2, "model__vocab_size": 98},
         {"parallel__pipeline": 2},
         {"model_type": "INTERNLM_MoE"},
         {"model__moe_layer_kwargs": {"noisy_gate_policy": "Jitter"}},
         {"data__type": "streaming", "data__train_folder": "."},
         {"model__norm_type": "layernorm"},
         {"fp8": {"margin": 0}},
-        {"monitor__comm": True},
+        {"parallel__sequence_2D": {"enable": True}},
     ],
 )
 def test_what_is_not_there_yet_validates_and_refuses_to_train(changes):

@@ -42,7 +42,7 @@ class Cache(NamedTuple):
     length: int
 
 
-# What a strategy may exchange: each layer calls one of these, and a file under ``parallel`` puts another in its place. ------
+# What a strategy may exchange: each layer calls one of these, and a strategy puts another in its place. -------------------
 
 
 def project(x_BSD: Tensor, linears: Sequence[nn.Linear]) -> list[Tensor]:

@@ -1,0 +1,67 @@
+"""Processes that stay: a test's training run joins some of them, without starting Python and importing PyTorch anew."""
+
+import atexit
+import multiprocessing
+import os
+import socket
+import traceback
+from pathlib import Path
+
+
+def _work(rank, pipe):
+    os.environ.update(OMP_NUM_THREADS="1", INTERNEVO_DEVICE="cpu", INTERNEVO_PARENT=str(os.getppid()))
+    import torch
+
+    from internevo.train.start import train
+
+    torch.set_num_threads(1)
+    while (job := pipe.recv()) is not None:
+        path, overrides, size, port = job
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
+        try:
+            train(Path(path), overrides, None, launcher="torch")
+            pipe.send(None)
+        except BaseException:
+            pipe.send(traceback.format_exc())
+
+
+class Pool:
+    """Up to ``size`` processes, started when first needed."""
+
+    def __init__(self, size=4):
+        self.size, self.workers = size, []
+        atexit.register(self.stop)
+
+    def train(self, path, processes=1, *overrides, timeout=120):
+        """``internevo train PATH OVERRIDES`` on so many processes; fails with the traceback of the first rank that failed."""
+        context = multiprocessing.get_context("spawn")
+        while len(self.workers) < self.size:
+            mine, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(len(self.workers), theirs), daemon=True)
+            process.start()
+            self.workers.append((process, mine))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        for _, pipe in self.workers[:processes]:
+            pipe.send((str(path), list(overrides), processes, port))
+        failures = []
+        for rank, (process, pipe) in enumerate(self.workers[:processes]):
+            if not pipe.poll(5 if failures else timeout):
+                failures.append(f"rank {rank} did not finish")
+            else:
+                try:
+                    error = pipe.recv()
+                except EOFError:
+                    error = f"the process ended with exit code {process.exitcode}"
+                failures += [f"rank {rank}:\n{error}"] if error else []
+        if failures:
+            self.stop()
+            raise AssertionError("\n\n".join(failures))
+
+    def stop(self):
+        for process, _ in self.workers:
+            process.kill()
+        self.workers = []
