@@ -95,3 +95,17 @@ def test_a_run_goes_on_in_other_layouts(pool, world, tmp_path):
                             "lr_scheduler__total_steps": 20})  # fmt: skip
         pool.train(path, processes)
     assert_same(tmp_path / "parts", one("llama"))
+
+
+@pytest.mark.parametrize(
+    "name", ["mtp 2", "fsp 2, zero 2", "isp: weights over 2", "isp 2, weights over 2, zero 2, half recomputed"]
+)
+def test_compiled_layers_train_the_same_in_every_mode(pool, world, tmp_path, name):
+    _, dataset, one = world
+    processes, changes = LAYOUTS[name]
+    path = write_config(tmp_path, dataset, "many", **{**STEADY, **changes, "model__compile": True, "data__total_steps": 3,
+                        "lr_scheduler__total_steps": 20, "ckpt__enable_save_ckpt": False})  # fmt: skip
+    pool.train(path, processes, timeout=280)
+    for row, reference in zip(metrics(tmp_path / "many"), metrics(one("llama")), strict=False):
+        for key in ("loss", "grad_norm"):
+            assert abs(row[key] - reference[key]) <= 1e-5 * reference[key], (row["step"], key)
