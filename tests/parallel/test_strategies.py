@@ -1,10 +1,12 @@
 """Every strategy, and compositions of them, train the model that one process trains; their checkpoints load into any other."""
 
 import itertools
+import json
 import random
 
 import pytest
 
+from internevo.tokenizer import train_bpe
 from tests.conftest import metrics, tensors, write_config, write_dataset
 
 STEADY = {"model__vocab_size": 100, "adam__lr": 2e-3, "data__total_steps": 10}
@@ -109,3 +111,16 @@ def test_compiled_layers_train_the_same_in_every_mode(pool, world, tmp_path, nam
     for row, reference in zip(metrics(tmp_path / "many"), metrics(one("llama")), strict=False):
         for key in ("loss", "grad_norm"):
             assert abs(row[key] - reference[key]) <= 1e-5 * reference[key], (row["step"], key)
+
+
+@pytest.mark.parametrize("mode", ["msp", "isp"])
+def test_samples_are_the_text_of_one_process(pool, world, tmp_path, mode):
+    """Generation goes token by token, so sequences are not cut then."""
+    _, dataset, _ = world
+    train_bpe(["def f(x): return x"] * 5, 300, tmp_path / "tokenizer")
+    changes = {"model__vocab_size": 300, "data__tokenizer_path": str(tmp_path / "tokenizer"), "data__total_steps": 1,
+               "monitor__sample_prompts": ["def "], "monitor__sample_tokens": 12, "ckpt__enable_save_ckpt": False}  # fmt: skip
+    pool.train(write_config(tmp_path, dataset, "one", **changes))
+    pool.train(write_config(tmp_path, dataset, "many", **changes, **layout(mode, 2, 2 if mode == "isp" else 1)), 2)
+    texts = [(tmp_path / name / "samples.jsonl").read_text() for name in ("one", "many")]
+    assert texts[0] == texts[1] and json.loads(texts[0])["text"]
