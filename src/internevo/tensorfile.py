@@ -62,6 +62,11 @@ class Spec:
         return ((row, min(step, start + count - row)) for row in range(start, start + count, step))
 
 
+def as_rows(tensor: Tensor) -> Tensor:
+    """A tensor's view by rows."""
+    return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor
+
+
 @dataclass(frozen=True)
 class Place:
     """Bytes in an open file."""

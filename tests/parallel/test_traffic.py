@@ -38,15 +38,13 @@ def times(rows, number):
 def test_tensor_modes_move_what_their_table_says(pool, tmp_path, mode, recomputed):
     found, decoder, _ = counted(pool, tmp_path, 4, layout(mode, 2, model__checkpoint=recomputed))
     rows = tensor.traffic(decoder, mode, 2, TOKENS, 4, decoder.num_layers if recomputed else 0)
-    if recomputed:  # nothing of a layer is needed behind its last linear: the second forward stops there
-        rows = tensor.traffic(decoder, mode, 2, TOKENS, 4, decoder.num_layers)
     mine = {key: value for key, value in found.items() if key[1] == "tensor"}
     wanted = times(rows, MICRO_BATCHES)
     if mode != "mtp":  # gradients of norms, once per step
         count, nbytes = mine.pop(("all-reduce", "tensor"))
         norms = (2 * decoder.num_layers + 1) * decoder.hidden_size * 4
         assert count == 1 and nbytes == norms // 2  # this rank's half under ZeRO
-    if recomputed:
+    if recomputed:  # nothing of a layer is needed behind its last linear: the second forward stops there
         assert mine[("all-gather", "tensor")] == wanted[("all-gather", "tensor")]
     else:
         assert mine == wanted

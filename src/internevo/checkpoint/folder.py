@@ -64,8 +64,7 @@ class Checkpoint:
 
     def place(self, name: str, start: int, count: int) -> Place | None:
         """Where rows of a weight lie, if one box holds them in full width."""
-        entry = self.manifest.tensors[f"model/{name}"]
-        spec = Spec(tuple(entry.shape), dtype_of(entry))
+        entry, spec = self._find(f"model/{name}")
         for chunk in entry.chunks:
             for row, stored, rows in _strips(chunk, spec):
                 full_width = len(entry.shape) == 1 or chunk.sizes[-1] == entry.shape[-1]
@@ -75,17 +74,17 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         """A tensor in full, joined from its boxes. ``name`` is KIND/NAME."""
-        if name not in self.manifest.tensors:
-            raise CheckpointError(f"{self.folder} has no tensor {name!r}")
-        entry = self.manifest.tensors[name]
-        spec = Spec(tuple(entry.shape), dtype_of(entry))
+        entry, spec = self._find(name)
         return self._read(name, 0, spec.rows).view(entry.shape)
 
-    def _read(self, name: str, start: int, count: int) -> Tensor:
+    def _find(self, name: str) -> tuple[TensorEntry, Spec]:
         if name not in self.manifest.tensors:
             raise CheckpointError(f"{self.folder} has no tensor {name!r}")
         entry = self.manifest.tensors[name]
-        spec = Spec(tuple(entry.shape), dtype_of(entry))
+        return entry, Spec(tuple(entry.shape), dtype_of(entry))
+
+    def _read(self, name: str, start: int, count: int) -> Tensor:
+        entry, spec = self._find(name)
         out: Tensor | None = None
         for chunk in entry.chunks:
             for row, stored, rows in _strips(chunk, spec):

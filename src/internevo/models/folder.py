@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..tensorfile import Place, ShardWriter, Spec
+from ..tensorfile import Place, ShardWriter, Spec, as_rows
 from ..tokenizer import load_tokenizer
 from .config import DecoderConfig
 from .decoder import parameter_shapes
@@ -122,8 +122,7 @@ class Module:
 
     def read(self, name: str, start: int, count: int) -> Tensor:
         """Rows of a parameter."""
-        tensor = self._parameters[name]
-        return (tensor.flatten(0, -2) if tensor.dim() > 1 else tensor)[start : start + count]
+        return as_rows(self._parameters[name])[start : start + count]
 
     def place(self, name: str, start: int, count: int) -> None:
         """Nowhere."""

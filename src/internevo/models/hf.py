@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from ..tensorfile import Place, Spec, TensorFile
+from ..tensorfile import Place, Spec, TensorFile, as_rows
 
 
 @dataclass(frozen=True)
@@ -138,9 +138,7 @@ class _BinFile:
         self.specs = {name: Spec(tuple(t.shape), t.dtype) for name, t in self._tensors.items()}
 
     def read(self, name: str, start: int, count: int) -> Tensor:
-        tensor = self._tensors[name]
-        rows = tensor.flatten(0, -2) if tensor.dim() > 1 else tensor
-        return rows[start : start + count].clone()
+        return as_rows(self._tensors[name])[start : start + count].clone()
 
     def place(self, name: str, start: int, count: int) -> None:
         """Nowhere: the file is an archive."""

@@ -4,6 +4,7 @@
 |--------------------|--------------------------------|--------------------------------|
 | ``copy``           | nothing                        | all-reduce                     |
 | ``reduce``         | all-reduce                     | nothing                        |
+| ``gather``         | all-gather of the first axis   | reduce-scatter of it           |
 | ``gather_tokens``  | all-gather of the sequence     | reduce-scatter of the sequence |
 | ``scatter_tokens`` | reduce-scatter of the sequence | all-gather of the sequence     |
 | ``exchange``       | all-to-all                     | all-to-all                     |
@@ -18,8 +19,14 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 Group = dist.ProcessGroup
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that may be spread over ranks."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def all_gather(x: Tensor, group: Group) -> Tensor:
@@ -63,26 +70,26 @@ class _Reduce(torch.autograd.Function):
         return grad, None
 
 
-class _GatherTokens(torch.autograd.Function):
+class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, group: Group) -> Tensor:  # type: ignore[override, no-untyped-def]
         ctx.group = group
-        return all_gather(tokens_first(x), group).transpose(0, 1)
+        return all_gather(x, group)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override, no-untyped-def]
-        return reduce_scatter(tokens_first(grad), ctx.group).transpose(0, 1), None
+        return reduce_scatter(grad, ctx.group), None
 
 
-class _ScatterTokens(torch.autograd.Function):
+class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, group: Group) -> Tensor:  # type: ignore[override, no-untyped-def]
         ctx.group = group
-        return reduce_scatter(tokens_first(x), group).transpose(0, 1)
+        return reduce_scatter(x, group)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override, no-untyped-def]
-        return all_gather(tokens_first(grad), ctx.group).transpose(0, 1), None
+        return all_gather(grad, ctx.group), None
 
 
 class _Exchange(torch.autograd.Function):
@@ -106,14 +113,19 @@ def reduce(x: Tensor, group: Group) -> Tensor:
     return _Reduce.apply(x, group)
 
 
+def gather(x: Tensor, group: Group) -> Tensor:
+    """[N, ...] of each rank -> [t * N, ...]."""
+    return _Gather.apply(x, group)
+
+
 def gather_tokens(x_BSD: Tensor, group: Group) -> Tensor:
     """[B, S/t, D] -> [B, S, D]."""
-    return _GatherTokens.apply(x_BSD, group)
+    return gather(tokens_first(x_BSD), group).transpose(0, 1)
 
 
 def scatter_tokens(x_BSD: Tensor, group: Group) -> Tensor:
     """The sum of the ranks' [B, S, D], of which each keeps its [B, S/t, D]."""
-    return _ScatterTokens.apply(x_BSD, group)
+    return _Scatter.apply(tokens_first(x_BSD), group).transpose(0, 1)
 
 
 def exchange(x_tN: Tensor, group: Group) -> Tensor:

@@ -36,7 +36,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from ..config.parallel import Weight
 from ..models import Decoder, DecoderConfig
 from ..models.layers import DecoderLayer, GatedMLP, look_up, loss
-from .collectives import Group, exchange
+from . import collectives
+from .collectives import Group, exchange, local
 from .data import Inner
 from .traffic import Collectives
 
@@ -113,7 +114,7 @@ class InternSequenceParallel:
 
     def _whole(self, weight: Tensor) -> Tensor:
         """A weight in full, for the embedding and the head; its gradient is reduce-scattered."""
-        return _Whole.apply(_local(weight), self.weight_group) if isinstance(weight, DTensor) else weight
+        return collectives.gather(local(weight), self.weight_group) if isinstance(weight, DTensor) else weight
 
     def _look_up(self, tokens_BS: Tensor, weight_VD: Tensor) -> Tensor:
         return look_up(self._tokens(tokens_BS), self._whole(weight_VD))
@@ -171,7 +172,7 @@ class Station:
         weights = [linear.weight for linear in self.linears]
         ready = all(isinstance(weight, DTensor) and weight.device_mesh.ndim == 1 for weight in weights)
         if ready and self._coming is None and self._kept is None:
-            self._coming = gather([_local(weight.detach()) for weight in weights], self.group)
+            self._coming = gather([local(weight.detach()) for weight in weights], self.group)
 
     def take(self, parts: Sequence[Tensor], then: list[Station]) -> list[Tensor]:
         """The weights in full; ``then`` are started on the way."""
@@ -230,10 +231,6 @@ def _plain(tensor: Any) -> Tensor:
     return tensor.elem if isinstance(tensor, functional.AsyncCollectiveTensor) else tensor
 
 
-def _local(weight: Tensor) -> Tensor:
-    return weight.to_local() if isinstance(weight, DTensor) else weight
-
-
 class _StationLinears(torch.autograd.Function):
     """Linears of one input; only the input and this rank's parts of the weights are kept for backward."""
 
@@ -257,21 +254,10 @@ class _StationLinears(torch.autograd.Function):
         return None, grad_TD.view(x_BSD.shape), *(functional.wait_tensor(part) for part in scattered)
 
 
-class _Whole(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, part: Tensor, group: Group) -> Tensor:  # type: ignore[override, no-untyped-def]
-        ctx.group = group
-        return functional.wait_tensor(gather([part], group)[0])
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override, no-untyped-def]
-        return functional.wait_tensor(scatter([grad.contiguous()], ctx.group)[0]), None
-
-
 def _project(station: Station, x_BSD: Tensor, linears: Sequence[nn.Linear]) -> list[Tensor]:
     if not isinstance(linears[0].weight, DTensor):
         return [linear(x_BSD) for linear in linears]
-    outs = _StationLinears.apply(station, x_BSD, *(_local(linear.weight) for linear in linears))
+    outs = _StationLinears.apply(station, x_BSD, *(local(linear.weight) for linear in linears))
     return [out if linear.bias is None else out + linear.bias for out, linear in zip(outs, linears, strict=True)]
 
 

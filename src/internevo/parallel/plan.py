@@ -13,6 +13,7 @@ from torch.distributed.tensor.placement_types import Shard, _StridedShard
 from ..config.model import Model
 from ..config.parallel import Parallel
 from ..models import Decoder, DecoderConfig, Initializer
+from .collectives import local
 from .data import COMPUTE, DataAxis, Inner, Sharded, SingleProcess
 from .isp import InternSequenceParallel
 from .layout import Layout
@@ -63,7 +64,7 @@ def initialize(masters: dict[str, nn.Parameter], initializer: Initializer) -> No
 def fill_local(parameter: nn.Parameter, values: Callable[[int, int], Tensor]) -> None:
     """Fills this rank's part of a weight from ``values(start, stop)``, the full tensor's slices along its first axis."""
     (start, stop), *others = local_box(parameter)
-    part = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    part = local(parameter)
     if part.numel():
         part.copy_(values(start, stop)[(slice(None), *(slice(a, b) for a, b in others))])
 

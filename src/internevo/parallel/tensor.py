@@ -31,13 +31,13 @@ import torch.distributed._functional_collectives as functional
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from .. import ops
 from ..models import Decoder, DecoderConfig
 from ..models.layers import Attention, GatedMLP
 from . import collectives
-from .collectives import Group, all_gather, tokens_first
+from .collectives import Group, all_gather, local, tokens_first
 from .data import Inner
 from .traffic import Collectives
 
@@ -99,7 +99,7 @@ class TensorParallel:
         model.tie()
         model.embed.look_up = self._look_up
         head = model.head
-        head.whole_rows, head.logits, head.loss = _local, self._logits, partial(self._loss, model.config.vocab_size)
+        head.whole_rows, head.logits, head.loss = local, self._logits, partial(self._loss, model.config.vocab_size)
         return Inner(frozenset(partial_gradients), self)
 
     def _cut_along(self, axes: Sequence[str], name: str, repeated_kv: bool) -> int | None:
@@ -133,10 +133,8 @@ class TensorParallel:
 
     def _project(self, x_BSD: Tensor, linears: Sequence[nn.Linear], rows: Sequence[slice] | None = None) -> list[Tensor]:
         rows = rows or [slice(None)] * len(linears)
-        weights = [_local(linear.weight)[part] for linear, part in zip(linears, rows, strict=True)]
-        biases = [
-            None if linear.bias is None else _local(linear.bias)[part] for linear, part in zip(linears, rows, strict=True)
-        ]
+        weights = [local(linear.weight)[part] for linear, part in zip(linears, rows, strict=True)]
+        biases = [None if linear.bias is None else local(linear.bias)[part] for linear, part in zip(linears, rows, strict=True)]
         if self.mode == "fsp" and self.cut:
             outs = list(_GatheredLinears.apply(x_BSD, self.group, *weights))
             return [out if bias is None else out + bias for out, bias in zip(outs, biases, strict=True)]
@@ -144,11 +142,11 @@ class TensorParallel:
         return [F.linear(x_BSD, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
     def _finish(self, x_BSF: Tensor, linear: nn.Linear) -> Tensor:
-        out_BSD = self._leave(F.linear(x_BSF, _local(linear.weight)))
+        out_BSD = self._leave(F.linear(x_BSF, local(linear.weight)))
         return out_BSD if linear.bias is None else out_BSD + linear.bias
 
     def _look_up(self, tokens_BS: Tensor, weight_VD: Tensor) -> Tensor:
-        rows_VD = _local(weight_VD)
+        rows_VD = local(weight_VD)
         numbers = tokens_BS - self.rank * rows_VD.shape[0]
         here = (numbers >= 0) & (numbers < rows_VD.shape[0])
         x_BSD = F.embedding(numbers.clamp(0, rows_VD.shape[0] - 1), rows_VD)
@@ -174,11 +172,6 @@ class TensorParallel:
 
     def _stack(self, x: Tensor) -> Tensor:
         return all_gather(x.unsqueeze(0), self.group)
-
-
-def _local(weight: Tensor) -> Tensor:
-    """This rank's part of a cut weight."""
-    return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 class _GatheredLinears(torch.autograd.Function):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from ..config.training import Adam
+from ..parallel.collectives import local
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -63,8 +63,3 @@ class Optimizer:
         """Frees the gradients."""
         for parameter in self.named.values():
             parameter.grad = None
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -82,6 +82,9 @@ class Stepper:
     clip: float
     terms: LossTerms
 
+    def __post_init__(self) -> None:
+        self.copies = {name: self.axis.copies(name) for name in self.axis.masters}
+
     def __call__(self, batch: StepBatch, lr: float, beta2: float, share: Callable[[], list[float]]) -> StepResult:
         """Trains on one batch. ``share`` is asked for numbers to add up over all ranks, on the way with the losses."""
         # Gradients are those of the sum of losses over a fixed number; the true number of predicted tokens is known when
@@ -117,7 +120,7 @@ class Stepper:
         gradients = self.optimizer.gradients()
         norms = torch.stack(torch._foreach_norm(list(gradients.values()))).double()
         # Every part counts once, however many ranks hold it.
-        copies = torch.tensor([self.axis.copies(name) for name in gradients], dtype=torch.float64, device=self.device)
+        copies = torch.tensor([self.copies[name] for name in gradients], dtype=torch.float64, device=self.device)
         squares = (norms.square() / copies).sum()
         shared = torch.tensor(share, dtype=torch.float64, device=self.device)
         parts = [squares.view(1), losses.sums, losses.counts, routed.values, shared]
