@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -19,15 +20,12 @@ import sys
 import time
 from typing import Any
 
-SHAPES: dict[str, dict[str, int]] = {
-    "S": {"layers": 6, "hidden": 384, "mlp": 1024, "heads": 6, "kv": 6, "vocab": 8192, "rows": 4, "seq": 512},
-    "M": {"layers": 8, "hidden": 768, "mlp": 2048, "heads": 12, "kv": 4, "vocab": 32000, "rows": 2, "seq": 1024},
-}
+import torch
+from ours import SHAPES, train
 
 
 def theirs(shape: dict[str, int], dtype: str, steps: int) -> list[float]:
     """Seconds per step of transformers."""
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -55,57 +53,15 @@ def theirs(shape: dict[str, int], dtype: str, steps: int) -> list[float]:
 
 def ours(shape: dict[str, int], dtype: str, steps: int, compiled: bool) -> list[float]:
     """Seconds per step of this program."""
-    import torch
-    import torch.distributed as dist
-
-    from internevo.config import validate
-    from internevo.data.batches import Cursor, MicroBatch, StepBatch
-    from internevo.models import LossTerms, decoder_config
-    from internevo.parallel import plan
-    from internevo.parallel.layout import Layout
     from internevo.parallel.world import join
-    from internevo.train.optimizer import Optimizer
-    from internevo.train.scaler import LossScaler
-    from internevo.train.step import Stepper
 
-    config = validate({
-        "model_type": "LLAMA2",
-        "model": {
-            "num_layers": shape["layers"], "hidden_size": shape["hidden"], "intermediate_size": shape["mlp"],
-            "num_attention_heads": shape["heads"], "num_kv_attention_heads": shape["kv"], "vocab_size": shape["vocab"],
-            "dtype": dtype, "compile": compiled,
-        },
-        "data": {"seq_len": shape["seq"], "micro_bsz": shape["rows"], "total_steps": steps},
-        "adam": {"lr": 1e-4},
-    })  # fmt: skip
-    times = []
     with join() as world:
-        layout = Layout.of(config.parallel, world.size)
-        model, axis = plan.build(
-            decoder_config("LLAMA2", config.model), config.model, config.parallel, layout, world.device, seed=0
-        )
-        optimizer = Optimizer(axis.masters, config.adam)
-        scaler = LossScaler.of(config.grad_scaler, config.model.dtype)
-        assert dist.group.WORLD is not None
-        stepper = Stepper(
-            model, axis, optimizer, scaler, layout, dist.group.WORLD, world.device, types=1, clip=1.0, terms=LossTerms()
-        )
-        for number in range(steps):
-            tokens = torch.randint(0, shape["vocab"], (shape["rows"], shape["seq"]))
-            labels = torch.cat([tokens[:, 1:], torch.full((shape["rows"], 1), -100)], dim=1)
-            micro = MicroBatch(tokens, labels, torch.zeros_like(tokens), None)
-            batch = StepBatch([micro], number, Cursor(), tokens.numel())
-            begin = time.perf_counter()
-            stepper(batch, 1e-4, 0.95, lambda: [0.0])
-            times.append(time.perf_counter() - begin)
-    return times
+        return train(world, shape, dtype, steps, compiled)
 
 
 def measure(which: str, shape: str, dtype: str, steps: int, threads: int) -> dict[str, Any]:
     """Runs one measurement in a process of its own."""
     command = [sys.executable, __file__, "--worker", which, "--shapes", shape, "--dtypes", dtype, "--steps", str(steps)]
-    import os
-
     out = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
     if out.returncode:
         raise SystemExit(f"{which} {shape} {dtype} failed:\n{out.stderr[-3000:]}")

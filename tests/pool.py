@@ -28,16 +28,16 @@ def _work(rank, pipe):
 
 
 class Pool:
-    """Up to ``size`` processes, started when first needed."""
+    """Processes, started when first needed."""
 
-    def __init__(self, size=4):
-        self.size, self.workers = size, []
+    def __init__(self):
+        self.workers = []
         atexit.register(self.stop)
 
     def train(self, path, processes=1, *overrides, timeout=120):
         """``internevo train PATH OVERRIDES`` on so many processes; fails with the traceback of the first rank that failed."""
         context = multiprocessing.get_context("spawn")
-        while len(self.workers) < self.size:
+        while len(self.workers) < processes:
             mine, theirs = context.Pipe()
             process = context.Process(target=_work, args=(len(self.workers), theirs), daemon=True)
             process.start()

@@ -44,11 +44,12 @@ def config_(
     config: ConfigFile,
     overrides: Overrides = None,
     world_size: Annotated[int | None, typer.Option(min=1, help="Also print the layout on so many processes.")] = None,
+    per_node: Annotated[int, typer.Option(min=1, help="Processes on each machine, for the layout.")] = 8,
 ) -> None:
     """Validate a config and print it with every default written out."""
     from .show import show
 
-    show(config, overrides or [], world_size)
+    show(config, overrides or [], world_size, per_node)
 
 
 @app.command(epilog=_epilog("internevo tokenize corpus.jsonl --tokenizer llama/ --output data --valid-ratio 0.01"))

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from tests.conftest import ROOT, metrics, run, tensors, write_config, write_dataset
+from tests.conftest import metrics, run, tensors, write_config, write_dataset
 
 SAME = ("step", "loss", "grad_norm", "lr", "tokens", "consumed_tokens", "skipped", "loss_by_type")
 
@@ -192,27 +192,6 @@ def test_a_process_that_fails_ends_the_run_with_its_message(config, tmp_path):
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "of 2 failed" in output
-
-
-def test_torchrun_and_slurm_start_the_same_run(config, tmp_path, reference):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    run(ROOT / "train.py", "--config", config("torchrun"), "--launcher", "torch", command=torchrun)
-    assert_close(metrics(tmp_path / "torchrun"), metrics(reference("packed")))
-    path = config("slurm")
-    port = 20000 + os.getpid() % 20000
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(ROOT / "train.py"), "--config", str(path), "--launcher", "slurm", "--port", str(port)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "SLURM_PROCID": str(rank), "SLURM_NTASKS": "2", 
-                 "SLURM_LOCALID": str(rank), "SLURM_JOB_NODELIST": "localhost", "SLURM_STEP_ID": "0"},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    for process in processes:
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, output
-    assert_close(metrics(tmp_path / "slurm"), metrics(reference("packed")))
 
 
 def test_half_precision_follows_fp32(pool, config, tmp_path, reference):

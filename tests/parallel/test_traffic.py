@@ -10,7 +10,7 @@ from internevo.models import decoder_config, parameter_shapes
 from internevo.parallel import isp, tensor
 from internevo.parallel.layout import Layout
 from tests.conftest import run, write_config, write_dataset
-from tests.parallel.test_strategies import layout
+from tests.parallel.layouts import layout
 
 MICRO_BATCHES, TOKENS = 3, 32
 
@@ -20,14 +20,14 @@ def counted(pool, tmp_path, processes, changes):
     dataset = write_dataset(tmp_path / "data")
     ranks = processes // changes["parallel__tensor"]["size"]
     path = write_config(
-        tmp_path, dataset, "run", **{"model__vocab_size": 96 + 4, "data__total_steps": 1, "ckpt__enable_save_ckpt": False,
-        "monitor__comm": True, "data__global_batch_size": MICRO_BATCHES * ranks, **changes},
+        tmp_path, dataset, "run", **{"model__vocab_size": 96 + 4, "data__total_steps": 2, "ckpt__enable_save_ckpt": False,
+        "monitor__comm": True, **changes, "data__micro_bsz": 1, "data__global_batch_size": MICRO_BATCHES * ranks},
     )  # fmt: skip
     pool.train(path, processes)
     config = load_config(path)
     rows = json.loads((tmp_path / "run" / "comm.json").read_text())
     found = {(row["kind"], row["axis"]): (row["count"], row["nbytes"]) for row in rows}
-    return found, decoder_config(config.model_type, config.model), Layout.of(config.parallel, processes)
+    return found, decoder_config(config.model_type, config.model), Layout.of(config, processes)
 
 
 def times(rows, number):
@@ -36,7 +36,7 @@ def times(rows, number):
 
 @pytest.mark.parametrize(("mode", "recomputed"), [("mtp", False), ("msp", False), ("fsp", True)])
 def test_tensor_modes_move_what_their_table_says(pool, tmp_path, mode, recomputed):
-    found, decoder, _ = counted(pool, tmp_path, 4, layout(mode, 2, model__checkpoint=recomputed))
+    found, decoder, _ = counted(pool, tmp_path, *layout(4, mode, 2, model__checkpoint=recomputed))
     rows = tensor.traffic(decoder, mode, 2, TOKENS, 4, decoder.num_layers if recomputed else 0)
     mine = {key: value for key, value in found.items() if key[1] == "tensor"}
     wanted = times(rows, MICRO_BATCHES)
@@ -52,8 +52,8 @@ def test_tensor_modes_move_what_their_table_says(pool, tmp_path, mode, recompute
 
 @pytest.mark.parametrize(("t", "w", "recomputed"), [(1, 2, False), (2, 4, False), (4, 2, True)])
 def test_isp_moves_what_its_table_says(pool, tmp_path, t, w, recomputed):
-    changes = layout("isp", t, w, weights={"overlap": True}, model__checkpoint=recomputed)
-    found, decoder, _ = counted(pool, tmp_path, 4, changes)
+    changes = layout(4, "isp", t, w, weights={"overlap": True}, model__checkpoint=recomputed)
+    found, decoder, _ = counted(pool, tmp_path, *changes)
     wanted = times(isp.traffic(decoder, t, w, TOKENS, 4, decoder.num_layers if recomputed else 0), MICRO_BATCHES)
     assert {key: found[key] for key in wanted} == wanted
     # Gradients of norms once per step; losses and counts once per step, over the world, which may be the weight group.
@@ -64,7 +64,7 @@ def test_isp_moves_what_its_table_says(pool, tmp_path, t, w, recomputed):
 @pytest.mark.parametrize("inner", [1, 2])
 def test_the_data_axis_moves_what_its_table_says(pool, tmp_path, zero, fsdp, inner):
     """ZeRO-1.5: every weight gathered and every gradient scattered once per step. FSDP: twice and once per micro-batch."""
-    found, decoder, spread = counted(pool, tmp_path, 4, layout("mtp", inner, zero=zero, fsdp=fsdp))
+    found, decoder, spread = counted(pool, tmp_path, *layout(4, "mtp", inner, zero=zero, fsdp=fsdp))
     sizes = {name: math.prod(shape) for name, shape in parameter_shapes(decoder).items()}
     whole = sum(n for name, n in sizes.items() if "norm" in name)
     nbytes = 4 * (whole + (sum(sizes.values()) - whole) // inner)
@@ -79,7 +79,7 @@ def test_the_data_axis_moves_what_its_table_says(pool, tmp_path, zero, fsdp, inn
 
 
 def test_the_console_shows_the_table(tmp_path):
-    path = write_config(tmp_path, write_dataset(tmp_path / "data"), **layout("msp", 2), model__vocab_size=100,
-                        data__total_steps=1, monitor__comm=True)  # fmt: skip
+    path = write_config(tmp_path, write_dataset(tmp_path / "data"), **layout(2, "msp", 2)[1], model__vocab_size=100,
+                        data__total_steps=2, monitor__comm=True)  # fmt: skip
     lines = run("train", path, "--nproc", 2).stdout.splitlines()
     assert any(line.split()[:3] == ["reduce-scatter", "tensor", "2"] for line in lines)

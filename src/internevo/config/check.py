@@ -170,8 +170,6 @@ def _axes(config: Config, world: int) -> Iterator[str]:
         yield f"{world} processes are not a multiple of parallel.weight.size * parallel.pipeline.size = {weight} * {pipeline}"
     if parallel.zero1.fsdp and pipeline > 1:
         yield "parallel.zero1.fsdp = True does not go with parallel.pipeline.size > 1; use ZeRO (fsdp = False) there"
-    if parallel.zero1.fsdp and parallel.tensor.mode == "isp" and (tensor > 1 or weight > 1):
-        yield "parallel.zero1.fsdp = True does not go with parallel.tensor.mode = 'isp'; use parallel.weight.size"
 
 
 def data_size(config: Config, world_size: int) -> int:

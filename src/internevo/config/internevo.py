@@ -50,6 +50,9 @@ def _optimizer(config: dict[str, Any]) -> None:
     zero = _section(config, "hybrid_zero_optimizer")
     if "zero_overlap_communication" in zero:
         zero.setdefault("overlap_sync_grad", zero.pop("zero_overlap_communication"))
+    dtype = config.pop("reduce_comm_dtype", None)
+    if dtype is not None:
+        config.setdefault("hybrid_zero_optimizer", {}).setdefault("grad_dtype", dtype)
 
 
 def _rotary(config: dict[str, Any]) -> None:

@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
-from .option import REQUIRED, Section, option
+from .option import REQUIRED, Section, dtype_name, option
 
-DTYPES = {
-    "torch.float32": "float32",
-    "torch.float": "float32",
-    "torch.tf32": "tf32",
-    "torch.bfloat16": "bfloat16",
-    "torch.float16": "float16",
-    "torch.half": "float16",
-    "fp32": "float32",
-    "bf16": "bfloat16",
-    "fp16": "float16",
-}
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 KERNELS = "the best kernel for the device is chosen in one place (internevo/ops)"
 ROTARY = "rotary pairs are stored half-split, as on the Hugging Face side; checkpoints are turned when converted"
@@ -63,8 +52,10 @@ class Model(Section):
         'Type of the computation: "torch.float32", "torch.bfloat16", "torch.float16", or "torch.tf32" (fp32 weights, '
         "TF32 matrix products). Master weights and optimizer state are fp32 in every case.",
     )
-    checkpoint: float = option(
-        0.0, "Activation recomputation: True, False, or the share of layers (the first of them) recomputed.", ge=0, le=1
+    checkpoint: Annotated[float, Field(ge=0, le=1)] | Literal["attention"] = option(
+        0.0,
+        "Activation recomputation: True, False, or the share of layers (the first of them) recomputed; "
+        '"attention": the attention of every layer, and nothing else.',
     )
     compile: bool = option(False, "Compile each layer with torch.compile; layers of one shape share the code.")
     layer_norm_epsilon: float = option(1e-5, "Added to the mean square in the norms.", gt=0)
@@ -149,8 +140,7 @@ class Model(Section):
     @field_validator("dtype", mode="before")
     @classmethod
     def _dtype(cls, value: Any) -> Any:
-        text = str(value)
-        return DTYPES.get(text, text.removeprefix("torch."))
+        return dtype_name(value)
 
     @field_validator("checkpoint", mode="before")
     @classmethod

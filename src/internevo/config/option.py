@@ -9,6 +9,17 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
 REQUIRED: Any = ...
+DTYPES = {
+    "torch.float32": "float32",
+    "torch.float": "float32",
+    "torch.tf32": "tf32",
+    "torch.bfloat16": "bfloat16",
+    "torch.float16": "float16",
+    "torch.half": "float16",
+    "fp32": "float32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+}
 
 
 class Section(BaseModel):
@@ -86,3 +97,8 @@ def unavailable(section: Section) -> list[str]:
         if what and value != field.get_default(call_default_factory=True) and value not in neutral:
             lines.append(f"not available yet: {what} ({key} = {value!r})")
     return lines
+
+
+def dtype_name(value: Any) -> str:
+    """PyTorch's name of a dtype however it is written: "torch.half" -> "float16"."""
+    return DTYPES.get(str(value), str(value).removeprefix("torch."))

@@ -102,9 +102,14 @@ class Monitor(Section):
     peak_tflops: float | None = option(
         None, "Peak of one device for the model's dtype, for MFU; by default known GPUs'.", unit="TFLOPS", gt=0
     )
-    comm: bool = option(
-        False, "Count the collectives of the first step: a table on the console, and comm.json in the run folder."
+    memory: bool = option(
+        False, "Measure the memory of the run's first step beside the formula's: a table on the console, and memory.json."
     )
+    comm: bool = option(
+        False,
+        "Count and time the collectives of its second step, each waited for by itself: a table on the console, and comm.json.",
+    )
+    trace: bool = option(False, "Record a timeline of its third step: trace-rankN.json.gz, for Chrome or Perfetto.")
 
 
 class Generation(Section):

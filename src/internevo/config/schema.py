@@ -54,16 +54,15 @@ class Config(Section):
     output_tf32: bool = option(False, "Head output in fp32.", ignored="the loss is computed in fp32 in any case")
     use_apex_adam: bool = option(False, "Apex's Adam.", ignored="PyTorch's fused AdamW is used")
     gradient_handler: list[Any] = option([], "Extra gradient handlers.", later="gradient handlers")
-    reduce_comm_dtype: str | None = option(
-        None, "Type of gradient reduction.", later="another reduction type", neutral=("torch.float32",)
-    )
     cpu_offloading: dict[str, Any] | None = option(
         None,
         "Activations to the host.",
         later="activation offload",
         neutral=({"enable": False, "num_layers": 0}, {"enable": False}),
     )
-    selective_checkpoint: bool = option(False, "Keep attention outputs when recomputing.", later="selective recomputation")
+    selective_checkpoint: bool = option(
+        False, "What is recomputed (model.checkpoint) keeps the outputs of its attention kernel."
+    )
     selective_checkpoint_offload: bool = option(False, "Those to the host.", later="activation offload")
     fp8: dict[str, Any] | None = option(None, "fp8 matrix products.", later="fp8")
     int8_training: bool | None = option(None, "int8 matrix products.", later="int8", neutral=(False,))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from .option import REQUIRED, Section, option
+from pydantic import field_validator
 
-BUCKETS = "a bucket is a decoder layer"
+from .option import REQUIRED, Section, dtype_name, option
 
 
 class Adam(Section):
@@ -60,12 +60,23 @@ class HybridZeroOptimizer(Section):
     """Gradient clipping, and how the data axis communicates."""
 
     clip_grad_norm: float = option(0.0, "Largest global L2 norm of the gradients; 0: no clipping.", ge=0)
-    overlap_sync_grad: bool = option(False, "Reduce gradients during backward.", ignored="gradients always overlap")
-    overlap_sync_param: bool = option(False, "Gather parameters during forward.", ignored="parameters always overlap")
-    reduce_bucket_size: int = option(512 * 1024**2, "Elements per reduction.", ignored=BUCKETS)
+    overlap_sync_grad: bool = option(True, "Reduce gradients while backward goes on (on a GPU; gloo always waits).")
+    overlap_sync_param: bool = option(True, "Gather the next layer's parameters while this one computes.")
+    reduce_bucket_size: int | None = option(
+        None,
+        "ZeRO-1.5 reduces and gathers consecutive layers at once, up to so many elements together; None: each layer by itself.",
+        ge=1,
+    )
     use_split_tensor_optim: bool = option(False, "Cut tensors between ranks.", ignored="tensors are always cut")
-    all_gather_size: int = option(512 * 1024**2, "Elements per gather.", ignored=BUCKETS)
-    grad_dtype: str = option("float32", "Type in which gradients are reduced.", later="reduction in bf16", neutral=("fp32",))
+    all_gather_size: int = option(512 * 1024**2, "Elements per gather.", ignored="reduce_bucket_size is read")
+    grad_dtype: Literal["float32", "bfloat16", "float16"] = option(
+        "float32", "Type in which gradients are accumulated over micro-batches and reduced over ranks."
+    )
+
+    @field_validator("grad_dtype", mode="before")
+    @classmethod
+    def _dtype(cls, value: Any) -> Any:
+        return dtype_name(value)
 
 
 class Loss(Section):

@@ -15,10 +15,11 @@ Gradients are summed, not averaged: the loss is already divided by the global nu
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -28,7 +29,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from ..config.training import HybridZeroOptimizer
 from ..models import Decoder
+from .collectives import local
 
 COMPUTE = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -97,8 +100,8 @@ class SingleProcess:
 class Inner:
     """What a strategy inside a layer tells the data axis."""
 
-    partial: frozenset[str] = frozenset()
-    """Parameters that are whole on every inner rank, and whose gradients are parts of a sum over these ranks."""
+    partial: Mapping[str, dist.ProcessGroup] = field(default_factory=dict)
+    """Parameters that several inner ranks hold, and the group over which their gradients must still be summed."""
     strategy: CutsSequences | None = None
 
 
@@ -127,29 +130,41 @@ class Sharded:
     """Several ranks: ``fully_shard`` over the mesh ("replicate", "zero")."""
 
     def __init__(
-        self, model: Decoder, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype, fsdp: bool, inner: Inner
+        self,
+        model: Decoder,
+        mesh: DeviceMesh,
+        device: torch.device,
+        dtype: torch.dtype,
+        fsdp: bool,
+        inner: Inner,
+        config: HybridZeroOptimizer,
     ) -> None:
         """
         Args:
             mesh: ("replicate", "zero", "inner").
             fsdp: gather per use rather than once per step.
             inner: what a strategy has made of the "inner" dimension.
+            config: how it communicates.
         """
         self.model, self.fsdp, self.inner, self.world = model, fsdp, inner, mesh.size()
-        self.inner_group = mesh.get_group("inner")
-        mesh = mesh["replicate", "zero"]
         compute = None if dtype == torch.float32 else dtype
-        precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        ends: list[nn.Module | list[nn.Module]] = [model.embed, [model.norm, model.head]]
-        if model.config.tie_embeddings:
-            ends = []  # one weight cannot be in two units: both ends belong to the whole model's
-        for unit in [*model.layers, *ends, model]:
-            fully_shard(unit, mesh=mesh, mp_policy=precision, reshard_after_forward=fsdp)
+        precision = MixedPrecisionPolicy(
+            param_dtype=compute, reduce_dtype=getattr(torch, config.grad_dtype), cast_forward_inputs=False
+        )
+        for modules in units(model, None if fsdp else config.reduce_bucket_size):
+            fully_shard(modules, mesh=mesh["replicate", "zero"], mp_policy=precision, reshard_after_forward=fsdp)
+        # In the order of the forward pass, the whole model first.
         self.units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        for unit in self.units:
+        for unit, following in itertools.zip_longest(self.units, self.units[1:]):
             unit.set_gradient_divide_factor(1.0)
             # A divide factor would use PREMUL_SUM, which gloo has not.
             unit.set_force_sum_reduction_for_comms(True)
+            if config.overlap_sync_param and following is not None:
+                unit.set_modules_to_forward_prefetch([following])
+            if not config.overlap_sync_grad:
+                unit.set_all_reduce_hook(_wait)
+        if device.type == "cpu" and config.overlap_sync_param:
+            self.units[0]._set_unshard_async_op(True)  # there are no streams: what is prefetched goes on in gloo's threads
         model.to_empty(device=device)
         self.masters = dict(model.named_parameters())
 
@@ -168,11 +183,12 @@ class Sharded:
 
     @torch.no_grad()
     def after_backwards(self) -> None:
-        """Gradients of whole parameters that are parts of a sum over the inner ranks: one all-reduce for all of them."""
-        parts = [p.grad.to_local() for n, p in self.masters.items() if n in self.inner.partial and isinstance(p.grad, DTensor)]
-        if parts:
+        """Gradients that are parts of a sum over inner ranks: one all-reduce for all of a group."""
+        for group in dict.fromkeys(self.inner.partial.values()):
+            grads = [self.masters[name].grad for name, its in self.inner.partial.items() if its is group]
+            parts = [local(grad) for grad in grads if grad is not None]
             joined = torch.cat([part.flatten() for part in parts])
-            dist.all_reduce(joined, group=self.inner_group)
+            dist.all_reduce(joined, group=group)
             for part, whole in zip(parts, joined.split([part.numel() for part in parts]), strict=True):
                 part.copy_(whole.view(part.shape))
 
@@ -193,3 +209,26 @@ class Sharded:
         finally:
             if strategy:
                 strategy.cut = before
+
+
+def units(model: Decoder, bucket: int | None) -> list[list[nn.Module]]:
+    """Modules whose parameters are gathered and whose gradients are reduced together, in the order of the forward pass:
+    consecutive layers up to ``bucket`` elements (None: each by itself), both ends, and last the model with what is left."""
+    joined: list[list[nn.Module]] = []
+    space = 0
+    for layer in model.layers:
+        size = sum(local(parameter).numel() for parameter in layer.parameters())
+        if bucket is None or size > space:
+            joined.append([])
+            space = bucket or 0
+        joined[-1].append(layer)
+        space -= size
+    if model.config.tie_embeddings:
+        return [*joined, [model]]  # one weight cannot be in two units: both ends belong to the whole model's
+    return [[model.embed], *joined, [model.norm, model.head], [model]]
+
+
+def _wait(reduced: Tensor) -> None:
+    """Before backward goes on."""
+    if reduced.is_cuda:
+        torch.cuda.current_stream().synchronize()

@@ -15,8 +15,8 @@ Per layer and micro-batch, with W = the layer's weights and A = one full activat
 | tensor | 2 all-to-all: q, k, v as one; the output | the same                                                   |
 
 q, k and v are gathered as one, and gate and up (they share an input); o and down by themselves. With ``overlap`` the next
-weights are gathered while these are used, in both directions. Gradients are reduce-scattered behind the product that gives the
-input's gradient.
+weights are gathered while these are used, in both directions, and gradients are reduce-scattered while the layer's backward
+goes on.
 A recomputed layer gathers twice, not three times: its backward uses what its second forward has gathered.
 """
 
@@ -81,20 +81,20 @@ class InternSequenceParallel:
 
     def apply(self, model: Decoder) -> Inner:
         """Cuts the weights and exchanges the layers' functions, in place."""
-        whole = set()
+        whole: dict[str, Group] = {}
         for path, module in model.named_modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if name == "weight" and parameter.dim() == 2 and self.mesh.size() > 1:
                     cut = nn.Parameter(distribute_tensor(parameter.data, self.mesh, [Shard(0)], src_data_rank=None))
                     module.register_parameter(name, cut)
-                else:
-                    whole.add(f"{path}.{name}")
+                elif self.mesh.size() > 1:
+                    whole[f"{path}.{name}"] = self.weight_group
         model.tie()
         stations = [station for number, layer in enumerate(model.layers) for station in self._layer(number, layer)]
         connect(stations, self.config)
         model.embed.look_up = self._look_up
         model.head.whole_rows, model.head.loss = self._whole, self._loss
-        return Inner(frozenset(whole) if self.mesh.size() > 1 else frozenset(), self)
+        return Inner(whole, self)
 
     def _layer(self, number: int, layer: nn.Module) -> list[Station]:
         assert isinstance(layer, DecoderLayer) and isinstance(layer.mlp, GatedMLP)
@@ -104,7 +104,10 @@ class InternSequenceParallel:
         attn.project, attn.finish = partial(_project, stations["wqkv"]), partial(_finish, stations["wo"])
         mlp.project, mlp.finish = partial(_project, stations["w1"]), partial(_finish, stations["w2"])
         attn.split_heads, attn.join_heads, attn.own_heads = self._split_heads, self._join_heads, self._own_heads
-        return list(stations.values())
+        found = list(stations.values())
+        for station in found:
+            station.first, station.layer_stations = found[0], found
+        return found
 
     # What layers do instead ------------------------------------------------------------------------------------------
 
@@ -137,7 +140,7 @@ class InternSequenceParallel:
         sent = torch.cat(parts, dim=3).movedim(2, 0)
         received = exchange(sent, self.token_group).movedim(0, 1).flatten(1, 2)
         q, k, v = received.split([part.shape[3] for part in parts], dim=2)
-        return q, k, v
+        return q, k, v.contiguous()  # kept for backward, and not all three with it
 
     def _join_heads(self, out_BSHN: Tensor) -> Tensor:
         """[B, S, H/t, N] -> [B, S/t, H, N]."""
@@ -164,8 +167,40 @@ class Station:
         self.before: list[Station] = []
         """The same, backward."""
         self.overlap = False
+        self.first: Station = self
+        """Of the layer's stations."""
+        self.layer_stations: list[Station] = [self]
         self._coming: list[Tensor] | None = None
         self._kept: list[Tensor] | None = None
+        self._backward_is_due = False
+        self._parts: list[Tensor] | None = None
+        self.sent: list[Tensor] = []
+        """Gradients of the full weights that are on their way: a collective reads them, and does not hold them."""
+
+    def parts(self) -> list[Tensor]:
+        """This rank's parts of the weights, whose gradients may still be on their way when they come here.
+
+        Autograd runs what was made last first. All of a layer's arrivals are made with its first station, so they wait for
+        their gradients when the rest of the layer's backward is over (``_StationLinears.backward`` does not wait).
+        """
+        if not self.defers():
+            return [local(linear.weight) for linear in self.linears]
+        if self is self.first:
+            for station in self.layer_stations:
+                station._parts = list(_Arrive.apply(station, *(local(linear.weight) for linear in station.linears)))
+        parts, self._parts = self._parts, None
+        assert parts is not None
+        return parts
+
+    def defers(self) -> bool:
+        """Whether gradients are waited for at their arrival. (A compiler orders collectives by itself.)"""
+        return self.overlap and not torch.compiler.is_compiling()
+
+    def receive(self, grads: Sequence[Tensor]) -> list[Tensor]:
+        """This rank's parts of the gradients, when they are there."""
+        arrived = [functional.wait_tensor(grad) for grad in grads]
+        self.sent = []
+        return arrived
 
     def fetch(self) -> None:
         """Starts to gather, unless that is under way; not before the data axis has given the weights to this layer."""
@@ -176,7 +211,7 @@ class Station:
 
     def take(self, parts: Sequence[Tensor], then: list[Station]) -> list[Tensor]:
         """The weights in full; ``then`` are started on the way."""
-        if torch.compiler.is_compiling() or not self.overlap:  # a compiler orders collectives by itself
+        if not self.defers():
             return [functional.wait_tensor(w) for w in gather(parts, self.group)]
         coming, self._coming = self._coming, None
         coming = coming if coming is not None else gather(parts, self.group)
@@ -187,14 +222,16 @@ class Station:
     def forward(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """For the forward pass. In a recomputation the layer's own backward is next: it gets the same weights."""
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            self._backward_is_due = True
             return self.take(parts, self.after)
-        # Only within the layer: the ones behind it have had their backward, and nobody would wait for their weights.
-        self._kept = self.take(parts, [station for station in self.after if station.layer == self.layer])
+        # What had its backward would fetch weights that nobody waits for.
+        layer = [station for station in self.after if station.layer == self.layer and station._backward_is_due]
+        self._kept = self.take(parts, layer)
         return self._kept
 
     def backward(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """For the backward pass."""
-        kept, self._kept = self._kept, None
+        kept, self._kept, self._backward_is_due = self._kept, None, False
         return kept if kept is not None else self.take(parts, self.before)
 
 
@@ -203,11 +240,12 @@ def connect(stations: list[Station], config: Weight) -> None:
     per_layer, places = 4, {"wqkv": 0, "attn": 1, "wo": 1, "w1": 2}
     for number, station in enumerate(stations):
         station.overlap = config.overlap
-        if config.forward_overlap_per == "module" or number < per_layer - 1:
+        place, by_module = number % per_layer, config.forward_overlap_per == "module"
+        if by_module or (station.layer == 0 and place < per_layer - 1):  # nothing has fetched the first layer's
             station.after = stations[number + 1 : number + 2]
-        elif number % per_layer == places[config.launch_allgather_before]:
-            first = (station.layer + 1) * per_layer
-            station.after = stations[first : first + per_layer]
+        if not by_module and place == places[config.launch_allgather_before]:
+            following = (station.layer + 1) * per_layer
+            station.after = [*station.after, *stations[following : following + per_layer]]
         station.before = stations[number - 1 : number] if number else []
 
 
@@ -222,13 +260,26 @@ def gather(parts: Sequence[Tensor], group: Group) -> list[Tensor]:
 def scatter(grads: Sequence[Tensor], group: Group) -> list[Tensor]:
     """The inverse: the sums' parts, in one call; not waited for."""
     if len(grads) == 1:
-        return [functional.reduce_scatter_single(grads[0], "sum", 0, group)]
-    return functional.reduce_scatter_single_coalesced(list(grads), "sum", [0] * len(grads), group)
+        return [_plain(functional.reduce_scatter_single(grads[0], "sum", 0, group))]
+    return [_plain(part) for part in functional.reduce_scatter_single_coalesced(list(grads), "sum", [0] * len(grads), group)]
 
 
 def _plain(tensor: Any) -> Tensor:
-    """Without the wrapper that waits at first use: stations wait themselves."""
+    """Without the wrapper that waits at first use: it is waited for explicitly."""
     return tensor.elem if isinstance(tensor, functional.AsyncCollectiveTensor) else tensor
+
+
+class _Arrive(torch.autograd.Function):
+    """A station's parts of its weights as they are; backward waits for their gradients."""
+
+    @staticmethod
+    def forward(ctx, station: Station, *parts: Tensor):  # type: ignore[override, no-untyped-def]
+        ctx.station = station
+        return tuple(part.view_as(part) for part in parts)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):  # type: ignore[override, no-untyped-def]
+        return None, *ctx.station.receive(grads)
 
 
 class _StationLinears(torch.autograd.Function):
@@ -246,18 +297,23 @@ class _StationLinears(torch.autograd.Function):
         full = ctx.station.backward(parts)
         rows_TD = x_BSD.flatten(0, 1)
         flat_TF = [grad.flatten(0, 1) for grad in grads]
-        # Weights first: their gradients travel while the input's gradient is computed.
-        scattered = scatter([grad.t() @ rows_TD for grad in flat_TF], ctx.station.group)
+        # Weights first: their gradients travel while the rest is computed.
+        full_grads = [grad.t() @ rows_TD for grad in flat_TF]
+        scattered = scatter(full_grads, ctx.station.group)
         grad_TD = flat_TF[0] @ full[0]
         for grad, weight in zip(flat_TF[1:], full[1:], strict=True):
             grad_TD += grad @ weight
-        return None, grad_TD.view(x_BSD.shape), *(functional.wait_tensor(part) for part in scattered)
+        if ctx.station.defers():
+            ctx.station.sent = full_grads
+        else:
+            scattered = [functional.wait_tensor(part) for part in scattered]
+        return None, grad_TD.view(x_BSD.shape), *scattered
 
 
 def _project(station: Station, x_BSD: Tensor, linears: Sequence[nn.Linear]) -> list[Tensor]:
     if not isinstance(linears[0].weight, DTensor):
         return [linear(x_BSD) for linear in linears]
-    outs = _StationLinears.apply(station, x_BSD, *(local(linear.weight) for linear in linears))
+    outs = _StationLinears.apply(station, x_BSD, *station.parts())
     return [out if linear.bias is None else out + linear.bias for out, linear in zip(outs, linears, strict=True)]
 
 

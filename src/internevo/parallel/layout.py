@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from ..config.parallel import Parallel
+from ..config import Config
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,20 @@ class Layout:
     zero: int
     """Ranks that share one optimizer state (and, with fsdp, parameters and gradients)."""
     fsdp: bool
+    kv_copies: int = 1
+    """Ranks of a tensor group that hold the same key/value heads, as there are fewer of them than ranks. (isp has none.)"""
 
     @classmethod
-    def of(cls, parallel: Parallel, world: int) -> Layout:
+    def of(cls, config: Config, world: int) -> Layout:
         """From the config and the number of processes; ``check`` has made sure that they fit."""
+        parallel = config.parallel
         tensor, weight, pipeline = parallel.tensor.size, parallel.weight.size, parallel.pipeline.size
         mode = parallel.tensor.mode
         outer = world // ((weight if mode == "isp" else tensor) * pipeline)
         zero = parallel.zero1.size if parallel.zero1.size > 0 else outer
-        return cls(world, tensor, mode, weight, pipeline, zero, parallel.zero1.fsdp)
+        kv_heads = config.model.num_kv_attention_heads or config.model.num_attention_heads
+        copies = max(1, tensor // kv_heads) if mode != "isp" else 1
+        return cls(world, tensor, mode, weight, pipeline, zero, parallel.zero1.fsdp, copies)
 
     @property
     def data(self) -> int:
@@ -66,10 +71,15 @@ class Layout:
         return rank // self.tensor % self.data
 
     def weight_mesh(self, device_type: str) -> DeviceMesh:
-        """The view of weights as ("replicate", "zero", "inner"); creates the groups, so every rank must call it."""
-        return init_device_mesh(
-            device_type, (self.replicate, self.zero, self.inner), mesh_dim_names=("replicate", "zero", "inner")
-        )
+        """The view of weights as ("replicate", "zero", "inner"); creates the groups, so every rank must call it. With copies of
+        key/value heads, "inner" is ("heads", "copies") as one."""
+        outer = (self.replicate, self.zero)
+        if self.kv_copies == 1:
+            return init_device_mesh(device_type, (*outer, self.inner), mesh_dim_names=("replicate", "zero", "inner"))
+        sizes = (*outer, self.inner // self.kv_copies, self.kv_copies)
+        mesh = init_device_mesh(device_type, sizes, mesh_dim_names=("replicate", "zero", "heads", "copies"))
+        mesh["heads", "copies"]._flatten("inner")
+        return mesh
 
     def activation_mesh(self, device_type: str) -> DeviceMesh:
         """The view of activations as ("data", "tensor"); creates the groups, so every rank must call it."""
@@ -83,6 +93,7 @@ class Layout:
         sizes = {"inner": self.inner, "zero": self.zero, "replicate": self.replicate}
         found = {names[axis]: self._groups(sizes[axis], weights[axis]) for axis in weights}
         found |= {"tensor": self._groups(self.tensor, 1), "data": self._groups(self.data, self.tensor)}
+        found["kv copies"] = self._groups(self.kv_copies, 1)
         found["pipeline"] = self._groups(self.pipeline, per_stage)
         return {axis: groups for axis, groups in found.items() if len(groups[0]) > 1}
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Shard, _StridedShard
 
-from ..config.model import Model
-from ..config.parallel import Parallel
+from ..config import Config
 from ..models import Decoder, DecoderConfig, Initializer
+from ..models.layers import DecoderLayer
 from .collectives import local
 from .data import COMPUTE, DataAxis, Inner, Sharded, SingleProcess
 from .isp import InternSequenceParallel
@@ -21,23 +22,23 @@ from .recompute import recompute
 from .tensor import TensorParallel
 
 
-def build(
-    config: DecoderConfig, section: Model, parallel: Parallel, layout: Layout, device: torch.device, seed: int
-) -> tuple[Decoder, DataAxis]:
+def build(decoder: DecoderConfig, config: Config, layout: Layout, device: torch.device) -> tuple[Decoder, DataAxis]:
     """The model of a run: spread over the ranks, with its initial weights, on ``device``; and who owns its weights."""
+    section = config.model
     with torch.device("meta"):
-        model = Decoder(config, embed_grad_scale=section.embed_grad_scale)
-    layers = list(model.layers)
+        model = Decoder(decoder, embed_grad_scale=section.embed_grad_scale)
+    layers = [cast(DecoderLayer, layer) for layer in model.layers]
     mesh = layout.weight_mesh(device.type) if layout.world > 1 else None
     # Innermost: the weights of a layer are cut, and its collectives put in.
     inner = Inner()
     if mesh is not None and layout.mode != "isp" and layout.tensor > 1:
-        inner = TensorParallel(mesh["inner"], layout.mode).apply(model)
+        kv_mesh = mesh["heads", "copies"] if layout.kv_copies > 1 else None
+        inner = TensorParallel(mesh["inner"], layout.mode, kv_mesh).apply(model)
     elif mesh is not None and layout.mode == "isp" and max(layout.tensor, layout.weight) > 1:
         tokens = layout.activation_mesh(device.type)["tensor"]
-        inner = InternSequenceParallel(mesh["inner"], tokens, parallel.weight).apply(model)
+        inner = InternSequenceParallel(mesh["inner"], tokens, config.parallel.weight).apply(model)
     # What a layer keeps for backward.
-    recompute(layers, section.checkpoint)
+    recompute(layers, section.checkpoint, config.selective_checkpoint)
     # Compiled with recomputation inside, and before sharding, so that hooks stay outside the compiled code.
     if section.compile:
         for layer in layers:
@@ -48,8 +49,8 @@ def build(
     if mesh is None:
         axis = SingleProcess(model, device, dtype)
     else:
-        axis = Sharded(model, mesh, device, dtype, layout.fsdp, inner)
-    initialize(axis.masters, Initializer.of(section, seed, config.norm_unit_offset))
+        axis = Sharded(model, mesh, device, dtype, layout.fsdp, inner, config.hybrid_zero_optimizer)
+    initialize(axis.masters, Initializer.of(section, config.seed, decoder.norm_unit_offset))
     axis.masters_changed()
     return model, axis
 

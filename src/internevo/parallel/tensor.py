@@ -7,6 +7,8 @@
     embedding, head    [vocab, D]  cut along the vocabulary
     norms, biases of o and down    whole on every rank
 
+Of fewer key/value heads than ranks, each rank holds the one that its query heads need.
+
 Per layer and micro-batch, with A = one full activation (b * s * h * bytes):
 
 | mode | forward                               | backward                              | kept at norms and residual |
@@ -31,7 +33,7 @@ import torch.distributed._functional_collectives as functional
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
 from .. import ops
 from ..models import Decoder, DecoderConfig
@@ -70,28 +72,43 @@ def traffic(config: DecoderConfig, mode: str, ranks: int, tokens: int, element: 
     ]
 
 
+def cut_along(axes: Sequence[str], name: str) -> int | None:
+    """The dimension along which a parameter of a module with these axes is cut; None: it is whole on every rank."""
+    if axes and axes[0] in OUT:
+        return 0
+    return 1 if len(axes) > 1 and axes[1] in IN and name == "weight" else None
+
+
 class TensorParallel:
     """Cuts a model (on the meta device) over a mesh of one dimension, and puts the collectives in."""
 
-    def __init__(self, mesh: DeviceMesh, mode: str) -> None:
+    def __init__(self, mesh: DeviceMesh, mode: str, kv_mesh: DeviceMesh | None = None) -> None:
+        """
+        Args:
+            mesh: t ranks.
+            mode: mtp, msp or fsp.
+            kv_mesh: the same ranks as ("heads", "copies"), when there are fewer key/value heads than ranks.
+        """
         self.mesh, self.mode, self.size, self.rank = mesh, mode, mesh.size(), mesh.get_local_rank()
+        self.kv_mesh = kv_mesh
         self.group: Group = mesh.get_group()
         self.cut = mode != "mtp"
         """Whether ranks have their own tokens outside attention and MLP. Off for generation, token by token."""
 
     def apply(self, model: Decoder) -> Inner:
         """Cuts the weights and exchanges the layers' functions, in place."""
-        partial_gradients = set()
-        repeated_kv = model.config.num_kv_heads % self.size != 0
+        partial_gradients: dict[str, Group] = {}
         for path, module in model.named_modules():
             axes = getattr(module, "axes", ())
             for name, parameter in list(module.named_parameters(recurse=False)):
-                dim = self._cut_along(axes, name, repeated_kv)
-                if dim is not None:
-                    cut = nn.Parameter(distribute_tensor(parameter.data, self.mesh, [Shard(dim)], src_data_rank=None))
+                mesh, places = self._places(axes, name)
+                if places:
+                    cut = nn.Parameter(distribute_tensor(parameter.data, mesh, places, src_data_rank=None))
                     module.register_parameter(name, cut)
-                elif self.cut or axes in (("head",), ("kv_heads", "embed")):
-                    partial_gradients.add(f"{path}.{name}")
+                if Replicate() in places:  # copies of a key/value head serve different query heads
+                    partial_gradients[f"{path}.{name}"] = mesh.get_group("copies")
+                elif not places and (self.cut or axes == ("head",)):
+                    partial_gradients[f"{path}.{name}"] = self.group
             if isinstance(module, Attention):
                 self._attention(module, model.config.num_heads, model.config.num_kv_heads)
             elif isinstance(module, GatedMLP):
@@ -100,24 +117,18 @@ class TensorParallel:
         model.embed.look_up = self._look_up
         head = model.head
         head.whole_rows, head.logits, head.loss = local, self._logits, partial(self._loss, model.config.vocab_size)
-        return Inner(frozenset(partial_gradients), self)
+        return Inner(partial_gradients, self)
 
-    def _cut_along(self, axes: Sequence[str], name: str, repeated_kv: bool) -> int | None:
-        if not axes or (axes[0] == "kv_heads" and repeated_kv):
-            return None  # fewer key/value heads than ranks: each rank takes the rows of the one that it needs
-        if axes[0] in OUT:
-            return 0
-        return 1 if len(axes) > 1 and axes[1] in IN and name == "weight" else None
+    def _places(self, axes: Sequence[str], name: str) -> tuple[DeviceMesh, list[Placement]]:
+        """Over which mesh a parameter is cut, and how; no placements: it is whole on every rank."""
+        dim = cut_along(axes, name)
+        if dim is not None and axes[0] == "kv_heads" and self.kv_mesh is not None:
+            return self.kv_mesh, [Shard(dim), Replicate()]
+        return self.mesh, [] if dim is None else [Shard(dim)]
 
     def _attention(self, module: Attention, heads: int, kv_heads: int) -> None:
         module.project, module.finish = self._project, self._finish
-        if kv_heads % self.size:
-            each = self.size // kv_heads
-            rows = slice(self.rank // each * module.head_dim, (self.rank // each + 1) * module.head_dim)
-            module.kv_heads = 1
-            module.project = partial(self._project, rows=(slice(None), rows, rows))
-        else:
-            module.kv_heads = kv_heads // self.size
+        module.kv_heads = max(1, kv_heads // self.size)
         share = heads // self.size
         module.own_heads = lambda values: values[self.rank * share : (self.rank + 1) * share]
 
@@ -131,10 +142,9 @@ class TensorParallel:
         """Out of it: the sum of the ranks' parts."""
         return collectives.scatter_tokens(x_BSD, self.group) if self.cut else collectives.reduce(x_BSD, self.group)
 
-    def _project(self, x_BSD: Tensor, linears: Sequence[nn.Linear], rows: Sequence[slice] | None = None) -> list[Tensor]:
-        rows = rows or [slice(None)] * len(linears)
-        weights = [local(linear.weight)[part] for linear, part in zip(linears, rows, strict=True)]
-        biases = [None if linear.bias is None else local(linear.bias)[part] for linear, part in zip(linears, rows, strict=True)]
+    def _project(self, x_BSD: Tensor, linears: Sequence[nn.Linear]) -> list[Tensor]:
+        weights = [local(linear.weight) for linear in linears]
+        biases = [None if linear.bias is None else local(linear.bias) for linear in linears]
         if self.mode == "fsp" and self.cut:
             outs = list(_GatheredLinears.apply(x_BSD, self.group, *weights))
             return [out if bias is None else out + bias for out, bias in zip(outs, biases, strict=True)]

@@ -6,6 +6,7 @@ X * (n - 1) / n for all-gather, reduce-scatter and all-to-all, and twice that fo
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from .layout import Layout
 
@@ -34,6 +36,8 @@ class Collectives:
     """As in ``Layout.groups``, or "world"."""
     count: int = 0
     nbytes: int = 0
+    seconds: float = 0.0
+    """Each waited for by itself, with nothing to hide behind."""
 
     def wire(self, ranks: int) -> float:
         """Bytes that a rank sends, in a group of ``ranks``."""
@@ -41,7 +45,8 @@ class Collectives:
 
 
 class Counter(TorchDispatchMode):
-    """Counts the collectives that are called within it, over groups of more than one rank."""
+    """Counts the collectives that are called within it, over groups of more than one rank, and times them: each is waited for
+    where it is called, so that its time is its own (slower ranks included)."""
 
     def __init__(self, layout: Layout) -> None:
         super().__init__()
@@ -50,15 +55,19 @@ class Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kind = KINDS.get(func._schema.name.split("::")[1]) if func.namespace in ("c10d", "_c10d_functional") else None
-        if kind:
-            values = [*args, *(kwargs or {}).values()]
-            ranks = dist.get_process_group_ranks(_group(values))
-            if len(ranks) > 1:
-                axis = self._axis(kind, ranks)
-                row = self.found.setdefault((kind, axis), Collectives(kind, axis))
-                row.count += 1
-                row.nbytes += _input_bytes(func, args) * (len(ranks) if kind == "all-gather" else 1)
-        return func(*args, **(kwargs or {}))
+        if kind is None:
+            return func(*args, **(kwargs or {}))
+        ranks = dist.get_process_group_ranks(_group([*args, *(kwargs or {}).values()]))
+        begin = time.perf_counter()
+        out = func(*args, **(kwargs or {}))
+        _finish(out)
+        if len(ranks) > 1:
+            axis = self._axis(kind, ranks)
+            row = self.found.setdefault((kind, axis), Collectives(kind, axis))
+            row.count += 1
+            row.nbytes += _input_bytes(func, args) * (len(ranks) if kind == "all-gather" else 1)
+            row.seconds += time.perf_counter() - begin
+        return out
 
     def _axis(self, kind: str, ranks: list[int]) -> str:
         """Two axes may have the same groups; heads are exchanged by the tensor axis. "world" is no axis of its own."""
@@ -79,6 +88,17 @@ def _group(values: list[Any]) -> dist.ProcessGroup:
     raise AssertionError("a collective without a group")
 
 
+def _finish(out: Any) -> None:
+    """Waits for what a collective has returned: tensors that are to come, or tensors and their work."""
+    for value in tree_leaves(out):
+        if isinstance(value, torch.ScriptObject) and "Work" in str(value._type()):
+            dist.Work.unbox(value).wait()
+        elif isinstance(value, Tensor):
+            torch.ops._c10d_functional.wait_tensor(value)
+            if value.is_cuda:
+                torch.cuda.synchronize()
+
+
 def _input_bytes(func: Any, args: Any) -> int:
     """Bytes of this rank's input."""
     given = args[1] if func._schema.name.split("::")[1] in ("_allgather_base_", "_reduce_scatter_base_") else args[0]
@@ -88,10 +108,11 @@ def _input_bytes(func: Any, args: Any) -> int:
 
 def table(rows: list[Collectives], size: Callable[[str], int]) -> list[str]:
     """Lines for people; ``size``: ranks of a group of an axis."""
-    lines = [f"{'collective':16}{'group':>12}{'ranks':>7}{'count':>8}{'MB':>12}{'MB on the wire':>16}"]
+    lines = [f"{'collective':16}{'group':>12}{'ranks':>7}{'count':>8}{'MB':>12}{'MB on the wire':>16}{'ms':>10}"]
     for row in rows:
         ranks = size(row.axis)
         lines.append(
             f"{row.kind:16}{row.axis:>12}{ranks:>7}{row.count:>8}{row.nbytes / 1e6:>12.3f}{row.wire(ranks) / 1e6:>16.3f}"
+            f"{row.seconds * 1e3:>10.1f}"
         )
     return lines

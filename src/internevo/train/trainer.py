@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -31,9 +29,9 @@ from ..observe.record import StepRecord, ValidRecord, memory_peak, peak_tflops
 from ..parallel import plan
 from ..parallel.data import COMPUTE
 from ..parallel.layout import Layout
-from ..parallel.traffic import Counter, table
 from ..parallel.world import World
 from ..tokenizer import Tokenizer, load_tokenizer
+from .look import LookIntoSteps
 from .optimizer import Optimizer
 from .restore import restore
 from .scaler import LossScaler
@@ -54,12 +52,12 @@ class Trainer:
     def __init__(self, config: Config, world: World, stops: StopRequests) -> None:
         self.config, self.world, self.stops = config, world, stops
         self.run = run_folder(config)
-        self.layout = Layout.of(config.parallel, world.size)
+        self.layout = Layout.of(config, world.size)
         start_log(self.run / "log", world.rank, config.monitor.alert.alert_file_path)
         _set_backends(config)
         self.decoder = decoder_config(config.model_type, config.model)
         self._open_data()
-        self.model, self.axis = plan.build(self.decoder, config.model, config.parallel, self.layout, world.device, config.seed)
+        self.model, self.axis = plan.build(self.decoder, config, self.layout, world.device)
         self.optimizer = Optimizer(self.axis.masters, config.adam)
         self.scaler = LossScaler.of(config.grad_scaler, config.model.dtype)
         self.state = RunState()
@@ -72,7 +70,7 @@ class Trainer:
         )  # fmt: skip
         self.saver = Saver(self.run, config.ckpt, world.rank, _sizes(self.layout), after=self._export)
         self.saved_step = self.state.step
-        self.counter = Counter(self.layout) if config.monitor.comm else None
+        self.look = LookIntoSteps(config, self.layout, self.model, self.optimizer, self.run, world.rank)
         self.peak = peak_tflops(world.device, config.model.dtype, config.monitor.peak_tflops)
         if config.ckpt.stop_file_path and world.rank == 0:
             stops.watch(config.ckpt.stop_file_path)
@@ -111,8 +109,8 @@ class Trainer:
                 step, last = record.step, stop or record.step == data.total_steps
                 if observers:
                     observers.step(record)
-                    self._show_collectives(observers)
-                self.counter = None
+                    for line in self.look.lines:
+                        observers.console.say(line)
                 if _due(step, data.valid_every, last and not stop):
                     self._evaluate(step, observers)
                 if _due(step, config.monitor.sample_every, last):
@@ -136,7 +134,7 @@ class Trainer:
         """One step; its record, and whether to stop and to save behind it."""
         config, begin = self.config, time.perf_counter()
         lr = learning_rate(batch.number, config.data.total_steps, config.adam.lr, config.lr_scheduler)
-        with self.counter or nullcontext():
+        with self.look(batch):
             result = self.stepper(batch, lr, beta2(batch.number, config.adam, config.beta2_scheduler), self._share)
         self.state.cursor = batch.after
         self.state.consumed_tokens += batch.tokens
@@ -201,15 +199,6 @@ class Trainer:
             if observers:
                 observers.sample(step, prompt, tokenizer.decode([i for i in out if i not in ends]))
         self.axis.after_forwards()
-
-    def _show_collectives(self, observers: Observers) -> None:
-        """Of the first step, if they have been counted."""
-        if self.counter is None:
-            return
-        rows, groups = self.counter.rows(), self.layout.groups()
-        for line in table(rows, lambda axis: len(groups[axis][0]) if axis in groups else self.layout.world):
-            observers.console.say(line)
-        (self.run / "comm.json").write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
 
     def _save(self, step: int) -> None:
         self.saver.save(step, self._tensors(), self._extras())

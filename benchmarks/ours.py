@@ -1,0 +1,65 @@
+"""The program's own step on random tokens, for the benchmarks."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from internevo.config import Config, validate
+from internevo.data.batches import Cursor, MicroBatch, StepBatch
+from internevo.models import LossTerms, decoder_config
+from internevo.parallel import plan
+from internevo.parallel.layout import Layout
+from internevo.parallel.world import World
+from internevo.train.optimizer import Optimizer
+from internevo.train.scaler import LossScaler
+from internevo.train.step import Stepper
+
+SHAPES: dict[str, dict[str, int]] = {
+    "S": {"layers": 6, "hidden": 384, "mlp": 1024, "heads": 6, "kv": 6, "vocab": 8192, "rows": 4, "seq": 512},
+    "M": {"layers": 8, "hidden": 768, "mlp": 2048, "heads": 12, "kv": 4, "vocab": 32000, "rows": 2, "seq": 1024},
+}
+
+
+def config_of(shape: dict[str, int], dtype: str, steps: int, compiled: bool = False, parallel: Any = None) -> Config:
+    """A config of one micro-batch per step."""
+    model = {
+        "num_layers": shape["layers"], "hidden_size": shape["hidden"], "intermediate_size": shape["mlp"],
+        "num_attention_heads": shape["heads"], "num_kv_attention_heads": shape["kv"], "vocab_size": shape["vocab"],
+        "dtype": dtype, "compile": compiled,
+    }  # fmt: skip
+    data = {"seq_len": shape["seq"], "micro_bsz": shape["rows"], "total_steps": steps}
+    return validate({"model_type": "LLAMA2", "model": model, "parallel": parallel or {}, "adam": {"lr": 1e-4}, "data": data})
+
+
+def tokens_and_labels(shape: dict[str, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """[rows, seq] random ids, and the next ones."""
+    tokens = torch.randint(0, shape["vocab"], (shape["rows"], shape["seq"]))
+    return tokens, torch.cat([tokens[:, 1:], torch.full((shape["rows"], 1), -100)], dim=1)
+
+
+def train(
+    world: World, shape: dict[str, int], dtype: str, steps: int, compiled: bool = False, parallel: dict[str, Any] | None = None
+) -> list[float]:
+    """Seconds per step, as ``internevo train`` takes it, with one micro-batch."""
+    config = config_of(shape, dtype, steps, compiled, parallel)
+    layout = Layout.of(config, world.size)
+    decoder = decoder_config("LLAMA2", config.model)
+    model, axis = plan.build(decoder, config, layout, world.device)
+    assert dist.group.WORLD is not None
+    stepper = Stepper(
+        model, axis, Optimizer(axis.masters, config.adam), LossScaler.of(config.grad_scaler, config.model.dtype), layout,
+        dist.group.WORLD, world.device, types=1, clip=1.0, terms=LossTerms(),
+    )  # fmt: skip
+    times = []
+    for number in range(steps):
+        tokens, labels = tokens_and_labels(shape)
+        micro = MicroBatch(tokens, labels, torch.zeros_like(tokens), None)
+        batch = StepBatch([micro], number, Cursor(), tokens.numel())
+        begin = time.perf_counter()
+        stepper(batch, 1e-4, 0.95, lambda: [0.0])
+        times.append(time.perf_counter() - begin)
+    return times

@@ -1,0 +1,210 @@
+"""Training speed of the strategies against PyTorch's own, in one run: ``python benchmarks/parallel.py``.
+
+Two processes with one thread each on gloo. Every measurement is a pair of processes that trains a few steps of the same model
+on random tokens; ours and theirs take turns, so that both see the same machine. Printed are medians over the rounds.
+
+| ours       | theirs                                                                                     |
+|------------|--------------------------------------------------------------------------------------------|
+| ZeRO-1.5   | DistributedDataParallel and ZeroRedundancyOptimizer over AdamW                              |
+| FSDP       | bare fully_shard of every layer and the model, AdamW                                       |
+| mtp, msp   | parallelize_module with the column, row and sequence styles, loss_parallel, AdamW          |
+
+Theirs have the same Decoder, gradient clipping and fused AdamW, in fp32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from ours import SHAPES, config_of, tokens_and_labels, train
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    loss_parallel,
+    parallelize_module,
+)
+from torch.nn.parallel import DistributedDataParallel
+
+from internevo.models import Decoder, decoder_config
+from internevo.parallel.world import World, join
+
+RANKS = 2
+OURS: dict[str, dict[str, Any]] = {
+    "zero": {"zero1": {"size": RANKS}},
+    "fsdp": {"zero1": {"size": RANKS, "fsdp": True}},
+    "mtp": {"tensor": {"size": RANKS, "mode": "mtp"}},
+    "msp": {"tensor": {"size": RANKS, "mode": "msp"}},
+}
+PEERS = {
+    "zero": "DDP + ZeroRedundancy",
+    "fsdp": "bare fully_shard",
+    "mtp": "parallelize_module",
+    "msp": "parallelize_module, SP",
+}
+
+
+def plain(shape: dict[str, int]) -> Decoder:
+    """The model on one process, for PyTorch's strategies."""
+    torch.manual_seed(0)
+    model = Decoder(decoder_config("LLAMA2", config_of(shape, "float32", 1).model))
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def theirs(which: str, shape: dict[str, int], steps: int) -> Iterator[float]:
+    """Seconds per step of PyTorch's strategy."""
+    model: nn.Module = plain(shape)
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
+    if which == "zero":
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        optimizer: Any = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=1e-4, fused=True)
+    elif which == "fsdp":
+        for layer in model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    else:
+        tensor_parallel(model, which == "msp")
+        around = loss_parallel
+        groups = [{"params": kind} for kind in kinds(list(model.parameters()))]
+        optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=True)
+    for _ in range(steps):
+        tokens, labels = tokens_and_labels(shape)
+        begin = time.perf_counter()
+        with around():
+            (model(tokens, labels=labels).total / labels.numel()).backward()
+        clip(list(model.parameters()))
+        optimizer.step()
+        optimizer.zero_grad()
+        yield time.perf_counter() - begin
+
+
+def kinds(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """DTensors and plain ones apart: PyTorch's functions over many tensors take one kind at a time."""
+    found = [[p for p in parameters if isinstance(p, DTensor) == cut] for cut in (True, False)]
+    return [kind for kind in found if kind]
+
+
+def clip(parameters: list[nn.Parameter]) -> None:
+    """To a norm of 1, as PyTorch does it."""
+    norms = [nn.utils.get_total_norm([p.grad for p in kind]) for kind in kinds(parameters)]  # type: ignore[misc]
+    total = torch.stack([norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]).norm()
+    for kind in kinds(parameters):
+        nn.utils.clip_grads_with_norm_(kind, 1.0, total)
+
+
+def tensor_parallel(model: Decoder, sequence: bool) -> None:
+    """PyTorch's plan, as its tensor parallel tutorial has it; logits and loss stay cut along the vocabulary."""
+    mesh = init_device_mesh("cpu", (RANKS,))
+    outside = Shard(1) if sequence else Replicate()
+    for layer in model.layers:
+        plan: dict[str, Any] = {f"attn.{name}": ColwiseParallel() for name in "qkv"}
+        plan |= {"mlp.gate": ColwiseParallel(), "mlp.up": ColwiseParallel()}
+        plan |= {name: RowwiseParallel(output_layouts=outside) for name in ("attn.o", "mlp.down")}
+        if sequence:
+            plan |= {name: SequenceParallel(use_local_output=False) for name in ("attn_norm", "mlp_norm")}
+            plan |= {
+                "attn": PrepareModuleInput(
+                    input_layouts=(Shard(1), None, None), desired_input_layouts=(Replicate(), None, None)
+                ),
+                "mlp": PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
+            }
+        parallelize_module(layer, mesh, plan)
+    for end in (model.embed, model.head):
+        end.weight = nn.Parameter(distribute_tensor(end.weight.data, mesh, [Shard(0)]))
+
+    def look_up(tokens: Tensor, weight: Tensor) -> Tensor:
+        return F.embedding(DTensor.from_local(tokens, mesh, [Replicate()]), weight).redistribute(mesh, [outside]).to_local()
+
+    def loss(x: Tensor, weight: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+        whole = DTensor.from_local(x, mesh, [outside]).redistribute(mesh, [Replicate()])
+        logits = F.linear(whole, weight).flatten(0, 1).float()
+        total = F.cross_entropy(logits, DTensor.from_local(labels.flatten(), mesh, [Replicate()]), reduction="mean")
+        return total.to_local() * labels.numel() if isinstance(total, DTensor) else total * labels.numel(), labels
+
+    if sequence:
+        parallelize_module(model.norm, mesh, SequenceParallel(use_local_output=True))
+    model.embed.look_up, model.head.loss = look_up, loss
+
+
+def worker(which: str, side: str, shape: str, steps: int) -> None:
+    """Prints rank 0's seconds of the median step, the first two left out."""
+    world: World
+    with join() as world:
+        if side == "ours":
+            times = train(world, SHAPES[shape], "float32", steps, parallel=OURS[which])
+        else:
+            times = list(theirs(which, SHAPES[shape], steps))
+        if world.rank == 0:
+            print(json.dumps(statistics.median(times[2:])), flush=True)
+
+
+def measure(which: str, side: str, shape: str, steps: int) -> float:
+    """Runs one measurement in processes of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, __file__, "--worker", which, side, "--shape", shape, "--steps", str(steps)]
+    common = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(RANKS),
+    }
+    ranks = [
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(RANKS)
+    ]  # fmt: skip
+    outputs = [rank.communicate() for rank in ranks]
+    for rank, (_, errors) in zip(ranks, outputs, strict=True):
+        if rank.returncode:
+            raise SystemExit(f"{which} {side} failed:\n{errors[-3000:]}")
+    return float(outputs[0][0].splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--strategies", nargs="+", default=list(OURS), choices=list(OURS))
+    parser.add_argument("--shape", default="M", choices=list(SHAPES))
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    a = parser.parse_args()
+    if a.worker:
+        worker(*a.worker, a.shape, a.steps)
+        return
+    print(f"{'ours':6}{'theirs':26}{'s/step':>8}{'theirs':>8}{'speed ratio':>13}")
+    for which in a.strategies:
+        rounds = [[measure(which, side, a.shape, a.steps) for side in ("ours", "theirs")] for _ in range(a.rounds)]
+        mine, peer = (statistics.median(pair[n] for pair in rounds) for n in range(2))
+        ratio = statistics.median(theirs / ours for ours, theirs in rounds)
+        print(f"{which:6}{PEERS[which]:26}{mine:8.3f}{peer:8.3f}{ratio:13.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

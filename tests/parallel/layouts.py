@@ -1,0 +1,81 @@
+"""Layouts to be compared with one process: the ones that have a name, the full table, and compositions drawn at random."""
+
+import itertools
+import random
+
+ROWS = 24
+"""Of a step."""
+STEADY = {
+    "model__vocab_size": 104, "adam__lr": 2e-3, "adam__adam_eps": 1e-6, "data__total_steps": 10,
+    "data__global_batch_size": ROWS, "lr_scheduler__total_steps": 20,
+}  # fmt: skip
+MODELS = {
+    "llama": {},
+    "biased, one key/value head": {"model__no_bias": False, "model__mlp_bias": True, "model__num_kv_attention_heads": 1},
+    "gemma": {"model_type": "GEMMA", "model__head_dim": 16, "loss__label_smoothing": 0.1},
+    "alibi": {"model_type": "BAICHUAN2", "model__use_alibi": True, "model__num_kv_attention_heads": 4},
+    "qwen3, windows": {"model_type": "QWEN3", "model__use_sliding_window": True, "model__sliding_window": 9},
+    "internlm2, tied": {"model_type": "INTERNLM2", "model__tie_word_embeddings": True},
+}
+PADDED = {"data__use_packed_dataset": False}
+RECOMPUTED = {"model__checkpoint": True}
+
+
+def layout(processes, mode="mtp", tensor=1, weight=1, zero=-1, fsdp=False, weights=None, **more):
+    """(processes, changes to the config), with two micro-batches per step where the rows allow it."""
+    rows = max(1, ROWS // 2 // (processes // tensor))
+    return processes, {
+        "parallel__tensor": {"size": tensor, "mode": mode}, "parallel__weight": {"size": weight, **(weights or {})},
+        "parallel__zero1": {"size": zero, "fsdp": fsdp}, "data__micro_bsz": rows, **more,
+    }  # fmt: skip
+
+
+PREFETCH = {"overlap": True, "forward_overlap_per": "module"}
+NAMED = {
+    "mtp 2": layout(2, "mtp", 2),
+    "mtp 4, recomputed": layout(4, "mtp", 4, **RECOMPUTED),
+    "msp 2, no zero": layout(4, "msp", 2, zero=1),
+    "msp 2, fsdp, recomputed": layout(4, "msp", 2, fsdp=True, **RECOMPUTED),
+    "fsp 2, zero 2": layout(4, "fsp", 2),
+    "fsp 4": layout(4, "fsp", 4),
+    "isp: sequence over 2": layout(2, "isp", 2),
+    "isp: weights over 2": layout(2, "isp", 1, 2),
+    "isp 2, weights over 4, overlapped": layout(4, "isp", 2, 4, weights={"overlap": True}),
+    "isp 4, weights over 2, overlapped, recomputed": layout(4, "isp", 4, 2, weights=PREFETCH, **RECOMPUTED),
+    "isp 2, weights over 2, zero 2, half recomputed": layout(4, "isp", 2, 2, weights=PREFETCH, model__checkpoint=0.5),
+    "isp 4, weights over 2, zero 2 of 4": layout(8, "isp", 4, 2, zero=2, weights=PREFETCH),
+    "msp 2, fsdp over 2 of 4": layout(8, "msp", 2, zero=2, fsdp=True),
+}
+
+
+def full_table():
+    """Each mode x {ZeRO over 1, 2, all; fsdp} x {packed, padded} x {recomputed or not}, on 4 processes."""
+    inner = [("mtp", 1, 1), ("mtp", 2, 1), ("msp", 2, 1), ("fsp", 2, 1), ("isp", 2, 1), ("isp", 1, 2), ("isp", 2, 2)]
+    data = [{"zero": 1}, {"zero": 2}, {"zero": -1}, {"fsdp": True}]
+    for (mode, t, w), kind, form, memory in itertools.product(inner, data, ({}, PADDED), ({}, RECOMPUTED)):
+        name = ", ".join([f"{mode} {t} {w}", *(f"{k} {v}" for k, v in kind.items()), *form, *memory])
+        yield name, layout(4, mode, t, w, **kind, **form, **memory)
+
+
+def composition(seed):
+    """Of everything that a layout can have, drawn at random: (processes, changes, name of the model)."""
+    draw = random.Random(seed)
+    processes, mode = draw.choice([2, 4, 4, 8]), draw.choice(["mtp", "msp", "fsp", "isp", "isp"])
+    tensor = draw.choice([n for n in (1, 2, 4) if processes % n == 0])
+    weight = draw.choice([n for n in (1, 2, 4, 8) if processes % n == 0]) if mode == "isp" else 1
+    outer = processes // (weight if mode == "isp" else tensor)
+    zero = draw.choice([-1, *(n for n in (1, 2, 4, 8) if outer % n == 0)])
+    weights = {
+        "overlap": draw.random() < 0.7, "forward_overlap_per": draw.choice(["module", "layer"]),
+        "launch_allgather_before": draw.choice(["wqkv", "attn", "wo", "w1"]),
+    }  # fmt: skip
+    more = {
+        "model__checkpoint": draw.choice([False, False, True, 0.5, "attention"]),
+        "selective_checkpoint": draw.random() < 0.3,
+        "data__use_packed_dataset": draw.random() < 0.7,
+        "hybrid_zero_optimizer__overlap_sync_param": draw.random() < 0.5,
+        "hybrid_zero_optimizer__overlap_sync_grad": draw.random() < 0.5,
+        "hybrid_zero_optimizer__reduce_bucket_size": draw.choice([None, 30_000]),
+    }
+    changes = layout(processes, mode, tensor, weight, zero, draw.random() < 0.3, weights if mode == "isp" else None, **more)
+    return *changes, draw.choice(list(MODELS))

@@ -1,0 +1,45 @@
+"""Memory of a rank is that of the formula, within 2 percent: masters, moments, weights, gradients, and what layers keep."""
+
+import json
+
+import pytest
+
+from tests.conftest import write_config, write_dataset
+from tests.parallel.layouts import layout
+
+SHAPE = {
+    "model__num_layers": 3, "model__hidden_size": 128, "model__num_attention_heads": 8, "model__num_kv_attention_heads": 2,
+    "model__intermediate_size": 320, "model__vocab_size": 512, "data__seq_len": 128, "data__total_steps": 1,
+    "monitor__memory": True, "ckpt__enable_save_ckpt": False,
+}  # fmt: skip
+PARTS = ("masters", "moments", "state", "activations")
+CASES = {
+    "one process": layout(1),
+    "one process, bf16": layout(1, model__dtype="torch.bfloat16"),
+    "zero 2 of 4, bf16": layout(4, zero=2, model__dtype="torch.bfloat16"),
+    "zero 2, bf16, gradients too": layout(
+        2, model__dtype="torch.bfloat16", hybrid_zero_optimizer={"grad_dtype": "torch.bfloat16", "clip_grad_norm": 1.0}
+    ),
+    "fsdp": layout(2, fsdp=True),
+    "mtp 2": layout(2, "mtp", 2),
+    "mtp 4, key/value heads twice": layout(4, "mtp", 4),
+    "msp 2, zero 2": layout(4, "msp", 2),
+    "fsp 4": layout(4, "fsp", 4),
+    "fsp 2, recomputed": layout(2, "fsp", 2, model__checkpoint=True),
+    "mtp 2, attention recomputed": layout(2, "mtp", 2, model__checkpoint="attention"),
+    "half recomputed, attention kept": layout(1, model__checkpoint=0.67, selective_checkpoint=True),
+    "isp 2 x 2": layout(2, "isp", 2, 2, weights={"overlap": True}),
+    "isp 4 x 2": layout(4, "isp", 4, 2, weights={"overlap": True}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_memory_is_that_of_the_formula(pool, tmp_path, name):
+    processes, changes = CASES[name]
+    ranks = processes // changes["parallel__tensor"]["size"]
+    sizes = {"data__micro_bsz": 2, "data__global_batch_size": 4 * ranks}
+    path = write_config(tmp_path, write_dataset(tmp_path / "data"), "run", **{**SHAPE, **changes, **sizes})
+    pool.train(path, processes)
+    report = json.loads((tmp_path / "run" / "memory.json").read_text())
+    formula, found = report["formula"], report["measured"]
+    assert {part: found[part] for part in PARTS} == pytest.approx({part: formula[part] for part in PARTS}, rel=0.02)
