@@ -35,6 +35,7 @@ def run(config: Path, folder: Path, steps: int | None) -> None:
     overrides = [
         f"data.train_folder={data}/train", f"data.valid_folder={data}/valid", f"data.tokenizer_path={data}",
         f"ckpt.save_ckpt_folder={trained}", *([f"data.total_steps={steps}"] if steps else []),
+        *_dtype(config),
     ]  # fmt: skip
 
     say("[bold]1. Data: the source code of Python's standard library, and a tokenizer trained on it[/bold]")
@@ -60,6 +61,15 @@ def run(config: Path, folder: Path, steps: int | None) -> None:
     if valid:
         say(f"\nvalidation perplexity after {valid[-1]['step']} steps: [bold]{valid[-1]['valid_ppl']:.2f}[/bold]")
     say(f"report: [bold]{(trained / 'report.html').resolve()}[/bold] (open it in a browser)")
+
+
+def _dtype(config: Path) -> list[str]:
+    """fp32 where the config's type is slow."""
+    from .config import load_config
+    from .parallel.world import is_slow, pick_device
+
+    slow = is_slow(load_config(config).model.dtype, pick_device(0))
+    return ["model.dtype=torch.float32"] if slow else []
 
 
 def _internevo(*arguments: str) -> None:

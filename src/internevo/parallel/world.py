@@ -103,3 +103,10 @@ def pick_device(local_rank: int) -> torch.device:
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
+
+
+def is_slow(dtype: str, device: torch.device) -> bool:
+    """Whether a CPU computes in this half precision without instructions for it, hundreds of times slower than in fp32."""
+    mkldnn = torch.ops.mkldnn
+    fast = {"bfloat16": mkldnn._is_mkldnn_bf16_supported, "float16": mkldnn._is_mkldnn_fp16_supported}
+    return device.type == "cpu" and dtype in fast and not fast[dtype]()

@@ -29,7 +29,7 @@ from ..observe.record import StepRecord, ValidRecord, memory_peak, peak_tflops
 from ..parallel import plan
 from ..parallel.data import COMPUTE
 from ..parallel.layout import Layout
-from ..parallel.world import World
+from ..parallel.world import World, is_slow
 from ..tokenizer import Tokenizer, load_tokenizer
 from .look import LookIntoSteps
 from .optimizer import Optimizer
@@ -62,6 +62,11 @@ class Trainer:
         self.scaler = LossScaler.of(config.grad_scaler, config.model.dtype)
         self.state = RunState()
         self.news = restore(self)
+        if is_slow(config.model.dtype, world.device):
+            self.news.append(
+                f"warning: this CPU has no instructions for model.dtype = {config.model.dtype!r}; "
+                "model.dtype=torch.float32 is hundreds of times faster here"
+            )
         self.axis.masters_changed()
         assert dist.group.WORLD is not None
         self.stepper = Stepper(

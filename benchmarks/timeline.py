@@ -1,0 +1,91 @@
+"""Draws the timeline of one rank as a picture: ``python benchmarks/timeline.py runs/X/trace-rank0.json.gz --out timeline.svg``.
+
+The trace is that of ``monitor.trace=true``. One lane has the main thread's products and attention and where it waits for a
+collective, the others the threads (CPU) or streams (GPU) that carry collectives. Also printed: how much of the collectives' time
+the main thread did not wait for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+COMPUTE = ("aten::mm", "aten::addmm", "aten::bmm", "internevo::document_attention", "aten::_scaled_dot_product_flash_attention")
+WAIT = "_c10d_functional::wait_tensor"
+COLOURS = {"compute": "#4c78a8", "wait": "#e45756", "all_gather": "#54a24b", "all_reduce": "#f58518", "all_to_all": "#b279a2"}
+LABELS = {
+    "compute": "products, attention", "wait": "waiting", "all_gather": "all-gather",
+    "all_reduce": "reduce-scatter, all-reduce", "all_to_all": "all-to-all",
+}  # fmt: skip
+Event = tuple[str, float, float]
+"""Kind, start and length in milliseconds."""
+
+
+def lanes(path: Path) -> dict[str, list[Event]]:
+    """Events of the main thread, and of every thread or stream that carries collectives."""
+    events: list[dict[str, Any]] = [
+        e for e in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"] if e.get("ph") == "X"
+    ]
+    main = next(e["tid"] for e in events if e["name"] == WAIT)
+    start = min(e["ts"] for e in events if e["tid"] == main)
+    found: dict[str, list[Event]] = {"main": []}
+    for e in events:
+        name, at, length = e["name"], (e["ts"] - start) / 1e3, e["dur"] / 1e3
+        carried = next((kind for kind in COLOURS if kind in name.lower().replace("alltoall", "all_to_all")), None)
+        if e["tid"] == main and (name == WAIT or name.startswith(COMPUTE)):
+            found["main"].append(("wait" if name == WAIT else "compute", at, length))
+        elif carried and (name.startswith("gloo:") or "nccl" in name.lower()):
+            found.setdefault(f"{name.split(':')[0]} {e['tid']}", []).append((carried, at, length))
+    return found
+
+
+def hidden(found: dict[str, list[Event]]) -> float:
+    """Share of the collectives' time in which the main thread did not wait."""
+    busy = sum(length for lane, events in found.items() if lane != "main" for _, _, length in events)
+    return 1 - sum(length for kind, _, length in found["main"] if kind == "wait") / busy
+
+
+def draw(found: dict[str, list[Event]], first: float, last: float, width: int = 1000) -> str:
+    """SVG of the time from ``first`` to ``last``, in milliseconds."""
+    scale, height = width / (last - first), 34
+    rows = []
+    for number, (lane, events) in enumerate(found.items()):
+        y = 30 + number * (height + 8)
+        rows.append(f'<text x="0" y="{y + 21}">{lane}</text>')
+        for kind, at, length in events:
+            a, b = max(at, first), min(at + length, last)
+            if b > a:
+                box = f'x="{90 + (a - first) * scale:.1f}" y="{y}" width="{max(0.4, (b - a) * scale):.1f}" height="{height}"'
+                rows.append(f'<rect {box} fill="{COLOURS[kind]}"><title>{kind} {length:.2f} ms</title></rect>')
+    kinds = [kind for kind in COLOURS if any(kind == event[0] for events in found.values() for event in events)]
+    legend, x = [], 90
+    for kind in kinds:
+        legend.append(
+            f'<rect x="{x}" y="4" width="14" height="14" fill="{COLOURS[kind]}"/><text x="{x + 19}" y="16">{LABELS[kind]}</text>'
+        )
+        x += 40 + 8 * len(LABELS[kind])
+    legend.append(f'<text x="{width + 90}" y="16" text-anchor="end">{last - first:.0f} ms</text>')
+    total = 30 + len(found) * (height + 8)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width + 100} {total}" font-family="sans-serif" font-size="13">'
+        f'<rect width="100%" height="100%" fill="white"/>{"".join(legend + rows)}</svg>\n'
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("trace", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--window", type=float, nargs=2, metavar=("FIRST", "LAST"), help="milliseconds; default: all")
+    a = parser.parse_args()
+    found = lanes(a.trace)
+    end = max(at + length for _, at, length in found["main"])
+    a.out.write_text(draw(found, *(a.window or (0.0, end))), encoding="utf-8")
+    print(f"{end:.0f} ms; {hidden(found):.0%} of the collectives' time was hidden")
+
+
+if __name__ == "__main__":
+    main()
