@@ -1,8 +1,8 @@
 """Draws the timeline of one rank as a picture: ``python benchmarks/timeline.py runs/X/trace-rank0.json.gz --out timeline.svg``.
 
 The trace is that of ``monitor.trace=true``. One lane has the main thread's products and attention and where it waits for a
-collective, the others the threads (CPU) or streams (GPU) that carry collectives. Also printed: how much of the collectives' time
-the main thread did not wait for.
+collective, the others the threads (CPU) or streams (GPU) that carry collectives. Also printed: how much of the collectives'
+time the main thread did not wait for.
 """
 
 from __future__ import annotations
@@ -63,9 +63,8 @@ def draw(found: dict[str, list[Event]], first: float, last: float, width: int = 
     kinds = [kind for kind in COLOURS if any(kind == event[0] for events in found.values() for event in events)]
     legend, x = [], 90
     for kind in kinds:
-        legend.append(
-            f'<rect x="{x}" y="4" width="14" height="14" fill="{COLOURS[kind]}"/><text x="{x + 19}" y="16">{LABELS[kind]}</text>'
-        )
+        legend.append(f'<rect x="{x}" y="4" width="14" height="14" fill="{COLOURS[kind]}"/>')
+        legend.append(f'<text x="{x + 19}" y="16">{LABELS[kind]}</text>')
         x += 40 + 8 * len(LABELS[kind])
     legend.append(f'<text x="{width + 90}" y="16" text-anchor="end">{last - first:.0f} ms</text>')
     total = 30 + len(found) * (height + 8)

@@ -88,6 +88,45 @@ def test_compiled_layers_train_the_same_in_every_mode(pool, world, tmp_path, nam
             assert abs(row[key] - reference[key]) <= 1e-5 * reference[key], (row["step"], key)
 
 
+@pytest.mark.parametrize("name", ["isp 2, weights over 2, zero 2, half recomputed", "msp 2, fsdp, recomputed", "fsp 2, zero 2"])
+def test_overlap_and_buckets_change_no_bit(pool, world, tmp_path, name):
+    _, dataset, _ = world
+    processes, changes = NAMED[name]
+    apart = {
+        "hybrid_zero_optimizer__overlap_sync_grad": False, "hybrid_zero_optimizer__overlap_sync_param": False,
+        "hybrid_zero_optimizer__reduce_bucket_size": 30_000,
+        "parallel__weight": {**changes["parallel__weight"], "overlap": False},
+    }  # fmt: skip
+    for kind, more in (("overlapped", {}), ("apart", apart)):
+        short = {"data__total_steps": 4}
+        pool.train(write_config(tmp_path, dataset, kind, **{**STEADY, **changes, **more, **short}), processes)
+    for kind in ("loss", "grad_norm"):
+        assert len({tuple(row[kind] for row in metrics(tmp_path / run)) for run in ("overlapped", "apart")}) == 1
+    mine, theirs = tensors(tmp_path / "overlapped", 4), tensors(tmp_path / "apart", 4)
+    assert all(mine[name].equal(tensor) for name, tensor in theirs.items())
+
+
+@pytest.mark.parametrize(("dtype", "grad_dtype"), [("float16", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")])
+@pytest.mark.parametrize("name", ["msp 2, fsdp, recomputed", "isp 2, weights over 2, zero 2, half recomputed", "mtp 2"])
+def test_half_precision_follows_one_process(pool, world, tmp_path, name, dtype, grad_dtype):
+    """Also fp16's loss scale, whose overflow in the first step every rank must see."""
+    _, dataset, _ = world
+    processes, changes = NAMED[name]
+    half = {
+        "model__dtype": dtype, "hybrid_zero_optimizer__grad_dtype": grad_dtype, "ckpt__enable_save_ckpt": False,
+        "grad_scaler__fp16": {"initial_scale": 2.0**30}, "grad_scaler__backoff_factor": 2.0**-11, "grad_scaler__hysteresis": 1, "data__total_steps": 6,
+    }  # fmt: skip
+    for run, count, more in (("one", 1, layout(1)[1]), ("many", processes, changes)):
+        pool.train(write_config(tmp_path, dataset, run, **{**STEADY, **more, **half}), count)
+    rows, wanted = metrics(tmp_path / "many"), metrics(tmp_path / "one")
+    assert [row["skipped_steps"] for row in rows] == [row["skipped_steps"] for row in wanted]
+    assert dtype != "float16" or 0 < rows[-1]["skipped_steps"] < 6
+    for row, reference in zip(rows, wanted, strict=True):
+        assert abs(row["loss"] - reference["loss"]) <= 2e-3 * reference["loss"]
+        if not reference.get("skipped"):
+            assert abs(row["grad_norm"] - reference["grad_norm"]) <= 3e-2 * reference["grad_norm"]
+
+
 @pytest.mark.parametrize("mode", ["msp", "isp"])
 def test_samples_are_the_text_of_one_process(pool, world, tmp_path, mode):
     """Generation goes token by token, so sequences are not cut then."""

@@ -17,16 +17,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import DTensor
 
 from ..config.training import HybridZeroOptimizer
@@ -147,12 +148,15 @@ class Sharded:
             config: how it communicates.
         """
         self.model, self.fsdp, self.inner, self.world = model, fsdp, inner, mesh.size()
+        replicas = mesh["replicate"].size()
+        data_mesh = mesh["replicate", "zero"] if replicas > 1 else mesh["zero"]
         compute = None if dtype == torch.float32 else dtype
         precision = MixedPrecisionPolicy(
             param_dtype=compute, reduce_dtype=getattr(torch, config.grad_dtype), cast_forward_inputs=False
         )
         for modules in units(model, None if fsdp else config.reduce_bucket_size):
-            fully_shard(modules, mesh=mesh["replicate", "zero"], mp_policy=precision, reshard_after_forward=fsdp)
+            fully_shard(modules, mesh=data_mesh, mp_policy=precision, reshard_after_forward=fsdp)
+        self.reductions = _Reductions()
         # In the order of the forward pass, the whole model first.
         self.units = [module for module in model.modules() if isinstance(module, FSDPModule)]
         for unit, following in itertools.zip_longest(self.units, self.units[1:]):
@@ -163,6 +167,8 @@ class Sharded:
                 unit.set_modules_to_forward_prefetch([following])
             if not config.overlap_sync_grad:
                 unit.set_all_reduce_hook(_wait)
+            elif device.type == "cpu" and not fsdp and replicas == 1 and config.grad_dtype == "float32":
+                unit.set_custom_reduce_scatter(self.reductions)
         if device.type == "cpu" and config.overlap_sync_param:
             self.units[0]._set_unshard_async_op(True)  # there are no streams: what is prefetched goes on in gloo's threads
         model.to_empty(device=device)
@@ -184,6 +190,7 @@ class Sharded:
     @torch.no_grad()
     def after_backwards(self) -> None:
         """Gradients that are parts of a sum over inner ranks: one all-reduce for all of a group."""
+        self.reductions.wait()
         for group in dict.fromkeys(self.inner.partial.values()):
             grads = [self.masters[name].grad for name, its in self.inner.partial.items() if its is group]
             parts = [local(grad) for grad in grads if grad is not None]
@@ -226,6 +233,36 @@ def units(model: Decoder, bucket: int | None) -> list[list[nn.Module]]:
     if model.config.tie_embeddings:
         return [*joined, [model]]  # one weight cannot be in two units: both ends belong to the whole model's
     return [[model.embed], *joined, [model.norm, model.head], [model]]
+
+
+class _Reductions(ReduceScatter):
+    """gloo has no streams: reductions go on in its threads while backward computes, until somebody waits. That is right where
+    nothing else happens to their results before: one reduction per step, of fp32, and no replicas."""
+
+    def __init__(self) -> None:
+        self.works: list[dist.Work] = []
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> dist.Work:
+        work = dist.reduce_scatter_tensor(output_tensor, input_tensor, op=op, group=group, async_op=True)
+        assert work is not None
+        self.works.append(work)
+        return work
+
+    def wait(self) -> None:
+        """For all of them."""
+        for work in self.works:
+            work.wait()
+        self.works = []
 
 
 def _wait(reduced: Tensor) -> None:
