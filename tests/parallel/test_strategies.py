@@ -114,7 +114,8 @@ def test_half_precision_follows_one_process(pool, world, tmp_path, name, dtype, 
     processes, changes = NAMED[name]
     half = {
         "model__dtype": dtype, "hybrid_zero_optimizer__grad_dtype": grad_dtype, "ckpt__enable_save_ckpt": False,
-        "grad_scaler__fp16": {"initial_scale": 2.0**30}, "grad_scaler__backoff_factor": 2.0**-11, "grad_scaler__hysteresis": 1, "data__total_steps": 6,
+        "grad_scaler__fp16": {"initial_scale": 2.0**30}, "grad_scaler__backoff_factor": 2.0**-11,
+        "grad_scaler__hysteresis": 1, "data__total_steps": 6,
     }  # fmt: skip
     for run, count, more in (("one", 1, layout(1)[1]), ("many", processes, changes)):
         pool.train(write_config(tmp_path, dataset, run, **{**STEADY, **more, **half}), count)
