@@ -1,8 +1,8 @@
 """Draws the timeline of one rank as a picture: ``python benchmarks/timeline.py runs/X/trace-rank0.json.gz --out timeline.svg``.
 
 The trace is that of ``monitor.trace=true``. One lane has the main thread's products and attention and where it waits for a
-collective, the others the threads (CPU) or streams (GPU) that carry collectives. Also printed: how much of the collectives'
-time the main thread did not wait for.
+collective, the others the threads (CPU) or streams (GPU) that carry collectives. Also printed: in how much of
+the time with a collective under way the main thread computed.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def lanes(path: Path) -> dict[str, list[Event]]:
     events: list[dict[str, Any]] = [
         e for e in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"] if e.get("ph") == "X"
     ]
-    main = next(e["tid"] for e in events if e["name"] == WAIT)
+    main = Counter(e["tid"] for e in events).most_common(1)[0][0]
     start = min(e["ts"] for e in events if e["tid"] == main)
     found: dict[str, list[Event]] = {"main": []}
     for e in events:
@@ -43,9 +44,20 @@ def lanes(path: Path) -> dict[str, list[Event]]:
 
 
 def hidden(found: dict[str, list[Event]]) -> float:
-    """Share of the collectives' time in which the main thread did not wait."""
-    busy = sum(length for lane, events in found.items() if lane != "main" for _, _, length in events)
-    return 1 - sum(length for kind, _, length in found["main"] if kind == "wait") / busy
+    """Share of the time with a collective under way in which the main thread computed."""
+    compute = [event for event in found["main"] if event[0] == "compute"]
+    carried = [event for lane, events in found.items() if lane != "main" for event in events]
+    both = duration(compute) + duration(carried) - duration([*compute, *carried])
+    return both / duration(carried)
+
+
+def duration(events: list[Event]) -> float:
+    """Milliseconds in which at least one of the events goes on."""
+    total, reached = 0.0, -1.0
+    for _, at, length in sorted(events, key=lambda event: event[1]):
+        total += max(0.0, at + length - max(at, reached))
+        reached = max(reached, at + length)
+    return total
 
 
 def draw(found: dict[str, list[Event]], first: float, last: float, width: int = 1000) -> str:
@@ -83,7 +95,7 @@ def main() -> None:
     found = lanes(a.trace)
     end = max(at + length for _, at, length in found["main"])
     a.out.write_text(draw(found, *(a.window or (0.0, end))), encoding="utf-8")
-    print(f"{end:.0f} ms; {hidden(found):.0%} of the collectives' time was hidden")
+    print(f"{end:.0f} ms; {hidden(found):.0%} of the time with a collective under way, the main thread computed")
 
 
 if __name__ == "__main__":
