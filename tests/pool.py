@@ -1,6 +1,7 @@
 """Processes that stay: a test's training run joins some of them, without starting Python and importing PyTorch anew."""
 
 import atexit
+import faulthandler
 import multiprocessing
 import os
 import socket
@@ -13,6 +14,8 @@ def _work(rank, pipe):
     import torch
 
     from internevo.train.start import train
+
+    faulthandler.enable()  # a crash shows where
 
     torch.set_num_threads(1)
     while (job := pipe.recv()) is not None:

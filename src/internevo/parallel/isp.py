@@ -221,7 +221,9 @@ class Station:
 
     def forward(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """For the forward pass. In a recomputation the layer's own backward is next: it gets the same weights."""
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        if torch.compiler.is_compiling():
+            return self.take(parts, self.after)
+        if torch._C._current_graph_task_id() == -1:
             self._backward_is_due = True
             return self.take(parts, self.after)
         # What had its backward would fetch weights that nobody waits for.
@@ -231,6 +233,8 @@ class Station:
 
     def backward(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """For the backward pass."""
+        if torch.compiler.is_compiling():
+            return self.take(parts, self.before)
         kept, self._kept, self._backward_is_due = self._kept, None, False
         return kept if kept is not None else self.take(parts, self.before)
 
