@@ -27,7 +27,7 @@ TINY = {
 }  # fmt: skip
 
 
-def run(*arguments, code=0, env=None, timeout=180, command=None):
+def run(*arguments, code=0, env=None, timeout=600, command=None):
     """Runs ``internevo ARGUMENTS`` and returns the finished process; fails with its output on another exit code."""
     command = command or [sys.executable, "-m", "internevo"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "INTERNEVO_DEVICE": "cpu", **(env or {})}

@@ -37,7 +37,7 @@ class Pool:
         self.workers = []
         atexit.register(self.stop)
 
-    def train(self, path, processes=1, *overrides, timeout=120):
+    def train(self, path, processes=1, *overrides, timeout=400):
         """``internevo train PATH OVERRIDES`` on so many processes; fails with the traceback of the first rank that failed."""
         context = multiprocessing.get_context("spawn")
         while len(self.workers) < processes:

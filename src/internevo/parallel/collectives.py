@@ -29,19 +29,28 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def sent(x: Tensor) -> Tensor:
+    """What a collective is given: contiguous, and outside autograd.
+
+    gloo's threads have autograd on. They would record their copies of a tensor that requires a gradient, and free the graph's
+    nodes while this thread uses them: a rare crash, seen with recomputation, whose graphs live shortly.
+    """
+    return x.detach().contiguous()
+
+
 def all_gather(x: Tensor, group: Group) -> Tensor:
     """[N, ...] of each rank -> [t * N, ...]."""
-    return functional.wait_tensor(functional.all_gather_single(x.contiguous(), 0, group))
+    return functional.wait_tensor(functional.all_gather_single(sent(x), 0, group))
 
 
 def reduce_scatter(x: Tensor, group: Group) -> Tensor:
     """[t * N, ...] of each rank -> the sum's [N, ...]."""
-    return functional.wait_tensor(functional.reduce_scatter_single(x.contiguous(), "sum", 0, group))
+    return functional.wait_tensor(functional.reduce_scatter_single(sent(x), "sum", 0, group))
 
 
 def all_reduce(x: Tensor, group: Group) -> Tensor:
     """The sum over ranks."""
-    return functional.wait_tensor(functional.all_reduce(x.contiguous(), "sum", group))
+    return functional.wait_tensor(functional.all_reduce(sent(x), "sum", group))
 
 
 def tokens_first(x_BSD: Tensor) -> Tensor:
@@ -96,11 +105,11 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, group: Group) -> Tensor:  # type: ignore[override, no-untyped-def]
         ctx.group = group
-        return functional.wait_tensor(functional.all_to_all_single(x.contiguous(), None, None, group))
+        return functional.wait_tensor(functional.all_to_all_single(sent(x), None, None, group))
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override, no-untyped-def]
-        return functional.wait_tensor(functional.all_to_all_single(grad.contiguous(), None, None, ctx.group)), None
+        return functional.wait_tensor(functional.all_to_all_single(sent(grad), None, None, ctx.group)), None
 
 
 def copy(x: Tensor, group: Group) -> Tensor:

@@ -255,7 +255,7 @@ def connect(stations: list[Station], config: Weight) -> None:
 
 def gather(parts: Sequence[Tensor], group: Group) -> list[Tensor]:
     """[N, ...] of each rank -> [w * N, ...], several tensors in one call; not waited for."""
-    parts = [part.contiguous() for part in parts]
+    parts = [collectives.sent(part) for part in parts]
     if len(parts) == 1:
         return [_plain(functional.all_gather_single(parts[0], 0, group))]
     return [_plain(w) for w in functional.all_gather_single_coalesced(parts, group)]
