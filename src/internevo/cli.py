@@ -60,9 +60,9 @@ def tokenize(
     train_tokenizer: Annotated[Literal["bpe"] | None, typer.Option(help="Train a tokenizer on the input instead.")] = None,
     vocab_size: Annotated[int | None, typer.Option(min=1, help="Entries of the tokenizer to train.")] = None,
     format: Annotated[
-        Literal["text", "json", "jsonl", "parquet", "alpaca"] | None, typer.Option(help="Default: by suffix.")
+        Literal["text", "json", "jsonl", "csv", "parquet", "alpaca"] | None, typer.Option(help="Default: by suffix.")
     ] = None,
-    text_key: Annotated[str | None, typer.Option(help="Key of the text in JSON (default: content, then text).")] = None,
+    text_key: Annotated[str | None, typer.Option(help="Key or column of the text (default: content, then text).")] = None,
     pattern: Annotated[str | None, typer.Option(help="Which files of a folder, for example '*.py'.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Folder name to leave out; may be repeated.")] = None,
     type: Annotated[str, typer.Option(help="Dataset type: the folder below the output; losses are reported per type.")] = "en",

@@ -92,7 +92,7 @@ def test_a_full_disk_while_saving_loses_nothing(tmp_path, config):
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 
     done = subprocess.run(
-        [sys.executable, "-m", "internevo", "train", str(path)], preexec_fn=limit, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "internevo", "train", str(path)], preexec_fn=limit, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 1
     assert "saving a checkpoint failed; earlier ones are untouched" in done.stderr

@@ -32,7 +32,7 @@ def free_port():
 
 def finish(*processes):
     for process in processes:
-        output, _ = process.communicate(timeout=170)
+        output, _ = process.communicate(timeout=600)
         assert process.returncode == 0, output
 
 

@@ -13,7 +13,10 @@ class Data(Section):
     """The datasets and the batch. Names and defaults are InternEvo's."""
 
     type: Literal["tokenized", "streaming", "megatron", "mocked", "hf"] = option(
-        "tokenized", "Kind of dataset.", later="this kind of dataset"
+        "tokenized",
+        "Kind of dataset. mocked: random rows, whatever the folders say.",
+        later="this kind of dataset",
+        neutral=("mocked",),
     )
     train_folder: str | None = option(None, "Folder of tokenized training data; None: random data.")
     valid_folder: str | None = option(None, "Folder of tokenized validation data; None: none (random when training is).")

@@ -27,7 +27,7 @@ def run(
     overwrite: bool,
 ) -> None:
     """Checks the options, tokenizes under a progress bar, and says what was made."""
-    if kind in ("parquet", "alpaca"):
+    if kind == "alpaca":
         raise NotAvailableYet(f"not available yet: --format {kind}")
     if (tokenizer is None) == (train_tokenizer is None):
         raise UsageError("give either --tokenizer PATH or --train-tokenizer bpe --vocab-size N")

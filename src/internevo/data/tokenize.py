@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,8 @@ import numpy.typing as npt
 
 from ..errors import UsageError
 from ..tokenizer import Tokenizer, load_tokenizer, train_bpe
-from .documents import Job, find_files, make_jobs, texts
+from .documents import texts
+from .inputs import Job, find_files, make_jobs
 from .tokenized import TokenWriter
 
 PART_TOKENS = 2**30
@@ -73,18 +74,18 @@ def tokenize(
     Raises:
         DataError: when a document cannot be read (named with its place); nothing half-written stays behind.
     """
-    jobs = make_jobs(find_files(inputs, kind, pattern, exclude))
+    files = find_files(inputs, kind, pattern, exclude)
     _prepare(output, overwrite)
     if tokenizer is None:
         assert train_vocab_size is not None
         status(f"training a byte-level BPE tokenizer of {train_vocab_size:,} entries")
-        found = (text for job in jobs for text in texts(job, text_key))
+        found = (text for job in make_jobs(files) for text in texts(job, text_key))
         tokenizer = train_bpe(found, train_vocab_size, output)
     result = Result(vocab_size=load_tokenizer(tokenizer).vocab_size)
     writers = _Writers(output, dataset_type, valid_ratio, result)
     try:
-        total, done = sum(job.size for job in jobs), 0
-        for part in _run(jobs, tokenizer, text_key, workers or os.cpu_count() or 1):
+        total, done = sum(path.stat().st_size for _, path in files), 0
+        for part in _run(make_jobs(files), tokenizer, text_key, workers or os.cpu_count() or 1):
             writers.write(part)
             done += part.size
             progress(done, total)
@@ -167,14 +168,15 @@ class _Writers:
 # Workers -------------------------------------------------------------------------------------------------------------
 
 
-def _run(jobs: list[Job], tokenizer: Path, key: str | None, workers: int) -> Iterator[_Done]:
-    """Tokenizes jobs in order, in ``workers`` processes."""
+def _run(jobs: Iterator[Job], tokenizer: Path, key: str | None, workers: int) -> Iterator[_Done]:
+    """Tokenizes jobs in order, in ``workers`` processes. Jobs are made as workers take them: they may hold content."""
     work = partial(_work, tokenizer, key)
-    if workers == 1 or len(jobs) == 1:
-        yield from map(work, jobs)
+    first = list(islice(jobs, workers))
+    if len(first) <= 1:
+        yield from map(work, chain(first, jobs))
         return
-    with multiprocessing.get_context("forkserver").Pool(min(workers, len(jobs)), initializer=_one_core) as pool:
-        yield from pool.imap(work, jobs)
+    with multiprocessing.get_context("forkserver").Pool(len(first), initializer=_one_core) as pool:
+        yield from pool.imap(work, chain(first, jobs))
 
 
 def _one_core() -> None:

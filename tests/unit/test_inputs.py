@@ -1,0 +1,144 @@
+"""Raw documents: whatever the format, the compression and the cut, the same texts come out; what is broken is named."""
+
+import csv
+import gzip
+import io
+import json
+import random
+
+import numpy as np
+import pyarrow
+import pytest
+import zstandard
+from pyarrow import parquet
+
+from internevo.config import check, load_config
+from internevo.data import inputs
+from internevo.data.documents import texts
+from internevo.data.index import open_index
+from internevo.data.inputs import find_files, make_jobs
+from internevo.data.rows import RandomRows
+from internevo.data.source import train_rows, valid_rows
+from internevo.data.tokenize import tokenize
+from internevo.errors import DataError
+from internevo.tokenizer import train_bpe
+from tests.conftest import write_config
+
+LINES = ("jsonl", "ndjson")
+PACK = {
+    "": lambda content: content,
+    ".gz": gzip.compress,
+    ".zst": lambda content: zstandard.compress(content[:100]) + zstandard.compress(content[100:]),  # two frames
+}
+
+
+@pytest.fixture
+def corpus():
+    """Texts with all that could be taken for a border: quotes, commas, tabs, line ends of every kind, several scripts."""
+    draw = random.Random(3)
+    pieces = ["word ", '"', '""', ",", "\t", "\n", "\r\n", "\r", "春眠不觉晓", "é", "\u2028", "🙂", "{", "\\"]
+    return ["".join(draw.choices(pieces, k=draw.randint(1, 60))) for _ in range(150)]
+
+
+def rows_of(corpus, delimiter):
+    out = io.StringIO(newline="")
+    writer = csv.writer(out, delimiter=delimiter)
+    writer.writerows([["id", "text"], *enumerate(corpus)])
+    return out.getvalue().encode()
+
+
+def write(folder, corpus, suffix, packing=""):
+    """One file of the format, or for txt one of each text."""
+    folder.mkdir(exist_ok=True)
+    path = folder / f"corpus.{suffix}{packing}"
+    if suffix == "parquet":
+        parquet.write_table(pyarrow.table({"id": range(len(corpus)), "text": corpus}), path, row_group_size=40)
+        return path
+    if suffix == "txt":
+        for number, text in enumerate(corpus):
+            (folder / f"{number:04d}.txt{packing}").write_bytes(PACK[packing](text.encode()))
+        return folder
+    content = {
+        "json": json.dumps([{"text": text} for text in corpus]).encode(),
+        **dict.fromkeys(LINES, "".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in corpus).encode()),
+        "csv": rows_of(corpus, ","),
+        "tsv": rows_of(corpus, "\t"),
+    }[suffix]
+    path.write_bytes(PACK[packing](content))
+    return path
+
+
+def read(path, key=None):
+    return [text for job in make_jobs(find_files([path], None, None, ())) for text in texts(job, key)]
+
+
+@pytest.mark.parametrize("size", [100, 1 << 20])
+@pytest.mark.parametrize("packing", PACK)
+@pytest.mark.parametrize("suffix", ["txt", "json", *LINES, "csv", "tsv"])
+def test_every_format_gives_the_same_texts_however_it_is_cut(tmp_path, monkeypatch, corpus, suffix, packing, size):
+    monkeypatch.setattr(inputs, "JOB_BYTES", size)
+    path = write(tmp_path / "in", corpus, suffix, packing)
+    assert read(path) == corpus and read(path.parent) == corpus
+    jobs = list(make_jobs(find_files([path], None, None, ())))
+    files = [path] if path.is_file() else list(path.iterdir())
+    assert sum(job.size for job in jobs) == sum(file.stat().st_size for file in files)
+    assert len(jobs) > 1 or size > 100 or suffix == "json" or packing
+
+
+def test_parquet_gives_its_texts_by_row_groups(tmp_path, corpus):
+    path = write(tmp_path, corpus, "parquet")
+    jobs = list(make_jobs(find_files([tmp_path], None, None, ())))
+    assert len(jobs) == 4 and sum(job.size for job in jobs) == path.stat().st_size
+    assert read(path) == corpus
+
+
+@pytest.mark.parametrize(("suffix", "packing"), [("jsonl", ".zst"), ("csv", ".gz"), ("parquet", "")])
+def test_tokens_do_not_depend_on_format_and_workers(tmp_path, monkeypatch, corpus, suffix, packing):
+    monkeypatch.setattr(inputs, "JOB_BYTES", 700)
+    tokenizer = train_bpe(corpus, 300, tmp_path / "tokenizer")
+    for name, source, workers in (
+        ("plain", write(tmp_path / "a", corpus, "jsonl"), 1),
+        ("other", write(tmp_path / "b", corpus, suffix, packing), 3),
+    ):
+        seen = []
+        result = tokenize(
+            [source], tmp_path / name, tokenizer=tokenizer, workers=workers, progress=lambda *p, s=seen: s.append(p)
+        )
+        assert result.documents == len(corpus)
+        assert seen[-1] == (source.stat().st_size,) * 2
+    plain, other = (open_index(tmp_path / name) for name in ("plain", "other"))
+    assert all(np.array_equal(plain.read(n), other.read(n)) for n in range(len(corpus)))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl.gz", "csv.zst", "txt.gz", "parquet"])
+@pytest.mark.parametrize("damage", ["cut", "noise"])
+def test_a_damaged_file_is_named(tmp_path, corpus, suffix, damage):
+    kind, _, packing = suffix.partition(".")
+    path = write(tmp_path / "in", corpus, kind, "." + packing if packing else "")
+    path = sorted(path.iterdir())[0] if path.is_dir() else path
+    content = bytearray(path.read_bytes())
+    if damage == "cut":
+        content = content[:-12]
+    else:
+        content[len(content) // 2 :] = b"\xff" * (len(content) - len(content) // 2)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=path.name):
+        read(path)
+
+
+def test_a_row_without_text_is_named(tmp_path):
+    bad = tmp_path / "bad.csv"
+    bad.write_text("id,text\n1,good\n2\n")
+    with pytest.raises(DataError, match=r"bad\.csv, line 2 behind byte 8: 1 fields, and the header names 2"):
+        read(bad)
+    with pytest.raises(DataError, match=r"no column 'body' \(it has 'id', 'text'\); give --text-key"):
+        read(bad, "body")
+    parquet.write_table(pyarrow.table({"text": ["good", None]}), tmp_path / "bad.parquet")
+    with pytest.raises(DataError, match=r"bad\.parquet, row group 0, row 1: 'text' is NoneType"):
+        read(tmp_path / "bad.parquet")
+
+
+def test_mocked_data_is_random_whatever_the_folders_say(tmp_path):
+    config = load_config(write_config(tmp_path, tmp_path / "nothing", data__type="mocked", data__valid_every=2), [])
+    check(config, 1)
+    assert isinstance(train_rows(config.data, 97), RandomRows) and isinstance(valid_rows(config.data, 97), RandomRows)
