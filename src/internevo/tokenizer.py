@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .errors import UsageError
+from .sentencepieces import SentencePiece
 
 
 class Backend(Protocol):
@@ -78,31 +79,6 @@ class _Json:
         return self.fast.token_to_id(token)
 
 
-class _SentencePiece:
-    """The ``sentencepiece`` library."""
-
-    def __init__(self, path: Path) -> None:
-        import sentencepiece
-
-        try:
-            self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except Exception as error:
-            raise UsageError(f"{path} is not a SentencePiece model: {error}") from error
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return self.model.encode(texts, out_type=int, num_threads=1)
-
-    def decode(self, ids: list[int]) -> str:
-        return self.model.decode(ids)
-
-    def size(self) -> int:
-        return self.model.get_piece_size()
-
-    def token_id(self, token: str) -> int | None:
-        found = self.model.piece_to_id(token)
-        return None if found == self.model.unk_id() else found
-
-
 class _Transformers:
     """A folder that only transformers can read (vocab.json and merges.txt, vocab.txt, ...)."""
 
@@ -149,7 +125,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if path.suffix == ".json":
         backend = _Json(path)
     elif path.suffix == ".model":
-        backend = _SentencePiece(path)
+        backend = SentencePiece(path)
     elif path.is_dir():
         backend = _Transformers(path)
     else:
@@ -160,7 +136,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def _special_ids(folder: Path, backend: Backend) -> tuple[int | None, int | None]:
     """Ids that begin and end a document, as the folder's files name them; else by the customary names."""
-    if isinstance(backend, _SentencePiece) and not (folder / "tokenizer_config.json").is_file():
+    if isinstance(backend, SentencePiece) and not (folder / "tokenizer_config.json").is_file():
         ids = (backend.model.bos_id(), backend.model.eos_id())
         return tuple(i if i >= 0 else None for i in ids)  # type: ignore[return-value]
     for name in ("tokenizer_config.json", "special_tokens_map.json"):

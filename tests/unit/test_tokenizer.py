@@ -5,7 +5,8 @@ import random
 
 import pytest
 import sentencepiece
-from transformers import AutoTokenizer
+from transformers import AddedToken, AutoTokenizer
+from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from internevo.errors import UsageError
 from internevo.tokenizer import load_tokenizer, train_bpe
@@ -26,6 +27,50 @@ def test_sentencepiece(tmp_path):
         assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (1, 2, 40)
         assert tokenizer.decode(tokenizer.encode(TEXTS[0])) == TEXTS[0]
     assert tokenizer.with_bos("")[0] == 1
+
+
+ADDED = {"<|im_start|>": (40, False), "<|im_end|>": (41, True), "<s>": (1, False), "</s>": (2, False), "[X]": (42, False)}
+"""Name: (id, takes blanks to its right away)."""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A SentencePiece model of 40 pieces, and tokens that only its Hugging Face files know."""
+    (tmp_path / "corpus.txt").write_text("\n".join(TEXTS))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=40, minloglevel=2,
+        remove_extra_whitespaces=False,
+    )  # fmt: skip
+    decoder = {str(n): {"content": name, "rstrip": r, "special": name != "[X]"} for name, (n, r) in ADDED.items()}
+    table = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
+             "pad_token": "<pad>", "added_tokens_decoder": decoder}  # fmt: skip
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(table))
+    return tmp_path
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_folder_with_only_a_sentencepiece_model_gives_the_ids_of_its_settings(folder, legacy):
+    """Against transformers' own SentencePiece code, on random texts full of added tokens, blanks and unknown letters."""
+    table = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**table, "legacy": legacy}))
+    theirs = SentencePieceBackend(
+        vocab_file=str(folder / "tokenizer.model"), legacy=legacy, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+    )  # fmt: skip
+    theirs.add_tokens([AddedToken(n, rstrip=r, special=n != "[X]", normalized=False) for n, (_, r) in ADDED.items()])
+    theirs.add_special_tokens({"pad_token": "<pad>"})
+    ours = load_tokenizer(folder)
+    assert ours.vocab_size == 44 and (ours.bos_id, ours.eos_id, ours.backend.token_id("<pad>")) == (1, 2, 43)
+    draw = random.Random(5)
+    pieces = [*ADDED, "<pad>", " ", "  ", "\n", "\u2581", *WORDS, "Ω", "<|im", "<unk>"]
+    texts = ["", " ", "<s>", *("".join(draw.choices(pieces, k=draw.randint(1, 12))) for _ in range(500))]
+    for text in texts:
+        given = "\u2581" + text.replace("\u2581", " ") if not legacy and text else text
+        wanted = theirs(given, add_special_tokens=False)["input_ids"]
+        if not legacy and len(wanted) > 1 and theirs.convert_ids_to_tokens(wanted[0]) == "\u2581":
+            wanted = wanted[1:] if wanted[1] in theirs.all_special_ids else wanted
+        assert ours.encode(text) == wanted, text
+    assert ours.backend.encode_batch(texts) == [ours.encode(text) for text in texts]
+    assert ours.decode(ours.encode("the fox<|im_end|>jumps[X] over")).startswith("the fox<|im_end|>")
 
 
 def test_a_trained_bpe_loads_in_transformers_with_the_same_ids(tmp_path):
