@@ -1,6 +1,7 @@
 """Data: both forms of tokenized files, rows that lose nothing, and an order that knows no rank."""
 
 import json
+import struct
 
 import numpy as np
 import pytest
@@ -229,3 +230,53 @@ def test_int32_offsets_beyond_2_gib_are_repaired(tmp_path):
     meta = np.stack([offsets, np.full(5, 3)], axis=1)
     np.save(open(tmp_path / "a.bin.meta", "wb"), meta.astype(np.int32))
     assert read_meta(tmp_path / "a.bin")[:, 0].tolist() == offsets.tolist()
+
+
+def write_megatron(path, documents, dtype, code):
+    """As Megatron-LM's IndexedDatasetBuilder does; a document may have several sequences."""
+    lengths = [len(sequence) for document in documents for sequence in document]
+    flat = [token for document in documents for sequence in document for token in sequence]
+    path.with_suffix(".bin").write_bytes(np.array(flat, dtype).tobytes())
+    offsets = np.cumsum([0, *lengths])[:-1] * np.dtype(dtype).itemsize
+    borders = np.cumsum([0, *map(len, documents)])
+    with open(path.with_suffix(".idx"), "wb") as file:
+        file.write(b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, code, len(lengths), len(borders)))
+        for array, kind in ((lengths, "<i4"), (offsets, "<i8"), (borders, "<i8")):
+            file.write(np.array(array, kind).tobytes())
+
+
+@pytest.mark.parametrize(("dtype", "code"), [("<i4", 4), ("<u2", 8)])
+@given(st.lists(st.lists(st.lists(st.integers(0, 65535), max_size=9), min_size=1, max_size=3), min_size=1, max_size=30))
+@settings(max_examples=30, deadline=None)
+def test_a_megatron_dataset_has_the_rows_of_the_tokenized_one(tmp_path_factory, dtype, code, documents):
+    folder, again = tmp_path_factory.mktemp("megatron"), tmp_path_factory.mktemp("again")
+    joined = [[token for sequence in document for token in sequence] for document in documents]
+    (folder / "en").mkdir()
+    write_megatron(folder / "en" / "part", documents, dtype, code)
+    index = open_index(folder)
+    assert [index.read(n).tolist() for n in range(len(index))] == [ids for ids in joined if ids]
+    if index.tokens:
+        writer = TokenWriter(again / "en" / "part.bin")
+        writer.write(np.array([t for ids in joined for t in ids]), [len(ids) for ids in joined])
+        writer.close()
+        ours, theirs = (PackedRows(open_index(root), 8, 65536) for root in (again, folder))
+        for row, other in zip((ours[n] for n in range(len(ours))), (theirs[n] for n in range(len(ours))), strict=True):
+            assert row.tokens.tolist() == other.tokens.tolist() and row.labels.tolist() == other.labels.tolist()
+
+
+def test_a_damaged_megatron_index_is_named(tmp_path):
+    write_megatron(tmp_path / "part", [[[1, 2]], [[3]]], "<i4", 4)
+    content = (tmp_path / "part.idx").read_bytes()
+    for broken, message in (
+        (content[:-1], r"part\.idx is truncated: 2 sequences and 3 borders take 82 bytes, it has 81"),
+        (b"x" + content[1:], r"part\.idx is not the index of a Megatron dataset"),
+        (content[:17] + b"\x07" + content[18:], "ids of type 7"),
+        (content[:-8] + b"\x09" + content[-7:], "borders of its documents"),
+    ):
+        (tmp_path / "part.idx").write_bytes(broken)
+        with pytest.raises(DataError, match=message):
+            TokenFile.open(tmp_path / "part.bin")
+    (tmp_path / "part.idx").write_bytes(content)
+    (tmp_path / "part.bin").write_bytes(b"\x00" * 8)
+    with pytest.raises(DataError, match=r"part\.bin is truncated"):
+        TokenFile.open(tmp_path / "part.bin")

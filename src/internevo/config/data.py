@@ -14,9 +14,9 @@ class Data(Section):
 
     type: Literal["tokenized", "streaming", "megatron", "mocked", "hf"] = option(
         "tokenized",
-        "Kind of dataset. mocked: random rows, whatever the folders say.",
+        "Kind of dataset. tokenized and megatron: folders of .bin files. mocked: random rows, whatever the folders say.",
         later="this kind of dataset",
-        neutral=("mocked",),
+        neutral=("mocked", "megatron"),
     )
     train_folder: str | None = option(None, "Folder of tokenized training data; None: random data.")
     valid_folder: str | None = option(None, "Folder of tokenized validation data; None: none (random when training is).")

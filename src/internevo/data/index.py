@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import DataError
-from .tokenized import Ids, TokenFile
+from .tokenized import Ids, TokenFile, meta_of
 
 VERSION = 1
 
@@ -108,7 +108,7 @@ def _list(root: Path) -> list[tuple[str, int, int, int, int]]:
                 path = os.path.join(folder, file)
                 stat = os.stat(path)
                 try:
-                    meta = os.stat(path + ".meta")
+                    meta = os.stat(meta_of(Path(path)))
                 except FileNotFoundError:
                     raise DataError(f"{path} has no {file}.meta beside it") from None
                 name = os.path.relpath(path, root)

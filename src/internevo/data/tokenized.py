@@ -5,6 +5,8 @@
 - JSON lines, ``{"tokens": [ids]}``, as InternEvo writes them; or
 - raw little-endian ids, uint16 or int32, the compact form that new data is written in.
 
+Megatron's ``NAME.bin`` with ``NAME.idx`` is read as well.
+
 A negative id means: train on it as context, but do not predict it. Its token is its absolute value; since 0 has no sign,
 ``MASKED_ZERO`` stands for a masked token 0.
 """
@@ -21,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import DataError
+from .megatron import read_index
 
 MASKED_ZERO = -(2**31)
 Ids = npt.NDArray[np.int64]
@@ -39,15 +42,19 @@ class TokenFile:
 
     @classmethod
     def open(cls, path: Path) -> TokenFile:
-        """Opens ``path`` and its ``.meta``.
+        """Opens ``path`` and its ``.meta`` (or ``.idx``, of a Megatron dataset).
 
         Raises:
             DataError: when one is missing, truncated, or does not fit the other; with file and position.
         """
-        meta = read_meta(path)
         size = path.stat().st_size
         content = np.memmap(path, dtype=np.uint8, mode="r") if size else np.empty(0, np.uint8)
-        itemsize = _itemsize(path, meta, content)
+        meta: npt.NDArray[np.integer]
+        if meta_of(path).suffix == ".idx":
+            meta, itemsize = read_index(meta_of(path))
+        else:
+            meta = read_meta(path)
+            itemsize = _itemsize(path, meta, content)
         file = cls(path, meta, itemsize, content)
         file._check(size)
         return file
@@ -58,7 +65,7 @@ class TokenFile:
             return
         if (counts < 0).any() or (np.diff(offsets) < 0).any() or offsets[0] < 0:
             bad = int(np.argmax((counts < 0) | np.r_[False, np.diff(offsets) < 0]))
-            raise DataError(f"{self.path}.meta, document {bad}: offset {offsets[bad]}, count {counts[bad]} make no sense")
+            raise DataError(f"{meta_of(self.path)}, document {bad}: offset {offsets[bad]}, count {counts[bad]} make no sense")
         ends = offsets + counts * max(self.itemsize, 1)
         if ends[-1] > size:
             bad = int(np.argmax(ends > size))
@@ -67,7 +74,7 @@ class TokenFile:
                 f"(byte {offsets[bad]}, {counts[bad]} tokens) goes on behind it"
             )
         if self.itemsize and ends[-1] != size:
-            raise DataError(f"{self.path}.meta does not fit: it describes {ends[-1]} bytes, and the file has {size}")
+            raise DataError(f"{meta_of(self.path)} does not fit: it describes {ends[-1]} bytes, and the file has {size}")
         if not self.itemsize:
             self.read(len(self.meta) - 1)
 
@@ -92,6 +99,12 @@ class TokenFile:
         if array.shape != (count,):
             raise DataError(f"{where} has {array.size} tokens, and its .meta says {count}")
         return array[start:stop]
+
+
+def meta_of(path: Path) -> Path:
+    """The file beside a ``.bin`` that says where its documents are: ``NAME.bin.meta``, or ``NAME.idx`` of Megatron."""
+    meta, megatron = path.with_name(path.name + ".meta"), path.with_suffix(".idx")
+    return megatron if megatron.is_file() and not meta.is_file() else meta
 
 
 def read_meta(path: Path) -> npt.NDArray[np.integer]:
