@@ -130,11 +130,13 @@ def generate(
 @app.command(epilog=_epilog("internevo inspect runs/demo"))
 def inspect(
     path: Annotated[Path, typer.Argument(help="Checkpoint, dataset, run folder or Hugging Face folder.")],
+    tokenizer: Annotated[Path | None, typer.Option(help="Of a dataset (default: the one that lies in it or above).")] = None,
+    decode: Annotated[int, typer.Option(min=0, metavar="N", help="Show N documents of a dataset as text.")] = 0,
 ) -> None:
     """Say what a folder holds, and whether it is intact."""
     from .inspection import inspect as look
 
-    for line in look(path):
+    for line in look(path, tokenizer, decode):
         print(line)
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
 from .checkpoint import Checkpoint, complete_checkpoints
 from .checkpoint.manifest import NAME, verify
-from .data.index import open_index
+from .data.look import describe
 from .errors import UsageError
 from .models.folder import HfFolder
 from .models.registry import family
@@ -16,8 +15,12 @@ from .observe.metrics import read_rows
 from .tensorfile import Spec
 
 
-def inspect(path: Path) -> Iterator[str]:
+def inspect(path: Path, tokenizer: Path | None = None, decode: int = 0) -> Iterator[str]:
     """Lines that describe ``path``.
+
+    Args:
+        tokenizer: for tokenized data, to check the ids with.
+        decode: documents of tokenized data to show as text.
 
     Raises:
         UsageError: when it is nothing that is known here.
@@ -32,7 +35,7 @@ def inspect(path: Path) -> Iterator[str]:
     if (path / "config.json").is_file():
         return _hf(path)
     if any(path.rglob("*.bin")):
-        return _dataset(path)
+        return describe(path, tokenizer, decode)
     raise UsageError(f"{path} holds neither a checkpoint, a run, a Hugging Face model nor tokenized data")
 
 
@@ -72,25 +75,3 @@ def _hf(path: Path) -> Iterator[str]:
         spec = Spec(shape, folder.dtype)
         read += sum(folder.weights.read(disk, row, count).numel() for row, count in spec.chunks(0, spec.rows))
     yield f"intact: all {len(folder.naming.shapes)} tensors are there and can be read, {read:,} values"
-
-
-def _dataset(path: Path) -> Iterator[str]:
-    index = open_index(path)
-    yield f"tokenized data {path}: {len(index):,} documents, {index.tokens:,} tokens in {len(index.files):,} files"
-    lengths = index.documents[:, 1]
-    if len(lengths):
-        yield f"lengths: shortest {lengths.min():,}, mean {lengths.mean():,.1f}, longest {lengths.max():,}"
-    for number, name in enumerate(index.types):
-        files = [f for f, kind in enumerate(index.file_types) if kind == number]
-        chosen = [lengths[index.first[f] : index.first[f + 1]] for f in files]
-        yield f"type {name}: {sum(map(len, chosen)):,} documents, {sum(int(c.sum()) for c in chosen):,} tokens"
-    largest = 0
-    for f in range(len(index.files)):
-        file = index.file(f)
-        if file.itemsize:
-            ids = file.bytes.view("<u2" if file.itemsize == 2 else "<i4")
-            step = 1 << 24
-            largest = max([largest, *(int(abs(ids[a : a + step].astype("int64")).max()) for a in range(0, len(ids), step))])
-        else:
-            largest = max([largest, *(int(abs(file.read(d)).max(initial=0)) for d in range(len(file.meta)))])
-    yield f"intact: every document can be read; the largest id is {largest:,} ({math.ceil(math.log2(largest + 1))} bits)"

@@ -85,11 +85,7 @@ def open_index(root: Path, min_length: int = 0, min_lengths: dict[str, int] | No
     Raises:
         DataError: when there is no file, or one is damaged.
     """
-    if not root.is_dir():
-        raise DataError(f"{root} is not a folder of tokenized data")
-    listing = _list(root)
-    if not listing:
-        raise DataError(f"{root} holds no .bin file: make some with `internevo tokenize`")
+    listing = list_files(root)
     key = hashlib.sha256(json.dumps([VERSION, listing, min_length, min_lengths]).encode()).hexdigest()[:24]
     for cache in _cache_folders(root):
         if (cache / key / "index.json").is_file():
@@ -98,8 +94,10 @@ def open_index(root: Path, min_length: int = 0, min_lengths: dict[str, int] | No
     return _store(root, key, [name for name, *_ in listing], parts)
 
 
-def _list(root: Path) -> list[tuple[str, int, int, int, int]]:
+def list_files(root: Path) -> list[tuple[str, int, int, int, int]]:
     """(path, size, time, size and time of the meta) of each ``.bin``, sorted by path."""
+    if not root.is_dir():
+        raise DataError(f"{root} is not a folder of tokenized data")
     found = []
     for folder, names, files in os.walk(root, followlinks=True):
         names[:] = sorted(n for n in names if not n.startswith("."))
@@ -113,6 +111,8 @@ def _list(root: Path) -> list[tuple[str, int, int, int, int]]:
                     raise DataError(f"{path} has no {file}.meta beside it") from None
                 name = os.path.relpath(path, root)
                 found.append((name, stat.st_size, stat.st_mtime_ns, meta.st_size, meta.st_mtime_ns))
+    if not found:
+        raise DataError(f"{root} holds no .bin file: make some with `internevo tokenize`")
     return sorted(found)
 
 
