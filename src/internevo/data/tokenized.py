@@ -148,10 +148,11 @@ def _itemsize(path: Path, meta: npt.NDArray[np.integer], content: npt.NDArray[np
             if first[:9].tobytes().replace(b" ", b"").startswith(b'{"token'):
                 return 0  # a damaged JSON file, which read() will name
     total = int(meta[:, 1].sum())
-    for itemsize in (2, 4):
-        if np.array_equal(np.diff(meta[:, 0]), meta[:-1, 1] * itemsize) and len(meta) > 1:
-            return itemsize
-        if len(meta) == 1 and len(content) == total * itemsize:
+    fitting = [size for size in (2, 4) if np.array_equal(np.diff(meta[:, 0]), meta[:-1, 1] * size)]
+    if len(fitting) == 1 and len(meta) > 1:
+        return fitting[0]  # also of a file that was cut off
+    for itemsize in fitting:  # one document, or all before the last are empty
+        if len(content) == total * itemsize:
             return itemsize
     raise DataError(f"{path}.meta does not fit its .bin: the offsets are those of neither JSON lines nor uint16 nor int32 ids")
 
