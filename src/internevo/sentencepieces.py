@@ -7,13 +7,13 @@ https://github.com/huggingface/transformers/pull/24565).
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
+from .jsonfile import read_object
 
 SPACE = "\u2581"
 """SentencePiece's sign for a space."""
@@ -45,28 +45,29 @@ class SentencePiece:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except Exception as error:  # the library raises several kinds
             raise UsageError(f"{path} is not a SentencePiece model: {error}") from error
-        settings = read_settings(path.parent)
+        settings = _settings(path.parent)
         self.added = self._added(path.parent, settings)
         self.names = {token.id: name for name, token in self.added.items()}
         longest_first = sorted(self.added, key=len, reverse=True)
         self.cut = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if self.added else None
         self.legacy = settings.get("legacy") is not False
         self.prefix = settings.get("add_prefix_space") is not False
-        self.unknown: str = _content(settings.get("unk_token")) or "<unk>"
+        self.unknown: str = token_text(settings.get("unk_token")) or "<unk>"
         if not self.legacy:
             self.model = _without_prefix(self.model)
             self.skipped = len(self.model.encode(self.unknown))
+            self.blank = self._own_id(SPACE)
 
     def _added(self, folder: Path, settings: dict[str, Any]) -> dict[str, Added]:
         found: dict[str, Added] = {}
         for number, entry in settings.get("added_tokens_decoder", {}).items():
             flags = {key: bool(entry.get(key)) for key in ("special", "lstrip", "rstrip")}
             found[entry["content"]] = Added(int(number), **flags)
-        for name, number in _json(folder / "added_tokens.json").items():
+        for name, number in _object(folder / "added_tokens.json").items():
             found.setdefault(name, Added(int(number)))
         more = settings.get("additional_special_tokens") or []
         for entry in [*(settings.get(key) for key in SPECIAL), *more]:
-            text = _content(entry)
+            text = token_text(entry)
             if text and text not in found:
                 free = max([self.model.get_piece_size() - 1, *(token.id for token in found.values())]) + 1
                 own = self._own_id(text)
@@ -80,7 +81,7 @@ class SentencePiece:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text."""
         if self.cut is None and self.legacy:
-            return self.model.encode(texts, out_type=int, num_threads=1)
+            return self._encode_plain(texts)
         parts = [self._parts(text) for text in texts]
         plain = [part for of_text in parts for part in of_text if isinstance(part, str)]
         encoded = iter(self._encode_plain(plain))
@@ -88,7 +89,7 @@ class SentencePiece:
         for of_text in parts:
             ids = [part for of_part in of_text for part in (next(encoded) if isinstance(of_part, str) else [of_part.id])]
             # The space put in front is not there before a special token.
-            drop = not self.legacy and len(ids) > 1 and ids[0] == self._own_id(SPACE) and self._is_special(ids[1])
+            drop = not self.legacy and len(ids) > 1 and ids[0] == self.blank and self._is_special(ids[1])
             joined.append(ids[1:] if drop else ids)
         return joined
 
@@ -149,24 +150,16 @@ class SentencePiece:
         return None if found == self.model.unk_id() else found
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
+def _settings(folder: Path) -> dict[str, Any]:
     """``tokenizer_config.json``, and what ``special_tokens_map.json`` says besides."""
-    return {**_json(folder / "special_tokens_map.json"), **_json(folder / "tokenizer_config.json")}
+    return {**_object(folder / "special_tokens_map.json"), **_object(folder / "tokenizer_config.json")}
 
 
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{path} is not JSON: {error}") from error
-    if not isinstance(table, dict):
-        raise UsageError(f"{path} is not a JSON object")
-    return table
+def _object(path: Path) -> dict[str, Any]:
+    return read_object(path) if path.is_file() else {}
 
 
-def _content(token: Any) -> str | None:
+def token_text(token: Any) -> str | None:
     """A token is written as its text, or as an object with it."""
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) and content else None

@@ -11,7 +11,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .errors import UsageError
-from .sentencepieces import SentencePiece
+from .jsonfile import read_object
+from .sentencepieces import SentencePiece, token_text
+
+FILES = ("tokenizer.json", "tokenizer.model")
+"""What a tokenizer's folder is read from, the first that is there."""
 
 
 class Backend(Protocol):
@@ -119,7 +123,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise UsageError(f"tokenizer {path} does not exist")
     folder = path if path.is_dir() else path.parent
     if path.is_dir():
-        found = [path / n for n in ("tokenizer.json", "tokenizer.model") if (path / n).is_file()]
+        found = [path / n for n in FILES if (path / n).is_file()]
         path = found[0] if found else path
     backend: Backend
     if path.suffix == ".json":
@@ -141,10 +145,7 @@ def _special_ids(folder: Path, backend: Backend) -> tuple[int | None, int | None
         return tuple(i if i >= 0 else None for i in ids)  # type: ignore[return-value]
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).is_file():
-            try:
-                table = json.loads((folder / name).read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise UsageError(f"{folder / name} is not JSON: {error}") from error
+            table = read_object(folder / name)
             return _named(table.get("bos_token"), backend), _named(table.get("eos_token"), backend)
     for eos in ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>"):
         if backend.token_id(eos) is not None:
@@ -154,8 +155,8 @@ def _special_ids(folder: Path, backend: Backend) -> tuple[int | None, int | None
 
 
 def _named(token: Any, backend: Backend) -> int | None:
-    content = token.get("content") if isinstance(token, dict) else token
-    return backend.token_id(content) if isinstance(content, str) else None
+    text = token_text(token)
+    return None if text is None else backend.token_id(text)
 
 
 END_OF_TEXT = "<|endoftext|>"

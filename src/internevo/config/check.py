@@ -66,10 +66,10 @@ def problems(config: Config, world_size: int) -> list[str]:
 def missing_paths(config: Config) -> list[str]:
     """Files and folders that the run reads and that are not there."""
     data, info = config.data, config.ckpt.load_ckpt_info
-    real = data.type != "mocked"
+    train, valid = data.folders
     paths = {
-        "data.train_folder": data.train_folder if real else None,
-        "data.valid_folder": data.valid_folder if real and data.valid_every else None,
+        "data.train_folder": train,
+        "data.valid_folder": valid if data.valid_every else None,
         "data.tokenizer_path": data.tokenizer_path if config.monitor.sample_prompts else None,
         "ckpt.load_ckpt_info.path": info.path if info else None,
     }

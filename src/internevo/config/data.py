@@ -57,6 +57,11 @@ class Data(Section):
         "stop", "On resume with a training set that is not the checkpoint's: stop, or go on at the same number of rows."
     )
 
+    @property
+    def folders(self) -> tuple[str | None, str | None]:
+        """The training and validation folders that are read."""
+        return (None, None) if self.type == "mocked" else (self.train_folder, self.valid_folder)
+
     gradient_accumulation: int | None = option(None, "InternEvo's other name of micro_num; must equal it.", ge=1)
     packed_length: int | None = option(None, "Tokens per micro-batch.", ignored="it is seq_len * micro_bsz")
     batch_size: int | None = option(None, "InternEvo's inner name of micro_num.", ignored="it is micro_num")

@@ -7,9 +7,12 @@ import io
 import os
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
+
+import zstandard
 
 from ..errors import DataError, UsageError
 
@@ -127,23 +130,23 @@ def _by_row_groups(kind: str, path: Path, size: int) -> Iterator[Job]:
 
 
 def _pieces(kind: str, path: Path, size: int) -> Iterator[Job]:
-    """Whole rows of a file that is read from its beginning. A line's end inside a csv field, between quotes, ends no row."""
+    """Whole rows of a file that is read from its beginning."""
+    rest_of_row = _rest_of_csv_row if kind == "csv" else lambda file, begun: file.readline()
     with open_input(str(path)) as (file, place):
-        header = _row(file, path) if kind == "csv" else b""
+        header = _rest_of_csv_row(file, b"") if kind == "csv" else b""
         offset, before = len(header), 0
-        while content := _read(file, JOB_BYTES, path):
-            content += _read_line(file, path)
-            while kind == "csv" and content.count(b'"') % 2 and (line := _read_line(file, path)):
-                content += line
+        while content := file.read(JOB_BYTES):
+            content += rest_of_row(file, content)
             yield Job(kind, (str(path),), place() - before, offset, content=content, header=header)
             offset, before = offset + len(content), place()
 
 
-def _row(file: BinaryIO, path: Path) -> bytes:
-    row = _read_line(file, path)
-    while row.count(b'"') % 2 and (line := _read_line(file, path)):
-        row += line
-    return row
+def _rest_of_csv_row(file: BinaryIO, begun: bytes) -> bytes:
+    """Up to the end of the row that ``begun`` ends in. A line's end inside a field, between quotes, ends no row."""
+    lines, quotes = [file.readline()], begun.count(b'"')
+    while (quotes := quotes + lines[-1].count(b'"')) % 2 and lines[-1]:
+        lines.append(file.readline())
+    return b"".join(lines)
 
 
 _CUT: dict[str, Callable[[str, Path, int], Iterator[Job]]] = {
@@ -156,30 +159,29 @@ _CUT: dict[str, Callable[[str, Path, int], Iterator[Job]]] = {
 # Opening and reading -------------------------------------------------------------------------------------------------
 
 
-class open_input:
-    """A file's unpacked bytes, and a function that says how many of its own bytes were read."""
+@contextmanager
+def open_input(path: str) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
+    """A file's unpacked bytes, and a function that says how many of its own bytes were read.
 
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __enter__(self) -> tuple[BinaryIO, Callable[[], int]]:
-        self.raw = open(self.path, "rb")
-        if self.path.endswith(".gz"):
-            return cast(BinaryIO, gzip.GzipFile(fileobj=self.raw)), self.raw.tell
-        if self.path.endswith(".zst"):
-            return cast(BinaryIO, io.BufferedReader(_Zstandard(self.raw), JOB_BYTES)), self.raw.tell
-        return self.raw, self.raw.tell
-
-    def __exit__(self, *_: object) -> None:
-        self.raw.close()
+    Raises:
+        DataError: when it cannot be unpacked.
+    """
+    with open(path, "rb") as raw:
+        file: Any = raw
+        if path.endswith(".gz"):
+            file = gzip.GzipFile(fileobj=raw)
+        elif path.endswith(".zst"):
+            file = io.BufferedReader(_Zstandard(raw), JOB_BYTES)
+        try:
+            yield file, raw.tell
+        except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+            raise DataError(f"{path} cannot be unpacked: {error}") from error
 
 
 class _Zstandard(io.RawIOBase):
     """The frames of a .zst file. (The library's own reader takes a file that was cut off for a whole one.)"""
 
     def __init__(self, raw: BinaryIO) -> None:
-        import zstandard
-
         self.raw, self.unpacker = raw, zstandard.ZstdDecompressor()
         self.frame: Any = None
         self.ready = b""
@@ -206,24 +208,7 @@ class _Zstandard(io.RawIOBase):
 def read_input(path: str) -> bytes:
     """All of a file's bytes, unpacked."""
     with open_input(path) as (file, _):
-        return _read(file, -1, path)
-
-
-def _read(file: BinaryIO, size: int, path: object) -> bytes:
-    return _unpacked(lambda: file.read(size), path)
-
-
-def _read_line(file: BinaryIO, path: object) -> bytes:
-    return _unpacked(file.readline, path)
-
-
-def _unpacked(read: Callable[[], bytes], path: object) -> bytes:
-    import zstandard
-
-    try:
-        return read()
-    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-        raise DataError(f"{path} cannot be unpacked: {error}") from error
+        return file.read()
 
 
 def open_parquet(path: str):  # type: ignore[no-untyped-def]

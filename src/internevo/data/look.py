@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import DataError, UsageError
-from ..tokenizer import Tokenizer, load_tokenizer
+from ..tokenizer import FILES, Tokenizer, load_tokenizer
 from .index import Index, list_files, open_index
 from .rows import split_signs
 from .tokenized import Ids, TokenFile
@@ -78,8 +78,8 @@ def _lengths(index: Index) -> Iterator[str]:
 
 
 def _beside(root: Path) -> Tokenizer | None:
-    names = ("tokenizer.json", "tokenizer.model")
-    return next((load_tokenizer(f / n) for f in (root, root.resolve().parent) for n in names if (f / n).is_file()), None)
+    folders = (root, root.resolve().parent)
+    return next((load_tokenizer(folder) for folder in folders if any((folder / n).is_file() for n in FILES)), None)
 
 
 def _ids(index: Index, tokenizer: Tokenizer | None) -> Iterator[str]:
@@ -105,7 +105,7 @@ def _all(file: TokenFile) -> Iterator[Ids]:
     if not file.itemsize:
         yield from (file.read(document) for document in range(len(file.meta)))
         return
-    ids = file.bytes.view("<u2" if file.itemsize == 2 else "<i4")
+    ids = file.bytes.view(file.dtype)
     for start in range(0, len(ids), CHUNK):
         yield ids[start : start + CHUNK].astype(np.int64)
 

@@ -123,7 +123,7 @@ class PackedRows(_IndexRows):
             else:
                 offset = int(file.meta[int(index.documents[document, 0]), 0])
                 part = file.bytes[offset + a * file.itemsize : offset + b * file.itemsize]
-                pieces.append(part.view("<u2" if file.itemsize == 2 else "<i4").astype(np.int64))
+                pieces.append(part.view(file.dtype).astype(np.int64))
             begin, document = int(index.ends[run]), run + 1
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 

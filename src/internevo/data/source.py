@@ -13,18 +13,20 @@ MIN_VALID_LENGTH = 1
 
 def train_rows(data: Data, vocab_size: int) -> Rows:
     """Rows of ``data.train_folder``; random ones without it, and for ``data.type = "mocked"``."""
-    if data.train_folder is None or data.type == "mocked":
+    folder, _ = data.folders
+    if folder is None:
         return RandomRows(data.seq_len, vocab_size, data.seed, data.fixed_random_dataset_seqlen)
-    return _rows(data, data.train_folder, vocab_size, data.min_length, data.min_length_dict)
+    return _rows(data, folder, vocab_size, data.min_length, data.min_length_dict)
 
 
 def valid_rows(data: Data, vocab_size: int) -> Rows | None:
     """Rows of ``data.valid_folder``; a few random ones beside random training data; None when there is nothing to do."""
     if not data.valid_every:
         return None
-    if data.valid_folder is not None and data.type != "mocked":
-        return _rows(data, data.valid_folder, vocab_size, MIN_VALID_LENGTH, None)
-    if data.train_folder is None or data.type == "mocked":
+    train_folder, folder = data.folders
+    if folder is not None:
+        return _rows(data, folder, vocab_size, MIN_VALID_LENGTH, None)
+    if train_folder is None:
         return RandomRows(data.seq_len, vocab_size, data.seed + 1, data.fixed_random_dataset_seqlen, rows=16)
     return None
 

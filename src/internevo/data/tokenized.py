@@ -59,6 +59,11 @@ class TokenFile:
         file._check(size)
         return file
 
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the ids of a binary file."""
+        return np.dtype("<u2") if self.itemsize == 2 else np.dtype("<i4")
+
     def _check(self, size: int) -> None:
         offsets, counts = self.meta[:, 0], self.meta[:, 1]
         if len(self.meta) == 0:
@@ -88,7 +93,7 @@ class TokenFile:
         stop = count if stop is None else min(stop, count)
         if self.itemsize:
             a, b = offset + start * self.itemsize, offset + stop * self.itemsize
-            return self.bytes[a:b].view(_dtype(self.itemsize)).astype(np.int64)
+            return self.bytes[a:b].view(self.dtype).astype(np.int64)
         end = int(self.meta[document + 1, 0]) if document + 1 < len(self.meta) else len(self.bytes)
         where = f"{self.path}, document {document} (byte {offset})"
         try:
@@ -125,10 +130,6 @@ def read_meta(path: Path) -> npt.NDArray[np.integer]:
         columns = columns.astype(np.int64)
         columns[:, 0] += laps * 2**32
     return columns.astype(np.int64, copy=False)
-
-
-def _dtype(itemsize: int) -> np.dtype:
-    return np.dtype("<u2") if itemsize == 2 else np.dtype("<i4")
 
 
 def _itemsize(path: Path, meta: npt.NDArray[np.integer], content: npt.NDArray[np.uint8]) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..tensorfile import Place, ShardWriter, Spec, as_rows
-from ..tokenizer import load_tokenizer
+from ..tokenizer import FILES, load_tokenizer
 from .config import DecoderConfig
 from .decoder import parameter_shapes
 from .hf import Naming, Weights, overlap, read_config
@@ -95,7 +95,7 @@ class HfFolder:
     @property
     def tokenizer(self) -> Path | None:
         """The folder, if a tokenizer is in it."""
-        names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+        names = (*FILES, "vocab.json", "vocab.txt")
         return self.folder if any((self.folder / n).is_file() for n in names) else None
 
     def read(self, name: str, start: int, count: int) -> Tensor:

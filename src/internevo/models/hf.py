@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from ..jsonfile import read_object
 from ..tensorfile import Place, Spec, TensorFile, as_rows
 
 
@@ -149,13 +150,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise UsageError(f"{folder} is no Hugging Face folder: it has no config.json")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"{path} does not hold a JSON object")
-    return values
+    return read_object(path)
 
 
 def overlap(spans: list[Span], start: int, count: int) -> Iterator[tuple[Span, int, int]]:
