@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from internevo.data.documents import find_files
 from internevo.data.index import open_index
+from internevo.data.inputs import find_files
 from internevo.data.order import Order
 from internevo.data.rows import PackedRows
 from internevo.data.tokenize import tokenize

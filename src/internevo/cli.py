@@ -60,7 +60,8 @@ def tokenize(
     train_tokenizer: Annotated[Literal["bpe"] | None, typer.Option(help="Train a tokenizer on the input instead.")] = None,
     vocab_size: Annotated[int | None, typer.Option(min=1, help="Entries of the tokenizer to train.")] = None,
     format: Annotated[
-        Literal["text", "json", "jsonl", "csv", "parquet", "alpaca"] | None, typer.Option(help="Default: by suffix.")
+        Literal["text", "json", "jsonl", "csv", "parquet", "arrow", "alpaca", "chat"] | None,
+        typer.Option(help="Of the files (default: by suffix); or what a document is: Alpaca instructions, chat messages."),
     ] = None,
     text_key: Annotated[str | None, typer.Option(help="Key or column of the text (default: content, then text).")] = None,
     pattern: Annotated[str | None, typer.Option(help="Which files of a folder, for example '*.py'.")] = None,
@@ -69,14 +70,17 @@ def tokenize(
     valid_ratio: Annotated[float, typer.Option(min=0, max=1, help="Share of documents for validation.")] = 0.0,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes (default: all cores).")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace tokenized data in the output folder.")] = False,
+    on_error: Annotated[
+        Literal["stop", "skip"], typer.Option(help="At a document that cannot be read: stop, or leave it out and say so.")
+    ] = "stop",
 ) -> None:
     """Turn text into tokenized data: OUTPUT/TYPE, or OUTPUT/train/TYPE and OUTPUT/valid/TYPE with --valid-ratio."""
     from .data.command import run
 
     run(
-        inputs, output, tokenizer=tokenizer, train_tokenizer=train_tokenizer, vocab_size=vocab_size, kind=format,
+        inputs, output, tokenizer=tokenizer, train_tokenizer=train_tokenizer, vocab_size=vocab_size, format=format,
         text_key=text_key, pattern=pattern, exclude=tuple(exclude or ()), dataset_type=type, valid_ratio=valid_ratio,
-        workers=workers, overwrite=overwrite,
+        workers=workers, overwrite=overwrite, on_error=on_error,
     )  # fmt: skip
 
 

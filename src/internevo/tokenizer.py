@@ -5,6 +5,7 @@ No code from a folder is ever run.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from .sentencepieces import SentencePiece, token_text
 
 FILES = ("tokenizer.json", "tokenizer.model")
 """What a tokenizer's folder is read from, the first that is there."""
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 
 
 class Backend(Protocol):
@@ -138,12 +140,19 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return Tokenizer(backend, path, bos, eos)
 
 
+def fingerprint(path: Path) -> str:
+    """Changes with the files that decide about ids."""
+    names = (*FILES, *SETTINGS)
+    files = [path] if path.is_file() else [path / name for name in names if (path / name).is_file()]
+    return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()[:16]
+
+
 def _special_ids(folder: Path, backend: Backend) -> tuple[int | None, int | None]:
     """Ids that begin and end a document, as the folder's files name them; else by the customary names."""
     if isinstance(backend, SentencePiece) and not (folder / "tokenizer_config.json").is_file():
         ids = (backend.model.bos_id(), backend.model.eos_id())
         return tuple(i if i >= 0 else None for i in ids)  # type: ignore[return-value]
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+    for name in SETTINGS:
         if (folder / name).is_file():
             table = read_object(folder / name)
             return _named(table.get("bos_token"), backend), _named(table.get("eos_token"), backend)

@@ -169,7 +169,6 @@ def test_contradictions_are_found_before_anything_starts(world, changes, message
         {"parallel__pipeline": 2},
         {"model_type": "INTERNLM_MoE"},
         {"model__moe_layer_kwargs": {"noisy_gate_policy": "Jitter"}},
-        {"data__type": "streaming", "data__train_folder": "."},
         {"model__norm_type": "layernorm"},
         {"fp8": {"margin": 0}},
         {"parallel__sequence_2D": {"enable": True}},

@@ -12,6 +12,7 @@ from internevo.data.batches import BatchSizes, Cursor, TrainBatches, parse_skips
 from internevo.data.index import open_index
 from internevo.data.order import Order
 from internevo.data.rows import IGNORE, PackedRows, PaddedRows, RandomRows
+from internevo.data.source import Shuffled
 from internevo.data.tokenized import MASKED_ZERO, TokenFile, TokenWriter
 from internevo.errors import DataError, UsageError
 from internevo.inspection import inspect
@@ -142,10 +143,10 @@ def test_the_global_batch_is_the_same_for_any_number_of_ranks(ranks, bsz, seed, 
     from internevo.config.data import Data
 
     data = Data(seq_len=8, micro_bsz=bsz, global_batch_size=24, total_steps=12, rampup_batch_size=None, skip_batches="2,5-6")
-    rows = RandomRows(8, 50, seed)
+    rows = RandomRows(8, 50, seed, rows=100)
 
     def batches(count, rank):
-        return TrainBatches(rows, Order(100, seed), BatchSizes.of(data, count), rank, True, 12, parse_skips(data.skip_batches))
+        return TrainBatches(Shuffled(rows, seed), BatchSizes.of(data, count), rank, True, 12, parse_skips(data.skip_batches))
 
     reference = {b.number: b for b in batches(1, 0).make(Cursor())}
     begin = reference[start].after if start in reference else Cursor()
@@ -178,7 +179,7 @@ def test_validation_gives_each_row_once_whatever_the_ranks():
 def test_an_error_in_the_loader_thread_reaches_the_loop(tmp_path):
     write_binary(tmp_path / "en" / "a.bin", [[1, 2, 3, 600]], 10**6)
     rows = PackedRows(open_index(tmp_path), 4, 501)
-    batches = TrainBatches(rows, Order(1, 0), BatchSizes(1, 1, 1), 0, True, 5)
+    batches = TrainBatches(Shuffled(rows, 0), BatchSizes(1, 1, 1), 0, True, 5)
     with pytest.raises(DataError, match=r"a\.bin, document 0.*token id 600 is outside the vocabulary of 501"):
         next(batches.prefetch(Cursor()))
 

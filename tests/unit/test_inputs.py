@@ -14,11 +14,12 @@ from pyarrow import parquet
 
 from internevo.config import check, load_config
 from internevo.data import inputs
-from internevo.data.documents import texts
+from internevo.data.build import train_source, valid_rows
+from internevo.data.documents import documents
+from internevo.data.formats import fields_of, text_of
 from internevo.data.index import open_index
 from internevo.data.inputs import find_files, make_jobs
 from internevo.data.rows import RandomRows
-from internevo.data.source import train_rows, valid_rows
 from internevo.data.tokenize import tokenize
 from internevo.errors import DataError
 from internevo.tokenizer import train_bpe
@@ -69,7 +70,14 @@ def write(folder, corpus, suffix, packing=""):
 
 
 def read(path, key=None):
-    return [text for job in make_jobs(find_files([path], None, None, ())) for text in texts(job, key)]
+    texts = []
+    for job in make_jobs(find_files([path], None, None, ())):
+        for found in documents(job, fields_of("text", key)):
+            text = found if isinstance(found, DataError) else text_of(found, key)
+            if isinstance(text, DataError):
+                raise text
+            texts.append(text)
+    return texts
 
 
 @pytest.mark.parametrize("size", [100, 1 << 20])
@@ -131,14 +139,16 @@ def test_a_row_without_text_is_named(tmp_path):
     bad.write_text("id,text\n1,good\n2\n")
     with pytest.raises(DataError, match=r"bad\.csv, line 2 behind byte 8: 1 fields, and the header names 2"):
         read(bad)
-    with pytest.raises(DataError, match=r"no column 'body' \(it has 'id', 'text'\); give --text-key"):
+    with pytest.raises(DataError, match=r"no text under 'body' \(it has 'id', 'text'\); give --text-key"):
         read(bad, "body")
     parquet.write_table(pyarrow.table({"text": ["good", None]}), tmp_path / "bad.parquet")
-    with pytest.raises(DataError, match=r"bad\.parquet, row group 0, row 1: 'text' is NoneType"):
+    with pytest.raises(
+        DataError, match=r"bad\.parquet, row group 0, row 1 has no text under .* \(it has 'text' \(NoneType\)\)"
+    ):
         read(tmp_path / "bad.parquet")
 
 
 def test_mocked_data_is_random_whatever_the_folders_say(tmp_path):
     config = load_config(write_config(tmp_path, tmp_path / "nothing", data__type="mocked", data__valid_every=2), [])
     check(config, 1)
-    assert isinstance(train_rows(config.data, 97), RandomRows) and isinstance(valid_rows(config.data, 97), RandomRows)
+    assert isinstance(train_source(config.data, 97).rows, RandomRows) and isinstance(valid_rows(config.data, 97), RandomRows)

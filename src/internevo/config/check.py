@@ -6,10 +6,12 @@ Each rule yields messages that say what does not fit and what to change.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import ConfigError, NotAvailableYet
+from .data import STREAMS
 from .model import ROPE_KINDS
 from .option import unavailable
 from .schema import EXPERT_FAMILIES, FAMILIES, FAMILIES_LATER, WINDOW_FAMILIES, Config
@@ -59,6 +61,7 @@ def problems(config: Config, world_size: int) -> list[str]:
         _schedule,
         _precision,
         _load,
+        _data,
     )
     return [line for rule in rules for line in rule(config, world_size)]
 
@@ -67,13 +70,35 @@ def missing_paths(config: Config) -> list[str]:
     """Files and folders that the run reads and that are not there."""
     data, info = config.data, config.ckpt.load_ckpt_info
     train, valid = data.folders
+    stream = data.type in STREAMS
     paths = {
-        "data.train_folder": train,
-        "data.valid_folder": valid if data.valid_every else None,
-        "data.tokenizer_path": data.tokenizer_path if config.monitor.sample_prompts else None,
+        "data.train_folder": None if data.mixture or (stream and may_be_on_hub(train)) else train,
+        "data.valid_folder": valid if data.valid_every and not (stream and may_be_on_hub(valid)) else None,
+        "data.tokenizer_path": data.tokenizer_path if config.monitor.sample_prompts or data.streams else None,
         "ckpt.load_ckpt_info.path": info.path if info else None,
     }
+    for number, part in enumerate(data.mixture or []):
+        if part.kind != "mocked" and not (part.kind in STREAMS and may_be_on_hub(part.folder)):
+            paths[f"data.mixture.{number}.folder"] = part.folder
     return [f"{key} = {path!r} does not exist" for key, path in paths.items() if path and not Path(path).exists()]
+
+
+def may_be_on_hub(name: str | None) -> bool:
+    """Whether this is no folder, and could be the name of a dataset of the Hugging Face hub."""
+    return name is not None and not Path(name).exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
+
+
+def _data(config: Config, world: int) -> Iterator[str]:
+    data = config.data
+    if data.streams and not data.tokenizer_path:
+        yield "streaming data needs data.tokenizer_path"
+    if data.type in STREAMS and not data.mixture and not data.train_folder:
+        yield f"data.type = {data.type!r} needs data.train_folder"
+    for number, part in enumerate(data.mixture or []):
+        if part.kind != "mocked" and not part.folder:
+            yield f"data.mixture.{number} needs a folder"
+        if part.kind in STREAMS and part.epochs and part.epochs % 1:
+            yield f"data.mixture.{number}.epochs = {part.epochs} must be a whole number, since the part is a stream"
 
 
 def _model_type(config: Config, world: int) -> Iterator[str]:

@@ -2,23 +2,48 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from pathlib import PurePath
+from typing import Literal
+
+from pydantic import model_validator
 
 from .option import REQUIRED, Section, option
 
 LOADER = "the loader is a memory map and one prefetch thread"
+Kind = Literal["tokenized", "streaming", "megatron", "mocked", "hf"]
+STREAMS = ("streaming", "hf")
+
+
+class MixturePart(Section):
+    """One source of ``data.mixture``. What it leaves out is as in ``data``."""
+
+    folder: str | None = option(None, "Folder of tokenized data, or dataset of a stream; None for mocked data.")
+    kind: Kind = option("tokenized", "As data.type.")
+    weight: float = option(1.0, "Share of the rows, beside the other parts' weights.", gt=0)
+    epochs: float | None = option(
+        None,
+        "How often it is gone over at most; then its share goes to the others. Whole numbers for streams. None: no end.",
+        gt=0,
+    )
+    name: str | None = option(None, "Under which its losses are reported. None: the folder's name.")
+    content_name: str | None = option(None, "As data.content_name.")
+    subset_name: str | None = option(None, "As data.subset_name.")
+    format: Literal["text", "alpaca", "chat"] | None = option(None, "As data.format.")
 
 
 class Data(Section):
     """The datasets and the batch. Names and defaults are InternEvo's."""
 
-    type: Literal["tokenized", "streaming", "megatron", "mocked", "hf"] = option(
+    type: Kind = option(
         "tokenized",
-        "Kind of dataset. tokenized and megatron: folders of .bin files. mocked: random rows, whatever the folders say.",
-        later="this kind of dataset",
-        neutral=("mocked", "megatron"),
+        "Kind of dataset. tokenized, megatron: folders of .bin files. streaming (and hf): raw files that are tokenized on "
+        "the way. mocked: random rows, whatever the folders say.",
     )
-    train_folder: str | None = option(None, "Folder of tokenized training data; None: random data.")
+    train_folder: str | None = option(
+        None,
+        "Folder of training data; None: random data. Of a stream: a Hugging Face dataset's folder, or its name (owner/name).",
+    )
+    mixture: list[MixturePart] | None = option(None, "Several sources in given shares, instead of train_folder.")
     valid_folder: str | None = option(None, "Folder of tokenized validation data; None: none (random when training is).")
     tokenizer_path: str | None = option(
         None, "Tokenizer folder or file: used to write samples and carried into checkpoints and exports."
@@ -57,6 +82,22 @@ class Data(Section):
         "stop", "On resume with a training set that is not the checkpoint's: stop, or go on at the same number of rows."
     )
 
+    @model_validator(mode="after")
+    def _distinct(self) -> Data:
+        names = [name_of(part) for part in self.mixture or []]
+        if len(set(names)) < len(names):
+            raise ValueError(f"data.mixture: two parts are called the same ({', '.join(names)}); give each a name")
+        if self.mixture is not None and not self.mixture:
+            raise ValueError("data.mixture is empty")
+        return self
+
+    @property
+    def streams(self) -> int:
+        """How many sources are tokenized on the way."""
+        training = [part.kind for part in self.mixture] if self.mixture else [self.type]
+        validation = [self.type] if self.valid_every and self.folders[1] else []
+        return sum(kind in STREAMS for kind in training + validation)
+
     @property
     def folders(self) -> tuple[str | None, str | None]:
         """The training and validation folders that are read."""
@@ -67,15 +108,29 @@ class Data(Section):
     batch_size: int | None = option(None, "InternEvo's inner name of micro_num.", ignored="it is micro_num")
     empty_cache_and_diag_interval: int = option(50, "Steps between cache clean-ups.", ignored="memory needs no such help")
     diag_outlier_ratio: float = option(1.1, "Slow ranks are reported.", ignored="slow ranks are not diagnosed yet")
-    num_worker: int = option(4, "Loader workers.", ignored=LOADER)
+    num_worker: int = option(
+        4, "Processes of each rank that tokenize a stream (no more than there are cores); 0: a thread does it.", ge=0
+    )
+    format: Literal["text", "alpaca", "chat"] = option(
+        "text", "What a document of a stream is: a text, an Alpaca instruction, or a chat (the tokenizer's template)."
+    )
+    on_error: Literal["stop", "skip"] = option(
+        "stop", "At data that cannot be read: stop, or leave it out, count it in the metrics and name it in the log."
+    )
     use_shm: bool = option(False, "Index in shared memory.", ignored=LOADER)
     shm_path: str | None = option(None, "Folder of the shared index.", ignored=LOADER)
     bucket_size: int = option(0, "Loader buckets.", ignored=LOADER)
-    content_name: str = option("text", "Column of the text in streaming data.")
-    subset_name: str | None = option(None, "Part of a streaming dataset.")
+    content_name: str | None = option(
+        None, "Column of a stream's text (None: content, then text) or chat (None: messages, then conversations)."
+    )
+    subset_name: str | None = option(None, "Folder of a streaming dataset that holds the wanted part.")
     is_multimodal: bool = option(False, "Images beside text.", later="multimodal data")
     image_folder: str | None = option(None, "Folder of images.", later="multimodal data")
     image_size: int | None = option(None, "Size of images.", later="multimodal data")
     patch_size: int | None = option(None, "Size of image patches.", later="multimodal data")
-    mixture: list[dict[str, Any]] | None = option(None, "Weighted sources.", later="mixtures of sources")
     unit_schedule_size: int | None = option(None, "ZeroPP's schedule unit.", later="ZeroPP schedules")
+
+
+def name_of(part: MixturePart) -> str:
+    """Under which a part's losses are reported."""
+    return part.name or (PurePath(part.folder).name if part.folder else part.kind)

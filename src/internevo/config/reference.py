@@ -46,7 +46,8 @@ def _section(title: str, section: type[Section], path: str) -> Iterator[str]:
 
 def section_of(field: FieldInfo) -> type[Section] | None:
     """The section that a field holds, if it holds one."""
-    for candidate in (field.annotation, *typing.get_args(field.annotation)):
+    options = (field.annotation, *typing.get_args(field.annotation))
+    for candidate in (*options, *(inner for option in options for inner in typing.get_args(option))):
         if isinstance(candidate, type) and issubclass(candidate, Section):
             return candidate
     return None

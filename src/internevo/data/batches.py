@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,8 +10,10 @@ import torch
 from torch import Tensor
 
 from ..config.data import Data
-from .order import Order
+from ..errors import DataError
+from .ahead import Ahead
 from .rows import Row, Rows
+from .source import Place, Source
 
 
 @dataclass
@@ -98,6 +98,8 @@ class Cursor:
     """Batches drawn, skipped ones included."""
     rows: int = 0
     """Rows drawn."""
+    place: Place = None
+    """In the source; None: at its start."""
 
 
 @dataclass
@@ -111,14 +113,15 @@ class StepBatch:
     """The position once this batch is trained."""
     tokens: int
     """Tokens of the global batch, padding included."""
+    bad: list[str] = field(default_factory=list)
+    """What could not be read and was left out on this rank, up to here."""
 
 
 @dataclass
 class TrainBatches:
     """This rank's batches from a cursor on, made ahead by one thread."""
 
-    rows: Rows
-    order: Order
+    source: Source
     sizes: BatchSizes
     rank: int
     packed: bool
@@ -129,57 +132,45 @@ class TrainBatches:
     """Leave the batches in page-locked memory."""
     ahead: int = 2
 
-    def row_numbers(self, batch: int, consumed: int) -> list[list[int]]:
-        """Rows of each of this rank's micro-batches. Together the ranks have the next ``sizes.rows(batch)`` of the order."""
+    def mine(self, batch: int) -> list[int]:
+        """This rank's rows among those of the global batch, one micro-batch after another."""
         sizes = self.sizes
         shape = (sizes.micro_batches(batch), sizes.ranks, sizes.micro_bsz)
-        places = np.arange(consumed, consumed + sizes.rows(batch)).reshape(shape)[:, self.rank]
-        return [self.order(part).tolist() for part in places]
+        return np.arange(sizes.rows(batch)).reshape(shape)[:, self.rank].ravel().tolist()
 
-    def make(self, cursor: Cursor) -> Iterator[StepBatch]:
-        """Batches one after another, from ``cursor`` on."""
-        rows = cursor.rows
-        for batch in range(cursor.batch, self.total):
-            before, rows = rows, rows + self.sizes.rows(batch)
-            if any(batch in skip for skip in self.skips):
-                continue
-            made = [micro_batch([self.rows[n] for n in numbers], self.packed) for numbers in self.row_numbers(batch, before)]
-            made = [m.pinned() for m in made] if self.pin else made
-            yield StepBatch(made, batch, Cursor(batch + 1, rows), (rows - before) * self.rows.seq_len)
+    def make(self, cursor: Cursor) -> Generator[StepBatch, None, None]:
+        """Batches one after another, from ``cursor`` on.
+
+        Raises:
+            DataError: when the source cannot be read, or has ended.
+        """
+        source, size = self.source, self.sizes.micro_bsz
+        place, rows = source.start() if cursor.place is None else cursor.place, cursor.rows
+        bad: list[str] = []
+        try:
+            for batch in range(cursor.batch, self.total):
+                count, skip = self.sizes.rows(batch), any(batch in skip for skip in self.skips)
+                taken = source.take(place, count, [] if skip else self.mine(batch))
+                if taken.count < count:
+                    raise DataError(f"the data ends in batch {batch}: train fewer steps (data.total_steps)")
+                place, rows = taken.place, rows + count
+                bad += taken.bad
+                if skip:
+                    continue
+                made = [micro_batch(taken.rows[n : n + size], self.packed) for n in range(0, len(taken.rows), size)]
+                made = [m.pinned() for m in made] if self.pin else made
+                yield StepBatch(made, batch, Cursor(batch + 1, rows, place), count * source.seq_len, bad)
+                bad = []
+        finally:
+            source.close()
 
     def prefetch(self, cursor: Cursor) -> Iterator[StepBatch]:
         """The same, made ahead in a thread; an error there is raised here."""
-        made: queue.Queue[StepBatch | BaseException | None] = queue.Queue(self.ahead)
-        stopped = threading.Event()
-
-        def put(item: StepBatch | BaseException | None) -> None:
-            while not stopped.is_set():
-                try:
-                    made.put(item, timeout=0.2)
-                    return
-                except queue.Full:
-                    continue
-
-        def work() -> None:
-            try:
-                for batch in self.make(cursor):
-                    put(batch)
-                    if stopped.is_set():
-                        return
-                put(None)
-            except BaseException as error:
-                put(error)
-
-        thread = threading.Thread(target=work, name="data", daemon=True)
-        thread.start()
+        made = Ahead(self.make(cursor), self.ahead, "data")
         try:
-            while (item := made.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
+            yield from made
         finally:
-            stopped.set()
-            thread.join()
+            made.close()
 
 
 def valid_batches(rows: Rows, micro_bsz: int, rank: int, ranks: int, packed: bool, limit: int | None) -> Iterator[MicroBatch]:

@@ -18,9 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import DataError
+from .files import walk
 from .tokenized import Ids, TokenFile, meta_of
 
 VERSION = 1
+UNFINISHED = "unfinished.json"
+"""Lies in the output of a tokenizing run until it is done."""
 
 
 @dataclass
@@ -90,7 +93,7 @@ def open_index(root: Path, min_length: int = 0, min_lengths: dict[str, int] | No
     for cache in _cache_folders(root):
         if (cache / key / "index.json").is_file():
             return _load(root, cache / key)
-    parts = [_documents(root / name, _minimum(name, min_length, min_lengths)) for name, *_ in listing]
+    parts = [_documents(root / name, minimum(name, min_length, min_lengths)) for name, *_ in listing]
     return _store(root, key, [name for name, *_ in listing], parts)
 
 
@@ -98,25 +101,25 @@ def list_files(root: Path) -> list[tuple[str, int, int, int, int]]:
     """(path, size, time, size and time of the meta) of each ``.bin``, sorted by path."""
     if not root.is_dir():
         raise DataError(f"{root} is not a folder of tokenized data")
+    for folder in (root, root.resolve().parent):
+        if (folder / UNFINISHED).is_file():
+            raise DataError(f"{folder} is unfinished: give its `internevo tokenize` command again, which goes on from there")
     found = []
-    for folder, names, files in os.walk(root, followlinks=True):
-        names[:] = sorted(n for n in names if not n.startswith("."))
-        for file in files:
-            if file.endswith(".bin"):
-                path = os.path.join(folder, file)
-                stat = os.stat(path)
-                try:
-                    meta = os.stat(meta_of(Path(path)))
-                except FileNotFoundError:
-                    raise DataError(f"{path} has no {file}.meta beside it") from None
-                name = os.path.relpath(path, root)
-                found.append((name, stat.st_size, stat.st_mtime_ns, meta.st_size, meta.st_mtime_ns))
+    for path in walk(root):
+        if path.suffix == ".bin":
+            stat = path.stat()
+            try:
+                meta = meta_of(path).stat()
+            except FileNotFoundError:
+                raise DataError(f"{path} has no {path.name}.meta beside it") from None
+            found.append((os.path.relpath(path, root), stat.st_size, stat.st_mtime_ns, meta.st_size, meta.st_mtime_ns))
     if not found:
         raise DataError(f"{root} holds no .bin file: make some with `internevo tokenize`")
     return sorted(found)
 
 
-def _minimum(name: str, default: int, overrides: dict[str, int] | None) -> int:
+def minimum(name: str, default: int, overrides: dict[str, int] | None) -> int:
+    """The shortest document that is kept of a file."""
     matches = [key for key in overrides or {} if key in name]
     if len(matches) > 1:
         raise DataError(f"data.min_length_dict: both {matches[0]!r} and {matches[1]!r} match {name}")
@@ -136,10 +139,10 @@ def _cache_folders(root: Path) -> list[Path]:
 
 
 def _store(root: Path, key: str, files: list[str], parts: list[npt.NDArray[np.int64]]) -> Index:
-    types = sorted({_type(root, name) for name in files})
+    types = sorted({type_of(root, name) for name in files})
     documents = np.concatenate(parts)
     index = Index(
-        root, files, types, [types.index(_type(root, name)) for name in files],
+        root, files, types, [types.index(type_of(root, name)) for name in files],
         np.cumsum([0, *(len(p) for p in parts)]), documents, np.cumsum(documents[:, 1]),
     )  # fmt: skip
     for cache in _cache_folders(root):
@@ -166,7 +169,7 @@ def _load(root: Path, cache: Path) -> Index:
     return Index(root, table["files"], table["types"], table["file_types"], *arrays)
 
 
-def _type(root: Path, name: str) -> str:
+def type_of(root: Path, name: str) -> str:
     """Name of the folder just below the root; the root's own for files directly in it."""
     parts = Path(name).parts
     return parts[0] if len(parts) > 1 else root.resolve().name

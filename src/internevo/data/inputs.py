@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
-import io
-import os
-import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import zstandard
+from typing import BinaryIO
 
 from ..errors import DataError, UsageError
+from .files import COMPRESSED, arrow_batches, open_input, open_parquet, suffix, walk
 
 SUFFIXES = {
     "text": (".txt",),
@@ -22,8 +16,8 @@ SUFFIXES = {
     "jsonl": (".jsonl", ".ndjson"),
     "csv": (".csv", ".tsv"),
     "parquet": (".parquet",),
+    "arrow": (".arrow",),
 }
-COMPRESSED = (".gz", ".zst")
 JOB_BYTES = 1 << 20
 """Input that a worker takes at once."""
 
@@ -38,11 +32,15 @@ class Job:
     """Bytes of input, for the progress."""
     start: int = 0
     stop: int = 0
-    """The part of the file: bytes; row groups of parquet."""
+    """The part of the file: bytes; or rows of ``table``."""
+    table: int = 0
+    """Row group of a parquet file, record batch of an arrow file."""
     content: bytes | None = None
     """Whole rows, where the file can only be read from its beginning; the first is at byte ``start`` of the unpacked file."""
     header: bytes = b""
     """The first row of a csv file."""
+    error: str = ""
+    """Why (the rest of) the file cannot be read."""
 
 
 def find_files(inputs: list[Path], kind: str | None, pattern: str | None, exclude: tuple[str, ...]) -> list[tuple[str, Path]]:
@@ -58,7 +56,7 @@ def find_files(inputs: list[Path], kind: str | None, pattern: str | None, exclud
         if path.is_file():
             found.append((kind or _kind(path), path))
         elif path.is_dir():
-            found += [(kind or _kind(file), file) for file in _walk(path, kind, pattern, exclude)]
+            found += [(kind or _kind(file), file) for file in walk(path, exclude) if _fits(file, kind, pattern)]
         else:
             raise UsageError(f"input {path} does not exist")
     if not found:
@@ -66,19 +64,9 @@ def find_files(inputs: list[Path], kind: str | None, pattern: str | None, exclud
     return found
 
 
-def _walk(root: Path, kind: str | None, pattern: str | None, exclude: tuple[str, ...]) -> Iterator[Path]:
+def _fits(path: Path, kind: str | None, pattern: str | None) -> bool:
     suffixes = SUFFIXES[kind] if kind else tuple(s for group in SUFFIXES.values() for s in group)
-    for folder, names, files in os.walk(root):
-        names[:] = sorted(n for n in names if n not in exclude and not n.startswith("."))
-        for name in sorted(files):
-            path = Path(folder, name)
-            if (path.match(pattern) if pattern else suffix(path) in suffixes) and path.is_file():
-                yield path
-
-
-def suffix(path: Path) -> str:
-    """What tells a file's format: ".jsonl" for ``a.jsonl`` and for ``a.jsonl.gz``."""
-    return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
+    return (path.match(pattern) if pattern else suffix(path) in suffixes) and path.is_file()
 
 
 def _kind(path: Path) -> str:
@@ -91,8 +79,8 @@ def _kind(path: Path) -> str:
 def make_jobs(files: list[tuple[str, Path]]) -> Iterator[Job]:
     """Cuts the input into pieces of about ``JOB_BYTES``, in order.
 
-    Plain lines are cut by bytes, and parquet by row groups; workers read these parts themselves. Compressed lines and csv can
-    only be read from their beginning: that is done here, and the pieces go to the workers.
+    Plain lines are cut by bytes, parquet by row groups and arrow by record batches; workers read these parts themselves.
+    Compressed lines and csv can only be read from their beginning: that is done here, and the pieces go to the workers.
     """
     pending: list[str] = []
     waiting = 0
@@ -105,9 +93,25 @@ def make_jobs(files: list[tuple[str, Path]]) -> Iterator[Job]:
             pending.append(str(path))
             waiting += size
         else:
-            yield from _CUT.get(kind, _whole)(kind, path, size)
+            yield from cut(kind, path)
     if pending:
         yield Job("text", tuple(pending), waiting)
+
+
+def cut(kind: str, path: Path) -> Iterator[Job]:
+    """The jobs of one file; where it breaks, the last one says why."""
+    size, done = path.stat().st_size, 0
+    try:
+        for job in _CUT["packed" if is_sequential(kind, path) else kind](kind, path, size):
+            done += job.size
+            yield job
+    except DataError as error:
+        yield Job(kind, (str(path),), size - done, error=str(error))
+
+
+def is_sequential(kind: str, path: Path) -> bool:
+    """Whether a file of many documents can only be read from its beginning."""
+    return kind == "csv" or (kind == "jsonl" and path.suffix in COMPRESSED)
 
 
 def _whole(kind: str, path: Path, size: int) -> Iterator[Job]:
@@ -115,18 +119,32 @@ def _whole(kind: str, path: Path, size: int) -> Iterator[Job]:
 
 
 def _by_bytes(kind: str, path: Path, size: int) -> Iterator[Job]:
-    if path.suffix in COMPRESSED:
-        yield from _pieces(kind, path, size)
-        return
     for start in range(0, size, JOB_BYTES):
         stop = min(start + JOB_BYTES, size)
         yield Job(kind, (str(path),), stop - start, start, stop)
 
 
 def _by_row_groups(kind: str, path: Path, size: int) -> Iterator[Job]:
-    groups = open_parquet(str(path)).num_row_groups
-    for group in range(groups):
-        yield Job(kind, (str(path),), size * (group + 1) // groups - size * group // groups, group, group + 1)
+    meta = open_parquet(str(path)).metadata
+    groups = [meta.row_group(number) for number in range(meta.num_row_groups)]
+    yield from _by_rows(kind, path, size, [(group.num_rows, group.total_byte_size) for group in groups])
+
+
+def _by_batches(kind: str, path: Path, size: int) -> Iterator[Job]:
+    yield from _by_rows(kind, path, size, [(batch.num_rows, batch.nbytes) for batch in arrow_batches(str(path))])
+
+
+def _by_rows(kind: str, path: Path, size: int, tables: list[tuple[int, int]]) -> Iterator[Job]:
+    """Tables of (rows, bytes), large ones in slices. A slice of a parquet file is read through the rows before it, which is
+    cheap beside tokenizing as long as there are not too many slices."""
+    every, done = max(1, sum(rows for rows, _ in tables)), 0
+    for table, (rows, space) in enumerate(tables):
+        slices = max(1, min(rows, space // (4 * JOB_BYTES)))
+        for number in range(slices):
+            start, stop = rows * number // slices, rows * (number + 1) // slices
+            share = size * (done + stop) // every - size * (done + start) // every
+            yield Job(kind, (str(path),), share, start, stop, table)
+        done += rows
 
 
 def _pieces(kind: str, path: Path, size: int) -> Iterator[Job]:
@@ -150,73 +168,9 @@ def _rest_of_csv_row(file: BinaryIO, begun: bytes) -> bytes:
 
 
 _CUT: dict[str, Callable[[str, Path, int], Iterator[Job]]] = {
+    "json": _whole,
     "jsonl": _by_bytes,
-    "csv": _pieces,
+    "packed": _pieces,
     "parquet": _by_row_groups,
+    "arrow": _by_batches,
 }
-
-
-# Opening and reading -------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def open_input(path: str) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
-    """A file's unpacked bytes, and a function that says how many of its own bytes were read.
-
-    Raises:
-        DataError: when it cannot be unpacked.
-    """
-    with open(path, "rb") as raw:
-        file: Any = raw
-        if path.endswith(".gz"):
-            file = gzip.GzipFile(fileobj=raw)
-        elif path.endswith(".zst"):
-            file = io.BufferedReader(_Zstandard(raw), JOB_BYTES)
-        try:
-            yield file, raw.tell
-        except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-            raise DataError(f"{path} cannot be unpacked: {error}") from error
-
-
-class _Zstandard(io.RawIOBase):
-    """The frames of a .zst file. (The library's own reader takes a file that was cut off for a whole one.)"""
-
-    def __init__(self, raw: BinaryIO) -> None:
-        self.raw, self.unpacker = raw, zstandard.ZstdDecompressor()
-        self.frame: Any = None
-        self.ready = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self.ready:
-            packed = self.frame.unused_data if self.frame is not None and self.frame.eof else b""
-            packed = packed or self.raw.read(JOB_BYTES)
-            if not packed:
-                if self.frame is not None and not self.frame.eof:
-                    raise EOFError("it ends inside a frame")
-                return 0
-            if self.frame is None or self.frame.eof:
-                self.frame = self.unpacker.decompressobj()
-            self.ready = self.frame.decompress(packed)
-        count = min(len(buffer), len(self.ready))
-        buffer[:count], self.ready = self.ready[:count], self.ready[count:]
-        return count
-
-
-def read_input(path: str) -> bytes:
-    """All of a file's bytes, unpacked."""
-    with open_input(path) as (file, _):
-        return file.read()
-
-
-def open_parquet(path: str):  # type: ignore[no-untyped-def]
-    """A ``pyarrow.parquet.ParquetFile``."""
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        return parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a parquet file: {error}") from error

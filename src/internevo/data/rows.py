@@ -7,6 +7,7 @@ the next row (its last token here still predicts its first token there).
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -57,6 +58,35 @@ def split_signs(raw: Ids) -> tuple[Ids, Ids]:
     return tokens, np.where(masked, IGNORE, tokens)
 
 
+def empty_row(seq_len: int) -> Row:
+    """Padding alone."""
+    return Row(np.zeros(seq_len, np.int64), np.full(seq_len, IGNORE), [0], np.zeros(seq_len, np.int16))
+
+
+def make_row(
+    raw: Ids, ends: npt.NDArray[np.int64], types: npt.NDArray[np.int16], seq_len: int, more: bool, borders: bool
+) -> tuple[Row, Ids]:
+    """A row of documents laid end to end, and the ids that it needs, without signs.
+
+    Args:
+        raw: ids with signs, and one behind the row's if ``more``.
+        ends: [documents] where each ends in the row.
+        types: [documents]
+        more: the last document goes on in the next row.
+        borders: the documents do not see each other.
+    """
+    tokens, targets = split_signs(raw)
+    filled = len(raw) - more
+    row = empty_row(seq_len)
+    row.tokens[:filled] = tokens[:filled]
+    row.labels[: len(targets) - 1] = targets[1:]
+    row.labels[(ends[:-1] if more else ends) - 1] = IGNORE
+    row.types[:filled] = np.repeat(types, np.diff(ends, prepend=0))
+    if borders:
+        row.borders += [int(end) for end in ends if end < seq_len]
+    return row, tokens
+
+
 class _IndexRows:
     """What both kinds of rows share."""
 
@@ -93,16 +123,8 @@ class PackedRows(_IndexRows):
         ends = np.minimum(index.ends[first : last + 1] - start, size)  # where the documents end in this row
         more = int(index.ends[last]) > stop  # the last document goes on in the next row
         raw = self._raw(first, last, start, stop + more)
-        tokens, targets = split_signs(raw)
+        row, tokens = make_row(raw, ends, self._types(first, last), size, more, borders=not self.into_one)
         self._check(tokens, first)
-        filled = stop - start
-        row = Row(np.zeros(size, np.int64), np.full(size, IGNORE), [0], np.zeros(size, np.int16))
-        row.tokens[:filled] = tokens[:filled]
-        row.labels[: len(targets) - 1] = targets[1:]
-        row.labels[(ends[:-1] if more else ends) - 1] = IGNORE
-        row.types[:filled] = np.repeat(self._types(first, last), np.diff(ends, prepend=0))
-        if not self.into_one:
-            row.borders += [int(e) for e in ends if e < size]
         return row
 
     def _types(self, first: int, last: int) -> npt.NDArray[np.int16]:
@@ -152,13 +174,11 @@ class PaddedRows(_IndexRows):
         document = int(np.searchsorted(self.ends, number, side="right"))
         before = int(self.ends[document - 1]) if document else 0
         start = (number - before) * self.seq_len
-        tokens, targets = split_signs(self.index.read(document, start, start + self.seq_len + 1))
+        raw = self.index.read(document, start, start + self.seq_len + 1)
+        filled = min(len(raw), self.seq_len)
+        kind = np.array([self.index.file_types[self.index.file_of(document)]], np.int16)
+        row, tokens = make_row(raw, np.array([filled]), kind, self.seq_len, len(raw) > filled, borders=False)
         self._check(tokens, document)
-        filled = min(len(tokens), self.seq_len)
-        row = Row(np.zeros(self.seq_len, np.int64), np.full(self.seq_len, IGNORE), [0], np.zeros(self.seq_len, np.int16))
-        row.tokens[:filled] = tokens[:filled]
-        row.labels[: len(targets) - 1] = targets[1:]
-        row.types[:filled] = self.index.file_types[self.index.file_of(document)]
         return row
 
 
@@ -192,3 +212,21 @@ class RandomRows:
 
     def fingerprint(self) -> str:
         return f"random-{self.seed}-{self.seq_len}-{self.vocab_size}-{self.fixed_length}"
+
+
+class ListedRows:
+    """Rows in memory."""
+
+    def __init__(self, rows: list[Row], types: list[str], seq_len: int) -> None:
+        self.rows, self.types, self.seq_len = rows, types, seq_len
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> Row:
+        row = self.rows[number]
+        return Row(row.tokens, row.labels.copy(), row.borders, row.types)  # a repeated row's labels are cleared by its user
+
+    def fingerprint(self) -> str:
+        """Of the ids."""
+        return hashlib.sha256(b"".join(row.tokens.tobytes() for row in self.rows)).hexdigest()[:16]

@@ -14,7 +14,7 @@ A negative id means: train on it as context, but do not predict it. Its token is
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -159,44 +159,58 @@ def _itemsize(path: Path, meta: npt.NDArray[np.integer], content: npt.NDArray[np
 
 
 class TokenWriter:
-    """Writes one ``.bin`` and ``.meta`` in the compact form, document by document; both appear when it is closed."""
+    """Writes one ``.bin`` and ``.meta`` in the compact form, document by document; both appear when it is closed.
 
-    def __init__(self, path: Path, vocab_size: int | None = None) -> None:
-        """``vocab_size`` up to 65,536 allows two bytes per id, as long as no id is masked."""
+    Until then ids and counts lie in two ``.tmp`` files, from which a killed run goes on.
+    """
+
+    def __init__(self, path: Path, vocab_size: int | None = None, tokens: int = 0, documents: int = 0) -> None:
+        """
+        Args:
+            vocab_size: up to 65,536 allows two bytes per id, as long as no id is masked.
+            tokens: that an earlier writer of ``path`` left behind, in so many ``documents``; what it wrote behind them is cut
+                off.
+        """
         self.path = path
         self.dtype = np.dtype("<u2") if vocab_size is not None and vocab_size <= 2**16 else np.dtype("<i4")
-        self.counts: list[npt.NDArray[np.int64]] = []
-        self.tokens = 0
+        self.tokens, self.documents = tokens, documents
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: BinaryIO | None = open(self._unfinished, "wb")
+        if documents and path.is_file():  # closed, and killed before that was noted
+            read_meta(path)[:, 1].astype("<i8").tofile(self._unfinished("counts"))
+            path.rename(self._unfinished("bin"))
+        self._ids = self._open("bin", tokens * self.dtype.itemsize)
+        self._counts = self._open("counts", documents * 8)
 
-    @property
-    def _unfinished(self) -> Path:
-        return self.path.with_name(self.path.name + ".tmp")
+    def _unfinished(self, what: str) -> Path:
+        return self.path.with_name(f"{self.path.stem}.{what}.tmp")
 
-    def write(self, ids: npt.NDArray[np.integer], counts: Iterable[int]) -> None:
+    def _open(self, what: str, size: int) -> BinaryIO:
+        file = open(self._unfinished(what), "r+b" if size else "wb")
+        file.truncate(size)
+        file.seek(size)
+        return file
+
+    def write(self, ids: npt.NDArray[np.integer], counts: npt.NDArray[np.integer]) -> None:
         """Appends documents of ``counts`` tokens each, whose ids stand one after another in ``ids``."""
-        assert self._file is not None
-        self._file.write(np.ascontiguousarray(ids, dtype=self.dtype).tobytes())
-        self.counts.append(np.fromiter(counts, dtype=np.int64))
+        self._ids.write(np.ascontiguousarray(ids, dtype=self.dtype).tobytes())
+        self._counts.write(np.ascontiguousarray(counts, dtype="<i8").tobytes())
         self.tokens += len(ids)
+        self.documents += len(counts)
+
+    def flush(self) -> None:
+        """All that was written is on the disk when this returns."""
+        for file in (self._ids, self._counts):
+            file.flush()
+            os.fsync(file.fileno())
 
     def close(self) -> None:
-        """Writes the meta and gives both files their names."""
-        if self._file is None:
-            return
-        self._file.close()
-        self._file = None
-        counts = np.concatenate([np.empty(0, np.int64), *self.counts])
+        """Writes the meta and gives the ``.bin`` its name."""
+        self._ids.close()
+        self._counts.close()
+        counts = np.fromfile(self._unfinished("counts"), "<i8")
         offsets = np.r_[0, np.cumsum(counts)[:-1]] if len(counts) else counts
         meta = np.stack([offsets * self.dtype.itemsize, counts], axis=1).astype(np.int64)
         with open(self.path.with_name(self.path.name + ".meta"), "wb") as file:
             np.save(file, meta)
-        self._unfinished.replace(self.path)
-
-    def discard(self) -> None:
-        """Drops what was written."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-            self._unfinished.unlink(missing_ok=True)
+        self._unfinished("bin").replace(self.path)
+        self._unfinished("counts").unlink()

@@ -53,6 +53,8 @@ class StepRecord:
     """fp16 only."""
     skipped_steps: int = 0
     """Skipped so far."""
+    data_skipped: int = 0
+    """Documents (rows of tokenized data) left out so far, since they could not be read (data.on_error)."""
     moe: dict[str, Any] | None = None
     """Mixtures of experts: each expert's share of the load (mean over layers), the fullest expert of any layer over its even
     share (max_load), share of choices dropped, mean entropy of the routers (nats), auxiliary losses."""

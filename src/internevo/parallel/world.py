@@ -71,6 +71,12 @@ def first_host(nodes: str) -> str:
     return match[1] + (match[2] or "")
 
 
+def ranks_here(env: Mapping[str, str]) -> int:
+    """Processes of the run on this machine, as far as its launcher says."""
+    tasks = re.match(r"\d+", env.get("LOCAL_WORLD_SIZE") or env.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    return int(tasks[0]) if tasks else 1
+
+
 @contextmanager
 def join(port: int = 8888, launcher: str | None = None) -> Iterator[World]:
     """Joins the run's process group, and leaves it at the end. NCCL on GPUs, gloo elsewhere."""

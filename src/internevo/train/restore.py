@@ -59,14 +59,16 @@ def load_checkpoint(trainer: Trainer, folder: Path, wanted: LoadCkptInfo) -> lis
 def _compare_data(trainer: Trainer, data: str, global_rows: int, folder: Path) -> list[str]:
     """The place in the data means what it meant only with the same data."""
     lines = []
-    if data != trainer.rows.fingerprint():
+    if data != trainer.source.fingerprint():
         if trainer.config.data.on_change == "stop":
             raise CheckpointError(
                 f"the training data is not that of {folder} (other files, lengths, seq_len or packing): the place in it "
                 "means nothing. Give the old data; or set data.on_change=continue to go on at the same number of rows; or load "
                 'with content=("model", "optimizer", "scheduler") to start the data anew'
             )
-        lines.append(f"the training data has changed since {folder}; going on at row {trainer.state.cursor.rows}")
+        cursor = trainer.state.cursor
+        cursor.place = trainer.source.after_change(cursor.place)
+        lines.append(f"the training data has changed since {folder}; going on behind {cursor.rows} rows")
     rows = trainer.sizes.rows(trainer.state.cursor.batch)
     if rows != global_rows:
         lines.append(

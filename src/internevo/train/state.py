@@ -16,6 +16,8 @@ class RunState:
     cursor: Cursor = field(default_factory=Cursor)
     consumed_tokens: int = 0
     skipped_steps: int = 0
+    data_skipped: int = 0
+    """Documents (rows of tokenized data) that could not be read and were left out."""
 
     @property
     def step(self) -> int:
@@ -27,8 +29,10 @@ class RunState:
         return {
             "step": self.step,
             "consumed_rows": self.cursor.rows,
+            "place": self.cursor.place,
             "consumed_tokens": self.consumed_tokens,
             "skipped_steps": self.skipped_steps,
+            "data_skipped": self.data_skipped,
         }
 
     def load(self, values: dict[str, Any], wanted: LoadCkptInfo) -> None:
@@ -38,4 +42,6 @@ class RunState:
             self.skipped_steps = values["skipped_steps"]
         if wanted.has("sampler"):
             self.cursor.rows = values["consumed_rows"]
+            self.cursor.place = values.get("place", self.cursor.rows)  # earlier checkpoints: rows of shuffled data
+            self.data_skipped = values.get("data_skipped", 0)
             self.consumed_tokens = values["consumed_tokens"]

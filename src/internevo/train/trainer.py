@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,8 +19,8 @@ from ..checkpoint.saver import Saver
 from ..config import Config, dump
 from ..config.training import Loss as LossSection
 from ..data.batches import BatchSizes, StepBatch, TrainBatches, parse_skips, valid_batches
-from ..data.order import Order
-from ..data.source import train_rows, valid_rows
+from ..data.build import in_memory, train_source, valid_rows
+from ..data.exchange import Exchange
 from ..errors import ConfigError
 from ..generate import Sampling, generate
 from ..models import LossTerms, decoder_config
@@ -29,7 +31,7 @@ from ..observe.record import StepRecord, ValidRecord, memory_peak, peak_tflops
 from ..parallel import plan
 from ..parallel.data import COMPUTE
 from ..parallel.layout import Layout
-from ..parallel.world import World, is_slow
+from ..parallel.world import World, is_slow, ranks_here
 from ..tokenizer import Tokenizer, load_tokenizer
 from .look import LookIntoSteps
 from .optimizer import Optimizer
@@ -71,7 +73,7 @@ class Trainer:
         assert dist.group.WORLD is not None
         self.stepper = Stepper(
             self.model, self.axis, self.optimizer, self.scaler, self.layout, dist.group.WORLD, world.device,
-            len(self.rows.types), config.hybrid_zero_optimizer.clip_grad_norm, _terms(config.loss),
+            len(self.source.types), config.hybrid_zero_optimizer.clip_grad_norm, _terms(config.loss),
         )  # fmt: skip
         self.saver = Saver(self.run, config.ckpt, world.rank, _sizes(self.layout), after=self._export)
         self.saved_step = self.state.step
@@ -82,15 +84,19 @@ class Trainer:
 
     def _open_data(self) -> None:
         data, vocab = self.config.data, self.config.model.vocab_size
+        streams = [_exchange(self.world) for _ in range(data.streams)]
+        here = ranks_here(os.environ)
         if self.world.rank > 0:
             dist.barrier()  # rank 0 makes the index, the others find it
-        self.rows, self.valid = train_rows(data, vocab), valid_rows(data, vocab)
+        self.source = train_source(data, vocab, streams.pop, here)
+        valid = valid_rows(data, vocab, streams.pop, here)
         if self.world.rank == 0:
             dist.barrier()
+        self.valid = in_memory(valid, data.valid_max_rows)
         self.sizes = BatchSizes.of(data, self.layout.data)
         rank = self.layout.data_rank(self.world.rank)
         self.batches = TrainBatches(
-            self.rows, Order(len(self.rows), data.seed), self.sizes, rank, data.use_packed_dataset, data.total_steps,
+            self.source, self.sizes, rank, data.use_packed_dataset, data.total_steps,
             parse_skips(data.skip_batches), pin=self.world.device.type == "cuda",
         )  # fmt: skip
         self.tokenizer: Tokenizer | None = None
@@ -140,24 +146,29 @@ class Trainer:
         config, begin = self.config, time.perf_counter()
         lr = learning_rate(batch.number, config.data.total_steps, config.adam.lr, config.lr_scheduler)
         with self.look(batch):
-            result = self.stepper(batch, lr, beta2(batch.number, config.adam, config.beta2_scheduler), self._share)
+            share = partial(self._share, len(batch.bad))
+            result = self.stepper(batch, lr, beta2(batch.number, config.adam, config.beta2_scheduler), share)
         self.state.cursor = batch.after
         self.state.consumed_tokens += batch.tokens
         self.state.skipped_steps += result.skipped
+        self.state.data_skipped += int(result.shared[-self.world.size - 1])
+        for message in batch.bad:
+            log.warning(f"left out: {message}")
         record = self._record(batch, result, lr, time.perf_counter() - begin, data_time)
         return record, *self.stops.decide(record.step, result.shared)
 
-    def _share(self) -> list[float]:
-        """What this rank tells all others with each step: requests to stop, and its memory in a place of its own."""
+    def _share(self, bad: int) -> list[float]:
+        """What this rank tells all others with each step: requests to stop, what it has left out, and its memory in a place of
+        its own."""
         memory = [0.0] * self.world.size
         memory[self.world.rank] = float(memory_peak(self.world.device))
-        return [*self.stops.share(), *memory]
+        return [*self.stops.share(), float(bad), *memory]
 
     def _record(self, batch: StepBatch, result: StepResult, lr: float, step_time: float, data_time: float) -> StepRecord:
         tgs = batch.tokens / (step_time + data_time) / self.world.size
         tflops = tgs * self.decoder.flops_per_token(self.config.data.seq_len) / 1e12
         memory = result.shared[-self.world.size :]
-        types = self.rows.types
+        types = self.source.types
         return StepRecord(
             step=self.state.step, loss=result.losses.mean(), grad_norm=result.grad_norm, lr=lr, tokens=batch.tokens,
             consumed_tokens=self.state.consumed_tokens, tgs=tgs, tflops=tflops,
@@ -165,7 +176,7 @@ class Trainer:
             memory_peak=int(memory[self.world.rank]), memory_peak_max=int(max(memory)), skipped=result.skipped,
             time=time.time(), loss_by_type=result.losses.by_type(types) if len(types) > 1 else {},
             loss_scale=self.scaler.scale if self.scaler.enabled else None, skipped_steps=self.state.skipped_steps,
-            moe=result.routing,
+            moe=result.routing, data_skipped=self.state.data_skipped,
         )  # fmt: skip
 
     # What happens between steps --------------------------------------------------------------------------------------
@@ -217,7 +228,7 @@ class Trainer:
         path = self.config.data.tokenizer_path
         state = {
             **self.state.to_dict(), "updates": self.optimizer.steps, "scaler": self.scaler.state(),
-            "data": self.rows.fingerprint(), "global_rows": self.sizes.rows(self.state.cursor.batch),
+            "data": self.source.fingerprint(), "global_rows": self.sizes.rows(self.state.cursor.batch),
         }  # fmt: skip
         files = {
             "state.json": state,
@@ -261,6 +272,11 @@ def named_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
     """Weights (model/NAME) and moments (optimizer/NAME.exp_avg, ...) as they are named in a checkpoint."""
     weights = {f"model/{name}": tensor.detach() for name, tensor in optimizer.named.items()}
     return {**weights, **{f"optimizer/{name}": tensor for name, tensor in optimizer.state().items()}}
+
+
+def _exchange(world: World) -> Exchange:
+    """Over all ranks, whatever they are to each other: each tokenizes a share of a stream."""
+    return Exchange(dist.new_group(backend="gloo") if world.size > 1 else None)
 
 
 def _terms(loss: LossSection) -> LossTerms:

@@ -1,0 +1,182 @@
+"""What of a raw document is trained on: plain text, Alpaca instructions, or chats.
+
+A format turns documents into ids with signs: a negative id is seen and not predicted (see ``tokenized``).
+
+| format | a document has                                         | trained on                    |
+|--------|--------------------------------------------------------|-------------------------------|
+| text   | a text                                                 | all of it                     |
+| alpaca | instruction, input, output                             | the output                    |
+| chat   | messages (role, content) or conversations (from, value)| what the assistant says       |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import takewhile
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ..chat import ChatTemplate
+from ..errors import DataError
+from ..tokenizer import Tokenizer
+from .documents import Document
+from .tokenized import MASKED_ZERO
+
+FormatName = Literal["text", "alpaca", "chat"]
+TEXT_FIELDS = ("content", "text")
+ALPACA_FIELDS = ("instruction", "input", "output")
+CHAT_FIELDS = ("messages", "conversations")
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+Signed = npt.NDArray[np.int32]
+Made = Signed | DataError
+"""A document's ids with signs, or what is wrong with it."""
+
+
+def fields_of(name: FormatName, key: str | None) -> tuple[str, ...]:
+    """The fields that a format looks for; ``key`` names another one than the usual."""
+    if name == "alpaca":
+        return ALPACA_FIELDS
+    return (key,) if key else (CHAT_FIELDS if name == "chat" else TEXT_FIELDS)
+
+
+def make(name: FormatName, found: list[Document], key: str | None, tokenizer: Tokenizer) -> list[Made]:
+    """Ids of documents, empty where there is nothing to train on."""
+    makers: dict[FormatName, Callable[[list[Document], str | None, Tokenizer], list[Made]]] = {
+        "text": _texts, "alpaca": _alpacas, "chat": _chats,
+    }  # fmt: skip
+    return makers[name](found, key, tokenizer)
+
+
+def _masked(ids: list[int]) -> list[int]:
+    return [-number if number else MASKED_ZERO for number in ids]
+
+
+def _ends(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    return ([] if id_ is None else [id_] for id_ in (tokenizer.bos_id, tokenizer.eos_id))  # type: ignore[return-value]
+
+
+def _texts(found: list[Document], key: str | None, tokenizer: Tokenizer) -> list[Made]:
+    """Begin, text, end."""
+    texts = [text_of(document, key) for document in found]
+    encoded = iter(tokenizer.backend.encode_batch([text for text in texts if isinstance(text, str)]))
+    bos, eos = _ends(tokenizer)
+    made: list[Made] = []
+    for text in texts:
+        if isinstance(text, str):
+            ids = next(encoded)
+            made.append(np.array([*bos, *ids, *eos] if ids else [], np.int32))
+        else:
+            made.append(text)
+    return made
+
+
+def text_of(document: Document, key: str | None) -> str | DataError:
+    """The text of a document, as such or under ``key`` (by default one of ``TEXT_FIELDS``)."""
+    value = document.value
+    if isinstance(value, str) and key is None:
+        return value
+    fields = fields_of("text", key)
+    if isinstance(value, dict):
+        for field in fields:
+            if isinstance(value.get(field), str):
+                return str(value[field])
+    return _lacks(document, "text", fields)
+
+
+def _lacks(document: Document, what: str, fields: tuple[str, ...]) -> DataError:
+    value = document.value
+    has = type(value).__name__
+    if isinstance(value, dict):
+        has = ", ".join(f"{k!r} ({type(v).__name__})" if k in fields else repr(k) for k, v in value.items())
+    return DataError(
+        f"{document.where} has no {what} under {' or '.join(map(repr, fields))} (it has {has}); give --text-key "
+        "(data.content_name in a config)"
+    )
+
+
+# Alpaca --------------------------------------------------------------------------------------------------------------
+
+
+def _alpacas(found: list[Document], key: str | None, tokenizer: Tokenizer) -> list[Made]:
+    """InternEvo's template: ``<|User|>:`` instruction and input ``<eoh>``, ``<|Bot|>:`` output ``<eoa>``; the output is
+    predicted. A tokenizer without these two tokens sees them as text."""
+    return [_alpaca(document, tokenizer) for document in found]
+
+
+def _alpaca(document: Document, tokenizer: Tokenizer) -> Made:
+    value = document.value if isinstance(document.value, dict) else {}
+    instruction, given, output = (value.get(field, "") for field in ALPACA_FIELDS)
+    if not (isinstance(instruction, str) and isinstance(output, str) and instruction and output):
+        return _lacks(document, "instruction and output", ALPACA_FIELDS)
+    question = f"<|User|>:{instruction}\n{given}" if given else f"<|User|>:{instruction}"
+    bos, eos = _ends(tokenizer)
+    newline = tokenizer.encode("\n")[-1:]  # SentencePiece puts a blank in front
+    asked = [*tokenizer.encode(question), *_token("<eoh>", tokenizer), *newline, *tokenizer.encode("<|Bot|>:")]
+    answer = [*tokenizer.encode(output), *_token("<eoa>", tokenizer), *newline]
+    return np.array([*bos, *_masked(asked), *answer, *eos], np.int32)
+
+
+def _token(name: str, tokenizer: Tokenizer) -> list[int]:
+    found = tokenizer.backend.token_id(name)
+    return tokenizer.encode(name) if found is None else [found]
+
+
+# Chats ---------------------------------------------------------------------------------------------------------------
+
+
+def _chats(found: list[Document], key: str | None, tokenizer: Tokenizer) -> list[Made]:
+    """The tokenizer's chat template; what rendering an assistant's message adds behind its prompt is predicted."""
+    template = ChatTemplate.of(tokenizer)
+    return [_chat(document, key, tokenizer, template) for document in found]
+
+
+def _chat(document: Document, key: str | None, tokenizer: Tokenizer, template: ChatTemplate) -> Made:
+    try:
+        messages = _messages(document, key)
+        turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        if not turns:
+            raise DataError(f"{document.where} has no message of the assistant")
+        parts = [template.render(messages)]
+        for turn in turns:
+            parts += [template.render(messages[:turn], prompt=True), template.render(messages[: turn + 1])]
+    except DataError as error:
+        return error
+    whole, *rest = tokenizer.backend.encode_batch(parts)
+    ids = _masked(whole)
+    for before, behind in zip(rest[::2], rest[1::2], strict=True):
+        start, stop = _common(whole, before), _common(whole, behind)
+        if start >= stop:
+            return DataError(f"{document.where}: the chat template renders a message otherwise when others follow")
+        ids[start:stop] = whole[start:stop]
+    return np.array(ids, np.int32)
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    """How many ids at the beginning are the same."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+
+
+def _messages(document: Document, key: str | None) -> list[dict[str, Any]]:
+    fields = fields_of("chat", key)
+    value = document.value
+    if isinstance(value, dict):
+        value = next((value[field] for field in fields if value.get(field)), None)
+    if not isinstance(value, list) or not value:
+        raise _lacks(document, "messages", fields)
+    return [_message(entry, document.where) for entry in value]
+
+
+def _message(entry: Any, where: str) -> dict[str, Any]:
+    """{"role": ..., "content": ...}, from that or from {"from": ..., "value": ...}."""
+    if not isinstance(entry, dict):
+        raise DataError(f"{where}: a message is {type(entry).__name__}, not an object")
+    role, content = entry.get("role", entry.get("from")), entry.get("content", entry.get("value"))
+    if isinstance(content, list):  # parts, of which those of text are known
+        content = "".join(part.get("text", "") if isinstance(part, dict) else "" for part in content)
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise DataError(f"{where}: a message needs a role and a content (or from and value), and has {', '.join(entry)}")
+    more = {k: v for k, v in entry.items() if k not in ("role", "from", "content", "value") and v is not None}
+    return {**more, "role": ROLES.get(role, role), "content": content}

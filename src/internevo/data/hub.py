@@ -1,0 +1,69 @@
+"""The files of a dataset in the Hugging Face layout: a folder, or a name on the hub.
+
+https://huggingface.co/docs/datasets/repository_structure
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+from ..errors import DataError, UsageError
+from .inputs import find_files
+
+WORDS = {"train": "train|training", "valid": "validation|valid|val|dev", "test": "test|testing|eval|evaluation"}
+"""What the name of a split's files or folders says."""
+
+
+def dataset_files(name: str, subset: str | None, split: str) -> tuple[Path, list[tuple[str, Path]]]:
+    """The folder of a dataset, and (kind, path) of the files of a split.
+
+    Files that are named for the split are taken, or else those that are named for no other. Where a dataset holds its rows
+    several times, in files of several kinds, the kind with the most files is taken.
+
+    Args:
+        name: a folder, or a dataset on the hub (owner/name), which is downloaded into the hub's cache.
+        subset: the folder in it that holds the wanted part.
+
+    Raises:
+        DataError: when there are none.
+    """
+    root = Path(name) if Path(name).exists() else _download(name)
+    root = root / subset if subset else root
+    if not root.exists():
+        raise DataError(f"{root} does not exist (data.subset_name)")
+    try:
+        found = find_files([root], None, None, ())
+    except UsageError as error:
+        raise DataError(str(error)) from error
+    splits = [_split(str(path.relative_to(root))) if path != root else None for _, path in found]
+    mine = [file for file, of in zip(found, splits, strict=True) if of == split]
+    mine = mine or [file for file, of in zip(found, splits, strict=True) if of is None]
+    if not mine:
+        raise DataError(f"{root} holds no files for {split} (it has {', '.join(sorted({of for of in splits if of}))})")
+    most = max(Counter(kind for kind, _ in mine).items(), key=lambda pair: pair[1])[0]
+    return (root if root.is_dir() else root.parent), [file for file in mine if file[0] == most]
+
+
+def _split(path: str) -> str | None:
+    """Which split a path names, its last such word deciding."""
+    found = [
+        (match.start(), split)
+        for split, words in WORDS.items()
+        for match in re.finditer(rf"(?<![a-zA-Z])(?:{words})(?![a-zA-Z])", path.lower())
+    ]
+    return max(found)[1] if found else None
+
+
+def _download(name: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise UsageError(
+            f"{name} is no folder, and to look for it on the Hugging Face hub: pip install huggingface_hub"
+        ) from error
+    try:
+        return Path(snapshot_download(name, repo_type="dataset"))
+    except Exception as error:  # the library raises many kinds
+        raise DataError(f"{name} is no folder, and cannot be had from the Hugging Face hub: {error}") from error

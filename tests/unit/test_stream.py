@@ -1,0 +1,236 @@
+"""Streaming data: every document once per epoch and the same global batches, whatever the ranks, the workers and the stops."""
+
+import gzip
+import json
+import random
+import threading
+from collections import Counter
+from functools import partial
+
+import numpy as np
+import pyarrow
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from internevo.config.data import Data
+from internevo.data import blocks, inputs
+from internevo.data.batches import BatchSizes, Cursor, TrainBatches
+from internevo.data.build import in_memory, train_source, valid_rows
+from internevo.data.exchange import Exchange
+from internevo.errors import DataError
+from internevo.tokenizer import load_tokenizer, train_bpe
+
+VOCAB = 300
+
+
+class Meeting:
+    """Where threads that play the ranks meet."""
+
+    def __init__(self, size):
+        self.size, self.barrier, self.table = size, threading.Barrier(size, timeout=60), [None] * size
+
+
+class Ranks(Exchange):
+    """An exchange between threads."""
+
+    def __init__(self, meeting, rank):
+        super().__init__()
+        self.meeting, self.rank, self.size = meeting, rank, meeting.size
+
+    def _show(self, value):
+        self.meeting.table[self.rank] = value
+        self.meeting.barrier.wait()
+        seen = list(self.meeting.table)
+        self.meeting.barrier.wait()
+        return seen
+
+    def _announce(self, code, length):
+        seen = self._show((code, length))
+        return [code for code, _ in seen], [length for _, length in seen]
+
+    def _from(self, rank, mine, length):
+        return self._show(mine[:length])[rank].copy()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return train_bpe(["the cat sat"] * 3, VOCAB, tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(inputs, "JOB_BYTES", 150)
+    monkeypatch.setattr(blocks, "SHARDS", 3)
+
+
+def corpus_of(draw, documents):
+    return [f"{n} " + "".join(draw.choices("abc 春🙂\n", k=draw.choice([0, 5, 40, 200]))) for n in range(documents)]
+
+
+def write(folder, corpus, kinds, draw):
+    """The corpus, dealt over files of several kinds and two types."""
+    parts = [corpus[n :: len(kinds)] for n in range(len(kinds))]
+    for number, (kind, part) in enumerate(zip(kinds, parts, strict=True)):
+        path = folder / draw.choice(["en", "cn"]) / f"{number}.{kind}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in part).encode()
+        if kind == "jsonl":
+            path.write_bytes(lines)
+        elif kind == "jsonl.gz":
+            path.write_bytes(gzip.compress(lines))
+        elif kind == "parquet":
+            parquet.write_table(pyarrow.table({"n": range(len(part)), "text": part}), path, row_group_size=4)
+        elif kind == "arrow":
+            table = pyarrow.table({"text": pyarrow.array(part, pyarrow.string())})
+            with pyarrow.OSFile(str(path), "wb") as out, pyarrow.ipc.new_stream(out, table.schema) as writer:
+                writer.write_table(table, max_chunksize=3)
+
+
+def train(data, ranks, cursor, batches):
+    """The rows of each global batch, and the cursors behind them; the ranks are threads."""
+    meeting = Meeting(ranks)
+    made = [[] for _ in range(ranks)]
+    errors = []
+
+    def work(rank):
+        try:
+            source = train_source(data, VOCAB, partial(Ranks, meeting, rank))
+            batches_ = TrainBatches(source, BatchSizes.of(data, ranks), rank, data.use_packed_dataset, data.total_steps)
+            steps = batches_.prefetch(cursor)
+            made[rank] = [step for step, _ in zip(steps, range(batches), strict=False)]
+            steps.close()
+        except BaseException as error:
+            errors.append(error)
+            meeting.barrier.abort()
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(ranks)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    if errors:
+        raise errors[0]
+    rows = []
+    for steps in zip(*made, strict=True):
+        assert len({json.dumps(step.after.place) for step in steps}) == 1
+        micro = [m for n in range(len(steps[0].micro_batches)) for m in (step.micro_batches[n] for step in steps)]
+        rows.append([
+            list(zip(*(getattr(m, k).view(-1, data.seq_len)[n].tolist() for k in ("tokens", "labels", "types")), strict=True))
+            for m in micro for n in range(data.micro_bsz)
+        ])  # fmt: skip
+    return rows, [step.after for step in made[0]]
+
+
+def documents(rows, tokenizer):
+    """The texts of packed rows laid end to end; the last may be cut off."""
+    ids = [token for batch in rows for row in batch for token, _, _ in row]
+    eos = tokenizer.eos_id
+    ends = [n for n, i in enumerate(ids) if i == eos]
+    starts = [0, *(end + 1 for end in ends[:-1])]
+    return [tokenizer.decode(ids[a:b]) for a, b in zip(starts, ends, strict=True)]
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 10**6), count=st.integers(1, 60), seq_len=st.sampled_from([8, 32, 100]),
+    kinds=st.tuples(st.sampled_from(["jsonl", "jsonl.gz", "parquet", "arrow"]), st.integers(1, 3)).map(lambda k: [k[0]] * k[1]),
+    ranks=st.lists(st.sampled_from([1, 2, 3, 4, 6, 8]), min_size=1, max_size=3), stops=st.lists(st.integers(1, 4), max_size=2),
+)  # fmt: skip
+def test_every_document_once_per_epoch_and_the_same_batches(
+    tmp_path_factory, small, tokenizer, seed, count, seq_len, kinds, ranks, stops
+):
+    draw = random.Random(seed)
+    corpus = corpus_of(draw, count)
+    folder = tmp_path_factory.mktemp("stream")
+    write(folder, corpus, kinds, draw)
+    data = Data(
+        type="streaming", train_folder=str(folder), tokenizer_path=str(tokenizer), seq_len=seq_len, micro_bsz=1,
+        global_batch_size=24, total_steps=10**6, seed=seed, num_worker=0,
+    )  # fmt: skip
+    text = load_tokenizer(tokenizer)
+    tokens = sum(len(text.encode(t)) + 1 for t in corpus)
+    steps = min(tokens * 2 // (24 * seq_len) + 2, 12)
+    wanted, _ = train(data, 1, Cursor(), steps)
+    found = documents(wanted, text)
+    for epoch in range(len(found) // count):
+        assert Counter(found[epoch * count : (epoch + 1) * count]) == Counter(corpus)
+    assert not Counter(found[len(found) // count * count :]) - Counter(corpus)
+
+    cursor, rows = Cursor(), []
+    for number, size in enumerate(ranks):
+        stop = stops[number] if number < len(stops) and number + 1 < len(ranks) else steps - len(rows)
+        more, after = train(data, size, cursor, min(stop, steps - len(rows)))
+        rows += more
+        cursor = json_round(after[-1]) if after else cursor
+    assert rows == wanted[: len(rows)]
+
+
+def json_round(cursor):
+    return Cursor(cursor.batch, cursor.rows, json.loads(json.dumps(cursor.place)))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("packed", [True, False])
+def test_worker_processes_change_nothing(tmp_path, small, tokenizer, workers, packed):
+    draw = random.Random(1)
+    write(tmp_path / "data", corpus_of(draw, 70), ["jsonl", "jsonl"], draw)
+    data = Data(
+        type="streaming", train_folder=str(tmp_path / "data"), tokenizer_path=str(tokenizer), seq_len=16, micro_bsz=2,
+        global_batch_size=8, total_steps=1000, num_worker=0, use_packed_dataset=packed,
+    )  # fmt: skip
+    wanted, after = train(data, 1, Cursor(), 20)
+    assert train(data.model_copy(update={"num_worker": workers}), 2, json_round(after[3]), 16)[0] == wanted[4:]
+
+
+def test_the_order_follows_the_seed_and_the_epoch(tmp_path, small, tokenizer):
+    draw = random.Random(1)
+    corpus = [f"{n} " + "x" * 20 for n in range(40)]
+    write(tmp_path / "data", corpus, ["jsonl"], draw)
+    data = Data(
+        type="streaming", train_folder=str(tmp_path / "data"), tokenizer_path=str(tokenizer), seq_len=32, micro_bsz=1,
+        total_steps=1000, num_worker=0,
+    )  # fmt: skip
+    text = load_tokenizer(tokenizer)
+    one, two = (documents(train(data.model_copy(update={"seed": seed}), 1, Cursor(), 90)[0], text) for seed in (1, 2))
+    assert one[:40] != two[:40] and one[:40] != one[40:80] and one[:40] != corpus
+    assert sorted(one[:40]) == sorted(one[40:80]) == sorted(two[:40]) == sorted(corpus)
+
+
+def test_what_cannot_be_read_stops_every_rank_or_is_left_out_and_counted(tmp_path, small, tokenizer):
+    draw = random.Random(1)
+    corpus = [f"{n} " + "x" * 30 for n in range(60)]
+    write(tmp_path / "data", corpus, ["jsonl"], draw)
+    path = next((tmp_path / "data").rglob("*.jsonl"))
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[7], lines[23], lines[41] = b'{"text": "cut\n', b'{"body": "none"}\n', b'{"text": "\xff"}\n'
+    path.write_bytes(b"".join(lines))
+    data = Data(
+        type="streaming", train_folder=str(tmp_path / "data"), tokenizer_path=str(tokenizer), seq_len=32, micro_bsz=1,
+        global_batch_size=6, total_steps=1000, num_worker=0,
+    )  # fmt: skip
+    with pytest.raises(DataError, match=r"0\.jsonl(, byte \d+| is not UTF-8)"):
+        train(data, 3, Cursor(), 20)
+    skipping = data.model_copy(update={"on_error": "skip"})
+    source = train_source(skipping, VOCAB)
+    steps = TrainBatches(source, BatchSizes(1, 6, 1), 0, True, 1000).prefetch(Cursor())
+    bad = []
+    while len(bad) < 3:
+        bad += next(steps).bad
+    steps.close()
+    assert all("0.jsonl" in message for message in bad)
+    left = documents(train(skipping, 2, Cursor(), 40)[0], load_tokenizer(tokenizer))
+    assert sorted(left[:57]) == sorted(text for n, text in enumerate(corpus) if n not in (7, 23, 41))
+
+
+def test_validation_reads_the_stream_once(tmp_path, small, tokenizer):
+    for name, texts in (("train", ["a", "b"]), ("validation", ["cc", "dd", "ee"])):
+        parquet.write_table(pyarrow.table({"text": texts}), tmp_path / f"{name}-00000-of-00001.parquet")
+    data = Data(
+        type="streaming", train_folder=str(tmp_path), valid_folder=str(tmp_path), tokenizer_path=str(tokenizer), seq_len=4,
+        micro_bsz=1, total_steps=10, num_worker=0, valid_every=1,
+    )  # fmt: skip
+    rows = in_memory(valid_rows(data, VOCAB), None)
+    text = load_tokenizer(tokenizer)
+    tokens = np.concatenate([row.tokens for row in (rows[n] for n in range(len(rows)))])
+    assert sorted(text.decode(tokens.tolist()).replace("!", "").split("<|endoftext|>"))[-3:] == ["cc", "dd", "ee"]
+    assert Counter(documents(train(data, 1, Cursor(), 6)[0], text)) == Counter({"a": 6, "b": 6})
