@@ -11,7 +11,7 @@ A format turns documents into ids with signs: a negative id is seen and not pred
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import Any, Literal
 
@@ -139,23 +139,36 @@ def _chat(document: Document, key: str | None, tokenizer: Tokenizer, template: C
         turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         if not turns:
             raise DataError(f"{document.where} has no message of the assistant")
-        parts = [template.render(messages)]
-        for turn in turns:
-            parts += [template.render(messages[:turn], prompt=True), template.render(messages[: turn + 1])]
+        text = template.render(messages)
+        spans = [_span(text, messages, turn, template, document.where) for turn in turns]
     except DataError as error:
         return error
-    whole, *rest = tokenizer.backend.encode_batch(parts)
+    whole, *cuts = tokenizer.backend.encode_batch([text, *(text[:end] for span in spans for end in span)])
     ids = _masked(whole)
-    for before, behind in zip(rest[::2], rest[1::2], strict=True):
+    for before, behind in zip(cuts[::2], cuts[1::2], strict=True):
         start, stop = _common(whole, before), _common(whole, behind)
-        if start >= stop:
-            return DataError(f"{document.where}: the chat template renders a message otherwise when others follow")
         ids[start:stop] = whole[start:stop]
     return np.array(ids, np.int32)
 
 
-def _common(a: list[int], b: list[int]) -> int:
-    """How many ids at the beginning are the same."""
+def _span(text: str, messages: list[dict[str, Any]], turn: int, template: ChatTemplate, where: str) -> tuple[int, int]:
+    """What of the text of all messages the assistant says in its ``turn``, the end mark included."""
+    before, prompt = template.render(messages[:turn]), template.render(messages[:turn], prompt=True)
+    alone, said = template.render(messages[: turn + 1]), messages[turn]["content"].strip()
+    start = _common(text, prompt)
+    if text.startswith(before) and text.startswith(alone):
+        return start, len(alone)
+    # Some templates leave out what was thought when others follow: then it is what was said that is looked for.
+    found = text.find(said, start) if said and text.startswith(before) else -1
+    if found < 0:
+        raise DataError(f"{where}: the chat template renders message {turn} otherwise when others follow")
+    end = found + len(said)
+    mark = alone[alone.rindex(said) + len(said) :]
+    return start, end + len(mark) if text.startswith(mark, end) else end
+
+
+def _common(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """How much at the beginning is the same."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
