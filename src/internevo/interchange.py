@@ -14,13 +14,14 @@ from .checkpoint import Checkpoint, find_checkpoint
 from .checkpoint.weights import write_checkpoint
 from .errors import CheckpointError, UsageError
 from .models import Decoder
-from .models.folder import HfFolder, Module, fill, write_hf
+from .models.folder import HfFolder, Module, Source, fill, write_hf
+from .models.merge import merged
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def open_source(folder: Path, family: str | None = None) -> HfFolder | Checkpoint:
-    """The model in ``folder``: a Hugging Face folder, a checkpoint, or a run folder's newest checkpoint.
+def open_source(folder: Path, family: str | None = None) -> Source:
+    """The model in ``folder``: a Hugging Face folder, a checkpoint, or a run folder's newest checkpoint; adapters merged.
 
     Raises:
         UsageError, CheckpointError: naming the folder or file, and the architecture where that is the reason.
@@ -28,7 +29,7 @@ def open_source(folder: Path, family: str | None = None) -> HfFolder | Checkpoin
     if not folder.is_dir():
         raise UsageError(f"model folder {folder} does not exist")
     try:
-        return Checkpoint(find_checkpoint(folder))
+        return merged(Checkpoint(find_checkpoint(folder)))
     except CheckpointError as error:
         ours = (folder / "checkpoints").is_dir() or (folder / "state.json").is_file()
         if ours:

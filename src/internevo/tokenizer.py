@@ -1,4 +1,4 @@
-"""Tokenizers under one small interface: ``tokenizer.json``, SentencePiece ``.model``, or a Hugging Face folder.
+"""Tokenizers under one small interface: ``tokenizer.json``, SentencePiece ``.model``, tiktoken ranks, or a Hugging Face folder.
 
 No code from a folder is ever run.
 """
@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from .errors import UsageError
 from .jsonfile import read_object
 from .sentencepieces import SentencePiece, token_text
+from .tiktokens import is_tiktoken, read_tiktoken
 
 FILES = ("tokenizer.json", "tokenizer.model")
 """What a tokenizer's folder is read from, the first that is there."""
@@ -64,11 +65,16 @@ class Tokenizer:
 class _Json:
     """The ``tokenizers`` library."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, fast: Any) -> None:
+        self.fast = fast
+
+    @classmethod
+    def read(cls, path: Path) -> _Json:
+        """From a tokenizer.json."""
         from tokenizers import Tokenizer as Fast
 
         try:
-            self.fast = Fast.from_file(str(path))
+            return cls(Fast.from_file(str(path)))
         except Exception as error:  # the library raises plain Exception
             raise UsageError(f"{path} is not a tokenizer.json: {error}") from error
 
@@ -79,7 +85,7 @@ class _Json:
         return self.fast.decode(ids, skip_special_tokens=False)
 
     def size(self) -> int:
-        return self.fast.get_vocab_size()
+        return max(self.fast.get_vocab().values()) + 1  # ids may have gaps
 
     def token_id(self, token: str) -> int | None:
         return self.fast.token_to_id(token)
@@ -89,6 +95,12 @@ class _Transformers:
     """A folder that only transformers can read (vocab.json and merges.txt, vocab.txt, ...)."""
 
     def __init__(self, path: Path) -> None:
+        code = sorted(path.glob("tokenization_*.py"))
+        if code:
+            raise UsageError(
+                f"the tokenizer of {path} exists only as code ({code[0].name}), which is not run; use a tokenizer.json, "
+                "tokenizer.model or .tiktoken file of the same tokenizer"
+            )
         try:
             from transformers import AutoTokenizer
         except ImportError:
@@ -125,17 +137,21 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise UsageError(f"tokenizer {path} does not exist")
     folder = path if path.is_dir() else path.parent
     if path.is_dir():
-        found = [path / n for n in FILES if (path / n).is_file()]
+        found = [*(path / n for n in FILES if (path / n).is_file()), *sorted(path.glob("*.tiktoken"))]
         path = found[0] if found else path
     backend: Backend
     if path.suffix == ".json":
-        backend = _Json(path)
+        backend = _Json.read(path)
+    elif path.suffix == ".tiktoken" or (path.suffix == ".model" and is_tiktoken(path)):
+        fast, kind = read_tiktoken(path)
+        backend = _Json(fast)
+        return Tokenizer(backend, path, backend.token_id(kind.bos) if kind.bos else None, backend.token_id(kind.eos))
     elif path.suffix == ".model":
         backend = SentencePiece(path)
     elif path.is_dir():
         backend = _Transformers(path)
     else:
-        raise UsageError(f"tokenizer {path} is neither a folder, nor a .json, nor a .model file")
+        raise UsageError(f"tokenizer {path} is neither a folder, nor a .json, .model or .tiktoken file")
     bos, eos = _special_ids(folder, backend)
     return Tokenizer(backend, path, bos, eos)
 
@@ -143,7 +159,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def fingerprint(path: Path) -> str:
     """Changes with the files that decide about ids."""
     names = (*FILES, *SETTINGS)
-    files = [path] if path.is_file() else [path / name for name in names if (path / name).is_file()]
+    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.name in names or f.suffix == ".tiktoken")
     return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()[:16]
 
 

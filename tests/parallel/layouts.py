@@ -15,6 +15,12 @@ MODELS = {
     "gemma": {"model_type": "GEMMA", "model__head_dim": 16, "loss__label_smoothing": 0.1},
     "alibi": {"model_type": "BAICHUAN2", "model__use_alibi": True, "model__num_kv_attention_heads": 4},
     "qwen3, windows": {"model_type": "QWEN3", "model__use_sliding_window": True, "model__sliding_window": 9},
+    "adapters": {
+        "model__lora": {"rank": 3, "alpha": 6, "targets": ["wqkv", "o_proj", "w1", "up", "down"]},
+        "model__num_kv_attention_heads": 1,
+        "adam__lr": 2e-2,
+        "adam__adam_eps": 1e-3,
+    },
     "internlm2, tied": {"model_type": "INTERNLM2", "model__tie_word_embeddings": True},
 }
 PADDED = {"data__use_packed_dataset": False}

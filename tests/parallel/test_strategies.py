@@ -53,6 +53,20 @@ def test_a_strategy_trains_the_model_of_one_process(pool, world, tmp_path, name)
     compare(pool, world, tmp_path, *NAMED[name])
 
 
+ADAPTED = ["mtp 2", "msp 2, fsdp, recomputed", "fsp 4", "isp 2, weights over 2, zero 2, half recomputed"]
+
+
+@pytest.mark.parametrize("name", NAMED if "INTERNEVO_TEST_FULL_TABLE" in os.environ else ADAPTED)
+def test_adapters_are_trained_alike_in_every_layout(pool, world, tmp_path, name):
+    compare(pool, world, tmp_path, *NAMED[name], model="adapters")
+    mine = tensors(tmp_path / "many", 10)
+    adapters = [key for key in mine if ".lora." in key and key.startswith("model/")]
+    assert len(adapters) == 2 * 2 * 7 and all(mine[key].abs().max() > 0 for key in adapters)
+    assert {key.removeprefix("optimizer/").rsplit(".", 1)[0] for key in mine if key.startswith("optimizer/")} == {
+        key.removeprefix("model/") for key in adapters
+    }
+
+
 @pytest.mark.parametrize("seed", range(DRAWN))
 def test_compositions_train_the_model_of_one_process(pool, world, tmp_path, seed):
     compare(pool, world, tmp_path, *composition(seed))

@@ -1,7 +1,10 @@
 """Every kind of tokenizer gives its own library's ids, and the ends of documents are found."""
 
+import base64
 import json
 import random
+from collections import Counter
+from itertools import pairwise
 
 import pytest
 import sentencepiece
@@ -9,6 +12,7 @@ from transformers import AddedToken, AutoTokenizer
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from internevo.errors import UsageError
+from internevo.tiktokens import KINDS
 from internevo.tokenizer import load_tokenizer, train_bpe
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "über", "den", "faulen", "Hund", "文本", "def", "return"]
@@ -98,3 +102,52 @@ def test_what_is_no_tokenizer_is_named(tmp_path):
         load_tokenizer(tmp_path / "none")
     with pytest.raises(UsageError, match="--vocab-size 100 is too small"):
         train_bpe(iter(TEXTS), 100, tmp_path)
+
+
+def ranks_of(texts, size):
+    """A byte-pair vocabulary by rank, trained here in the plainest way."""
+    words = [[bytes([b]) for b in text.encode()] for text in texts]
+    ranks = {bytes([b]): b for b in range(256)}
+    while len(ranks) < size:
+        pairs = Counter(pair for word in words for pair in pairwise(word))
+        pair = max(pairs, key=lambda p: (pairs[p], p))
+        ranks[b"".join(pair)] = len(ranks)
+        for number, word in enumerate(words):
+            joined, n = [], 0
+            while n < len(word):
+                hit = tuple(word[n : n + 2]) == pair
+                joined.append(b"".join(pair) if hit else word[n])
+                n += 2 if hit else 1
+            words[number] = joined
+    return ranks
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_tiktoken_ranks_give_tiktokens_own_ids(tmp_path, name):
+    tiktoken = pytest.importorskip("tiktoken")
+    ranks = ranks_of(["the cat's mat, I'LL see 123 cats ", " 春眠不觉晓 春眠", "def f(x):\n\n    return  x\n", "aaaaaaa"], 300)
+    path = tmp_path / f"{name}.tiktoken"
+    path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()))
+    ours, kind = load_tokenizer(path), KINDS[name]
+    theirs = tiktoken.Encoding(name, pat_str=kind.pattern, mergeable_ranks=ranks, special_tokens=kind.special)
+    draw = random.Random(0)
+    pieces = ["the cat's", "I'LL ", "春眠", "\n\n", "  ", "12345", "\t", "é", "🙂", "Zebra", "\u2028", *kind.special]
+    for _ in range(200):
+        text = "".join(draw.choices(pieces, k=12)) + bytes(draw.randrange(256) for _ in range(20)).decode("latin1")
+        assert ours.encode(text) == theirs.encode(text, allowed_special="all") and ours.decode(ours.encode(text)) == text
+    assert ours.eos_id == kind.special[kind.eos] and ours.vocab_size == theirs.n_vocab
+    assert load_tokenizer(tmp_path).encode("the cat") == ours.encode("the cat")
+
+
+def test_unknown_or_damaged_tiktoken_files_and_code_are_refused_by_name(tmp_path):
+    path = tmp_path / "other.tiktoken"
+    path.write_text("YQ== 0\n")
+    with pytest.raises(UsageError, match=r"other\.tiktoken holds tiktoken ranks.*known by name: qwen\.tiktoken"):
+        load_tokenizer(path)
+    path.write_text("YQ== 0\nnonsense\n")
+    with pytest.raises(UsageError, match=r"other\.tiktoken, line 2 is no token in base64 and its rank"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "tokenization_chatglm.py").write_text("raise SystemExit")
+    with pytest.raises(UsageError, match=r"exists only as code \(tokenization_chatglm\.py\), which is not run"):
+        load_tokenizer(tmp_path / "code")

@@ -35,6 +35,36 @@ class MoeLayerKwargs(Section):
     token_dispatch_policy: str = option("alltoall", "Exchange of tokens.", ignored="an all-to-all is used")
 
 
+LINEARS = {
+    "wqkv": ("q", "k", "v"), "wq": ("q",), "wk": ("k",), "wv": ("v",), "wo": ("o",),
+    "w1": ("gate",), "w3": ("up",), "w2": ("down",),
+    **{f"{name}_proj": (name,) for name in ("q", "k", "v", "o", "gate", "up", "down")},
+}  # fmt: skip
+"""Other names of a layer's linears: InternEvo's and Hugging Face's."""
+
+
+class Lora(Section):
+    """Low-rank adapters: only they are trained, and they are merged into the weights on export."""
+
+    rank: int = option(8, "Rank of an adapter.", ge=1)
+    alpha: float = option(16.0, "An adapter's output is scaled by alpha / rank.", gt=0)
+    targets: tuple[str, ...] = option(
+        ("q", "k", "v", "o"),
+        "Linears that have one: q, k, v, o, gate, up, down (or InternEvo's and Hugging Face's names).",
+    )
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> tuple[str, ...]:
+        names = [value] if isinstance(value, str) else list(value)
+        found = [name for given in names for name in LINEARS.get(given, (given,))]
+        known = ("q", "k", "v", "o", "gate", "up", "down")
+        wrong = [name for name in found if name not in known]
+        if wrong or not found:
+            raise ValueError(f"must be some of {', '.join(known)}, not {', '.join(map(repr, wrong)) or 'none'}")
+        return tuple(name for name in known if name in found)
+
+
 class Model(Section):
     """The network. Names and defaults are InternEvo's."""
 
@@ -57,6 +87,7 @@ class Model(Section):
         "Activation recomputation: True, False, or the share of layers (the first of them) recomputed; "
         '"attention": the attention of every layer, and nothing else.',
     )
+    lora: Lora | None = option(None, "Train low-rank adapters beside the frozen weights.")
     compile: bool = option(False, "Compile each layer with torch.compile; layers of one shape share the code.")
     layer_norm_epsilon: float = option(1e-5, "Added to the mean square in the norms.", gt=0)
     norm_type: Literal["rmsnorm", "layernorm"] = option("rmsnorm", "Kind of norm.", later="LayerNorm")
@@ -121,7 +152,6 @@ class Model(Section):
     norm_topk_prob: bool | None = option(None, "The chosen experts' weights add up to 1. By default True, in QWEN2MOE False.")
     decoder_sparse_step: int = option(1, "Every so many layers has experts (counted from 1).", ge=1)
     mlp_only_layers: tuple[int, ...] = option((), "Layers with a plain MLP (counted from 0).")
-    lora: dict[str, Any] | None = option(None, "Low-rank adapters: rank, alpha, targets.", later="LoRA")
 
     # Known from InternEvo, without effect here.
     use_flash_attn: bool = option(True, "Use flash attention.", ignored=KERNELS)

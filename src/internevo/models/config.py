@@ -45,6 +45,16 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """Adapters beside the linears of every layer (``models.lora``)."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    """Names of linears: q, k, v, o, gate, up, down."""
+
+
+@dataclass(frozen=True)
 class DecoderConfig:
     """The shape of a decoder and the few choices that families differ in."""
 
@@ -77,6 +87,7 @@ class DecoderConfig:
     windows: tuple[int, ...] = ()
     """Tokens that each layer looks back, itself included; 0: all. Empty: all in every layer."""
     experts: Experts | None = None
+    lora: Lora | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -88,8 +99,10 @@ class DecoderConfig:
         rope, experts = values["rope"], values.get("experts")
         if experts:
             experts = Experts(**{**experts, "dense_layers": tuple(experts["dense_layers"])})
+        lora = values.get("lora")
+        lora = lora and Lora(**{**lora, "targets": tuple(lora["targets"])})
         windows = tuple(values.get("windows", ()))
-        return cls(**{**values, "rope": rope and Rope(**rope), "experts": experts, "windows": windows})
+        return cls(**{**values, "rope": rope and Rope(**rope), "experts": experts, "windows": windows, "lora": lora})
 
     def is_sparse(self, layer: int) -> bool:
         """Whether a layer has experts."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .config import DecoderConfig
 from .layers import Cache, Context, DecoderLayer, Embedding, Head, RMSNorm
+from .lora import add_adapters
 from .losses import Loss, LossTerms, add_router_losses
 from .rotary import tables
 
@@ -26,6 +27,8 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(size, config.norm_eps, config.norm_unit_offset)
         self.head = Head(vocab, size, config.norm_head, embed_grad_scale)
         self.tie()
+        if config.lora is not None:
+            add_adapters(self, config.lora)
 
     def tie(self) -> None:
         """Makes the head the embedding's weight, where the model has it so. After anything that makes new parameters."""

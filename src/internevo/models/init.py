@@ -50,7 +50,7 @@ class Initializer:
 
         def std(name: str) -> float | None:
             *path, module, kind = name.split(".")
-            if kind == "bias" or "norm" in module:
+            if kind == "bias" or "norm" in module or name.endswith(".lora.b.weight"):
                 return None
             depth = int(path[1]) + 1 if model.use_scaled_init and module in ("o", "down") else 0
             return stds[module] / math.sqrt(2 * depth) if depth else stds[module]
@@ -59,9 +59,11 @@ class Initializer:
 
     def rows(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop`` of the full tensor of ``shape``, in fp32 on the host."""
-        std = self.std(name)
+        # Adapters: as Kaiming's uniform draw with a = sqrt(5) has it, and zeros.
+        std = 1 / math.sqrt(3 * shape[1]) if name.endswith(".lora.a.weight") else self.std(name)
         if std is None:
-            return torch.full((stop - start, *shape[1:]), 0.0 if name.endswith("bias") or self.norm_unit_offset else 1.0)
+            zero = name.endswith(("bias", ".lora.b.weight")) or self.norm_unit_offset
+            return torch.full((stop - start, *shape[1:]), 0.0 if zero else 1.0)
         per_block = max(1, BLOCK // max(1, math.prod(shape[1:])))
         blocks = range(start // per_block, -(-stop // per_block))
         drawn = [self._block(name, b, (min(per_block, shape[0] - b * per_block), *shape[1:]), std) for b in blocks]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,9 @@ from .. import ops
 from .config import DecoderConfig
 from .moe import MoE, Routing
 from .rotary import rotate
+
+if TYPE_CHECKING:
+    from .lora import Adapter
 
 
 class Context(NamedTuple):
@@ -45,12 +48,12 @@ class Cache(NamedTuple):
 # What a strategy may exchange: each layer calls one of these, and a strategy puts another in its place. -------------------
 
 
-def project(x_BSD: Tensor, linears: Sequence[nn.Linear]) -> list[Tensor]:
+def project(x_BSD: Tensor, linears: Sequence[Linear]) -> list[Tensor]:
     """Linears that share one input: q, k and v; gate and up."""
     return [linear(x_BSD) for linear in linears]
 
 
-def finish(x_BSF: Tensor, linear: nn.Linear) -> Tensor:
+def finish(x_BSF: Tensor, linear: Linear) -> Tensor:
     """The linear at the end of a block: o, down."""
     return linear(x_BSF)
 
@@ -95,6 +98,15 @@ class Linear(nn.Linear):
     def __init__(self, out_axis: str, out_size: int, in_axis: str, in_size: int, bias: bool = False) -> None:
         super().__init__(in_size, out_size, bias=bias)
         self.axes = (out_axis, in_axis)
+        self.lora: Adapter | None = None
+        """A low-rank addition, which alone is trained (``models.lora``)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.adapt(x, F.linear(x, self.weight, self.bias))
+
+    def adapt(self, x: Tensor, y: Tensor) -> Tensor:
+        """``y``, what the weight makes of ``x``, and what the adapter adds."""
+        return y if self.lora is None else y + self.lora(x)
 
 
 class RMSNorm(nn.Module):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
 from ..config.model import Model
 from ..errors import UsageError
 from . import baichuan2, gemma, internlm, internlm2, internlm3, llama, mixtral, qwen2, qwen2moe, qwen3, qwen3moe
-from .config import DecoderConfig
+from .config import DecoderConfig, Lora
 
 MODULES = (internlm, internlm2, internlm3, llama, qwen2, baichuan2, gemma, qwen2moe, mixtral, qwen3, qwen3moe)
 FAMILIES: dict[str, ModuleType] = {module.FAMILY: module for module in MODULES}
@@ -23,7 +24,9 @@ def family(name: str) -> ModuleType:
 
 def decoder_config(model_type: str, model: Model) -> DecoderConfig:
     """The decoder that a config describes."""
-    return family(model_type).from_section(model)
+    config: DecoderConfig = family(model_type).from_section(model)
+    lora = model.lora
+    return replace(config, lora=None if lora is None else Lora(lora.rank, lora.alpha, lora.targets))
 
 
 def family_of_hf(hf: dict[str, Any], folder: str) -> ModuleType:

@@ -70,19 +70,23 @@ class SingleProcess:
         model.materialize(device)
         self.weights = dict(model.named_parameters())
         self.masters = self.weights
+        self.copied: list[str] = []
+        """Weights that have a master apart from them."""
         if dtype != torch.float32:
-            self.masters = {n: nn.Parameter(torch.empty_like(w)) for n, w in self.weights.items()}
+            # What is frozen needs no finer copy.
+            self.copied = [name for name, weight in self.weights.items() if weight.requires_grad]
+            self.masters = {**self.weights, **{n: nn.Parameter(torch.empty_like(self.weights[n])) for n in self.copied}}
             model.to(dtype)
-            for name, weight in self.weights.items():
-                weight.register_post_accumulate_grad_hook(_Move(self.masters[name]))
+            for name in self.copied:
+                self.weights[name].register_post_accumulate_grad_hook(_Move(self.masters[name]))
 
     def before_micro_batch(self, last: bool) -> None:
         pass
 
     @torch.no_grad()
     def masters_changed(self) -> None:
-        if self.masters is not self.weights:
-            torch._foreach_copy_(list(self.weights.values()), list(self.masters.values()))
+        if self.copied:
+            torch._foreach_copy_([self.weights[n] for n in self.copied], [self.masters[n] for n in self.copied])
 
     def after_forwards(self) -> None:
         pass

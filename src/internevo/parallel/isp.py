@@ -35,7 +35,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from ..config.parallel import Weight
 from ..models import Decoder, DecoderConfig
-from ..models.layers import DecoderLayer, GatedMLP, look_up, loss
+from ..models.layers import DecoderLayer, GatedMLP, Linear, look_up, loss
+from ..models.lora import MARK
 from . import collectives
 from .collectives import Group, exchange, local
 from .data import Inner
@@ -84,7 +85,7 @@ class InternSequenceParallel:
         whole: dict[str, Group] = {}
         for path, module in model.named_modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
-                if name == "weight" and parameter.dim() == 2 and self.mesh.size() > 1:
+                if name == "weight" and parameter.dim() == 2 and self.mesh.size() > 1 and MARK not in f"{path}.":
                     cut = nn.Parameter(distribute_tensor(parameter.data, self.mesh, [Shard(0)], src_data_rank=None))
                     module.register_parameter(name, cut)
                 elif self.mesh.size() > 1:
@@ -219,24 +220,25 @@ class Station:
             station.fetch()
         return [functional.wait_tensor(w) for w in coming]
 
-    def forward(self, parts: Sequence[Tensor]) -> list[Tensor]:
+    def forward(self, parts: Sequence[Tensor], backward_comes: bool) -> list[Tensor]:
         """For the forward pass. In a recomputation the layer's own backward is next: it gets the same weights."""
         if torch.compiler.is_compiling():
             return self.take(parts, self.after)
         if torch._C._current_graph_task_id() == -1:
-            self._backward_is_due = True
+            self._backward_is_due = backward_comes
             return self.take(parts, self.after)
         # What had its backward would fetch weights that nobody waits for.
         layer = [station for station in self.after if station.layer == self.layer and station._backward_is_due]
-        self._kept = self.take(parts, layer)
-        return self._kept
+        full = self.take(parts, layer)
+        self._kept = full if backward_comes else None
+        return full
 
     def backward(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """For the backward pass."""
         if torch.compiler.is_compiling():
             return self.take(parts, self.before)
         kept, self._kept, self._backward_is_due = self._kept, None, False
-        return kept if kept is not None else self.take(parts, self.before)
+        return kept if kept is not None else self.take(parts, [station for station in self.before if station._backward_is_due])
 
 
 def connect(stations: list[Station], config: Weight) -> None:
@@ -293,7 +295,8 @@ class _StationLinears(torch.autograd.Function):
     def forward(ctx, station: Station, x_BSD: Tensor, *parts: Tensor):  # type: ignore[override, no-untyped-def]
         ctx.station = station
         ctx.save_for_backward(x_BSD, *parts)
-        return tuple(F.linear(x_BSD, weight) for weight in station.forward(parts))
+        # Where nothing is trained in front (adapters beside frozen weights), no gradient comes to the first layer's input.
+        return tuple(F.linear(x_BSD, weight) for weight in station.forward(parts, any(ctx.needs_input_grad)))
 
     @staticmethod
     def backward(ctx, *grads: Tensor):  # type: ignore[override, no-untyped-def]
@@ -302,8 +305,9 @@ class _StationLinears(torch.autograd.Function):
         rows_TD = x_BSD.flatten(0, 1)
         flat_TF = [grad.flatten(0, 1) for grad in grads]
         # Weights first: their gradients travel while the rest is computed.
-        full_grads = [grad.t() @ rows_TD for grad in flat_TF]
-        scattered = scatter(full_grads, ctx.station.group)
+        trained = any(ctx.needs_input_grad[2:])
+        full_grads = [grad.t() @ rows_TD for grad in flat_TF] if trained else []
+        scattered: list[Tensor] = scatter(full_grads, ctx.station.group) if trained else []
         grad_TD = flat_TF[0] @ full[0]
         for grad, weight in zip(flat_TF[1:], full[1:], strict=True):
             grad_TD += grad @ weight
@@ -311,15 +315,16 @@ class _StationLinears(torch.autograd.Function):
             ctx.station.sent = full_grads
         else:
             scattered = [functional.wait_tensor(part) for part in scattered]
-        return None, grad_TD.view(x_BSD.shape), *scattered
+        return None, grad_TD.view(x_BSD.shape), *(scattered if trained else [None] * len(parts))
 
 
-def _project(station: Station, x_BSD: Tensor, linears: Sequence[nn.Linear]) -> list[Tensor]:
+def _project(station: Station, x_BSD: Tensor, linears: Sequence[Linear]) -> list[Tensor]:
     if not isinstance(linears[0].weight, DTensor):
         return [linear(x_BSD) for linear in linears]
     outs = _StationLinears.apply(station, x_BSD, *station.parts())
-    return [out if linear.bias is None else out + linear.bias for out, linear in zip(outs, linears, strict=True)]
+    outs = [out if linear.bias is None else out + linear.bias for out, linear in zip(outs, linears, strict=True)]
+    return [linear.adapt(x_BSD, out) for out, linear in zip(outs, linears, strict=True)]
 
 
-def _finish(station: Station, x_BSF: Tensor, linear: nn.Linear) -> Tensor:
+def _finish(station: Station, x_BSF: Tensor, linear: Linear) -> Tensor:
     return _project(station, x_BSF, [linear])[0]

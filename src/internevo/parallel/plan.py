@@ -14,6 +14,7 @@ from torch.distributed.tensor.placement_types import Shard, _StridedShard
 from ..config import Config
 from ..models import Decoder, DecoderConfig, Initializer
 from ..models.layers import DecoderLayer
+from ..models.lora import freeze_all_but_adapters
 from .collectives import local
 from .data import COMPUTE, DataAxis, Inner, Sharded, SingleProcess
 from .isp import InternSequenceParallel
@@ -37,6 +38,8 @@ def build(decoder: DecoderConfig, config: Config, layout: Layout, device: torch.
     elif mesh is not None and layout.mode == "isp" and max(layout.tensor, layout.weight) > 1:
         tokens = layout.activation_mesh(device.type)["tensor"]
         inner = InternSequenceParallel(mesh["inner"], tokens, config.parallel.weight).apply(model)
+    if decoder.lora is not None:
+        freeze_all_but_adapters(model)
     # What a layer keeps for backward.
     recompute(layers, section.checkpoint, config.selective_checkpoint)
     # Compiled with recomputation inside, and before sharding, so that hooks stay outside the compiled code.

@@ -37,7 +37,8 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 
 from .. import ops
 from ..models import Decoder, DecoderConfig
-from ..models.layers import Attention, GatedMLP
+from ..models.layers import Attention, GatedMLP, Linear
+from ..models.lora import MARK, Adapter
 from . import collectives
 from .collectives import Group, all_gather, local, tokens_first
 from .data import Inner
@@ -107,9 +108,11 @@ class TensorParallel:
                     module.register_parameter(name, cut)
                 if Replicate() in places:  # copies of a key/value head serve different query heads
                     partial_gradients[f"{path}.{name}"] = mesh.get_group("copies")
-                elif not places and (self.cut or axes == ("head",)):
+                elif not places and (self.cut or axes == ("head",) or MARK in f"{path}."):
                     partial_gradients[f"{path}.{name}"] = self.group
-            if isinstance(module, Attention):
+            if isinstance(module, Adapter):
+                module.own = local
+            elif isinstance(module, Attention):
                 self._attention(module, model.config.num_heads, model.config.num_kv_heads)
             elif isinstance(module, GatedMLP):
                 module.project, module.finish = self._project, self._finish
@@ -142,17 +145,21 @@ class TensorParallel:
         """Out of it: the sum of the ranks' parts."""
         return collectives.scatter_tokens(x_BSD, self.group) if self.cut else collectives.reduce(x_BSD, self.group)
 
-    def _project(self, x_BSD: Tensor, linears: Sequence[nn.Linear]) -> list[Tensor]:
+    def _project(self, x_BSD: Tensor, linears: Sequence[Linear]) -> list[Tensor]:
         weights = [local(linear.weight) for linear in linears]
         biases = [None if linear.bias is None else local(linear.bias) for linear in linears]
-        if self.mode == "fsp" and self.cut:
+        adapted = any(linear.lora is not None for linear in linears)
+        if self.mode == "fsp" and self.cut and not adapted:  # an adapter needs the gathered input for its own gradients
             outs = list(_GatheredLinears.apply(x_BSD, self.group, *weights))
             return [out if bias is None else out + bias for out, bias in zip(outs, biases, strict=True)]
         x_BSD = self._enter(x_BSD)
-        return [F.linear(x_BSD, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+        return [
+            linear.adapt(x_BSD, F.linear(x_BSD, weight, bias))
+            for linear, weight, bias in zip(linears, weights, biases, strict=True)
+        ]
 
-    def _finish(self, x_BSF: Tensor, linear: nn.Linear) -> Tensor:
-        out_BSD = self._leave(F.linear(x_BSF, local(linear.weight)))
+    def _finish(self, x_BSF: Tensor, linear: Linear) -> Tensor:
+        out_BSD = self._leave(linear.adapt(x_BSF, F.linear(x_BSF, local(linear.weight))))
         return out_BSD if linear.bias is None else out_BSD + linear.bias
 
     def _look_up(self, tokens_BS: Tensor, weight_VD: Tensor) -> Tensor:

@@ -21,10 +21,12 @@ class Optimizer:
     """
 
     def __init__(self, masters: dict[str, nn.Parameter], config: Adam) -> None:
+        """``masters``: all weights; those that require no gradient are left as they are."""
         self.named, self.config = masters, config
-        self.moments = {name: [torch.zeros_like(p, requires_grad=False) for _ in MOMENTS] for name, p in masters.items()}
+        trained = {name: p for name, p in masters.items() if p.requires_grad}
+        self.moments = {name: [torch.zeros_like(p, requires_grad=False) for _ in MOMENTS] for name, p in trained.items()}
         device = local(next(iter(masters.values()))).device
-        self._steps = {name: torch.zeros((), dtype=torch.float32, device=device) for name in masters}
+        self._steps = {name: torch.zeros((), dtype=torch.float32, device=device) for name in trained}
 
     @property
     def steps(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from ..config.run import LoadCkptInfo
 from ..errors import CheckpointError, UsageError
 from ..models import DecoderConfig, parameter_shapes
 from ..models.folder import HfFolder
+from ..models.lora import MARK
 from ..parallel.plan import fill_local
 from ..tensorfile import Spec
 
@@ -44,7 +45,16 @@ def load_checkpoint(trainer: Trainer, folder: Path, wanted: LoadCkptInfo) -> lis
     kinds = tuple(f"{kind}/" for kind in KINDS if wanted.has(kind))
     if "optimizer/" in kinds and not any(n.startswith("optimizer/") for n in checkpoint.manifest.tensors):
         raise CheckpointError(f'{folder} holds weights only; load it with content=("model",) (ckpt.load_ckpt_info)')
-    load_tensors(checkpoint, {n: t for n, t in named_tensors(trainer.optimizer).items() if n.startswith(kinds)})
+    tensors = {n: t for n, t in named_tensors(trainer.optimizer).items() if n.startswith(kinds)}
+    if trainer.decoder.lora and checkpoint.config.lora is None and not wanted.has("optimizer"):
+        tensors = {name: tensor for name, tensor in tensors.items() if MARK not in name}  # adapters begin beside old weights
+    elif checkpoint.config.lora != trainer.decoder.lora:
+        raise CheckpointError(
+            f"{folder} has other adapters: model.lora is {checkpoint.config.lora} there, and {trainer.decoder.lora} in the "
+            "config. To go on without adapters, or with new ones, merge these first: internevo convert CHECKPOINT TARGET "
+            '--to internevo; and load it with content=("model",) (ckpt.load_ckpt_info)'
+        )
+    load_tensors(checkpoint, tensors)
     state = checkpoint.json("state.json")
     if wanted.has("optimizer"):
         trainer.optimizer.steps = state["updates"]
@@ -83,6 +93,8 @@ def load_hf(trainer: Trainer, folder: Path) -> list[str]:
     source = HfFolder(folder)
     lines = _compare(trainer.decoder, source.config, folder)
     for name, parameter in trainer.optimizer.named.items():
+        if MARK in name:
+            continue
         shape = parameter.shape
         per_slice = Spec(tuple(shape), torch.float32).rows // shape[0]
 
@@ -102,11 +114,13 @@ def _compare(mine: DecoderConfig, theirs: DecoderConfig, folder: Path) -> list[s
     lines = []
     for field in fields(DecoderConfig):
         ours, other = getattr(mine, field.name), getattr(theirs, field.name)
+        if field.name == "lora":
+            continue
         if ours != other and field.name not in CHOICES:
             raise UsageError(f"{folder} holds another model: its {field.name} is {other}, and the config's is {ours}")
         if ours != other and field.name not in ("family", "experts"):
             lines.append(f"note: {field.name} is {other} in {folder}, and {ours} in the config")
-    shapes, stored = parameter_shapes(mine), parameter_shapes(theirs)
+    shapes, stored = parameter_shapes(replace(mine, lora=None)), parameter_shapes(theirs)
     for name in {**shapes, **stored}:
         if shapes.get(name) != stored.get(name):
             raise UsageError(

@@ -25,6 +25,7 @@ from ..errors import ConfigError
 from ..generate import Sampling, generate
 from ..models import LossTerms, decoder_config
 from ..models.folder import write_hf
+from ..models.merge import merged
 from ..observe.console import log, start_log
 from ..observe.observers import Observers
 from ..observe.record import StepRecord, ValidRecord, memory_peak, peak_tflops
@@ -244,7 +245,7 @@ class Trainer:
         checkpoint = Checkpoint(folder)
         dtype = COMPUTE[self.config.model.dtype]
         target = self.run / "hf" / folder.name
-        write_hf(checkpoint, target, dtype=dtype)
+        write_hf(merged(checkpoint), target, dtype=dtype)
 
     def _observers(self) -> Observers | None:
         """On rank 0, with the run's first lines said."""
