@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sysconfig
 import tempfile
@@ -10,7 +11,12 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+from pyarrow import parquet
 
+from internevo.config.data import Data
+from internevo.data.batches import BatchSizes, Cursor, TrainBatches
+from internevo.data.build import train_source
 from internevo.data.index import open_index
 from internevo.data.inputs import find_files
 from internevo.data.order import Order
@@ -18,6 +24,7 @@ from internevo.data.rows import PackedRows
 from internevo.data.tokenize import tokenize
 from internevo.data.tokenized import TokenWriter
 from internevo.demo import NOT_SOURCE
+from internevo.tokenizer import train_bpe
 
 
 def packing(folder: Path, files: int, documents: int) -> None:
@@ -68,6 +75,38 @@ def tokenizing(folder: Path, copies: int, rounds: int) -> None:
     print(f"tokenizing {size:.0f} MB: {statistics.median(ratios):.2f} of the time of the tokenizers library itself (median)")
 
 
+def streaming(folder: Path, copies: int, rounds: int) -> None:
+    """An epoch of rows streamed from parquet, against the tokenizers library on the same file and cores."""
+    from tokenizers import Tokenizer
+
+    library = Path(sysconfig.get_paths()["stdlib"])
+    texts = [path.read_text() for _, path in find_files([library], "text", "*.py", NOT_SOURCE)]
+    tokenizer = train_bpe(texts, 4096, folder / "tokenizer")
+    file = folder / "data" / "train.parquet"
+    file.parent.mkdir()
+    parquet.write_table(pyarrow.table({"text": texts * copies}), file, row_group_size=100)
+    fast = Tokenizer.from_file(str(tokenizer))
+    data = Data(
+        type="streaming", train_folder=str(file.parent), tokenizer_path=str(tokenizer), seq_len=2048, micro_bsz=1,
+        global_batch_size=16, total_steps=10**6, num_worker=os.cpu_count() or 1,
+    )  # fmt: skip
+    ratios = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        tokens = 0
+        for group in parquet.ParquetFile(file).iter_batches(500):
+            tokens += sum(len(e.ids) + 1 for e in fast.encode_batch_fast(group["text"].to_pylist(), add_special_tokens=False))
+        theirs = tokens / (time.perf_counter() - begin)
+        batches = TrainBatches(train_source(data, 4096), BatchSizes.of(data, 1), 0, True, data.total_steps).prefetch(Cursor())
+        next(batches)  # processes have started
+        begin, seen = time.perf_counter(), 0
+        while seen < tokens:
+            seen += next(batches).tokens
+        ratios.append(seen / (time.perf_counter() - begin) / theirs)
+        batches.close()
+    print(f"streaming {tokens / 1e6:.0f} million tokens: {statistics.median(ratios):.2f} of the library's speed (median)")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--files", type=int, default=1000)
@@ -77,6 +116,7 @@ def main() -> None:
     a = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         packing(Path(folder) / "packing", a.files, a.documents)
+        streaming(Path(folder), a.copies, a.rounds)
         tokenizing(Path(folder) / "tokenizing", a.copies, a.rounds)
 
 

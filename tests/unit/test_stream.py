@@ -234,3 +234,16 @@ def test_validation_reads_the_stream_once(tmp_path, small, tokenizer):
     tokens = np.concatenate([row.tokens for row in (rows[n] for n in range(len(rows)))])
     assert sorted(text.decode(tokens.tolist()).replace("!", "").split("<|endoftext|>"))[-3:] == ["cc", "dd", "ee"]
     assert Counter(documents(train(data, 1, Cursor(), 6)[0], text)) == Counter({"a": 6, "b": 6})
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz"])
+def test_data_with_nothing_to_train_on_is_an_error_and_no_endless_loop(tmp_path, small, tokenizer, kind):
+    write(tmp_path / "data", [""] * 40, [kind], random.Random(1))
+    data = Data(
+        type="streaming", train_folder=str(tmp_path / "data"), tokenizer_path=str(tokenizer), seq_len=4, micro_bsz=1,
+        total_steps=10, num_worker=0,
+    )  # fmt: skip
+    with pytest.raises(DataError, match="holds no document to train on"):
+        train(data, 1, Cursor(), 1)
+    with pytest.raises(DataError, match="holds no document to train on"):
+        train(data.model_copy(update={"min_length": 10**6}), 2, Cursor(), 1)

@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -111,24 +111,26 @@ class Blocks:
         self.shards, self.seed, self.workers, self.exchange, self.epochs = shards, seed, workers, exchange, epochs
         self.open: dict[int, tuple[int, Iterator[Job]]] = {}
         """By place in the order: pieces read, and those to come, of files that are read from their beginning."""
+        self.flow: Iterator[Encoded] | None = None
+        """This rank's pieces of this block and those behind it, where it is known beforehand which these are."""
+        self._fingerprint = self._describe()
 
     def __call__(self, position: Position) -> Generator[Block, None, None]:
         """
         Raises:
             DataError: on every rank, when one of them cannot read its part, or an epoch holds no token.
         """
-        empty = position.block == 0
-        self.exchange.over = False
+        empty, self.exchange.over = position.block == 0, False
+        known = all(shard.job is not None for shard in self.shards)
+        self.flow = self.workers.encode(self._known_jobs(position)) if known else None
         try:
-            while self.epochs is None or position.epoch < self.epochs:
-                position = self._take_up(position)
-                if not position.under_way:
+            while (following := self._begin(position)) is not None:
+                if following.epoch > position.epoch:
                     if empty:
                         raise DataError("the streaming data holds no document to train on")
-                    position, empty = Position(position.epoch + 1), True
-                    continue
-                bad: list[str] = []
-                pieces = [piece for numbers in self.exchange(self._mine(position, bad)) for piece in _unpack(numbers)]
+                    empty = True
+                position, bad = following, list[str]()
+                pieces = [piece for numbers in self.exchange(self._encode(position, bad)) for piece in _unpack(numbers)]
                 block = self._block(position, sorted(pieces, key=lambda piece: piece.place), bad)
                 empty = empty and not len(block.ids)
                 yield block
@@ -140,7 +142,11 @@ class Blocks:
 
     def fingerprint(self) -> str:
         """Says whether two datasets hold the same documents in the same order, as far as names, sizes and options tell."""
-        shards = [(s.kind, s.path.name, s.path.stat().st_size, s.type, s.minimum) for s in self.shards]
+        return self._fingerprint
+
+    def _describe(self) -> str:
+        sizes = {path: path.stat().st_size for path in {shard.path for shard in self.shards}}
+        shards = [(s.kind, s.path.name, sizes[s.path], s.type, s.minimum) for s in self.shards]
         encoder = self.workers.encoder
         options = [SHARDS, self.seed, encoder.format, encoder.key, fingerprint(encoder.tokenizer)]
         return hashlib.sha256(json.dumps([shards, options]).encode()).hexdigest()[:16]
@@ -149,22 +155,40 @@ class Blocks:
         key = f"{self.seed}/{position.epoch}/shards"
         return self.shards[int(permute(np.array([place]), len(self.shards), key)[0])]
 
-    def _take_up(self, position: Position) -> Position:
-        """As many shards as there may be under way."""
-        taken = min(position.taken + SHARDS - len(position.under_way), len(self.shards))
-        new = tuple((place, 0) for place in range(position.taken, taken))
-        return replace(position, taken=taken, under_way=position.under_way + new)
+    def _begin(self, position: Position) -> Position | None:
+        """The position with as many shards under way as there may be, in the next epoch when none is left; None at the end."""
+        while self.epochs is None or position.epoch < self.epochs:
+            taken = min(position.taken + SHARDS - len(position.under_way), len(self.shards))
+            new = tuple((place, 0) for place in range(position.taken, taken))
+            if position.under_way or new:
+                return replace(position, taken=taken, under_way=position.under_way + new)
+            if not self.shards:
+                raise DataError("the streaming data holds no document to train on")
+            position = Position(position.epoch + 1)
+        return None
 
-    def _mine(self, position: Position, bad: list[str]) -> Numbers | DataError:
-        """This rank's pieces: of the shards whose place falls to it."""
-        exchange, most = self.exchange, max(1, SHARDS // len(position.under_way))
-        mine = [pair for pair in position.under_way if pair[0] % exchange.size == exchange.rank]
-        jobs = {place: self._jobs(position, place, read, most) for place, read in mine}
-        pieces = []
+    def _known_jobs(self, position: Position) -> Iterator[Job]:
+        """This rank's jobs behind a position, where each shard is one job: workers go on while a block is put together."""
+        while (following := self._begin(position)) is not None:
+            for place, _ in self._mine(following):
+                yield from self._jobs(following, place, 0, 1)
+            position = replace(following, block=following.block + 1, under_way=())
+
+    def _mine(self, position: Position) -> list[tuple[int, int]]:
+        """The shards under way that fall to this rank, by their place."""
+        return [pair for pair in position.under_way if pair[0] % self.exchange.size == self.exchange.rank]
+
+    def _encode(self, position: Position, bad: list[str]) -> Numbers | DataError:
+        """This rank's pieces."""
+        most, mine, pieces = max(1, SHARDS // len(position.under_way)), self._mine(position), []
         try:
-            encoded = self.workers.encode(job for found in jobs.values() for job in found)
-            for place, read in mine:
-                parts = [next(encoded) for _ in jobs[place]]
+            if self.flow is not None:
+                counts, encoded = [1] * len(mine), self.flow
+            else:
+                jobs = [self._jobs(position, place, read, most) for place, read in mine]
+                counts, encoded = [len(found) for found in jobs], self.workers.encode(chain.from_iterable(jobs))
+            for (place, read), count in zip(mine, counts, strict=True):
+                parts = list(islice(encoded, count))
                 bad += [message for part in parts for message in part.bad]
                 pieces.append(_Piece(place, read + len(parts), place not in self.open, *_joined(parts)))
         except InternEvoError as error:

@@ -100,12 +100,13 @@ def make_jobs(files: list[tuple[str, Path]]) -> Iterator[Job]:
 
 def cut(kind: str, path: Path) -> Iterator[Job]:
     """The jobs of one file; where it breaks, the last one says why."""
-    size, done = path.stat().st_size, 0
+    size = done = 0
     try:
+        size = path.stat().st_size
         for job in _CUT["packed" if is_sequential(kind, path) else kind](kind, path, size):
             done += job.size
             yield job
-    except DataError as error:
+    except (DataError, OSError) as error:
         yield Job(kind, (str(path),), size - done, error=str(error))
 
 
