@@ -123,12 +123,16 @@ def generate(
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Among the likeliest tokens of this total probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
     tokenizer: Annotated[Path | None, typer.Option(help="Default: the one that lies with the model.")] = None,
+    format: Annotated[
+        Literal["text", "alpaca", "chat"], typer.Option(help="The prompt: a text, or a question (as in fine-tuning data).")
+    ] = "text",
 ) -> None:
-    """Continue a text."""
+    """Continue a text, or answer a question."""
     from .generate import Sampling, continue_text
 
     sampling = Sampling(temperature, top_k, top_p)
-    print(prompt + continue_text(checkpoint, prompt, max_new_tokens, sampling, seed, tokenizer))
+    answer = continue_text(checkpoint, prompt, max_new_tokens, sampling, seed, tokenizer, format)
+    print(prompt + answer if format == "text" else answer)
 
 
 @app.command(epilog=_epilog("internevo inspect runs/demo"))

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .data.formats import END_OF_ANSWER, FormatName, make_prompt
 from .errors import UsageError
 from .interchange import load_model, open_source
 from .models import Decoder
@@ -93,13 +94,20 @@ def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> 
 
 
 def continue_text(
-    folder: Path, prompt: str, max_new_tokens: int, sampling: Sampling, seed: int = 0, tokenizer: Path | None = None
+    folder: Path,
+    prompt: str,
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int = 0,
+    tokenizer: Path | None = None,
+    format: FormatName = "text",
 ) -> str:
     """The text that a model in ``folder`` puts behind ``prompt``.
 
     Args:
         folder: a checkpoint, a run folder or a Hugging Face folder.
         tokenizer: by default the one that lies with the model.
+        format: what ``prompt`` is: a text to continue, or what the user asks in an Alpaca instruction or in a chat.
     """
     source = open_source(folder)
     path = tokenizer or source.tokenizer
@@ -108,6 +116,7 @@ def continue_text(
     text = load_tokenizer(path)
     device = pick_device(0)
     model = load_model(folder, dtype=source.dtype, device=device)
-    ends = () if text.eos_id is None else (text.eos_id,)
-    out = generate(model, text.with_bos(prompt), max_new_tokens, sampling, seed=seed, eos_ids=ends)
-    return text.decode([i for i in out if i not in ends])
+    ids, ends = make_prompt(format, prompt, text)
+    out = generate(model, ids, max_new_tokens, sampling, seed=seed, eos_ids=tuple(ends))
+    answer = text.decode([i for i in out if i not in ends])
+    return answer.partition(END_OF_ANSWER)[0].strip() if format == "alpaca" else answer

@@ -18,12 +18,12 @@ from internevo.data.build import train_source, valid_rows
 from internevo.data.documents import documents
 from internevo.data.formats import fields_of, text_of
 from internevo.data.index import open_index
-from internevo.data.inputs import find_files, make_jobs
+from internevo.data.inputs import cut, find_files, is_sequential, make_jobs
 from internevo.data.rows import RandomRows
 from internevo.data.tokenize import tokenize
 from internevo.errors import DataError
 from internevo.tokenizer import train_bpe
-from tests.conftest import write_config
+from tests.conftest import write_config, write_dataset
 
 LINES = ("jsonl", "ndjson")
 PACK = {
@@ -152,3 +152,49 @@ def test_mocked_data_is_random_whatever_the_folders_say(tmp_path):
     config = load_config(write_config(tmp_path, tmp_path / "nothing", data__type="mocked", data__valid_every=2), [])
     check(config, 1)
     assert isinstance(train_source(config.data, 97).rows, RandomRows) and isinstance(valid_rows(config.data, 97), RandomRows)
+
+
+def test_links_are_followed_and_a_loop_of_them_is_named(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "a.txt").write_text("a")
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "in" / "b.txt").symlink_to(tmp_path / "real" / "a.txt")
+    assert read(tmp_path / "in") == ["a", "a"]
+    (tmp_path / "real" / "back").symlink_to(tmp_path / "in")
+    with pytest.raises(DataError, match=r"in/link/back is a link that leads back to .*/in, which it lies in: remove it"):
+        read(tmp_path / "in")
+    with pytest.raises(DataError, match="leads back"):
+        open_index(tmp_path / "in")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.json", "a.txt", "a.parquet"])
+def test_a_file_that_vanishes_is_named(tmp_path, corpus, name):
+    kind, _, packing = name[2:].partition(".")
+    path = write(tmp_path / "in", corpus[:1], kind, "." + packing if packing else "")
+    path = next(path.iterdir()) if path.is_dir() else path
+    files = find_files([tmp_path / "in"], None, None, ())
+    jobs = [] if is_sequential(*files[0]) else list(make_jobs(files))
+    path.unlink()
+    found = [found for job in jobs or cut(*files[0]) for found in documents(job, ("text",))]
+    assert len(found) == 1 and isinstance(found[0], DataError) and path.name in str(found[0])
+
+
+def test_tokenized_rows_that_cannot_be_read_stop_the_run_or_are_left_out(tmp_path):
+    folder = write_dataset(tmp_path / "data")
+    data = load_config(write_config(tmp_path, folder), []).data
+    with pytest.raises(DataError, match="outside the vocabulary of 50"):
+        (source := train_source(data, 50)).take(source.start(), 40, range(40))
+    source = train_source(data.model_copy(update={"on_error": "skip"}), 96)
+    taken = source.take(source.start(), len(source.rows), range(len(source.rows)))
+    assert 0 < len(taken.bad) < taken.count and all("token id 96 is outside" in message for message in taken.bad)
+    assert sum(not (row.labels >= 0).any() for row in taken.rows) == len(taken.bad)
+
+
+def test_python_files_are_texts_when_the_format_says_so(tmp_path, run):
+    (tmp_path / "a.py").write_text("x = 1\n" * 99)
+    run(
+        "tokenize", tmp_path, "--format", "text", "--pattern", "*.py", "--train-tokenizer", "bpe", "--vocab-size", 270,
+        "--output", tmp_path / "out",
+    )  # fmt: skip
+    assert len(open_index(tmp_path / "out")) == 1

@@ -35,7 +35,7 @@ def run(
     if train_tokenizer and vocab_size is None:
         raise UsageError("--train-tokenizer needs --vocab-size")
     made: FormatName = format if format in ("alpaca", "chat") else "text"  # type: ignore[assignment]
-    kind = None if format == made else format
+    kind = None if format in ("alpaca", "chat") else format
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -29,6 +29,8 @@ TEXT_FIELDS = ("content", "text")
 ALPACA_FIELDS = ("instruction", "input", "output")
 CHAT_FIELDS = ("messages", "conversations")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+END_OF_ANSWER = "<eoa>"
+"""In the Alpaca template."""
 
 Signed = npt.NDArray[np.int32]
 Made = Signed | DataError
@@ -50,12 +52,29 @@ def make(name: FormatName, found: list[Document], key: str | None, tokenizer: To
     return makers[name](found, key, tokenizer)
 
 
+def make_prompt(name: FormatName, text: str, tokenizer: Tokenizer) -> tuple[list[int], set[int]]:
+    """The ids of a question up to where the answer begins, and ids that end the answer; of a text, its own."""
+    ends = set() if tokenizer.eos_id is None else {tokenizer.eos_id}
+    if name == "text":
+        return tokenizer.with_bos(text), ends
+    if name == "alpaca":
+        mark = tokenizer.backend.token_id(END_OF_ANSWER)
+        return [*_ends(tokenizer)[0], *_asked(text, tokenizer)], ends | (set() if mark is None else {mark})
+    template = ChatTemplate.of(tokenizer)
+    asked = [{"role": "user", "content": text}]
+    alone = template.render([*asked, {"role": "assistant", "content": "x"}])
+    behind = tokenizer.encode(alone[alone.rindex("x") + 1 :])
+    mark = next((number for number in behind if tokenizer.decode([number]).strip()), None)
+    return tokenizer.encode(template.render(asked, prompt=True)), ends | (set() if mark is None else {mark})
+
+
 def _masked(ids: list[int]) -> list[int]:
     return [-number if number else MASKED_ZERO for number in ids]
 
 
 def _ends(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    return ([] if id_ is None else [id_] for id_ in (tokenizer.bos_id, tokenizer.eos_id))  # type: ignore[return-value]
+    bos, eos = tokenizer.bos_id, tokenizer.eos_id
+    return [] if bos is None else [bos], [] if eos is None else [eos]
 
 
 def _texts(found: list[Document], key: str | None, tokenizer: Tokenizer) -> list[Made]:
@@ -111,12 +130,19 @@ def _alpaca(document: Document, tokenizer: Tokenizer) -> Made:
     instruction, given, output = (value.get(field, "") for field in ALPACA_FIELDS)
     if not (isinstance(instruction, str) and isinstance(output, str) and instruction and output):
         return _lacks(document, "instruction and output", ALPACA_FIELDS)
-    question = f"<|User|>:{instruction}\n{given}" if given else f"<|User|>:{instruction}"
     bos, eos = _ends(tokenizer)
-    newline = tokenizer.encode("\n")[-1:]  # SentencePiece puts a blank in front
-    asked = [*tokenizer.encode(question), *_token("<eoh>", tokenizer), *newline, *tokenizer.encode("<|Bot|>:")]
-    answer = [*tokenizer.encode(output), *_token("<eoa>", tokenizer), *newline]
+    asked = _asked(f"{instruction}\n{given}" if given else instruction, tokenizer)
+    answer = [*tokenizer.encode(output), *_token(END_OF_ANSWER, tokenizer), *_newline(tokenizer)]
     return np.array([*bos, *_masked(asked), *answer, *eos], np.int32)
+
+
+def _asked(question: str, tokenizer: Tokenizer) -> list[int]:
+    end = [*_token("<eoh>", tokenizer), *_newline(tokenizer)]
+    return [*tokenizer.encode(f"<|User|>:{question}"), *end, *tokenizer.encode("<|Bot|>:")]
+
+
+def _newline(tokenizer: Tokenizer) -> list[int]:
+    return tokenizer.encode("\n")[-1:]  # SentencePiece puts a blank in front
 
 
 def _token(name: str, tokenizer: Tokenizer) -> list[int]:
