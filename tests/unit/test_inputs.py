@@ -13,7 +13,7 @@ import zstandard
 from pyarrow import parquet
 
 from internevo.config import check, load_config
-from internevo.data import inputs
+from internevo.data import encode, inputs
 from internevo.data.build import train_source, valid_rows
 from internevo.data.documents import documents
 from internevo.data.formats import fields_of, text_of
@@ -198,3 +198,14 @@ def test_python_files_are_texts_when_the_format_says_so(tmp_path, run):
         "--output", tmp_path / "out",
     )  # fmt: skip
     assert len(open_index(tmp_path / "out")) == 1
+
+
+def test_an_enormous_document_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(encode, "LONGEST", 5000)
+    lines = [json.dumps({"text": text}) for text in ("small", "x" * 6000, "small")]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    tokenizer = train_bpe(["small"], 260, tmp_path)
+    with pytest.raises(DataError, match=r"a\.jsonl, byte 18: a document of 6,000 characters is more than"):
+        tokenize([tmp_path / "a.jsonl"], tmp_path / "out", tokenizer=tokenizer)
+    assert tokenize([tmp_path / "a.jsonl"], tmp_path / "out", tokenizer=tokenizer, on_error="skip").bad == 1
+    assert len(open_index(tmp_path / "out")) == 2

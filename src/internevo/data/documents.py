@@ -96,7 +96,9 @@ def _lines(job: Job) -> Iterator[tuple[int, bytes]]:
         with open(job.files[0], "rb") as file:
             if job.start:
                 file.seek(job.start - 1)
-                file.readline()  # the line that began before belongs to the job before
+                before = file.readline(job.stop - job.start + 1)  # the line that began before belongs to the job before
+                if not before.endswith(b"\n"):
+                    return  # and goes on behind this one
             while (offset := file.tell()) < job.stop:
                 yield offset, file.readline()
     except OSError as error:

@@ -26,6 +26,8 @@ from .inputs import Job
 OnError = Literal["stop", "skip"]
 BATCH_BYTES = 4 << 20
 """Text given to the tokenizer at once: its working memory is many times that."""
+LONGEST = 16 << 20
+"""Characters of a document. The tokenizers library needs some 75 bytes for each, beside the text."""
 
 
 @dataclass
@@ -73,9 +75,14 @@ class Encoder:
             if isinstance(found, DataError):
                 self._bad(found, bad)
                 continue
-            batch.append(found)
             values = found.value.values() if isinstance(found.value, dict) else [found.value]
-            size += sum(len(str(value)) for value in values)
+            length = sum(len(str(value)) for value in values)
+            if length > LONGEST:
+                message = f"a document of {length:,} characters is more than a tokenizer can be given ({LONGEST:,}); cut it"
+                self._bad(DataError(f"{found.where}: {message}"), bad)
+                continue
+            batch.append(found)
+            size += length
             if size > BATCH_BYTES:
                 yield batch
                 batch, size = [], 0
