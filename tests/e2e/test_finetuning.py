@@ -58,6 +58,7 @@ def test_adapters_are_trained_on_chats_and_merged_on_export(tmp_path, pool, run,
         assert torch.allclose(merged(tokens), wanted, atol=1e-5)
         assert not torch.allclose(internevo.load_model(tmp_path / "base")(tokens), wanted, atol=1e-2)
 
+    run("generate", tmp_path / "tuned", "--format", "chat", "--prompt", "say 1", "--max-new-tokens", 5, "--temperature", 0)
     # The same command goes on; from a Hugging Face folder too.
     pool.train(config, 1, "data.total_steps=6")
     assert [row["step"] for row in metrics(tmp_path / "tuned")] == list(range(1, 7))

@@ -6,7 +6,6 @@ https://huggingface.co/docs/datasets/repository_structure
 from __future__ import annotations
 
 import re
-from collections import Counter
 from pathlib import Path
 
 from ..errors import DataError, UsageError
@@ -14,13 +13,15 @@ from .inputs import find_files
 
 WORDS = {"train": "train|training", "valid": "validation|valid|val|dev", "test": "test|testing|eval|evaluation"}
 """What the name of a split's files or folders says."""
+KINDS = ("parquet", "arrow", "jsonl", "csv", "json", "text")
+NOT_DATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 
 
 def dataset_files(name: str, subset: str | None, split: str) -> tuple[Path, list[tuple[str, Path]]]:
     """The folder of a dataset, and (kind, path) of the files of a split.
 
-    Files that are named for the split are taken, or else those that are named for no other. Where a dataset holds its rows
-    several times, in files of several kinds, the kind with the most files is taken.
+    Files that are named for the split are taken, or else those that are named for no other. Where they are of several kinds,
+    the first of ``KINDS`` is taken: some datasets hold their rows several times.
 
     Args:
         name: a folder, or a dataset on the hub (owner/name), which is downloaded into the hub's cache.
@@ -34,7 +35,7 @@ def dataset_files(name: str, subset: str | None, split: str) -> tuple[Path, list
     if not root.exists():
         raise DataError(f"{root} does not exist (data.subset_name)")
     try:
-        found = find_files([root], None, None, ())
+        found = [file for file in find_files([root], None, None, ()) if file[1].name not in NOT_DATA]
     except UsageError as error:
         raise DataError(str(error)) from error
     splits = [_split(str(path.relative_to(root))) if path != root else None for _, path in found]
@@ -42,8 +43,8 @@ def dataset_files(name: str, subset: str | None, split: str) -> tuple[Path, list
     mine = mine or [file for file, of in zip(found, splits, strict=True) if of is None]
     if not mine:
         raise DataError(f"{root} holds no files for {split} (it has {', '.join(sorted({of for of in splits if of}))})")
-    most = max(Counter(kind for kind, _ in mine).items(), key=lambda pair: pair[1])[0]
-    return (root if root.is_dir() else root.parent), [file for file in mine if file[0] == most]
+    kind = min((kind for kind, _ in mine), key=KINDS.index)
+    return (root if root.is_dir() else root.parent), [file for file in mine if file[0] == kind]
 
 
 def _split(path: str) -> str | None:

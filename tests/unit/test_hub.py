@@ -1,0 +1,96 @@
+"""A dataset's folder in the Hugging Face layout: which files are the split's."""
+
+import gzip
+
+import pytest
+
+from internevo.config import check, load_config
+from internevo.data.hub import dataset_files
+from internevo.errors import ConfigError, DataError
+from tests.conftest import write_config
+
+
+def make(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(gzip.compress(b"{}") if name.endswith(".gz") else b"{}")
+    return root
+
+
+def chosen(root, split, subset=None):
+    home, files = dataset_files(str(root), subset, split)
+    return [path.relative_to(home).as_posix() for _, path in files]
+
+
+@pytest.mark.parametrize(
+    ("names", "train", "valid"),
+    [
+        # As roneneldan/TinyStories has it: the same rows as text and as parquet.
+        (
+            ["TinyStories-train.txt", "TinyStories-valid.txt", "data/train-00000-of-00002-2d.parquet", "README.md",
+             "data/train-00001-of-00002-c4.parquet", "data/validation-00000-of-00001-a.parquet", "TinyStories_all_data.tar.gz"],
+            ["data/train-00000-of-00002-2d.parquet", "data/train-00001-of-00002-c4.parquet"],
+            ["data/validation-00000-of-00001-a.parquet"],
+        ),
+        (["train/en.jsonl.gz", "train/de.jsonl.gz", "dev/en.jsonl.gz"], ["train/de.jsonl.gz", "train/en.jsonl.gz"],
+         ["dev/en.jsonl.gz"]),
+        (["en/1.jsonl", "en/2.jsonl", "test/a.jsonl"], ["en/1.jsonl", "en/2.jsonl"], ["en/1.jsonl", "en/2.jsonl"]),
+        (["data-00000-of-00001.arrow", "dataset_info.json", "state.json"], ["data-00000-of-00001.arrow"],
+         ["data-00000-of-00001.arrow"]),
+        (["training_data/restrained.csv", "my_eval.csv"], ["training_data/restrained.csv"], None),
+        (["latest/a.json", "contest/b.json"], ["contest/b.json", "latest/a.json"], ["contest/b.json", "latest/a.json"]),
+    ],
+)  # fmt: skip
+def test_the_files_of_a_split_are_found_by_their_names(tmp_path, names, train, valid):
+    make(tmp_path, *names)
+    assert chosen(tmp_path, "train") == train
+    if valid is None:
+        with pytest.raises(DataError, match=r"holds no files for valid \(it has test, train\)"):
+            chosen(tmp_path, "valid")
+    else:
+        assert chosen(tmp_path, "valid") == valid
+
+
+def test_a_subset_is_a_folder(tmp_path):
+    make(tmp_path, "en/train.jsonl", "de/train.jsonl")
+    assert chosen(tmp_path, "train", "de") == ["train.jsonl"]
+    with pytest.raises(DataError, match=r"fr does not exist \(data.subset_name\)"):
+        chosen(tmp_path, "train", "fr")
+    with pytest.raises(DataError, match="no input files"):
+        dataset_files(str(make(tmp_path / "none", "README.md")), None, "train")
+
+
+def test_a_name_is_looked_for_on_the_hub(tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    asked = []
+    make(tmp_path / "cache", "train.parquet")
+
+    def download(name, repo_type):
+        asked.append((name, repo_type))
+        if name == "some/thing":
+            return str(tmp_path / "cache")
+        raise OSError("no network")
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    assert chosen("some/thing", "train") == ["train.parquet"] and asked == [("some/thing", "dataset")]
+    with pytest.raises(DataError, match="other/thing is no folder, and cannot be had from the Hugging Face hub: no network"):
+        chosen("other/thing", "train")
+
+
+def test_a_config_is_checked_before_anything_is_read(tmp_path):
+    (tmp_path / "tokenizer").mkdir()
+    stream = {"data__type": "streaming", "data__tokenizer_path": str(tmp_path / "tokenizer")}
+
+    def problems(folder, **changes):
+        with pytest.raises(ConfigError) as error:
+            check(load_config(write_config(tmp_path, folder, **{**stream, **changes}), []), 1)
+        return str(error.value)
+
+    check(load_config(write_config(tmp_path, "some/dataset", **stream), []), 1)
+    assert "data.train_folder = '/no/such/folder' does not exist" in problems("/no/such/folder")
+    assert "streaming data needs data.tokenizer_path" in problems("some/dataset", data__tokenizer_path=None)
+    assert "data.tokenizer_path = '/none' does not exist" in problems("some/dataset", data__tokenizer_path="/none")
+    parts = [{"folder": "/none", "weight": 1}, {"folder": "some/dataset", "kind": "streaming", "epochs": 1.5}, {"weight": 2}]
+    said = problems(None, data__mixture=parts)
+    assert "data.mixture.0.folder = '/none' does not exist" in said and "data.mixture.2 needs a folder" in said
+    assert "data.mixture.1.epochs = 1.5 must be a whole number" in said
