@@ -53,7 +53,7 @@ def layout_lines(config: Config, world_size: int, per_node: int) -> list[str]:
         f"({sizes.micro_num} micro-batches of {sizes.micro_bsz} on each of {sizes.ranks} data ranks)"
     )
     decoder = decoder_config(config.model_type, config.model)
-    if decoder.experts is None:
+    if decoder.experts is None and decoder.lora is None:
         memory = planned(decoder, config, layout, config.data.seq_len * config.data.micro_bsz)
         parts = ", ".join(f"{name} {getattr(memory, field) / 2**30:.2f}" for field, name in Memory.NAMES.items())
         lines.append(f"  memory     {memory.total / 2**30:>6.2f}  GiB on rank 0, without buffers: {parts}")

@@ -235,3 +235,13 @@ def test_config_command(tmp_path):
     assert "zero" in done.stdout and "4  rows of 32 tokens" in done.stdout
     assert "did you mean data.seq_len" in run("config", path, "data.seqlen=3", code=2).stderr
     assert "does not exist" in run("train", path, code=2).stderr
+
+
+def test_adapters_are_named_in_any_of_the_known_ways_and_checked():
+    config = tiny(model__lora={"rank": 2, "targets": ["w1", "wqkv", "o_proj"]})
+    assert config.model.lora.targets == ("q", "k", "v", "o", "gate") and not problems(config, 1)
+    with pytest.raises(ConfigError, match="must be some of q, k, v, o, gate, up, down, not 'w9'"):
+        tiny(model__lora={"targets": ["w9"]})
+    experts = tiny(model_type="MIXTRALMOE", model__num_experts=4, model__lora={"targets": ["q", "up"]})
+    assert any("experts have no adapters" in line for line in problems(experts, 1))
+    assert any("monitor.memory" in line for line in problems(tiny(model__lora={}, monitor__memory=True), 1))

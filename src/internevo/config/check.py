@@ -49,6 +49,7 @@ def problems(config: Config, world_size: int) -> list[str]:
         _model_type,
         _family,
         _experts,
+        _lora,
         _heads,
         _rope,
         _axes,
@@ -141,6 +142,16 @@ def _experts(config: Config, world: int) -> Iterator[str]:
         yield f"a shared expert (model.num_shared_experts) does not go with model_type = {name!r}; QWEN2MOE has one"
     if name == "QWEN2MOE" and not (model.num_shared_experts or model.shared_expert_intermediate_size):
         yield "model_type = 'QWEN2MOE' needs model.num_shared_experts or model.shared_expert_intermediate_size"
+
+
+def _lora(config: Config, world: int) -> Iterator[str]:
+    lora = config.model.lora
+    if lora is None:
+        return
+    if config.model_type in EXPERT_FAMILIES and set(lora.targets) & {"gate", "up", "down"}:
+        yield f"model.lora.targets = {lora.targets}: experts have no adapters; with {config.model_type} name some of q, k, v, o"
+    if config.monitor.memory:
+        yield "monitor.memory compares with the formula for training all weights; leave it out with model.lora"
 
 
 def _heads(config: Config, world: int) -> Iterator[str]:

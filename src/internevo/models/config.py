@@ -131,10 +131,12 @@ class DecoderConfig:
 
     def flops_per_token(self, seq_len: int) -> float:
         """Training FLOPs of one token in a row of ``seq_len``: 6 per matrix weight that it meets, and 12 * heads * head size
-        per layer for each token that it looks back to, on average (PaLM, https://arxiv.org/abs/2204.02311, appendix B)."""
+        per layer for each token that it looks back to, on average (PaLM, https://arxiv.org/abs/2204.02311, appendix B).
+        Beside adapters the weights get no gradients: 4 per weight."""
         embedding = 0 if self.tie_embeddings else self.vocab_size * self.hidden_size
         seen = 0.0
         for layer in range(self.num_layers):
             width = min(self.window(layer) or seq_len, seq_len)
             seen += width - width * width / (2 * seq_len)
-        return 6.0 * (self.parameters(active=True) - embedding) + 12.0 * self.num_heads * self.head_dim * seen
+        per_weight = 6.0 if self.lora is None else 4.0
+        return per_weight * (self.parameters(active=True) - embedding) + 12.0 * self.num_heads * self.head_dim * seen

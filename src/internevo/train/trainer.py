@@ -258,9 +258,12 @@ class Trainer:
         observers = Observers(self.run, config.monitor, self.state.step, total, config.enable_tb)
         say = observers.console.say
         rows = self.sizes.rows(self.state.cursor.batch)
+        trained = sum(self.optimizer.named[name].numel() for name in self.optimizer.moments)
+        adapters = f" and {trained:,} in adapters" if self.decoder.lora else ""
         say(
-            f"{config.JOB_NAME}: {self.decoder.family}, {self.decoder.parameters():,} parameters, {config.model.dtype}, on "
-            f"{self.world.size} x {self.world.device.type}; {rows} rows of {config.data.seq_len} tokens per step; {self.run}/"
+            f"{config.JOB_NAME}: {self.decoder.family}, {self.decoder.parameters():,} parameters{adapters}, "
+            f"{config.model.dtype}, on {self.world.size} x {self.world.device.type}; {rows} rows of {config.data.seq_len} "
+            f"tokens per step; {self.run}/"
         )
         for line in self.news:
             say(line)
