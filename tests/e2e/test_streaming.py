@@ -29,8 +29,8 @@ def test_a_stream_trains_alike_on_any_number_of_processes_and_after_a_stop(tmp_p
     changes = {**STREAM, "data__type": "streaming", "data__tokenizer_path": str(tokenizer)}
     changes |= {"data__valid_folder": str(folder / "raw")}
 
-    def run(name, processes, steps=8):
-        config = write_config(tmp_path, folder / "raw", name, **changes)
+    def run(name, processes, steps=8, **more):
+        config = write_config(tmp_path, folder / "raw", name, **changes, **more)
         pool.train(config, processes, f"data.total_steps={steps}", "data.valid_every=8" if steps == 8 else "data.valid_every=0")
         return [(row["step"], row["loss"], row["loss_by_type"]) for row in metrics(tmp_path / name)]
 
@@ -38,6 +38,7 @@ def test_a_stream_trains_alike_on_any_number_of_processes_and_after_a_stop(tmp_p
     assert set(wanted[0][2]) == {"cn", "en"}
     close = [(step, pytest.approx(loss, rel=1e-5), pytest.approx(types, rel=1e-5)) for step, loss, types in wanted]
     assert run("three", 3) == close
+    assert run("sequences", 4, parallel__tensor={"size": 2, "mode": "msp"}) == close  # every rank tokenizes
     assert run("stopped", 2, 4) == close[:4]
     assert run("stopped", 1) == close
     lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "three")]

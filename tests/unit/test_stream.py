@@ -46,7 +46,7 @@ class Ranks(Exchange):
         self.meeting.barrier.wait()
         return seen
 
-    def _announce(self, code, length):
+    def _announce(self, code, length, patience=None):
         seen = self._show((code, length))
         return [code for code, _ in seen], [length for _, length in seen]
 

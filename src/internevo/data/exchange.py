@@ -6,6 +6,9 @@ the others wait in, so that none waits for ever.
 
 from __future__ import annotations
 
+from contextlib import suppress
+from datetime import timedelta
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -13,6 +16,7 @@ import torch.distributed as dist
 
 from ..errors import DataError, InternEvoError
 
+PATIENCE = timedelta(seconds=60)
 GOOD, LEAVES, FAILED = range(3)
 Numbers = npt.NDArray[np.int32]
 
@@ -50,16 +54,25 @@ class Exchange:
         return [self._from(rank, numbers, length) for rank, length in enumerate(lengths)]
 
     def leave(self) -> None:
-        """Tells the others that no more is wanted."""
-        if not self.over:
-            self._announce(LEAVES, 0)
-            self.over = True
+        """Tells the others that no more is wanted.
 
-    def _announce(self, code: int, length: int) -> tuple[list[int], list[int]]:
+        They answer when they leave as well, or come to the next round. When this rank fails they may be held up in a step
+        that waits for this rank: then it goes without an answer, and its end ends them.
+        """
+        if not self.over:
+            self.over = True
+            with suppress(InternEvoError):
+                self._announce(LEAVES, 0, PATIENCE)
+
+    def _announce(self, code: int, length: int, patience: timedelta | None = None) -> tuple[list[int], list[int]]:
         if self.group is None:
             return [code], [length]
         everyone = [torch.empty(2, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(everyone, torch.tensor([code, length]), group=self.group)
+        work = dist.all_gather(everyone, torch.tensor([code, length]), group=self.group, async_op=True)
+        try:
+            work.wait(patience) if patience else work.wait()
+        except RuntimeError as error:
+            raise InternEvoError(f"another rank does not answer in the exchange of streamed data: {error}") from error
         codes, lengths = torch.stack(everyone).T.tolist()
         return codes, lengths
 
