@@ -242,6 +242,8 @@ def test_adapters_are_named_in_any_of_the_known_ways_and_checked():
     assert config.model.lora.targets == ("q", "k", "v", "o", "gate") and not problems(config, 1)
     with pytest.raises(ConfigError, match="must be some of q, k, v, o, gate, up, down, not 'w9'"):
         tiny(model__lora={"targets": ["w9"]})
+    with pytest.raises(ConfigError, match=r"data\.mixture\.0\.wieght: unknown key; did you mean data\.mixture\.0\.weight\?"):
+        tiny(data__mixture=[{"folder": "a", "wieght": 1}])
     experts = tiny(model_type="MIXTRALMOE", model__num_experts=4, model__lora={"targets": ["q", "up"]})
     assert any("experts have no adapters" in line for line in problems(experts, 1))
     assert any("monitor.memory" in line for line in problems(tiny(model__lora={}, monitor__memory=True), 1))

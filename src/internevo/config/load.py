@@ -21,7 +21,7 @@ from pydantic import BaseModel, ValidationError
 
 from ..errors import ConfigError
 from .internevo import translate
-from .option import Section
+from .option import Section, section_of
 from .schema import Config
 
 
@@ -180,13 +180,11 @@ def describe(item: Any) -> str:
 def _hint(path: list[str]) -> str:
     section: type[BaseModel] = Config
     for name in path[:-1]:
-        annotation = section.model_fields[name].annotation if name in section.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, Section)):
-            options = [a for a in getattr(annotation, "__args__", ()) if isinstance(a, type) and issubclass(a, Section)]
-            if not options:
+        if not name.isdigit():  # a place in a list
+            inner = section_of(section.model_fields[name]) if name in section.model_fields else None
+            if inner is None:
                 return ""
-            annotation = options[0]
-        section = annotation
+            section = inner
     near = difflib.get_close_matches(path[-1], list(section.model_fields), n=1, cutoff=0.6)
     if near:
         return f"; did you mean {'.'.join([*path[:-1], near[0]])}?"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
@@ -71,6 +71,15 @@ def walk(section: Section, path: str = "") -> Iterator[tuple[str, FieldInfo, Any
             yield from walk(value, key + ".")
         else:
             yield key, field, value, given
+
+
+def section_of(field: FieldInfo) -> type[Section] | None:
+    """The section that a field holds, if it holds one."""
+    options = (field.annotation, *get_args(field.annotation))
+    for candidate in (*options, *(inner for option in options for inner in get_args(option))):
+        if isinstance(candidate, type) and issubclass(candidate, Section):
+            return candidate
+    return None
 
 
 def marks(field: FieldInfo) -> dict[str, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from .option import Section, marks
+from .option import Section, marks, section_of
 from .schema import Config
 
 HEAD = """# Config reference
@@ -42,15 +42,6 @@ def _section(title: str, section: type[Section], path: str) -> Iterator[str]:
         inner = section_of(field)
         if inner is not None:
             yield from _section(f"`{path}{name}`", inner, f"{path}{name}.")
-
-
-def section_of(field: FieldInfo) -> type[Section] | None:
-    """The section that a field holds, if it holds one."""
-    options = (field.annotation, *typing.get_args(field.annotation))
-    for candidate in (*options, *(inner for option in options for inner in typing.get_args(option))):
-        if isinstance(candidate, type) and issubclass(candidate, Section):
-            return candidate
-    return None
 
 
 def _type(field: FieldInfo) -> str:
