@@ -1,4 +1,4 @@
-"""Speed of data: packing from the binary form, opening an index, tokenizing. ``python benchmarks/data.py``."""
+"""Speed of data: packing from the binary form, opening an index, streaming, tokenizing. ``python benchmarks/data.py``."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def streaming(folder: Path, copies: int, rounds: int) -> None:
     texts = [path.read_text() for _, path in find_files([library], "text", "*.py", NOT_SOURCE)]
     tokenizer = train_bpe(texts, 4096, folder / "tokenizer")
     file = folder / "data" / "train.parquet"
-    file.parent.mkdir()
+    file.parent.mkdir(parents=True)
     parquet.write_table(pyarrow.table({"text": texts * copies}), file, row_group_size=100)
     fast = Tokenizer.from_file(str(tokenizer))
     data = Data(
@@ -109,15 +109,20 @@ def streaming(folder: Path, copies: int, rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parts = ("packing", "streaming", "tokenizing")
+    parser.add_argument("--parts", nargs="+", default=parts, choices=parts)
     parser.add_argument("--files", type=int, default=1000)
     parser.add_argument("--documents", type=int, default=10_000, help="in each file")
     parser.add_argument("--copies", type=int, default=6, help="of the standard library")
     parser.add_argument("--rounds", type=int, default=3)
     a = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        packing(Path(folder) / "packing", a.files, a.documents)
-        streaming(Path(folder), a.copies, a.rounds)
-        tokenizing(Path(folder) / "tokenizing", a.copies, a.rounds)
+        if "packing" in a.parts:
+            packing(Path(folder) / "packing", a.files, a.documents)
+        if "streaming" in a.parts:
+            streaming(Path(folder) / "streaming", a.copies, a.rounds)
+        if "tokenizing" in a.parts:
+            tokenizing(Path(folder) / "tokenizing", a.copies, a.rounds)
 
 
 if __name__ == "__main__":

@@ -145,8 +145,7 @@ class Blocks:
         return self._fingerprint
 
     def _describe(self) -> str:
-        sizes = {path: path.stat().st_size for path in {shard.path for shard in self.shards}}
-        shards = [(s.kind, s.path.name, sizes[s.path], s.type, s.minimum) for s in self.shards]
+        shards = [(s.kind, s.path.name, s.job.size if s.job else s.path.stat().st_size, s.type, s.minimum) for s in self.shards]
         encoder = self.workers.encoder
         options = [SHARDS, self.seed, encoder.format, encoder.key, fingerprint(encoder.tokenizer)]
         return hashlib.sha256(json.dumps([shards, options]).encode()).hexdigest()[:16]
