@@ -259,6 +259,8 @@ def test_a_megatron_dataset_has_the_rows_of_the_tokenized_one(tmp_path_factory, 
     write_megatron(folder / "en" / "part", documents, dtype, code)
     index = open_index(folder)
     assert [index.read(n).tolist() for n in range(len(index))] == [ids for ids in joined if ids]
+    prefix = open_index(folder / "en" / "part")  # as Megatron names it
+    assert [prefix.read(n).tolist() for n in range(len(prefix))] == [ids for ids in joined if ids]
     if index.tokens:
         writer = TokenWriter(again / "en" / "part.bin")
         writer.write(np.array([t for ids in joined for t in ids]), [len(ids) for ids in joined])

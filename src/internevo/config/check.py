@@ -68,7 +68,7 @@ def problems(config: Config, world_size: int) -> list[str]:
 
 
 def missing_paths(config: Config) -> list[str]:
-    """Files and folders that the run reads and that are not there."""
+    """Files and folders that the run reads and that are not there. (A folder may be Megatron's path without ".bin".)"""
     data, info = config.data, config.ckpt.load_ckpt_info
     train, valid = data.folders
     stream = data.type in STREAMS
@@ -81,7 +81,11 @@ def missing_paths(config: Config) -> list[str]:
     for number, part in enumerate(data.mixture or []):
         if part.kind != "mocked" and not (part.kind in STREAMS and may_be_on_hub(part.folder)):
             paths[f"data.mixture.{number}.folder"] = part.folder
-    return [f"{key} = {path!r} does not exist" for key, path in paths.items() if path and not Path(path).exists()]
+    return [
+        f"{key} = {path!r} does not exist"
+        for key, path in paths.items()
+        if path and not Path(path).exists() and not (key.endswith("folder") and Path(f"{path}.bin").exists())
+    ]
 
 
 def may_be_on_hub(name: str | None) -> bool:

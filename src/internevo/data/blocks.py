@@ -157,7 +157,7 @@ class Blocks:
     def _begin(self, position: Position) -> Position | None:
         """The position with as many shards under way as there may be, in the next epoch when none is left; None at the end."""
         while self.epochs is None or position.epoch < self.epochs:
-            taken = min(position.taken + SHARDS - len(position.under_way), len(self.shards))
+            taken = min(position.taken + _limit(position) - len(position.under_way), len(self.shards))
             new = tuple((place, 0) for place in range(position.taken, taken))
             if position.under_way or new:
                 return replace(position, taken=taken, under_way=position.under_way + new)
@@ -179,7 +179,7 @@ class Blocks:
 
     def _encode(self, position: Position, bad: list[str]) -> Numbers | DataError:
         """This rank's pieces."""
-        most, mine, pieces = max(1, SHARDS // len(position.under_way)), self._mine(position), []
+        most, mine, pieces = max(1, _limit(position) // len(position.under_way)), self._mine(position), []
         try:
             if self.flow is not None:
                 counts, encoded = [1] * len(mine), self.flow
@@ -223,6 +223,11 @@ class Blocks:
         ends = np.cumsum(sizes)
         where = np.arange(int(sizes.sum())) + np.repeat(starts[shuffled] - (ends - sizes), sizes)
         return Block(position, ids[where], ends, types[shuffled], bad)
+
+
+def _limit(position: Position) -> int:
+    """Shards under way: few at first, so that a run begins soon."""
+    return SHARDS if position.epoch or position.block > 2 else min(SHARDS, 2 << position.block)
 
 
 def _joined(parts: list[Encoded]) -> tuple[Numbers, Numbers]:

@@ -82,6 +82,7 @@ def open_index(root: Path, min_length: int = 0, min_lengths: dict[str, int] | No
     """The index of all ``.bin`` files below ``root``, from the cache when nothing has changed.
 
     Args:
+        root: a folder; or, as Megatron has it, the path of one ``.bin`` without its suffix.
         min_length: shorter documents are left out.
         min_lengths: other minimums for files whose path contains the key; two matches are an error.
 
@@ -89,6 +90,7 @@ def open_index(root: Path, min_length: int = 0, min_lengths: dict[str, int] | No
         DataError: when there is no file, or one is damaged.
     """
     listing = list_files(root)
+    root = root if root.is_dir() else root.parent
     key = hashlib.sha256(json.dumps([VERSION, listing, min_length, min_lengths]).encode()).hexdigest()[:24]
     for cache in _cache_folders(root):
         if (cache / key / "index.json").is_file():
@@ -99,20 +101,22 @@ def open_index(root: Path, min_length: int = 0, min_lengths: dict[str, int] | No
 
 def list_files(root: Path) -> list[tuple[str, int, int, int, int]]:
     """(path, size, time, size and time of the meta) of each ``.bin``, sorted by path."""
-    if not root.is_dir():
+    one = root.with_name(root.name + ".bin")
+    if not root.is_dir() and not one.is_file():
         raise DataError(f"{root} is not a folder of tokenized data")
+    home, paths = (root, walk(root)) if root.is_dir() else (root.parent, [one])
     for folder in (root, root.resolve().parent):
         if (folder / UNFINISHED).is_file():
             raise DataError(f"{folder} is unfinished: give its `internevo tokenize` command again, which goes on from there")
     found = []
-    for path in walk(root):
+    for path in paths:
         if path.suffix == ".bin":
             stat = path.stat()
             try:
                 meta = meta_of(path).stat()
             except FileNotFoundError:
                 raise DataError(f"{path} has no {path.name}.meta beside it") from None
-            found.append((os.path.relpath(path, root), stat.st_size, stat.st_mtime_ns, meta.st_size, meta.st_mtime_ns))
+            found.append((os.path.relpath(path, home), stat.st_size, stat.st_mtime_ns, meta.st_size, meta.st_mtime_ns))
     if not found:
         raise DataError(f"{root} holds no .bin file: make some with `internevo tokenize`")
     return sorted(found)
