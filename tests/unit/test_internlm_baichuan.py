@@ -40,8 +40,10 @@ def test_logits_and_gradients_equal_the_reference(family, data, seed, sizes):
     loss.total.backward()
     expected.backward()
     mine = to_disk(model, {k: v.grad for k, v in model.named_parameters()})
+    # Some gradients are zero but for rounding (those of q where documents have one token): it goes with the largest of all.
+    noise = 1e-7 * max(1.0, *(float(tensor.grad.abs().max()) for tensor in disk.values()))
     for name, tensor in disk.items():
-        assert (mine[name] - tensor.grad).abs().max() <= 1e-4 * tensor.grad.abs().max() + 1e-7, name
+        assert (mine[name] - tensor.grad).abs().max() <= 1e-4 * tensor.grad.abs().max() + noise, name
 
 
 @pytest.mark.parametrize("family", REFERENCES)
