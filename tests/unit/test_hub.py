@@ -51,6 +51,12 @@ def test_the_files_of_a_split_are_found_by_their_names(tmp_path, names, train, v
         assert chosen(tmp_path, "valid") == valid
 
 
+def test_files_of_several_kinds_are_refused_by_name(tmp_path):
+    make(tmp_path, "a.parquet", "b.jsonl", "c.jsonl.gz")
+    with pytest.raises(DataError, match=r"several kinds for train \(1 parquet, 2 jsonl\), perhaps the same rows twice"):
+        chosen(tmp_path, "train")
+
+
 def test_a_subset_is_a_folder(tmp_path):
     make(tmp_path, "en/train.jsonl", "de/train.jsonl")
     assert chosen(tmp_path, "train", "de") == ["train.jsonl"]

@@ -6,6 +6,7 @@ https://huggingface.co/docs/datasets/repository_structure
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 
 from ..errors import DataError, UsageError
@@ -13,22 +14,21 @@ from .inputs import find_files
 
 WORDS = {"train": "train|training", "valid": "validation|valid|val|dev", "test": "test|testing|eval|evaluation"}
 """What the name of a split's files or folders says."""
-KINDS = ("parquet", "arrow", "jsonl", "csv", "json", "text")
 NOT_DATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 
 
 def dataset_files(name: str, subset: str | None, split: str) -> tuple[Path, list[tuple[str, Path]]]:
     """The folder of a dataset, and (kind, path) of the files of a split.
 
-    Files that are named for the split are taken, or else those that are named for no other. Where they are of several kinds,
-    the first of ``KINDS`` is taken: some datasets hold their rows several times.
+    Files that are named for the split are taken, or else those that are named for no other; of these, those in the folder
+    "data" if it has some: some datasets hold their rows as text beside it.
 
     Args:
         name: a folder, or a dataset on the hub (owner/name), which is downloaded into the hub's cache.
         subset: the folder in it that holds the wanted part.
 
     Raises:
-        DataError: when there are none.
+        DataError: when there are none, or of several kinds.
     """
     root = Path(name) if Path(name).exists() else _download(name)
     root = root / subset if subset else root
@@ -43,8 +43,15 @@ def dataset_files(name: str, subset: str | None, split: str) -> tuple[Path, list
     mine = mine or [file for file, of in zip(found, splits, strict=True) if of is None]
     if not mine:
         raise DataError(f"{root} holds no files for {split} (it has {', '.join(sorted({of for of in splits if of}))})")
-    kind = min((kind for kind, _ in mine), key=KINDS.index)
-    return (root if root.is_dir() else root.parent), [file for file in mine if file[0] == kind]
+    mine = [file for file in mine if root / "data" in file[1].parents] or mine
+    kinds = Counter(kind for kind, _ in mine)
+    if len(kinds) > 1:
+        counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        raise DataError(
+            f"{root} holds files of several kinds for {split} ({counts}), perhaps the same rows twice: name a folder in it "
+            "with data.subset_name, or mix the files with data.mixture"
+        )
+    return (root if root.is_dir() else root.parent), mine
 
 
 def _split(path: str) -> str | None:
