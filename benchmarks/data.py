@@ -48,12 +48,17 @@ def packing(folder: Path, files: int, documents: int) -> None:
     print(f"packing documents of 15 tokens: {rate / 1e6:.1f} million tokens per second")
 
 
+def library_texts() -> list[str]:
+    """The source files of Python's standard library."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    return [path.read_text() for _, path in find_files([library], "text", "*.py", NOT_SOURCE)]
+
+
 def tokenizing(folder: Path, copies: int, rounds: int) -> None:
     """The command's work on the standard library's source, against the tokenizers library on the same texts and cores."""
     from tokenizers import Tokenizer
 
-    library = Path(sysconfig.get_paths()["stdlib"])
-    texts = [path.read_text() for _, path in find_files([library], "text", "*.py", NOT_SOURCE)]
+    texts = library_texts()
     for copy in range(copies):
         for number, text in enumerate(texts):
             path = folder / "in" / str(copy) / f"{number}.txt"
@@ -82,8 +87,7 @@ def streaming(folder: Path, copies: int, rounds: int) -> None:
     """
     from tokenizers import Tokenizer
 
-    library = Path(sysconfig.get_paths()["stdlib"])
-    texts = [path.read_text() for _, path in find_files([library], "text", "*.py", NOT_SOURCE)]
+    texts = library_texts()
     tokenizer = train_bpe(texts, 4096, folder / "tokenizer")
     file = folder / "data" / "train.parquet"
     file.parent.mkdir(parents=True)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from ..config.data import STREAMS, Data, MixturePart, name_of
 from ..errors import ConfigError
-from ..tokenizer import load_tokenizer
+from ..tokenizer import Tokenizer
 from .blocks import Blocks, make_shards
-from .encode import Encoder, Workers
+from .encode import Encoder, Workers, tokenizer_at
 from .exchange import Exchange
 from .hub import dataset_files
 from .index import minimum, open_index, type_of
@@ -87,14 +87,24 @@ def _rows(data: Data, folder: str, vocab_size: int, shortest: int, minimums: dic
     return PackedRows(index, data.seq_len, vocab_size, into_one=data.pack_sample_into_one)
 
 
+def fitting_tokenizer(path: str, vocab_size: int) -> Tokenizer:
+    """The tokenizer of ``data.tokenizer_path``.
+
+    Raises:
+        ConfigError: when it has ids that the model has not.
+    """
+    found = tokenizer_at(Path(path).resolve())
+    if found.vocab_size > vocab_size:
+        raise ConfigError(f"model.vocab_size = {vocab_size} is below the {found.vocab_size} entries of data.tokenizer_path")
+    return found
+
+
 def _stream(
     data: Data, name: str, split: str, vocab_size: int, exchange: Exchange, ranks_here: int, epochs: int | None
 ) -> Stream:
     assert data.tokenizer_path is not None
     tokenizer = Path(data.tokenizer_path).resolve()
-    entries = load_tokenizer(tokenizer).vocab_size
-    if entries > vocab_size:
-        raise ConfigError(f"model.vocab_size = {vocab_size} is below the {entries} entries of data.tokenizer_path")
+    fitting_tokenizer(data.tokenizer_path, vocab_size)
     root, files = dataset_files(name, data.subset_name, split)
     shortest, minimums = (data.min_length, data.min_length_dict) if split == "train" else (MIN_VALID_LENGTH, None)
 

@@ -60,7 +60,7 @@ class Encoder:
         parts: list[npt.NDArray[np.int32]] = []
         bad: list[str] = []
         for batch in self._batches(job, bad):
-            for made in make(self.format, batch, self.key, _tokenizer(self.tokenizer)):
+            for made in make(self.format, batch, self.key, tokenizer_at(self.tokenizer)):
                 if isinstance(made, DataError):
                     self._bad(made, bad)
                 elif len(made):  # an empty document teaches nothing
@@ -96,7 +96,7 @@ class Encoder:
 
 
 @cache
-def _tokenizer(path: Path) -> Tokenizer:
+def tokenizer_at(path: Path) -> Tokenizer:
     """Loaded once in each process."""
     return load_tokenizer(path)
 

@@ -41,9 +41,11 @@ class Exchange:
             DataError: on every rank, when one of them gives it.
             OthersLeft: when one has left.
         """
-        failed = isinstance(mine, DataError)
-        numbers = np.frombuffer(str(mine).encode(), np.uint8).astype(np.int32) if isinstance(mine, DataError) else mine
-        codes, lengths = self._announce(FAILED if failed else GOOD, len(numbers))
+        if isinstance(mine, DataError):
+            code, numbers = FAILED, np.frombuffer(str(mine).encode(), np.uint8).astype(np.int32)
+        else:
+            code, numbers = GOOD, mine
+        codes, lengths = self._announce(code, len(numbers))
         if LEAVES in codes:
             self.over = True
             raise OthersLeft("another rank has stopped reading the data")

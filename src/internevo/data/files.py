@@ -8,6 +8,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -104,8 +105,12 @@ def open_parquet(path: str):  # type: ignore[no-untyped-def]
         raise DataError(f"{path} is not a parquet file: {error}") from error
 
 
+@lru_cache(16)
 def arrow_batches(path: str) -> list:  # type: ignore[type-arg]
-    """The record batches of an arrow file (a stream, as the ``datasets`` library writes, or with an index), memory-mapped."""
+    """The record batches of an arrow file (a stream, as the ``datasets`` library writes, or with an index), memory-mapped.
+
+    Kept for the next jobs of the same file: a stream has no index, and is walked to find its batches.
+    """
     import pyarrow
 
     try:

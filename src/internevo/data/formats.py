@@ -181,7 +181,7 @@ def _span(text: str, messages: list[dict[str, Any]], turn: int, template: ChatTe
     """What of the text of all messages the assistant says in its ``turn``, the end mark included."""
     before, prompt = template.render(messages[:turn]), template.render(messages[:turn], prompt=True)
     alone, said = template.render(messages[: turn + 1]), messages[turn]["content"].strip()
-    start = _common(text, prompt)
+    start = len(prompt) if text.startswith(prompt) else _common(text, prompt)
     if text.startswith(before) and text.startswith(alone):
         return start, len(alone)
     # Some templates leave out what was thought when others follow: then it is what was said that is looked for.

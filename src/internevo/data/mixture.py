@@ -60,6 +60,8 @@ class Mixture:
             dealt = self._deal(passes, missing)
             missing = []
             for number, numbers in enumerate(dealt):
+                if passes[number] is None:
+                    continue  # an ended stream would make its last block again to give nothing
                 asked = [n for n, row in enumerate(numbers) if row in wanted]
                 taken = self.parts[number].source.take(places[number], len(numbers), asked)
                 places[number] = taken.place

@@ -47,9 +47,9 @@ class Stream:
         if self.source is None or place != self._place():
             self._seek(place)
         wanted, rows, taken = set(mine), {}, 0
-        while taken < count and (row := self._next(taken in wanted)):
-            if isinstance(row, Row):
-                rows[taken] = row
+        while taken < count and (span := self._next()):
+            if taken in wanted:
+                rows[taken] = self._row(*span)
             taken += 1
         bad, self.bad = self.bad, []
         return Taken([rows[number] for number in mine if number in rows], taken, self._place(), bad)
@@ -95,15 +95,15 @@ class Stream:
             self.bad += block.bad
             self.at = 0
 
-    def _next(self, wanted: bool) -> Row | bool:
-        """Goes over the next row. Returns it, or True when it is not wanted, or False when there is none."""
+    def _next(self) -> tuple[int, int, int] | None:
+        """Goes over the next row. Returns where it is in memory, and its first document; None when there is none."""
         self._fill(self.seq_len)
         if self.at >= len(self.ids):
-            return False
+            return None
         first = int(np.searchsorted(self.ends, self.at, side="right"))
         end = len(self.ids) if self.packed else int(self.ends[first])
         start, self.at = self.at, min(self.at + self.seq_len, end)
-        return self._row(start, self.at, first) if wanted else True
+        return start, self.at, first
 
     def _row(self, start: int, stop: int, first: int) -> Row:
         last = int(np.searchsorted(self.ends, stop - 1, side="right"))

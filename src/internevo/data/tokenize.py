@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from .documents import documents
 from .encode import Encoded, Encoder, OnError, Workers
 from .formats import FormatName, fields_of, text_of
 from .index import UNFINISHED
-from .inputs import Job, find_files, make_jobs
+from .inputs import find_files, make_jobs
 from .tokenized import TokenWriter
 
 PART_TOKENS = 2**30
@@ -124,7 +124,7 @@ def tokenize(
     first = list(islice(jobs, note.jobs, note.jobs + 2))  # a lone job needs no other process
     count = (workers or os.cpu_count() or 1) if len(first) > 1 else 0
     with closing(Workers(Encoder(tokenizer.resolve(), format, text_key, on_error), count)) as pool:
-        for part in pool.encode(_chained(first, jobs)):
+        for part in pool.encode(chain(first, jobs)):
             for message in part.bad:
                 status(f"left out: {message}")
             writers.write(part)
@@ -135,11 +135,6 @@ def tokenize(
     writers.close()
     (output / UNFINISHED).unlink()
     return note.result
-
-
-def _chained(first: list[Job], rest: Iterator[Job]) -> Iterator[Job]:
-    yield from first
-    yield from rest
 
 
 def _texts(files: list[tuple[str, Path]], key: str | None, on_error: OnError) -> Iterator[str]:

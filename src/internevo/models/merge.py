@@ -17,13 +17,13 @@ class Merged:
     """A model with adapters as one without: W + alpha / rank * B A."""
 
     def __init__(self, source: Source) -> None:
-        lora = source.config.lora
-        assert lora is not None
-        self.source, self.lora = source, lora
-        self.config = replace(source.config, lora=None)
+        config = source.config
+        assert config.lora is not None
+        self.source, self.lora = source, config.lora
+        self.config = replace(config, lora=None)
         self.dtype, self.tokenizer = source.dtype, source.tokenizer
         self.hf_config: dict[str, Any] = source.hf_config
-        self.adapters = {name: shape for name, shape in parameter_shapes(source.config).items() if MARK in name}
+        self.adapters = {name for name in parameter_shapes(config) if MARK in name}
 
     def read(self, name: str, start: int, count: int) -> Tensor:
         """Rows of a parameter."""

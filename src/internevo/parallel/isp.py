@@ -322,8 +322,10 @@ def _project(station: Station, x_BSD: Tensor, linears: Sequence[Linear]) -> list
     if not isinstance(linears[0].weight, DTensor):
         return [linear(x_BSD) for linear in linears]
     outs = _StationLinears.apply(station, x_BSD, *station.parts())
-    outs = [out if linear.bias is None else out + linear.bias for out, linear in zip(outs, linears, strict=True)]
-    return [linear.adapt(x_BSD, out) for out, linear in zip(outs, linears, strict=True)]
+    return [
+        linear.adapt(x_BSD, out if linear.bias is None else out + linear.bias)
+        for out, linear in zip(outs, linears, strict=True)
+    ]
 
 
 def _finish(station: Station, x_BSF: Tensor, linear: Linear) -> Tensor:

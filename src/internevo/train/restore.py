@@ -46,12 +46,13 @@ def load_checkpoint(trainer: Trainer, folder: Path, wanted: LoadCkptInfo) -> lis
     if "optimizer/" in kinds and not any(n.startswith("optimizer/") for n in checkpoint.manifest.tensors):
         raise CheckpointError(f'{folder} holds weights only; load it with content=("model",) (ckpt.load_ckpt_info)')
     tensors = {n: t for n, t in named_tensors(trainer.optimizer).items() if n.startswith(kinds)}
-    if trainer.decoder.lora and checkpoint.config.lora is None and not wanted.has("optimizer"):
+    mine, theirs = trainer.decoder.lora, checkpoint.config.lora
+    if mine and theirs is None and not wanted.has("optimizer"):
         tensors = {name: tensor for name, tensor in tensors.items() if MARK not in name}  # adapters begin beside old weights
-    elif checkpoint.config.lora != trainer.decoder.lora:
+    elif theirs != mine:
         raise CheckpointError(
-            f"{folder} has other adapters: model.lora is {checkpoint.config.lora} there, and {trainer.decoder.lora} in the "
-            "config. To go on without adapters, or with new ones, merge these first: internevo convert CHECKPOINT TARGET "
+            f"{folder} has other adapters: model.lora is {theirs} there, and {mine} in the config. To go on without adapters, "
+            "or with new ones, merge these first: internevo convert CHECKPOINT TARGET "
             '--to internevo; and load it with content=("model",) (ckpt.load_ckpt_info)'
         )
     load_tensors(checkpoint, tensors)
@@ -111,16 +112,14 @@ CHOICES = ("family", "rope", "norm_eps", "max_position_embeddings", "windows", "
 
 def _compare(mine: DecoderConfig, theirs: DecoderConfig, folder: Path) -> list[str]:
     """Lines about what differs between the config's model and the folder's; refuses another network."""
-    lines = []
+    lines, mine = [], replace(mine, lora=None)
     for field in fields(DecoderConfig):
         ours, other = getattr(mine, field.name), getattr(theirs, field.name)
-        if field.name == "lora":
-            continue
         if ours != other and field.name not in CHOICES:
             raise UsageError(f"{folder} holds another model: its {field.name} is {other}, and the config's is {ours}")
         if ours != other and field.name not in ("family", "experts"):
             lines.append(f"note: {field.name} is {other} in {folder}, and {ours} in the config")
-    shapes, stored = parameter_shapes(replace(mine, lora=None)), parameter_shapes(theirs)
+    shapes, stored = parameter_shapes(mine), parameter_shapes(theirs)
     for name in {**shapes, **stored}:
         if shapes.get(name) != stored.get(name):
             raise UsageError(

@@ -19,9 +19,8 @@ from ..checkpoint.saver import Saver
 from ..config import Config, dump
 from ..config.training import Loss as LossSection
 from ..data.batches import BatchSizes, StepBatch, TrainBatches, parse_skips, valid_batches
-from ..data.build import in_memory, train_source, valid_rows
+from ..data.build import fitting_tokenizer, in_memory, train_source, valid_rows
 from ..data.exchange import Exchange
-from ..errors import ConfigError
 from ..generate import Sampling, generate
 from ..models import LossTerms, decoder_config
 from ..models.folder import write_hf
@@ -33,7 +32,7 @@ from ..parallel import plan
 from ..parallel.data import COMPUTE
 from ..parallel.layout import Layout
 from ..parallel.world import World, is_slow, ranks_here
-from ..tokenizer import Tokenizer, load_tokenizer
+from ..tokenizer import Tokenizer
 from .look import LookIntoSteps
 from .optimizer import Optimizer
 from .restore import restore
@@ -102,11 +101,7 @@ class Trainer:
         )  # fmt: skip
         self.tokenizer: Tokenizer | None = None
         if self.config.monitor.sample_prompts and data.tokenizer_path:
-            self.tokenizer = load_tokenizer(data.tokenizer_path)
-            if self.tokenizer.vocab_size > vocab:
-                raise ConfigError(
-                    f"model.vocab_size = {vocab} is below the {self.tokenizer.vocab_size} entries of data.tokenizer_path"
-                )
+            self.tokenizer = fitting_tokenizer(data.tokenizer_path, vocab)
 
     # The loop --------------------------------------------------------------------------------------------------------
 
