@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def _work(rank, pipe):
-    os.environ.update(OMP_NUM_THREADS="1", INTERNEVO_DEVICE="cpu", INTERNEVO_PARENT=str(os.getppid()))
+    os.environ.update(place(rank, 1, 0), INTERNEVO_PARENT=str(os.getppid()))
     import torch
 
     from internevo.train.start import train
@@ -20,14 +20,27 @@ def _work(rank, pipe):
     torch.set_num_threads(1)
     while (job := pipe.recv()) is not None:
         path, overrides, size, port = job
-        os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-        )
+        os.environ.update(place(rank, size, port))
         try:
             train(Path(path), overrides, None, launcher="torch")
             pipe.send(None)
         except BaseException:
             pipe.send(traceback.format_exc())
+
+
+def free_port():
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def place(rank, size, port):
+    """The variables of a launcher, for one process on this machine."""
+    return {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "INTERNEVO_DEVICE": "cpu",
+    }  # fmt: skip
 
 
 class Pool:
@@ -45,9 +58,7 @@ class Pool:
             process = context.Process(target=_work, args=(len(self.workers), theirs), daemon=True)
             process.start()
             self.workers.append((process, mine))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         for _, pipe in self.workers[:processes]:
             pipe.send((str(path), list(overrides), processes, port))
         failures = []

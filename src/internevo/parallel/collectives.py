@@ -30,11 +30,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def sent(x: Tensor) -> Tensor:
-    """What a collective is given: contiguous, and outside autograd.
-
-    gloo's threads have autograd on. They would record their copies of a tensor that requires a gradient, and free the graph's
-    nodes while this thread uses them: a rare crash, seen with recomputation, whose graphs live shortly.
-    """
+    """What a collective is given: contiguous, and outside autograd: gloo's threads have it on and would record their copies."""
     return x.detach().contiguous()
 
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from ..errors import UsageError
 from ..ops import keep_freed_memory
+from . import gloo
 
 TIMEOUT = timedelta(minutes=30)
 
@@ -84,7 +85,7 @@ def join(port: int = 8888, launcher: str | None = None) -> Iterator[World]:
     device = pick_device(place.local_rank)
     if device.type == "cpu":
         keep_freed_memory()
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else gloo.register()
     if device.type == "cpu" and place.size > 1 and _is_local(os.environ):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if place.address is None:
