@@ -174,6 +174,7 @@ def measure(which: str, side: str, shape: str, steps: int) -> float:
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "MASTER_ADDR": "127.0.0.1",
+        "GLOO_SOCKET_IFNAME": "lo",
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(RANKS),
     }
