@@ -160,7 +160,8 @@ class Sharded:
         )
         for modules in units(model, None if fsdp else config.reduce_bucket_size):
             fully_shard(modules, mesh=data_mesh, mp_policy=precision, reshard_after_forward=fsdp)
-        self.reductions = _Reductions()
+        deferred = config.overlap_sync_grad and not fsdp and replicas == 1
+        self.reductions = _Reductions(deferred)
         # In the order of the forward pass, the whole model first.
         self.units = [module for module in model.modules() if isinstance(module, FSDPModule)]
         for unit, following in itertools.zip_longest(self.units, self.units[1:]):
@@ -171,7 +172,7 @@ class Sharded:
                 unit.set_modules_to_forward_prefetch([following])
             if not config.overlap_sync_grad:
                 unit.set_all_reduce_hook(_wait)
-            elif device.type == "cpu" and not fsdp and replicas == 1 and config.grad_dtype == "float32":
+            if device.type == "cpu" and config.grad_dtype == "float32":
                 unit.set_custom_reduce_scatter(self.reductions)
         if device.type == "cpu" and config.overlap_sync_param:
             self.units[0]._set_unshard_async_op(True)  # there are no streams: what is prefetched goes on in gloo's threads
@@ -240,10 +241,14 @@ def units(model: Decoder, bucket: int | None) -> list[list[nn.Module]]:
 
 
 class _Reductions(ReduceScatter):
-    """gloo has no streams: reductions go on in its threads while backward computes, until somebody waits. That is right where
-    nothing else happens to their results before: one reduction per step, of fp32, and no replicas."""
+    """gloo's own reduce-scatter, which takes a list: that of one tensor is an all-reduce of a copy.
 
-    def __init__(self) -> None:
+    Deferred, reductions go on in gloo's threads (there are no streams) while backward computes, until somebody waits. That is
+    right where nothing else happens to their results before: one reduction per step, and no replicas.
+    """
+
+    def __init__(self, deferred: bool) -> None:
+        self.deferred = deferred
         self.works: list[dist.Work] = []
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -257,9 +262,12 @@ class _Reductions(ReduceScatter):
         op: Any,
         async_op: bool = False,
     ) -> dist.Work:
-        work = dist.reduce_scatter_tensor(output_tensor, input_tensor, op=op, group=group, async_op=True)
+        work = dist.reduce_scatter(output_tensor, list(input_tensor.chunk(group.size())), op=op, group=group, async_op=True)
         assert work is not None
-        self.works.append(work)
+        if self.deferred:
+            self.works.append(work)
+        else:
+            work.wait()
         return work
 
     def wait(self) -> None:

@@ -21,7 +21,7 @@ from .layout import Layout
 
 KINDS = {
     "all_gather_into_tensor": "all-gather", "_allgather_base_": "all-gather", "all_gather_into_tensor_coalesced": "all-gather",
-    "reduce_scatter_tensor": "reduce-scatter", "_reduce_scatter_base_": "reduce-scatter",
+    "reduce_scatter_tensor": "reduce-scatter", "_reduce_scatter_base_": "reduce-scatter", "reduce_scatter_": "reduce-scatter",
     "reduce_scatter_tensor_coalesced": "reduce-scatter", "all_reduce": "all-reduce", "allreduce_": "all-reduce",
     "all_to_all_single": "all-to-all", "alltoall_base_": "all-to-all",
 }  # fmt: skip
@@ -101,9 +101,8 @@ def _finish(out: Any) -> None:
 
 def _input_bytes(func: Any, args: Any) -> int:
     """Bytes of this rank's input."""
-    given = args[1] if func._schema.name.split("::")[1] in ("_allgather_base_", "_reduce_scatter_base_") else args[0]
-    tensors: list[Tensor] = list(given) if isinstance(given, list | tuple) else [given]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    behind = func._schema.name.split("::")[1] in ("_allgather_base_", "_reduce_scatter_base_", "reduce_scatter_")
+    return sum(tensor.numel() * tensor.element_size() for tensor in tree_leaves(args[1] if behind else args[0]))
 
 
 def table(rows: list[Collectives], size: Callable[[str], int]) -> list[str]:
