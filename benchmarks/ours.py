@@ -21,6 +21,7 @@ from internevo.train.step import Stepper
 SHAPES: dict[str, dict[str, int]] = {
     "S": {"layers": 6, "hidden": 384, "mlp": 1024, "heads": 6, "kv": 6, "vocab": 8192, "rows": 4, "seq": 512},
     "M": {"layers": 8, "hidden": 768, "mlp": 2048, "heads": 12, "kv": 4, "vocab": 32000, "rows": 2, "seq": 1024},
+    "1B": {"layers": 22, "hidden": 2048, "mlp": 5632, "heads": 32, "kv": 4, "vocab": 32000, "rows": 2, "seq": 4096},
 }
 
 
@@ -39,6 +40,12 @@ def tokens_and_labels(shape: dict[str, int]) -> tuple[torch.Tensor, torch.Tensor
     """[rows, seq] random ids, and the next ones."""
     tokens = torch.randint(0, shape["vocab"], (shape["rows"], shape["seq"]))
     return tokens, torch.cat([tokens[:, 1:], torch.full((shape["rows"], 1), -100)], dim=1)
+
+
+def finish(device: torch.device) -> None:
+    """Waits for a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def train(
@@ -61,5 +68,6 @@ def train(
         batch = StepBatch([micro], number, Cursor(), tokens.numel())
         begin = time.perf_counter()
         stepper(batch, 1e-4, 0.95, lambda: [0.0])
+        finish(world.device)
         times.append(time.perf_counter() - begin)
     return times

@@ -1,7 +1,8 @@
 """Training speed and memory against transformers, in one run: ``python benchmarks/vs_transformers.py``.
 
-Each measurement is a process of its own that trains a few steps on random tokens; ours and theirs take turns, so that both
-see the same machine. Printed are medians over the rounds, and their ratios.
+Each measurement is a process of its own that trains a few steps on random tokens, on a GPU if there is one (``--shapes 1B``
+is for those); ours and theirs take turns, so that both see the same machine. Printed are medians over the rounds, and their
+ratios.
 
 - theirs: ``LlamaForCausalLM`` in a plain loop with fused AdamW and gradient clipping; bf16 is autocast over fp32 weights.
 - ours: the program's own step (model, chunked loss, sharding policy, clipping, AdamW) as ``internevo train`` runs it;
@@ -13,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -21,7 +21,10 @@ import time
 from typing import Any
 
 import torch
-from ours import SHAPES, train
+from ours import SHAPES, finish, train
+
+from internevo.observe.record import memory_peak
+from internevo.parallel.world import join, pick_device
 
 
 def theirs(shape: dict[str, int], dtype: str, steps: int) -> list[float]:
@@ -34,27 +37,28 @@ def theirs(shape: dict[str, int], dtype: str, steps: int) -> list[float]:
         max_position_embeddings=shape["seq"],
     )  # fmt: skip
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
+    device = pick_device(0)
+    model = LlamaForCausalLM(config).to(device)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     times = []
     for _ in range(steps):
         tokens = torch.randint(0, shape["vocab"], (shape["rows"], shape["seq"]))
         begin = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+        tokens = tokens.to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
             loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        finish(device)
         times.append(time.perf_counter() - begin)
     return times
 
 
 def ours(shape: dict[str, int], dtype: str, steps: int, compiled: bool) -> list[float]:
     """Seconds per step of this program."""
-    from internevo.parallel.world import join
-
     with join() as world:
         return train(world, shape, dtype, steps, compiled)
 
@@ -73,7 +77,7 @@ def worker(which: str, shape: str, dtype: str, steps: int) -> None:
     sizes = SHAPES[shape]
     times = theirs(sizes, dtype, steps) if which == "theirs" else ours(sizes, dtype, steps, which == "compiled")
     speed = sizes["rows"] * sizes["seq"] / statistics.median(times[2:])
-    print(json.dumps({"speed": speed, "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}))
+    print(json.dumps({"speed": speed, "memory": memory_peak(pick_device(0)) / 1e9}))
 
 
 def main() -> None:

@@ -8,6 +8,8 @@ import socket
 import traceback
 from pathlib import Path
 
+from tests.devices import variables
+
 
 def _work(rank, pipe):
     os.environ.update(place(rank, 1, 0), INTERNEVO_PARENT=str(os.getppid()))
@@ -39,7 +41,7 @@ def place(rank, size, port):
     """The variables of a launcher, for one process on this machine."""
     return {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "INTERNEVO_DEVICE": "cpu",
+        "MASTER_PORT": str(port), **variables(rank),
     }  # fmt: skip
 
 

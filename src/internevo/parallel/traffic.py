@@ -92,7 +92,9 @@ def _finish(out: Any) -> None:
     """Waits for what a collective has returned: tensors that are to come, or tensors and their work."""
     for value in tree_leaves(out):
         if isinstance(value, torch.ScriptObject) and "Work" in str(value._type()):
-            dist.Work.unbox(value).wait()
+            work = dist.Work.unbox(value)
+            if work is not None:  # NCCL has none for what goes on in the caller's stream
+                work.wait()
         elif isinstance(value, Tensor):
             torch.ops._c10d_functional.wait_tensor(value)
             if value.is_cuda:

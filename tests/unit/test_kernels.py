@@ -1,0 +1,137 @@
+"""Kernels of this machine's devices against plain formulas in fp64: attention, products of experts, norm, activation, loss."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from internevo import ops
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+EXACT, HALF = 1e-5, 2e-2
+"""Errors allowed, on the scale of the result (root mean square), which some gradients are far below."""
+KINDS = [(device, dtype) for device in DEVICES for dtype in (torch.float32, torch.bfloat16)]
+
+
+def assert_close(mine, reference, dtype):
+    error, scale = ((x.square().mean() ** 0.5) for x in (mine.detach().cpu().double() - reference, reference))
+    assert error <= (EXACT if dtype == torch.float32 else HALF) * max(scale, 0.3)
+
+
+def compare(function, plain, inputs, device, dtype):
+    """Outputs and gradients of ``function`` on the device, of ``plain`` in fp64, for the same numbers."""
+    mine = [x.to(device, dtype).requires_grad_() for x in inputs]
+    exact = [x.detach().cpu().double().requires_grad_() for x in mine]
+    out, wanted = function(*mine), plain(*exact)
+    assert out.dtype == dtype
+    assert_close(out, wanted, dtype)
+    outer = torch.randn(wanted.shape)
+    out.backward(outer.to(device, dtype))
+    wanted.backward(outer.to(dtype).double())
+    for x, reference in zip(mine, exact, strict=True):
+        assert_close(x.grad, reference.grad, dtype)
+
+
+def plain_attention(q, k, v, borders, window, slopes):
+    """One document after the other, one score for each pair of tokens."""
+    out = torch.zeros_like(q)
+    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
+    for a, b in itertools.pairwise(borders):
+        distance = torch.arange(b - a).unsqueeze(1) - torch.arange(b - a)
+        scores = torch.einsum("qhn,khn->hqk", q[0, a:b], k[0, a:b]) / q.shape[3] ** 0.5
+        if slopes is not None:
+            scores = scores - slopes.double().view(-1, 1, 1) * distance
+        seen = (distance >= 0) & (distance < (window or b - a))
+        out[0, a:b] = torch.einsum("hqk,khn->qhn", scores.masked_fill(~seen, -torch.inf).softmax(-1), v[0, a:b])
+    return out
+
+
+@pytest.mark.parametrize(("device", "dtype"), KINDS)
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 999),
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=5),
+    heads=st.sampled_from([(4, 4), (4, 2), (3, 1)]),
+    size=st.sampled_from([16, 64]),
+    window=st.sampled_from([0, 0, 1, 50]),
+    alibi=st.booleans(),
+    packed=st.booleans(),
+)
+def test_attention(device, dtype, seed, lengths, heads, size, window, alibi, packed):
+    torch.manual_seed(seed)
+    count, kv_count = heads
+    rows, total = (1, sum(lengths)) if packed else (len(lengths), lengths[0])
+    q, k, v = (torch.randn(1, rows * total, n, size) for n in (count, kv_count, kv_count))
+    slopes = torch.rand(count) if alibi else None
+    borders = list(itertools.accumulate(lengths, initial=0)) if packed else [total * row for row in range(rows + 1)]
+    on_device = {"window": window, "slopes_H": None if slopes is None else slopes.to(device)}
+
+    def attention(q, k, v):
+        if packed:
+            cu_seqlens = torch.tensor(borders, dtype=torch.int32, device=device)
+            return ops.attention(q, k, v, cu_seqlens, max(lengths), **on_device)
+        return ops.attention(*(x.view(rows, total, *x.shape[2:]) for x in (q, k, v)), **on_device).reshape(q.shape)
+
+    compare(attention, lambda q, k, v: plain_attention(q, k, v, borders, window, slopes), (q, k, v), device, dtype)
+
+
+@pytest.mark.parametrize(("device", "dtype"), KINDS)
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 999),
+    counts=st.lists(st.integers(0, 40), min_size=1, max_size=6),
+    left=st.sampled_from([0, 7]),
+    sizes=st.sampled_from([(16, 32), (24, 8), (9, 5)]),
+)
+def test_products_of_experts(device, dtype, seed, counts, left, sizes):
+    """Also with ``left`` rows that belong to none."""
+    torch.manual_seed(seed)
+    ends = list(itertools.accumulate(counts))
+    x, weight = torch.randn(ends[-1] + left, sizes[0]), torch.randn(len(counts), sizes[1], sizes[0])
+    on_device = torch.tensor(ends, dtype=torch.int32, device=device)
+
+    def plain(x, weight):
+        parts = [x[a:b] @ w.t() for w, (a, b) in zip(weight, itertools.pairwise([0, *ends]), strict=True)]
+        return torch.cat([*parts, x[ends[-1] :] @ weight[0].t() * 0])
+
+    if len(x):
+        compare(lambda x, w: ops.grouped_linear(x, w, on_device, complete=not left), plain, (x, weight), device, dtype)
+
+
+@pytest.mark.parametrize(("device", "dtype"), KINDS)
+@pytest.mark.parametrize("unit_offset", [False, True])
+def test_norm(device, dtype, unit_offset):
+    x, weight = torch.randn(3, 50, 96), torch.randn(96)
+
+    def plain(x, weight):
+        return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * (weight + unit_offset)
+
+    compare(lambda x, w: ops.rms_norm(x, w, 1e-6, unit_offset), plain, (x, weight), device, dtype)
+
+
+@pytest.mark.parametrize(("device", "dtype"), KINDS)
+@pytest.mark.parametrize(("activation", "plain"), [("silu", F.silu), ("gelu_tanh", lambda x: F.gelu(x, approximate="tanh"))])
+def test_gated(device, dtype, activation, plain):
+    inputs = torch.randn(4, 33), torch.randn(4, 33)
+    compare(lambda g, u: ops.gated(g, u, activation), lambda g, u: plain(g) * u, inputs, device, dtype)
+
+
+@pytest.mark.parametrize(("device", "dtype"), KINDS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_loss(device, dtype, smoothing):
+    hidden, weight, labels = torch.randn(70, 32), torch.randn(131, 32) / 5, torch.randint(0, 131, (70,))
+    labels[::5] = -100
+    rounded = [x.to(dtype) for x in (hidden, weight)]
+    exact = [x.double().requires_grad_() for x in rounded]
+    mine = [x.to(device).requires_grad_() for x in rounded]
+    total, losses = ops.linear_cross_entropy(*mine, labels.to(device), smoothing)
+    wanted = F.cross_entropy(exact[0] @ exact[1].t(), labels, reduction="none", label_smoothing=smoothing)
+    assert_close(losses, wanted, dtype)
+    assert_close(total, wanted.sum(), dtype)
+    (total / 56).backward()
+    (wanted.sum() / 56).backward()
+    for x, reference in zip(mine, exact, strict=True):
+        assert_close(x.grad, reference.grad, dtype)
