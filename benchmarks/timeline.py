@@ -1,8 +1,8 @@
 """Draws the timeline of one rank as a picture: ``python benchmarks/timeline.py runs/X/trace-rank0.json.gz --out timeline.svg``.
 
-The trace is that of ``monitor.trace=true``. One lane has the main thread's products and attention and where it waits for a
-collective, the others the threads (CPU) or streams (GPU) that carry collectives. Also printed: in how much of
-the time with a collective under way the main thread computed.
+The trace is that of ``monitor.trace=true``. On a CPU one lane has the main thread's products and attention and where it waits
+for a collective, the others gloo's threads; on a GPU one lane has all kernels that compute, the others the streams that carry
+collectives. Also printed: in how much of the time with a collective under way something is computed.
 """
 
 from __future__ import annotations
@@ -21,30 +21,40 @@ LABELS = {
     "compute": "products, attention", "wait": "waiting", "all_gather": "all-gather",
     "all_reduce": "reduce-scatter, all-reduce", "all_to_all": "all-to-all",
 }  # fmt: skip
+KINDS = {
+    "allgather": "all_gather", "reducescatter": "all_reduce", "allreduce": "all_reduce", "alltoall": "all_to_all",
+    "sendrecv": "all_to_all",
+}  # fmt: skip
+"""By the names that gloo and NCCL give their collectives."""
 Event = tuple[str, float, float]
 """Kind, start and length in milliseconds."""
 
 
 def lanes(path: Path) -> dict[str, list[Event]]:
-    """Events of the main thread, and of every thread or stream that carries collectives."""
+    """What is computed, and the events of every thread or stream that carries collectives."""
     events: list[dict[str, Any]] = [
         e for e in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"] if e.get("ph") == "X"
     ]
+    kernels = [e for e in events if e.get("cat") == "kernel"]
+    events = kernels or events
     main = Counter(e["tid"] for e in events).most_common(1)[0][0]
     start = min(e["ts"] for e in events if e["tid"] == main)
     found: dict[str, list[Event]] = {"main": []}
     for e in events:
         name, at, length = e["name"], (e["ts"] - start) / 1e3, e["dur"] / 1e3
-        carried = next((kind for kind in COLOURS if kind in name.lower().replace("alltoall", "all_to_all")), None)
-        if e["tid"] == main and (name == WAIT or name.startswith(COMPUTE)):
-            found["main"].append(("wait" if name == WAIT else "compute", at, length))
-        elif carried and (name.startswith("gloo:") or "nccl" in name.lower()):
-            found.setdefault(f"{name.split(':')[0]} {e['tid']}", []).append((carried, at, length))
+        carrier = next((who for who in ("gloo:", "nccl") if name.startswith(who)), None)
+        if carrier:
+            kind = next((kind for part, kind in KINDS.items() if part in name.lower().replace("_", "")), "all_reduce")
+            found.setdefault(f"{carrier.strip(':')} {e['tid']}", []).append((kind, at, length))
+        elif kernels or (e["tid"] == main and name.startswith(COMPUTE)):
+            found["main"].append(("compute", at, length))
+        elif e["tid"] == main and name == WAIT:
+            found["main"].append(("wait", at, length))
     return found
 
 
 def hidden(found: dict[str, list[Event]]) -> float:
-    """Share of the time with a collective under way in which the main thread computed."""
+    """Share of the time with a collective under way in which something was computed."""
     compute = [event for event in found["main"] if event[0] == "compute"]
     carried = [event for lane, events in found.items() if lane != "main" for event in events]
     both = duration(compute) + duration(carried) - duration([*compute, *carried])
@@ -95,7 +105,7 @@ def main() -> None:
     found = lanes(a.trace)
     end = max(at + length for _, at, length in found["main"])
     a.out.write_text(draw(found, *(a.window or (0.0, end))), encoding="utf-8")
-    print(f"{end:.0f} ms; {hidden(found):.0%} of the time with a collective under way, the main thread computed")
+    print(f"{end:.0f} ms; {hidden(found):.0%} of the time with a collective under way, something was computed")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The collectives of a step are those of the strategies' formulas: kinds, groups, counts and bytes."""
 
+import gzip
 import json
 import math
 
@@ -83,3 +84,23 @@ def test_the_console_shows_the_table(tmp_path):
                         data__total_steps=2, monitor__comm=True)  # fmt: skip
     lines = run("train", path, "--nproc", 2).stdout.splitlines()
     assert any(line.split()[:3] == ["reduce-scatter", "tensor", "2"] for line in lines)
+
+
+@pytest.mark.parametrize("unit", ["layer", "module"])
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_isp_gathers_weights_before_they_are_needed(pool, tmp_path, unit, fsdp):
+    """Also in the first pass of a step, when the data axis gathers the weights as well."""
+    weights = {"overlap": True, "forward_overlap_per": unit}
+    processes, changes = layout(4, "isp", 1, 2, fsdp=fsdp, weights=weights, model__num_layers=4, monitor__trace=True)
+    dataset = write_dataset(tmp_path / "data")
+    more = {"data__total_steps": 3, "ckpt__enable_save_ckpt": False, "data__micro_bsz": 3, "model__vocab_size": 100}
+    pool.train(write_config(tmp_path, dataset, "run", **{**changes, **more}), processes)
+    trace = json.loads(gzip.decompress((tmp_path / "run" / "trace-rank0.json.gz").read_bytes()))["traceEvents"]
+    signs = {"all_gather_into_tensor": "g", "all_gather_into_tensor_coalesced": "g", "wait_tensor": "w"}
+    signs = {f"_c10d_functional::{name}": sign for name, sign in signs.items()} | {"aten::mm": "."}
+    events = sorted((event["ts"], signs[event["name"]]) for event in trace if event.get("name") in signs)
+    order = "".join(sign for _, sign in events)
+    if unit == "layer":  # in every layer but the last all of the next one's
+        assert order.count("gggg") == 3, order
+    else:  # always the next one; two at once only where a pass begins
+        assert order.count("gg") == 2, order

@@ -94,8 +94,9 @@ def _kernel_backward(
     q, k, v = _as_efficient(q, k, v)
     unused = torch.zeros((), dtype=torch.int64)  # of dropout
     dq, *of_keys, _ = aten._efficient_attention_backward(
-        grad.transpose(1, 2), q, k, v, _bias(mask, q), out.transpose(1, 2), None, None, q.shape[1], k.shape[1],
-        lse.contiguous(), 0.0, unused, unused, int(mask is None), False,
+        grad.transpose(1, 2), q, k, v, _bias(mask, q),
+        out.transpose(1, 2).contiguous(),  # in half precision the kernel takes this for granted (o_strideM), unlike of the rest
+        None, None, q.shape[1], k.shape[1], lse.contiguous(), 0.0, unused, unused, int(mask is None), False,
     )  # fmt: skip
     dk, dv = (x.unflatten(2, (groups, -1)).sum(3).transpose(1, 2) for x in of_keys)
     return dq.transpose(1, 2), dk, dv

@@ -31,6 +31,7 @@ import torch.distributed._functional_collectives as functional
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from ..config.parallel import Weight
@@ -101,7 +102,7 @@ class InternSequenceParallel:
         assert isinstance(layer, DecoderLayer) and isinstance(layer.mlp, GatedMLP)
         attn, mlp = layer.attn, layer.mlp
         groups = {"wqkv": [attn.q, attn.k, attn.v], "wo": [attn.o], "w1": [mlp.gate, mlp.up], "w2": [mlp.down]}
-        stations = {name: Station(number, linears, self.weight_group) for name, linears in groups.items()}
+        stations = {name: Station(number, layer, linears, self.weight_group) for name, linears in groups.items()}
         attn.project, attn.finish = partial(_project, stations["wqkv"]), partial(_finish, stations["wo"])
         mlp.project, mlp.finish = partial(_project, stations["w1"]), partial(_finish, stations["w2"])
         attn.split_heads, attn.join_heads, attn.own_heads = self._split_heads, self._join_heads, self._own_heads
@@ -161,8 +162,9 @@ class InternSequenceParallel:
 class Station:
     """Linears whose weights are gathered at once. Stations stand in the order of the forward pass."""
 
-    def __init__(self, layer: int, linears: Sequence[nn.Linear], group: Group) -> None:
-        self.layer, self.linears, self.group = layer, linears, group
+    def __init__(self, layer: int, module: nn.Module, linears: Sequence[nn.Linear], group: Group) -> None:
+        """``layer``, ``module``: the number of the layer, and the layer itself."""
+        self.layer, self.module, self.linears, self.group = layer, module, linears, group
         self.after: list[Station] = []
         """Stations whose weights are fetched while these are used, forward."""
         self.before: list[Station] = []
@@ -204,11 +206,11 @@ class Station:
         return arrived
 
     def fetch(self) -> None:
-        """Starts to gather, unless that is under way; not before the data axis has given the weights to this layer."""
-        weights = [linear.weight for linear in self.linears]
-        ready = all(isinstance(weight, DTensor) and weight.device_mesh.ndim == 1 for weight in weights)
-        if ready and self._coming is None and self._kept is None:
-            self._coming = gather([local(weight.detach()) for weight in weights], self.group)
+        """Starts to gather, unless that is under way."""
+        if self._coming is None and self._kept is None:
+            if isinstance(self.module, FSDPModule):
+                self.module.unshard()  # the data axis gives a layer its part of the weights: now, not when the layer is called
+            self._coming = gather([local(linear.weight.detach()) for linear in self.linears], self.group)
 
     def take(self, parts: Sequence[Tensor], then: list[Station]) -> list[Tensor]:
         """The weights in full; ``then`` are started on the way."""
