@@ -49,6 +49,9 @@ NAMED = {
     "isp 2, weights over 4, overlapped": layout(4, "isp", 2, 4, weights={"overlap": True}),
     "isp 4, weights over 2, overlapped, recomputed": layout(4, "isp", 4, 2, weights=PREFETCH, **RECOMPUTED),
     "isp 2, weights over 2, zero 2, half recomputed": layout(4, "isp", 2, 2, weights=PREFETCH, model__checkpoint=0.5),
+    "isp 2, weights over 2, attention kept": layout(
+        4, "isp", 2, 2, weights={"overlap": True}, model__checkpoint=True, selective_checkpoint=True
+    ),
     "isp 4, weights over 2, zero 2 of 4": layout(8, "isp", 4, 2, zero=2, weights=PREFETCH),
     "msp 2, fsdp over 2 of 4": layout(8, "msp", 2, zero=2, fsdp=True),
 }

@@ -196,8 +196,8 @@ class Station:
         return parts
 
     def defers(self) -> bool:
-        """Whether gradients are waited for at their arrival. (A compiler orders collectives by itself.)"""
-        return self.overlap and not torch.compiler.is_compiling()
+        """Whether gradients are waited for at their arrival."""
+        return self.overlap
 
     def receive(self, grads: Sequence[Tensor]) -> list[Tensor]:
         """This rank's parts of the gradients, when they are there."""
@@ -224,8 +224,6 @@ class Station:
 
     def forward(self, parts: Sequence[Tensor], backward_comes: bool) -> list[Tensor]:
         """For the forward pass. In a recomputation the layer's own backward is next: it gets the same weights."""
-        if torch.compiler.is_compiling():
-            return self.take(parts, self.after)
         if torch._C._current_graph_task_id() == -1:
             self._backward_is_due = backward_comes
             return self.take(parts, self.after)
@@ -237,8 +235,6 @@ class Station:
 
     def backward(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """For the backward pass."""
-        if torch.compiler.is_compiling():
-            return self.take(parts, self.before)
         kept, self._kept, self._backward_is_due = self._kept, None, False
         return kept if kept is not None else self.take(parts, [station for station in self.before if station._backward_is_due])
 
@@ -323,11 +319,17 @@ class _StationLinears(torch.autograd.Function):
 def _project(station: Station, x_BSD: Tensor, linears: Sequence[Linear]) -> list[Tensor]:
     if not isinstance(linears[0].weight, DTensor):
         return [linear(x_BSD) for linear in linears]
-    outs = _StationLinears.apply(station, x_BSD, *station.parts())
+    outs = _apply(station, x_BSD)
     return [
         linear.adapt(x_BSD, out if linear.bias is None else out + linear.bias)
         for out, linear in zip(outs, linears, strict=True)
     ]
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _apply(station: Station, x_BSD: Tensor) -> tuple[Tensor, ...]:
+    """Not compiled: a compiler would put the waits next to the gathers. What lies between the linears is."""
+    return _StationLinears.apply(station, x_BSD, *station.parts())
 
 
 def _finish(station: Station, x_BSF: Tensor, linear: Linear) -> Tensor:

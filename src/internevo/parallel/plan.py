@@ -40,12 +40,13 @@ def build(decoder: DecoderConfig, config: Config, layout: Layout, device: torch.
         inner = InternSequenceParallel(mesh["inner"], tokens, config.parallel.weight).apply(model)
     if decoder.lora is not None:
         freeze_all_but_adapters(model)
-    # What a layer keeps for backward.
-    recompute(layers, section.checkpoint, config.selective_checkpoint)
+    # What a layer keeps for backward. isp's linears are not compiled, and so no layer as a whole.
+    whole = layout.weight == 1
+    recompute(layers, section.checkpoint, config.selective_checkpoint, compiled=section.compile and not whole)
     # Compiled with recomputation inside, and before sharding, so that hooks stay outside the compiled code.
     if section.compile:
         for layer in layers:
-            layer.compile(fullgraph=True)
+            layer.compile(fullgraph=whole)
     # Outermost: the data axis owns the weights. Only now are there tensors, and only this rank's part of them.
     dtype = COMPUTE[section.dtype]
     axis: DataAxis
