@@ -86,14 +86,23 @@ def test_the_console_shows_the_table(tmp_path):
     assert any(line.split()[:3] == ["reduce-scatter", "tensor", "2"] for line in lines)
 
 
-@pytest.mark.parametrize("unit", ["layer", "module"])
-@pytest.mark.parametrize("fsdp", [False, True])
-def test_isp_gathers_weights_before_they_are_needed(pool, tmp_path, unit, fsdp):
+@pytest.mark.parametrize(
+    ("unit", "fsdp", "compiled"),
+    [
+        ("layer", False, False),
+        ("module", False, False),
+        ("layer", True, False),
+        ("module", True, False),
+        ("layer", False, True),
+    ],
+)
+def test_isp_gathers_weights_before_they_are_needed(pool, tmp_path, unit, fsdp, compiled):
     """Also in the first pass of a step, when the data axis gathers the weights as well."""
     weights = {"overlap": True, "forward_overlap_per": unit}
     processes, changes = layout(4, "isp", 1, 2, fsdp=fsdp, weights=weights, model__num_layers=4, monitor__trace=True)
     dataset = write_dataset(tmp_path / "data")
-    more = {"data__total_steps": 3, "ckpt__enable_save_ckpt": False, "data__micro_bsz": 3, "model__vocab_size": 100}
+    more = {"data__total_steps": 3, "ckpt__enable_save_ckpt": False, "data__micro_bsz": 3, "model__vocab_size": 100,
+            "model__compile": compiled}  # fmt: skip
     pool.train(write_config(tmp_path, dataset, "run", **{**changes, **more}), processes)
     trace = json.loads(gzip.decompress((tmp_path / "run" / "trace-rank0.json.gz").read_bytes()))["traceEvents"]
     signs = {"all_gather_into_tensor": "g", "all_gather_into_tensor_coalesced": "g", "wait_tensor": "w"}
