@@ -44,8 +44,9 @@ def lanes(path: Path) -> dict[str, list[Event]]:
         name, at, length = e["name"], (e["ts"] - start) / 1e3, e["dur"] / 1e3
         carrier = next((who for who in ("gloo:", "nccl") if name.startswith(who)), None)
         if carrier:
-            kind = next((kind for part, kind in KINDS.items() if part in name.lower().replace("_", "")), "all_reduce")
-            found.setdefault(f"{carrier.strip(':')} {e['tid']}", []).append((kind, at, length))
+            kind = next((kind for part, kind in KINDS.items() if part in name.lower().replace("_", "")), None)
+            if kind:
+                found.setdefault(f"{carrier.strip(':')} {e['tid']}", []).append((kind, at, length))
         elif kernels or (e["tid"] == main and name.startswith(COMPUTE)):
             found["main"].append(("compute", at, length))
         elif e["tid"] == main and name == WAIT:

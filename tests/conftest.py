@@ -10,8 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.devices import variables
-
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {
@@ -32,7 +30,7 @@ TINY = {
 def run(*arguments, code=0, env=None, timeout=600, command=None):
     """Runs ``internevo ARGUMENTS`` and returns the finished process; fails with its output on another exit code."""
     command = command or [sys.executable, "-m", "internevo"]
-    environment = {**os.environ, **variables(), **(env or {})}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "INTERNEVO_DEVICE": "cpu", **(env or {})}
     done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, env=environment)
     assert code is None or done.returncode == code, f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done

@@ -8,7 +8,8 @@ import socket
 import traceback
 from pathlib import Path
 
-from tests.devices import variables
+DEVICE = os.environ.get("INTERNEVO_TEST_DEVICE", "cpu")
+"""Where the runs train: "cuda" for GPUs, as many or as few as there are."""
 
 
 def _work(rank, pipe):
@@ -41,8 +42,17 @@ def place(rank, size, port):
     """The variables of a launcher, for one process on this machine."""
     return {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), **variables(rank),
+        "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "INTERNEVO_DEVICE": DEVICE, **shared_gpu(rank),
     }  # fmt: skip
+
+
+def shared_gpu(rank):
+    """NCCL refuses two ranks of one host on one GPU; as ranks of several hosts they meet over sockets."""
+    if DEVICE == "cpu":
+        return {}
+    import torch
+
+    return {"NCCL_HOSTID": str(rank), "NCCL_SOCKET_IFNAME": "lo"} if torch.cuda.device_count() == 1 else {}
 
 
 class Pool:

@@ -1,9 +1,10 @@
 """InternLM, InternLM2 and Baichuan2 from their published descriptions, straight from tensors under their names on disk.
 
 transformers has no class for them. Nothing here is shared with the package: one token at a time where that is clearer, dense
-masks, full logits, everything in fp32.
+masks, full logits, everything in fp32. And attention by its definition, for its kernels.
 """
 
+import itertools
 import math
 
 import torch
@@ -52,6 +53,20 @@ def attend(q, k, v, alibi):
         scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), -math.inf)
         out.append(scores.softmax(-1) @ v[h // group])
     return torch.cat(out, dim=-1)
+
+
+def plain_attention(q, k, v, borders, window, slopes):
+    """A document after the other, one score for each pair of tokens: q [1, T, H, N]; k, v [1, T, K, N]; ALiBi's slopes [H]."""
+    out = torch.zeros_like(q)
+    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
+    for a, b in itertools.pairwise(borders):
+        distance = torch.arange(b - a).unsqueeze(1) - torch.arange(b - a)
+        scores = torch.einsum("qhn,khn->hqk", q[0, a:b], k[0, a:b]) / q.shape[3] ** 0.5
+        if slopes is not None:
+            scores = scores - slopes.to(q.dtype).view(-1, 1, 1) * distance
+        seen = (distance >= 0) & (distance < (window or b - a))
+        out[0, a:b] = torch.einsum("hqk,khn->qhn", scores.masked_fill(~seen, -torch.inf).softmax(-1), v[0, a:b])
+    return out
 
 
 def linear(disk, name, x):

@@ -1,13 +1,13 @@
 """Starting a run on several machines, by the scripts in deploy/: it is the run of one process."""
 
 import os
-import socket
 import stat
 import subprocess
 import sys
 from pathlib import Path
 
 from tests.conftest import ROOT, metrics
+from tests.pool import free_port
 
 SRUN = """#!/bin/sh
 # Two machines with one task each.
@@ -22,12 +22,6 @@ wait %1 && wait %2
 def environment(**more):
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "INTERNEVO_DEVICE": "cpu", "GLOO_SOCKET_IFNAME": "lo", **more}
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def finish(*processes):

@@ -12,7 +12,7 @@ from tests.pool import free_port, place
 
 
 def _gather(rank, port, folder):
-    os.environ.update(place(rank, 2, port))
+    os.environ.update(place(rank, 2, port), INTERNEVO_DEVICE="cpu")
     torch.set_num_threads(1)
     with join(launcher="torch"):
         mine = torch.full((8,), float(rank))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from internevo import ops
 from internevo.models import Decoder, DecoderConfig, Experts
 from internevo.models.moe import MoE
+from tests.references import plain_attention
 
 
 def tiny(experts):
@@ -119,19 +120,6 @@ def test_grouped_products_equal_one_product_per_group(counts, extra, sizes):
         torch.testing.assert_close(mine, reference)
 
 
-def plain_attention(q, k, v, window, slopes):
-    """One document, [length, heads, size] each."""
-    distance = torch.arange(len(q))[:, None] - torch.arange(len(q))
-    out = []
-    for h in range(q.shape[1]):
-        g = h * k.shape[1] // q.shape[1]
-        scores = q[:, h] @ k[:, g].T / math.sqrt(q.shape[-1])
-        scores = scores - slopes[h] * distance if slopes is not None else scores
-        unseen = (distance < 0) | (distance >= window) if window else distance < 0
-        out.append(scores.masked_fill(unseen, -math.inf).softmax(-1) @ v[:, g])
-    return torch.stack(out, dim=1)
-
-
 @pytest.mark.parametrize("window", [0, 1, 7, 300])
 @pytest.mark.parametrize("alibi", [False, True])
 def test_attention_with_windows_and_alibi_equals_the_definition(window, alibi):
@@ -141,8 +129,7 @@ def test_attention_with_windows_and_alibi_equals_the_definition(window, alibi):
     slopes = torch.tensor([0.5, 0.25, 0.1, 0.01]) if alibi else None
     q, k, v = (torch.randn(1, 600, heads, 8, requires_grad=True) for heads in (4, 2, 2))
     out = ops.attention(q, k, v, borders, 512, window=window, slopes_H=slopes)
-    cuts = list(itertools.pairwise(borders.tolist()))
-    wanted = torch.cat([plain_attention(q[0, a:b], k[0, a:b], v[0, a:b], window, slopes) for a, b in cuts if b > a])[None]
+    wanted = plain_attention(q, k, v, borders.tolist(), window, slopes)
     assert_equal(out, wanted)
     direction = torch.randn_like(out)
     for mine, reference in zip(*(torch.autograd.grad(y, (q, k, v), direction) for y in (out, wanted)), strict=True):
@@ -151,7 +138,8 @@ def test_attention_with_windows_and_alibi_equals_the_definition(window, alibi):
     halves = [x.detach().view(2, 300, -1, 8) for x in (q, k, v)]
     rows = ops.attention(*halves, window=window, slopes_H=slopes)
     for row in range(2):
-        assert (rows[row] - plain_attention(*(x[row] for x in halves), window, slopes)).abs().max() < 1e-5
+        wanted = plain_attention(*(x[row : row + 1] for x in halves), [0, 300], window, slopes)
+        assert (rows[row] - wanted[0]).abs().max() < 1e-5
     last = ops.attention(halves[0][:, -3:], *halves[1:], window=window, slopes_H=slopes)
     assert (last - rows[:, -3:]).abs().max() < 1e-5
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from internevo import ops
+from tests.references import plain_attention
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 EXACT, HALF = 1e-5, 2e-2
@@ -33,20 +34,6 @@ def compare(function, plain, inputs, device, dtype):
     wanted.backward(outer.to(dtype).double())
     for x, reference in zip(mine, exact, strict=True):
         assert_close(x.grad, reference.grad, dtype)
-
-
-def plain_attention(q, k, v, borders, window, slopes):
-    """One document after the other, one score for each pair of tokens."""
-    out = torch.zeros_like(q)
-    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
-    for a, b in itertools.pairwise(borders):
-        distance = torch.arange(b - a).unsqueeze(1) - torch.arange(b - a)
-        scores = torch.einsum("qhn,khn->hqk", q[0, a:b], k[0, a:b]) / q.shape[3] ** 0.5
-        if slopes is not None:
-            scores = scores - slopes.double().view(-1, 1, 1) * distance
-        seen = (distance >= 0) & (distance < (window or b - a))
-        out[0, a:b] = torch.einsum("hqk,khn->qhn", scores.masked_fill(~seen, -torch.inf).softmax(-1), v[0, a:b])
-    return out
 
 
 @pytest.mark.parametrize(("device", "dtype"), KINDS)

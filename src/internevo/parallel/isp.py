@@ -170,6 +170,7 @@ class Station:
         self.before: list[Station] = []
         """The same, backward."""
         self.overlap = False
+        """Whether weights are fetched ahead, and gradients waited for at their arrival."""
         self.first: Station = self
         """Of the layer's stations."""
         self.layer_stations: list[Station] = [self]
@@ -186,7 +187,7 @@ class Station:
         Autograd runs what was made last first. All of a layer's arrivals are made with its first station, so they wait for
         their gradients when the rest of the layer's backward is over (``_StationLinears.backward`` does not wait).
         """
-        if not self.defers():
+        if not self.overlap:
             return [local(linear.weight) for linear in self.linears]
         if self is self.first:
             for station in self.layer_stations:
@@ -194,10 +195,6 @@ class Station:
         parts, self._parts = self._parts, None
         assert parts is not None
         return parts
-
-    def defers(self) -> bool:
-        """Whether gradients are waited for at their arrival."""
-        return self.overlap
 
     def receive(self, grads: Sequence[Tensor]) -> list[Tensor]:
         """This rank's parts of the gradients, when they are there."""
@@ -214,7 +211,7 @@ class Station:
 
     def take(self, parts: Sequence[Tensor], then: list[Station]) -> list[Tensor]:
         """The weights in full; ``then`` are started on the way."""
-        if not self.defers():
+        if not self.overlap:
             return [functional.wait_tensor(w) for w in gather(parts, self.group)]
         coming, self._coming = self._coming, None
         coming = coming if coming is not None else gather(parts, self.group)
@@ -309,7 +306,7 @@ class _StationLinears(torch.autograd.Function):
         grad_TD = flat_TF[0] @ full[0]
         for grad, weight in zip(flat_TF[1:], full[1:], strict=True):
             grad_TD += grad @ weight
-        if ctx.station.defers():
+        if ctx.station.overlap:
             ctx.station.sent = full_grads
         else:
             scattered = [functional.wait_tensor(part) for part in scattered]

@@ -51,8 +51,7 @@ def recompute(
     chosen = [layer.attn for layer in layers] if share == "attention" else layers[: int(len(layers) * share)]
     for module in chosen:
         forward = torch.compile(module.forward) if compiled and not keep_attention else module.forward
-        run = _recomputed(forward, keep_attention)
-        module.forward = torch.compiler.disable(run, recursive=False) if compiled else run  # type: ignore[method-assign]
+        module.forward = _recomputed(forward, keep_attention)  # type: ignore[method-assign]
 
 
 def _recomputed(forward: Callable[..., Any], keep_attention: bool) -> Callable[..., Any]:
