@@ -15,6 +15,7 @@ each); q, k, v and the attention's output; gate, up, and their product.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -145,6 +146,7 @@ class Meter(TorchDispatchMode):
 
     def live(self) -> int:
         """Bytes that are held now."""
+        time.sleep(0.02)  # a thread of gloo's lets go of a collective's tensors a moment after that is waited for
         self._storages = {key: ref for key, ref in self._storages.items() if not ref.expired()}
         found = (torch.UntypedStorage._new_with_weak_ptr(ref.cdata) for ref in self._storages.values())
         return sum(storage.nbytes() for storage in found if storage is not None)
