@@ -12,12 +12,11 @@ from vs_transformers import SHAPES
 
 from internevo.checkpoint.saver import Extras, Saver
 from internevo.config import validate
-from internevo.models import decoder_config
+from internevo.models.families.registry import decoder_config
 from internevo.parallel import plan
 from internevo.parallel.layout import Layout
 from internevo.parallel.world import join
 from internevo.train.optimizer import Optimizer
-from internevo.train.trainer import named_tensors
 
 
 def main() -> None:

@@ -23,9 +23,9 @@ def make(folder: Path, family: str, gigabytes: float) -> None:
     """Writes a folder of about the given size, tensor by tensor."""
     import torch
 
-    from internevo.models import decoder_from_hf
-    from internevo.models.folder import naming
-    from internevo.tensorfile import ShardWriter, Spec
+    from internevo.models.families.registry import decoder_from_hf
+    from internevo.models.huggingface.folder import naming
+    from internevo.storage.tensors import ShardWriter, Spec
 
     common = {
         "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000, "rms_norm_eps": 1e-5,

@@ -14,17 +14,17 @@ import numpy as np
 import pyarrow
 from pyarrow import parquet
 
+from internevo.commands.demo import NOT_SOURCE
 from internevo.config.data import Data
 from internevo.data.batches import BatchSizes, Cursor, TrainBatches
 from internevo.data.build import train_source
-from internevo.data.index import open_index
-from internevo.data.inputs import find_files
+from internevo.data.encoding.tokenize import tokenize
 from internevo.data.order import Order
+from internevo.data.raw.inputs import find_files
 from internevo.data.rows import PackedRows
-from internevo.data.tokenize import tokenize
-from internevo.data.tokenized import TokenWriter
-from internevo.demo import NOT_SOURCE
-from internevo.tokenizer import train_bpe
+from internevo.data.tokenized.files import TokenWriter
+from internevo.data.tokenized.index import open_index
+from internevo.text.tokenizer import train_bpe
 
 
 def packing(folder: Path, files: int, documents: int) -> None:

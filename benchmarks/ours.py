@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 from internevo.config import Config, validate
 from internevo.data.batches import Cursor, MicroBatch, StepBatch
-from internevo.models import LossTerms, decoder_config
+from internevo.models.families.registry import decoder_config
+from internevo.models.losses import LossTerms
 from internevo.parallel import plan
 from internevo.parallel.layout import Layout
 from internevo.parallel.world import World

@@ -45,9 +45,10 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from internevo.models import Decoder, decoder_config
-from internevo.ops import keep_freed_memory
+from internevo.models.decoder import Decoder
+from internevo.models.families.registry import decoder_config
 from internevo.parallel.world import join
+from internevo.train.process import keep_freed_memory
 
 RANKS = 2
 OURS: dict[str, dict[str, Any]] = {

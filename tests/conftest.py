@@ -53,7 +53,7 @@ def pool():
 
 def write_dataset(folder):
     """Two types of documents, random lengths, some masked tokens (token 0 among them)."""
-    from internevo.data.tokenized import MASKED_ZERO, TokenWriter
+    from internevo.data.tokenized.files import MASKED_ZERO, TokenWriter
 
     draw = np.random.default_rng(7)
     for name in ("cn", "en"):

@@ -4,8 +4,9 @@ import torch
 import transformers as tf
 from hypothesis import strategies as st
 
-from internevo.models import Decoder, decoder_from_hf, parameter_shapes
-from internevo.models.folder import naming
+from internevo.models.decoder import Decoder, parameter_shapes
+from internevo.models.families.registry import decoder_from_hf
+from internevo.models.huggingface.folder import naming
 
 SCALINGS = [
     None,

@@ -16,7 +16,7 @@ def _work(rank, pipe):
     os.environ.update(place(rank, 1, 0), INTERNEVO_PARENT=str(os.getppid()))
     import torch
 
-    from internevo.train.start import train
+    from internevo.commands.train import train
 
     faulthandler.enable()  # a crash shows where
 

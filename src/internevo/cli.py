@@ -23,6 +23,16 @@ ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="Config file:
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Overrides of config keys.")]
 
 
+def parse_size(text: str) -> int:
+    """ "5GB" in bytes (powers of ten, as on the Hugging Face side)."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    number, unit = text[:-2], text[-2:].upper()
+    try:
+        return int(float(number) * units[unit])
+    except (KeyError, ValueError):
+        raise UsageError(f"size {text!r} is not a number with KB, MB, GB or TB") from None
+
+
 def _epilog(example: str) -> str:
     return f"Example: {example}"
 
@@ -34,7 +44,7 @@ def train(
     nproc: Annotated[int | None, typer.Option(min=1, help="Local processes (default: 1, or one per GPU).")] = None,
 ) -> None:
     """Train. Under torchrun or srun it joins their world; otherwise it starts the processes itself."""
-    from .train.start import train as start
+    from .commands.train import train as start
 
     raise typer.Exit(start(config, overrides or [], nproc))
 
@@ -47,7 +57,7 @@ def config_(
     per_node: Annotated[int, typer.Option(min=1, help="Processes on each machine, for the layout.")] = 8,
 ) -> None:
     """Validate a config and print it with every default written out."""
-    from .show import show
+    from .commands.config import show
 
     show(config, overrides or [], world_size, per_node)
 
@@ -75,7 +85,7 @@ def tokenize(
     ] = "stop",
 ) -> None:
     """Turn text into tokenized data: OUTPUT/TYPE, or OUTPUT/train/TYPE and OUTPUT/valid/TYPE with --valid-ratio."""
-    from .data.command import run
+    from .commands.tokenize import run
 
     run(
         inputs, output, tokenizer=tokenizer, train_tokenizer=train_tokenizer, vocab_size=vocab_size, format=format,
@@ -96,11 +106,11 @@ def convert(
         str | None, typer.Option("--as", help="Family to write: an InternLM2 model as LLAMA2, say, which needs no code.")
     ] = None,
     dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Default: as in the source.")] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest file.")] = "5GB",
+    max_shard_size: Annotated[int, typer.Option(parser=parse_size, metavar="SIZE", help="Largest file.")] = "5GB",  # type: ignore[assignment]
 ) -> None:
     """Convert weights to Hugging Face form or back, one tensor at a time."""
-    from .interchange import DTYPES, convert_with_progress
-    from .models.hf import parse_size
+    from .commands.convert import convert_with_progress
+    from .ops.precision import DTYPES
 
     convert_with_progress(
         source,
@@ -109,7 +119,7 @@ def convert(
         family=family,
         write_as=write_as,
         dtype=DTYPES[dtype] if dtype else None,
-        shard_bytes=parse_size(max_shard_size),
+        shard_bytes=max_shard_size,
     )
 
 
@@ -128,7 +138,8 @@ def generate(
     ] = "text",
 ) -> None:
     """Continue a text, or answer a question."""
-    from .generate import Sampling, continue_text
+    from .commands.generate import continue_text
+    from .models.generate import Sampling
 
     sampling = Sampling(temperature, top_k, top_p)
     answer = continue_text(checkpoint, prompt, max_new_tokens, sampling, seed, tokenizer, format)
@@ -142,7 +153,7 @@ def inspect(
     decode: Annotated[int, typer.Option(min=0, metavar="N", help="Show N documents of a dataset as text.")] = 0,
 ) -> None:
     """Say what a folder holds, and whether it is intact."""
-    from .inspection import inspect as look
+    from .commands.inspect import inspect as look
 
     for line in look(path, tokenizer, decode):
         print(line)
@@ -165,7 +176,7 @@ def demo(
     steps: Annotated[int | None, typer.Option(min=1, help="Train so many steps only.")] = None,
 ) -> None:
     """Train a small model on the Python standard library: data, training, text, export and report, command by command."""
-    from .demo import run
+    from .commands.demo import run
 
     run(config, folder, steps)
 
@@ -216,7 +227,7 @@ def train_py() -> None:
 
     @app.command("train.py", hidden=True)
     def start() -> None:
-        from .train.start import train as start_
+        from .commands.train import train as start_
 
         raise typer.Exit(start_(a.config, overrides, None, port=a.port, launcher=a.launcher))
 

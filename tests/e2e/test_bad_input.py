@@ -38,8 +38,8 @@ def test_a_bad_json_line_is_named(tmp_path, line, message):
 
 
 def test_tokenizing_keeps_order_and_content_whatever_the_workers(tmp_path):
-    from internevo.data.index import open_index
-    from internevo.tokenizer import load_tokenizer
+    from internevo.data.tokenized.index import open_index
+    from internevo.text.tokenizer import load_tokenizer
 
     texts = [f"document {n}: " + "naïve text 文本 " * (n % 50) for n in range(4000)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"content": t}) + "\n" for t in texts))

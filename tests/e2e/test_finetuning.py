@@ -68,7 +68,7 @@ def test_adapters_are_trained_on_chats_and_merged_on_export(tmp_path, pool, run,
 
 
 def _unmerged(folder):
-    from internevo.models import Decoder
+    from internevo.models.decoder import Decoder
 
     checkpoint = Checkpoint(folder)
     model = Decoder(checkpoint.config)

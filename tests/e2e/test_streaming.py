@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from internevo.tokenizer import train_bpe
+from internevo.text.tokenizer import train_bpe
 from tests.conftest import metrics, write_config, write_dataset
 
 STREAM = {"model__vocab_size": 300, "data__num_worker": 0, "ckpt__checkpoint_every": 3, "data__seq_len": 24}

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from internevo.tokenizer import train_bpe
+from internevo.text.tokenizer import train_bpe
 from tests.conftest import metrics, tensors, write_config, write_dataset
 from tests.parallel.layouts import MODELS, NAMED, PADDED, STEADY, composition, full_table, layout
 

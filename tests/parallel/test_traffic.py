@@ -7,7 +7,8 @@ import math
 import pytest
 
 from internevo.config import load_config
-from internevo.models import decoder_config, parameter_shapes
+from internevo.models.decoder import parameter_shapes
+from internevo.models.families.registry import decoder_config
 from internevo.parallel import isp, tensor
 from internevo.parallel.layout import Layout
 from tests.conftest import run, write_config, write_dataset

@@ -8,7 +8,7 @@ import pytest
 from internevo.config import check, load_config, missing_features, notices, problems, validate
 from internevo.config.option import walk
 from internevo.errors import ConfigError, NotAvailableYet
-from internevo.models import decoder_config
+from internevo.models.families.registry import decoder_config
 from tests.conftest import ROOT, TINY, run
 
 INTERNEVO = """

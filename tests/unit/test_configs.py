@@ -7,8 +7,9 @@ import pytest
 from internevo.config import load_config
 from internevo.config.check import missing_features, problems
 from internevo.config.schema import FAMILIES
-from internevo.models import FAMILIES as REGISTERED
-from internevo.models import decoder_config, decoder_from_hf, family, parameter_shapes
+from internevo.models.decoder import parameter_shapes
+from internevo.models.families.registry import FAMILIES as REGISTERED
+from internevo.models.families.registry import decoder_config, decoder_from_hf, family
 from tests.conftest import ROOT
 
 PUBLISHED = {

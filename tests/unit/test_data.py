@@ -8,15 +8,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from internevo.commands.inspect import inspect
 from internevo.data.batches import BatchSizes, Cursor, TrainBatches, parse_skips, valid_batches
-from internevo.data.index import open_index
 from internevo.data.order import Order
 from internevo.data.rows import IGNORE, PackedRows, PaddedRows, RandomRows
 from internevo.data.source import Shuffled
-from internevo.data.tokenized import MASKED_ZERO, TokenFile, TokenWriter
+from internevo.data.tokenized.files import MASKED_ZERO, TokenFile, TokenWriter
+from internevo.data.tokenized.index import open_index
 from internevo.errors import DataError, UsageError
-from internevo.inspection import inspect
-from internevo.tokenizer import load_tokenizer, train_bpe
+from internevo.text.tokenizer import load_tokenizer, train_bpe
 
 
 def write_json(path, documents, dtype=np.int64):
@@ -227,7 +227,7 @@ def test_an_empty_folder_is_named(tmp_path):
 
 
 def test_int32_offsets_beyond_2_gib_are_repaired(tmp_path):
-    from internevo.data.tokenized import read_meta
+    from internevo.data.tokenized.files import read_meta
 
     offsets = np.array([0, 2**31 - 5, 2**31 + 10, 2**32 - 1, 2**32 + 7], dtype=np.int64)
     meta = np.stack([offsets, np.full(5, 3)], axis=1)

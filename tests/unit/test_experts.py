@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from internevo import ops
-from internevo.models import Decoder, DecoderConfig, Experts
+from internevo.models.config import DecoderConfig, Experts
+from internevo.models.decoder import Decoder
 from internevo.models.moe import MoE
 from tests.references import plain_attention
 

@@ -9,11 +9,11 @@ from pyarrow import parquet
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Fast
 
-from internevo.data.index import open_index
+from internevo.data.encoding.tokenize import tokenize
 from internevo.data.rows import split_signs
-from internevo.data.tokenize import tokenize
+from internevo.data.tokenized.index import open_index
 from internevo.errors import DataError, UsageError
-from internevo.tokenizer import load_tokenizer, train_bpe
+from internevo.text.tokenizer import load_tokenizer, train_bpe
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
@@ -162,8 +162,8 @@ def test_a_template_reaches_nothing_outside(tmp_path):
 
 @pytest.mark.parametrize("format", ["text", "chat"])
 def test_a_killed_run_goes_on_with_the_same_result(tmp_path, monkeypatch, format):
-    from internevo.data import inputs
-    from internevo.data import tokenize as module
+    from internevo.data.encoding import tokenize as module
+    from internevo.data.raw import inputs
 
     monkeypatch.setattr(inputs, "JOB_BYTES", 300)
     monkeypatch.setattr(module, "NOTE_EVERY", 0.0)

@@ -5,7 +5,7 @@ import gzip
 import pytest
 
 from internevo.config import check, load_config
-from internevo.data.hub import dataset_files
+from internevo.data.raw.hub import dataset_files
 from internevo.errors import ConfigError, DataError
 from tests.conftest import write_config
 

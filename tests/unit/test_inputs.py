@@ -13,16 +13,17 @@ import zstandard
 from pyarrow import parquet
 
 from internevo.config import check, load_config
-from internevo.data import encode, inputs
 from internevo.data.build import train_source, valid_rows
-from internevo.data.documents import documents
-from internevo.data.formats import fields_of, text_of
-from internevo.data.index import open_index
-from internevo.data.inputs import cut, find_files, is_sequential, make_jobs
+from internevo.data.encoding import encode
+from internevo.data.encoding.formats import fields_of, text_of
+from internevo.data.encoding.tokenize import tokenize
+from internevo.data.raw import inputs
+from internevo.data.raw.documents import documents
+from internevo.data.raw.inputs import cut, find_files, is_sequential, make_jobs
 from internevo.data.rows import RandomRows
-from internevo.data.tokenize import tokenize
+from internevo.data.tokenized.index import open_index
 from internevo.errors import DataError
-from internevo.tokenizer import train_bpe
+from internevo.text.tokenizer import train_bpe
 from tests.conftest import write_config, write_dataset
 
 LINES = ("jsonl", "ndjson")

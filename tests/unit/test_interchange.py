@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Mi
 
 from internevo import load_model, save_hf
 from internevo.checkpoint import Checkpoint
+from internevo.commands.convert import convert
 from internevo.errors import CheckpointError, UsageError
-from internevo.generate import Sampling
-from internevo.interchange import convert
-from internevo.models.folder import HfFolder, write_hf
-from internevo.tokenizer import train_bpe
+from internevo.models.generate import Sampling
+from internevo.models.huggingface.folder import HfFolder, write_hf
+from internevo.text.tokenizer import train_bpe
 from tests.conftest import metrics
 from tests.families import CONFIGS, pair
 from tests.references import REFERENCES, random_folder
@@ -204,7 +204,7 @@ def test_what_lies_beside_the_weights_goes_along(llama_folder, tmp_path):
 
 
 def test_sampling_is_seeded_and_keeps_to_its_limits():
-    from internevo.generate import choose
+    from internevo.models.generate import choose
 
     logits = torch.tensor([3.0, 2.0, 1.0, 0.0, -1.0])
     draw = lambda **k: {choose(logits, Sampling(**k), torch.Generator().manual_seed(s)) for s in range(1000)}  # noqa: E731

@@ -8,7 +8,8 @@ import transformers as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from internevo.models import Decoder, decoder_from_hf
+from internevo.models.decoder import Decoder
+from internevo.models.families.registry import decoder_from_hf
 from tests.families import put, to_disk
 from tests.references import REFERENCES, random_folder, slopes
 

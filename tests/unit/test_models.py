@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from internevo.generate import Sampling, generate
-from internevo.models import LossTerms
-from internevo.models.losses import balance
+from internevo.models.generate import Sampling, generate
+from internevo.models.losses import LossTerms, balance
 from internevo.ops import cross_entropy
 from tests.families import CONFIGS, disk_tensors, pair, to_disk
 

@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from internevo.config.data import Data
-from internevo.data import blocks, inputs
 from internevo.data.batches import BatchSizes, Cursor, TrainBatches
 from internevo.data.build import in_memory, train_source, valid_rows
-from internevo.data.exchange import Exchange
+from internevo.data.raw import inputs
+from internevo.data.streaming import blocks
+from internevo.data.streaming.exchange import Exchange
 from internevo.errors import DataError
-from internevo.tokenizer import load_tokenizer, train_bpe
+from internevo.text.tokenizer import load_tokenizer, train_bpe
 
 VOCAB = 300
 

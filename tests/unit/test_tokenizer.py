@@ -12,8 +12,8 @@ from transformers import AddedToken, AutoTokenizer
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from internevo.errors import UsageError
-from internevo.tiktokens import KINDS
-from internevo.tokenizer import load_tokenizer, train_bpe
+from internevo.text.tiktokens import KINDS
+from internevo.text.tokenizer import load_tokenizer, train_bpe
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "über", "den", "faulen", "Hund", "文本", "def", "return"]
 TEXTS = [" ".join(random.Random(n).choices(WORDS, k=40)) for n in range(99)]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..models.folder import copy_tokenizer
+from ..models.huggingface.folder import copy_tokenizer
 from .manifest import Manifest, describe_file
 
 

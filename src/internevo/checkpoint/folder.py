@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, UsageError
-from ..models import DecoderConfig
-from ..tensorfile import Place, Spec, TensorFile
+from ..models.config import DecoderConfig
+from ..storage.tensors import Place, Spec, TensorFile
 from .manifest import NAME, Chunk, Manifest, TensorEntry
 
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..models import parameter_shapes
-from ..models.folder import Source, pour
-from ..tensorfile import ShardWriter, Spec
+from ..models.decoder import parameter_shapes
+from ..models.source import Source, pour
+from ..storage.tensors import ShardWriter, Spec
 from .finish import Extras, complete
 from .folder import HF_CONFIG
 from .manifest import Checksums, Chunk, Manifest, TensorEntry

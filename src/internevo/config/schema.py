@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from .data import Data
@@ -72,3 +73,8 @@ class Config(Section):
     pad_token_id: int | None = option(None, "Padding token.", ignored="padding has no label")
     grad_profiling: dict[str, Any] | None = option(None, "Gradient norms per layer.", later="gradient profiling")
     launcher: Literal["torch", "slurm"] | None = option(None, "Who started it.", ignored="it is read from the environment")
+
+    @property
+    def run_folder(self) -> Path:
+        """Where everything that the run writes is."""
+        return Path(self.ckpt.save_ckpt_folder or f"runs/{self.JOB_NAME}")

@@ -9,16 +9,16 @@ from pathlib import Path
 
 from ..config.data import STREAMS, Data, MixturePart, name_of
 from ..errors import ConfigError
-from ..tokenizer import Tokenizer
-from .blocks import Blocks, make_shards
-from .encode import Encoder, Workers, tokenizer_at
-from .exchange import Exchange
-from .hub import dataset_files
-from .index import minimum, open_index, type_of
+from ..text.tokenizer import Tokenizer
+from .encoding.encode import Encoder, Workers, tokenizer_at
 from .mixture import Mixture, Part
+from .raw.hub import dataset_files
 from .rows import ListedRows, PackedRows, PaddedRows, RandomRows, Rows
 from .source import Shuffled, Source
-from .stream import Stream, all_rows
+from .streaming.blocks import Blocks, make_shards
+from .streaming.exchange import Exchange
+from .streaming.stream import Stream, all_rows
+from .tokenized.index import minimum, open_index, type_of
 
 MIN_VALID_LENGTH = 1
 

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import DataError
-from .index import Index
-from .tokenized import MASKED_ZERO, Ids
+from .tokenized.files import MASKED_ZERO, Ids
+from .tokenized.index import Index
 
 IGNORE = -100
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +18,9 @@ from torch import Tensor, nn
 
 from .. import ops
 from .config import DecoderConfig
+from .linear import Linear
 from .moe import MoE, Routing
 from .rotary import rotate
-
-if TYPE_CHECKING:
-    from .lora import Adapter
 
 
 class Context(NamedTuple):
@@ -90,23 +88,6 @@ def loss(x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor, smoothing: float) 
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
-
-
-class Linear(nn.Linear):
-    """y = x W^T + b, whose weight [out, in] has named axes."""
-
-    def __init__(self, out_axis: str, out_size: int, in_axis: str, in_size: int, bias: bool = False) -> None:
-        super().__init__(in_size, out_size, bias=bias)
-        self.axes = (out_axis, in_axis)
-        self.lora: Adapter | None = None
-        """A low-rank addition, which alone is trained (``models.lora``)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.adapt(x, F.linear(x, self.weight, self.bias))
-
-    def adapt(self, x: Tensor, y: Tensor) -> Tensor:
-        """``y``, what the weight makes of ``x``, and what the adapter adds."""
-        return y if self.lora is None else y + self.lora(x)
 
 
 class RMSNorm(nn.Module):

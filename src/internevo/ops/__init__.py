@@ -4,7 +4,6 @@ from .attention import attention
 from .cross_entropy import VocabShard, chunk_tokens, linear_cross_entropy
 from .gated import gated
 from .grouped import grouped_linear, take_rows
-from .host_memory import keep_freed_memory
 from .norm import rms_norm
 
 __all__ = [
@@ -13,7 +12,6 @@ __all__ = [
     "chunk_tokens",
     "gated",
     "grouped_linear",
-    "keep_freed_memory",
     "linear_cross_entropy",
     "rms_norm",
     "take_rows",

@@ -19,14 +19,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 Group = dist.ProcessGroup
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor that may be spread over ranks."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def sent(x: Tensor) -> Tensor:

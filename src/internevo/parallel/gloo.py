@@ -9,9 +9,14 @@ nothing else is done. One thread works off a group's collectives in the order in
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 
 BACKEND = "gloo_one_thread"
 
@@ -29,3 +34,46 @@ def _create(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist
     group = dist.ProcessGroupGloo(store, rank, size, options)
     group._set_sequence_number_for_group()
     return group
+
+
+class Reductions(ReduceScatter):
+    """gloo's own reduce-scatter, which takes a list: that of one tensor is an all-reduce of a copy.
+
+    Deferred, reductions go on in gloo's threads (there are no streams) while backward computes, until somebody waits. That is
+    right where nothing else happens to their results before: one reduction per step, and no replicas.
+    """
+
+    def __init__(self, deferred: bool) -> None:
+        self.deferred = deferred
+        self.works: list[dist.Work] = []
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> dist.Work:
+        work = dist.reduce_scatter(output_tensor, list(input_tensor.chunk(group.size())), op=op, group=group, async_op=True)
+        assert work is not None
+        if self.deferred:
+            self.works.append(work)
+        else:
+            work.wait()
+        return work
+
+    def wait(self) -> None:
+        """For all of them."""
+        for work in self.works:
+            work.wait()
+        self.works = []
+
+
+def wait_for(reduced: Tensor) -> None:
+    """Before backward goes on."""
+    if reduced.is_cuda:
+        torch.cuda.current_stream().synchronize()

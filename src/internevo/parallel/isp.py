@@ -35,13 +35,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from ..config.parallel import Weight
-from ..models import Decoder, DecoderConfig
-from ..models.layers import DecoderLayer, GatedMLP, Linear, look_up, loss
-from ..models.lora import MARK
+from ..models.config import DecoderConfig
+from ..models.decoder import Decoder
+from ..models.layers import DecoderLayer, GatedMLP, look_up, loss
+from ..models.linear import MARK, Linear
 from . import collectives
-from .collectives import Group, exchange, local
-from .data import Inner
-from .traffic import Collectives
+from .collectives import Group, exchange
+from .shards import local
+from .strategy import Collectives, Inner
 
 
 def traffic(

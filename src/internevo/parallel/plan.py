@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import cast
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import Shard, _StridedShard
 
 from ..config import Config
-from ..models import Decoder, DecoderConfig, Initializer
+from ..models.config import DecoderConfig
+from ..models.decoder import Decoder
+from ..models.init import Initializer
 from ..models.layers import DecoderLayer
 from ..models.lora import freeze_all_but_adapters
-from .collectives import local
-from .data import COMPUTE, DataAxis, Inner, Sharded, SingleProcess
+from ..ops.precision import COMPUTE
+from .data_axis import DataAxis, Sharded, SingleProcess
 from .isp import InternSequenceParallel
 from .layout import Layout
 from .recompute import recompute
+from .shards import initialize
+from .strategy import Inner
 from .tensor import TensorParallel
 
 
@@ -57,38 +56,3 @@ def build(decoder: DecoderConfig, config: Config, layout: Layout, device: torch.
     initialize(axis.masters, Initializer.of(section, config.seed, decoder.norm_unit_offset))
     axis.masters_changed()
     return model, axis
-
-
-def initialize(masters: dict[str, nn.Parameter], initializer: Initializer) -> None:
-    """Fills every weight with this rank's part of its initial value."""
-    for name, parameter in masters.items():
-        fill_local(parameter, partial(initializer.rows, name, parameter.shape))
-
-
-@torch.no_grad()
-def fill_local(parameter: nn.Parameter, values: Callable[[int, int], Tensor]) -> None:
-    """Fills this rank's part of a weight from ``values(start, stop)``, the full tensor's slices along its first axis."""
-    (start, stop), *others = local_box(parameter)
-    part = local(parameter)
-    if part.numel():
-        part.copy_(values(start, stop)[(slice(None), *(slice(a, b) for a, b in others))])
-
-
-def local_box(parameter: Tensor) -> list[tuple[int, int]]:
-    """(start, stop) of this rank's part along every axis of the full tensor.
-
-    Inner dimensions of the mesh have cut first, outer ones what was left; each as ``torch.chunk`` does.
-    """
-    box = [(0, size) for size in parameter.shape]
-    if not isinstance(parameter, DTensor):
-        return box
-    mesh, coordinate = parameter.device_mesh, parameter.device_mesh.get_coordinate()
-    assert coordinate is not None
-    for dim in reversed(range(mesh.ndim)):
-        place = parameter.placements[dim]
-        if isinstance(place, Shard | _StridedShard):
-            start, stop = box[place.dim]
-            step = -(-(stop - start) // mesh.size(dim))
-            first = min(start + coordinate[dim] * step, stop)
-            box[place.dim] = (first, min(first + step, stop))
-    return box

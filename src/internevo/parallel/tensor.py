@@ -36,13 +36,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
 from .. import ops
-from ..models import Decoder, DecoderConfig
-from ..models.layers import Attention, GatedMLP, Linear
-from ..models.lora import MARK, Adapter
+from ..models.config import DecoderConfig
+from ..models.decoder import Decoder
+from ..models.layers import Attention, GatedMLP
+from ..models.linear import MARK, Adapter, Linear
 from . import collectives
-from .collectives import Group, all_gather, local, tokens_first
-from .data import Inner
-from .traffic import Collectives
+from .collectives import Group, all_gather, tokens_first
+from .shards import local
+from .strategy import Collectives, Inner
 
 OUT, IN = ("heads", "kv_heads", "mlp", "vocab"), ("heads", "mlp")
 """Axes along which a weight's rows, or its columns, are cut."""

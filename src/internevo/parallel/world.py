@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 
 from ..errors import UsageError
-from ..ops import keep_freed_memory
 from . import gloo
 
 TIMEOUT = timedelta(minutes=30)
@@ -83,8 +82,6 @@ def join(port: int = 8888, launcher: str | None = None) -> Iterator[World]:
     """Joins the run's process group, and leaves it at the end. NCCL on GPUs, gloo elsewhere."""
     place = find_place(os.environ, port, launcher)
     device = pick_device(place.local_rank)
-    if device.type == "cpu":
-        keep_freed_memory()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else gloo.register()
     if device.type == "cpu" and place.size > 1 and _is_local(os.environ):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -110,10 +107,3 @@ def pick_device(local_rank: int) -> torch.device:
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
-
-
-def is_slow(dtype: str, device: torch.device) -> bool:
-    """Whether a CPU computes in this half precision without instructions for it, hundreds of times slower than in fp32."""
-    mkldnn = torch.ops.mkldnn
-    fast = {"bfloat16": mkldnn._is_mkldnn_bf16_supported, "float16": mkldnn._is_mkldnn_fp16_supported}
-    return device.type == "cpu" and dtype in fast and not fast[dtype]()

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from ..config.training import Adam
-from ..parallel.collectives import local
+from ..parallel.shards import local
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -41,6 +41,11 @@ class Optimizer:
     def state(self) -> dict[str, Tensor]:
         """The moments by name, ``NAME.exp_avg`` and ``NAME.exp_avg_sq``: DTensors like the parameters."""
         return {f"{name}.{m}": t for name, both in self.moments.items() for m, t in zip(MOMENTS, both, strict=True)}
+
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
+        """Weights (model/NAME) and moments (optimizer/NAME.exp_avg, ...) as they are named in a checkpoint."""
+        weights = {f"model/{name}": tensor.detach() for name, tensor in self.named.items()}
+        return {**weights, **{f"optimizer/{name}": tensor for name, tensor in self.state().items()}}
 
     def gradients(self) -> dict[str, Tensor]:
         """This rank's part of every gradient."""

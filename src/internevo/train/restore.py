@@ -14,11 +14,12 @@ from ..checkpoint.load import load_tensors
 from ..checkpoint.storage import KINDS
 from ..config.run import LoadCkptInfo
 from ..errors import CheckpointError, UsageError
-from ..models import DecoderConfig, parameter_shapes
-from ..models.folder import HfFolder
-from ..models.lora import MARK
-from ..parallel.plan import fill_local
-from ..tensorfile import Spec
+from ..models.config import DecoderConfig
+from ..models.decoder import parameter_shapes
+from ..models.huggingface.folder import HfFolder
+from ..models.linear import MARK
+from ..parallel.shards import fill_local
+from ..storage.tensors import Spec
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -39,13 +40,11 @@ def restore(trainer: Trainer) -> list[str]:
 
 def load_checkpoint(trainer: Trainer, folder: Path, wanted: LoadCkptInfo) -> list[str]:
     """Loads the parts that ``wanted`` names."""
-    from .trainer import named_tensors
-
     checkpoint = Checkpoint(folder)
     kinds = tuple(f"{kind}/" for kind in KINDS if wanted.has(kind))
     if "optimizer/" in kinds and not any(n.startswith("optimizer/") for n in checkpoint.manifest.tensors):
         raise CheckpointError(f'{folder} holds weights only; load it with content=("model",) (ckpt.load_ckpt_info)')
-    tensors = {n: t for n, t in named_tensors(trainer.optimizer).items() if n.startswith(kinds)}
+    tensors = {n: t for n, t in trainer.optimizer.checkpoint_tensors().items() if n.startswith(kinds)}
     mine, theirs = trainer.decoder.lora, checkpoint.config.lora
     if mine and theirs is None and not wanted.has("optimizer"):
         tensors = {name: tensor for name, tensor in tensors.items() if MARK not in name}  # adapters begin beside old weights

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models import DecoderConfig, Loss
+from ..models.config import DecoderConfig
+from ..models.losses import Loss
 
 
 class RouterSums:

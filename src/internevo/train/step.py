@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..data.batches import MicroBatch, StepBatch
-from ..models import Decoder, LossTerms
-from ..parallel.data import DataAxis
+from ..models.decoder import Decoder
+from ..models.losses import LossTerms
+from ..parallel.data_axis import DataAxis
 from ..parallel.layout import Layout
 from .optimizer import Optimizer
 from .routing import RouterSums

@@ -9,7 +9,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -20,32 +19,29 @@ from ..config import Config, dump
 from ..config.training import Loss as LossSection
 from ..data.batches import BatchSizes, StepBatch, TrainBatches, parse_skips, valid_batches
 from ..data.build import fitting_tokenizer, in_memory, train_source, valid_rows
-from ..data.exchange import Exchange
-from ..generate import Sampling, generate
-from ..models import LossTerms, decoder_config
-from ..models.folder import write_hf
-from ..models.merge import merged
+from ..data.streaming.exchange import Exchange
+from ..measure.probes import Probes
+from ..models.families.registry import decoder_config
+from ..models.generate import Sampling, generate
+from ..models.huggingface.folder import write_hf
+from ..models.huggingface.merge import merged
+from ..models.losses import LossTerms
 from ..observe.console import log, start_log
 from ..observe.observers import Observers
 from ..observe.record import StepRecord, ValidRecord, memory_peak, peak_tflops
+from ..ops.precision import COMPUTE, is_slow
 from ..parallel import plan
-from ..parallel.data import COMPUTE
 from ..parallel.layout import Layout
-from ..parallel.world import World, is_slow, ranks_here
-from ..tokenizer import Tokenizer
-from .look import LookIntoSteps
+from ..parallel.world import World, ranks_here
+from ..text.tokenizer import Tokenizer
+from .lr_schedule import beta2, learning_rate
 from .optimizer import Optimizer
+from .process import prepare
 from .restore import restore
 from .scaler import LossScaler
-from .schedule import beta2, learning_rate
 from .state import RunState
 from .step import Stepper, StepResult, evaluate
 from .stop import StopRequests
-
-
-def run_folder(config: Config) -> Path:
-    """Where everything that the run writes is."""
-    return Path(config.ckpt.save_ckpt_folder or f"runs/{config.JOB_NAME}")
 
 
 class Trainer:
@@ -53,10 +49,10 @@ class Trainer:
 
     def __init__(self, config: Config, world: World, stops: StopRequests) -> None:
         self.config, self.world, self.stops = config, world, stops
-        self.run = run_folder(config)
+        self.run = config.run_folder
         self.layout = Layout.of(config, world.size)
         start_log(self.run / "log", world.rank, config.monitor.alert.alert_file_path)
-        _set_backends(config)
+        prepare(config, world.device)
         self.decoder = decoder_config(config.model_type, config.model)
         self._open_data()
         self.model, self.axis = plan.build(self.decoder, config, self.layout, world.device)
@@ -77,7 +73,7 @@ class Trainer:
         )  # fmt: skip
         self.saver = Saver(self.run, config.ckpt, world.rank, _sizes(self.layout), after=self._export)
         self.saved_step = self.state.step
-        self.look = LookIntoSteps(config, self.layout, self.model, self.optimizer, self.run, world.rank)
+        self.probes = Probes(config, self.layout, self.model, self.optimizer.checkpoint_tensors(), self.run, world.rank)
         self.peak = peak_tflops(world.device, config.model.dtype, config.monitor.peak_tflops)
         if config.ckpt.stop_file_path and world.rank == 0:
             stops.watch(config.ckpt.stop_file_path)
@@ -116,7 +112,7 @@ class Trainer:
                 step, last = record.step, stop or record.step == data.total_steps
                 if observers:
                     observers.step(record)
-                    for line in self.look.lines:
+                    for line in self.probes.lines:
                         observers.console.say(line)
                 if _due(step, data.valid_every, last and not stop):
                     self._evaluate(step, observers)
@@ -141,7 +137,7 @@ class Trainer:
         """One step; its record, and whether to stop and to save behind it."""
         config, begin = self.config, time.perf_counter()
         lr = learning_rate(batch.number, config.data.total_steps, config.adam.lr, config.lr_scheduler)
-        with self.look(batch):
+        with self.probes(batch):
             share = partial(self._share, len(batch.bad))
             result = self.stepper(batch, lr, beta2(batch.number, config.adam, config.beta2_scheduler), share)
         self.state.cursor = batch.after
@@ -218,7 +214,7 @@ class Trainer:
 
     def _tensors(self) -> dict[str, Tensor]:
         """Weights and moments, under the names they have in a checkpoint."""
-        return named_tensors(self.optimizer)
+        return self.optimizer.checkpoint_tensors()
 
     def _extras(self) -> Extras:
         path = self.config.data.tokenizer_path
@@ -267,12 +263,6 @@ class Trainer:
         return observers
 
 
-def named_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
-    """Weights (model/NAME) and moments (optimizer/NAME.exp_avg, ...) as they are named in a checkpoint."""
-    weights = {f"model/{name}": tensor.detach() for name, tensor in optimizer.named.items()}
-    return {**weights, **{f"optimizer/{name}": tensor for name, tensor in optimizer.state().items()}}
-
-
 def _exchange(world: World) -> Exchange:
     """Over all ranks, whatever they are to each other: each tokenizes a share of a stream."""
     return Exchange(dist.new_group(backend="gloo") if world.size > 1 else None)
@@ -292,10 +282,3 @@ def _perplexity(loss: float) -> float:
 
 def _sizes(layout: Layout) -> dict[str, int]:
     return {axis: size for axis, size, _ in layout.describe()}
-
-
-def _set_backends(config: Config) -> None:
-    torch.backends.cudnn.deterministic = config.cudnn_deterministic
-    torch.backends.cudnn.benchmark = config.cudnn_benchmark
-    if config.model.dtype == "tf32":
-        torch.backends.cuda.matmul.allow_tf32 = True

@@ -1,0 +1,83 @@
+"""``internevo config``: the resolved config, and the layout it would have."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from ..config.check import data_size, missing_features, missing_paths, problems
+from ..config.load import dump, load_config
+from ..config.option import notices
+from ..config.schema import Config
+from ..errors import ConfigError
+
+
+def show(path: Path, overrides: list[str], world_size: int | None, per_node: int = 8) -> None:
+    """Prints the config on standard output; notes and warnings on standard error.
+
+    Raises:
+        ConfigError: when the config cannot be trained on ``world_size`` processes, missing files aside.
+    """
+    config = load_config(path, overrides)
+    for line in notices(config):
+        print(f"note: {line}", file=sys.stderr)
+    for line in [*missing_paths(config), *missing_features(config)]:
+        print(f"warning: {line}", file=sys.stderr)
+    smallest = config.parallel.tensor.size * config.parallel.pipeline.size
+    wrong = problems(config, world_size or max(smallest, config.parallel.weight.size, config.parallel.zero1.size * smallest))
+    if wrong:
+        raise ConfigError("the config cannot be trained:\n" + "\n".join(f"  {line}" for line in wrong))
+    print(dump(config), end="")
+    if world_size:
+        print("\n" + "\n".join(layout_lines(config, world_size, per_node)))
+
+
+def layout_lines(config: Config, world_size: int, per_node: int) -> list[str]:
+    """Sizes and groups of every axis, who is in which group, the batch, and the memory of a rank."""
+    from ..data.batches import BatchSizes
+    from ..models.families.registry import decoder_config
+    from ..parallel.layout import Layout
+    from ..parallel.memory import Memory, planned
+
+    layout = Layout.of(config, world_size)
+    lines = [f"layout on {world_size} processes"]
+    lines += [f"  {axis:<10} {size:>6}  {meaning}" for axis, size, meaning in layout.describe()]
+    groups = layout.groups()
+    lines += [f"  {axis:<10} groups  {_some([_ranks(group) for group in of])}" for axis, of in groups.items()]
+    if groups:
+        lines += _rank_table(groups, world_size, per_node)
+    sizes = BatchSizes.of(config.data, data_size(config, world_size))
+    rows = sizes.rows(config.data.total_steps)
+    lines.append(
+        f"  step       {rows:>6}  rows of {config.data.seq_len} tokens = {rows * config.data.seq_len:,} tokens "
+        f"({sizes.micro_num} micro-batches of {sizes.micro_bsz} on each of {sizes.ranks} data ranks)"
+    )
+    decoder = decoder_config(config.model_type, config.model)
+    if decoder.experts is None and decoder.lora is None:
+        memory = planned(decoder, config, layout, config.data.seq_len * config.data.micro_bsz)
+        parts = ", ".join(f"{name} {getattr(memory, field) / 2**30:.2f}" for field, name in Memory.NAMES.items())
+        lines.append(f"  memory     {memory.total / 2**30:>6.2f}  GiB on rank 0, without buffers: {parts}")
+    return lines
+
+
+def _rank_table(groups: dict[str, list[list[int]]], world_size: int, per_node: int) -> list[str]:
+    """A line for each rank: its node, and which of every axis's groups it is in; of many ranks some."""
+    number = {(axis, rank): n for axis, of in groups.items() for n, group in enumerate(of) for rank in group}
+    shown = [*range(world_size)] if world_size <= 32 else [*range(24), *range(world_size - 4, world_size)]
+    lines = ["  rank   node" + "".join(f"{axis:>12}" for axis in groups) + "   (numbers of groups)"]
+    for before, rank in zip([-1, *shown], shown, strict=False):
+        if rank != before + 1:
+            lines.append("  ...")
+        lines.append(f"  {rank:<6} {rank // per_node:<4}" + "".join(f"{number[axis, rank]:>12}" for axis in groups))
+    return lines
+
+
+def _ranks(group: list[int]) -> str:
+    """Ranks of a group: "0-7", "0,8,...,56"."""
+    if len(group) > 1 and group[-1] - group[0] == len(group) - 1:
+        return f"{group[0]}-{group[-1]}"
+    return ",".join(map(str, group)) if len(group) <= 4 else f"{group[0]},{group[1]},...,{group[-1]}"
+
+
+def _some(groups: list[str]) -> str:
+    return "  ".join(groups if len(groups) <= 8 else [*groups[:4], "...", groups[-1]])

@@ -1,0 +1,77 @@
+"""``internevo inspect``: what a folder holds, and whether it is intact."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..checkpoint import Checkpoint, complete_checkpoints
+from ..checkpoint.manifest import NAME, verify
+from ..data.tokenized.describe import describe
+from ..errors import UsageError
+from ..models.families.registry import family
+from ..models.huggingface.folder import HfFolder
+from ..observe.metrics import read_rows
+from ..storage.tensors import Spec
+
+
+def inspect(path: Path, tokenizer: Path | None = None, decode: int = 0) -> Iterator[str]:
+    """Lines that describe ``path``.
+
+    Args:
+        tokenizer: for tokenized data, to check the ids with.
+        decode: documents of tokenized data to show as text.
+
+    Raises:
+        UsageError: when it is nothing that is known here.
+        CheckpointError, DataError: when it is damaged, naming the file and the place.
+    """
+    if not path.is_dir():
+        raise UsageError(f"{path} is not a folder")
+    if (path / NAME).is_file() or (path / "state.json").is_file():
+        return _checkpoint(path)
+    if (path / "metrics.jsonl").is_file() or (path / "checkpoints").is_dir():
+        return _run(path)
+    if (path / "config.json").is_file():
+        return _hf(path)
+    if any(path.rglob("*.bin")):
+        return describe(path, tokenizer, decode)
+    raise UsageError(f"{path} holds neither a checkpoint, a run, a Hugging Face model nor tokenized data")
+
+
+def _checkpoint(path: Path) -> Iterator[str]:
+    checkpoint = Checkpoint(path)
+    manifest = checkpoint.manifest
+    yield f"checkpoint {path}: step {manifest.step}"
+    yield f"model: {checkpoint.config.family}, {checkpoint.config.parameters():,} parameters, {checkpoint.dtype}"
+    kinds = sorted({name.split("/")[0] for name in manifest.tensors})
+    size = sum(f.size for f in manifest.files.values())
+    yield f"holds: {', '.join(kinds)}; {len(manifest.tensors)} tensors in {len(manifest.files)} files, {size / 1e6:,.1f} MB"
+    axes = ", ".join(f"{axis} {n}" for axis, n in manifest.layout.items())
+    yield f"written by: internevo {manifest.versions['internevo']}, torch {manifest.versions['torch']}; layout: {axes}"
+    verify(path, sorted(manifest.files), manifest)
+    yield "intact: every file has the size and the checksum that the manifest says"
+
+
+def _run(path: Path) -> Iterator[str]:
+    rows = [r for r in read_rows(path / "metrics.jsonl") if "loss" in r]
+    yield f"run {path}: {len(rows)} steps"
+    if rows:
+        yield f"last step: {rows[-1]['step']}, loss {rows[-1]['loss']}, {rows[-1]['consumed_tokens']:,} tokens"
+    found = complete_checkpoints(path)
+    if not found:
+        yield "no complete checkpoint"
+    for folder in found:
+        yield from _checkpoint(folder)
+
+
+def _hf(path: Path) -> Iterator[str]:
+    folder = HfFolder(path)
+    config = folder.config
+    yield f"Hugging Face model {path}: {family(config.family).ARCHITECTURE} ({config.family})"
+    yield f"model: {config.parameters():,} parameters, {folder.dtype}; tokenizer: {'yes' if folder.tokenizer else 'no'}"
+    read = 0
+    for disk, shape in folder.naming.shapes.items():
+        spec = Spec(shape, folder.dtype)
+        read += sum(folder.weights.read(disk, row, count).numel() for row, count in spec.chunks(0, spec.rows))
+    yield f"intact: all {len(folder.naming.shapes)} tensors are there and can be read, {read:,} values"

@@ -1,0 +1,118 @@
+"""Starting the processes of a run on this machine, when neither torchrun nor Slurm has."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+PARENT = "INTERNEVO_PARENT"
+GRACE = 15.0
+"""Seconds that the other processes have to end by themselves when one has failed."""
+
+
+def already_launched() -> bool:
+    """Whether torchrun, srun or ``launch`` has started this process as one of several."""
+    return "RANK" in os.environ or "SLURM_STEP_ID" in os.environ
+
+
+def default_processes() -> int:
+    """One per GPU, or one."""
+    from ..parallel.world import pick_device
+
+    if pick_device(0).type == "cpu":
+        return 1
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def launch(arguments: list[str], processes: int, log: Path) -> int:
+    """Runs ``python -m internevo ARGUMENTS`` in ``processes`` processes and waits for them.
+
+    Signals go on to the processes. Their error output is in ``log``/rank-N.stderr, and that of the first process that
+    failed is shown.
+
+    Returns:
+        The first failing process's exit code, or 0.
+    """
+    import torch.distributed as dist
+
+    # The store lives here and the processes are its clients, so that no port has to be guessed.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    shared = {
+        "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", PARENT: str(os.getpid()),
+    }  # fmt: skip
+    environment = {"OMP_NUM_THREADS": str(max(1, cores // processes)), **os.environ, **shared}
+    log.mkdir(parents=True, exist_ok=True)
+    errors = [log / f"rank-{rank:05d}.stderr" for rank in range(processes)]
+    children = []
+    for rank in range(processes):
+        with open(errors[rank], "w") as stderr:
+            children.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "internevo", *arguments],
+                    stderr=stderr,
+                    stdin=subprocess.DEVNULL,
+                    env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                )
+            )
+    _forward_signals(children)
+    failed = _wait(children)
+    if failed is None:
+        return 0
+    print(f"rank {failed} of {processes} failed:", file=sys.stderr)
+    print(errors[failed].read_text(errors="replace").rstrip()[-4000:], file=sys.stderr)
+    code = children[failed].returncode
+    return code if code > 0 else 1
+
+
+def _forward_signals(children: list[subprocess.Popen[bytes]]) -> None:
+    def forward(number: int, _frame: FrameType | None) -> None:
+        for child in children:
+            if child.poll() is None:
+                child.send_signal(number)
+
+    interrupts: list[int] = []
+
+    def interrupt(number: int, _frame: FrameType | None) -> None:
+        # A terminal sends Ctrl-C to the processes as well; they finish their step and save. The second time they end at once.
+        interrupts.append(number)
+        if len(interrupts) > 1:
+            forward(signal.SIGKILL, None)
+
+    signal.signal(signal.SIGTERM, forward)
+    signal.signal(signal.SIGUSR1, forward)
+    signal.signal(signal.SIGINT, interrupt)
+
+
+def _wait(children: list[subprocess.Popen[bytes]]) -> int | None:
+    """Waits for all. Returns the rank that failed first, after ending those that wait for it in vain."""
+    failed, deadline = None, float("inf")
+    while any(child.poll() is None for child in children):
+        time.sleep(0.05)
+        if failed is None:
+            failed = next((rank for rank, child in enumerate(children) if child.poll() not in (None, 0)), None)
+            deadline = time.monotonic() + GRACE if failed is not None else deadline
+        if time.monotonic() > deadline:
+            for child in children:
+                if child.poll() is None:
+                    child.kill()
+    return failed if failed is not None else next((r for r, c in enumerate(children) if c.returncode), None)
+
+
+def die_with_parent() -> None:
+    """Ends this process when the launcher is killed, so that nothing goes on training behind the user's back (Linux)."""
+    parent = os.environ.get(PARENT)
+    if parent is None or not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != int(parent):
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,59 @@
+"""``internevo tokenize``: options, progress and the closing lines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from ..data.encoding.encode import OnError
+from ..data.encoding.formats import FormatName
+from ..data.encoding.tokenize import tokenize
+from ..errors import UsageError
+
+
+def run(
+    inputs: list[Path],
+    output: Path,
+    *,
+    tokenizer: Path | None,
+    train_tokenizer: str | None,
+    vocab_size: int | None,
+    format: str | None,
+    text_key: str | None,
+    pattern: str | None,
+    exclude: tuple[str, ...],
+    dataset_type: str,
+    valid_ratio: float,
+    workers: int | None,
+    overwrite: bool,
+    on_error: OnError,
+) -> None:
+    """Checks the options, tokenizes under a progress bar, and says what was made."""
+    if (tokenizer is None) == (train_tokenizer is None):
+        raise UsageError("give either --tokenizer PATH or --train-tokenizer bpe --vocab-size N")
+    if train_tokenizer and vocab_size is None:
+        raise UsageError("--train-tokenizer needs --vocab-size")
+    made: FormatName = format if format in ("alpaca", "chat") else "text"  # type: ignore[assignment]
+    kind = None if format in ("alpaca", "chat") else format
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns) as bar:
+        task = bar.add_task("tokenizing", total=None)
+        result = tokenize(
+            inputs, output, tokenizer=tokenizer, train_vocab_size=vocab_size if train_tokenizer else None, kind=kind,
+            format=made, on_error=on_error,
+            text_key=text_key, pattern=pattern, exclude=exclude, dataset_type=dataset_type, valid_ratio=valid_ratio,
+            workers=workers, overwrite=overwrite, status=bar.console.print,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )  # fmt: skip
+    print(f"{output}: {result.documents:,} documents, {result.tokens:,} tokens, vocabulary {result.vocab_size:,}")
+    if valid_ratio:
+        print(f"for validation: {result.valid_documents:,} documents, {result.valid_tokens:,} tokens")
+    if result.bad:
+        print(f"left out: {result.bad:,} documents that cannot be read (named above)")

@@ -1,0 +1,56 @@
+"""``internevo train``: checks the config, finds or starts the processes, and trains."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from ..config import Config, check, load_config, notices
+from .launch import already_launched, default_processes, die_with_parent, launch
+
+
+def train(path: Path, overrides: list[str], processes: int | None, port: int = 8888, launcher: str | None = None) -> int:
+    """Trains with ``path``.
+
+    Args:
+        processes: to start here, unless torchrun or srun has started this one.
+        launcher: "torch" or "slurm" insists on having been started so.
+
+    Returns:
+        The exit code.
+    """
+    config = load_config(path, overrides)
+    if launcher is None and not already_launched():
+        processes = processes or default_processes()
+        check(config, processes)
+        if processes > 1:
+            _say(config)
+            return launch(["train", str(path), *overrides], processes, _log_folder(config))
+    return _train_here(config, port, launcher)
+
+
+def _train_here(config: Config, port: int, launcher: str | None) -> int:
+    from ..parallel.world import find_place, join
+    from ..train.stop import StopRequests
+    from ..train.trainer import Trainer
+
+    die_with_parent()
+    place = find_place(os.environ, port, launcher)
+    check(config, place.size)
+    if place.rank == 0 and "INTERNEVO_PARENT" not in os.environ:
+        _say(config)
+    stops = StopRequests()
+    with stops.listening(), join(port, launcher) as world:
+        Trainer(config, world, stops).fit()
+    return 0
+
+
+def _say(config: Config) -> None:
+    """Keys that have no effect, a line each; nothing is ignored in silence."""
+    for line in notices(config):
+        print(f"note: {line}", file=sys.stderr)
+
+
+def _log_folder(config: Config) -> Path:
+    return config.run_folder / "log"

@@ -1,0 +1,1 @@
+"""Documents that become token ids while training goes on."""

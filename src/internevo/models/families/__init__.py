@@ -1,0 +1,1 @@
+"""The model families, one file each, and what several of them share: facts only, without PyTorch."""

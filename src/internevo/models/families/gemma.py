@@ -1,0 +1,44 @@
+"""Gemma: Llama with gated GELU, norms that multiply by 1 + weight, embeddings scaled by sqrt(hidden size), and a tied head."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from ...config.model import Model
+from ..config import DecoderConfig
+from . import llama
+
+FAMILY = "GEMMA"
+ARCHITECTURE = "GemmaForCausalLM"
+HF_MODEL_TYPE = "gemma"
+HEAD = llama.HEAD
+GELU = ("gelu", "gelu_pytorch_tanh")
+"""Both mean the tanh approximation."""
+FIXED = {"hidden_act": GELU, "hidden_activation": (*GELU, None), "use_bidirectional_attention": (False, None)}
+names = llama.names
+DIFFERENCES: dict[str, Any] = {
+    "family": FAMILY, "activation": "gelu_tanh", "norm_unit_offset": True, "scale_embedding": True, "mlp_bias": False,
+}  # fmt: skip
+
+
+def from_section(model: Model) -> DecoderConfig:
+    """The decoder that a config's ``model`` section describes; the head is tied unless it says no."""
+    return replace(llama.from_section(model), tie_embeddings=model.tie_word_embeddings is not False, **DIFFERENCES)
+
+
+def from_hf(hf: dict[str, Any]) -> DecoderConfig:
+    """The decoder of a ``config.json``; published ones leave ``tie_word_embeddings`` out."""
+    defaults = {"tie_word_embeddings": True, "head_dim": 256, "max_position_embeddings": 8192}
+    return replace(llama.from_hf({**defaults, **hf}), **DIFFERENCES)
+
+
+def to_hf(config: DecoderConfig) -> dict[str, Any]:
+    """The Hugging Face ``config.json``."""
+    return {
+        **llama.common_to_hf(config, ARCHITECTURE, HF_MODEL_TYPE),
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attention_bias": config.qkv_bias,
+        "head_dim": config.head_dim,
+    }

@@ -1,0 +1,55 @@
+"""InternLM: Llama with biases on q, k, v and o; as many key/value heads as query heads."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from ...config.model import Model
+from ..config import DecoderConfig, Rope
+from . import llama
+
+FAMILY = "INTERNLM"
+ARCHITECTURE = "InternLMForCausalLM"
+HF_MODEL_TYPE = "internlm"
+HEAD = llama.HEAD
+FIXED = llama.FIXED
+names = llama.names
+
+
+def from_section(model: Model) -> DecoderConfig:
+    """The decoder that a config's ``model`` section describes; biased unless it says no."""
+    bias = model.no_bias is not True
+    base = llama.from_section(model)
+    return replace(
+        base,
+        family=FAMILY,
+        qkv_bias=bias if model.qkv_bias is None else model.qkv_bias,
+        o_bias=bias if model.o_bias is None else model.o_bias,
+        mlp_bias=False,
+    )
+
+
+def from_hf(hf: dict[str, Any]) -> DecoderConfig:
+    """The decoder of a ``config.json``. ``bias`` (default true) is on attention only; ``rotary`` has base and type, and
+    "dynamic" stretches by length / max_position_embeddings."""
+    bias, rotary = hf.get("bias", True), hf.get("rotary") or {}
+    kind = "dynamic" if rotary.get("type") == "dynamic" else "default"
+    heads, base = hf["num_attention_heads"], float(rotary.get("base", 10000.0))
+    plain = llama.from_hf({**hf, "num_key_value_heads": heads, "rope_parameters": None, "rope_scaling": None})
+    return replace(plain, family=FAMILY, rope=Rope(base, kind), qkv_bias=bias, o_bias=bias, mlp_bias=False)
+
+
+def to_hf(config: DecoderConfig) -> dict[str, Any]:
+    """The Hugging Face ``config.json``."""
+    assert config.rope is not None
+    values = llama.common_to_hf(config, ARCHITECTURE, HF_MODEL_TYPE)
+    for key in ("num_key_value_heads", "rope_theta", "rope_scaling", "rope_parameters"):
+        del values[key]
+    kind = "dynamic" if config.rope.kind == "dynamic" else "origin"
+    return {
+        **values,
+        "auto_map": llama.remote_code("internlm", "InternLM"),
+        "bias": config.qkv_bias,
+        "rotary": {"base": config.rope.base, "type": kind},
+    }

@@ -1,0 +1,47 @@
+"""InternLM3: Llama with a head size of its own, few key/value heads, and two switches for biases."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from ...config.model import Model
+from ..config import DecoderConfig
+from . import llama
+
+FAMILY = "INTERNLM3"
+ARCHITECTURE = "InternLM3ForCausalLM"
+HF_MODEL_TYPE = "internlm3"
+HEAD = llama.HEAD
+FIXED = llama.FIXED
+names = llama.names
+
+
+def from_section(model: Model) -> DecoderConfig:
+    """The decoder that a config's ``model`` section describes."""
+    base = llama.from_section(model)
+    return replace(base, family=FAMILY, mlp_bias=base.o_bias)
+
+
+def from_hf(hf: dict[str, Any]) -> DecoderConfig:
+    """The decoder of a ``config.json``: ``qkv_bias`` for q, k and v; ``bias`` for o and the MLP. transformers 5 writes them as
+    ``attention_bias`` and ``mlp_bias``."""
+    qkv = hf.get("qkv_bias", hf.get("attention_bias", False))
+    rest = hf.get("bias", hf.get("mlp_bias", False))
+    defaults = {"num_key_value_heads": 2, "head_dim": 128, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5}
+    return replace(llama.from_hf({**defaults, **hf}), family=FAMILY, qkv_bias=qkv, o_bias=rest, mlp_bias=rest)
+
+
+def to_hf(config: DecoderConfig) -> dict[str, Any]:
+    """The Hugging Face ``config.json``; the folder's own code reads the keys of before transformers 5."""
+    values = {
+        **llama.common_to_hf(config, ARCHITECTURE, HF_MODEL_TYPE),
+        "auto_map": llama.remote_code("internlm3", "InternLM3", model="InternLM3Model"),
+        "qkv_bias": config.qkv_bias,
+        "bias": config.o_bias,
+        "head_dim": config.head_dim,
+    }
+    del values["rope_parameters"]
+    if values["rope_scaling"]:
+        del values["rope_scaling"]["type"]
+    return values

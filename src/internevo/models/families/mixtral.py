@@ -1,0 +1,62 @@
+"""Mixtral: Llama with experts in every layer, whose chosen weights add up to 1."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from ...config.model import Model
+from ..config import DecoderConfig, Experts
+from ..huggingface.naming import Names
+from . import experts, llama, qwen2
+
+FAMILY = "MIXTRALMOE"
+ARCHITECTURE = "MixtralForCausalLM"
+HF_MODEL_TYPE = "mixtral"
+HEAD = llama.HEAD
+FIXED: dict[str, tuple[Any, ...]] = {**llama.FIXED, "router_jitter_noise": (0.0, None)}
+
+
+def from_section(model: Model) -> DecoderConfig:
+    """The decoder that a config's ``model`` section describes."""
+    base = llama.from_section(model)
+    return replace(base, family=FAMILY, windows=qwen2.section_windows(model), experts=experts.from_section(model))
+
+
+def from_hf(hf: dict[str, Any]) -> DecoderConfig:
+    """The decoder of a ``config.json``; a ``sliding_window`` is one of every layer."""
+    defaults = {"rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "rope_theta": 1e6, "num_key_value_heads": 8}
+    window = hf.get("sliding_window")
+    moe = Experts(hf.get("num_local_experts", 8), hf.get("num_experts_per_tok", 2), hf["intermediate_size"])
+    return replace(
+        llama.from_hf({**defaults, **hf, "attention_bias": False, "mlp_bias": False}),
+        family=FAMILY,
+        windows=qwen2.upper_windows(hf["num_hidden_layers"], window, 0) if window else (),
+        experts=moe,
+    )
+
+
+def to_hf(config: DecoderConfig) -> dict[str, Any]:
+    """The Hugging Face ``config.json``."""
+    assert config.experts is not None
+    return {
+        **llama.common_to_hf(config, ARCHITECTURE, HF_MODEL_TYPE),
+        "head_dim": config.head_dim,
+        "intermediate_size": config.experts.size,
+        "num_local_experts": config.experts.count,
+        "num_experts_per_tok": config.experts.top_k,
+        "sliding_window": config.windows[0] if config.windows else None,
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.02,
+    }
+
+
+def names(config: DecoderConfig) -> Names:
+    """Every parameter on disk."""
+    return llama.names(config, mlp=_sparse)
+
+
+def _sparse(config: DecoderConfig, layer: int) -> Names:
+    disk = f"model.layers.{layer}.block_sparse_moe"
+    parts = {"gate": "w1.weight", "up": "w3.weight", "down": "w2.weight"}
+    return experts.names(config, layer, f"{disk}.gate.weight", f"{disk}.experts.{{}}", parts)

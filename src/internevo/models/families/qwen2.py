@@ -1,0 +1,80 @@
+"""Qwen2: Llama with biases on q, k and v, and sliding windows in the upper layers where they are switched on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from ...config.model import Model
+from ..config import DecoderConfig
+from . import llama
+
+FAMILY = "QWEN2"
+ARCHITECTURE = "Qwen2ForCausalLM"
+HF_MODEL_TYPE = "qwen2"
+HEAD = llama.HEAD
+FIXED = llama.FIXED
+names = llama.names
+
+
+def from_section(model: Model) -> DecoderConfig:
+    """The decoder that a config's ``model`` section describes."""
+    bias = True if model.qkv_bias is None else model.qkv_bias
+    return replace(
+        llama.from_section(model),
+        family=FAMILY,
+        qkv_bias=bias,
+        o_bias=bool(model.o_bias),
+        windows=section_windows(model),
+    )
+
+
+def from_hf(hf: dict[str, Any]) -> DecoderConfig:
+    """The decoder of a ``config.json``; the biases have no key there."""
+    plain = llama.from_hf({"max_position_embeddings": 32768, **hf})
+    return replace(plain, family=FAMILY, qkv_bias=True, o_bias=False, mlp_bias=False, windows=hf_windows(hf))
+
+
+def to_hf(config: DecoderConfig) -> dict[str, Any]:
+    """The Hugging Face ``config.json``."""
+    values = {**llama.common_to_hf(config, ARCHITECTURE, HF_MODEL_TYPE), **windows_to_hf(config)}
+    if config.head_dim * config.num_heads != config.hidden_size:
+        values["head_dim"] = config.head_dim
+    return values
+
+
+def section_windows(model: Model) -> tuple[int, ...]:
+    """``use_sliding_window``: layers from ``max_window_layers`` on look back ``sliding_window`` tokens."""
+    if not model.use_sliding_window or not model.sliding_window:
+        return ()
+    return upper_windows(model.num_layers, model.sliding_window, model.max_window_layers or 0)
+
+
+def upper_windows(layers: int, window: int, first: int) -> tuple[int, ...]:
+    """The same window in every layer from ``first`` on; empty when that is none."""
+    return tuple(window if layer >= first else 0 for layer in range(layers)) if first < layers else ()
+
+
+def hf_windows(hf: dict[str, Any]) -> tuple[int, ...]:
+    """By ``layer_types`` (transformers 5), else by ``max_window_layers``; a window counts only if ``use_sliding_window``."""
+    window = hf.get("sliding_window", 4096)
+    if not hf.get("use_sliding_window", False) or not window:
+        return ()
+    kinds = hf.get("layer_types")
+    if kinds:
+        windows = tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+        return windows if any(windows) else ()
+    return upper_windows(hf["num_hidden_layers"], window, hf.get("max_window_layers", 28))
+
+
+def windows_to_hf(config: DecoderConfig) -> dict[str, Any]:
+    """Both ways to say it."""
+    if not config.windows:
+        return {"use_sliding_window": False, "sliding_window": None, "max_window_layers": config.num_layers}
+    first = next(layer for layer, window in enumerate(config.windows) if window)
+    return {
+        "use_sliding_window": True,
+        "sliding_window": max(config.windows),
+        "max_window_layers": first,
+        "layer_types": ["sliding_attention" if window else "full_attention" for window in config.windows],
+    }

@@ -1,0 +1,77 @@
+"""Qwen2-MoE: Qwen2's attention; many small experts, a shared one behind a sigmoid gate, and plain layers between them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from ...config.model import Model
+from ..config import DecoderConfig, Experts
+from ..huggingface.naming import Names, Piece
+from . import experts, llama, qwen2
+
+FAMILY = "QWEN2MOE"
+ARCHITECTURE = "Qwen2MoeForCausalLM"
+HF_MODEL_TYPE = "qwen2_moe"
+HEAD = llama.HEAD
+FIXED = llama.FIXED
+PARTS = {name: f"{name}_proj.weight" for name in ("gate", "up", "down")}
+
+
+def from_section(model: Model) -> DecoderConfig:
+    """The decoder that a config's ``model`` section describes; ``num_shared_experts`` counts widths of an expert."""
+    size = model.moe_intermediate_size or model.mlp_width
+    shared = model.shared_expert_intermediate_size or model.num_shared_experts * size
+    return replace(qwen2.from_section(model), family=FAMILY, experts=experts.from_section(model, shared, normalize=False))
+
+
+def from_hf(hf: dict[str, Any]) -> DecoderConfig:
+    """The decoder of a ``config.json``."""
+    moe = Experts(
+        count=experts.count(hf),
+        top_k=hf.get("num_experts_per_tok", 4),
+        size=hf["moe_intermediate_size"],
+        normalize=hf.get("norm_topk_prob", False),
+        shared_size=hf["shared_expert_intermediate_size"],
+        dense_layers=experts.hf_dense_layers(hf),
+    )
+    return replace(qwen2.from_hf(hf), family=FAMILY, qkv_bias=hf.get("qkv_bias", True), experts=moe, windows=_windows(hf))
+
+
+def _windows(hf: dict[str, Any]) -> tuple[int, ...]:
+    """transformers 5 slides even layers below ``max_window_layers``, unless ``layer_types`` says otherwise."""
+    if hf.get("layer_types") or not hf.get("use_sliding_window") or not hf.get("sliding_window"):
+        return qwen2.hf_windows(hf)
+    first = hf.get("max_window_layers", 28)
+    windows = tuple(hf["sliding_window"] if n % 2 == 0 and n < first else 0 for n in range(hf["num_hidden_layers"]))
+    return windows if any(windows) else ()
+
+
+def to_hf(config: DecoderConfig) -> dict[str, Any]:
+    """The Hugging Face ``config.json``."""
+    assert config.experts is not None
+    return {
+        **qwen2.to_hf(config),
+        "architectures": [ARCHITECTURE],
+        "model_type": HF_MODEL_TYPE,
+        "qkv_bias": config.qkv_bias,
+        "shared_expert_intermediate_size": config.experts.shared_size,
+        **experts.to_hf(config.experts),
+    }
+
+
+def names(config: DecoderConfig) -> Names:
+    """Every parameter on disk."""
+    return llama.names(config, mlp=sparse_names)
+
+
+def sparse_names(config: DecoderConfig, layer: int) -> Names:
+    """A layer's experts, or its plain MLP."""
+    if config.experts is None or not config.is_sparse(layer):
+        return llama.mlp_names(config, layer)
+    disk = f"model.layers.{layer}.mlp"
+    found = experts.names(config, layer, f"{disk}.gate.weight", f"{disk}.experts.{{}}", PARTS)
+    if config.experts.shared_size:
+        found |= llama.mlp_names(config, layer, "mlp.shared", "mlp.shared_expert")
+        found[f"layers.{layer}.mlp.shared_gate.weight"] = [Piece(f"{disk}.shared_expert_gate.weight")]
+    return found

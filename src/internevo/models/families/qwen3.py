@@ -1,0 +1,38 @@
+"""Qwen3: Qwen2 without biases, with normed queries and keys and a head size of its own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from ...config.model import Model
+from ..config import DecoderConfig
+from . import llama, qwen2
+
+FAMILY = "QWEN3"
+ARCHITECTURE = "Qwen3ForCausalLM"
+HF_MODEL_TYPE = "qwen3"
+HEAD = llama.HEAD
+FIXED = llama.FIXED
+names = llama.names
+
+
+def from_section(model: Model) -> DecoderConfig:
+    """The decoder that a config's ``model`` section describes."""
+    return replace(llama.from_section(model), family=FAMILY, qk_norm=True, windows=qwen2.section_windows(model))
+
+
+def from_hf(hf: dict[str, Any]) -> DecoderConfig:
+    """The decoder of a ``config.json``; ``attention_bias`` is on q, k, v and o."""
+    plain = llama.from_hf({"head_dim": 128, "max_position_embeddings": 32768, **hf})
+    return replace(plain, family=FAMILY, qk_norm=True, mlp_bias=False, windows=qwen2.hf_windows(hf))
+
+
+def to_hf(config: DecoderConfig) -> dict[str, Any]:
+    """The Hugging Face ``config.json``."""
+    return {
+        **llama.common_to_hf(config, ARCHITECTURE, HF_MODEL_TYPE),
+        **qwen2.windows_to_hf(config),
+        "attention_bias": config.qkv_bias,
+        "head_dim": config.head_dim,
+    }

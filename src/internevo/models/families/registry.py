@@ -1,0 +1,65 @@
+"""Which families there are, and how one is found by name or from a Hugging Face config."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+from ...config.model import Model
+from ...errors import UsageError
+from ..config import DecoderConfig, Lora
+from . import baichuan2, gemma, internlm, internlm2, internlm3, llama, mixtral, qwen2, qwen2moe, qwen3, qwen3moe
+
+MODULES = (internlm, internlm2, internlm3, llama, qwen2, baichuan2, gemma, qwen2moe, mixtral, qwen3, qwen3moe)
+FAMILIES: dict[str, ModuleType] = {module.FAMILY: module for module in MODULES}
+
+
+def family(name: str) -> ModuleType:
+    """The family's module, by InternEvo's ``model_type``."""
+    if name not in FAMILIES:
+        raise UsageError(f"model family {name!r} is not available (available: {', '.join(FAMILIES)})")
+    return FAMILIES[name]
+
+
+def decoder_config(model_type: str, model: Model) -> DecoderConfig:
+    """The decoder that a config describes."""
+    config: DecoderConfig = family(model_type).from_section(model)
+    lora = model.lora
+    return replace(config, lora=None if lora is None else Lora(lora.rank, lora.alpha, lora.targets))
+
+
+def family_of_hf(hf: dict[str, Any], folder: str) -> ModuleType:
+    """The family of a Hugging Face config, by its model_type, else by its architecture."""
+    architectures = hf.get("architectures") or []
+    known = ", ".join(f"{name} ({m.ARCHITECTURE})" for name, m in FAMILIES.items())
+    for module in FAMILIES.values():
+        if hf.get("model_type") == module.HF_MODEL_TYPE:
+            if architectures and not any(a.endswith("ForCausalLM") for a in architectures):
+                raise UsageError(f"{folder}: architectures = {architectures} is no language model (known: {known})")
+            return module
+    for module in FAMILIES.values():
+        if "model_type" not in hf and module.ARCHITECTURE in architectures:
+            return module
+    field = "model_type" if "model_type" in hf else "architectures"
+    raise UsageError(f"{folder}: no family fits {field} = {hf.get(field)!r}, architectures = {architectures} (known: {known})")
+
+
+def decoder_from_hf(hf: dict[str, Any], folder: str, name: str | None = None) -> DecoderConfig:
+    """The decoder of a Hugging Face config; ``name`` overrides the family that the folder claims.
+
+    Raises:
+        UsageError: when no family fits; it names the first field that does not, and the families.
+    """
+    module = family(name) if name else family_of_hf(hf, folder)
+    for key, allowed in module.FIXED.items():
+        if key in hf and hf[key] not in allowed:
+            raise UsageError(
+                f"{folder}/config.json: {key} = {hf[key]!r} does not fit {module.FAMILY}, "
+                f"which has {' or '.join(repr(v) for v in allowed)} (families: {', '.join(FAMILIES)})"
+            )
+    try:
+        config: DecoderConfig = module.from_hf(hf)
+    except KeyError as error:
+        raise UsageError(f"{folder}/config.json has no {error.args[0]!r}, which {module.FAMILY} needs") from error
+    return config

@@ -1,0 +1,87 @@
+"""Text generation with a key-value cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .decoder import Decoder
+from .layers import Cache, DecoderLayer
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    temperature: float = 1.0
+    """0: the likeliest token."""
+    top_k: int = 0
+    """Among so many likeliest tokens; 0: all."""
+    top_p: float = 1.0
+    """Among the fewest likeliest tokens whose probability reaches this (https://arxiv.org/abs/1904.09751)."""
+
+
+@torch.no_grad()
+def generate(
+    model: Decoder,
+    prompt: list[int],
+    max_new_tokens: int,
+    sampling: Sampling,
+    *,
+    seed: int = 0,
+    eos_ids: tuple[int, ...] = (),
+    dtype: torch.dtype | None = None,
+) -> list[int]:
+    """The ids that follow ``prompt`` (at least one id), ended by an id of ``eos_ids`` (included) or the length.
+
+    Args:
+        dtype: in which the model computes; by default that of its weights (a sharded model casts them).
+    """
+    device = model.embed.weight.device
+    generator = torch.Generator(device=device).manual_seed(seed)
+    caches = empty_caches(model, len(prompt) + max_new_tokens, dtype or model.embed.weight.dtype, device)
+    tokens = torch.tensor([prompt], device=device)
+    out: list[int] = []
+    # Compiled layers are made for training's shapes; generation has a new shape for every token.
+    training = model.training
+    model.eval()
+    with torch.compiler.set_stance("force_eager"):
+        for _ in range(max_new_tokens):
+            logits = model(tokens, caches=caches)
+            caches = [Cache(c.keys, c.values, c.length + tokens.shape[1]) for c in caches]
+            chosen = choose(logits[0, -1].float(), sampling, generator)
+            out.append(chosen)
+            if chosen in eos_ids:
+                break
+            tokens = torch.tensor([[chosen]], device=device)
+    model.train(training)
+    return out
+
+
+def empty_caches(model: Decoder, capacity: int, dtype: torch.dtype, device: torch.device) -> list[Cache]:
+    """Room for ``capacity`` tokens in every layer."""
+    caches = []
+    for layer in model.layers:
+        assert isinstance(layer, DecoderLayer)
+        shape = (1, capacity, layer.attn.kv_heads, layer.attn.head_dim)
+        keys, values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        caches.append(Cache(keys, values, 0))
+    return caches
+
+
+def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """Draws one id from a row of fp32 logits."""
+    if sampling.temperature == 0:
+        return int(logits_V.argmax())
+    logits_V = logits_V / sampling.temperature
+    if 0 < sampling.top_k < logits_V.numel():
+        smallest = logits_V.topk(sampling.top_k).values[-1]
+        logits_V = logits_V.masked_fill(logits_V < smallest, -torch.inf)
+    probabilities = logits_V.softmax(-1)
+    if sampling.top_p < 1:
+        ordered, order = probabilities.sort(descending=True)
+        ordered[ordered.cumsum(0) - ordered >= sampling.top_p] = 0
+        probabilities = torch.zeros_like(probabilities).scatter_(0, order, ordered)
+    return int(torch.multinomial(probabilities, 1, generator=generator))

@@ -1,0 +1,1 @@
+"""Hugging Face folders: names of tensors on disk, reading, writing, merging."""

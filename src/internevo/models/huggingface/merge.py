@@ -1,0 +1,49 @@
+"""Models with adapters, read as plain ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from ...storage.tensors import Place
+from ..decoder import parameter_shapes
+from ..linear import MARK
+from ..source import Source
+
+
+class Merged:
+    """A model with adapters as one without: W + alpha / rank * B A."""
+
+    def __init__(self, source: Source) -> None:
+        config = source.config
+        assert config.lora is not None
+        self.source, self.lora = source, config.lora
+        self.config = replace(config, lora=None)
+        self.dtype, self.tokenizer = source.dtype, source.tokenizer
+        self.hf_config: dict[str, Any] = source.hf_config
+        self.adapters = {name for name in parameter_shapes(config) if MARK in name}
+
+    def read(self, name: str, start: int, count: int) -> Tensor:
+        """Rows of a parameter."""
+        rows, adapter = self.source.read(name, start, count), self._adapter(name)
+        if adapter is None:
+            return rows
+        a = self.source.read(f"{adapter}.a.weight", 0, self.lora.rank)
+        b = self.source.read(f"{adapter}.b.weight", start, count)
+        change = b.float() @ a.float() * (self.lora.alpha / self.lora.rank)
+        return (rows.float() + change.view(rows.shape)).to(rows.dtype)
+
+    def place(self, name: str, start: int, count: int) -> Place | None:
+        """Where those rows lie, if nothing is added to them."""
+        return None if self._adapter(name) else self.source.place(name, start, count)
+
+    def _adapter(self, name: str) -> str | None:
+        path = name.removesuffix(".weight") + MARK.removesuffix(".")
+        return path if f"{path}.a.weight" in self.adapters else None
+
+
+def merged(source: Source) -> Source:
+    """``source``, or its like without adapters."""
+    return source if source.config.lora is None else Merged(source)

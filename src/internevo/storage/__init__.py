@@ -1,0 +1,1 @@
+"""Files: tensors as streams, small JSON."""

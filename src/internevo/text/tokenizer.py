@@ -1,0 +1,222 @@
+"""Tokenizers under one small interface: ``tokenizer.json``, SentencePiece ``.model``, tiktoken ranks, or a Hugging Face folder.
+
+No code from a folder is ever run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..errors import UsageError
+from ..storage.jsonfile import read_object
+from .sentencepieces import SentencePiece
+from .special_tokens import token_text
+from .tiktokens import is_tiktoken, read_tiktoken
+
+FILES = ("tokenizer.json", "tokenizer.model")
+"""What a tokenizer's folder is read from, the first that is there."""
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
+
+
+class Backend(Protocol):
+    """Text to ids and back, without special tokens."""
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
+
+    def decode(self, ids: list[int]) -> str: ...
+
+    def size(self) -> int: ...
+
+    def token_id(self, token: str) -> int | None: ...
+
+
+@dataclass
+class Tokenizer:
+    """A tokenizer and the ids that begin and end a document."""
+
+    backend: Backend
+    path: Path
+    bos_id: int | None = None
+    eos_id: int | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids."""
+        return self.backend.size()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without special tokens."""
+        return self.backend.encode_batch([text])[0]
+
+    def with_bos(self, text: str) -> list[int]:
+        """Ids of the beginning of a document; never empty."""
+        begin = self.bos_id if self.bos_id is not None else self.eos_id
+        ids = self.encode(text)
+        return [begin, *ids] if begin is not None and (self.bos_id is not None or not ids) else ids or [0]
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids."""
+        return self.backend.decode(ids)
+
+
+class _Json:
+    """The ``tokenizers`` library."""
+
+    def __init__(self, fast: Any) -> None:
+        self.fast = fast
+
+    @classmethod
+    def read(cls, path: Path) -> _Json:
+        """From a tokenizer.json."""
+        from tokenizers import Tokenizer as Fast
+
+        try:
+            return cls(Fast.from_file(str(path)))
+        except Exception as error:  # the library raises plain Exception
+            raise UsageError(f"{path} is not a tokenizer.json: {error}") from error
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [e.ids for e in self.fast.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: list[int]) -> str:
+        return self.fast.decode(ids, skip_special_tokens=False)
+
+    def size(self) -> int:
+        return max(self.fast.get_vocab().values()) + 1  # ids may have gaps
+
+    def token_id(self, token: str) -> int | None:
+        return self.fast.token_to_id(token)
+
+
+class _Transformers:
+    """A folder that only transformers can read (vocab.json and merges.txt, vocab.txt, ...)."""
+
+    def __init__(self, path: Path) -> None:
+        code = sorted(path.glob("tokenization_*.py"))
+        if code:
+            raise UsageError(
+                f"the tokenizer of {path} exists only as code ({code[0].name}), which is not run; use a tokenizer.json, "
+                "tokenizer.model or .tiktoken file of the same tokenizer"
+            )
+        try:
+            from transformers import AutoTokenizer
+        except ImportError:
+            raise UsageError(
+                f"{path} has neither tokenizer.json nor tokenizer.model; reading it needs `internevo[hf]`"
+            ) from None
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
+        except Exception as error:
+            raise UsageError(f"{path} is not a tokenizer folder: {error}") from error
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids)
+
+    def size(self) -> int:
+        return len(self.tokenizer)
+
+    def token_id(self, token: str) -> int | None:
+        found = self.tokenizer.convert_tokens_to_ids(token)
+        return None if found == self.tokenizer.unk_token_id else found
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Opens a tokenizer file or folder.
+
+    Raises:
+        UsageError: when there is none at ``path``, or it cannot be read.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UsageError(f"tokenizer {path} does not exist")
+    folder = path if path.is_dir() else path.parent
+    if path.is_dir():
+        found = [*(path / n for n in FILES if (path / n).is_file()), *sorted(path.glob("*.tiktoken"))]
+        path = found[0] if found else path
+    backend: Backend
+    if path.suffix == ".json":
+        backend = _Json.read(path)
+    elif path.suffix == ".tiktoken" or (path.suffix == ".model" and is_tiktoken(path)):
+        fast, kind = read_tiktoken(path)
+        backend = _Json(fast)
+        return Tokenizer(backend, path, backend.token_id(kind.bos) if kind.bos else None, backend.token_id(kind.eos))
+    elif path.suffix == ".model":
+        backend = SentencePiece(path)
+    elif path.is_dir():
+        backend = _Transformers(path)
+    else:
+        raise UsageError(f"tokenizer {path} is neither a folder, nor a .json, .model or .tiktoken file")
+    bos, eos = _special_ids(folder, backend)
+    return Tokenizer(backend, path, bos, eos)
+
+
+def fingerprint(path: Path) -> str:
+    """Changes with the files that decide about ids."""
+    names = (*FILES, *SETTINGS)
+    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.name in names or f.suffix == ".tiktoken")
+    return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()[:16]
+
+
+def _special_ids(folder: Path, backend: Backend) -> tuple[int | None, int | None]:
+    """Ids that begin and end a document, as the folder's files name them; else by the customary names."""
+    if isinstance(backend, SentencePiece) and not (folder / "tokenizer_config.json").is_file():
+        ids = (backend.model.bos_id(), backend.model.eos_id())
+        return tuple(i if i >= 0 else None for i in ids)  # type: ignore[return-value]
+    for name in SETTINGS:
+        if (folder / name).is_file():
+            table = read_object(folder / name)
+            return _named(table.get("bos_token"), backend), _named(table.get("eos_token"), backend)
+    for eos in ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>"):
+        if backend.token_id(eos) is not None:
+            bos = {"</s>": "<s>", "<eos>": "<bos>", "<|end_of_text|>": "<|begin_of_text|>"}.get(eos)
+            return (backend.token_id(bos) if bos else None), backend.token_id(eos)
+    return None, None
+
+
+def _named(token: Any, backend: Backend) -> int | None:
+    text = token_text(token)
+    return None if text is None else backend.token_id(text)
+
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def train_bpe(texts: Any, vocab_size: int, folder: Path) -> Path:
+    """Trains a byte-level BPE tokenizer and leaves it in ``folder`` in Hugging Face form.
+
+    Args:
+        texts: an iterator over documents.
+
+    Returns:
+        The path of ``tokenizer.json``.
+    """
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size < len(alphabet) + 1:
+        raise UsageError(f"--vocab-size {vocab_size} is too small: byte-level BPE needs at least {len(alphabet) + 1}")
+    fast = Fast(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
+    )
+    fast.train_from_iterator(texts, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "tokenizer.json"
+    fast.save(str(path))
+    table = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END_OF_TEXT,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(table, indent=2) + "\n")
+    return path
