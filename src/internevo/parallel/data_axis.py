@@ -19,18 +19,18 @@ import itertools
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ..config.training import HybridZeroOptimizer
 from ..models.decoder import Decoder
-from .gloo import Reductions, wait_for
+from .gloo import Gathers, Reductions, wait_for
+from .layout import Meshes
 from .shards import local
 from .strategy import Inner
 
@@ -120,7 +120,7 @@ class Sharded:
     def __init__(
         self,
         model: Decoder,
-        mesh: DeviceMesh,
+        meshes: Meshes,
         device: torch.device,
         dtype: torch.dtype,
         fsdp: bool,
@@ -129,12 +129,15 @@ class Sharded:
     ) -> None:
         """
         Args:
-            mesh: ("replicate", "zero", "inner").
+            meshes: the data axis is ("replicate", "zero") of the weights.
             fsdp: gather per use rather than once per step.
-            inner: what a strategy has made of the "inner" dimension.
+            inner: what a strategy inside the layers has done.
             config: how it communicates.
         """
-        self.model, self.fsdp, self.inner, self.world = model, fsdp, inner, mesh.size()
+        mesh = meshes.weights
+        self.model, self.fsdp, self.inner = model, fsdp, inner
+        self.ranks = mesh.size() // mesh["stage"].size()
+        """That hold the weights of this stage."""
         replicas = mesh["replicate"].size()
         data_mesh = mesh["replicate", "zero"] if replicas > 1 else mesh["zero"]
         compute = None if dtype == torch.float32 else dtype
@@ -156,9 +159,9 @@ class Sharded:
             if not config.overlap_sync_grad:
                 unit.set_all_reduce_hook(wait_for)
             if device.type == "cpu" and config.grad_dtype == "float32":
-                unit.set_custom_reduce_scatter(self.reductions)
-        if device.type == "cpu" and config.overlap_sync_param:
-            self.units[0]._set_unshard_async_op(True)  # there are no streams: what is prefetched goes on in gloo's threads
+                unit.set_custom_reduce_scatter(cast(Any, self.reductions))
+            if device.type == "cpu" and config.overlap_sync_param:
+                unit.set_custom_all_gather(cast(Any, Gathers()))
         model.to_empty(device=device)
         self.masters = dict(model.named_parameters())
 
@@ -182,6 +185,8 @@ class Sharded:
         for group in dict.fromkeys(self.inner.partial.values()):
             grads = [self.masters[name].grad for name, its in self.inner.partial.items() if its is group]
             parts = [local(grad) for grad in grads if grad is not None]
+            if not parts:  # nothing of the group's is trained (adapters on other linears)
+                continue
             joined = torch.cat([part.flatten() for part in parts])
             dist.all_reduce(joined, group=group)
             for part, whole in zip(parts, joined.split([part.numel() for part in parts]), strict=True):
@@ -191,7 +196,7 @@ class Sharded:
         master = self.masters[name]
         assert isinstance(master, DTensor)
         shards = [n for n, place in zip(master.device_mesh.shape, master.placements, strict=True) if not place.is_replicate()]
-        return self.world // math.prod(shards)
+        return self.ranks // math.prod(shards)
 
     @contextmanager
     def whole_sequences(self) -> Iterator[None]:
@@ -211,7 +216,7 @@ def units(model: Decoder, bucket: int | None) -> list[list[nn.Module]]:
     consecutive layers up to ``bucket`` elements (None: each by itself), both ends, and last the model with what is left."""
     joined: list[list[nn.Module]] = []
     space = 0
-    for layer in model.layers:
+    for _, layer in model.numbered_layers():
         size = sum(local(parameter).numel() for parameter in layer.parameters())
         if bucket is None or size > space:
             joined.append([])
@@ -220,4 +225,6 @@ def units(model: Decoder, bucket: int | None) -> list[list[nn.Module]]:
         space -= size
     if model.config.tie_embeddings:
         return [*joined, [model]]  # one weight cannot be in two units: both ends belong to the whole model's
-    return [[model.embed], *joined, [model.norm, model.head], [model]]
+    first: list[list[nn.Module]] = [[model.embed]] if model.embed is not None else []
+    last: list[list[nn.Module]] = [[model.norm, model.head]] if model.norm is not None and model.head is not None else []
+    return [*first, *joined, *last, [model]]

@@ -93,10 +93,12 @@ class InternSequenceParallel:
                 elif self.mesh.size() > 1:
                     whole[f"{path}.{name}"] = self.weight_group
         model.tie()
-        stations = [station for number, layer in enumerate(model.layers) for station in self._layer(number, layer)]
+        stations = [station for number, layer in model.numbered_layers() for station in self._layer(number, layer)]
         connect(stations, self.config)
-        model.embed.look_up = self._look_up
-        model.head.whole_rows, model.head.loss = self._whole, self._loss
+        if model.embed is not None:
+            model.embed.look_up = self._look_up
+        if model.head is not None:
+            model.head.whole_rows, model.head.loss = self._whole, self._loss
         return Inner(whole, self)
 
     def _layer(self, number: int, layer: nn.Module) -> list[Station]:

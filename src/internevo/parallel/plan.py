@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 
 from ..config import Config
 from ..models.config import DecoderConfig
 from ..models.decoder import Decoder
 from ..models.init import Initializer
-from ..models.layers import DecoderLayer
 from ..models.lora import freeze_all_but_adapters
 from ..ops.precision import COMPUTE
 from .data_axis import DataAxis, Sharded, SingleProcess
 from .isp import InternSequenceParallel
-from .layout import Layout
+from .layout import Layout, Meshes
 from .recompute import recompute
 from .shards import initialize
 from .strategy import Inner
@@ -27,16 +24,16 @@ def build(decoder: DecoderConfig, config: Config, layout: Layout, device: torch.
     section = config.model
     with torch.device("meta"):
         model = Decoder(decoder, embed_grad_scale=section.embed_grad_scale)
-    layers = [cast(DecoderLayer, layer) for layer in model.layers]
-    mesh = layout.weight_mesh(device.type) if layout.world > 1 else None
+    layers = [layer for _, layer in model.numbered_layers()]
+    meshes = Meshes.of(layout, device.type) if layout.world > 1 else None
     # Innermost: the weights of a layer are cut, and its collectives put in.
     inner = Inner()
-    if mesh is not None and layout.mode != "isp" and layout.tensor > 1:
-        kv_mesh = mesh["heads", "copies"] if layout.kv_copies > 1 else None
-        inner = TensorParallel(mesh["inner"], layout.mode, kv_mesh).apply(model)
-    elif mesh is not None and layout.mode == "isp" and max(layout.tensor, layout.weight) > 1:
-        tokens = layout.activation_mesh(device.type)["tensor"]
-        inner = InternSequenceParallel(mesh["inner"], tokens, config.parallel.weight).apply(model)
+    if meshes is not None and layout.mode != "isp" and layout.tensor > 1:
+        kv_mesh = meshes.kv_weights["heads", "copies"] if meshes.kv_weights is not None else None
+        inner = TensorParallel(meshes.weights["inner"], layout.mode, kv_mesh).apply(model)
+    elif meshes is not None and layout.mode == "isp" and max(layout.tensor, layout.weight) > 1:
+        isp = InternSequenceParallel(meshes.weights["inner"], meshes.activations["tensor"], config.parallel.weight)
+        inner = isp.apply(model)
     if decoder.lora is not None:
         freeze_all_but_adapters(model)
     # What a layer keeps for backward. isp's linears are not compiled, and so no layer as a whole.
@@ -49,10 +46,10 @@ def build(decoder: DecoderConfig, config: Config, layout: Layout, device: torch.
     # Outermost: the data axis owns the weights. Only now are there tensors, and only this rank's part of them.
     dtype = COMPUTE[section.dtype]
     axis: DataAxis
-    if mesh is None:
+    if meshes is None:
         axis = SingleProcess(model, device, dtype)
     else:
-        axis = Sharded(model, mesh, device, dtype, layout.fsdp, inner, config.hybrid_zero_optimizer)
+        axis = Sharded(model, meshes, device, dtype, layout.fsdp, inner, config.hybrid_zero_optimizer)
     initialize(axis.masters, Initializer.of(section, config.seed, decoder.norm_unit_offset))
     axis.masters_changed()
     return model, axis

@@ -118,9 +118,10 @@ class TensorParallel:
             elif isinstance(module, GatedMLP):
                 module.project, module.finish = self._project, self._finish
         model.tie()
-        model.embed.look_up = self._look_up
-        head = model.head
-        head.whole_rows, head.logits, head.loss = local, self._logits, partial(self._loss, model.config.vocab_size)
+        if model.embed is not None:
+            model.embed.look_up = self._look_up
+        if (head := model.head) is not None:
+            head.whole_rows, head.logits, head.loss = local, self._logits, partial(self._loss, model.config.vocab_size)
         return Inner(partial_gradients, self)
 
     def _places(self, axes: Sequence[str], name: str) -> tuple[DeviceMesh, list[Placement]]:
