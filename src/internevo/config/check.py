@@ -6,6 +6,7 @@ Each rule yields messages that say what does not fit and what to change.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -176,10 +177,13 @@ def _heads(config: Config, world: int) -> Iterator[str]:
         )
     if tensor.mode != "isp" and model.mlp_width % tensor.size:
         yield f"the MLP's width {model.mlp_width} is not divisible by parallel.tensor.size = {tensor.size}"
+    head_dim = model.head_dim or model.hidden_size // heads
     for size, what in (
         (model.mlp_width, "the MLP's width"),
         (model.hidden_size, "model.hidden_size"),
         (model.vocab_size, "model.vocab_size"),
+        (heads * head_dim, "the width of all query heads"),
+        (kv * head_dim, "the width of all key/value heads (model.num_kv_attention_heads * head size)"),
     ):
         if size % config.parallel.weight.size:
             yield f"{what} = {size} is not divisible by parallel.weight.size = {config.parallel.weight.size}"
@@ -218,10 +222,22 @@ def data_size(config: Config, world_size: int) -> int:
     return max(1, world_size // (config.parallel.tensor.size * config.parallel.pipeline.size))
 
 
+def smallest_world(config: Config) -> int:
+    """The fewest processes that all axes fit on."""
+    parallel = config.parallel
+    weights = _inner(config) * max(1, parallel.zero1.size)
+    return parallel.pipeline.size * math.lcm(parallel.tensor.size, weights)
+
+
+def _inner(config: Config) -> int:
+    """Ranks that hold different parts of a layer's weights."""
+    parallel = config.parallel
+    return parallel.weight.size if parallel.tensor.mode == "isp" else parallel.tensor.size
+
+
 def _zero(config: Config, world: int) -> Iterator[str]:
     size, parallel = config.parallel.zero1.size, config.parallel
-    inner = parallel.weight.size if parallel.tensor.mode == "isp" else parallel.tensor.size
-    ranks = max(1, world // (inner * parallel.pipeline.size))
+    ranks = max(1, world // (_inner(config) * parallel.pipeline.size))
     if size > 0 and ranks % size:
         yield (
             f"parallel.zero1.size = {size} does not divide the {ranks} ranks that hold the same part of the weights; "
@@ -268,8 +284,15 @@ def _skip(config: Config, world: int) -> Iterator[str]:
 
 def _pipeline(config: Config, world: int) -> Iterator[str]:
     stages, chunks = config.parallel.pipeline.size, config.model.num_chunks
-    if stages > 1 and config.data.micro_num % stages and config.parallel.pipeline.interleaved_overlap:
-        yield f"data.micro_num = {config.data.micro_num} is not divisible by parallel.pipeline.size = {stages}"
+    data, ranks = config.data, data_size(config, world)
+    number, keys = data.micro_num, "data.micro_num"
+    if data.global_batch_size:
+        number = data.global_batch_size // (data.micro_bsz * ranks)
+        keys = (
+            f"data.global_batch_size / (data.micro_bsz * data ranks) = {data.global_batch_size} / ({data.micro_bsz} * {ranks})"
+        )
+    if stages > 1 and number % stages and config.parallel.pipeline.interleaved_overlap:
+        yield f"{keys} = {number} micro-batches are not divisible by parallel.pipeline.size = {stages}"
     if stages * chunks > config.model.num_layers:
         yield f"model.num_layers = {config.model.num_layers} is below {stages} pipeline stages * model.num_chunks = {chunks}"
 

@@ -32,7 +32,7 @@ class Source(Protocol):
         """The ``config.json`` that it came with, if it came from Hugging Face."""
 
     def read(self, name: str, start: int, count: int) -> Tensor:
-        """Rows of a parameter, by our name (``internevo.tensorfile`` says what a row is)."""
+        """Rows of a parameter, by our name (``internevo.storage.tensors`` says what a row is)."""
 
     def place(self, name: str, start: int, count: int) -> Place | None:
         """Where those rows lie, if they lie in one piece in a file."""
