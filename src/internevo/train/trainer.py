@@ -12,8 +12,9 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import Tensor
 
-from ..checkpoint import Checkpoint
+from ..checkpoint.export import Exporter, check_export
 from ..checkpoint.finish import Extras
+from ..checkpoint.folder import remove_leftovers
 from ..checkpoint.saver import Saver
 from ..config import Config, dump
 from ..config.training import Loss as LossSection
@@ -23,8 +24,6 @@ from ..data.streaming.exchange import Exchange
 from ..measure.probes import Probes
 from ..models.families.registry import decoder_config
 from ..models.generate import Sampling, generate
-from ..models.huggingface.folder import write_hf
-from ..models.huggingface.merge import merged
 from ..models.losses import LossTerms
 from ..observe.console import log, start_log
 from ..observe.observers import Observers
@@ -54,6 +53,8 @@ class Trainer:
         start_log(self.run / "log", world.rank, config.monitor.alert.alert_file_path)
         prepare(config, world.device)
         self.decoder = decoder_config(config.model_type, config.model)
+        if config.ckpt.enable_save_ckpt:
+            self._prepare_saving()
         self._open_data()
         self.model, self.axis = plan.build(self.decoder, config, self.layout, world.device)
         self.optimizer = Optimizer(self.axis.masters, config.adam)
@@ -71,12 +72,22 @@ class Trainer:
             self.model, self.axis, self.optimizer, self.scaler, self.layout, dist.group.WORLD, world.device,
             len(self.source.types), config.hybrid_zero_optimizer.clip_grad_norm, _terms(config.loss),
         )  # fmt: skip
-        self.saver = Saver(self.run, config.ckpt, world.rank, _sizes(self.layout), after=self._export)
+        self.exporter = Exporter(self.run, COMPUTE[config.model.dtype], log.warning)
+        after = self.exporter if config.ckpt.enable_internevo2hf_ckpt else lambda folder: None
+        self.saver = Saver(self.run, config.ckpt, world.rank, _sizes(self.layout), after=after)
         self.saved_step = self.state.step
         self.probes = Probes(config, self.layout, self.model, self.optimizer.checkpoint_tensors(), self.run, world.rank)
         self.peak = peak_tflops(world.device, config.model.dtype, config.monitor.peak_tflops)
         if config.ckpt.stop_file_path and world.rank == 0:
             stops.watch(config.ckpt.stop_file_path)
+
+    def _prepare_saving(self) -> None:
+        """Before anything is loaded: what can be known to go wrong with saving, and what a killed run has left."""
+        if self.config.ckpt.enable_internevo2hf_ckpt:
+            check_export(self.decoder, self.config.data.tokenizer_path)
+        if self.world.rank == 0:
+            remove_leftovers(self.run)
+        dist.barrier()  # now every rank finds the same checkpoints
 
     def _open_data(self) -> None:
         data, vocab = self.config.data, self.config.model.vocab_size
@@ -229,15 +240,6 @@ class Trainer:
         }
         return Extras(files, Path(path) if path and Path(path).exists() else None)
 
-    def _export(self, folder: Path) -> None:
-        """Behind each checkpoint, in the background of rank 0: the same weights in Hugging Face form."""
-        if not self.config.ckpt.enable_internevo2hf_ckpt or not folder.name.startswith("step-"):
-            return
-        checkpoint = Checkpoint(folder)
-        dtype = COMPUTE[self.config.model.dtype]
-        target = self.run / "hf" / folder.name
-        write_hf(merged(checkpoint), target, dtype=dtype)
-
     def _observers(self) -> Observers | None:
         """On rank 0, with the run's first lines said."""
         for line in self.news:
@@ -247,7 +249,7 @@ class Trainer:
         (self.run / "config.json").write_text(dump(self.config), encoding="utf-8")
         config, total = self.config, self.config.data.total_steps
         observers = Observers(self.run, config.monitor, self.state.step, total, config.enable_tb)
-        say = observers.console.say
+        say, self.exporter.warn = observers.console.say, observers.console.warn
         rows = self.sizes.rows(self.state.cursor.batch)
         trained = sum(self.optimizer.named[name].numel() for name in self.optimizer.moments)
         adapters = f" and {trained:,} in adapters" if self.decoder.lora else ""
