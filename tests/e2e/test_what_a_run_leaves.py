@@ -35,8 +35,8 @@ def test_what_cannot_be_exported_is_said_before_the_first_step(tmp_path, config,
 def test_a_run_that_diverges_leaves_strict_json(tmp_path, config, dataset):
     experts = {"model__num_experts": 4, "model__top_k": 2, "model__moe_type": "Dropless"}
     path = config(
-        "run", model_type="MIXTRALMOE", **experts, model__out_head_init_std=1e38, data__total_steps=3, data__valid_folder=str(dataset),
-        data__valid_every=1, monitor__comm=True, ckpt__checkpoint_every=1,
+        "run", model_type="MIXTRALMOE", **experts, model__out_head_init_std=1e38, data__total_steps=3,
+        data__valid_folder=str(dataset), data__valid_every=1, monitor__comm=True, ckpt__checkpoint_every=1,
     )  # fmt: skip
     run("train", path)
     folder = tmp_path / "run"

@@ -7,7 +7,6 @@ X * (n - 1) / n for all-gather, reduce-scatter and all-to-all, and twice that fo
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,17 +44,12 @@ class Counter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         _finish(out)
         if len(ranks) > 1:
-            axis = self._axis(kind, ranks)
+            axis = self.layout.axis_of(kind, ranks)
             row = self.found.setdefault((kind, axis), Collectives(kind, axis))
             row.count += 1
             row.nbytes += _input_bytes(func, args) * (len(ranks) if kind == "all-gather" else 1)
             row.seconds += time.perf_counter() - begin
         return out
-
-    def _axis(self, kind: str, ranks: list[int]) -> str:
-        """Two axes may have the same groups; heads are exchanged by the tensor axis. "world" is no axis of its own."""
-        axes = [axis for axis, groups in self.layout.groups().items() if ranks in groups] or ["world"]
-        return "tensor" if kind == "all-to-all" and "tensor" in axes else axes[0]
 
     def rows(self) -> list[Collectives]:
         """What was found, sorted."""
@@ -90,13 +84,16 @@ def _input_bytes(func: Any, args: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tree_leaves(args[1] if behind else args[0]))
 
 
-def table(rows: list[Collectives], size: Callable[[str], int]) -> list[str]:
-    """Lines for people; ``size``: ranks of a group of an axis."""
+def table(rows: list[Collectives], layout: Layout, formula: list[Collectives] | None) -> list[str]:
+    """Lines for people; beside what was counted stands what the strategies state, where it differs."""
+    stated = {(row.kind, row.axis): row for row in formula or []}
+    groups = layout.groups()
     lines = [f"{'collective':16}{'group':>12}{'ranks':>7}{'count':>8}{'MB':>12}{'MB on the wire':>16}{'ms':>10}"]
     for row in rows:
-        ranks = size(row.axis)
-        lines.append(
-            f"{row.kind:16}{row.axis:>12}{ranks:>7}{row.count:>8}{row.nbytes / 1e6:>12.3f}{row.wire(ranks) / 1e6:>16.3f}"
-            f"{row.seconds * 1e3:>10.1f}"
-        )
+        ranks = len(groups[row.axis][0]) if row.axis in groups else layout.world
+        line = f"{row.kind:16}{row.axis:>12}{ranks:>7}{row.count:>8}{row.nbytes / 1e6:>12.3f}{row.wire(ranks) / 1e6:>16.3f}"
+        wanted = stated.get((row.kind, row.axis), Collectives(row.kind, row.axis))
+        differs = formula is not None and (wanted.count, wanted.nbytes) != (row.count, row.nbytes)
+        note = f"   by formula {wanted.count}, {wanted.nbytes / 1e6:.3f} MB" if differs else ""
+        lines.append(f"{line}{row.seconds * 1e3:>10.1f}{note}")
     return lines

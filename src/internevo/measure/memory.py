@@ -61,9 +61,10 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
             yield leaf
 
 
-def table(plan: Memory, found: Memory) -> list[str]:
+def table(formula: Memory | None, found: Memory) -> list[str]:
     """Lines for people."""
-    lines = [f"{'memory of rank 0, MB':28}{'formula':>12}{'measured':>12}"]
+    lines = [f"{'memory of rank 0, MB':28}{'measured':>12}{'by formula':>12}"]
     for field, name in {**Memory.NAMES, "total": "total"}.items():
-        lines.append(f"{name:28}{getattr(plan, field) / 1e6:>12.3f}{getattr(found, field) / 1e6:>12.3f}")
+        by_formula = f"{getattr(formula, field) / 1e6:>12.3f}" if formula else ""
+        lines.append(f"{name:28}{getattr(found, field) / 1e6:>12.3f}{by_formula}")
     return lines

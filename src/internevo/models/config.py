@@ -55,6 +55,18 @@ class Lora:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """The part of a decoder that one rank builds; without a pipeline, all of it."""
+
+    layers: range
+    """Numbers of its layers."""
+    embeds: bool = True
+    """It begins with the embedding."""
+    heads: bool = True
+    """It ends with the norm and the head."""
+
+
+@dataclass(frozen=True)
 class DecoderConfig:
     """The shape of a decoder and the few choices that families differ in."""
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .decoder import Decoder
-from .layers import Cache, DecoderLayer
+from .layers import Cache
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,10 @@ def generate(
     Args:
         dtype: in which the model computes; by default that of its weights (a sharded model casts them).
     """
-    device = model.embed.weight.device
+    weight = next(model.parameters())
+    device = weight.device
     generator = torch.Generator(device=device).manual_seed(seed)
-    caches = empty_caches(model, len(prompt) + max_new_tokens, dtype or model.embed.weight.dtype, device)
+    caches = empty_caches(model, len(prompt) + max_new_tokens, dtype or weight.dtype, device)
     tokens = torch.tensor([prompt], device=device)
     out: list[int] = []
     # Compiled layers are made for training's shapes; generation has a new shape for every token.
@@ -63,8 +64,7 @@ def generate(
 def empty_caches(model: Decoder, capacity: int, dtype: torch.dtype, device: torch.device) -> list[Cache]:
     """Room for ``capacity`` tokens in every layer."""
     caches = []
-    for layer in model.layers:
-        assert isinstance(layer, DecoderLayer)
+    for _, layer in model.numbered_layers():
         shape = (1, capacity, layer.attn.kv_heads, layer.attn.head_dim)
         keys, values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
         caches.append(Cache(keys, values, 0))

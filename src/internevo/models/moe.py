@@ -36,6 +36,27 @@ class Routing(NamedTuple):
     """Choices left out."""
 
 
+# What a strategy may exchange, where the ranks that share a micro-batch have different tokens of it. -----------------------
+
+
+def all_tokens(own: Tensor) -> Tensor:
+    """Of values of the tokens here [T, ...], those of the whole micro-batch, in its order. Without gradients."""
+    return own
+
+
+def own_tokens(values: Tensor) -> Tensor:
+    """The inverse: of values of the whole micro-batch, those of the tokens here."""
+    return values
+
+
+def run_experts(experts: ExpertMLPs, rows_RD: Tensor, ends_E: Tensor, complete: bool) -> Tensor:
+    """Rows sorted by expert through their experts, wherever these are. Arguments as of ``ops.grouped_linear``."""
+    return experts(rows_RD, ends_E, complete)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
 class Router(nn.Module):
     """Which experts each token goes to, and with which weight; computed in fp32."""
 
@@ -44,6 +65,7 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(experts.count, config.hidden_size))
         self.axes = ("expert", "embed")
         self.experts = experts
+        self.all_tokens, self.own_tokens = all_tokens, own_tokens
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Routing]:
         """Experts [T, k] (int64), weights [T, k] (fp32), which of the choices are kept [T, k] (bool), and the sums."""
@@ -51,7 +73,7 @@ class Router(nn.Module):
         probs_TE = logits_TE.softmax(-1)
         chosen_Tk, experts_Tk = probs_TE.topk(self.experts.top_k)
         weights_Tk = chosen_Tk / chosen_Tk.sum(-1, keepdim=True) if self.experts.normalize else chosen_Tk
-        kept_Tk = self._kept(chosen_Tk.detach(), experts_Tk)
+        kept_Tk = self.own_tokens(self._kept(self.all_tokens(chosen_Tk.detach()), self.all_tokens(experts_Tk)))
         log_probs = logits_TE.detach().log_softmax(-1)
         counts = F.one_hot(experts_Tk, self.experts.count).sum(0).float()
         routing = Routing(
@@ -123,6 +145,7 @@ class MoE(nn.Module):
         self.router = Router(config, experts)
         self.experts = ExpertMLPs(config, experts)
         self.shared, self.shared_gate = shared, shared_gate
+        self.run_experts = run_experts
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, Routing]:
         x_TD = x_BSD.flatten(0, 1)
@@ -134,7 +157,7 @@ class MoE(nn.Module):
         places_R = order_R.argsort()
         ends_E = F.one_hot(targets_R, count + 1).sum(0).cumsum(0)[:count].int()
         rows_RD = ops.take_rows(x_TD, order_R // self.top_k, places_R, copies=self.top_k)
-        out_RD = self.experts(rows_RD, ends_E, self.dropless)
+        out_RD = self.run_experts(self.experts, rows_RD, ends_E, self.dropless)
         out_TkD = ops.take_rows(out_RD, places_R, order_R).view(*experts_Tk.shape, -1)
         weights_T1k = (weights_Tk * kept_Tk).to(x_TD.dtype).unsqueeze(1)
         out_TD = torch.bmm(weights_T1k, out_TkD).squeeze(1)

@@ -33,7 +33,7 @@ class Source(Protocol):
         """Of a parameter, by our name: it holds every value of it."""
 
     def read(self, name: str, start: int, count: int) -> Tensor:
-        """Rows of a parameter, by our name (``internevo.tensorfile`` says what a row is)."""
+        """Rows of a parameter, by our name (``internevo.storage.tensors`` says what a row is)."""
 
     def place(self, name: str, start: int, count: int) -> Place | None:
         """Where those rows lie, if they lie in one piece in a file."""

@@ -17,22 +17,24 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ..config.training import HybridZeroOptimizer
 from ..models.decoder import Decoder
-from .gloo import Reductions, wait_for
+from .gloo import Gathers, Reductions, wait_for
+from .layout import Meshes
 from .shards import local
-from .strategy import Inner
+from .strategy import Collectives, Inner, Workload
+
+Shape = Sequence[int]
 
 
 class DataAxis(Protocol):
@@ -120,7 +122,7 @@ class Sharded:
     def __init__(
         self,
         model: Decoder,
-        mesh: DeviceMesh,
+        meshes: Meshes,
         device: torch.device,
         dtype: torch.dtype,
         fsdp: bool,
@@ -129,19 +131,22 @@ class Sharded:
     ) -> None:
         """
         Args:
-            mesh: ("replicate", "zero", "inner").
+            meshes: the data axis is ("replicate", "zero") of the weights.
             fsdp: gather per use rather than once per step.
-            inner: what a strategy has made of the "inner" dimension.
+            inner: what a strategy inside the layers has done.
             config: how it communicates.
         """
-        self.model, self.fsdp, self.inner, self.world = model, fsdp, inner, mesh.size()
+        mesh = meshes.weights
+        self.model, self.fsdp, self.inner = model, fsdp, inner
+        self.ranks = mesh.size() // mesh["stage"].size()
+        """That hold the weights of this stage."""
         replicas = mesh["replicate"].size()
         data_mesh = mesh["replicate", "zero"] if replicas > 1 else mesh["zero"]
         compute = None if dtype == torch.float32 else dtype
         precision = MixedPrecisionPolicy(
             param_dtype=compute, reduce_dtype=getattr(torch, config.grad_dtype), cast_forward_inputs=False
         )
-        for modules in units(model, None if fsdp else config.reduce_bucket_size):
+        for modules in units(model, None if fsdp else config.reduce_bucket_size, lambda parameter: local(parameter).numel()):
             fully_shard(modules, mesh=data_mesh, mp_policy=precision, reshard_after_forward=fsdp)
         deferred = config.overlap_sync_grad and not fsdp and replicas == 1
         self.reductions = Reductions(deferred)
@@ -156,9 +161,9 @@ class Sharded:
             if not config.overlap_sync_grad:
                 unit.set_all_reduce_hook(wait_for)
             if device.type == "cpu" and config.grad_dtype == "float32":
-                unit.set_custom_reduce_scatter(self.reductions)
-        if device.type == "cpu" and config.overlap_sync_param:
-            self.units[0]._set_unshard_async_op(True)  # there are no streams: what is prefetched goes on in gloo's threads
+                unit.set_custom_reduce_scatter(cast(Any, self.reductions))
+            if device.type == "cpu" and config.overlap_sync_param:
+                unit.set_custom_all_gather(cast(Any, Gathers()))
         model.to_empty(device=device)
         self.masters = dict(model.named_parameters())
 
@@ -182,6 +187,8 @@ class Sharded:
         for group in dict.fromkeys(self.inner.partial.values()):
             grads = [self.masters[name].grad for name, its in self.inner.partial.items() if its is group]
             parts = [local(grad) for grad in grads if grad is not None]
+            if not parts:  # nothing of the group's is trained (adapters on other linears)
+                continue
             joined = torch.cat([part.flatten() for part in parts])
             dist.all_reduce(joined, group=group)
             for part, whole in zip(parts, joined.split([part.numel() for part in parts]), strict=True):
@@ -191,7 +198,7 @@ class Sharded:
         master = self.masters[name]
         assert isinstance(master, DTensor)
         shards = [n for n, place in zip(master.device_mesh.shape, master.placements, strict=True) if not place.is_replicate()]
-        return self.world // math.prod(shards)
+        return self.ranks // math.prod(shards)
 
     @contextmanager
     def whole_sequences(self) -> Iterator[None]:
@@ -206,18 +213,71 @@ class Sharded:
                 strategy.cut = before
 
 
-def units(model: Decoder, bucket: int | None) -> list[list[nn.Module]]:
+def units(model: Decoder, bucket: int | None, size: Callable[[nn.Parameter], int]) -> list[list[nn.Module]]:
     """Modules whose parameters are gathered and whose gradients are reduced together, in the order of the forward pass:
-    consecutive layers up to ``bucket`` elements (None: each by itself), both ends, and last the model with what is left."""
+    consecutive layers up to ``bucket`` elements (None: each by itself), both ends, and last the model with what is left.
+
+    Args:
+        size: elements of a parameter on this rank, before the data axis shards it.
+    """
     joined: list[list[nn.Module]] = []
     space = 0
-    for layer in model.layers:
-        size = sum(local(parameter).numel() for parameter in layer.parameters())
-        if bucket is None or size > space:
+    for _, layer in model.numbered_layers():
+        elements = sum(size(parameter) for parameter in layer.parameters())
+        if bucket is None or elements > space:
             joined.append([])
             space = bucket or 0
         joined[-1].append(layer)
-        space -= size
+        space -= elements
     if model.config.tie_embeddings:
         return [*joined, [model]]  # one weight cannot be in two units: both ends belong to the whole model's
-    return [[model.embed], *joined, [model.norm, model.head], [model]]
+    first: list[list[nn.Module]] = [[model.embed]] if model.embed is not None else []
+    last: list[list[nn.Module]] = [[model.norm, model.head]] if model.norm is not None and model.head is not None else []
+    return [*first, *joined, *last, [model]]
+
+
+def traffic(work: Workload, shapes: Sequence[Sequence[Shape]], partial: Mapping[str, Sequence[Shape]]) -> list[Collectives]:
+    """Collectives of a step: see the table above. Shards that do not come out even are padded.
+
+    Args:
+        shapes: of each unit's parameters on a rank, before they are sharded here.
+        partial: of those whose gradients are summed over an inner axis in the end, by the axis.
+    """
+    layout = work.layout
+    passes = work.micro_batches if layout.fsdp else 1
+    shards = [sum(_shard(shape, layout.zero) for shape in unit) for unit in shapes if unit]
+    gathers = passes * (2 if layout.fsdp else 1)
+    elements, count = layout.zero * sum(shards), len(shards)
+    rows = [
+        Collectives("all-gather", "zero", count, elements * work.element).times(gathers),
+        Collectives("reduce-scatter", "zero", count, elements * work.gradient).times(passes),
+        Collectives("all-reduce", "replicate", count, sum(shards) * work.gradient).times(passes),
+    ]
+    for axis, some in partial.items():
+        rows.append(Collectives("all-reduce", axis, 1, 4 * sum(_shard(shape, layout.zero) for shape in some)))
+    return rows
+
+
+def memory(work: Workload, shapes: Sequence[Shape]) -> tuple[int, int, int]:
+    """Bytes of masters, of moments, and of weights with gradients, on rank 0 (whose shards are the largest).
+
+    | policy         | masters | moments | weights                | gradients |
+    |----------------|---------|---------|------------------------|-----------|
+    | ZeRO-1.5       | 4 P / z | 8 P / z | c P                    | g P       |
+    | FSDP           | 4 P / z | 8 P / z | those of units in use  | 4 P / z   |
+    | single process | 4 P     | 8 P     | c P; in fp32 masters   | 4 P       |
+
+    P = parameters of a rank before they are sharded here, z = ranks of a ZeRO group; c, g = bytes of an element as it computes,
+    and of a gradient.
+    """
+    layout = work.layout
+    whole, shard = sum(math.prod(shape) for shape in shapes), sum(_shard(shape, layout.zero) for shape in shapes)
+    alone = layout.world == 1
+    weights = 0 if layout.fsdp or (alone and work.element == 4) else work.element * whole
+    gradients = 4 * shard if layout.fsdp else (4 if alone else work.gradient) * whole
+    return 4 * shard, 8 * shard, weights + gradients
+
+
+def _shard(shape: Shape, ranks: int) -> int:
+    """Elements of the largest part, when a tensor is cut along its first axis."""
+    return -(-shape[0] // ranks) * math.prod(shape[1:])

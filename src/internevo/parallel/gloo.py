@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 
 BACKEND = "gloo_one_thread"
 
@@ -36,19 +35,34 @@ def _create(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist
     return group
 
 
-class Reductions(ReduceScatter):
-    """gloo's own reduce-scatter, which takes a list: that of one tensor is an all-reduce of a copy.
+class _Allocates:
+    """Where FSDP's collectives get their buffers."""
 
-    Deferred, reductions go on in gloo's threads (there are no streams) while backward computes, until somebody waits. That is
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialised buffer."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+
+class Gathers(_Allocates):
+    """All-gathers for ``fully_shard`` that never wait where they are called: there are no streams on a CPU, so what is gathered
+    ahead goes on in gloo's thread until it is needed."""
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> dist.Work | None:
+        return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=True)
+
+
+class Reductions(_Allocates):
+    """gloo's own reduce-scatter for ``fully_shard``, which takes a list: that of one tensor is an all-reduce of a copy.
+
+    Deferred, reductions go on in gloo's thread (there are no streams) while backward computes, until somebody waits. That is
     right where nothing else happens to their results before: one reduction per step, and no replicas.
     """
 
     def __init__(self, deferred: bool) -> None:
         self.deferred = deferred
         self.works: list[dist.Work] = []
-
-    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
         self,

@@ -35,39 +35,63 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from ..config.parallel import Weight
-from ..models.config import DecoderConfig
 from ..models.decoder import Decoder
 from ..models.layers import DecoderLayer, GatedMLP, look_up, loss
 from ..models.linear import MARK, Linear
 from . import collectives
 from .collectives import Group, exchange
+from .layout import Layout
 from .shards import local
-from .strategy import Collectives, Inner
+from .strategy import Collectives, Inner, Kept, Workload
 
 
-def traffic(
-    config: DecoderConfig, token_ranks: int, weight_ranks: int, tokens: int, element: int, recomputed: int = 0
-) -> list[Collectives]:
-    """Collectives over the tensor and weight groups of one micro-batch's forward and backward.
+def traffic(work: Workload) -> list[Collectives]:
+    """Collectives over the tensor and weight groups of a step's forward and backward passes.
 
-    Args:
-        tokens: of the micro-batch, over all ranks of a tensor group.
-        element: bytes of one element of a weight and an activation.
-        recomputed: layers whose backward uses what their second forward has gathered.
+    The backward of what is recomputed uses the weights that its second forward has gathered.
     """
-    rows, layers = [], config.num_layers
-    size, d = config.head_dim, config.hidden_size
-    if weight_ranks > 1:
-        layer = d * size * (2 * config.num_heads + 2 * config.num_kv_heads) + 3 * d * config.intermediate_size
-        ends = 2 * config.vocab_size * d  # the embedding and the head are gathered once and scattered once
-        rows.append(Collectives("all-gather", "weight", 8 * layers + 2, (2 * layers * layer + ends) * element))
-        rows.append(Collectives("reduce-scatter", "weight", 4 * layers + 2, (layers * layer + ends) * element))
-    if token_ranks > 1:
-        kv_heads = config.num_kv_heads * max(1, token_ranks // config.num_kv_heads)
-        exchanged = tokens // token_ranks * size * (2 * config.num_heads + 2 * kv_heads) * element
-        passes = 2 * layers + recomputed
-        rows.append(Collectives("all-to-all", "tensor", 2 * passes, passes * exchanged))
-    return rows
+    rows, decoder, layout = [], work.decoder, work.layout
+    layers, size, d = decoder.num_layers, decoder.head_dim, decoder.hidden_size
+    layer = d * size * (2 * decoder.num_heads + 2 * decoder.num_kv_heads) + 3 * d * decoder.intermediate_size
+    ends = 2 * decoder.vocab_size * d  # the embedding and the head are gathered once and scattered once
+    rows.append(Collectives("all-gather", "weight", 8 * layers + 2, (2 * layers * layer + ends) * work.element))
+    rows.append(Collectives("reduce-scatter", "weight", 4 * layers + 2, (layers * layer + ends) * work.element))
+    kv_heads = decoder.num_kv_heads * max(1, layout.tensor // decoder.num_kv_heads)
+    exchanged = work.tokens // layout.tensor * size * (2 * decoder.num_heads + 2 * kv_heads) * work.element
+    passes = 2 * layers + work.recomputed_attentions
+    rows.append(Collectives("all-to-all", "tensor", 2 * passes, passes * exchanged))
+    return [row.times(work.micro_batches) for row in rows]
+
+
+def memory(work: Workload) -> Kept:
+    """What a layer keeps: this rank's tokens everywhere, but for attention; and no full weight."""
+    tokens, ranks, decoder = work.tokens // work.layout.tensor, work.layout.tensor, work.decoder
+    return Kept(
+        outside=tokens,
+        inputs=tokens,
+        attention=work.tokens,
+        head_ranks=ranks,
+        normed_heads=tokens * (decoder.num_heads + decoder.num_kv_heads),
+        columns=tokens,
+        outputs=2 if ranks > 1 else 1,  # before and after the all-to-all
+        loss=tokens,
+        head_rows=decoder.vocab_size,
+    )
+
+
+def shape_on_rank(shape: Sequence[int], axes: Sequence[str], name: str, layout: Layout) -> list[int]:
+    """Shape of a rank's part of a parameter."""
+    return [shape[0] // layout.weight, *shape[1:]] if _is_cut(name, len(shape)) else list(shape)
+
+
+def partial_axis(axes: Sequence[str], name: str, layout: Layout) -> str | None:
+    """The axis over which a parameter's gradients must still be summed after the last backward: of norms and biases."""
+    return None if axes and len(axes) > 1 and name == "weight" else "weight"
+
+
+def _is_cut(name: str, dims: int) -> bool:
+    """Every matrix is cut; norms and biases are whole."""
+    return name == "weight" and dims == 2
 
 
 class InternSequenceParallel:
@@ -87,16 +111,18 @@ class InternSequenceParallel:
         whole: dict[str, Group] = {}
         for path, module in model.named_modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
-                if name == "weight" and parameter.dim() == 2 and self.mesh.size() > 1 and MARK not in f"{path}.":
+                if _is_cut(name, parameter.dim()) and self.mesh.size() > 1 and MARK not in f"{path}.":
                     cut = nn.Parameter(distribute_tensor(parameter.data, self.mesh, [Shard(0)], src_data_rank=None))
                     module.register_parameter(name, cut)
                 elif self.mesh.size() > 1:
                     whole[f"{path}.{name}"] = self.weight_group
         model.tie()
-        stations = [station for number, layer in enumerate(model.layers) for station in self._layer(number, layer)]
+        stations = [station for number, layer in model.numbered_layers() for station in self._layer(number, layer)]
         connect(stations, self.config)
-        model.embed.look_up = self._look_up
-        model.head.whole_rows, model.head.loss = self._whole, self._loss
+        if model.embed is not None:
+            model.embed.look_up = self._look_up
+        if model.head is not None:
+            model.head.whole_rows, model.head.loss = self._whole, self._loss
         return Inner(whole, self)
 
     def _layer(self, number: int, layer: nn.Module) -> list[Station]:

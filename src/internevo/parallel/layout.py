@@ -1,21 +1,27 @@
-"""The layout: how many ranks each axis has, and who is in which group. Arithmetic only; the groups are made from it later.
+"""The layout: how many ranks each axis has, and who is in which group. Arithmetic only; meshes are made from it in one place.
 
-There are two views of one world, because in isp the weights are cut over other ranks than the sequence:
+There are three views of one world, because weights, activations and experts may be cut over different ranks:
 
-- activations: pipeline x data x tensor. ``tensor`` ranks share one sample, ``data`` ranks see different ones.
-- weights: pipeline x replicate x zero x inner. ``inner`` ranks (tensor, or weight in isp) have different parts of a layer's
-  weights; ``zero`` ranks share out the optimizer state of each part; ``replicate`` copies of that are there.
+| view        | axes, the slowest first                        | ranks along the last axes                                     |
+|-------------|------------------------------------------------|---------------------------------------------------------------|
+| activations | stage, data, tensor                            | tensor: share one sample; data: have different samples        |
+| weights     | stage, replicate, zero, inner                  | inner (tensor, or weight in isp): have different parts of a   |
+|             |                                                | layer; zero: share out the optimizer state of each part;      |
+|             |                                                | replicate: have copies of it                                  |
+| experts     | stage, replicate, zero, expert, inner          | expert: have different experts; inner: have different parts   |
+|             |                                                | of each expert                                                |
 
-The fastest axis is the last one, so that the groups which talk most are neighbours.
+The axes that communicate most are the last ones, so that their groups are neighbouring ranks, inside a node.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..config import Config
+from .views import Groups, View
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,12 @@ class Layout:
     fsdp: bool
     kv_copies: int = 1
     """Ranks of a tensor group that hold the same key/value heads, as there are fewer of them than ranks. (isp has none.)"""
+    expert: int = 1
+    """Ranks that share the experts."""
+    expert_inner: int = 1
+    """Ranks that share each expert."""
+    expert_zero: int = 1
+    """Ranks that share the optimizer state of an expert."""
 
     @classmethod
     def of(cls, config: Config, world: int) -> Layout:
@@ -44,7 +56,37 @@ class Layout:
         zero = parallel.zero1.size if parallel.zero1.size > 0 else outer
         kv_heads = config.model.num_kv_attention_heads or config.model.num_attention_heads
         copies = max(1, tensor // kv_heads) if mode != "isp" else 1
-        return cls(world, tensor, mode, weight, pipeline, zero, parallel.zero1.fsdp, copies)
+        return cls(world, tensor, mode, weight, pipeline, zero, parallel.zero1.fsdp, copies, expert_zero=zero)
+
+    # The three views -------------------------------------------------------------------------------------------------
+
+    @property
+    def activations(self) -> View:
+        """Who has which samples, and which part of each."""
+        return View({"stage": self.pipeline, "data": self.data, "tensor": self.tensor})
+
+    @property
+    def weights(self) -> View:
+        """Who has which part of the dense weights."""
+        return View({"stage": self.pipeline, "replicate": self.replicate, "zero": self.zero, "inner": self.inner})
+
+    @property
+    def experts(self) -> View:
+        """Who has which part of which experts."""
+        replicate = self.world // (self.pipeline * self.expert_zero * self.expert * self.expert_inner)
+        return View({
+            "stage": self.pipeline, "replicate": replicate, "zero": self.expert_zero,
+            "expert": self.expert, "inner": self.expert_inner,
+        })  # fmt: skip
+
+    @property
+    def kv_weights(self) -> View:
+        """The weights of keys and values: those of ``heads`` are different, those of ``copies`` the same."""
+        axes = self.weights.axes
+        inner = axes.pop("inner")
+        return View({**axes, "heads": inner // self.kv_copies, "copies": self.kv_copies})
+
+    # What follows from them ------------------------------------------------------------------------------------------
 
     @property
     def data(self) -> int:
@@ -68,49 +110,61 @@ class Layout:
 
     def data_rank(self, rank: int) -> int:
         """Which rows a rank sees."""
-        return rank // self.tensor % self.data
-
-    def weight_mesh(self, device_type: str) -> DeviceMesh:
-        """The view of weights as ("replicate", "zero", "inner"); creates the groups, so every rank must call it. With copies of
-        key/value heads, "inner" is ("heads", "copies") as one."""
-        outer = (self.replicate, self.zero)
-        if self.kv_copies == 1:
-            return init_device_mesh(device_type, (*outer, self.inner), mesh_dim_names=("replicate", "zero", "inner"))
-        sizes = (*outer, self.inner // self.kv_copies, self.kv_copies)
-        mesh = init_device_mesh(device_type, sizes, mesh_dim_names=("replicate", "zero", "heads", "copies"))
-        mesh["heads", "copies"]._flatten("inner")
-        return mesh
-
-    def activation_mesh(self, device_type: str) -> DeviceMesh:
-        """The view of activations as ("data", "tensor"); creates the groups, so every rank must call it."""
-        return init_device_mesh(device_type, (self.data, self.tensor), mesh_dim_names=("data", "tensor"))
+        return self.activations.coordinate(rank)["data"]
 
     def groups(self) -> dict[str, list[list[int]]]:
-        """Ranks of every group of every axis that has more than one."""
-        per_stage = self.world // self.pipeline
-        weights = {"inner": 1, "zero": self.inner, "replicate": self.inner * self.zero}
-        names = {"inner": "weight" if self.mode == "isp" else "tensor", "zero": "zero", "replicate": "replicate"}
-        sizes = {"inner": self.inner, "zero": self.zero, "replicate": self.replicate}
-        found = {names[axis]: self._groups(sizes[axis], weights[axis]) for axis in weights}
-        found |= {"tensor": self._groups(self.tensor, 1), "data": self._groups(self.data, self.tensor)}
-        found["kv copies"] = self._groups(self.kv_copies, 1)
-        found["pipeline"] = self._groups(self.pipeline, per_stage)
+        """Ranks of every group of every axis that has more than one, by the axis's name for people."""
+        weights, activations = self.weights, self.activations
+        found = {
+            "weight" if self.mode == "isp" else "tensor": weights.groups("inner"),
+            "zero": weights.groups("zero"),
+            "replicate": weights.groups("replicate"),
+        }
+        found |= {"tensor": activations.groups("tensor"), "data": activations.groups("data")}
+        found["kv copies"] = self.kv_weights.groups("copies")
+        found["pipeline"] = weights.groups("stage")
         return {axis: groups for axis, groups in found.items() if len(groups[0]) > 1}
 
-    def _groups(self, size: int, stride: int) -> list[list[int]]:
-        """Groups of ``size`` ranks that are ``stride`` apart."""
-        firsts = [rank for rank in range(self.world) if rank // stride % size == 0]
-        return [[first + n * stride for n in range(size)] for first in firsts]
+    def axis_of(self, kind: str, ranks: list[int]) -> str:
+        """The axis that a collective over ``ranks`` belongs to. Two axes may have the same groups: the first one is named (of
+        an all-to-all: tensor). "world" is all ranks, where no axis has them."""
+        axes = [axis for axis, groups in self.groups().items() if ranks in groups] or ["world"]
+        return "tensor" if kind == "all-to-all" and "tensor" in axes else axes[0]
 
     def describe(self) -> list[tuple[str, int, str]]:
         """(axis, size, meaning), for people."""
         kind = "FSDP" if self.fsdp else "ZeRO-1.5" if self.zero > 1 else "plain data parallel"
         return [
             ("world", self.world, "processes"),
-            ("data", self.data, "ranks with rows of their own"),
+            ("data", self.data, "ranks with different rows"),
             ("tensor", self.tensor, f"ranks that share one sample ({self.mode})"),
             ("weight", self.weight, "ranks that share one copy of each weight (isp)"),
             ("zero", self.zero, f"ranks that share one optimizer state ({kind})"),
             ("replicate", self.replicate, "copies of the optimizer state"),
             ("pipeline", self.pipeline, "stages"),
         ]
+
+
+@dataclass(frozen=True)
+class Meshes:
+    """The views as meshes of real process groups. All of a run's groups are made here."""
+
+    weights: DeviceMesh
+    """("stage", "replicate", "zero", "inner")"""
+    kv_weights: DeviceMesh | None
+    """("stage", "replicate", "zero", "heads", "copies"), where there are copies of key/value heads."""
+    activations: DeviceMesh
+    """("stage", "data", "tensor")"""
+    experts: DeviceMesh
+    """("stage", "replicate", "zero", "expert", "inner")"""
+
+    @classmethod
+    def of(cls, layout: Layout, device_type: str) -> Meshes:
+        """Every rank must call it."""
+        groups = Groups()
+        return cls(
+            layout.weights.mesh(groups, device_type),
+            layout.kv_weights.mesh(groups, device_type) if layout.kv_copies > 1 else None,
+            layout.activations.mesh(groups, device_type),
+            layout.experts.mesh(groups, device_type),
+        )

@@ -36,42 +36,77 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
 from .. import ops
-from ..models.config import DecoderConfig
 from ..models.decoder import Decoder
 from ..models.layers import Attention, GatedMLP
 from ..models.linear import MARK, Adapter, Linear
 from . import collectives
 from .collectives import Group, all_gather, tokens_first
+from .layout import Layout
 from .shards import local
-from .strategy import Collectives, Inner
+from .strategy import Collectives, Inner, Kept, Workload
 
 OUT, IN = ("heads", "kv_heads", "mlp", "vocab"), ("heads", "mlp")
 """Axes along which a weight's rows, or its columns, are cut."""
 
 
-def traffic(config: DecoderConfig, mode: str, ranks: int, tokens: int, element: int, recomputed: int = 0) -> list[Collectives]:
-    """Collectives over the tensor group of one micro-batch's forward and backward.
+def traffic(work: Workload) -> list[Collectives]:
+    """Collectives over the tensor group of a step's forward and backward passes.
 
-    Args:
-        tokens: of the micro-batch.
-        element: bytes of one element of an activation.
-        recomputed: layers that run forward twice.
+    A recomputed layer does its collectives again, but for the last one: nothing of the layer is needed after its last linear.
     """
-    layers, once = config.num_layers, config.num_layers + recomputed
-    activation = tokens * config.hidden_size * element
-    chunks = -(-tokens // ops.chunk_tokens(tokens, config.vocab_size // ranks))
-    statistics = Collectives("all-gather", "tensor", chunks, 3 * 4 * tokens * ranks)
+    decoder, ranks, mode = work.decoder, work.layout.tensor, work.layout.mode
+    layers, again = decoder.num_layers, work.recomputed_layers
+    activation = work.tokens * decoder.hidden_size * work.element
+    chunks = -(-work.tokens // ops.chunk_tokens(work.tokens, decoder.vocab_size // ranks, work.device))
+    statistics = Collectives("all-gather", "tensor", chunks, 3 * 4 * work.tokens * ranks)
+    # Out of attention, the MLP and the embedding; backward, where forward went into attention, the MLP and the head.
+    leaves = 2 * layers + 1 + again
     if mode == "mtp":
-        # Forward: behind attention, behind the MLP, and the embedding. Backward: before each of those, and the head.
-        count = 2 * once + 1 + 2 * layers + 1
-        return [Collectives("all-reduce", "tensor", count, count * activation), statistics]
-    # Into attention, the MLP and the head; backward out of attention, the MLP and the embedding.
-    gathers = 2 * once + 1 + 2 * layers + 1 + (2 * layers if mode == "fsp" else 0)
-    scatters = 2 * once + 1 + 2 * layers + 1
-    return [
-        Collectives("all-gather", "tensor", gathers + statistics.count, gathers * activation + statistics.nbytes),
-        Collectives("reduce-scatter", "tensor", scatters, scatters * activation),
-    ]
+        count = leaves + 2 * layers + 1
+        rows = [Collectives("all-reduce", "tensor", count, count * activation), statistics]
+    else:
+        # Forward into attention, the MLP and the head; backward out of attention, the MLP and the embedding.
+        enters = 2 * layers + 1 + work.recomputed_attentions + again
+        gathers = enters + 2 * layers + 1 + (2 * layers if mode == "fsp" else 0)
+        scatters = leaves + 2 * layers + 1
+        rows = [
+            Collectives("all-gather", "tensor", gathers, gathers * activation), statistics,
+            Collectives("reduce-scatter", "tensor", scatters, scatters * activation),
+        ]  # fmt: skip
+    return [row.times(work.micro_batches) for row in rows]
+
+
+def memory(work: Workload) -> Kept:
+    """What a layer keeps, and where: see the table above."""
+    tokens, layout = work.tokens, work.layout
+    outside = tokens // layout.tensor if layout.cuts_sequence else tokens
+    ranks, decoder = layout.tensor, work.decoder
+    return Kept(
+        outside=outside,
+        inputs=tokens if layout.mode == "msp" else outside,
+        attention=tokens,
+        head_ranks=ranks,
+        normed_heads=tokens * (decoder.num_heads // ranks + max(1, decoder.num_kv_heads // ranks)),
+        columns=tokens // ranks,
+        outputs=1,
+        loss=tokens,
+        head_rows=decoder.vocab_size // ranks,
+    )
+
+
+def shape_on_rank(shape: Sequence[int], axes: Sequence[str], name: str, layout: Layout) -> list[int]:
+    """Shape of a rank's part of a parameter of a module with these axes."""
+    mine, dim = list(shape), cut_along(axes, name)
+    if dim is not None:
+        mine[dim] //= layout.tensor // layout.kv_copies if "kv_heads" in axes else layout.tensor
+    return mine
+
+
+def partial_axis(axes: Sequence[str], name: str, layout: Layout) -> str | None:
+    """The axis over which a parameter's gradients must still be summed after the last backward, if there is one."""
+    if cut_along(axes, name) is not None:
+        return "kv copies" if axes[0] == "kv_heads" and layout.kv_copies > 1 else None
+    return "tensor" if layout.cuts_sequence or tuple(axes) == ("head",) else None
 
 
 def cut_along(axes: Sequence[str], name: str) -> int | None:
@@ -118,9 +153,10 @@ class TensorParallel:
             elif isinstance(module, GatedMLP):
                 module.project, module.finish = self._project, self._finish
         model.tie()
-        model.embed.look_up = self._look_up
-        head = model.head
-        head.whole_rows, head.logits, head.loss = local, self._logits, partial(self._loss, model.config.vocab_size)
+        if model.embed is not None:
+            model.embed.look_up = self._look_up
+        if (head := model.head) is not None:
+            head.whole_rows, head.logits, head.loss = local, self._logits, partial(self._loss, model.config.vocab_size)
         return Inner(partial_gradients, self)
 
     def _places(self, axes: Sequence[str], name: str) -> tuple[DeviceMesh, list[Placement]]:

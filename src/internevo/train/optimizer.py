@@ -66,6 +66,11 @@ class Optimizer:
                     weight_decay=self.config.weight_decay if decays else 0.0, eps=self.config.adam_eps, maximize=False,
                 )  # fmt: skip
 
+    @torch.no_grad()
+    def scale_gradients(self, factor: float) -> None:
+        """Multiplies every gradient, in place."""
+        torch._foreach_mul_(list(self.gradients().values()), factor)
+
     def zero_grad(self) -> None:
         """Frees the gradients."""
         for parameter in self.named.values():

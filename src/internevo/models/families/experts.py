@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from ...config.model import Model
 from ...errors import UsageError
 from ..config import DecoderConfig, Experts
 from ..huggingface.naming import Names, Piece
+from . import choices
+
+
+def problems(model: Model, family: str, shared: bool = False) -> Iterator[str]:
+    """What does not fit a family with experts in a config's ``model`` section; ``shared``: one of them sees every token."""
+    own: dict[str, Any] = {**choices.WINDOWS, "num_experts": choices.ANY}
+    if shared:
+        own |= {"num_shared_experts": choices.ANY, "shared_expert_intermediate_size": choices.ANY}
+    yield from choices.problems(model, family, own)
+    if model.num_experts < 2:
+        yield f"model_type = {family!r} needs model.num_experts > 1"
+    if model.top_k > model.num_experts:
+        yield f"model.top_k = {model.top_k} is above model.num_experts = {model.num_experts}"
+    if shared and not (model.num_shared_experts or model.shared_expert_intermediate_size):
+        yield f"model_type = {family!r} needs model.num_shared_experts or model.shared_expert_intermediate_size"
 
 
 def from_section(model: Model, shared_size: int = 0, normalize: bool = True) -> Experts:

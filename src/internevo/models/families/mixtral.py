@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,15 @@ ARCHITECTURE = "MixtralForCausalLM"
 HF_MODEL_TYPE = "mixtral"
 HEAD = llama.HEAD
 FIXED: dict[str, tuple[Any, ...]] = {**llama.FIXED, "router_jitter_noise": (0.0, None)}
+
+
+def problems(model: Model) -> Iterator[str]:
+    """What does not fit this family in a config's ``model`` section."""
+    yield from experts.problems(model, FAMILY)
+    if model.decoder_sparse_step > 1 or model.mlp_only_layers:
+        yield f"{FAMILY} has experts in every layer: leave out model.decoder_sparse_step and model.mlp_only_layers"
+    if model.qkv_bias:
+        yield f"model.qkv_bias = {model.qkv_bias!r} does not go with model_type = {FAMILY!r}"
 
 
 def from_section(model: Model) -> DecoderConfig:

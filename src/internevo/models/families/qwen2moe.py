@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,11 @@ HF_MODEL_TYPE = "qwen2_moe"
 HEAD = llama.HEAD
 FIXED = llama.FIXED
 PARTS = {name: f"{name}_proj.weight" for name in ("gate", "up", "down")}
+
+
+def problems(model: Model) -> Iterator[str]:
+    """What does not fit this family in a config's ``model`` section."""
+    yield from experts.problems(model, FAMILY, shared=True)
 
 
 def from_section(model: Model) -> DecoderConfig:

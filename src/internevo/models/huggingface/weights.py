@@ -4,7 +4,7 @@ A folder is ``config.json`` and either ``model.safetensors``, or shards with ``m
 older ``pytorch_model*.bin`` (read with ``weights_only=True``). The names in it belong to the families. No code from a folder is
 ever run.
 
-Every family's layout on disk is made of whole rows (``internevo.tensorfile`` says what a row is): q, k and v in one tensor
+Every family's layout on disk is made of whole rows (``internevo.storage.tensors`` says what a row is): q, k and v in one tensor
 are rows of it, and the tensors of single experts are rows of one parameter.
 """
 

@@ -1,0 +1,85 @@
+"""Views: named cuts of one world of ranks, and the process groups and meshes that belong to them.
+
+A view is arithmetic and can be tested without processes. ``Groups`` makes the process groups, each once, whichever views ask
+for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+
+class View:
+    """The world cut into axes, the slowest first: ranks next to each other differ in the last axis.
+
+    >>> View({"data": 2, "tensor": 4}).coordinate(6)
+    {'data': 1, 'tensor': 2}
+    """
+
+    def __init__(self, axes: Mapping[str, int]) -> None:
+        """``axes``: number of ranks along each axis, by name."""
+        self.axes = dict(axes)
+
+    @property
+    def world(self) -> int:
+        """Number of ranks."""
+        return math.prod(self.axes.values())
+
+    def stride(self, axis: str) -> int:
+        """Distance between two ranks that are neighbours along ``axis``."""
+        sizes = list(self.axes.values())
+        return math.prod(sizes[list(self.axes).index(axis) + 1 :])
+
+    def coordinate(self, rank: int) -> dict[str, int]:
+        """Position of a rank along every axis."""
+        return {axis: rank // self.stride(axis) % size for axis, size in self.axes.items()}
+
+    def groups(self, axis: str) -> list[list[int]]:
+        """All groups of ranks that differ in ``axis`` alone, by their first rank."""
+        size, stride = self.axes[axis], self.stride(axis)
+        firsts = [rank for rank in range(self.world) if rank // stride % size == 0]
+        return [[first + n * stride for n in range(size)] for first in firsts]
+
+    def mesh(self, groups: Groups, device_type: str) -> DeviceMesh:
+        """The view as a DeviceMesh. Every rank must call it, since it makes groups."""
+        ranks = torch.arange(self.world).view(*self.axes.values())
+        made = [groups.get(self.groups(axis)) for axis in self.axes]
+        return DeviceMesh.from_group(made, device_type, mesh=ranks, mesh_dim_names=tuple(self.axes))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, View) and self.axes == other.axes
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.axes.items()))
+
+    def __repr__(self) -> str:
+        return f"View({self.axes})"
+
+
+class Groups:
+    """The process groups of a run. Every rank must ask for the same ones in the same order."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+
+    def get(self, partition: Sequence[Sequence[int]]) -> dist.ProcessGroup:
+        """This rank's group among groups that have no rank in common."""
+        rank = dist.get_rank()
+        ranks = next(tuple(group) for group in partition if rank in group)
+        if len(ranks) == dist.get_world_size():
+            assert dist.group.WORLD is not None
+            return dist.group.WORLD
+        if ranks not in self._made:
+            # Only the ranks of a group meet to make it: with 1,024 ranks, one group to make instead of hundreds.
+            made = dist.new_group(list(ranks), use_local_synchronization=True)
+            assert isinstance(made, dist.ProcessGroup)
+            self._made[ranks] = made
+        return self._made[ranks]
+
+    def __len__(self) -> int:
+        return len(self._made)
