@@ -321,6 +321,6 @@ def test_inspect_says_what_a_dataset_holds_and_names_all_that_is_broken(tmp_path
     seen = []
     with pytest.raises(DataError, match="2 of 2 files below"):
         seen.extend(inspect(tmp_path / "train"))
+    write_binary(tmp_path / "a" / "b" / "part.bin", [[1]], None)
     with pytest.raises(UsageError, match="--decode needs a tokenizer"):
-        write_binary(tmp_path / "a" / "b" / "part.bin", [[1]], None)
         list(inspect(tmp_path / "a" / "b", decode=1))
