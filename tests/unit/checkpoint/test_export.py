@@ -123,10 +123,13 @@ def test_what_is_not_refused_can_be_written(name, data):
         )
     )  # fmt: skip
     config = replace(decoder_from_hf(hf, "test"), **changes)
+    refused, wanted = "", None
     try:
         wanted = as_family(config, name)
     except UsageError as error:
-        assert "cannot hold this model" in str(error)
+        refused = str(error)
+    if wanted is None:
+        assert "cannot hold this model" in refused
         return
     assert naming(wanted).shapes
     values = json.loads(json.dumps(FAMILIES[name].to_hf(wanted)))
