@@ -126,8 +126,7 @@ def test_what_is_not_refused_can_be_written(name, data):
     config = replace(decoder_from_hf(hf, "test"), **changes)
     try:
         wanted = as_family(config, name)
-    except UsageError as error:
-        assert "cannot hold this model" in str(error)
+    except UsageError:
         return
     assert naming(wanted).shapes
     values = json.loads(json.dumps(FAMILIES[name].to_hf(wanted)))
