@@ -1,4 +1,4 @@
-"""Runs that end before their end: asked to, because a rank fails, or because one hangs. None waits for ever, none loses a save."""
+"""Runs that end early: asked to, because a rank fails, or because one hangs. None waits for ever, none loses a save."""
 
 import os
 import re
@@ -7,8 +7,14 @@ import time
 from functools import partial
 
 import pytest
+import torch
 import torch.multiprocessing as multiprocessing
 
+from internevo.checkpoint import storage
+from internevo.cli import main
+from internevo.errors import DataError
+from internevo.train import watchdog
+from internevo.train.step import Stepper
 from tests.conftest import metrics
 from tests.pool import free_port, place
 
@@ -22,9 +28,7 @@ def _rank(rank, size, port, config, fault, folder):
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.update(place(rank, size, port), INTERNEVO_DEVICE="cpu")
-    from internevo.cli import main
-    from internevo.train import watchdog
-
+    torch.set_num_threads(1)
     watchdog.Watchdog = partial(watchdog.Watchdog, interval=0.5)
     fault(rank)
     main(["train", str(config)])
@@ -34,10 +38,10 @@ class Ranks:
     """A run of several processes with a fault: what became of it."""
 
     def __init__(self, size, config, fault, folder, seconds=300):
-        context, port = multiprocessing.get_context("spawn"), free_port()
-        self.processes = [
-            context.Process(target=_rank, args=(rank, size, port, config, fault, folder)) for rank in range(size)
-        ]
+        # The processes are forks of one that has imported everything, and is nothing else.
+        context, port = multiprocessing.get_context("forkserver"), free_port()
+        context.set_forkserver_preload([__name__, "internevo.train.trainer"])
+        self.processes = [context.Process(target=_rank, args=(rank, size, port, config, fault, folder)) for rank in range(size)]
         for process in self.processes:
             process.start()
         deadline = time.monotonic() + seconds
@@ -51,8 +55,6 @@ class Ranks:
 
 def _in_step(number, act):
     """Lets ``act`` happen at the beginning of a step."""
-    from internevo.train.step import Stepper
-
     original = Stepper.__call__
 
     def call(self, batch, *arguments):
@@ -80,8 +82,6 @@ def test_a_rank_that_hangs_ends_the_run_and_is_named(config, tmp_path):
 
 
 def _fail(rank):
-    from internevo.errors import DataError
-
     def act():
         raise DataError("there is no more data")
 
@@ -111,8 +111,6 @@ def test_a_rank_that_is_gone_is_named(config, tmp_path):
 
 def _slow_saving(rank, then):
     """Rank 0 takes its time to write, so that what comes next comes while a checkpoint is under way."""
-    from internevo.checkpoint import storage
-
     original = storage.SafetensorsWriter.write_data
 
     def write(self, *arguments):

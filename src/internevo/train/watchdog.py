@@ -55,8 +55,9 @@ class Watchdog:
         self.steps, self.pace = 0, 0.0
         """Steps done; seconds per token of the slowest, without the first, which also compiles and connects."""
         self.allowed: float | None = None
-        """Seconds that the step under way may take."""
+        """Seconds that the step under way may take; None between steps."""
         self.main, self.failure = threading.get_ident(), ""
+        """The thread to answer for; and what it answers once the run has failed here."""
         self.over, self.ending = threading.Event(), threading.Lock()
         self.roll: RollCall | None = None
 
@@ -67,10 +68,10 @@ class Watchdog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is not None and lost_another(error):
-            self._others_lost(error)
+        if error is not None and self.roll is not None and lost_another(error):
+            self._lost_another(error, self.roll)
         if isinstance(error, Exception):
-            self.failure = f"has failed: {type(error).__name__}: {error}"  # for the thread, which goes on meanwhile
+            self.failure = _explain(error)  # the thread goes on meanwhile
             self.before_end(LONG)
         with self.ending:
             self.over.set()
@@ -81,10 +82,12 @@ class Watchdog:
     def step(self, tokens: int) -> Iterator[None]:
         """Around a step that trains on this many tokens."""
         begin = time.monotonic()
-        if self.limit and self.steps:
-            self.allowed = max(self.limit, SLACK * tokens * self.pace)
+        self.allowed = max(self.limit, SLACK * tokens * self.pace) if self.limit and self.steps else float("inf")
         try:
             yield
+        except Exception as error:
+            self.failure = _explain(error)  # before anything else is done about it
+            raise
         finally:
             self.allowed = None
         self.steps += 1
@@ -93,17 +96,21 @@ class Watchdog:
 
     def _watch(self, roll: RollCall) -> None:
         """The thread."""
-        step, waited = -1, 0.0
-        try:
-            while not self.over.wait(self.interval):
-                # Counted in looks, not by the clock: nobody is late while the whole job is suspended.
-                step, waited = self.steps, waited + self.interval if step == self.steps else 0.0
-                if self.allowed is not None and waited > self.allowed:
-                    roll.alarm(f"a step has taken more than {self.allowed:.0f} s (monitor.timeout) on rank {self.world.rank}")
-                if roll.alarmed():
-                    self._end(roll)
-        except RuntimeError as error:
-            log.warning(f"no watchdog from here on, since the run's store does not answer: {error}")
+        step, waited, unanswered = -1, 0.0, 0
+        while not self.over.wait(self.interval):
+            # Counted in looks, not by the clock: nobody is late while the whole job is suspended.
+            step, waited = self.steps, waited + self.interval if step == self.steps else 0.0
+            allowed = self.allowed
+            try:
+                if allowed is not None and waited > allowed:
+                    roll.alarm(f"a step has taken more than {allowed:.0f} s (monitor.timeout) on rank {self.world.rank}")
+                alarmed, unanswered = roll.alarmed(), 0
+            except RuntimeError:
+                # The store is gone with the rank or the launcher that has it: at the end of a run, or in its middle.
+                unanswered += 1
+                alarmed = unanswered >= 3 and allowed is not None
+            if alarmed:
+                self._end(roll)
 
     def _end(self, roll: RollCall) -> None:
         """Ends the process from the thread."""
@@ -118,14 +125,12 @@ class Watchdog:
             self.before_end(SHORT if SILENT in report else LONG)
             os._exit(1)
 
-    def _others_lost(self, error: BaseException) -> None:
+    def _lost_another(self, error: BaseException, roll: RollCall) -> None:
         """Raises an error that says more than that of the collective."""
         with self.ending:
             self.over.set()
-        assert self.roll is not None
-        self.roll.alarm(f"rank {self.world.rank} has lost another rank in a collective")
-        place = _line(traceback.extract_tb(error.__traceback__))
-        report = self.roll.report(f"stopped at {place}: {str(error).splitlines()[0]}")
+        roll.alarm(f"rank {self.world.rank} has lost another rank in a collective")
+        report = roll.report(_explain(error))
         self.before_end(SHORT if SILENT in report else LONG)
         raise InternEvoError(report) from error
 
@@ -156,6 +161,7 @@ class RollCall:
             self._answer(failure or "has finished")
             if failure:
                 self.alarm(f"rank {self.rank} has failed")
+                self._part()
 
     def report(self, answer: str) -> str:
         """This rank's answer to an alarm; returns what all have answered."""
@@ -164,12 +170,24 @@ class RollCall:
             writer = str(self.rank).encode()
             if self.store.compare_set("writer", "", writer.decode()) == writer:
                 self.store.set("report", self._collect())
-            return self.store.get("report").decode()
+            report = self.store.get("report").decode()
+            self._part()
+            return report
         except RuntimeError as error:
             return f"{answer}; and the other ranks cannot be asked, since the run's store does not answer: {error}"
 
     def _answer(self, text: str) -> None:
         self.store.set(f"rank {self.rank}", text)
+
+    def _part(self) -> None:
+        """This rank needs the store no longer. Rank 0, which may have it, stays for those that do."""
+        self.store.add("parted", 1)
+        end = time.monotonic() + self.patience
+        while self.rank == 0 and time.monotonic() < end:
+            living = int(self.store.get("living")) if self.store.check(["living"]) else self.size
+            if self.store.add("parted", 0) >= living:
+                return
+            time.sleep(0.1)
 
     def _collect(self) -> str:
         answers: dict[int, str] = {}
@@ -179,6 +197,7 @@ class RollCall:
                 if self.store.check([f"rank {rank}"]):
                     answers[rank] = self.store.get(f"rank {rank}").decode()
             time.sleep(0.1)
+        self.store.set("living", str(len(answers)))
         alike: dict[str, list[int]] = defaultdict(list)
         for rank in range(self.size):
             alike[answers.get(rank, SILENT)].append(rank)
@@ -186,6 +205,13 @@ class RollCall:
         found = sorted(alike.items(), key=lambda pair: (pair[0] != SILENT, len(pair[1])))
         lines = [f"rank{'s' if len(ranks) > 1 else ''} {_spans(ranks)}: {text}" for text, ranks in found]
         return "\n  ".join([f"the run does not go on: {self.store.get('alarm').decode()}", *lines])
+
+
+def _explain(error: BaseException) -> str:
+    """What a rank that has failed answers."""
+    if not lost_another(error):
+        return f"has failed: {type(error).__name__}: {error}"
+    return f"stopped at {_line(traceback.extract_tb(error.__traceback__))}: {str(error).splitlines()[0]}"
 
 
 def _line(stack: Sequence[traceback.FrameSummary]) -> str:
