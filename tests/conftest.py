@@ -48,7 +48,7 @@ def pool():
 
     pool = Pool()
     yield pool
-    pool.stop()
+    pool.stop(patience=10)
 
 
 def write_dataset(folder):

@@ -87,7 +87,12 @@ class Pool:
             self.stop()
             raise AssertionError("\n\n".join(failures))
 
-    def stop(self):
+    def stop(self, patience=0):
+        """Ends the workers; with ``patience`` seconds for them to end by themselves, and coverage to be written."""
+        for process, pipe in self.workers:
+            if patience and process.is_alive():
+                pipe.send(None)
         for process, _ in self.workers:
+            process.join(patience)
             process.kill()
         self.workers = []
