@@ -4,7 +4,10 @@
 """
 
 import sys
-from importlib.machinery import PathFinder, SourceFileLoader
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from types import ModuleType
+from typing import Any
 
 LIBRARIES = {"numpy", "plotly", "pyarrow", "pydantic", "rich", "tensorboard", "tokenizers", "torch", "transformers", "typer"}
 
@@ -12,7 +15,7 @@ LIBRARIES = {"numpy", "plotly", "pyarrow", "pydantic", "rich", "tensorboard", "t
 class Untraced(SourceFileLoader):
     """Runs a module, and all that it imports, with this thread's tracer set aside."""
 
-    def exec_module(self, module):
+    def exec_module(self, module: ModuleType) -> None:
         tracer = sys.gettrace()
         sys.settrace(None)
         try:
@@ -25,7 +28,7 @@ class Finder:
     """Finds what Python's own finder finds, and has libraries loaded untraced."""
 
     @staticmethod
-    def find_spec(name, path=None, target=None):
+    def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name.split(".")[0] not in LIBRARIES or sys.gettrace() is None:
             return None
         spec = PathFinder.find_spec(name, path, target)
@@ -34,5 +37,5 @@ class Finder:
         return spec
 
 
-def coverage_init(registry, options):
+def coverage_init(registry: Any, options: Any) -> None:
     sys.meta_path.insert(0, Finder)

@@ -1,8 +1,11 @@
 """Layouts to be compared with one process: the ones that have a name, the full table, and compositions drawn at random."""
 
 import itertools
+import os
 import random
 
+DRAWN = int(os.environ.get("INTERNEVO_TEST_COMPOSITIONS", "8"))
+"""Compositions to draw."""
 ROWS = 24
 """Of a step."""
 STEADY = {
@@ -36,6 +39,10 @@ def layout(processes, mode="mtp", tensor=1, weight=1, zero=-1, fsdp=False, weigh
     }  # fmt: skip
 
 
+EXPERTS = {
+    "model_type": "QWEN2MOE", "model__num_experts": 4, "model__top_k": 2, "model__num_shared_experts": 1,
+    "model__moe_intermediate_size": 24,
+}  # fmt: skip
 PREFETCH = {"overlap": True, "forward_overlap_per": "module"}
 NAMED = {
     "mtp 2": layout(2, "mtp", 2),

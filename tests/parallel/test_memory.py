@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.conftest import write_config, write_dataset
-from tests.parallel.layouts import layout
+from tests.parallel.layouts import EXPERTS, layout
 
 SHAPE = {
     "model__num_layers": 3, "model__hidden_size": 128, "model__num_attention_heads": 8, "model__num_kv_attention_heads": 2,
@@ -30,6 +30,18 @@ CASES = {
     "half recomputed, attention kept": layout(1, model__checkpoint=0.67, selective_checkpoint=True),
     "isp 2 x 2": layout(2, "isp", 2, 2, weights={"overlap": True}),
     "isp 4 x 2": layout(4, "isp", 4, 2, weights={"overlap": True}),
+    "qwen3": layout(2, "fsp", 2, model_type="QWEN3"),
+    "qwen3, isp": layout(2, "isp", 2, model_type="QWEN3"),
+    "experts": layout(1, **EXPERTS, model__moe_type="Dropless"),
+    "experts with capacity, bf16, zero 2": layout(2, **EXPERTS, model__dtype="torch.bfloat16"),
+    "experts, no shared one, first layer dense": layout(
+        1,
+        model_type="QWEN3MOE",
+        model__num_experts=4,
+        model__top_k=2,
+        model__moe_intermediate_size=96,
+        model__mlp_only_layers=[0],
+    ),
 }
 
 

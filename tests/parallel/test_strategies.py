@@ -8,10 +8,7 @@ import pytest
 
 from internevo.text.tokenizer import train_bpe
 from tests.conftest import metrics, tensors, write_config, write_dataset
-from tests.parallel.layouts import MODELS, NAMED, PADDED, STEADY, composition, full_table, layout
-
-DRAWN = int(os.environ.get("INTERNEVO_TEST_COMPOSITIONS", "8"))
-"""Compositions to draw."""
+from tests.parallel.layouts import DRAWN, MODELS, NAMED, PADDED, STEADY, composition, full_table, layout
 
 
 @pytest.fixture(scope="module")

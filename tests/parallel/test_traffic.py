@@ -1,83 +1,74 @@
-"""The collectives of a step are those of the strategies' formulas: kinds, groups, counts and bytes."""
+"""The collectives of a step are those that the strategies state: kinds, groups, counts and bytes."""
 
 import gzip
 import json
-import math
 
 import pytest
 
 from internevo.config import load_config
-from internevo.models.decoder import parameter_shapes
 from internevo.models.families.registry import decoder_config
-from internevo.parallel import isp, tensor
+from internevo.parallel import plan
 from internevo.parallel.layout import Layout
+from internevo.parallel.strategy import Workload, add_up
+from internevo.train import step
 from tests.conftest import run, write_config, write_dataset
-from tests.parallel.layouts import layout
+from tests.parallel.layouts import DRAWN, EXPERTS, MODELS, NAMED, PREFETCH, composition, layout
+from tests.pool import DEVICE
 
-MICRO_BATCHES, TOKENS = 3, 32
+MICRO_BATCHES = 3
 
 
-def counted(pool, tmp_path, processes, changes):
-    """Rows of comm.json by (kind, axis), and the config's decoder and layout."""
+def counted(pool, tmp_path, processes, changes, model="llama"):
+    """(kind, axis) -> (count, bytes): as counted in a real step, and as the strategies state it."""
     dataset = write_dataset(tmp_path / "data")
     ranks = processes // changes["parallel__tensor"]["size"]
-    path = write_config(
-        tmp_path, dataset, "run", **{"model__vocab_size": 96 + 4, "data__total_steps": 2, "ckpt__enable_save_ckpt": False,
-        "monitor__comm": True, **changes, "data__micro_bsz": 1, "data__global_batch_size": MICRO_BATCHES * ranks},
-    )  # fmt: skip
+    sizes = {"data__micro_bsz": 1, "data__global_batch_size": MICRO_BATCHES * ranks, "data__total_steps": 2}
+    more = {"model__vocab_size": 96 + 4 * 2, "ckpt__enable_save_ckpt": False, "monitor__comm": True}
+    path = write_config(tmp_path, dataset, "run", **{**more, **MODELS[model], **changes, **sizes})
     pool.train(path, processes)
     config = load_config(path)
     rows = json.loads((tmp_path / "run" / "comm.json").read_text())
     found = {(row["kind"], row["axis"]): (row["count"], row["nbytes"]) for row in rows}
-    return found, decoder_config(config.model_type, config.model), Layout.of(config, processes)
+    decoder, layout = decoder_config(config.model_type, config.model), Layout.of(config, processes)
+    work = Workload.of(decoder, config, layout, MICRO_BATCHES, DEVICE)
+    stated = add_up([*plan.traffic(work), step.traffic(decoder, 2, layout)], layout)
+    return found, {(row.kind, row.axis): (row.count, row.nbytes) for row in stated}
 
 
-def times(rows, number):
-    return {(row.kind, row.axis): (row.count * number, row.nbytes * number) for row in rows}
+CASES = {
+    **NAMED,
+    "zero 1: plain data parallel": layout(4, zero=1),
+    "zero 2 of 4": layout(4, zero=2),
+    "fsdp 2 of 4": layout(4, zero=2, fsdp=True),
+    "buckets": layout(2, hybrid_zero_optimizer__reduce_bucket_size=30_000),
+    "bf16, gradients too": layout(
+        4, "msp", 2, model__dtype="bfloat16", hybrid_zero_optimizer={"grad_dtype": "torch.bfloat16", "clip_grad_norm": 1.0}
+    ),
+    "mtp 2, attention recomputed": layout(2, "mtp", 2, model__checkpoint="attention"),
+    "msp 2, attention recomputed": layout(2, "msp", 2, model__checkpoint="attention"),
+    "fsp 2, half recomputed": layout(2, "fsp", 2, model__checkpoint=0.5),
+    "isp 2 x 2, attention recomputed": layout(2, "isp", 2, 2, weights=PREFETCH, model__checkpoint="attention"),
+    "mtp 4, key/value heads twice": layout(4, "mtp", 4),
+}
 
 
-@pytest.mark.parametrize(("mode", "recomputed"), [("mtp", False), ("msp", False), ("fsp", True)])
-def test_tensor_modes_move_what_their_table_says(pool, tmp_path, mode, recomputed):
-    found, decoder, _ = counted(pool, tmp_path, *layout(4, mode, 2, model__checkpoint=recomputed))
-    rows = tensor.traffic(decoder, mode, 2, TOKENS, 4, decoder.num_layers if recomputed else 0)
-    mine = {key: value for key, value in found.items() if key[1] == "tensor"}
-    wanted = times(rows, MICRO_BATCHES)
-    if mode != "mtp":  # gradients of norms, once per step
-        count, nbytes = mine.pop(("all-reduce", "tensor"))
-        norms = (2 * decoder.num_layers + 1) * decoder.hidden_size * 4
-        assert count == 1 and nbytes == norms // 2  # this rank's half under ZeRO
-    if recomputed:  # nothing of a layer is needed behind its last linear: the second forward stops there
-        assert mine[("all-gather", "tensor")] == wanted[("all-gather", "tensor")]
-    else:
-        assert mine == wanted
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_moves_what_its_strategies_state(pool, tmp_path, name):
+    """Every collective of the step: kinds, groups, counts and bytes, and nothing else."""
+    found, stated = counted(pool, tmp_path, *CASES[name])
+    assert found == stated
 
 
-@pytest.mark.parametrize(("t", "w", "recomputed"), [(1, 2, False), (2, 4, False), (4, 2, True)])
-def test_isp_moves_what_its_table_says(pool, tmp_path, t, w, recomputed):
-    changes = layout(4, "isp", t, w, weights={"overlap": True}, model__checkpoint=recomputed)
-    found, decoder, _ = counted(pool, tmp_path, *changes)
-    wanted = times(isp.traffic(decoder, t, w, TOKENS, 4, decoder.num_layers if recomputed else 0), MICRO_BATCHES)
-    assert {key: found[key] for key in wanted} == wanted
-    # Gradients of norms once per step; losses and counts once per step, over the world, which may be the weight group.
-    assert found[("all-reduce", "weight")][0] == (2 if w == 4 else 1)
+@pytest.mark.parametrize("seed", range(100, 100 + DRAWN))
+def test_compositions_move_what_their_strategies_state(pool, tmp_path, seed):
+    processes, changes, model = composition(seed)
+    found, stated = counted(pool, tmp_path, processes, changes, "llama" if model == "adapters" else model)
+    assert found == stated
 
 
-@pytest.mark.parametrize(("zero", "fsdp"), [(-1, False), (2, False), (2, True)])
-@pytest.mark.parametrize("inner", [1, 2])
-def test_the_data_axis_moves_what_its_table_says(pool, tmp_path, zero, fsdp, inner):
-    """ZeRO-1.5: every weight gathered and every gradient scattered once per step. FSDP: twice and once per micro-batch."""
-    found, decoder, spread = counted(pool, tmp_path, *layout(4, "mtp", inner, zero=zero, fsdp=fsdp))
-    sizes = {name: math.prod(shape) for name, shape in parameter_shapes(decoder).items()}
-    whole = sum(n for name, n in sizes.items() if "norm" in name)
-    nbytes = 4 * (whole + (sum(sizes.values()) - whole) // inner)
-    units, passes = decoder.num_layers + 2, MICRO_BATCHES if fsdp else 1
-    axis = "zero"
-    assert found[("all-gather", axis)] == (units * passes * (2 if fsdp else 1), nbytes * passes * (2 if fsdp else 1))
-    assert found[("reduce-scatter", axis)] == (units * passes, nbytes * passes)
-    if spread.replicate > 1:
-        assert found[("all-reduce", "replicate")] == (units * passes, nbytes * passes // spread.zero)
-    world = "zero" if spread.zero == 4 else "data" if spread.data == 4 else "world"
-    assert found[("all-reduce", world)][0] == 1  # losses, counts, the norm, requests to stop: one message
+def test_experts_are_moved_as_other_weights(pool, tmp_path):
+    found, stated = counted(pool, tmp_path, *layout(4, zero=2, **EXPERTS))
+    assert found == stated
 
 
 def test_the_console_shows_the_table(tmp_path):

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..config.check import data_size, missing_features, missing_paths, problems
+from ..config.check import data_size, missing_paths, smallest_world
 from ..config.load import dump, load_config
 from ..config.option import notices
 from ..config.schema import Config
 from ..errors import ConfigError
+from ..train.check import missing_features, problems
+
+if TYPE_CHECKING:  # importing PyTorch takes seconds: only where a layout is asked for
+    from ..parallel.layout import Layout
+    from ..parallel.memory import Memory
+    from ..parallel.strategy import Collectives
 
 
 def show(path: Path, overrides: list[str], world_size: int | None, per_node: int = 8) -> None:
@@ -23,8 +31,7 @@ def show(path: Path, overrides: list[str], world_size: int | None, per_node: int
         print(f"note: {line}", file=sys.stderr)
     for line in [*missing_paths(config), *missing_features(config)]:
         print(f"warning: {line}", file=sys.stderr)
-    smallest = config.parallel.tensor.size * config.parallel.pipeline.size
-    wrong = problems(config, world_size or max(smallest, config.parallel.weight.size, config.parallel.zero1.size * smallest))
+    wrong = problems(config, world_size or smallest_world(config))
     if wrong:
         raise ConfigError("the config cannot be trained:\n" + "\n".join(f"  {line}" for line in wrong))
     print(dump(config), end="")
@@ -33,11 +40,12 @@ def show(path: Path, overrides: list[str], world_size: int | None, per_node: int
 
 
 def layout_lines(config: Config, world_size: int, per_node: int) -> list[str]:
-    """Sizes and groups of every axis, who is in which group, the batch, and the memory of a rank."""
+    """Sizes and groups of every axis, who is in which group, the batch, and a step's memory and collectives."""
     from ..data.batches import BatchSizes
     from ..models.families.registry import decoder_config
+    from ..parallel import plan
     from ..parallel.layout import Layout
-    from ..parallel.memory import Memory, planned
+    from ..parallel.strategy import Workload
 
     layout = Layout.of(config, world_size)
     lines = [f"layout on {world_size} processes"]
@@ -53,11 +61,26 @@ def layout_lines(config: Config, world_size: int, per_node: int) -> list[str]:
         f"({sizes.micro_num} micro-batches of {sizes.micro_bsz} on each of {sizes.ranks} data ranks)"
     )
     decoder = decoder_config(config.model_type, config.model)
-    if decoder.experts is None and decoder.lora is None:
-        memory = planned(decoder, config, layout, config.data.seq_len * config.data.micro_bsz)
-        parts = ", ".join(f"{name} {getattr(memory, field) / 2**30:.2f}" for field, name in Memory.NAMES.items())
-        lines.append(f"  memory     {memory.total / 2**30:>6.2f}  GiB on rank 0, without buffers: {parts}")
-    return lines
+    if decoder.lora is not None:
+        return [*lines, "  memory and collectives are not stated for model.lora"]
+    work = Workload.of(decoder, config, layout, sizes.micro_num, "cuda")
+    return [*lines, *_memory_lines(plan.memory(work)), *_traffic_lines(plan.traffic(work), layout)]
+
+
+def _memory_lines(memory: Memory) -> Iterator[str]:
+    parts = ", ".join(f"{name} {getattr(memory, field) / 2**30:.2f}" for field, name in memory.NAMES.items())
+    yield f"  memory     {memory.total / 2**30:>6.2f}  GiB on rank 0, without buffers: {parts}"
+
+
+def _traffic_lines(rows: list[Collectives], layout: Layout) -> Iterator[str]:
+    """What a rank sends and receives in a step, as the strategies state it."""
+    if not rows:
+        return
+    yield f"  {'collectives of a step':24}{'group':>12}{'ranks':>8}{'count':>8}{'GB':>12}{'GB on the wire':>16}"
+    groups = layout.groups()
+    for row in rows:
+        ranks = len(groups[row.axis][0]) if row.axis in groups else layout.world
+        yield f"  {row.kind:24}{row.axis:>12}{ranks:>8}{row.count:>8}{row.nbytes / 1e9:>12.3f}{row.wire(ranks) / 1e9:>16.3f}"
 
 
 def _rank_table(groups: dict[str, list[list[int]]], world_size: int, per_node: int) -> list[str]:

@@ -21,8 +21,8 @@ internevo config configs/demo.py
 ```
 
 prints a config with every default written out. This page lists every key, section by section. A key with *no effect* exists in
-InternEvo's own configs: it is accepted, and a run says in one line that it does nothing here. A value marked *not available yet*
-is valid, but `internevo train` refuses to start with it and says why.
+InternEvo's own configs: it is accepted, and a run says in one line that it does nothing here. A value that is *not available
+yet* is valid, but `internevo train` refuses to start with it and says why.
 """
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -10,12 +9,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..config import Config
-from ..data.batches import StepBatch
+from ..config.run import Monitor
 from ..models.decoder import Decoder
 from ..parallel.layout import Layout
-from ..parallel.memory import planned
+from ..parallel.memory import Memory
 from ..parallel.shards import local
+from ..parallel.strategy import Collectives
+from ..storage.jsonfile import write_json
 from . import collectives, memory
 from .timeline import record_timeline
 
@@ -24,10 +24,21 @@ class Probes:
     """Measures single steps. Every rank takes part; rank 0 writes files to the run folder, and has lines to show."""
 
     def __init__(
-        self, config: Config, layout: Layout, model: Decoder, state: Mapping[str, Tensor], folder: Path, rank: int
+        self,
+        monitor: Monitor,
+        layout: Layout,
+        model: Decoder,
+        state: Mapping[str, Tensor],
+        formula: tuple[Memory, list[Collectives]] | None,
+        folder: Path,
+        rank: int,
     ) -> None:
-        """``state``: fp32 weights (model/NAME) and moments (optimizer/NAME) of this run, as DTensors or plain tensors."""
-        self.config, self.layout, self.model, self.state = config, layout, model, state
+        """
+        Args:
+            state: fp32 weights (model/NAME) and moments (optimizer/NAME) of this run, as DTensors or plain tensors.
+            formula: memory and collectives of a step as the strategies state them, to be shown beside what is measured.
+        """
+        self.monitor, self.layout, self.model, self.state, self.formula = monitor, layout, model, state, formula
         self.folder, self.rank = folder, rank
         self.steps = 0
         """Steps of this process, whether the run was resumed or not."""
@@ -35,12 +46,12 @@ class Probes:
         """For people, about the last step."""
 
     @contextmanager
-    def __call__(self, batch: StepBatch) -> Iterator[None]:
+    def __call__(self) -> Iterator[None]:
         """Around one step."""
         self.steps, self.lines = self.steps + 1, []
-        monitor = self.config.monitor
+        monitor = self.monitor
         if monitor.memory and self.steps == 1:
-            with self._memory(batch):
+            with self._memory():
                 yield
         elif monitor.comm and self.steps == 2:  # the first one also makes connections
             with self._collectives():
@@ -54,7 +65,7 @@ class Probes:
             yield
 
     @contextmanager
-    def _memory(self, batch: StepBatch) -> Iterator[None]:
+    def _memory(self) -> Iterator[None]:
         with memory.Meter(self.model) as meter:
             yield
         held = {name: local(tensor) for name, tensor in self.state.items()}
@@ -65,18 +76,18 @@ class Probes:
         weights = [local(weight.detach()) for weight in self.model.parameters()]
         copies = sum(weight.nbytes for weight in weights if weight.untyped_storage().data_ptr() not in storages)
         found = meter.memory(masters, moments, copies)
-        plan = planned(self.model.config, self.config, self.layout, batch.micro_batches[-1].tokens.numel())
-        self.lines = memory.table(plan, found)
-        self._write("memory.json", {"formula": asdict(plan), "measured": asdict(found)})
+        formula = self.formula and self.formula[0]
+        self.lines = memory.table(formula, found)
+        self._write("memory.json", {"formula": formula and asdict(formula), "measured": asdict(found)})
 
     @contextmanager
     def _collectives(self) -> Iterator[None]:
         with collectives.Counter(self.layout) as counter:
             yield
-        rows, groups = counter.rows(), self.layout.groups()
-        self.lines = collectives.table(rows, lambda axis: len(groups[axis][0]) if axis in groups else self.layout.world)
+        rows = counter.rows()
+        self.lines = collectives.table(rows, self.layout, self.formula and self.formula[1])
         self._write("comm.json", [asdict(row) for row in rows])
 
     def _write(self, name: str, values: object) -> None:
         if self.rank == 0:
-            (self.folder / name).write_text(json.dumps(values, indent=1), encoding="utf-8")
+            write_json(self.folder / name, values, indent=1)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, cast
 
@@ -29,10 +29,13 @@ from torch.distributed.tensor import DTensor
 
 from ..config.training import HybridZeroOptimizer
 from ..models.decoder import Decoder
+from ..ops import foreach
 from .gloo import Gathers, Reductions, wait_for
 from .layout import Meshes
 from .shards import local
-from .strategy import Inner
+from .strategy import Collectives, Inner, Workload
+
+Shape = Sequence[int]
 
 
 class DataAxis(Protocol):
@@ -84,7 +87,7 @@ class SingleProcess:
     @torch.no_grad()
     def masters_changed(self) -> None:
         if self.copied:
-            torch._foreach_copy_([self.weights[n] for n in self.copied], [self.masters[n] for n in self.copied])
+            foreach.copy([self.weights[n] for n in self.copied], [self.masters[n] for n in self.copied])
 
     def after_forwards(self) -> None:
         pass
@@ -144,7 +147,7 @@ class Sharded:
         precision = MixedPrecisionPolicy(
             param_dtype=compute, reduce_dtype=getattr(torch, config.grad_dtype), cast_forward_inputs=False
         )
-        for modules in units(model, None if fsdp else config.reduce_bucket_size):
+        for modules in units(model, None if fsdp else config.reduce_bucket_size, lambda parameter: local(parameter).numel()):
             fully_shard(modules, mesh=data_mesh, mp_policy=precision, reshard_after_forward=fsdp)
         deferred = config.overlap_sync_grad and not fsdp and replicas == 1
         self.reductions = Reductions(deferred)
@@ -211,20 +214,71 @@ class Sharded:
                 strategy.cut = before
 
 
-def units(model: Decoder, bucket: int | None) -> list[list[nn.Module]]:
+def units(model: Decoder, bucket: int | None, size: Callable[[nn.Parameter], int]) -> list[list[nn.Module]]:
     """Modules whose parameters are gathered and whose gradients are reduced together, in the order of the forward pass:
-    consecutive layers up to ``bucket`` elements (None: each by itself), both ends, and last the model with what is left."""
+    consecutive layers up to ``bucket`` elements (None: each by itself), both ends, and last the model with what is left.
+
+    Args:
+        size: elements of a parameter on this rank, before the data axis shards it.
+    """
     joined: list[list[nn.Module]] = []
     space = 0
     for _, layer in model.numbered_layers():
-        size = sum(local(parameter).numel() for parameter in layer.parameters())
-        if bucket is None or size > space:
+        elements = sum(size(parameter) for parameter in layer.parameters())
+        if bucket is None or elements > space:
             joined.append([])
             space = bucket or 0
         joined[-1].append(layer)
-        space -= size
+        space -= elements
     if model.config.tie_embeddings:
         return [*joined, [model]]  # one weight cannot be in two units: both ends belong to the whole model's
     first: list[list[nn.Module]] = [[model.embed]] if model.embed is not None else []
     last: list[list[nn.Module]] = [[model.norm, model.head]] if model.norm is not None and model.head is not None else []
     return [*first, *joined, *last, [model]]
+
+
+def traffic(work: Workload, shapes: Sequence[Sequence[Shape]], partial: Mapping[str, Sequence[Shape]]) -> list[Collectives]:
+    """Collectives of a step: see the table above. Shards that do not come out even are padded.
+
+    Args:
+        shapes: of each unit's parameters on a rank, before they are sharded here.
+        partial: of those whose gradients are summed over an inner axis in the end, by the axis.
+    """
+    layout = work.layout
+    passes = work.micro_batches if layout.fsdp else 1
+    shards = [sum(_shard(shape, layout.zero) for shape in unit) for unit in shapes if unit]
+    gathers = passes * (2 if layout.fsdp else 1)
+    elements, count = layout.zero * sum(shards), len(shards)
+    rows = [
+        Collectives("all-gather", "zero", count, elements * work.element).times(gathers),
+        Collectives("reduce-scatter", "zero", count, elements * work.gradient).times(passes),
+        Collectives("all-reduce", "replicate", count, sum(shards) * work.gradient).times(passes),
+    ]
+    for axis, some in partial.items():
+        rows.append(Collectives("all-reduce", axis, 1, 4 * sum(_shard(shape, layout.zero) for shape in some)))
+    return rows
+
+
+def memory(work: Workload, shapes: Sequence[Shape]) -> tuple[int, int, int]:
+    """Bytes of masters, of moments, and of weights with gradients, on rank 0 (whose shards are the largest).
+
+    | policy         | masters | moments | weights                | gradients |
+    |----------------|---------|---------|------------------------|-----------|
+    | ZeRO-1.5       | 4 P / z | 8 P / z | c P                    | g P       |
+    | FSDP           | 4 P / z | 8 P / z | those of units in use  | 4 P / z   |
+    | single process | 4 P     | 8 P     | c P; in fp32 masters   | 4 P       |
+
+    P = parameters of a rank before they are sharded here, z = ranks of a ZeRO group; c, g = bytes of an element as it computes,
+    and of a gradient.
+    """
+    layout = work.layout
+    whole, shard = sum(math.prod(shape) for shape in shapes), sum(_shard(shape, layout.zero) for shape in shapes)
+    alone = layout.world == 1
+    weights = 0 if layout.fsdp or (alone and work.element == 4) else work.element * whole
+    gradients = 4 * shard if layout.fsdp else (4 if alone else work.gradient) * whole
+    return 4 * shard, 8 * shard, weights + gradients
+
+
+def _shard(shape: Shape, ranks: int) -> int:
+    """Elements of the largest part, when a tensor is cut along its first axis."""
+    return -(-shape[0] // ranks) * math.prod(shape[1:])

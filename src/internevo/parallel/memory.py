@@ -1,31 +1,16 @@
-"""Memory of one rank: by the strategies' formulas, and as it was in a step.
-
-P = parameters of a rank before the data axis shards them, z = ranks of a ZeRO group, c and g = bytes of an element of the
-compute and gradient dtype:
-
-|          | masters | moments | weights                   | gradients |
-|----------|---------|---------|---------------------------|-----------|
-| ZeRO-1.5 | 4 P / z | 8 P / z | c P                       | g P       |
-| FSDP     | 4 P / z | 8 P / z | those of units in use     | 4 P / z   |
+"""Memory of one rank, by formula; what a forward pass keeps for backward.
 
 Per layer and token, a dense layer keeps for backward: the inputs of both norms, and the inputs of q, k, v and of gate, up (D
-each); q, k, v and the attention's output; gate, up, and their product.
+each); q, k, v and the attention's output; gate, up, and their product. A layer with experts keeps the same of each token's k
+experts, and what its router computes.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
-from ..config import Config
-from ..models.config import DecoderConfig
-from ..models.decoder import Decoder
-from .layout import Layout
-from .tensor import cut_along
+from .strategy import Kept, Workload
 
 
 @dataclass(frozen=True)
@@ -51,63 +36,55 @@ class Memory:
         return self.masters + self.moments + self.state + self.activations
 
 
-def planned(decoder: DecoderConfig, config: Config, layout: Layout, tokens: int) -> Memory:
-    """By formula, of rank 0 (shards that do not come out even are largest there), for dense models.
-
-    Args:
-        tokens: of a micro-batch, packed into one row.
-    """
-    compute = 4 if config.model.dtype in ("float32", "tf32") else 2
-    grad = 4 if config.hybrid_zero_optimizer.grad_dtype == "float32" else 2
-    shapes = list(local_shapes(decoder, layout))
-    whole = sum(math.prod(shape) for shape in shapes)
-    shard = sum(-(-shape[0] // layout.zero) * math.prod(shape[1:]) for shape in shapes)
-    alone = layout.world == 1
-    weights = 0 if layout.fsdp or (alone and compute == 4) else compute * whole
-    gradients = 4 * shard if layout.fsdp else (4 if alone else grad) * whole
-    return Memory(4 * shard, 8 * shard, weights + gradients, activations(decoder, config, layout, tokens, compute))
-
-
-def local_shapes(decoder: DecoderConfig, layout: Layout) -> Iterator[list[int]]:
-    """Shapes of a rank's parameters before the data axis shards them."""
-    with torch.device("meta"):
-        model = Decoder(decoder)
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if decoder.tie_embeddings and module is model.head:
-                continue
-            shape, axes = list(parameter.shape), tuple(getattr(module, "axes", ()))
-            if layout.mode == "isp":
-                dim, ranks = (0, layout.weight) if name == "weight" and parameter.dim() == 2 else (None, 1)
-            else:
-                dim, ranks = cut_along(axes, name), layout.tensor
-            if dim is not None:
-                shape[dim] //= ranks // layout.kv_copies if "kv_heads" in axes else ranks
-            yield shape
-
-
-def activations(decoder: DecoderConfig, config: Config, layout: Layout, tokens: int, element: int) -> int:
+def activations(work: Workload, kept: Kept) -> int:
     """Bytes that one forward keeps for backward."""
-    t, mode, d = layout.tensor, layout.mode, decoder.hidden_size
-    inside = tokens // t if mode == "isp" or t == 1 else tokens
-    outside = tokens // t if layout.cuts_sequence else tokens
-    stream = outside * (d * element + 4)  # a norm's input, and its scale
-    given = element * d * (tokens if mode == "msp" else outside)  # the input of q, k, v, or of gate, up
-    heads, kv_heads = decoder.num_heads // t, max(1, decoder.num_kv_heads // t)
-    out = element * tokens * heads * decoder.head_dim + 4 * tokens * heads  # the kernel's output and its log-sum-exp
-    attention = given + element * tokens * (heads + 2 * kv_heads) * decoder.head_dim + out
-    if mode == "isp" and t > 1:
-        attention += element * tokens * heads * decoder.head_dim  # the output before and behind the all-to-all
-    mlp = given + 3 * element * decoder.intermediate_size * (tokens // t)
-    kept = out if config.selective_checkpoint else 0
-    share = config.model.checkpoint
-    if share == "attention":
-        layers = decoder.num_layers * (2 * stream + element * d * outside + kept + mlp)
-    else:
-        recomputed = int(decoder.num_layers * share)
-        layers = recomputed * (stream - 4 * outside + kept)
-        layers += (decoder.num_layers - recomputed) * (2 * stream + attention + mlp)
-    rows = decoder.vocab_size // (1 if mode == "isp" else t)
-    head = element * d * ((tokens if t > 1 and mode != "isp" else inside) + rows)  # gradients, computed with the loss
-    angles = element * tokens * decoder.head_dim if decoder.rope else 0
+    decoder, d = work.decoder, work.decoder.hidden_size
+    stream = kept.outside * (d * work.element + 4)  # a norm's input, and its scale
+    kernel, attention = _attention(work, kept)
+    output = kernel if work.keeps_attention else 0
+    layers = 0
+    for number in range(decoder.num_layers):
+        mlp = _experts(work, kept) if decoder.is_sparse(number) else _mlp(work, kept, decoder.intermediate_size)
+        if work.share == "attention":
+            layers += 2 * stream + work.element * d * kept.outside + output + mlp
+        elif number < work.recomputed_layers:
+            layers += stream - 4 * kept.outside + output
+        else:
+            layers += 2 * stream + attention + mlp
+    head = work.element * d * (kept.loss + kept.head_rows)  # gradients, computed with the loss
+    angles = work.element * work.tokens * decoder.head_dim if decoder.rope else 0
     return layers + stream + head + angles
+
+
+def _attention(work: Workload, kept: Kept) -> tuple[int, int]:
+    """Bytes of the kernel's output, with its log-sum-exp; and of all that attention keeps."""
+    decoder, tokens, ranks = work.decoder, kept.attention, kept.head_ranks
+    heads, kv_heads = decoder.num_heads // ranks, max(1, decoder.num_kv_heads // ranks)
+    output = work.element * tokens * heads * decoder.head_dim
+    kernel = output + 4 * tokens * heads
+    given = work.element * decoder.hidden_size * kept.inputs
+    qkv = work.element * tokens * (heads + 2 * kv_heads) * decoder.head_dim
+    normed = kept.normed_heads * (work.element * decoder.head_dim + 4) if decoder.qk_norm else 0
+    return kernel, given + normed + qkv + kernel + (kept.outputs - 1) * output
+
+
+def _mlp(work: Workload, kept: Kept, width: int) -> int:
+    return work.element * (work.decoder.hidden_size * kept.inputs + 3 * width * kept.columns)
+
+
+def _experts(work: Workload, kept: Kept) -> int:
+    """The router computes in fp32 and keeps its input, its logits and probabilities, and of each choice a few numbers; each
+    choice is a row that goes through an expert."""
+    decoder, experts = work.decoder, work.decoder.experts
+    assert experts is not None
+    tokens, d = kept.inputs, decoder.hidden_size
+    rows = tokens * experts.top_k
+    router = tokens * (8 * experts.count + 12) + rows * (4 + 8 + 4 + 1)
+    if work.element != 4:
+        router += 4 * d * (tokens + experts.count)  # its input and weight in fp32
+    order = 2 * 8 * rows
+    through = work.element * rows * (2 * d + 3 * experts.size + 1)
+    total = router + order + through
+    if experts.shared_size:
+        return total + _mlp(work, kept, experts.shared_size) + work.element * tokens * (d + 1)
+    return total + (work.element * d * tokens if work.element == 4 else 0)

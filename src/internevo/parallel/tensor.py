@@ -29,49 +29,83 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-import torch.distributed._functional_collectives as functional
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
 from .. import ops
-from ..models.config import DecoderConfig
 from ..models.decoder import Decoder
 from ..models.layers import Attention, GatedMLP
 from ..models.linear import MARK, Adapter, Linear
 from . import collectives
-from .collectives import Group, all_gather, tokens_first
+from .collectives import Group, all_gather, start_all_gather, start_reduce_scatter, tokens_first, wait
+from .layout import Layout
 from .shards import local
-from .strategy import Collectives, Inner
+from .strategy import Collectives, Inner, Kept, Workload
 
 OUT, IN = ("heads", "kv_heads", "mlp", "vocab"), ("heads", "mlp")
 """Axes along which a weight's rows, or its columns, are cut."""
 
 
-def traffic(config: DecoderConfig, mode: str, ranks: int, tokens: int, element: int, recomputed: int = 0) -> list[Collectives]:
-    """Collectives over the tensor group of one micro-batch's forward and backward.
+def traffic(work: Workload) -> list[Collectives]:
+    """Collectives over the tensor group of a step's forward and backward passes.
 
-    Args:
-        tokens: of the micro-batch.
-        element: bytes of one element of an activation.
-        recomputed: layers that run forward twice.
+    A recomputed layer does its collectives again, but for the last one: nothing of the layer is needed after its last linear.
     """
-    layers, once = config.num_layers, config.num_layers + recomputed
-    activation = tokens * config.hidden_size * element
-    chunks = -(-tokens // ops.chunk_tokens(tokens, config.vocab_size // ranks))
-    statistics = Collectives("all-gather", "tensor", chunks, 3 * 4 * tokens * ranks)
+    decoder, ranks, mode = work.decoder, work.layout.tensor, work.layout.mode
+    layers, again = decoder.num_layers, work.recomputed_layers
+    activation = work.tokens * decoder.hidden_size * work.element
+    chunks = -(-work.tokens // ops.chunk_tokens(work.tokens, decoder.vocab_size // ranks, work.device))
+    statistics = Collectives("all-gather", "tensor", chunks, 3 * 4 * work.tokens * ranks)
+    # Out of attention, the MLP and the embedding; backward, where forward went into attention, the MLP and the head.
+    leaves = 2 * layers + 1 + again
     if mode == "mtp":
-        # Forward: behind attention, behind the MLP, and the embedding. Backward: before each of those, and the head.
-        count = 2 * once + 1 + 2 * layers + 1
-        return [Collectives("all-reduce", "tensor", count, count * activation), statistics]
-    # Into attention, the MLP and the head; backward out of attention, the MLP and the embedding.
-    gathers = 2 * once + 1 + 2 * layers + 1 + (2 * layers if mode == "fsp" else 0)
-    scatters = 2 * once + 1 + 2 * layers + 1
-    return [
-        Collectives("all-gather", "tensor", gathers + statistics.count, gathers * activation + statistics.nbytes),
-        Collectives("reduce-scatter", "tensor", scatters, scatters * activation),
-    ]
+        count = leaves + 2 * layers + 1
+        rows = [Collectives("all-reduce", "tensor", count, count * activation), statistics]
+    else:
+        # Forward into attention, the MLP and the head; backward out of attention, the MLP and the embedding.
+        enters = 2 * layers + 1 + work.recomputed_attentions + again
+        gathers = enters + 2 * layers + 1 + (2 * layers if mode == "fsp" else 0)
+        scatters = leaves + 2 * layers + 1
+        rows = [
+            Collectives("all-gather", "tensor", gathers, gathers * activation), statistics,
+            Collectives("reduce-scatter", "tensor", scatters, scatters * activation),
+        ]  # fmt: skip
+    return [row.times(work.micro_batches) for row in rows]
+
+
+def memory(work: Workload) -> Kept:
+    """What a layer keeps, and where: see the table above."""
+    tokens, layout = work.tokens, work.layout
+    outside = tokens // layout.tensor if layout.cuts_sequence else tokens
+    ranks, decoder = layout.tensor, work.decoder
+    return Kept(
+        outside=outside,
+        inputs=tokens if layout.mode == "msp" else outside,
+        attention=tokens,
+        head_ranks=ranks,
+        normed_heads=tokens * (decoder.num_heads // ranks + max(1, decoder.num_kv_heads // ranks)),
+        columns=tokens // ranks,
+        outputs=1,
+        loss=tokens,
+        head_rows=decoder.vocab_size // ranks,
+    )
+
+
+def shape_on_rank(shape: Sequence[int], axes: Sequence[str], name: str, layout: Layout) -> list[int]:
+    """Shape of a rank's part of a parameter of a module with these axes."""
+    mine, dim = list(shape), cut_along(axes, name)
+    if dim is not None:
+        mine[dim] //= layout.tensor // layout.kv_copies if "kv_heads" in axes else layout.tensor
+    return mine
+
+
+def partial_axis(axes: Sequence[str], name: str, layout: Layout) -> str | None:
+    """The axis over which a parameter's gradients must still be summed after the last backward, if there is one."""
+    if cut_along(axes, name) is not None:
+        return "kv copies" if axes[0] == "kv_heads" and layout.kv_copies > 1 else None
+    return "tensor" if layout.cuts_sequence or tuple(axes) == ("head",) else None
 
 
 def cut_along(axes: Sequence[str], name: str) -> int | None:
@@ -152,7 +186,7 @@ class TensorParallel:
         biases = [None if linear.bias is None else local(linear.bias) for linear in linears]
         adapted = any(linear.lora is not None for linear in linears)
         if self.mode == "fsp" and self.cut and not adapted:  # an adapter needs the gathered input for its own gradients
-            outs = list(_GatheredLinears.apply(x_BSD, self.group, *weights))
+            outs = list(_GatheredInputLinears.apply(x_BSD, self.group, *weights))
             return [out if bias is None else out + bias for out, bias in zip(outs, biases, strict=True)]
         x_BSD = self._enter(x_BSD)
         return [
@@ -193,7 +227,7 @@ class TensorParallel:
         return all_gather(x.unsqueeze(0), self.group)
 
 
-class _GatheredLinears(torch.autograd.Function):
+class _GatheredInputLinears(torch.autograd.Function):
     """fsp: linears of one gathered input, of which only this rank's tokens are kept for backward."""
 
     @staticmethod
@@ -207,12 +241,12 @@ class _GatheredLinears(torch.autograd.Function):
     def backward(ctx, *grads: Tensor):  # type: ignore[override, no-untyped-def]
         x_BSD, *weights = ctx.saved_tensors
         # Started before the product that hides it.
-        gathering = functional.all_gather_single(tokens_first(x_BSD), 0, ctx.group)
+        gathering = start_all_gather([tokens_first(x_BSD)], ctx.group)
         parts_SBF = [tokens_first(grad) for grad in grads]
         grad_SBD = parts_SBF[0] @ weights[0]
         for part, weight in zip(parts_SBF[1:], weights[1:], strict=True):
             grad_SBD += part @ weight
-        scattering = functional.reduce_scatter_single(grad_SBD, "sum", 0, ctx.group)
-        whole_TD = functional.wait_tensor(gathering).flatten(0, 1)
+        scattering = start_reduce_scatter([grad_SBD], ctx.group)
+        whole_TD = wait(gathering[0]).flatten(0, 1)
         grad_weights = [part.flatten(0, 1).t() @ whole_TD for part in parts_SBF]
-        return functional.wait_tensor(scattering).transpose(0, 1), None, *grad_weights
+        return wait(scattering[0]).transpose(0, 1), None, *grad_weights

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from ..config.training import Adam
+from ..ops import foreach
 from ..parallel.shards import local
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -65,6 +66,11 @@ class Optimizer:
                     fused=True, amsgrad=False, beta1=self.config.adam_beta1, beta2=beta2, lr=lr,
                     weight_decay=self.config.weight_decay if decays else 0.0, eps=self.config.adam_eps, maximize=False,
                 )  # fmt: skip
+
+    @torch.no_grad()
+    def scale_gradients(self, factor: float) -> None:
+        """Multiplies every gradient, in place."""
+        foreach.scale(list(self.gradients().values()), factor)
 
     def zero_grad(self) -> None:
         """Frees the gradients."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,32 +19,30 @@ from ..models.huggingface.folder import HfFolder
 from ..models.linear import MARK
 from ..parallel.shards import fill_local
 from ..storage.tensors import Spec
-
-if TYPE_CHECKING:
-    from .trainer import Trainer
+from .parts import Parts
 
 
-def restore(trainer: Trainer) -> list[str]:
-    """Loads into a freshly made trainer. Returns lines to tell the user."""
-    ckpt = trainer.config.ckpt
-    if ckpt.auto_resume and ckpt.enable_save_ckpt and (found := complete_checkpoints(trainer.run)):
-        return load_checkpoint(trainer, found[0], LoadCkptInfo(path=str(found[0])))
+def restore(parts: Parts, run: Path) -> list[str]:
+    """Loads into the parts of a run that begins or goes on in the folder ``run``. Returns lines for the user."""
+    ckpt = parts.config.ckpt
+    if ckpt.auto_resume and ckpt.enable_save_ckpt and (found := complete_checkpoints(run)):
+        return load_checkpoint(parts, found[0], LoadCkptInfo(path=str(found[0])))
     info = ckpt.load_ckpt_info
     if info is None or info.path is None:
         return []
     if info.ckpt_type.startswith("hf"):
-        return load_hf(trainer, Path(info.path))
-    return load_checkpoint(trainer, find_checkpoint(Path(info.path)), info)
+        return load_hf(parts, Path(info.path))
+    return load_checkpoint(parts, find_checkpoint(Path(info.path)), info)
 
 
-def load_checkpoint(trainer: Trainer, folder: Path, wanted: LoadCkptInfo) -> list[str]:
+def load_checkpoint(parts: Parts, folder: Path, wanted: LoadCkptInfo) -> list[str]:
     """Loads the parts that ``wanted`` names."""
     checkpoint = Checkpoint(folder)
     kinds = tuple(f"{kind}/" for kind in KINDS if wanted.has(kind))
     if "optimizer/" in kinds and not any(n.startswith("optimizer/") for n in checkpoint.manifest.tensors):
         raise CheckpointError(f'{folder} holds weights only; load it with content=("model",) (ckpt.load_ckpt_info)')
-    tensors = {n: t for n, t in trainer.optimizer.checkpoint_tensors().items() if n.startswith(kinds)}
-    mine, theirs = trainer.decoder.lora, checkpoint.config.lora
+    tensors = {n: t for n, t in parts.tensors().items() if n.startswith(kinds)}
+    mine, theirs = parts.decoder.lora, checkpoint.config.lora
     if mine and theirs is None and not wanted.has("optimizer"):
         tensors = {name: tensor for name, tensor in tensors.items() if MARK not in name}  # adapters begin beside old weights
     elif theirs != mine:
@@ -57,29 +54,29 @@ def load_checkpoint(trainer: Trainer, folder: Path, wanted: LoadCkptInfo) -> lis
     load_tensors(checkpoint, tensors)
     state = checkpoint.json("state.json")
     if wanted.has("optimizer"):
-        trainer.optimizer.steps = state["updates"]
-        trainer.scaler.load(state["scaler"])
-    trainer.state.load(state, wanted)
+        parts.optimizer.steps = state["updates"]
+        parts.scaler.load(state["scaler"])
+    parts.state.load(state, wanted)
     lines = [f"loaded {', '.join(wanted.content)} from {folder} (step {state['step']})"]
     if wanted.has("sampler"):
-        lines += _compare_data(trainer, state["data"], state["global_rows"], folder)
+        lines += _compare_data(parts, state["data"], state["global_rows"], folder)
     return lines
 
 
-def _compare_data(trainer: Trainer, data: str, global_rows: int, folder: Path) -> list[str]:
+def _compare_data(parts: Parts, data: str, global_rows: int, folder: Path) -> list[str]:
     """The place in the data means what it meant only with the same data."""
     lines = []
-    if data != trainer.source.fingerprint():
-        if trainer.config.data.on_change == "stop":
+    if data != parts.source.fingerprint():
+        if parts.config.data.on_change == "stop":
             raise CheckpointError(
                 f"the training data is not that of {folder} (other files, lengths, seq_len or packing): the place in it "
                 "means nothing. Give the old data; or set data.on_change=continue to go on at the same number of rows; or load "
                 'with content=("model", "optimizer", "scheduler") to start the data anew'
             )
-        cursor = trainer.state.cursor
-        cursor.place = trainer.source.after_change(cursor.place)
+        cursor = parts.state.cursor
+        cursor.place = parts.source.after_change(cursor.place)
         lines.append(f"the training data has changed since {folder}; going on behind {cursor.rows} rows")
-    rows = trainer.sizes.rows(trainer.state.cursor.batch)
+    rows = parts.sizes.rows(parts.state.cursor.batch)
     if rows != global_rows:
         lines.append(
             f"the global batch has now {rows} rows, and had {global_rows}: no row is lost or repeated, but the batches differ; "
@@ -88,11 +85,11 @@ def _compare_data(trainer: Trainer, data: str, global_rows: int, folder: Path) -
     return lines
 
 
-def load_hf(trainer: Trainer, folder: Path) -> list[str]:
+def load_hf(parts: Parts, folder: Path) -> list[str]:
     """Weights from a Hugging Face folder; each rank reads the rows that it holds."""
     source = HfFolder(folder)
-    lines = _compare(trainer.decoder, source.config, folder)
-    for name, parameter in trainer.optimizer.named.items():
+    lines = _compare(parts.decoder, source.config, folder)
+    for name, parameter in parts.optimizer.named.items():
         if MARK in name:
             continue
         shape = parameter.shape

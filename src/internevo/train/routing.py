@@ -18,10 +18,14 @@ class RouterSums:
         self.layers = sum(config.is_sparse(layer) for layer in range(config.num_layers))
         self.experts = config.experts.count if config.experts and self.layers else 0
         self.top_k = config.experts.top_k if config.experts else 0
-        self.values = torch.zeros(
-            self.layers * (self.experts + 2) + 1 if self.layers else 0, dtype=torch.float64, device=device
-        )
+        self.values = torch.zeros(self.size(config), dtype=torch.float64, device=device)
         """Of each layer: choices of each expert, entropy, choices dropped. Last: auxiliary losses times predicted tokens."""
+
+    @staticmethod
+    def size(config: DecoderConfig) -> int:
+        """How many numbers they are."""
+        layers = sum(config.is_sparse(layer) for layer in range(config.num_layers))
+        return layers * (config.experts.count + 2) + 1 if config.experts and layers else 0
 
     @torch.no_grad()
     def add(self, loss: Loss) -> None:

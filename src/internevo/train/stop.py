@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..observe.console import log
+from .shared import Shared
 
 
 class StopRequests:
@@ -40,18 +41,18 @@ class StopRequests:
             for number, handler in old.items():
                 signal.signal(number, handler)
 
-    def share(self) -> list[float]:
-        """This rank's requests, to be summed over all ranks."""
-        return [float(self.asked), float(self._read())]
+    def requests(self) -> tuple[float, float]:
+        """This rank's: 1 when it was asked by a signal, and the number in the stop file; to be summed over all ranks."""
+        return float(self.asked), self._read()
 
-    def decide(self, step: int, summed: list[float]) -> tuple[bool, bool]:
-        """(stop, save) behind ``step``, from the sums."""
-        asked, at = summed[0] > 0, int(summed[1])
-        stop = asked or 0 < at <= step
+    def decide(self, step: int, shared: Shared) -> tuple[bool, bool]:
+        """(stop, save) after ``step``, from the sums over all ranks."""
+        at = int(shared.stop_at)
+        stop = shared.stop_asked > 0 or 0 < at <= step
         return stop, stop or (at < 0 and -at == step)
 
-    def _read(self) -> int:
+    def _read(self) -> float:
         try:
-            return int(self.file.read_text().strip() or 0) if self.file else 0
-        except (OSError, ValueError):
-            return 0  # half-written or gone: the next step looks again
+            return float(int(self.file.read_text().strip() or 0)) if self.file else 0.0
+        except (OSError, ValueError, OverflowError):
+            return 0.0  # half-written, gone or nonsense: the next step looks again

@@ -1,0 +1,111 @@
+"""What a run is made of, put together for this rank."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+from torch import Tensor
+
+from ..checkpoint.finish import Extras
+from ..config import Config, dump
+from ..config.training import Loss as LossSection
+from ..data.batches import BatchSizes
+from ..data.build import in_memory, train_source, valid_rows
+from ..data.rows import Rows
+from ..data.source import Source
+from ..data.streaming.exchange import Exchange
+from ..models.config import DecoderConfig
+from ..models.decoder import Decoder
+from ..models.families.registry import decoder_config
+from ..models.losses import LossTerms
+from ..parallel import plan
+from ..parallel.data_axis import DataAxis
+from ..parallel.layout import Layout
+from ..parallel.schedule import Schedule
+from ..parallel.world import World, ranks_here
+from .optimizer import Optimizer
+from .scaler import LossScaler
+from .state import RunState
+
+
+@dataclass
+class Parts:
+    """All that the loop works with, and that ``restore`` fills from a checkpoint."""
+
+    config: Config
+    world: World
+    layout: Layout
+    source: Source
+    """Of the training data."""
+    valid: Rows | None
+    """Validation data."""
+    sizes: BatchSizes
+    decoder: DecoderConfig
+    model: Decoder
+    axis: DataAxis
+    """Who owns the weights."""
+    schedule: Schedule
+    optimizer: Optimizer
+    scaler: LossScaler
+    state: RunState
+
+    @classmethod
+    def build(cls, config: Config, world: World) -> Parts:
+        """Opens the data and builds the model with its initial weights. Every rank calls it."""
+        layout = Layout.of(config, world.size)
+        source, valid = _open_data(config, world)
+        decoder = decoder_config(config.model_type, config.model)
+        model, axis, schedule = plan.build(decoder, config, layout, world.device)
+        optimizer = Optimizer(axis.masters, config.adam)
+        scaler = LossScaler.of(config.grad_scaler, config.model.dtype)
+        sizes = BatchSizes.of(config.data, layout.data)
+        return cls(config, world, layout, source, valid, sizes, decoder, model, axis, schedule, optimizer, scaler, RunState())
+
+    @property
+    def terms(self) -> LossTerms:
+        """Weights of the loss's terms."""
+        return _terms(self.config.loss)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights and moments, under the names that they have in a checkpoint."""
+        return self.optimizer.checkpoint_tensors()
+
+    def extras(self) -> Extras:
+        """The small files of a checkpoint: counters, the model's shape, the config; and the tokenizer."""
+        path = self.config.data.tokenizer_path
+        state = {
+            **self.state.to_dict(), "updates": self.optimizer.steps, "scaler": self.scaler.state(),
+            "data": self.source.fingerprint(), "global_rows": self.sizes.rows(self.state.cursor.batch),
+        }  # fmt: skip
+        files = {
+            "state.json": state,
+            "model.json": self.decoder.to_dict(),
+            "config.json": json.loads(dump(self.config)),
+        }
+        return Extras(files, Path(path) if path and Path(path).exists() else None)
+
+
+def _open_data(config: Config, world: World) -> tuple[Source, Rows | None]:
+    data, vocab = config.data, config.model.vocab_size
+    streams = [_exchange(world) for _ in range(data.streams)]
+    here = ranks_here(os.environ)
+    if world.rank > 0:
+        dist.barrier()  # rank 0 makes the index, the others find it
+    source = train_source(data, vocab, streams.pop, here)
+    valid = valid_rows(data, vocab, streams.pop, here)
+    if world.rank == 0:
+        dist.barrier()
+    return source, in_memory(valid, data.valid_max_rows)
+
+
+def _exchange(world: World) -> Exchange:
+    """Over all ranks, whatever they are to each other: each tokenizes a share of a stream."""
+    return Exchange(dist.new_group(backend="gloo") if world.size > 1 else None)
+
+
+def _terms(loss: LossSection) -> LossTerms:
+    return LossTerms(loss.label_smoothing, loss.moe_loss_coeff, loss.moe_loss_kind, loss.moe_z_loss_coeff)
