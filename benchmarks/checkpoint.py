@@ -8,16 +8,15 @@ import tempfile
 import time
 from pathlib import Path
 
-from ours import SHAPES, config_of
+from ours import SHAPES, build
 
 from internevo.checkpoint.saver import Extras, Saver
 from internevo.parallel.world import World, join
-from internevo.train.parts import Parts
 
 
 def measure(world: World, shape: dict[str, int], rounds: int, folder: Path) -> tuple[float, float, float, float]:
     """GB of the weights and moments; median seconds of a copy, of the wait, and until everything is written."""
-    parts = Parts.build(config_of(shape, "float32", 1), world)
+    parts = build(world, shape, "float32", 1)
     tensors = parts.tensors()
     saver = Saver(folder, parts.config.ckpt, world.rank, {})
     copies, waits, wholes = [], [], []

@@ -30,10 +30,8 @@ def config_of(shape: dict[str, int], dtype: str, steps: int, compiled: bool = Fa
         "dtype": dtype, "compile": compiled,
     }  # fmt: skip
     data = {"seq_len": shape["seq"], "micro_bsz": shape["rows"], "total_steps": steps}
-    return validate({
-        "model_type": "LLAMA2", "model": model, "parallel": parallel or {}, "adam": {"lr": 1e-4}, "data": data,
-        "hybrid_zero_optimizer": {"clip_grad_norm": 1.0},
-    })  # fmt: skip
+    return validate({"model_type": "LLAMA2", "model": model, "parallel": parallel or {}, "adam": {"lr": 1e-4},
+                     "hybrid_zero_optimizer": {"clip_grad_norm": 1.0}, "data": data})  # fmt: skip
 
 
 def tokens_and_labels(shape: dict[str, int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,20 +46,24 @@ def finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def build(
+    world: World, shape: dict[str, int], dtype: str, steps: int, compiled: bool = False, parallel: dict[str, Any] | None = None
+) -> Parts:
+    """A run as ``internevo train`` builds it."""
+    return Parts.build(config_of(shape, dtype, steps, compiled, parallel), world)
+
+
 def train(
     world: World, shape: dict[str, int], dtype: str, steps: int, compiled: bool = False, parallel: dict[str, Any] | None = None
 ) -> list[float]:
     """Seconds per step, as ``internevo train`` takes it, with one micro-batch."""
-    parts = Parts.build(config_of(shape, dtype, steps, compiled, parallel), world)
-    stepper = Stepper(parts)
-    nothing = Shared(0.0, 0.0, 0.0, [0.0] * world.size)
-    times = []
+    stepper, times = Stepper(build(world, shape, dtype, steps, compiled, parallel)), []
     for number in range(steps):
         tokens, labels = tokens_and_labels(shape)
         micro = MicroBatch(tokens, labels, torch.zeros_like(tokens), None)
         batch = StepBatch([micro], number, Cursor(), tokens.numel())
         begin = time.perf_counter()
-        stepper(batch, 1e-4, 0.95, lambda: nothing)
+        stepper(batch, 1e-4, 0.95, lambda: Shared(0.0, 0.0, 0.0, [0.0] * world.size))
         finish(world.device)
         times.append(time.perf_counter() - begin)
     return times

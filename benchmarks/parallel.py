@@ -135,8 +135,9 @@ def tensor_parallel(model: Decoder, sequence: bool) -> None:
                 "mlp": PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
             }
         parallelize_module(layer, mesh, plan)
-    assert model.embed is not None and model.norm is not None and model.head is not None
-    for end in (model.embed, model.head):
+    embed, norm, head = model.embed, model.norm, model.head
+    assert embed is not None and norm is not None and head is not None
+    for end in (embed, head):
         end.weight = nn.Parameter(distribute_tensor(end.weight.data, mesh, [Shard(0)]))
 
     def look_up(tokens_BS: Tensor, weight_VD: Tensor) -> Tensor:
@@ -151,8 +152,8 @@ def tensor_parallel(model: Decoder, sequence: bool) -> None:
         return (mean.to_local() if isinstance(mean, DTensor) else mean) * labels_BS.numel(), labels_BS
 
     if sequence:
-        parallelize_module(model.norm, mesh, SequenceParallel(use_local_output=True))
-    model.embed.look_up, model.head.loss = look_up, loss
+        parallelize_module(norm, mesh, SequenceParallel(use_local_output=True))
+    embed.look_up, head.loss = look_up, loss
 
 
 def work(which: str, side: str, shape: str, steps: int) -> None:
