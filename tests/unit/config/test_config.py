@@ -6,6 +6,7 @@ import textwrap
 import pytest
 
 from internevo.config import load_config, notices, validate
+from internevo.config.check import smallest_world
 from internevo.config.option import walk
 from internevo.errors import ConfigError, NotAvailableYet
 from internevo.models.families.registry import decoder_config
@@ -145,6 +146,38 @@ def test_all_problems_are_reported_together():
         (4, {"parallel__zero1": 3}, "does not divide the 4 ranks that hold the same part"),
         (5, {}, "data.global_batch_size = 12 is not a multiple"),
         (2, {"parallel__weight__size": 2}, "needs parallel.tensor.mode = 'isp'"),
+        (
+            4,
+            {
+                "parallel__tensor": {"size": 2, "mode": "isp"},
+                "parallel__weight__size": 4,
+                "model__num_kv_attention_heads": 1,
+                "model__head_dim": 10,
+                "model__vocab_size": 100,
+            },
+            "the width of all key/value heads (model.num_kv_attention_heads * head size) = 10 is not divisible",
+        ),
+        (
+            2,
+            {
+                "parallel__pipeline": {"size": 2, "interleaved_overlap": True},
+                "data__micro_num": 2,
+                "data__global_batch_size": 3,
+            },
+            "(data.micro_bsz * data ranks) = 3 / (1 * 1) = 3 micro-batches are not divisible",
+        ),
+        (
+            1,
+            {"model_type": "LLAMA2", "model__use_alibi": True},
+            "model.use_alibi = True does not go with model_type = 'LLAMA2'",
+        ),
+        (1, {"model_type": "GEMMA", "model__use_swiglu": True}, "does not go with model_type = 'GEMMA'"),
+        (1, {"model_type": "LLAMA2", "model__num_experts": 4}, "model.num_experts = 4 does not go with"),
+        (
+            1,
+            {"model_type": "QWEN3MOE", "model__num_shared_experts": 1, "model__num_experts": 4},
+            "num_shared_experts = 1 does not",
+        ),
         (1, {"model_type": "LAMA2"}, "did you mean LLAMA2"),
         (1, {"data__skip_batches": "5,3"}, "ascending"),
         (1, {"data__rampup_batch_size": "4 4"}, "three positive integers"),
@@ -155,6 +188,24 @@ def test_all_problems_are_reported_together():
 )
 def test_contradictions_are_found_before_anything_starts(world, changes, message):
     assert any(message in line for line in problems(tiny(**changes), world)), problems(tiny(**changes), world)
+
+
+@pytest.mark.parametrize(
+    ("changes", "smallest"),
+    [
+        ({"parallel__tensor": 2}, 2),
+        ({"parallel__tensor": {"size": 2, "mode": "isp"}, "parallel__weight__size": 4, "parallel__zero1": 4}, 16),
+        ({"parallel__tensor": {"size": 4, "mode": "isp"}, "parallel__weight__size": 2, "parallel__zero1": 3}, 12),
+        ({"parallel__tensor": 2, "parallel__zero1": 4}, 8),
+        ({"parallel__tensor": 2, "parallel__pipeline": 2}, 4),
+    ],
+)
+def test_without_a_world_size_a_config_is_checked_on_the_smallest_that_fits(changes, smallest):
+    config = tiny(
+        **changes, model__vocab_size=96, model__num_layers=4, data__global_batch_size=48, model__num_kv_attention_heads=4
+    )
+    assert smallest_world(config) == smallest and not problems(config, smallest)
+    assert all(problems(config, world) for world in range(1, smallest))
 
 
 @pytest.mark.parametrize(
@@ -228,6 +279,8 @@ def test_config_command(tmp_path):
     assert "/no/such" in done.stderr
     done = run("config", path, "--world-size", 4, "parallel.zero1.size=2")
     assert "zero" in done.stdout and "4  rows of 32 tokens" in done.stdout
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert ["all-gather", "zero", "2", "4"] in [row[:4] for row in rows] and "GiB on rank 0" in done.stdout
     assert "did you mean data.seq_len" in run("config", path, "data.seqlen=3", code=2).stderr
     assert "does not exist" in run("train", path, code=2).stderr
 
