@@ -10,9 +10,11 @@ import torch.distributed as dist
 
 from internevo.config import Config, validate
 from internevo.data.batches import Cursor, MicroBatch, StepBatch
+from internevo.models.decoder import Decoder
 from internevo.models.families.registry import decoder_config
 from internevo.models.losses import LossTerms
 from internevo.parallel import plan
+from internevo.parallel.data_axis import DataAxis
 from internevo.parallel.layout import Layout
 from internevo.parallel.world import World
 from internevo.train.optimizer import Optimizer
@@ -20,6 +22,7 @@ from internevo.train.scaler import LossScaler
 from internevo.train.step import Stepper
 
 SHAPES: dict[str, dict[str, int]] = {
+    "tiny": {"layers": 2, "hidden": 32, "mlp": 48, "heads": 4, "kv": 2, "vocab": 96, "rows": 2, "seq": 16},
     "S": {"layers": 6, "hidden": 384, "mlp": 1024, "heads": 6, "kv": 6, "vocab": 8192, "rows": 4, "seq": 512},
     "M": {"layers": 8, "hidden": 768, "mlp": 2048, "heads": 12, "kv": 4, "vocab": 32000, "rows": 2, "seq": 1024},
     "1B": {"layers": 22, "hidden": 2048, "mlp": 5632, "heads": 32, "kv": 4, "vocab": 32000, "rows": 2, "seq": 4096},
@@ -49,14 +52,20 @@ def finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def build(
+    world: World, shape: dict[str, int], dtype: str, steps: int, compiled: bool = False, parallel: dict[str, Any] | None = None
+) -> tuple[Config, Layout, Decoder, DataAxis]:
+    """The model as ``internevo train`` builds it, and what it was built from."""
+    config = config_of(shape, dtype, steps, compiled, parallel)
+    layout = Layout.of(config, world.size)
+    return config, layout, *plan.build(decoder_config("LLAMA2", config.model), config, layout, world.device)
+
+
 def train(
     world: World, shape: dict[str, int], dtype: str, steps: int, compiled: bool = False, parallel: dict[str, Any] | None = None
 ) -> list[float]:
     """Seconds per step, as ``internevo train`` takes it, with one micro-batch."""
-    config = config_of(shape, dtype, steps, compiled, parallel)
-    layout = Layout.of(config, world.size)
-    decoder = decoder_config("LLAMA2", config.model)
-    model, axis = plan.build(decoder, config, layout, world.device)
+    config, layout, model, axis = build(world, shape, dtype, steps, compiled, parallel)
     assert dist.group.WORLD is not None
     stepper = Stepper(
         model, axis, Optimizer(axis.masters, config.adam), LossScaler.of(config.grad_scaler, config.model.dtype), layout,

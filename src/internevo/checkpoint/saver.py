@@ -1,6 +1,6 @@
 """Saving in the background: a copy in host memory, then files, then the manifest, then the folder's name.
 
-A checkpoint is written to ``NAME.tmp`` and renamed when it is whole, so that a process killed at any moment leaves at
+A checkpoint is written to ``.NAME.tmp`` and renamed when it is whole, so that a process killed at any moment leaves at
 most a folder that nobody takes for a checkpoint.
 """
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from .. import __version__
 from ..config.run import Ckpt
 from ..errors import CheckpointError, InternEvoError
+from ..storage.folders import shared_temporary
 from .finish import Extras, complete
 from .folder import CHECKPOINTS, SNAPSHOTS
 from .manifest import NAME, FileEntry, Manifest, TensorEntry
@@ -57,7 +58,7 @@ class Saver:
 
     def _start(self, folder: Path, step: int, tensors: dict[str, Tensor], extras: Extras) -> None:
         self.wait()
-        temporary = self.temporary = folder.with_name(folder.name + ".tmp")
+        temporary = self.temporary = shared_temporary(folder)
         if self.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         dist.barrier(group=self.group)

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config.check import data_size, missing_features, missing_paths, problems, smallest_world
+from ..config.check import data_size, missing_paths, smallest_world
 from ..config.load import dump, load_config
 from ..config.option import notices
 from ..config.schema import Config
 from ..errors import ConfigError
+from ..train.check import missing_features, problems
 
 if TYPE_CHECKING:  # importing PyTorch takes seconds: only where a layout is asked for
     from ..parallel.layout import Layout

@@ -6,7 +6,8 @@ import os
 import sys
 from pathlib import Path
 
-from ..config import Config, check, load_config, notices
+from ..config import Config, load_config, notices
+from ..train.check import check
 from .launch import already_launched, default_processes, die_with_parent, launch
 
 

@@ -1,40 +1,26 @@
-"""Checks across fields, and against the world size and the files, before any process group starts.
+"""Rules across fields, and against the world size and the files. (The model family has its own; ``train.check`` asks both.)
 
 Each rule yields messages that say what does not fit and what to change.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import ConfigError, NotAvailableYet
 from .data import STREAMS
 from .model import ROPE_KINDS
 from .option import unavailable
-from .schema import EXPERT_FAMILIES, FAMILIES, FAMILIES_LATER, WINDOW_FAMILIES, Config
-
-
-def check(config: Config, world_size: int) -> None:
-    """Raises ``ConfigError`` (or ``NotAvailableYet``) unless ``config`` can train on ``world_size`` processes."""
-    wrong = problems(config, world_size) + missing_paths(config)
-    if wrong:
-        raise ConfigError("the config cannot be trained:\n" + "\n".join(f"  {line}" for line in wrong))
-    later = missing_features(config)
-    if later:
-        raise NotAvailableYet("\n".join(later))
+from .schema import Config
 
 
 def missing_features(config: Config) -> list[str]:
     """What the config asks for that this version does not do."""
     lines = unavailable(config)
-    if config.model_type in FAMILIES_LATER:
-        lines.append(f"not available yet: models of the family {config.model_type} (model_type)")
     parallel = config.parallel
-    if config.model_type in EXPERT_FAMILIES and max(parallel.tensor.size, parallel.weight.size) > 1:
+    if config.model.num_experts > 1 and max(parallel.tensor.size, parallel.weight.size) > 1:
         lines.append(
             "not available yet: experts with tensor or weight parallelism (parallel.tensor.size, parallel.weight.size)"
         )
@@ -47,9 +33,6 @@ def missing_features(config: Config) -> list[str]:
 def problems(config: Config, world_size: int) -> list[str]:
     """Contradictions inside the config, and with the world size."""
     rules = (
-        _model_type,
-        _family,
-        _experts,
         _lora,
         _heads,
         _rope,
@@ -107,54 +90,12 @@ def _data(config: Config, world: int) -> Iterator[str]:
             yield f"data.mixture.{number}.epochs = {part.epochs} must be a whole number, since the part is a stream"
 
 
-def _model_type(config: Config, world: int) -> Iterator[str]:
-    if config.model_type not in FAMILIES + FAMILIES_LATER:
-        near = difflib.get_close_matches(config.model_type.upper(), FAMILIES + FAMILIES_LATER, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        yield f"model_type = {config.model_type!r} is unknown{hint} (known: {', '.join(FAMILIES + FAMILIES_LATER)})"
-
-
-def _family(config: Config, world: int) -> Iterator[str]:
-    """Choices that belong to one family."""
-    model, name = config.model, config.model_type
-    gemma = name == "GEMMA"
-    wrong = {
-        "model.add_unit_offset": model.add_unit_offset not in (None, gemma),
-        "model.use_swiglu": model.use_swiglu not in (None, not gemma),
-        "model.norm_head": model.norm_head not in (None, False) and name != "BAICHUAN2",
-        "model.use_alibi": model.use_alibi and name != "BAICHUAN2",
-        "model.qkv_bias": bool(model.qkv_bias) and name == "MIXTRALMOE",
-        "model.use_sliding_window": model.use_sliding_window and name not in WINDOW_FAMILIES,
-    }
-    for key, unfit in wrong.items():
-        if unfit:
-            yield f"{key} = {getattr(model, key.removeprefix('model.'))!r} does not go with model_type = {name!r}"
-    if model.use_sliding_window and not model.sliding_window:
-        yield "model.use_sliding_window needs model.sliding_window"
-
-
-def _experts(config: Config, world: int) -> Iterator[str]:
-    model, name = config.model, config.model_type
-    if name in EXPERT_FAMILIES and model.num_experts < 2:
-        yield f"model_type = {name!r} needs model.num_experts > 1"
-    if name in FAMILIES and name not in EXPERT_FAMILIES and model.num_experts > 1:
-        yield f"model.num_experts = {model.num_experts} needs a family with experts: {', '.join(EXPERT_FAMILIES)}"
-    if model.top_k > model.num_experts:
-        yield f"model.top_k = {model.top_k} is above model.num_experts = {model.num_experts}"
-    if name == "MIXTRALMOE" and (model.decoder_sparse_step > 1 or model.mlp_only_layers):
-        yield "MIXTRALMOE has experts in every layer: leave out model.decoder_sparse_step and model.mlp_only_layers"
-    if name != "QWEN2MOE" and (model.num_shared_experts or model.shared_expert_intermediate_size):
-        yield f"a shared expert (model.num_shared_experts) does not go with model_type = {name!r}; QWEN2MOE has one"
-    if name == "QWEN2MOE" and not (model.num_shared_experts or model.shared_expert_intermediate_size):
-        yield "model_type = 'QWEN2MOE' needs model.num_shared_experts or model.shared_expert_intermediate_size"
-
-
 def _lora(config: Config, world: int) -> Iterator[str]:
     lora = config.model.lora
     if lora is None:
         return
-    if config.model_type in EXPERT_FAMILIES and set(lora.targets) & {"gate", "up", "down"}:
-        yield f"model.lora.targets = {lora.targets}: experts have no adapters; with {config.model_type} name some of q, k, v, o"
+    if config.model.num_experts > 1 and set(lora.targets) & {"gate", "up", "down"}:
+        yield f"model.lora.targets = {lora.targets}: experts have no adapters; name some of q, k, v, o"
     if config.monitor.memory:
         yield "monitor.memory compares with the formula for training all weights; leave it out with model.lora"
 

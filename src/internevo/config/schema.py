@@ -12,13 +12,6 @@ from .parallel import Parallel
 from .run import Ckpt, Generation, Monitor
 from .training import Adam, Beta2Scheduler, GradScaler, HybridZeroOptimizer, Loss, LrScheduler
 
-FAMILIES = (
-    "INTERNLM", "INTERNLM2", "INTERNLM3", "LLAMA2", "QWEN2", "BAICHUAN2", "GEMMA", "QWEN2MOE", "MIXTRALMOE", "QWEN3",
-    "QWEN3MOE",
-)  # fmt: skip
-EXPERT_FAMILIES = ("QWEN2MOE", "MIXTRALMOE", "QWEN3MOE")
-WINDOW_FAMILIES = ("QWEN2", "QWEN3", *EXPERT_FAMILIES)
-FAMILIES_LATER = ("INTERNLM_MoE",)
 FP32_NORM = "norms compute in fp32 from fp32 master weights in any case"
 
 
@@ -28,7 +21,7 @@ class Config(Section):
     JOB_NAME: str = option(
         "AnonymousJob", "Name of the run; its folder is runs/JOB_NAME unless ckpt.save_ckpt_folder says else."
     )
-    model_type: str = option("INTERNLM2", f"Family of the model: {', '.join(FAMILIES)}.")
+    model_type: str = option("INTERNLM2", "Family of the model (the page on models lists them).")
     seed: int = option(1024, "Seed of the initial weights.")
     model: Model = option(REQUIRED, "The network.")
     data: Data = option(REQUIRED, "The data and the batch.")

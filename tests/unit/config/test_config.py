@@ -5,10 +5,11 @@ import textwrap
 
 import pytest
 
-from internevo.config import check, load_config, missing_features, notices, problems, validate
+from internevo.config import load_config, notices, validate
 from internevo.config.option import walk
 from internevo.errors import ConfigError, NotAvailableYet
 from internevo.models.families.registry import decoder_config
+from internevo.train.check import check, missing_features, problems
 from tests import conftest
 from tests.conftest import ROOT, TINY, run
 

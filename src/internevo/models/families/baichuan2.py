@@ -6,19 +6,25 @@ the rotary one, a config with ``model_max_length`` only has ALiBi.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from ...config.model import Model
 from ..config import DecoderConfig
 from ..huggingface.naming import Names, Piece
-from . import llama
+from . import choices, llama
 
 FAMILY = "BAICHUAN2"
 ARCHITECTURE = "BaichuanForCausalLM"
 HF_MODEL_TYPE = "baichuan"
 HEAD = llama.HEAD
 FIXED = llama.FIXED
+
+
+def problems(model: Model) -> Iterator[str]:
+    """What does not fit this family in a config's ``model`` section."""
+    return choices.problems(model, FAMILY, {"norm_head": choices.ANY, "use_alibi": choices.ANY})
 
 
 def from_section(model: Model) -> DecoderConfig:

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from ...config.model import Model
+from ...errors import UsageError
 from ..config import DecoderConfig, Experts
 from ..huggingface.naming import Names, Piece
+from . import choices
+
+
+def problems(model: Model, family: str, shared: bool = False) -> Iterator[str]:
+    """What does not fit a family with experts in a config's ``model`` section; ``shared``: one of them sees every token."""
+    own: dict[str, Any] = {**choices.WINDOWS, "num_experts": choices.ANY}
+    if shared:
+        own |= {"num_shared_experts": choices.ANY, "shared_expert_intermediate_size": choices.ANY}
+    yield from choices.problems(model, family, own)
+    if model.num_experts < 2:
+        yield f"model_type = {family!r} needs model.num_experts > 1"
+    if model.top_k > model.num_experts:
+        yield f"model.top_k = {model.top_k} is above model.num_experts = {model.num_experts}"
+    if shared and not (model.num_shared_experts or model.shared_expert_intermediate_size):
+        yield f"model_type = {family!r} needs model.num_shared_experts or model.shared_expert_intermediate_size"
 
 
 def from_section(model: Model, shared_size: int = 0, normalize: bool = True) -> Experts:
@@ -45,6 +62,17 @@ def count(hf: dict[str, Any]) -> int:
 def hf_dense_layers(hf: dict[str, Any]) -> tuple[int, ...]:
     """By ``decoder_sparse_step`` and ``mlp_only_layers``."""
     return dense_layers(hf["num_hidden_layers"], hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers") or [])
+
+
+def of(config: DecoderConfig, architecture: str) -> Experts:
+    """The experts of a model that is to be written as ``architecture``.
+
+    Raises:
+        UsageError: when it has none.
+    """
+    if config.experts is None:
+        raise UsageError(f"a Hugging Face folder of {architecture} cannot hold this model: it has no experts")
+    return config.experts
 
 
 def to_hf(moe: Experts) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from ...config.model import Model
 from ..config import DecoderConfig
-from . import llama
+from . import choices, llama
 
 FAMILY = "GEMMA"
 ARCHITECTURE = "GemmaForCausalLM"
@@ -20,6 +21,11 @@ names = llama.names
 DIFFERENCES: dict[str, Any] = {
     "family": FAMILY, "activation": "gelu_tanh", "norm_unit_offset": True, "scale_embedding": True, "mlp_bias": False,
 }  # fmt: skip
+
+
+def problems(model: Model) -> Iterator[str]:
+    """What does not fit this family in a config's ``model`` section."""
+    return choices.problems(model, FAMILY, {"add_unit_offset": (None, True), "use_swiglu": (None, False)})
 
 
 def from_section(model: Model) -> DecoderConfig:

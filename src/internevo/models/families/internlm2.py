@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from ...config.model import Model
 from ..config import DecoderConfig
 from ..huggingface.naming import Names, Piece
-from . import llama
+from . import choices, llama
 
 FAMILY = "INTERNLM2"
 ARCHITECTURE = "InternLM2ForCausalLM"
 HF_MODEL_TYPE = "internlm2"
 HEAD = "output.weight"
 FIXED = llama.FIXED
+
+
+def problems(model: Model) -> Iterator[str]:
+    """What does not fit this family in a config's ``model`` section."""
+    return choices.problems(model, FAMILY)
 
 
 def from_section(model: Model) -> DecoderConfig:
@@ -35,7 +41,7 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
         "auto_map": llama.remote_code("internlm2", "InternLM2"),
         "bias": config.qkv_bias,
     }
-    del values["rope_parameters"]
+    values.pop("rope_parameters", None)
     return values
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from ...config.model import Model
 from ..config import DecoderConfig
-from . import llama
+from . import choices, llama
 
 FAMILY = "INTERNLM3"
 ARCHITECTURE = "InternLM3ForCausalLM"
@@ -15,6 +16,11 @@ HF_MODEL_TYPE = "internlm3"
 HEAD = llama.HEAD
 FIXED = llama.FIXED
 names = llama.names
+
+
+def problems(model: Model) -> Iterator[str]:
+    """What does not fit this family in a config's ``model`` section."""
+    return choices.problems(model, FAMILY)
 
 
 def from_section(model: Model) -> DecoderConfig:
@@ -41,7 +47,7 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
         "bias": config.o_bias,
         "head_dim": config.head_dim,
     }
-    del values["rope_parameters"]
-    if values["rope_scaling"]:
+    values.pop("rope_parameters", None)
+    if values.get("rope_scaling"):
         del values["rope_scaling"]["type"]
     return values

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ...config.model import Model
 from ..config import DecoderConfig, Rope
 from ..huggingface.naming import Names, Piece
+from . import choices
 from . import rope as rope_hf
 
 FAMILY = "LLAMA2"
@@ -15,6 +16,11 @@ ARCHITECTURE = "LlamaForCausalLM"
 HF_MODEL_TYPE = "llama"
 HEAD = "lm_head.weight"
 FIXED = {"hidden_act": ("silu",)}
+
+
+def problems(model: Model) -> Iterator[str]:
+    """What does not fit this family in a config's ``model`` section."""
+    return choices.problems(model, FAMILY)
 
 
 def from_section(model: Model) -> DecoderConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,15 @@ ARCHITECTURE = "MixtralForCausalLM"
 HF_MODEL_TYPE = "mixtral"
 HEAD = llama.HEAD
 FIXED: dict[str, tuple[Any, ...]] = {**llama.FIXED, "router_jitter_noise": (0.0, None)}
+
+
+def problems(model: Model) -> Iterator[str]:
+    """What does not fit this family in a config's ``model`` section."""
+    yield from experts.problems(model, FAMILY)
+    if model.decoder_sparse_step > 1 or model.mlp_only_layers:
+        yield f"{FAMILY} has experts in every layer: leave out model.decoder_sparse_step and model.mlp_only_layers"
+    if model.qkv_bias:
+        yield f"model.qkv_bias = {model.qkv_bias!r} does not go with model_type = {FAMILY!r}"
 
 
 def from_section(model: Model) -> DecoderConfig:
@@ -38,13 +48,13 @@ def from_hf(hf: dict[str, Any]) -> DecoderConfig:
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
     """The Hugging Face ``config.json``."""
-    assert config.experts is not None
+    moe = experts.of(config, ARCHITECTURE)
     return {
         **llama.common_to_hf(config, ARCHITECTURE, HF_MODEL_TYPE),
         "head_dim": config.head_dim,
-        "intermediate_size": config.experts.size,
-        "num_local_experts": config.experts.count,
-        "num_experts_per_tok": config.experts.top_k,
+        "intermediate_size": moe.size,
+        "num_local_experts": moe.count,
+        "num_experts_per_tok": moe.top_k,
         "sliding_window": config.windows[0] if config.windows else None,
         "output_router_logits": False,
         "router_aux_loss_coef": 0.02,

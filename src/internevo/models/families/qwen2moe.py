@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,11 @@ HF_MODEL_TYPE = "qwen2_moe"
 HEAD = llama.HEAD
 FIXED = llama.FIXED
 PARTS = {name: f"{name}_proj.weight" for name in ("gate", "up", "down")}
+
+
+def problems(model: Model) -> Iterator[str]:
+    """What does not fit this family in a config's ``model`` section."""
+    yield from experts.problems(model, FAMILY, shared=True)
 
 
 def from_section(model: Model) -> DecoderConfig:
@@ -49,14 +55,14 @@ def _windows(hf: dict[str, Any]) -> tuple[int, ...]:
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
     """The Hugging Face ``config.json``."""
-    assert config.experts is not None
+    moe = experts.of(config, ARCHITECTURE)
     return {
         **qwen2.to_hf(config),
         "architectures": [ARCHITECTURE],
         "model_type": HF_MODEL_TYPE,
         "qkv_bias": config.qkv_bias,
-        "shared_expert_intermediate_size": config.experts.shared_size,
-        **experts.to_hf(config.experts),
+        "shared_expert_intermediate_size": moe.shared_size,
+        **experts.to_hf(moe),
     }
 
 

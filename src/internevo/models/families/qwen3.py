@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from ...config.model import Model
 from ..config import DecoderConfig
-from . import llama, qwen2
+from . import choices, llama, qwen2
 
 FAMILY = "QWEN3"
 ARCHITECTURE = "Qwen3ForCausalLM"
@@ -15,6 +16,11 @@ HF_MODEL_TYPE = "qwen3"
 HEAD = llama.HEAD
 FIXED = llama.FIXED
 names = llama.names
+
+
+def problems(model: Model) -> Iterator[str]:
+    """What does not fit this family in a config's ``model`` section."""
+    return choices.problems(model, FAMILY, choices.WINDOWS)
 
 
 def from_section(model: Model) -> DecoderConfig:

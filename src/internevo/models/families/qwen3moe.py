@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,11 @@ HF_MODEL_TYPE = "qwen3_moe"
 HEAD = llama.HEAD
 FIXED = llama.FIXED
 names = qwen2moe.names
+
+
+def problems(model: Model) -> Iterator[str]:
+    """What does not fit this family in a config's ``model`` section."""
+    yield from experts.problems(model, FAMILY)
 
 
 def from_section(model: Model) -> DecoderConfig:
@@ -39,10 +45,10 @@ def from_hf(hf: dict[str, Any]) -> DecoderConfig:
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
     """The Hugging Face ``config.json``."""
-    assert config.experts is not None
+    moe = experts.of(config, ARCHITECTURE)
     return {
         **qwen3.to_hf(config),
         "architectures": [ARCHITECTURE],
         "model_type": HF_MODEL_TYPE,
-        **experts.to_hf(config.experts),
+        **experts.to_hf(moe),
     }

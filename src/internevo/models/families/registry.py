@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterator
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -13,6 +15,21 @@ from . import baichuan2, gemma, internlm, internlm2, internlm3, llama, mixtral, 
 
 MODULES = (internlm, internlm2, internlm3, llama, qwen2, baichuan2, gemma, qwen2moe, mixtral, qwen3, qwen3moe)
 FAMILIES: dict[str, ModuleType] = {module.FAMILY: module for module in MODULES}
+
+
+LATER = ("INTERNLM_MoE",)
+"""Families of InternEvo that are not there yet."""
+
+
+def problems(model_type: str, model: Model) -> Iterator[str]:
+    """What does not fit in a config's ``model_type`` and ``model`` section."""
+    known = (*FAMILIES, *LATER)
+    if model_type in FAMILIES:
+        yield from FAMILIES[model_type].problems(model)
+    elif model_type not in known:
+        near = difflib.get_close_matches(model_type.upper(), known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        yield f"model_type = {model_type!r} is unknown{hint} (known: {', '.join(known)})"
 
 
 def family(name: str) -> ModuleType:

@@ -4,9 +4,10 @@ import gzip
 
 import pytest
 
-from internevo.config import check, load_config
+from internevo.config import load_config
 from internevo.data.raw.hub import dataset_files
 from internevo.errors import ConfigError, DataError
+from internevo.train.check import check
 from tests.conftest import write_config
 
 

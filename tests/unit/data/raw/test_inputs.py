@@ -12,7 +12,7 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from internevo.config import check, load_config
+from internevo.config import load_config
 from internevo.data.build import train_source, valid_rows
 from internevo.data.encoding import encode
 from internevo.data.encoding.formats import fields_of, text_of
@@ -24,6 +24,7 @@ from internevo.data.rows import RandomRows
 from internevo.data.tokenized.index import open_index
 from internevo.errors import DataError
 from internevo.text.tokenizer import train_bpe
+from internevo.train.check import check
 from tests.conftest import write_config, write_dataset
 
 LINES = ("jsonl", "ndjson")
