@@ -12,14 +12,13 @@ from ours import SHAPES, build
 
 from internevo.checkpoint.saver import Extras, Saver
 from internevo.parallel.world import World, join
-from internevo.train.optimizer import Optimizer
 
 
 def measure(world: World, shape: dict[str, int], rounds: int, folder: Path) -> tuple[float, float, float, float]:
     """GB of the weights and moments; median seconds of a copy, of the wait, and until everything is written."""
-    config, _, model, axis = build(world, shape, "float32", 1)
-    tensors = Optimizer(axis.masters, config.adam).checkpoint_tensors()
-    saver = Saver(folder, config.ckpt, world.rank, {})
+    parts = build(world, shape, "float32", 1)
+    tensors = parts.tensors()
+    saver = Saver(folder, parts.config.ckpt, world.rank, {})
     copies, waits, wholes = [], [], []
     for number in range(rounds + 1):  # the first one is not counted
         begin = time.perf_counter()
@@ -27,7 +26,7 @@ def measure(world: World, shape: dict[str, int], rounds: int, folder: Path) -> t
         copies.append(time.perf_counter() - begin)
         del copy
         begin = time.perf_counter()
-        saver.save(number, tensors, Extras({"model.json": model.config.to_dict(), "state.json": {"step": number}}))
+        saver.save(number, tensors, Extras({"model.json": parts.decoder.to_dict(), "state.json": {"step": number}}))
         waits.append(time.perf_counter() - begin)
         saver.wait()
         wholes.append(time.perf_counter() - begin)

@@ -84,7 +84,7 @@ def theirs(which: str, shape: dict[str, int], steps: int) -> Iterator[float]:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
         optimizer: Any = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=1e-4, fused=True)
     elif which == "fsdp":
-        for layer in decoder.layers:
+        for _, layer in decoder.numbered_layers():
             fully_shard(layer)
         fully_shard(model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -122,7 +122,7 @@ def tensor_parallel(model: Decoder, sequence: bool) -> None:
     """PyTorch's plan, as its tensor parallel tutorial has it; logits and loss stay cut along the vocabulary."""
     mesh = init_device_mesh("cpu", (RANKS,))
     outside = Shard(1) if sequence else Replicate()
-    for layer in model.layers:
+    for _, layer in model.numbered_layers():
         plan: dict[str, Any] = {f"attn.{name}": ColwiseParallel() for name in "qkv"}
         plan |= {"mlp.gate": ColwiseParallel(), "mlp.up": ColwiseParallel()}
         plan |= {name: RowwiseParallel(output_layouts=outside) for name in ("attn.o", "mlp.down")}
@@ -135,7 +135,9 @@ def tensor_parallel(model: Decoder, sequence: bool) -> None:
                 "mlp": PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
             }
         parallelize_module(layer, mesh, plan)
-    for end in (model.embed, model.head):
+    embed, norm, head = model.embed, model.norm, model.head
+    assert embed is not None and norm is not None and head is not None
+    for end in (embed, head):
         end.weight = nn.Parameter(distribute_tensor(end.weight.data, mesh, [Shard(0)]))
 
     def look_up(tokens_BS: Tensor, weight_VD: Tensor) -> Tensor:
@@ -150,8 +152,8 @@ def tensor_parallel(model: Decoder, sequence: bool) -> None:
         return (mean.to_local() if isinstance(mean, DTensor) else mean) * labels_BS.numel(), labels_BS
 
     if sequence:
-        parallelize_module(model.norm, mesh, SequenceParallel(use_local_output=True))
-    model.embed.look_up, model.head.loss = look_up, loss
+        parallelize_module(norm, mesh, SequenceParallel(use_local_output=True))
+    embed.look_up, head.loss = look_up, loss
 
 
 def work(which: str, side: str, shape: str, steps: int) -> None:

@@ -72,4 +72,4 @@ def test_timeline(tmp_path, monkeypatch):
 
 def test_every_script_is_run_here():
     names = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
-    assert names == {"checkpoint", "convert", "data", "ours", "parallel", "timeline", "vs_transformers"}
+    assert names == {"checkpoint", "convert", "data", "gpu", "ours", "parallel", "timeline", "vs_transformers"}
