@@ -51,7 +51,7 @@ def pool():
 
     pool = Pool()
     yield pool
-    pool.stop()
+    pool.stop(patience=10)
 
 
 def write_dataset(folder):

@@ -1,10 +1,12 @@
-"""The config reference of the documentation, made from the schema."""
+"""The documentation's list of config keys, generated from the schema."""
 
 from __future__ import annotations
 
+import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
@@ -18,14 +20,14 @@ HEAD = """# Config reference
 internevo config configs/demo.py
 ```
 
-prints a config with every default written out. Every key of the schema is below, by section. A key with *no effect* is known
-from InternEvo and accepted with one line that says so; a value that asks for something *not available yet* validates, and a
-run that needs it stops and says so.
+prints a config with every default written out. This page lists every key, section by section. A key with *no effect* exists in
+InternEvo's own configs: it is accepted, and a run says in one line that it does nothing here. A value that is *not available
+yet* is valid, but `internevo train` refuses to start with it and says why.
 """
 
 
 def write(path: Path) -> None:
-    """Writes the page, if it differs (so that a watching build does not build for ever)."""
+    """Writes the page if it has changed: `mkdocs serve` watches the folder and would build again and again."""
     text = HEAD + "".join(_section("top level", Config, ""))
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
@@ -45,11 +47,22 @@ def _section(title: str, section: type[Section], path: str) -> Iterator[str]:
 
 
 def _type(field: FieldInfo) -> str:
-    annotation = field.annotation
-    text = annotation.__name__ if isinstance(annotation, type) and not typing.get_args(annotation) else str(annotation)
-    for noise in ("typing.", "NoneType", "Literal"):
-        text = text.replace(noise, {"NoneType": "None"}.get(noise, ""))
-    return "`" + text.replace("|", "\\|") + "`"
+    return _words(field.annotation)
+
+
+def _words(annotation: Any) -> str:
+    """A type for people: "`int` or `None`", "`'mtp'` or `'isp'`". (A table would need its bars escaped.)"""
+    kind, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if kind is typing.Literal:
+        return " or ".join(f"`{value!r}`" for value in inner)
+    if kind in (typing.Union, types.UnionType):
+        return " or ".join(_words(part) for part in inner)
+    if kind is typing.Annotated:
+        return _words(inner[0])
+    if annotation is types.NoneType:
+        return "`None`"
+    plain = annotation.__name__ if isinstance(annotation, type) and not inner else str(annotation).replace("typing.", "")
+    return f"`{plain}`"
 
 
 def _default(field: FieldInfo) -> str:
@@ -60,7 +73,7 @@ def _default(field: FieldInfo) -> str:
 
 def _meaning(field: FieldInfo) -> str:
     kinds = marks(field)
-    text = (field.description or "").replace("|", "\\|")
+    text = (field.description or "").replace("|", "&#124;")
     if kinds.get("unit"):
         text += f" Unit: {kinds['unit']}."
     if kinds.get("ignored"):
