@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import zlib
@@ -85,7 +86,7 @@ class Manifest:
                 n: TensorEntry(t["dtype"], t["shape"], [Chunk(**c) for c in t["chunks"]]) for n, t in values["tensors"].items()
             }
             return cls(values["step"], values["layout"], values["versions"], files, tensors)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
@@ -137,7 +138,7 @@ def verify(folder: Path, names: list[str], manifest: Manifest) -> None:
                 f"{path} has {path.stat().st_size} bytes, and the manifest says {wanted.size}; use an earlier one"
             )
         found = describe_file(path)
-        block = next((n for n, (a, b) in enumerate(zip(found.crc32, wanted.crc32, strict=True)) if a != b), None)
+        block = next((n for n, (a, b) in enumerate(itertools.zip_longest(found.crc32, wanted.crc32)) if a != b), None)
         if block is not None:
             place = f"bytes {block * BLOCK} to {min((block + 1) * BLOCK, wanted.size)}"
             raise CheckpointError(f"{path} is damaged: its checksum differs in {place}; use an earlier checkpoint")

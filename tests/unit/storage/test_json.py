@@ -46,7 +46,9 @@ def test_rows_of_metrics_are_strict_also_those_of_earlier_runs(tmp_path):
 
 @pytest.mark.parametrize("room", ["checkpoint", "measure", "observe", "train"])
 def test_files_of_a_run_are_written_by_the_strict_writer_alone(room):
-    for path in (Path(internevo.__file__).parent / room).rglob("*.py"):
+    paths = list((Path(internevo.__file__).parent / room).rglob("*.py"))
+    assert paths
+    for path in paths:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "json":
                 assert node.attr not in ("dump", "dumps"), f"{path.name}: storage.jsonfile writes JSON"

@@ -163,7 +163,8 @@ def test_every_document_once_per_epoch_and_the_same_batches(
         more, after = train(data, size, cursor, min(stop, steps - len(rows)))
         rows += more
         cursor = json_round(after[-1]) if after else cursor
-    assert rows == wanted[: len(rows)]
+    assert len(wanted) == steps
+    assert rows == wanted
 
 
 def json_round(cursor):

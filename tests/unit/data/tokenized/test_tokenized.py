@@ -24,9 +24,9 @@ def test_both_forms_read_back_what_was_written(tmp_path_factory, documents, mask
     write_binary(folder / "int32" / "a.bin", stored, 10**6)
     if not masks:
         write_binary(folder / "uint16" / "a.bin", stored, 501)
-    for path in folder.glob("*/a.bin"):
-        file = TokenFile.open(path)
-        assert file.itemsize == {"json": 0, "int32": 4, "uint16": 2}[path.parent.name]
+    for form, itemsize in {"json": 0, "int32": 4, **({} if masks else {"uint16": 2})}.items():
+        file = TokenFile.open(folder / form / "a.bin")
+        assert file.itemsize == itemsize
         assert all(np.array_equal(file.read(n), d) for n, d in enumerate(stored))
         assert np.array_equal(file.read(0, 1, 3), stored[0][1:3])
 
@@ -105,7 +105,8 @@ def test_a_megatron_dataset_has_the_rows_of_the_tokenized_one(tmp_path_factory, 
         writer.write(np.array([t for ids in joined for t in ids]), [len(ids) for ids in joined])
         writer.close()
         ours, theirs = (PackedRows(open_index(root), 8, 65536) for root in (again, folder))
-        for row, other in zip((ours[n] for n in range(len(ours))), (theirs[n] for n in range(len(ours))), strict=True):
+        assert len(ours) == len(theirs) > 0
+        for row, other in ((ours[n], theirs[n]) for n in range(len(ours))):
             assert row.tokens.tolist() == other.tokens.tolist() and row.labels.tolist() == other.labels.tolist()
 
 

@@ -37,7 +37,9 @@ def write(folder, config, tensors):
 
 
 def disk(folder):
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    found = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    assert found
+    return found
 
 
 def parameters(folder):

@@ -103,6 +103,7 @@ def disk(folder):
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
         found.update(load_file(path))
+    assert found
     return found
 
 
