@@ -17,25 +17,28 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 
-def make(folder: Path, family: str, gigabytes: float) -> None:
-    """Writes a folder of about the given size, tensor by tensor."""
+def make(folder: Path, family: str, gigabytes: float, width: int = 4096) -> None:
+    """Writes a folder of about the given size, tensor by tensor; ``width``: the hidden size, a multiple of 512."""
     import torch
 
     from internevo.models.families.registry import decoder_from_hf
     from internevo.models.huggingface.folder import naming
     from internevo.storage.tensors import ShardWriter, Spec
 
-    common = {
-        "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000, "rms_norm_eps": 1e-5,
-        "intermediate_size": 14336, "max_position_embeddings": 4096, "hidden_act": "silu", "tie_word_embeddings": False,
+    common: dict[str, Any] = {
+        "hidden_size": width, "num_attention_heads": width // 128, "num_key_value_heads": width // 512, "vocab_size": 32000,
+        "rms_norm_eps": 1e-5, "intermediate_size": width * 7 // 2, "max_position_embeddings": 4096, "hidden_act": "silu",
+        "tie_word_embeddings": False,
     }  # fmt: skip
-    families = {
+    families: dict[str, dict[str, Any]] = {
         "LLAMA2": {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
         "INTERNLM2": {"architectures": ["InternLM2ForCausalLM"], "model_type": "internlm2", "bias": False},
         "MIXTRALMOE": {
-            "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 8, "intermediate_size": 3584,
+            "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 8,
+            "intermediate_size": width * 7 // 8,
         },
     }  # fmt: skip
     layers = 0
@@ -71,6 +74,7 @@ def timed(command: list[str]) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gb", type=float, default=8.0)
+    parser.add_argument("--width", type=int, default=4096, help="hidden size, a multiple of 512")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--families", nargs="+", default=["LLAMA2"], choices=["LLAMA2", "INTERNLM2", "MIXTRALMOE"])
     parser.add_argument("--folder", type=Path, help="where the files go; by default the temporary folder")
@@ -79,7 +83,7 @@ def main() -> None:
     for family in a.families:
         with tempfile.TemporaryDirectory(dir=a.folder) as place:
             source, ours, target = (Path(place) / name for name in ("source", "ours", "target"))
-            make(source, family, a.gb)
+            make(source, family, a.gb, a.width)
             print(f"{family}, {a.gb:g} GB", flush=True)
             compare(source, target, a.rounds, {
                 "hf -> internevo": [*internevo, str(source), str(target), "--to", "internevo"],

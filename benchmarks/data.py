@@ -80,10 +80,10 @@ def tokenizing(folder: Path, copies: int, rounds: int) -> None:
     print(f"tokenizing {size:.0f} MB: {statistics.median(ratios):.2f} of the time of the tokenizers library itself (median)")
 
 
-def streaming(folder: Path, copies: int, rounds: int) -> None:
+def streaming(folder: Path, copies: int, rounds: int, first: int = 4_000_000) -> None:
     """As many rows as an epoch has, streamed from parquet, against the tokenizers library on the same file and cores.
 
-    Blocks come at once and are small at first: the measurement begins behind some, and blocks are small beside it.
+    Blocks come at once and are small at first, so the ``first`` tokens are not measured.
     """
     from tokenizers import Tokenizer
 
@@ -106,13 +106,13 @@ def streaming(folder: Path, copies: int, rounds: int) -> None:
         theirs = tokens / (time.perf_counter() - begin)
         batches = TrainBatches(train_source(data, 4096), BatchSizes.of(data, 1), 0, True, data.total_steps).prefetch(Cursor())
         before = seen = 0
-        while before < 4_000_000:
+        while before < first:
             before += next(batches).tokens
         begin = time.perf_counter()
         while seen < tokens:
             seen += next(batches).tokens
         ratios.append(seen / (time.perf_counter() - begin) / theirs)
-        batches.close()
+        batches.close()  # type: ignore[attr-defined]
     print(f"streaming {tokens / 1e6:.0f} million tokens: {statistics.median(ratios):.2f} of the library's speed (median)")
 
 

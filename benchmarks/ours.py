@@ -6,20 +6,16 @@ import time
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from internevo.config import Config, validate
 from internevo.data.batches import Cursor, MicroBatch, StepBatch
-from internevo.models.families.registry import decoder_config
-from internevo.models.losses import LossTerms
-from internevo.parallel import plan
-from internevo.parallel.layout import Layout
 from internevo.parallel.world import World
-from internevo.train.optimizer import Optimizer
-from internevo.train.scaler import LossScaler
+from internevo.train.parts import Parts
+from internevo.train.shared import Shared
 from internevo.train.step import Stepper
 
 SHAPES: dict[str, dict[str, int]] = {
+    "tiny": {"layers": 2, "hidden": 32, "mlp": 48, "heads": 4, "kv": 2, "vocab": 96, "rows": 2, "seq": 16},
     "S": {"layers": 6, "hidden": 384, "mlp": 1024, "heads": 6, "kv": 6, "vocab": 8192, "rows": 4, "seq": 512},
     "M": {"layers": 8, "hidden": 768, "mlp": 2048, "heads": 12, "kv": 4, "vocab": 32000, "rows": 2, "seq": 1024},
     "1B": {"layers": 22, "hidden": 2048, "mlp": 5632, "heads": 32, "kv": 4, "vocab": 32000, "rows": 2, "seq": 4096},
@@ -34,7 +30,8 @@ def config_of(shape: dict[str, int], dtype: str, steps: int, compiled: bool = Fa
         "dtype": dtype, "compile": compiled,
     }  # fmt: skip
     data = {"seq_len": shape["seq"], "micro_bsz": shape["rows"], "total_steps": steps}
-    return validate({"model_type": "LLAMA2", "model": model, "parallel": parallel or {}, "adam": {"lr": 1e-4}, "data": data})
+    return validate({"model_type": "LLAMA2", "model": model, "parallel": parallel or {}, "adam": {"lr": 1e-4},
+                     "hybrid_zero_optimizer": {"clip_grad_norm": 1.0}, "data": data})  # fmt: skip
 
 
 def tokens_and_labels(shape: dict[str, int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,26 +46,24 @@ def finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def build(
+    world: World, shape: dict[str, int], dtype: str, steps: int, compiled: bool = False, parallel: dict[str, Any] | None = None
+) -> Parts:
+    """A run as ``internevo train`` builds it."""
+    return Parts.build(config_of(shape, dtype, steps, compiled, parallel), world)
+
+
 def train(
     world: World, shape: dict[str, int], dtype: str, steps: int, compiled: bool = False, parallel: dict[str, Any] | None = None
 ) -> list[float]:
     """Seconds per step, as ``internevo train`` takes it, with one micro-batch."""
-    config = config_of(shape, dtype, steps, compiled, parallel)
-    layout = Layout.of(config, world.size)
-    decoder = decoder_config("LLAMA2", config.model)
-    model, axis = plan.build(decoder, config, layout, world.device)
-    assert dist.group.WORLD is not None
-    stepper = Stepper(
-        model, axis, Optimizer(axis.masters, config.adam), LossScaler.of(config.grad_scaler, config.model.dtype), layout,
-        dist.group.WORLD, world.device, types=1, clip=1.0, terms=LossTerms(),
-    )  # fmt: skip
-    times = []
+    stepper, times = Stepper(build(world, shape, dtype, steps, compiled, parallel)), []
     for number in range(steps):
         tokens, labels = tokens_and_labels(shape)
         micro = MicroBatch(tokens, labels, torch.zeros_like(tokens), None)
         batch = StepBatch([micro], number, Cursor(), tokens.numel())
         begin = time.perf_counter()
-        stepper(batch, 1e-4, 0.95, lambda: [0.0])
+        stepper(batch, 1e-4, 0.95, lambda: Shared(0.0, 0.0, 0.0, [0.0] * world.size))
         finish(world.device)
         times.append(time.perf_counter() - begin)
     return times

@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -77,18 +77,19 @@ def plain(shape: dict[str, int]) -> Decoder:
 
 def theirs(which: str, shape: dict[str, int], steps: int) -> Iterator[float]:
     """Seconds per step of PyTorch's strategy."""
-    model: nn.Module = plain(shape)
+    decoder = plain(shape)
+    model: nn.Module = decoder
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
     if which == "zero":
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
         optimizer: Any = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=1e-4, fused=True)
     elif which == "fsdp":
-        for layer in model.layers:
+        for _, layer in decoder.numbered_layers():
             fully_shard(layer)
         fully_shard(model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     else:
-        tensor_parallel(model, which == "msp")
+        tensor_parallel(decoder, which == "msp")
         around = loss_parallel
         groups = [{"params": kind} for kind in kinds(list(model.parameters()))]
         optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=True)
@@ -121,7 +122,7 @@ def tensor_parallel(model: Decoder, sequence: bool) -> None:
     """PyTorch's plan, as its tensor parallel tutorial has it; logits and loss stay cut along the vocabulary."""
     mesh = init_device_mesh("cpu", (RANKS,))
     outside = Shard(1) if sequence else Replicate()
-    for layer in model.layers:
+    for _, layer in model.numbered_layers():
         plan: dict[str, Any] = {f"attn.{name}": ColwiseParallel() for name in "qkv"}
         plan |= {"mlp.gate": ColwiseParallel(), "mlp.up": ColwiseParallel()}
         plan |= {name: RowwiseParallel(output_layouts=outside) for name in ("attn.o", "mlp.down")}
@@ -134,24 +135,28 @@ def tensor_parallel(model: Decoder, sequence: bool) -> None:
                 "mlp": PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
             }
         parallelize_module(layer, mesh, plan)
-    for end in (model.embed, model.head):
+    embed, norm, head = model.embed, model.norm, model.head
+    assert embed is not None and norm is not None and head is not None
+    for end in (embed, head):
         end.weight = nn.Parameter(distribute_tensor(end.weight.data, mesh, [Shard(0)]))
 
-    def look_up(tokens: Tensor, weight: Tensor) -> Tensor:
-        return F.embedding(DTensor.from_local(tokens, mesh, [Replicate()]), weight).redistribute(mesh, [outside]).to_local()
+    def look_up(tokens_BS: Tensor, weight_VD: Tensor) -> Tensor:
+        found = F.embedding(DTensor.from_local(tokens_BS, mesh, [Replicate()]), weight_VD)
+        return cast(DTensor, found).redistribute(mesh, [outside]).to_local()
 
-    def loss(x: Tensor, weight: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-        whole = DTensor.from_local(x, mesh, [outside]).redistribute(mesh, [Replicate()])
-        logits = F.linear(whole, weight).flatten(0, 1).float()
-        total = F.cross_entropy(logits, DTensor.from_local(labels.flatten(), mesh, [Replicate()]), reduction="mean")
-        return total.to_local() * labels.numel() if isinstance(total, DTensor) else total * labels.numel(), labels
+    def loss(x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+        whole = DTensor.from_local(x_BSD, mesh, [outside]).redistribute(mesh, [Replicate()])
+        logits = F.linear(whole, weight_VD).flatten(0, 1).float()
+        labels = DTensor.from_local(labels_BS.flatten(), mesh, [Replicate()])
+        mean = F.cross_entropy(logits, labels, reduction="mean")
+        return (mean.to_local() if isinstance(mean, DTensor) else mean) * labels_BS.numel(), labels_BS
 
     if sequence:
-        parallelize_module(model.norm, mesh, SequenceParallel(use_local_output=True))
-    model.embed.look_up, model.head.loss = look_up, loss
+        parallelize_module(norm, mesh, SequenceParallel(use_local_output=True))
+    embed.look_up, head.loss = look_up, loss
 
 
-def worker(which: str, side: str, shape: str, steps: int) -> None:
+def work(which: str, side: str, shape: str, steps: int) -> None:
     """Prints rank 0's seconds of the median step, the first two left out."""
     if side == "ours":
         with join() as world:
@@ -202,7 +207,8 @@ def main() -> None:
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.worker:
-        worker(*a.worker, a.shape, a.steps)
+        which, side = a.worker
+        work(which, side, a.shape, a.steps)
         return
     print(f"{'ours':6}{'theirs':26}{'s/step':>8}{'theirs':>8}{'speed ratio':>13}")
     for which in a.strategies:

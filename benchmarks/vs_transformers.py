@@ -38,7 +38,8 @@ def theirs(shape: dict[str, int], dtype: str, steps: int) -> list[float]:
     )  # fmt: skip
     torch.manual_seed(0)
     device = pick_device(0)
-    model = LlamaForCausalLM(config).to(device)
+    model = LlamaForCausalLM(config)
+    torch.nn.Module.to(model, device)  # transformers' own has no types
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     times = []

@@ -7,4 +7,5 @@ from internevo.config.reference import write
 
 
 def on_pre_build(config: Any) -> None:
+    """Writes docs/reference/config.md."""
     write(Path(config["docs_dir"]) / "reference" / "config.md")

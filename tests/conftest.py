@@ -9,7 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
+settings.register_profile("internevo", deadline=None)  # no test depends on how fast a machine is
+settings.load_profile("internevo")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {
@@ -66,19 +69,23 @@ def write_dataset(folder):
     return folder
 
 
-def write_config(folder, dataset, name="run", **changes):
-    """Writes the tiny config with changes (``section__key=value``) to a file; its run folder is ``folder/NAME``."""
+def tiny(**changes):
+    """The tiny config as plain values, with changes (``section__key=value``)."""
     values = json.loads(json.dumps(TINY))
-    values["data"]["train_folder"] = str(dataset)
-    values["ckpt"] = {"save_ckpt_folder": str(folder / name)}
     for key, value in changes.items():
         *path, last = key.split("__")
         node = values
         for part in path:
             node = node.setdefault(part, {})
         node[last] = value
+    return values
+
+
+def write_config(folder, dataset, name="run", **changes):
+    """Writes the tiny config with changes to a file; its run folder is ``folder/NAME``."""
+    places = {"data__train_folder": str(dataset), "ckpt": {"save_ckpt_folder": str(folder / name)}}
     path = folder / f"{name}.json"
-    path.write_text(json.dumps(values))
+    path.write_text(json.dumps(tiny(**{**places, **changes})))
     return path
 
 

@@ -1,52 +1,78 @@
-"""Processes that stay: a test's training run joins some of them, without starting Python and importing PyTorch anew."""
+"""Processes that stay: a test's training run or function goes to some of them, which have Python and PyTorch loaded already."""
+
+from __future__ import annotations
 
 import atexit
 import faulthandler
 import multiprocessing
 import os
+import pickle
 import socket
+import time
 import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 DEVICE = os.environ.get("INTERNEVO_TEST_DEVICE", "cpu")
 """Where the runs train: "cuda" for GPUs, as many or as few as there are."""
+PATIENCE = 5.0
+"""Seconds that the other ranks have to end after one has failed."""
 
 
-def _work(rank, pipe):
+def _work(rank: int, pipe: Connection) -> None:
+    """Does one job after another: (environment, function, arguments)."""
     os.environ.update(place(rank, 1, 0), INTERNEVO_PARENT=str(os.getppid()))
     import torch
 
+    faulthandler.enable()  # a crash shows where
+    torch.set_num_threads(1)
+    pipe.send_bytes(b"ready")
+    while True:
+        try:
+            message = pipe.recv_bytes()
+        except EOFError:
+            return  # the tests have ended
+        try:
+            environment, function, arguments = pickle.loads(message)
+            os.environ.update(environment)
+            answer = pickle.dumps((function(*arguments), None))
+        except BaseException:
+            answer = pickle.dumps((None, traceback.format_exc()))
+        pipe.send_bytes(answer)
+
+
+def _train(path: Path, overrides: tuple[str, ...]) -> None:
     from internevo.commands.train import train
 
-    faulthandler.enable()  # a crash shows where
-
-    torch.set_num_threads(1)
-    while (job := pipe.recv()) is not None:
-        path, overrides, size, port = job
-        os.environ.update(place(rank, size, port))
-        try:
-            train(Path(path), overrides, None, launcher="torch")
-            pipe.send(None)
-        except BaseException:
-            pipe.send(traceback.format_exc())
+    train(path, list(overrides), None, launcher="torch")
 
 
-def free_port():
+def _join_and_call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    from internevo.parallel.world import join
+
+    with join(launcher="torch") as world:
+        return function(world, *arguments)
+
+
+def free_port() -> int:
     """A port of this machine that nobody listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+        return int(free.getsockname()[1])
 
 
-def place(rank, size, port):
+def place(rank: int, size: int, port: int, device: str = DEVICE) -> dict[str, str]:
     """The variables of a launcher, for one process on this machine."""
     return {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "INTERNEVO_DEVICE": DEVICE, **shared_gpu(rank),
+        "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "INTERNEVO_DEVICE": device, **shared_gpu(rank),
     }  # fmt: skip
 
 
-def shared_gpu(rank):
+def shared_gpu(rank: int) -> dict[str, str]:
     """NCCL refuses two ranks of one host on one GPU; as ranks of several hosts they meet over sockets."""
     if DEVICE == "cpu":
         return {}
@@ -58,36 +84,76 @@ def shared_gpu(rank):
 class Pool:
     """Processes, started when first needed."""
 
-    def __init__(self):
-        self.workers = []
+    def __init__(self) -> None:
+        self.workers: list[tuple[BaseProcess, Connection]] = []
         atexit.register(self.stop)
 
-    def train(self, path, processes=1, *overrides, timeout=400):
-        """``internevo train PATH OVERRIDES`` on so many processes; fails with the traceback of the first rank that failed."""
-        context = multiprocessing.get_context("spawn")
-        while len(self.workers) < processes:
-            mine, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(len(self.workers), theirs), daemon=True)
-            process.start()
-            self.workers.append((process, mine))
+    def train(self, path: Path, processes: int = 1, *overrides: str, timeout: float = 400) -> None:
+        """``internevo train PATH OVERRIDES`` on ``processes``; fails with the traceback of the first rank that failed."""
+        self._do(_train, (path, overrides), processes, timeout, DEVICE)
+
+    def run(
+        self, function: Callable[..., Any], processes: int, *arguments: Any, timeout: float = 120, device: str = DEVICE
+    ) -> list[Any]:
+        """``function(world, *arguments)`` on every rank of a process group of ``processes``; what each rank returned.
+
+        Args:
+            function: of a module, so that the processes can import it. It and its arguments and results are pickled.
+            timeout: seconds for all ranks together.
+            device: "cpu" keeps it off the GPUs.
+
+        Raises:
+            AssertionError: with the tracebacks, the first rank that failed first.
+        """
+        return self._do(_join_and_call, (function, arguments), processes, timeout, device)
+
+    def _do(
+        self, function: Callable[..., Any], arguments: tuple[Any, ...], processes: int, timeout: float, device: str
+    ) -> list[Any]:
+        self._start(processes)
         port = free_port()
-        for _, pipe in self.workers[:processes]:
-            pipe.send((str(path), list(overrides), processes, port))
-        failures = []
-        for rank, (process, pipe) in enumerate(self.workers[:processes]):
-            if not pipe.poll(5 if failures else timeout):
-                failures.append(f"rank {rank} did not finish")
-            else:
-                try:
-                    error = pipe.recv()
-                except EOFError:
-                    error = f"the process ended with exit code {process.exitcode}"
-                failures += [f"rank {rank}:\n{error}"] if error else []
+        for rank, (_, pipe) in enumerate(self.workers[:processes]):
+            pipe.send_bytes(pickle.dumps((place(rank, processes, port, device), function, arguments)))
+        results, failures = self._answers(processes, timeout)
         if failures:
             self.stop()
-            raise AssertionError("\n\n".join(failures))
+            raise AssertionError("\n".join(failures))
+        return results
 
-    def stop(self):
+    def _start(self, processes: int) -> None:
+        context, running = multiprocessing.get_context("spawn"), len(self.workers)
+        for rank in range(running, processes):
+            mine, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(rank, theirs), daemon=True)
+            process.start()
+            theirs.close()  # so that the end of the process is the end of the pipe
+            self.workers.append((process, mine))
+        for _, pipe in self.workers[running:]:
+            assert pipe.recv_bytes() == b"ready"  # no job pays for the start
+
+    def _answers(self, processes: int, timeout: float) -> tuple[list[Any], list[str]]:
+        """The result of each rank, and what went wrong, in the order in which it did."""
+        results: list[Any] = [None] * processes
+        failures: list[str] = []
+        waiting = {pipe: rank for rank, (_, pipe) in enumerate(self.workers[:processes])}
+        end = time.monotonic() + timeout
+        while waiting and (ready := wait(list(waiting), max(0.0, end - time.monotonic()))):
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                rank = waiting.pop(pipe)
+                try:
+                    results[rank], error = pickle.loads(pipe.recv_bytes())
+                except (EOFError, ConnectionResetError):
+                    process, _ = self.workers[rank]
+                    process.join(PATIENCE)
+                    error = f"the process ended with exit code {process.exitcode}"
+                if error:
+                    failures.append(f"rank {rank}: {error}")
+                    end = min(end, time.monotonic() + PATIENCE)
+        return results, failures + [f"rank {rank} did not finish" for rank in waiting.values()]
+
+    def stop(self) -> None:
+        """Ends all processes; the next job starts new ones."""
         for process, _ in self.workers:
             process.kill()
         self.workers = []

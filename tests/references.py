@@ -186,3 +186,9 @@ def random_folder(family, draw):
         tensor = torch.randn(shape) * (0.2 if len(shape) == 1 else 0.1)
         tensors[name] = tensor + 1 if "norm" in name else tensor
     return config, tensors
+
+
+def assert_close_to_scale(mine, reference, tolerance=1e-5):
+    """On the scale of the largest element, where that is more than 1."""
+    error, scale = (mine - reference).abs().max(), max(1.0, reference.abs().max())
+    assert error <= tolerance * scale, f"differs by {error} at a scale of {scale}"

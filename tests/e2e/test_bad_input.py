@@ -96,7 +96,7 @@ def test_a_full_disk_while_saving_loses_nothing(tmp_path, config):
     )
     assert done.returncode == 1
     assert "saving a checkpoint failed; earlier ones are untouched" in done.stderr
-    assert "step-00000006.tmp/model-00000.safetensors cannot be written" in done.stderr
+    assert ".step-00000006.tmp/model-00000.safetensors cannot be written" in done.stderr
     assert [p.name for p in (tmp_path / "full" / "checkpoints").iterdir()] == ["step-00000003"]
     after = tensors(tmp_path / "full", 3)
     assert all((after[k] == before[k]).all() for k in before)

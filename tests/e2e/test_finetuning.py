@@ -8,7 +8,7 @@ import torch
 import internevo
 from internevo.checkpoint import Checkpoint
 from tests.conftest import metrics, tensors, write_config
-from tests.unit.test_formats import CHATML, folder_with
+from tests.unit.data.encoding.test_formats import CHATML, folder_with
 
 LORA = {"rank": 4, "alpha": 8, "targets": ["wqkv", "down"]}
 BASE = {"model__vocab_size": 304, "data__total_steps": 3, "data__num_worker": 0}

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..models.huggingface.folder import copy_tokenizer
+from ..models.huggingface.tokenizer import copy_tokenizer
+from ..storage.folders import put_in_place, sync
+from ..storage.jsonfile import write_json
 from .manifest import Manifest, describe_file
 
 
@@ -29,34 +27,22 @@ def complete(temporary: Path, folder: Path, manifest: Manifest, extras: Extras, 
         durable: waits until everything is on disk, so that not even a power cut leaves a manifest without its files.
     """
     for name, values in extras.json.items():
-        (temporary / name).write_text(json.dumps(values, indent=1), encoding="utf-8")
+        write_json(temporary / name, values, indent=1)
     if extras.tokenizer is not None:
         copy_tokenizer(extras.tokenizer, temporary / "tokenizer")
     for path in sorted(temporary.rglob("*")):
         name = path.relative_to(temporary).as_posix()
         if path.is_file() and name not in manifest.files:
             manifest.files[name] = describe_file(path)
-    sync = _sync if durable else lambda folder: None
-    sync(temporary)
+    if durable:
+        _sync_all(temporary)
     manifest.write(temporary)
-    sync(temporary)
-    if folder.exists():  # a snapshot's turn, or a step saved again after a resume
-        old = folder.with_name(folder.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-        temporary.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        temporary.rename(folder)
-    sync(folder.parent)
+    if durable:
+        _sync_all(temporary)
+    put_in_place(temporary, folder)  # what has that name: a snapshot's turn, or a step saved again after a resume
 
 
-def _sync(folder: Path) -> None:
-    """Makes sure that files and names are on disk before what depends on them."""
-    for path in [*(p for p in folder.glob("*") if p.is_file()), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            with contextlib.suppress(OSError):  # some network file systems refuse it for folders
-                os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _sync_all(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,14 @@ from torch import Tensor
 
 from ..errors import CheckpointError, UsageError
 from ..models.config import DecoderConfig
+from ..storage.folders import standing, tidy
 from ..storage.tensors import Place, Spec, TensorFile
 from .manifest import NAME, Chunk, Manifest, TensorEntry
 
-CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
+CHECKPOINTS, SNAPSHOTS, EXPORTS = "checkpoints", "snapshots", "hf"
+"""Folders of a run."""
+NAMES = {CHECKPOINTS: r"step-\d+", SNAPSHOTS: "[01]", EXPORTS: r"step-\d+"}
+"""Patterns of the names of what is in them."""
 HF_CONFIG = "hf_config.json"
 
 
@@ -42,12 +45,6 @@ class Checkpoint:
         return DecoderConfig.from_dict(self.json("model.json"))
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        entry = next(e for n, e in self.manifest.tensors.items() if n.startswith("model/"))
-        return dtype_of(entry)
-
-    @property
     def tokenizer(self) -> Path | None:
         """The tokenizer that travels along, if any."""
         path = self.folder / "tokenizer"
@@ -57,6 +54,10 @@ class Checkpoint:
     def hf_config(self) -> dict[str, Any]:
         """The ``config.json`` that the model was converted from, if it was."""
         return self.json(HF_CONFIG) if (self.folder / HF_CONFIG).is_file() else {}
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Of a weight."""
+        return self._find(f"model/{name}")[1].dtype
 
     def read(self, name: str, start: int, count: int) -> Tensor:
         """Rows of a weight, by the model's name for it."""
@@ -81,7 +82,7 @@ class Checkpoint:
         if name not in self.manifest.tensors:
             raise CheckpointError(f"{self.folder} has no tensor {name!r}")
         entry = self.manifest.tensors[name]
-        return entry, Spec(tuple(entry.shape), dtype_of(entry))
+        return entry, Spec(tuple(entry.shape), _dtype(entry))
 
     def _read(self, name: str, start: int, count: int) -> Tensor:
         entry, spec = self._find(name)
@@ -118,8 +119,7 @@ def _strips(chunk: Chunk, spec: Spec) -> Iterator[tuple[int, int, int]]:
         yield (chunk.offsets[0] + n) * spec.shape[1] + chunk.offsets[1], n * rows, rows
 
 
-def dtype_of(entry: TensorEntry) -> torch.dtype:
-    """A stored tensor's dtype."""
+def _dtype(entry: TensorEntry) -> torch.dtype:
     dtype = getattr(torch, entry.dtype, None)
     if not isinstance(dtype, torch.dtype):
         raise CheckpointError(f"the manifest names a dtype {entry.dtype!r} that PyTorch does not know")
@@ -128,18 +128,23 @@ def dtype_of(entry: TensorEntry) -> torch.dtype:
 
 def complete_checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints and snapshots of a run folder, the newest step first."""
-    folders = [*(run / CHECKPOINTS).glob("step-*"), *(run / SNAPSHOTS).glob("[01]")]
-    steps = {f: step for f in folders if (step := _step(f)) is not None}
+    folders = {f: name for place in (CHECKPOINTS, SNAPSHOTS) for name, f in standing(run / place, NAMES[place]).items()}
+    steps = {f: step for f, name in folders.items() if (step := _step(f, name)) is not None}
     return sorted(steps, key=lambda f: (steps[f], f.parent.name), reverse=True)
 
 
-def _step(folder: Path) -> int | None:
-    """Step of a complete checkpoint, without reading its whole manifest where the name says it."""
+def remove_leftovers(run: Path) -> None:
+    """Removes what killed saves and exports have left in a run folder to which nobody else writes now."""
+    for place, names in NAMES.items():
+        tidy(run / place, names)
+
+
+def _step(folder: Path, name: str) -> int | None:
+    """Step of a complete checkpoint, without reading its whole manifest where its name says it."""
     if not (folder / NAME).is_file():
         return None
-    match = re.fullmatch(r"step-(\d+)", folder.name)
-    if match:
-        return int(match[1])
+    if name.startswith("step-"):
+        return int(name.removeprefix("step-"))
     try:
         return Manifest.read(folder).step
     except CheckpointError:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..storage.jsonfile import to_json
 
 NAME = "manifest.json"
 FORMAT = 2
@@ -60,7 +61,7 @@ class Manifest:
         """Writes the manifest so that it is either whole or not there."""
         temporary = folder / (NAME + ".tmp")
         with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(asdict(self), file)
+            file.write(to_json(asdict(self)))
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(folder / NAME)

@@ -1,6 +1,6 @@
 """Saving in the background: a copy in host memory, then files, then the manifest, then the folder's name.
 
-A checkpoint is written to ``NAME.tmp`` and renamed when it is whole, so that a process killed at any moment leaves at
+A checkpoint is written to ``.NAME.tmp`` and renamed when it is whole, so that a process killed at any moment leaves at
 most a folder that nobody takes for a checkpoint.
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import __version__
 from ..config.run import Ckpt
 from ..errors import CheckpointError, InternEvoError
-from ..parallel import gloo
+from ..storage.folders import shared_temporary
 from .finish import Extras, complete
 from .folder import CHECKPOINTS, SNAPSHOTS
 from .manifest import NAME, FileEntry, Manifest, TensorEntry
@@ -44,11 +44,15 @@ class Saver:
         config: Ckpt,
         rank: int,
         layout: dict[str, int],
+        group: dist.ProcessGroup,
         after: Callable[[Path], None] = lambda folder: None,
     ) -> None:
-        """``after`` is called on rank 0, in the background, with each checkpoint that is complete."""
-        self.run, self.config, self.rank, self.layout, self.after = run, config, rank, layout, after
-        self.group = gloo.new_group()
+        """
+        Args:
+            group: of all ranks and on CPUs, for this alone: ``parallel.gloo.new_group``.
+            after: is called on rank 0, in the background, with each checkpoint that is complete.
+        """
+        self.run, self.config, self.rank, self.layout, self.group, self.after = run, config, rank, layout, group, after
         self.pending: Future[Any] | None = None
         self.temporary = run / "none"
         self.snapshots = 0
@@ -65,7 +69,7 @@ class Saver:
 
     def _start(self, folder: Path, step: int, tensors: dict[str, Tensor], extras: Extras) -> None:
         self.wait()
-        temporary = self.temporary = folder.with_name(folder.name + ".tmp")
+        temporary = self.temporary = shared_temporary(folder)
         if self.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         dist.barrier(group=self.group)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ def convert(
         to: "hf" or "internevo" (a checkpoint that holds weights only).
         family: of a source that does not say it.
         write_as: the family under whose names a Hugging Face folder is written.
-        dtype: of the weights written; by default as in the source.
+        dtype: of the weights written; by default each keeps the source's.
         progress: is told the bytes written, of how many.
     """
     if target.exists() and any(target.iterdir()):
@@ -41,13 +40,10 @@ def convert(
     if write_as and to != "hf":
         raise UsageError("--as is about Hugging Face folders: use it with --to hf")
     model = open_source(source, family)
-    try:
-        if to == "hf":
-            write_hf(model, target, dtype=dtype, shard_bytes=shard_bytes, write_as=write_as, progress=progress)
-        else:
-            write_checkpoint(model, target, dtype=dtype, shard_bytes=shard_bytes, progress=progress)
-    finally:
-        shutil.rmtree(target.with_name(target.name + ".tmp"), ignore_errors=True)
+    if to == "hf":
+        write_hf(model, target, dtype=dtype, shard_bytes=shard_bytes, write_as=write_as, progress=progress)
+    else:
+        write_checkpoint(model, target, dtype=dtype, shard_bytes=shard_bytes, progress=progress)
 
 
 def convert_with_progress(source: Path, target: Path, to: str, **options: Any) -> None:

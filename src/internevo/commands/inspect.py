@@ -11,8 +11,8 @@ from ..data.tokenized.describe import describe
 from ..errors import UsageError
 from ..models.families.registry import family
 from ..models.huggingface.folder import HfFolder
+from ..models.source import Source, dtypes
 from ..observe.metrics import read_rows
-from ..storage.tensors import Spec
 
 
 def inspect(path: Path, tokenizer: Path | None = None, decode: int = 0) -> Iterator[str]:
@@ -43,7 +43,7 @@ def _checkpoint(path: Path) -> Iterator[str]:
     checkpoint = Checkpoint(path)
     manifest = checkpoint.manifest
     yield f"checkpoint {path}: step {manifest.step}"
-    yield f"model: {checkpoint.config.family}, {checkpoint.config.parameters():,} parameters, {checkpoint.dtype}"
+    yield f"model: {checkpoint.config.family}, {checkpoint.config.parameters():,} parameters, {_dtypes(checkpoint)}"
     kinds = sorted({name.split("/")[0] for name in manifest.tensors})
     size = sum(f.size for f in manifest.files.values())
     yield f"holds: {', '.join(kinds)}; {len(manifest.tensors)} tensors in {len(manifest.files)} files, {size / 1e6:,.1f} MB"
@@ -51,6 +51,11 @@ def _checkpoint(path: Path) -> Iterator[str]:
     yield f"written by: internevo {manifest.versions['internevo']}, torch {manifest.versions['torch']}; layout: {axes}"
     verify(path, sorted(manifest.files), manifest)
     yield "intact: every file has the size and the checksum that the manifest says"
+
+
+def _dtypes(source: Source) -> str:
+    usual, *others = dtypes(source)
+    return f"{usual}" + "".join(f", some {dtype}" for dtype in others)
 
 
 def _run(path: Path) -> Iterator[str]:
@@ -69,9 +74,9 @@ def _hf(path: Path) -> Iterator[str]:
     folder = HfFolder(path)
     config = folder.config
     yield f"Hugging Face model {path}: {family(config.family).ARCHITECTURE} ({config.family})"
-    yield f"model: {config.parameters():,} parameters, {folder.dtype}; tokenizer: {'yes' if folder.tokenizer else 'no'}"
+    yield f"model: {config.parameters():,} parameters, {_dtypes(folder)}; tokenizer: {'yes' if folder.tokenizer else 'no'}"
     read = 0
-    for disk, shape in folder.naming.shapes.items():
-        spec = Spec(shape, folder.dtype)
+    for disk in folder.naming.shapes:
+        spec = folder.weights.spec(disk)
         read += sum(folder.weights.read(disk, row, count).numel() for row, count in spec.chunks(0, spec.rows))
     yield f"intact: all {len(folder.naming.shapes)} tensors are there and can be read, {read:,} values"

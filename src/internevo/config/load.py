@@ -202,4 +202,4 @@ def _hint(path: list[str]) -> str:
 
 def dump(config: Config) -> str:
     """The resolved config as JSON, every default written out."""
-    return json.dumps(config.model_dump(mode="json"), indent=2, ensure_ascii=False) + os.linesep
+    return config.model_dump_json(indent=2) + os.linesep

@@ -60,7 +60,9 @@ class HybridZeroOptimizer(Section):
     """Gradient clipping, and how the data axis communicates."""
 
     clip_grad_norm: float = option(0.0, "Largest global L2 norm of the gradients; 0: no clipping.", ge=0)
-    overlap_sync_grad: bool = option(True, "Reduce gradients while backward goes on (on a GPU; gloo always waits).")
+    overlap_sync_grad: bool = option(
+        True, "Reduce gradients while backward goes on (over gloo: in ZeRO-1.5 without replicas, with grad_dtype float32)."
+    )
     overlap_sync_param: bool = option(True, "Gather the next layer's parameters while this one computes.")
     reduce_bucket_size: int | None = option(
         None,

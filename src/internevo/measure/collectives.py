@@ -1,20 +1,13 @@
-"""Collectives, counted: those that a step should have, by the strategies' formulas, and those that it had.
-
-Bytes are those of the full tensor X of a collective (for all-to-all: of this rank's input). On the wire a rank moves
-X * (n - 1) / n for all-gather, reduce-scatter and all-to-all, and twice that for all-reduce.
-"""
+"""Collectives of a step, counted and timed."""
 
 from __future__ import annotations
 
 import time
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from ..ops.dispatch import TorchDispatchMode, collective_name, group_ranks, tree_leaves, wait
 from ..parallel.layout import Layout
 from ..parallel.strategy import Collectives
 
@@ -24,6 +17,8 @@ KINDS = {
     "reduce_scatter_tensor_coalesced": "reduce-scatter", "all_reduce": "all-reduce", "allreduce_": "all-reduce",
     "all_to_all_single": "all-to-all", "alltoall_base_": "all-to-all",
 }  # fmt: skip
+INPUT_SECOND = ("_allgather_base_", "_reduce_scatter_base_", "reduce_scatter_")
+"""Collectives whose first argument is their output."""
 
 
 class Counter(TorchDispatchMode):
@@ -36,18 +31,19 @@ class Counter(TorchDispatchMode):
         self.found: dict[tuple[str, str], Collectives] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kind = KINDS.get(func._schema.name.split("::")[1]) if func.namespace in ("c10d", "_c10d_functional") else None
-        if kind is None:
+        name = collective_name(func)
+        kind = KINDS.get(name) if name is not None else None
+        if name is None or kind is None:
             return func(*args, **(kwargs or {}))
-        ranks = dist.get_process_group_ranks(_group([*args, *(kwargs or {}).values()]))
+        ranks = group_ranks([*args, *(kwargs or {}).values()])
         begin = time.perf_counter()
         out = func(*args, **(kwargs or {}))
-        _finish(out)
+        wait(out)
         if len(ranks) > 1:
             axis = self.layout.axis_of(kind, ranks)
             row = self.found.setdefault((kind, axis), Collectives(kind, axis))
             row.count += 1
-            row.nbytes += _input_bytes(func, args) * (len(ranks) if kind == "all-gather" else 1)
+            row.nbytes += _nbytes(args[1] if name in INPUT_SECOND else args[0]) * (len(ranks) if kind == "all-gather" else 1)
             row.seconds += time.perf_counter() - begin
         return out
 
@@ -56,32 +52,8 @@ class Counter(TorchDispatchMode):
         return [self.found[key] for key in sorted(self.found)]
 
 
-def _group(values: list[Any]) -> dist.ProcessGroup:
-    for value in values:
-        if isinstance(value, str) and value not in ("sum", "avg", "max", "min"):
-            return dist.distributed_c10d._resolve_process_group(value)  # type: ignore[arg-type]
-        if isinstance(value, torch.ScriptObject) and "ProcessGroup" in str(value._type()):
-            return dist.ProcessGroup.unbox(value)
-    raise AssertionError("a collective without a group")
-
-
-def _finish(out: Any) -> None:
-    """Waits for what a collective has returned: tensors that are to come, or tensors and their work."""
-    for value in tree_leaves(out):
-        if isinstance(value, torch.ScriptObject) and "Work" in str(value._type()):
-            work = dist.Work.unbox(value)
-            if work is not None:  # NCCL has none for what goes on in the caller's stream
-                work.wait()
-        elif isinstance(value, Tensor):
-            torch.ops._c10d_functional.wait_tensor(value)
-            if value.is_cuda:
-                torch.cuda.synchronize()
-
-
-def _input_bytes(func: Any, args: Any) -> int:
-    """Bytes of this rank's input."""
-    behind = func._schema.name.split("::")[1] in ("_allgather_base_", "_reduce_scatter_base_", "reduce_scatter_")
-    return sum(tensor.numel() * tensor.element_size() for tensor in tree_leaves(args[1] if behind else args[0]))
+def _nbytes(tensors: Any) -> int:
+    return sum(leaf.nbytes for leaf in tree_leaves(tensors) if isinstance(leaf, Tensor))
 
 
 def table(rows: list[Collectives], layout: Layout, formula: list[Collectives] | None) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -16,6 +15,7 @@ from ..parallel.layout import Layout
 from ..parallel.memory import Memory
 from ..parallel.shards import local
 from ..parallel.strategy import Collectives
+from ..storage.jsonfile import write_json
 from . import collectives, memory
 from .timeline import record_timeline
 
@@ -90,4 +90,4 @@ class Probes:
 
     def _write(self, name: str, values: object) -> None:
         if self.rank == 0:
-            (self.folder / name).write_text(json.dumps(values, indent=1), encoding="utf-8")
+            write_json(self.folder / name, values, indent=1)

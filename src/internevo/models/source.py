@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from ..storage.tensors import Place, ShardWriter, Spec, as_rows
 from .config import DecoderConfig
+from .decoder import parameter_shapes
 
 
 class Source(Protocol):
@@ -20,16 +22,15 @@ class Source(Protocol):
         """The model."""
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights."""
-
-    @property
     def tokenizer(self) -> Path | None:
         """File or folder of the tokenizer that belongs to it."""
 
     @property
     def hf_config(self) -> dict[str, Any]:
         """The ``config.json`` that it came with, if it came from Hugging Face."""
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Of a parameter, by our name: it holds every value of it."""
 
     def read(self, name: str, start: int, count: int) -> Tensor:
         """Rows of a parameter, by our name (``internevo.storage.tensors`` says what a row is)."""
@@ -45,7 +46,10 @@ class Module:
         self.config, self.tokenizer = config, None
         self.hf_config: dict[str, Any] = {}
         self._parameters = {name: p.detach() for name, p in model.named_parameters()}
-        self.dtype = next(iter(self._parameters.values())).dtype
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Of a parameter."""
+        return self._parameters[name].dtype
 
     def read(self, name: str, start: int, count: int) -> Tensor:
         """Rows of a parameter."""
@@ -63,10 +67,23 @@ def fill(model: nn.Module, source: Source) -> None:
         mine.copy_(source.read(name, 0, rows).view(mine.shape))
 
 
+def dtypes(source: Source) -> list[torch.dtype]:
+    """Of all parameters, that of most values first."""
+    values: Counter[torch.dtype] = Counter()
+    for name, shape in parameter_shapes(source.config).items():
+        values[source.dtype_of(name)] += shape.numel()
+    return [dtype for dtype, _ in values.most_common()]
+
+
+def usual_dtype(source: Source) -> torch.dtype:
+    """Of most values: what to compute in."""
+    return dtypes(source)[0]
+
+
 def pour(source: Source, name: str, row: int, count: int, dtype: torch.dtype, writer: ShardWriter) -> int:
     """Hands rows of a parameter to a writer, unread where they can stay as they are. Returns the bytes written."""
-    place = source.place(name, row, count) if dtype == source.dtype else None
-    if place is not None:
+    place = source.place(name, row, count)
+    if place is not None and place.dtype == dtype:
         writer.copy(place)
         return place.nbytes
     rows = source.read(name, row, count).to("cpu", dtype)

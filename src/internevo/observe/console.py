@@ -54,6 +54,11 @@ class Console:
         self.terminal.print(text, markup=False)
         log.info(text)
 
+    def warn(self, text: str) -> None:
+        """The same, as a warning in the log. From any thread."""
+        self.terminal.print(f"warning: {text}", markup=False)
+        log.warning(text)
+
     def step(self, record: StepRecord) -> None:
         """One training step."""
         self.times = [*self.times[-49:], record.step_time + record.data_time]

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..storage.jsonfile import to_json
 from .record import StepRecord, ValidRecord
 
 
@@ -17,13 +18,13 @@ class JsonLines:
         kept = [row for row in read_rows(path) if row["step"] <= last_step]
         temporary = path.with_name(path.name + ".tmp")
         with open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in kept)
+            file.writelines(to_json(row) + "\n" for row in kept)
         os.replace(temporary, path)
         self._file = open(path, "a", encoding="utf-8", buffering=1)
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends one row; it is in the file when this returns."""
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(to_json(row) + "\n")
 
     def close(self) -> None:
         """Closes the file."""

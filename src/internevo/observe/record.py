@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 from dataclasses import asdict, dataclass, field
@@ -10,10 +11,16 @@ from typing import Any
 import torch
 
 PEAK_TFLOPS = {
-    "H200": 989.0, "H100": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0, "B200": 2250.0, "L40S": 362.0,
-    "A40": 150.0, "A10": 125.0, "V100": 125.0, "4090": 165.0, "3090": 71.0,
+    "B200": 2250.0, "GB200": 2500.0,
+    "H200": 989.0, "H200 NVL": 835.0, "GH200": 989.0, "H100": 989.0, "H100 PCIE": 756.0, "H100 NVL": 835.0, "H800": 989.0,
+    "H800 PCIE": 756.0, "H20": 148.0,
+    "A100": 312.0, "A800": 312.0, "A30": 165.0, "A40": 149.7, "A10": 125.0, "A10G": 70.0, "A6000": 154.8,
+    "L40S": 362.0, "L40": 181.0, "L20": 119.5, "L4": 121.0, "4090": 165.2, "4090 D": 147.0, "3090": 71.0, "3090 TI": 80.0,
+    "V100": 125.0, "V100 PCIE": 112.0, "V100S": 130.0,
 }  # fmt: skip
-"""Dense bf16/fp16 peaks of one device, by a part of its name (vendors' data sheets)."""
+"""Dense bf16/fp16 peaks of one device, by words of its name (vendors' data sheets)."""
+PARTS = {"MIG", "LAPTOP", "MAX"}
+"""Words of the names of devices that are a part of one of those, or slower: their peak is not known."""
 
 
 @dataclass
@@ -60,9 +67,8 @@ class StepRecord:
     share (max_load), share of choices dropped, mean entropy of the routers (nats), auxiliary losses."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values; NaN and infinity, which JSON has not, become None."""
-        values = asdict(self)
-        return {k: None if isinstance(v, float) and not abs(v) < float("inf") else v for k, v in values.items()}
+        """As a row of metrics.jsonl."""
+        return asdict(self)
 
 
 @dataclass
@@ -77,7 +83,7 @@ class ValidRecord:
     valid_ppl_by_type: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """As a row of metrics.jsonl."""
         return asdict(self)
 
 
@@ -85,8 +91,14 @@ def peak_tflops(device: torch.device, dtype: str, given: float | None) -> float 
     """Peak of one device in TFLOPS, if it is given or known."""
     if given is not None or device.type != "cuda" or dtype not in ("bfloat16", "float16"):
         return given
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    return known_peak(torch.cuda.get_device_name(device))
+
+
+def known_peak(name: str) -> float | None:
+    """Dense bf16/fp16 peak of a device, in TFLOPS, by its name: what fits most of its words."""
+    words = set(re.findall(r"\w+", name.upper()))
+    fits = [known for known in PEAK_TFLOPS if words.issuperset(known.split()) and not words & PARTS]
+    return PEAK_TFLOPS[max(fits, key=lambda known: len(known.split()))] if fits else None
 
 
 def memory_peak(device: torch.device) -> int:

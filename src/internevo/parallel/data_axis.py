@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 
 from ..config.training import HybridZeroOptimizer
 from ..models.decoder import Decoder
+from ..ops import foreach
 from .gloo import Gathers, Reductions, wait_for
 from .layout import Meshes
 from .shards import local
@@ -86,7 +87,7 @@ class SingleProcess:
     @torch.no_grad()
     def masters_changed(self) -> None:
         if self.copied:
-            torch._foreach_copy_([self.weights[n] for n in self.copied], [self.masters[n] for n in self.copied])
+            foreach.copy([self.weights[n] for n in self.copied], [self.masters[n] for n in self.copied])
 
     def after_forwards(self) -> None:
         pass

@@ -24,22 +24,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
-import torch.distributed._functional_collectives as functional
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from ..config.parallel import Weight
 from ..models.decoder import Decoder
 from ..models.layers import DecoderLayer, GatedMLP, look_up, loss
 from ..models.linear import MARK, Linear
-from . import collectives
+from . import collectives, gathered
 from .collectives import Group, exchange
+from .gathered import GatheredWeights, connect
 from .layout import Layout
 from .shards import local
 from .strategy import Collectives, Inner, Kept, Workload
@@ -117,26 +114,28 @@ class InternSequenceParallel:
                 elif self.mesh.size() > 1:
                     whole[f"{path}.{name}"] = self.weight_group
         model.tie()
-        stations = [station for number, layer in model.numbered_layers() for station in self._layer(number, layer)]
-        connect(stations, self.config)
+        connect([weights for _, layer in model.numbered_layers() for weights in self._layer(layer)], self.config)
         if model.embed is not None:
             model.embed.look_up = self._look_up
         if model.head is not None:
             model.head.whole_rows, model.head.loss = self._whole, self._loss
         return Inner(whole, self)
 
-    def _layer(self, number: int, layer: nn.Module) -> list[Station]:
-        assert isinstance(layer, DecoderLayer) and isinstance(layer.mlp, GatedMLP)
+    def _layer(self, layer: DecoderLayer) -> list[GatheredWeights]:
+        """Exchanges a layer's functions. Returns its groups of weights, in the order of ``PER_LAYER``."""
         attn, mlp = layer.attn, layer.mlp
-        groups = {"wqkv": [attn.q, attn.k, attn.v], "wo": [attn.o], "w1": [mlp.gate, mlp.up], "w2": [mlp.down]}
-        stations = {name: Station(number, layer, linears, self.weight_group) for name, linears in groups.items()}
-        attn.project, attn.finish = partial(_project, stations["wqkv"]), partial(_finish, stations["wo"])
-        mlp.project, mlp.finish = partial(_project, stations["w1"]), partial(_finish, stations["w2"])
+        assert isinstance(mlp, GatedMLP)
+        groups = [
+            GatheredWeights(layer, linears, self.weight_group)
+            for linears in ([attn.q, attn.k, attn.v], [attn.o], [mlp.gate, mlp.up], [mlp.down])
+        ]
+        for weights in groups:
+            weights.of_layer = groups
+        wqkv, wo, w1, w2 = groups
+        attn.project, attn.finish = partial(_project, wqkv), partial(_finish, wo)
+        mlp.project, mlp.finish = partial(_project, w1), partial(_finish, w2)
         attn.split_heads, attn.join_heads, attn.own_heads = self._split_heads, self._join_heads, self._own_heads
-        found = list(stations.values())
-        for station in found:
-            station.first, station.layer_stations = found[0], found
-        return found
+        return groups
 
     # What layers do instead ------------------------------------------------------------------------------------------
 
@@ -183,178 +182,17 @@ class InternSequenceParallel:
         return values[self.rank * share : (self.rank + 1) * share] if self.cut else values
 
 
-# The weights of a layer, in stations ---------------------------------------------------------------------------------
-
-
-class Station:
-    """Linears whose weights are gathered at once. Stations stand in the order of the forward pass."""
-
-    def __init__(self, layer: int, module: nn.Module, linears: Sequence[nn.Linear], group: Group) -> None:
-        """``layer``, ``module``: the number of the layer, and the layer itself."""
-        self.layer, self.module, self.linears, self.group = layer, module, linears, group
-        self.after: list[Station] = []
-        """Stations whose weights are fetched while these are used, forward."""
-        self.before: list[Station] = []
-        """The same, backward."""
-        self.overlap = False
-        """Whether weights are fetched ahead, and gradients waited for at their arrival."""
-        self.first: Station = self
-        """Of the layer's stations."""
-        self.layer_stations: list[Station] = [self]
-        self._coming: list[Tensor] | None = None
-        self._kept: list[Tensor] | None = None
-        self._backward_is_due = False
-        self._parts: list[Tensor] | None = None
-        self.sent: list[Tensor] = []
-        """Gradients of the full weights that are on their way: a collective reads them, and does not hold them."""
-
-    def parts(self) -> list[Tensor]:
-        """This rank's parts of the weights, whose gradients may still be on their way when they come here.
-
-        Autograd runs what was made last first. All of a layer's arrivals are made with its first station, so they wait for
-        their gradients when the rest of the layer's backward is over (``_StationLinears.backward`` does not wait).
-        """
-        if not self.overlap:
-            return [local(linear.weight) for linear in self.linears]
-        if self is self.first:
-            for station in self.layer_stations:
-                station._parts = list(_Arrive.apply(station, *(local(linear.weight) for linear in station.linears)))
-        parts, self._parts = self._parts, None
-        assert parts is not None
-        return parts
-
-    def receive(self, grads: Sequence[Tensor]) -> list[Tensor]:
-        """This rank's parts of the gradients, when they are there."""
-        arrived = [functional.wait_tensor(grad) for grad in grads]
-        self.sent = []
-        return arrived
-
-    def fetch(self) -> None:
-        """Starts to gather, unless that is under way."""
-        if self._coming is None and self._kept is None:
-            if isinstance(self.module, FSDPModule):
-                self.module.unshard()  # the data axis gives a layer its part of the weights: now, not when the layer is called
-            self._coming = gather([local(linear.weight.detach()) for linear in self.linears], self.group)
-
-    def take(self, parts: Sequence[Tensor], then: list[Station]) -> list[Tensor]:
-        """The weights in full; ``then`` are started on the way."""
-        if not self.overlap:
-            return [functional.wait_tensor(w) for w in gather(parts, self.group)]
-        coming, self._coming = self._coming, None
-        coming = coming if coming is not None else gather(parts, self.group)
-        for station in then:
-            station.fetch()
-        return [functional.wait_tensor(w) for w in coming]
-
-    def forward(self, parts: Sequence[Tensor], backward_comes: bool) -> list[Tensor]:
-        """For the forward pass. In a recomputation the layer's own backward is next: it gets the same weights."""
-        if torch._C._current_graph_task_id() == -1:
-            self._backward_is_due = backward_comes
-            return self.take(parts, self.after)
-        # What had its backward would fetch weights that nobody waits for.
-        layer = [station for station in self.after if station.layer == self.layer and station._backward_is_due]
-        full = self.take(parts, layer)
-        self._kept = full if backward_comes else None
-        return full
-
-    def backward(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """For the backward pass."""
-        kept, self._kept, self._backward_is_due = self._kept, None, False
-        return kept if kept is not None else self.take(parts, [station for station in self.before if station._backward_is_due])
-
-
-def connect(stations: list[Station], config: Weight) -> None:
-    """Who is fetched when: the next station ("module"), or the next layer's from one place of this layer on ("layer")."""
-    per_layer, places = 4, {"wqkv": 0, "attn": 1, "wo": 1, "w1": 2}
-    for number, station in enumerate(stations):
-        station.overlap = config.overlap
-        place, by_module = number % per_layer, config.forward_overlap_per == "module"
-        if by_module or (station.layer == 0 and place < per_layer - 1):  # nothing has fetched the first layer's
-            station.after = stations[number + 1 : number + 2]
-        if not by_module and place == places[config.launch_allgather_before]:
-            following = (station.layer + 1) * per_layer
-            station.after = [*station.after, *stations[following : following + per_layer]]
-        station.before = stations[number - 1 : number] if number else []
-
-
-def gather(parts: Sequence[Tensor], group: Group) -> list[Tensor]:
-    """[N, ...] of each rank -> [w * N, ...], several tensors in one call; not waited for."""
-    parts = [collectives.sent(part) for part in parts]
-    if len(parts) == 1:
-        return [_plain(functional.all_gather_single(parts[0], 0, group))]
-    return [_plain(w) for w in functional.all_gather_single_coalesced(parts, group)]
-
-
-def scatter(grads: Sequence[Tensor], group: Group) -> list[Tensor]:
-    """The inverse: the sums' parts, in one call; not waited for."""
-    if len(grads) == 1:
-        return [_plain(functional.reduce_scatter_single(grads[0], "sum", 0, group))]
-    return [_plain(part) for part in functional.reduce_scatter_single_coalesced(list(grads), "sum", [0] * len(grads), group)]
-
-
-def _plain(tensor: Any) -> Tensor:
-    """Without the wrapper that waits at first use: it is waited for explicitly."""
-    return tensor.elem if isinstance(tensor, functional.AsyncCollectiveTensor) else tensor
-
-
-class _Arrive(torch.autograd.Function):
-    """A station's parts of its weights as they are; backward waits for their gradients."""
-
-    @staticmethod
-    def forward(ctx, station: Station, *parts: Tensor):  # type: ignore[override, no-untyped-def]
-        ctx.station = station
-        return tuple(part.view_as(part) for part in parts)
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor):  # type: ignore[override, no-untyped-def]
-        return None, *ctx.station.receive(grads)
-
-
-class _StationLinears(torch.autograd.Function):
-    """Linears of one input; only the input and this rank's parts of the weights are kept for backward."""
-
-    @staticmethod
-    def forward(ctx, station: Station, x_BSD: Tensor, *parts: Tensor):  # type: ignore[override, no-untyped-def]
-        ctx.station = station
-        ctx.save_for_backward(x_BSD, *parts)
-        # Where nothing is trained in front (adapters beside frozen weights), no gradient comes to the first layer's input.
-        return tuple(F.linear(x_BSD, weight) for weight in station.forward(parts, any(ctx.needs_input_grad)))
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor):  # type: ignore[override, no-untyped-def]
-        x_BSD, *parts = ctx.saved_tensors
-        full = ctx.station.backward(parts)
-        rows_TD = x_BSD.flatten(0, 1)
-        flat_TF = [grad.flatten(0, 1) for grad in grads]
-        # Weights first: their gradients travel while the rest is computed.
-        trained = any(ctx.needs_input_grad[2:])
-        full_grads = [grad.t() @ rows_TD for grad in flat_TF] if trained else []
-        scattered: list[Tensor] = scatter(full_grads, ctx.station.group) if trained else []
-        grad_TD = flat_TF[0] @ full[0]
-        for grad, weight in zip(flat_TF[1:], full[1:], strict=True):
-            grad_TD += grad @ weight
-        if ctx.station.overlap:
-            ctx.station.sent = full_grads
-        else:
-            scattered = [functional.wait_tensor(part) for part in scattered]
-        return None, grad_TD.view(x_BSD.shape), *(scattered if trained else [None] * len(parts))
-
-
-def _project(station: Station, x_BSD: Tensor, linears: Sequence[Linear]) -> list[Tensor]:
+def _project(weights: GatheredWeights, x_BSD: Tensor, linears: Sequence[Linear]) -> list[Tensor]:
+    """In place of ``models.layers.project``."""
     if not isinstance(linears[0].weight, DTensor):
         return [linear(x_BSD) for linear in linears]
-    outs = _apply(station, x_BSD)
+    outs = gathered.linears(weights, x_BSD)
     return [
         linear.adapt(x_BSD, out if linear.bias is None else out + linear.bias)
         for out, linear in zip(outs, linears, strict=True)
     ]
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _apply(station: Station, x_BSD: Tensor) -> tuple[Tensor, ...]:
-    """Not compiled: a compiler would put the waits next to the gathers. What lies between the linears is."""
-    return _StationLinears.apply(station, x_BSD, *station.parts())
-
-
-def _finish(station: Station, x_BSF: Tensor, linear: Linear) -> Tensor:
-    return _project(station, x_BSF, [linear])[0]
+def _finish(weights: GatheredWeights, x_BSF: Tensor, linear: Linear) -> Tensor:
+    """In place of ``models.layers.finish``."""
+    return _project(weights, x_BSF, [linear])[0]

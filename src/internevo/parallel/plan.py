@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -47,7 +47,8 @@ def build(decoder: DecoderConfig, config: Config, layout: Layout, device: torch.
         freeze_all_but_adapters(model)
     # What a layer keeps for backward. isp's linears are not compiled, and so no layer as a whole.
     whole = layout.weight == 1
-    recompute(layers, section.checkpoint, config.selective_checkpoint, compiled=section.compile and not whole)
+    compiled: Literal["no", "inside", "around"] = "no" if not section.compile else "around" if whole else "inside"
+    recompute(layers, section.checkpoint, config.selective_checkpoint, compiled)
     # Compiled with recomputation inside, and before sharding, so that hooks stay outside the compiled code.
     if section.compile:
         for layer in layers:

@@ -12,19 +12,18 @@ Results do not change.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    _CachedTorchDispatchMode,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ..models.layers import DecoderLayer
+from ..ops.dispatch import TorchDispatchMode, operator_name, tree_map
 
 ATTENTION = (
     "internevo::document_attention",
@@ -37,26 +36,48 @@ ATTENTION = (
 """Kernels of attention, on every device."""
 
 
+class Recomputed:
+    """Where the recomputation of a module is; ``module.recomputed`` of those that are recomputed."""
+
+    def __init__(self) -> None:
+        self.again = False
+        """Its second forward pass is running."""
+
+
 def recompute(
-    layers: list[DecoderLayer], share: float | Literal["attention"], keep_attention: bool, compiled: bool = False
+    layers: list[DecoderLayer],
+    share: float | Literal["attention"],
+    keep_attention: bool,
+    compiled: Literal["no", "inside", "around"],
 ) -> None:
     """Makes ``layers`` recompute, in place.
 
     Args:
         share: of the layers, or "attention".
         keep_attention: whether outputs of the attention kernel are kept.
-        compiled: compile what is recomputed, for layers that cannot be compiled as a whole. (Not where attention is kept: its
-            kernel must be seen.)
+        compiled: "around": whole layers are, with their recomputation, later; "inside": what is recomputed is, here (not where
+            attention is kept: its kernel must be seen).
     """
     chosen = [layer.attn for layer in layers] if share == "attention" else layers[: int(len(layers) * share)]
     for module in chosen:
-        forward = torch.compile(module.forward) if compiled and not keep_attention else module.forward
-        module.forward = _recomputed(forward, keep_attention)  # type: ignore[method-assign]
+        forward = torch.compile(module.forward) if compiled == "inside" and not keep_attention else module.forward
+        if compiled == "around":
+            contexts = _selective if keep_attention else None
+        else:
+            recomputed = Recomputed()
+            module.recomputed = recomputed  # type: ignore[assignment]
+            contexts = partial(_passes, recomputed, keep_attention)
+        module.forward = _checkpointed(forward, contexts)  # type: ignore[method-assign]
 
 
-def _recomputed(forward: Callable[..., Any], keep_attention: bool) -> Callable[..., Any]:
+def is_again(*modules: nn.Module) -> bool:
+    """Whether one of these is in the second forward pass of its recomputation."""
+    return any(isinstance(found := getattr(module, "recomputed", None), Recomputed) and found.again for module in modules)
+
+
+def _checkpointed(forward: Callable[..., Any], contexts: Callable[[], Any] | None) -> Callable[..., Any]:
     """A function of its own, which a compiler can trace (it cannot trace functools.partial)."""
-    more: dict[str, Any] = {"context_fn": _contexts} if keep_attention else {}
+    more: dict[str, Any] = {"context_fn": contexts} if contexts is not None else {}
 
     def run(*inputs: Any) -> Any:
         # Nothing in a layer is random, so the generators' states need not be kept.
@@ -65,27 +86,57 @@ def _recomputed(forward: Callable[..., Any], keep_attention: bool) -> Callable[.
     return run
 
 
-def _contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:
+def _passes(recomputed: Recomputed, keep: bool) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """Around the first pass, and around the second."""
-    first, second = create_selective_checkpoint_contexts(_policy)
-    return first, _Kept(_policy, second.storage)
+    outputs: deque[Any] = deque()
+    return _Keep(outputs) if keep else nullcontext(), _again(recomputed, outputs, keep)
 
 
-class _Kept(_CachedTorchDispatchMode):
-    """Looks for what was kept, and for nothing else: PyTorch's own insists on the same operators in both passes, but a
-    strategy may have fetched a layer's weights during another layer's first pass."""
+@contextmanager
+def _again(recomputed: Recomputed, outputs: deque[Any], keep: bool) -> Iterator[None]:
+    with ExitStack() as stack:
+        if keep:
+            stack.enter_context(_GiveBack(outputs))
+        recomputed.again = True
+        try:
+            yield
+        finally:
+            recomputed.again = False
+
+
+class _Keep(TorchDispatchMode):
+    """In the first pass: keeps what the attention kernel returns."""
+
+    def __init__(self, outputs: deque[Any]) -> None:
+        super().__init__()
+        self.outputs = outputs
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if _is_attention(func):
-            return super().__torch_dispatch__(func, types, args, kwargs)
+        out = func(*args, **(kwargs or {}))
+        if operator_name(func) in ATTENTION:
+            self.outputs.append(tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, out))
+        return out
+
+
+class _GiveBack(TorchDispatchMode):
+    """In the second pass: gives it back. (PyTorch's own mode insists on the same operators in both passes, but a strategy may
+    have fetched a layer's weights during another layer's first pass.)"""
+
+    def __init__(self, outputs: deque[Any]) -> None:
+        super().__init__()
+        self.outputs = outputs
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operator_name(func) in ATTENTION:
+            return self.outputs.popleft()
         return func(*args, **(kwargs or {}))
+
+
+def _selective() -> Any:
+    """The same for layers that are compiled with their recomputation, in the form that the compiler knows."""
+    return create_selective_checkpoint_contexts(_policy)
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Which results are kept."""
-    return CheckpointPolicy.MUST_SAVE if _is_attention(operator) else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _is_attention(operator: Any) -> bool:
-    name = operator.name() if isinstance(operator, torch._ops.OpOverload) else str(operator)
-    return name.split(".")[0] in ATTENTION
+    return CheckpointPolicy.MUST_SAVE if operator_name(operator) in ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE

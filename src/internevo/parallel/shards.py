@@ -8,7 +8,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import Shard, _StridedShard
 
 from ..models.init import Initializer
 
@@ -44,10 +43,10 @@ def local_box(parameter: Tensor) -> list[tuple[int, int]]:
     mesh, coordinate = parameter.device_mesh, parameter.device_mesh.get_coordinate()
     assert coordinate is not None
     for dim in reversed(range(mesh.ndim)):
-        place = parameter.placements[dim]
-        if isinstance(place, Shard | _StridedShard):
-            start, stop = box[place.dim]
+        axis = getattr(parameter.placements[dim], "dim", None)  # of every kind of shard
+        if axis is not None:
+            start, stop = box[axis]
             step = -(-(stop - start) // mesh.size(dim))
             first = min(start + coordinate[dim] * step, stop)
-            box[place.dim] = (first, min(first + step, stop))
+            box[axis] = (first, min(first + step, stop))
     return box

@@ -29,7 +29,6 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-import torch.distributed._functional_collectives as functional
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -40,7 +39,7 @@ from ..models.decoder import Decoder
 from ..models.layers import Attention, GatedMLP
 from ..models.linear import MARK, Adapter, Linear
 from . import collectives
-from .collectives import Group, all_gather, tokens_first
+from .collectives import Group, all_gather, start_all_gather, start_reduce_scatter, tokens_first, wait
 from .layout import Layout
 from .shards import local
 from .strategy import Collectives, Inner, Kept, Workload
@@ -187,7 +186,7 @@ class TensorParallel:
         biases = [None if linear.bias is None else local(linear.bias) for linear in linears]
         adapted = any(linear.lora is not None for linear in linears)
         if self.mode == "fsp" and self.cut and not adapted:  # an adapter needs the gathered input for its own gradients
-            outs = list(_GatheredLinears.apply(x_BSD, self.group, *weights))
+            outs = list(_GatheredInputLinears.apply(x_BSD, self.group, *weights))
             return [out if bias is None else out + bias for out, bias in zip(outs, biases, strict=True)]
         x_BSD = self._enter(x_BSD)
         return [
@@ -228,7 +227,7 @@ class TensorParallel:
         return all_gather(x.unsqueeze(0), self.group)
 
 
-class _GatheredLinears(torch.autograd.Function):
+class _GatheredInputLinears(torch.autograd.Function):
     """fsp: linears of one gathered input, of which only this rank's tokens are kept for backward."""
 
     @staticmethod
@@ -242,12 +241,12 @@ class _GatheredLinears(torch.autograd.Function):
     def backward(ctx, *grads: Tensor):  # type: ignore[override, no-untyped-def]
         x_BSD, *weights = ctx.saved_tensors
         # Started before the product that hides it.
-        gathering = functional.all_gather_single(tokens_first(x_BSD), 0, ctx.group)
+        gathering = start_all_gather([tokens_first(x_BSD)], ctx.group)
         parts_SBF = [tokens_first(grad) for grad in grads]
         grad_SBD = parts_SBF[0] @ weights[0]
         for part, weight in zip(parts_SBF[1:], weights[1:], strict=True):
             grad_SBD += part @ weight
-        scattering = functional.reduce_scatter_single(grad_SBD, "sum", 0, ctx.group)
-        whole_TD = functional.wait_tensor(gathering).flatten(0, 1)
+        scattering = start_reduce_scatter([grad_SBD], ctx.group)
+        whole_TD = wait(gathering[0]).flatten(0, 1)
         grad_weights = [part.flatten(0, 1).t() @ whole_TD for part in parts_SBF]
-        return functional.wait_tensor(scattering).transpose(0, 1), None, *grad_weights
+        return wait(scattering[0]).transpose(0, 1), None, *grad_weights

@@ -15,7 +15,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,20 +67,31 @@ def as_rows(tensor: Tensor) -> Tensor:
     return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor
 
 
+def joint_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The dtype of what is joined from parts of these: theirs if it is one, else float32, which holds every value of the
+    narrower ones (or float64)."""
+    found = set(dtypes)
+    if len(found) == 1:
+        return found.pop()
+    return torch.float64 if torch.float64 in found else torch.float32
+
+
 @dataclass(frozen=True)
 class Place:
-    """Bytes in an open file."""
+    """Rows of a tensor as bytes in an open file."""
 
+    path: Path
     descriptor: int
     offset: int
     nbytes: int
+    dtype: torch.dtype
+    """Of the values in those bytes."""
 
     def read(self) -> memoryview:
         """The bytes."""
-        data = os.pread(self.descriptor, self.nbytes, self.offset)
-        if len(data) != self.nbytes:
-            raise UsageError(f"a file of weights ends at byte {self.offset + len(data)}, inside a tensor")
-        return memoryview(data)
+        data = memoryview(bytearray(self.nbytes))
+        _read_into(data, self.path, self.descriptor, self.offset)
+        return data
 
 
 class TensorFile:
@@ -104,10 +115,10 @@ class TensorFile:
 
     def _read_header(self) -> None:
         size = os.fstat(self._file.fileno()).st_size
-        length = int.from_bytes(self._file.read(8), "little")
+        length = int.from_bytes(self._bytes(0, min(8, size)), "little")
         if not 2 <= length <= size - 8:
             raise ValueError(f"its header would have {length} bytes, and the file has {size}")
-        header: dict[str, Any] = json.loads(self._file.read(length))
+        header: dict[str, Any] = json.loads(bytes(self._bytes(8, length)))
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
@@ -119,26 +130,25 @@ class TensorFile:
                 raise ValueError(f"tensor {name!r} does not fit into the file")
             self.specs[name], self._starts[name] = spec, 8 + length + begin
 
+    def _bytes(self, offset: int, count: int) -> memoryview:
+        data = memoryview(bytearray(count))
+        _read_into(data, self.path, self._file.fileno(), offset)
+        return data
+
     def read(self, name: str, start: int, count: int) -> Tensor:
         """Rows ``start`` to ``start + count`` of a tensor: [count, last axis], or [count] of a vector."""
-        spec = self.specs[name]
-        out = torch.empty((count, *spec.row_shape), dtype=spec.dtype)
-        if out.numel() == 0:
-            return out
-        view = _bytes(out)
-        position = self._starts[name] + start * (out.nbytes // count)
-        while len(view):
-            got = os.preadv(self._file.fileno(), [view], position)
-            if got <= 0:
-                raise UsageError(f"{self.path} ends at byte {position}, inside tensor {name!r}")
-            view, position = view[got:], position + got
+        place = self.place(name, start, count)
+        out = torch.empty((count, *self.specs[name].row_shape), dtype=place.dtype)
+        if out.numel():
+            _read_into(_bytes(out), self.path, place.descriptor, place.offset)
         return out
 
     def place(self, name: str, start: int, count: int) -> Place:
         """Where rows ``start`` to ``start + count`` lie."""
         spec = self.specs[name]
         row_bytes = math.prod(spec.row_shape) * spec.dtype.itemsize
-        return Place(self._file.fileno(), self._starts[name] + start * row_bytes, count * row_bytes)
+        offset = self._starts[name] + start * row_bytes
+        return Place(self.path, self._file.fileno(), offset, count * row_bytes, spec.dtype)
 
     def __del__(self) -> None:
         if hasattr(self, "_file"):
@@ -218,10 +228,24 @@ class ShardWriter:
         if self.seen is not None:  # meanwhile the thread writes
             self.seen(self._shard.path.name, item.read() if isinstance(item, Place) else item)
 
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
+        """Closes it; after an error that is not the writer's own, what is written stays incomplete."""
+        if kind is None:
+            self.close()
+        else:
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._thread.is_alive():
+            self._queue.put(None)
+            self._thread.join()
+
     def close(self) -> None:
         """Waits until everything is written; raises what went wrong."""
-        self._queue.put(None)
-        self._thread.join()
+        self._stop()
         if self._error is not None:
             raise self._error
         if self._left or self._waiting:
@@ -262,7 +286,16 @@ def _copy(place: Place, target: int) -> memoryview:
     except OSError as error:  # not between these two file systems
         if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF):
             raise
-    return Place(place.descriptor, offset, left).read()
+    return replace(place, offset=offset, nbytes=left).read()
+
+
+def _read_into(data: memoryview, path: Path, descriptor: int, offset: int) -> None:
+    """Fills ``data`` from a file; a single read may give less (signals, network file systems, more than 2 GiB)."""
+    while len(data):
+        got = os.preadv(descriptor, [data], offset)
+        if got <= 0:
+            raise UsageError(f"{path} ends at byte {offset}, inside a tensor")
+        data, offset = data[got:], offset + got
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from ..config.training import Adam
+from ..ops import foreach
 from ..parallel.shards import local
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -69,7 +70,7 @@ class Optimizer:
     @torch.no_grad()
     def scale_gradients(self, factor: float) -> None:
         """Multiplies every gradient, in place."""
-        torch._foreach_mul_(list(self.gradients().values()), factor)
+        foreach.scale(list(self.gradients().values()), factor)
 
     def zero_grad(self) -> None:
         """Frees the gradients."""

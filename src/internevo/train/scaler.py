@@ -15,7 +15,7 @@ class LossScaler:
     enabled: bool
     scale: float = 1.0
     clean: int = 0
-    """Clean steps since the scale last changed."""
+    """Clean steps since the last overflow."""
     overflows: int = 0
     """Overflows in a row."""
 
@@ -42,9 +42,9 @@ class LossScaler:
 
     def state(self) -> dict[str, float]:
         """For the checkpoint."""
-        return {"scale": self.scale, "clean": self.clean, "overflows": self.overflows}
+        return {"enabled": self.enabled, "scale": self.scale, "clean": self.clean, "overflows": self.overflows}
 
     def load(self, state: dict[str, float]) -> None:
         """From a checkpoint; of a model of another dtype nothing is taken."""
-        if self.enabled and state["scale"] != 1.0:
+        if self.enabled and state.get("enabled", state["scale"] != 1.0):  # older checkpoints do not say
             self.scale, self.clean, self.overflows = state["scale"], int(state["clean"]), int(state["overflows"])

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..data.batches import MicroBatch, StepBatch
 from ..models.config import DecoderConfig
 from ..models.losses import Loss
+from ..ops import foreach
 from ..parallel import plan
 from ..parallel.layout import Layout
 from ..parallel.memory import Memory
@@ -108,7 +109,7 @@ class Stepper:
     def _reduce(self, losses: Losses, routed: RouterSums, unscale: float, share: Shared) -> tuple[StepResult, float]:
         """One all-reduce of everything that all ranks must know. Returns the factor from gradients to those of the mean."""
         gradients = self.parts.optimizer.gradients()
-        norms = torch.stack(torch._foreach_norm(list(gradients.values()))).double()
+        norms = foreach.norms(list(gradients.values())).double()
         # Every part counts once, however many ranks hold it.
         copies = torch.tensor([self.copies[name] for name in gradients], dtype=torch.float64, device=self.device)
         squares = (norms.square() / copies).sum()

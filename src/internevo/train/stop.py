@@ -53,7 +53,7 @@ class StopRequests:
 
     def requests(self) -> tuple[float, float]:
         """This rank's: 1 when it was asked by a signal, and the number in the stop file; to be summed over all ranks."""
-        return float(bool(self.asked)), float(self._read())
+        return float(bool(self.asked)), self._read()
 
     def decide(self, step: int, shared: Shared) -> tuple[bool, bool]:
         """(stop, save) after ``step``, from the sums over all ranks."""
@@ -63,8 +63,8 @@ class StopRequests:
             log.info(f"{self.asked}: the run stops after step {step}")
         return stop, stop or (at < 0 and -at == step)
 
-    def _read(self) -> int:
+    def _read(self) -> float:
         try:
-            return int(self.file.read_text().strip() or 0) if self.file else 0
-        except (OSError, ValueError):
-            return 0  # half-written or gone: the next step looks again
+            return float(int(self.file.read_text().strip() or 0)) if self.file else 0.0
+        except (OSError, ValueError, OverflowError):
+            return 0.0  # half-written, gone or nonsense: the next step looks again

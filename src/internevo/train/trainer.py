@@ -5,21 +5,23 @@ from __future__ import annotations
 import math
 import time
 from functools import partial
-from pathlib import Path
 
-from ..checkpoint import Checkpoint
+import torch.distributed as dist
+
+from ..checkpoint.export import Exporter, check_export
+from ..checkpoint.folder import remove_leftovers
 from ..checkpoint.saver import Saver
 from ..config import Config, dump
 from ..data.batches import StepBatch, TrainBatches, parse_skips, valid_batches
 from ..data.build import fitting_tokenizer
 from ..measure.probes import Probes
+from ..models.families.registry import decoder_config
 from ..models.generate import Sampling, generate
-from ..models.huggingface.folder import write_hf
-from ..models.huggingface.merge import merged
 from ..observe.console import log, start_log
 from ..observe.observers import Observers
 from ..observe.record import StepRecord, ValidRecord, memory_peak, peak_tflops
 from ..ops.precision import COMPUTE, is_slow
+from ..parallel import gloo
 from ..parallel.layout import Layout
 from ..parallel.world import World
 from ..text.tokenizer import Tokenizer
@@ -41,6 +43,7 @@ class Trainer:
         self.run = config.run_folder
         start_log(self.run / "log", world.rank, config.monitor.alert.alert_file_path)
         prepare(config, world.device)
+        _prepare_saving(config, world)
         self.parts = Parts.build(config, world)
         self.first_lines = [*restore(self.parts, self.run), *_warnings(config, world)]
         self.parts.axis.masters_changed()
@@ -48,7 +51,9 @@ class Trainer:
         self.stepper = Stepper(self.parts)
         self.batches = _batches(self.parts)
         self.tokenizer = _sample_tokenizer(config)
-        self.saver = Saver(self.run, config.ckpt, world.rank, _sizes(self.parts.layout), after=self._export)
+        self.exporter = Exporter(self.run, COMPUTE[config.model.dtype], log.warning)
+        after = self.exporter if config.ckpt.enable_internevo2hf_ckpt else lambda folder: None
+        self.saver = Saver(self.run, config.ckpt, world.rank, _sizes(self.parts.layout), gloo.new_group(), after=after)
         watchdog.before_end = self.saver.finish
         self.garbage = GarbageCollector()
         self.saved_step = self.state.step
@@ -168,15 +173,6 @@ class Trainer:
         self.saver.save(step, self.parts.tensors(), self.parts.extras())
         self.saved_step = step
 
-    def _export(self, folder: Path) -> None:
-        """After each checkpoint, in the background of rank 0: the same weights in Hugging Face form."""
-        if not self.config.ckpt.enable_internevo2hf_ckpt or not folder.name.startswith("step-"):
-            return
-        checkpoint = Checkpoint(folder)
-        dtype = COMPUTE[self.config.model.dtype]
-        target = self.run / "hf" / folder.name
-        write_hf(merged(checkpoint), target, dtype=dtype)
-
     def _observers(self) -> Observers | None:
         """On rank 0, after they have shown the run's first lines."""
         for line in self.first_lines:
@@ -186,6 +182,7 @@ class Trainer:
         (self.run / "config.json").write_text(dump(self.config), encoding="utf-8")
         config, total = self.config, self.config.data.total_steps
         observers = Observers(self.run, config.monitor, self.state.step, total, config.enable_tb)
+        self.exporter.warn = observers.console.warn
         for line in [self._title(), *self.first_lines]:
             observers.console.say(line)
         if self.state.step >= total:
@@ -202,6 +199,17 @@ class Trainer:
             f"{config.model.dtype}, on {self.world.size} x {self.world.device.type}; {rows} rows of {config.data.seq_len} "
             f"tokens per step; {self.run}/"
         )
+
+
+def _prepare_saving(config: Config, world: World) -> None:
+    """Says before the first step what can't be exported, and removes what a killed run has left."""
+    if not config.ckpt.enable_save_ckpt:
+        return
+    if config.ckpt.enable_internevo2hf_ckpt:
+        check_export(decoder_config(config.model_type, config.model), config.data.tokenizer_path)
+    if world.rank == 0:
+        remove_leftovers(config.run_folder)
+    dist.barrier()  # now every rank finds the same checkpoints
 
 
 def _batches(parts: Parts) -> TrainBatches:

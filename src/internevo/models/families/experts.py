@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...config.model import Model
+from ...errors import UsageError
 from ..config import DecoderConfig, Experts
 from ..huggingface.naming import Names, Piece
 from . import choices
@@ -61,6 +62,17 @@ def count(hf: dict[str, Any]) -> int:
 def hf_dense_layers(hf: dict[str, Any]) -> tuple[int, ...]:
     """By ``decoder_sparse_step`` and ``mlp_only_layers``."""
     return dense_layers(hf["num_hidden_layers"], hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers") or [])
+
+
+def of(config: DecoderConfig, architecture: str) -> Experts:
+    """The experts of a model that is to be written as ``architecture``.
+
+    Raises:
+        UsageError: when it has none.
+    """
+    if config.experts is None:
+        raise UsageError(f"a Hugging Face folder of {architecture} cannot hold this model: it has no experts")
+    return config.experts
 
 
 def to_hf(moe: Experts) -> dict[str, Any]:

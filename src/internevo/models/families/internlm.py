@@ -48,14 +48,14 @@ def from_hf(hf: dict[str, Any]) -> DecoderConfig:
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
     """The Hugging Face ``config.json``."""
-    assert config.rope is not None
+    rope = config.rope or Rope()  # without one it is no InternLM, which shows when it is read back
     values = llama.common_to_hf(config, ARCHITECTURE, HF_MODEL_TYPE)
     for key in ("num_key_value_heads", "rope_theta", "rope_scaling", "rope_parameters"):
-        del values[key]
-    kind = "dynamic" if config.rope.kind == "dynamic" else "origin"
+        values.pop(key, None)
+    kind = "dynamic" if rope.kind == "dynamic" else "origin"
     return {
         **values,
         "auto_map": llama.remote_code("internlm", "InternLM"),
         "bias": config.qkv_bias,
-        "rotary": {"base": config.rope.base, "type": kind},
+        "rotary": {"base": rope.base, "type": kind},
     }

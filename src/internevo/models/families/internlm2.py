@@ -41,7 +41,7 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
         "auto_map": llama.remote_code("internlm2", "InternLM2"),
         "bias": config.qkv_bias,
     }
-    del values["rope_parameters"]
+    values.pop("rope_parameters", None)
     return values
 
 

@@ -47,7 +47,7 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
         "bias": config.o_bias,
         "head_dim": config.head_dim,
     }
-    del values["rope_parameters"]
-    if values["rope_scaling"]:
+    values.pop("rope_parameters", None)
+    if values.get("rope_scaling"):
         del values["rope_scaling"]["type"]
     return values

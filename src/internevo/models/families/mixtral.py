@@ -48,13 +48,13 @@ def from_hf(hf: dict[str, Any]) -> DecoderConfig:
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
     """The Hugging Face ``config.json``."""
-    assert config.experts is not None
+    moe = experts.of(config, ARCHITECTURE)
     return {
         **llama.common_to_hf(config, ARCHITECTURE, HF_MODEL_TYPE),
         "head_dim": config.head_dim,
-        "intermediate_size": config.experts.size,
-        "num_local_experts": config.experts.count,
-        "num_experts_per_tok": config.experts.top_k,
+        "intermediate_size": moe.size,
+        "num_local_experts": moe.count,
+        "num_experts_per_tok": moe.top_k,
         "sliding_window": config.windows[0] if config.windows else None,
         "output_router_logits": False,
         "router_aux_loss_coef": 0.02,

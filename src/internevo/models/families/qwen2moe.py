@@ -55,14 +55,14 @@ def _windows(hf: dict[str, Any]) -> tuple[int, ...]:
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
     """The Hugging Face ``config.json``."""
-    assert config.experts is not None
+    moe = experts.of(config, ARCHITECTURE)
     return {
         **qwen2.to_hf(config),
         "architectures": [ARCHITECTURE],
         "model_type": HF_MODEL_TYPE,
         "qkv_bias": config.qkv_bias,
-        "shared_expert_intermediate_size": config.experts.shared_size,
-        **experts.to_hf(config.experts),
+        "shared_expert_intermediate_size": moe.shared_size,
+        **experts.to_hf(moe),
     }
 
 

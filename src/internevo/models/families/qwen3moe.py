@@ -45,10 +45,10 @@ def from_hf(hf: dict[str, Any]) -> DecoderConfig:
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
     """The Hugging Face ``config.json``."""
-    assert config.experts is not None
+    moe = experts.of(config, ARCHITECTURE)
     return {
         **qwen3.to_hf(config),
         "architectures": [ARCHITECTURE],
         "model_type": HF_MODEL_TYPE,
-        **experts.to_hf(config.experts),
+        **experts.to_hf(moe),
     }

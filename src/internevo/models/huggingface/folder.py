@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -13,22 +12,17 @@ import torch
 from torch import Tensor
 
 from ...errors import UsageError
-from ...storage.tensors import Place, ShardWriter, Spec
-from ...text.tokenizer import FILES, load_tokenizer
+from ...storage.folders import put_in_place, temporary
+from ...storage.jsonfile import write_json
+from ...storage.tensors import Place, ShardWriter, Spec, joint_dtype
 from ..config import DecoderConfig
 from ..decoder import Decoder, parameter_shapes
 from ..families.registry import decoder_from_hf, family
-from ..source import Module, Source, pour
+from ..source import Module, Source, pour, usual_dtype
 from .naming import Naming, overlap
+from .tokenizer import copy_tokenizer, has_tokenizer, special_ids
 from .weights import Weights, read_config
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "vocab.txt", "generation_config.json", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
-CODE_FILES = ("configuration_*.py", "modeling_*.py", "tokenization_*.py")
-"""A family's own code for transformers: carried along, never run."""
-SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 IGNORED = ("rotary_emb.inv_freq",)
 """Ends of names of tensors that older files hold and nobody needs."""
 
@@ -63,22 +57,21 @@ class HfFolder:
             if disk not in self.naming.shapes and disk not in tied and not disk.endswith(IGNORED):
                 raise UsageError(f"{self.folder} holds a tensor {disk!r} that {self.config.family} of this config.json has not")
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights on disk."""
-        return self.weights.spec(next(iter(self.naming.shapes))).dtype
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Of a parameter. The tensors on disk that it is joined from may differ."""
+        return joint_dtype(self.weights.spec(span.disk).dtype for span in self.naming.by_parameter[name])
 
     @property
     def tokenizer(self) -> Path | None:
         """The folder, if a tokenizer is in it."""
-        names = (*FILES, "vocab.json", "vocab.txt")
-        return self.folder if any((self.folder / n).is_file() for n in names) else None
+        return self.folder if has_tokenizer(self.folder) else None
 
     def read(self, name: str, start: int, count: int) -> Tensor:
         """Rows of a parameter, joined from the tensors on disk that hold them."""
         parts = overlap(self.naming.by_parameter[name], start, count)
         read = [self.weights.read(span.disk, span.disk_row + row, n) for span, row, n in parts]
-        return read[0] if len(read) == 1 else torch.cat(read)
+        dtype = joint_dtype(rows.dtype for rows in read)
+        return read[0] if len(read) == 1 else torch.cat([rows.to(dtype) for rows in read])
 
     def place(self, name: str, start: int, count: int) -> Place | None:
         """Where those rows lie, if it is one piece of one tensor on disk."""
@@ -96,7 +89,7 @@ def save_hf(model: Decoder, folder: str | Path, dtype: torch.dtype | None = None
     """Writes ``config.json`` and ``model*.safetensors`` (with an index when there are several) for transformers.
 
     Args:
-        dtype: of the weights on disk; by default the model's.
+        dtype: of the weights on disk; by default each has the model's.
         max_shard_size: bytes per file.
     """
     write_hf(Module(model.config, model), Path(folder), dtype=dtype, shard_bytes=max_shard_size)
@@ -114,42 +107,53 @@ def write_hf(
     """Writes a Hugging Face folder; it appears when it is whole.
 
     Args:
-        dtype: of the weights on disk; by default the source's.
+        dtype: of the weights on disk; by default each keeps the source's, so that nothing is lost.
         write_as: the family under whose names they are written; by default the source's own.
         progress: is told the bytes written, of how many.
     """
     config = as_family(source.config, write_as or source.config.family)
-    module, dtype = family(config.family), dtype or source.dtype
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    names = naming(config)
-    specs = {disk: Spec(shape, dtype) for disk, shape in names.shapes.items()}
-    writer = ShardWriter(temporary, specs, shard_bytes, _shard_name)
+    folder = folder.resolve()  # a link's target is written, on the disk that it is on
+    with temporary(folder) as place:
+        _write_weights(source, naming(config), place, dtype, shard_bytes, progress)
+        special: dict[str, Any] = {}
+        if source.tokenizer:
+            copy_tokenizer(source.tokenizer, place)
+            special = special_ids(source.tokenizer)
+        write_json(place / "config.json", _config_json(source, config, special, dtype or usual_dtype(source)), indent=2)
+        put_in_place(place, folder)
+
+
+def _write_weights(
+    source: Source,
+    names: Naming,
+    folder: Path,
+    dtype: torch.dtype | None,
+    shard_bytes: int,
+    progress: Callable[[int, int], None],
+) -> None:
+    specs = {}
+    for disk, shape in names.shapes.items():
+        parameters = {span.parameter for span in names.by_disk[disk]}
+        specs[disk] = Spec(shape, dtype or joint_dtype(map(source.dtype_of, parameters)))
     total, done = sum(spec.nbytes for spec in specs.values()), 0
-    for disk, spec in specs.items():
-        for span in names.by_disk[disk]:
-            for row, count in spec.chunks(span.row, span.count):
-                done += pour(source, span.parameter, row, count, dtype, writer)
-                progress(done, total)
-    writer.close()
+    with ShardWriter(folder, specs, shard_bytes, _shard_name) as writer:
+        for disk, spec in specs.items():
+            for span in names.by_disk[disk]:
+                for row, count in spec.chunks(span.row, span.count):
+                    done += pour(source, span.parameter, row, count, spec.dtype, writer)
+                    progress(done, total)
     if len(writer.shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": writer.files}
-        (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
-    extra = copy_tokenizer(source.tokenizer, temporary) if source.tokenizer else {}
-    values = _config_json(source, config, module.to_hf(config), extra, dtype)
-    (temporary / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.replace(folder)
+        write_json(folder / "model.safetensors.index.json", index, indent=2)
 
 
 def _shard_name(number: int, count: int) -> str:
     return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
-def _config_json(
-    source: Source, config: DecoderConfig, ours: dict[str, Any], special: dict[str, Any], dtype: torch.dtype
-) -> dict[str, Any]:
+def _config_json(source: Source, config: DecoderConfig, special: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """What the model came with, under what we know better. Every version of transformers reads ``torch_dtype``."""
+    ours = family(config.family).to_hf(config)
     kept = source.hf_config if config.family == source.config.family else {}
     kept = {key: value for key, value in kept.items() if key not in ("dtype", "torch_dtype")}
     return {**special, **kept, **ours, "torch_dtype": str(dtype).removeprefix("torch.")}
@@ -172,30 +176,3 @@ def as_family(config: DecoderConfig, name: str) -> DecoderConfig:
                 f"its {field.name} is {mine}, and there it would be {theirs}"
             )
     return wanted
-
-
-def copy_tokenizer(source: Path, folder: Path) -> dict[str, Any]:
-    """Copies a tokenizer file, or the tokenizer and code files of a folder. Returns the special ids of the folder's config."""
-    folder.mkdir(parents=True, exist_ok=True)
-    home = source if source.is_dir() else source.parent
-    whole = source.is_dir() or source.name in TOKENIZER_FILES
-    paths = [home / name for name in (TOKENIZER_FILES if whole else (source.name,))]
-    if source.is_dir():
-        paths += [path for pattern in CODE_FILES for path in home.glob(pattern)]
-    for path in paths:
-        if path.is_file():
-            shutil.copyfile(path, folder / path.name)
-    return _special_ids(home, source)
-
-
-def _special_ids(home: Path, tokenizer: Path) -> dict[str, Any]:
-    """Ids for config.json: as the folder's own config names them, else as its tokenizer does."""
-    for name in ("config.json", "generation_config.json"):
-        if (home / name).is_file():
-            known = json.loads((home / name).read_text(encoding="utf-8"))
-            ids = {key: known[key] for key in SPECIAL_IDS if known.get(key) is not None}
-            if ids:
-                return ids
-    found = load_tokenizer(tokenizer)
-    ids = {"bos_token_id": found.bos_id, "eos_token_id": found.eos_id}
-    return {key: value for key, value in ids.items() if value is not None}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...storage.tensors import Place
@@ -21,9 +22,13 @@ class Merged:
         assert config.lora is not None
         self.source, self.lora = source, config.lora
         self.config = replace(config, lora=None)
-        self.dtype, self.tokenizer = source.dtype, source.tokenizer
+        self.tokenizer = source.tokenizer
         self.hf_config: dict[str, Any] = source.hf_config
         self.adapters = {name for name in parameter_shapes(config) if MARK in name}
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Of a parameter: adapters do not change it."""
+        return self.source.dtype_of(name)
 
     def read(self, name: str, start: int, count: int) -> Tensor:
         """Rows of a parameter."""

@@ -10,7 +10,6 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from internevo.models.generate import Sampling, generate
 from internevo.models.losses import LossTerms, balance
-from internevo.ops import cross_entropy
 from tests.families import CONFIGS, disk_tensors, pair, to_disk
 
 FAMILIES = sorted(CONFIGS)
@@ -106,22 +105,3 @@ def test_the_pooled_balance_loss_is_that_of_transformers(seed, layers, experts, 
     torch.testing.assert_close(mine, wanted)
     for a, b in zip(torch.autograd.grad(mine, logits), torch.autograd.grad(wanted, logits), strict=True):
         torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("chunk_tokens", [1, 3, 100])
-def test_chunked_loss_equals_pytorch(monkeypatch, smoothing, chunk_tokens):
-    monkeypatch.setitem(cross_entropy.CHUNK_BYTES, "cpu", 4 * 31 * chunk_tokens)
-    monkeypatch.setattr(cross_entropy, "BLOCK", 7)
-    torch.manual_seed(0)
-    hidden = torch.randn(10, 8, requires_grad=True)
-    weight = torch.randn(31, 8, requires_grad=True)
-    labels = torch.randint(0, 31, (10,))
-    labels[2] = labels[7] = -100
-    total, losses = cross_entropy.linear_cross_entropy(hidden, weight, labels, smoothing)
-    wanted = torch.nn.functional.cross_entropy(hidden @ weight.t(), labels, reduction="sum", label_smoothing=smoothing)
-    torch.testing.assert_close(total, wanted)
-    assert losses[2] == 0 and losses[7] == 0
-    grads = torch.autograd.grad(total * 0.3, (hidden, weight))
-    for mine, reference in zip(grads, torch.autograd.grad(wanted * 0.3, (hidden, weight)), strict=True):
-        torch.testing.assert_close(mine, reference, atol=1e-6, rtol=1e-5)

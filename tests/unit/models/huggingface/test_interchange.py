@@ -1,4 +1,4 @@
-"""Interchange with Hugging Face, generation, and damaged checkpoints."""
+"""Interchange with Hugging Face."""
 
 import json
 from pathlib import Path
@@ -14,26 +14,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Mi
 from internevo import load_model, save_hf
 from internevo.checkpoint import Checkpoint
 from internevo.commands.convert import convert
-from internevo.errors import CheckpointError, UsageError
-from internevo.models.generate import Sampling
+from internevo.errors import UsageError
 from internevo.models.huggingface.folder import HfFolder, write_hf
-from internevo.text.tokenizer import train_bpe
 from tests.conftest import metrics
 from tests.families import CONFIGS, pair
 from tests.references import REFERENCES, random_folder
-
-
-@pytest.fixture
-def llama_folder(tmp_path):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    model.save_pretrained(tmp_path / "hf")
-    train_bpe(["def f(x): return x"] * 5, 300, tmp_path / "hf")
-    return tmp_path / "hf"
 
 
 def test_a_round_trip_is_bit_exact_and_loads_in_transformers(llama_folder, tmp_path):
@@ -201,47 +186,6 @@ def test_what_lies_beside_the_weights_goes_along(llama_folder, tmp_path):
     written = json.loads((tmp_path / "back" / "config.json").read_text())
     assert written["own_key"] == 7
     assert {written[k] for k in ("torch_dtype", "dtype") if k in written} == {"bfloat16"}
-
-
-def test_sampling_is_seeded_and_keeps_to_its_limits():
-    from internevo.models.generate import choose
-
-    logits = torch.tensor([3.0, 2.0, 1.0, 0.0, -1.0])
-    draw = lambda **k: {choose(logits, Sampling(**k), torch.Generator().manual_seed(s)) for s in range(1000)}  # noqa: E731
-    assert draw(temperature=0.0) == {0}
-    assert draw(top_k=2) == {0, 1}
-    assert draw(top_p=0.5) == {0}  # its probability is 0.64
-    assert draw() == {0, 1, 2, 3, 4}
-
-
-def test_a_damaged_checkpoint_is_named_with_the_place(llama_folder, tmp_path, run):
-    convert(llama_folder, tmp_path / "ours", "internevo")
-    assert "intact" in run("inspect", tmp_path / "ours").stdout
-    path = tmp_path / "ours" / "model-00000.safetensors"
-    good = path.read_bytes()
-    path.write_bytes(good[:-100] + bytes([good[-100] ^ 1]) + good[-99:])
-    done = run("inspect", tmp_path / "ours", code=1)
-    assert "model-00000.safetensors is damaged: its checksum differs in bytes 0 to" in done.stderr
-    path.write_bytes(good[:-1])
-    assert "bytes, and the manifest says" in run("inspect", tmp_path / "ours", code=1).stderr
-    path.unlink()
-    assert "model-00000.safetensors is missing" in run("inspect", tmp_path / "ours", code=1).stderr
-    path.write_bytes(good)
-    (tmp_path / "ours" / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match="not a complete checkpoint"):
-        Checkpoint(tmp_path / "ours")
-
-
-def test_commands_generate_and_convert(llama_folder, tmp_path, run):
-    done = run("generate", llama_folder, "--prompt", "def ", "--max-new-tokens", 5, "--seed", 3)
-    assert done.stdout.startswith("def ")
-    assert done.stdout == run("generate", llama_folder, "--prompt", "def ", "--max-new-tokens", 5, "--seed", 3).stdout
-    run("convert", llama_folder, tmp_path / "ours", "--to", "internevo", "--dtype", "bfloat16")
-    assert Checkpoint(tmp_path / "ours").dtype == torch.bfloat16
-    assert "is not empty" in run("convert", llama_folder, tmp_path / "ours", "--to", "hf", code=2).stderr
-    assert "does not exist" in run("convert", tmp_path / "none", tmp_path / "x", "--to", "hf", code=2).stderr
-    assert "5XB" in run("convert", llama_folder, tmp_path / "y", "--to", "hf", "--max-shard-size", "5XB", code=2).stderr
-    assert "LlamaForCausalLM" in run("inspect", llama_folder).stdout
 
 
 @pytest.mark.parametrize(("family", "processes"), [("LLAMA2", 2), ("MIXTRALMOE", 3), ("INTERNLM2", 2)])

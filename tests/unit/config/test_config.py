@@ -10,6 +10,7 @@ from internevo.config.option import walk
 from internevo.errors import ConfigError, NotAvailableYet
 from internevo.models.families.registry import decoder_config
 from internevo.train.check import check, missing_features, problems
+from tests import conftest
 from tests.conftest import ROOT, TINY, run
 
 INTERNEVO = """
@@ -79,14 +80,7 @@ generation = dict(ckpt_folder="/path/to/saved/ckpt", output_folder="/path/to/sav
 
 
 def tiny(**changes):
-    values = json.loads(json.dumps(TINY))
-    for key, value in changes.items():
-        *path, last = key.split("__")
-        node = values
-        for part in path:
-            node = node.setdefault(part, {})
-        node[last] = value
-    return validate(values)
+    return validate(conftest.tiny(**changes))
 
 
 def test_an_internevo_file_runs_unchanged(tmp_path):

@@ -1,0 +1,60 @@
+"""The tokenizer that travels along with a model: its files, and its ids in ``config.json``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from ...text.tokenizer import FILES, SETTINGS, load_tokenizer
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "vocab.txt", "generation_config.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+RANK_FILES = "*.tiktoken"
+CODE_FILES = ("configuration_*.py", "modeling_*.py", "tokenization_*.py")
+"""A family's own code for transformers: carried along, never run."""
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer lies in a folder."""
+    return any((folder / name).is_file() for name in (*FILES, "vocab.json", "vocab.txt")) or any(folder.glob(RANK_FILES))
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copies a tokenizer file, or the tokenizer and code files of a folder, so that ``folder`` can be opened as a tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    home = _home(source)
+    whole = source.is_dir() or source.name in TOKENIZER_FILES
+    paths = {home / name: name for name in (TOKENIZER_FILES if whole else SETTINGS)}
+    if source.is_dir():
+        paths |= {path: path.name for pattern in (RANK_FILES, *CODE_FILES) for path in home.glob(pattern)}
+    elif not whole:  # a folder is opened by these names
+        paths[source] = f"tokenizer{source.suffix}" if source.suffix in (".json", ".model") else source.name
+    for path, name in paths.items():
+        if path.is_file():
+            shutil.copyfile(path, folder / name)
+
+
+def special_ids(tokenizer: Path) -> dict[str, int]:
+    """Ids for ``config.json``: as the folder's own config names them, else as its tokenizer does.
+
+    Raises:
+        UsageError: when the tokenizer has to be opened for that, and cannot be.
+    """
+    home = _home(tokenizer)
+    for name in ("config.json", "generation_config.json"):
+        if (home / name).is_file():
+            known = json.loads((home / name).read_text(encoding="utf-8"))
+            ids = {key: known[key] for key in SPECIAL_IDS if known.get(key) is not None}
+            if ids:
+                return ids
+    found = load_tokenizer(tokenizer)
+    ids = {"bos_token_id": found.bos_id, "eos_token_id": found.eos_id}
+    return {key: value for key, value in ids.items() if value is not None}
+
+
+def _home(tokenizer: Path) -> Path:
+    return tokenizer if tokenizer.is_dir() else tokenizer.parent

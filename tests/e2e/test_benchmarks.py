@@ -1,0 +1,75 @@
+"""Every script in benchmarks/ runs, in its smallest form. What they measure is not looked at."""
+
+import gzip
+import json
+import shutil
+
+import pytest
+
+from internevo.parallel.world import join
+from tests.conftest import ROOT
+
+
+@pytest.fixture(autouse=True)
+def as_a_script(monkeypatch):
+    """The scripts import each other by name."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setenv("INTERNEVO_DEVICE", "cpu")
+
+
+def test_training_and_checkpoints(tmp_path):
+    import checkpoint
+    import ours
+    import vs_transformers
+
+    tiny = ours.SHAPES["tiny"]
+    with join() as world:
+        assert len(ours.train(world, tiny, "float32", 3)) == 3
+        assert min(checkpoint.measure(world, tiny, 1, tmp_path)) > 0
+    assert len(vs_transformers.theirs(tiny, "bf16", 3)) == 3
+
+
+def test_strategies_of_pytorch():
+    import parallel
+
+    assert parallel.measure("msp", "theirs", "tiny", 3) > 0
+
+
+def test_data(tmp_path, monkeypatch, capsys):
+    import data
+
+    monkeypatch.setattr(data, "library_texts", lambda: ["def f(x):\n    return x\n" * n for n in range(1, 60)])
+    data.packing(tmp_path / "packing", files=2, documents=300)
+    data.tokenizing(tmp_path / "tokenizing", copies=1, rounds=1)
+    data.streaming(tmp_path / "streaming", copies=1, rounds=1, first=0)
+    assert len(capsys.readouterr().out.splitlines()) == 5
+
+
+@pytest.mark.parametrize("family", ["LLAMA2", "INTERNLM2", "MIXTRALMOE"])
+def test_conversion(tmp_path, capsys, family):
+    import convert
+
+    convert.make(tmp_path / "source", family, 0.08, width=512)
+    convert.compare(tmp_path / "source", tmp_path / "target", 1, {})
+    assert capsys.readouterr().out.split()[:2] == ["cp", "-r"]
+    shutil.rmtree(tmp_path / "source")
+
+
+def test_timeline(tmp_path, monkeypatch):
+    import timeline
+
+    events = [
+        {"ph": "X", "name": name, "tid": thread, "ts": at, "dur": 2000.0}
+        for name, thread, at in [("aten::mm", 1, 0.0), ("aten::mm", 1, 3000.0), ("gloo:all_gather", 2, 1000.0)]
+    ]
+    trace, picture = tmp_path / "trace.json.gz", tmp_path / "timeline.svg"
+    trace.write_bytes(gzip.compress(json.dumps({"traceEvents": events}).encode()))
+    monkeypatch.setattr("sys.argv", ["timeline.py", str(trace), "--out", str(picture)])
+    timeline.main()
+    assert timeline.hidden(timeline.lanes(trace)) == pytest.approx(0.5)
+    assert picture.read_text().count("<title>") == 3
+
+
+def test_every_script_is_run_here():
+    names = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
+    assert names == {"checkpoint", "convert", "data", "gpu", "ours", "parallel", "timeline", "vs_transformers"}

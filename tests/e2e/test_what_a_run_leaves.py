@@ -1,0 +1,65 @@
+"""What a run leaves in its folder: strict JSON, exports that end no run, and nothing of saves that were killed."""
+
+import os
+
+import pytest
+
+from internevo.checkpoint import complete_checkpoints
+from tests.conftest import metrics, run
+from tests.strict_json import strict
+
+
+def test_a_failed_export_ends_no_run_and_is_said(tmp_path, config):
+    path = config("run", ckpt__checkpoint_every=4, ckpt__enable_internevo2hf_ckpt=True)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "hf").write_text("in the way")
+    done = run("train", path)
+    log = (tmp_path / "run" / "log" / "rank-00000.log").read_text()
+    for step in (4, 8):
+        warning = f"the export to {tmp_path}/run/hf/step-{step:08d} failed: "
+        assert f"warning: {warning}" in done.stdout.replace("\n", "")
+        assert f"WARNING {warning}" in log
+    assert [folder.name for folder in complete_checkpoints(tmp_path / "run")] == ["step-00000008", "step-00000004"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_cannot_be_exported_is_said_before_the_first_step(tmp_path, config, processes):
+    path = config("run", model__qkv_bias=True, model__o_bias=False, ckpt__enable_internevo2hf_ckpt=True)
+    done = run("train", path, "--nproc", processes, code=2)
+    assert "a Hugging Face folder of LlamaForCausalLM cannot hold this model: its o_bias is False" in done.stderr
+    assert "ckpt.enable_internevo2hf_ckpt=False" in done.stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    run("train", path, "ckpt.enable_save_ckpt=False", "data.total_steps=1")  # nothing is saved, so nothing is exported
+
+
+def test_a_run_that_diverges_leaves_strict_json(tmp_path, config, dataset):
+    experts = {"model__num_experts": 4, "model__top_k": 2, "model__moe_type": "Dropless"}
+    path = config(
+        "run", model_type="MIXTRALMOE", **experts, model__out_head_init_std=1e38, data__total_steps=3,
+        data__valid_folder=str(dataset), data__valid_every=1, monitor__comm=True, ckpt__checkpoint_every=1,
+    )  # fmt: skip
+    run("train", path)
+    folder = tmp_path / "run"
+    rows = [strict(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert None in [row["loss"] for row in rows if "loss" in row]
+    assert None in [row["valid_loss"] for row in rows if "loss" not in row]
+    assert any(None in row["moe"].values() for row in rows if "loss" in row)
+    read = {file.name for file in folder.rglob("*.json") if strict(file.read_text()) is not None}
+    assert {"config.json", "comm.json", "state.json", "manifest.json", "model.json"} <= read
+    run("report", folder)
+
+
+def test_leftovers_of_killed_saves_are_removed_at_the_next_start(tmp_path, config):
+    path = config("run", ckpt__checkpoint_every=1, data__total_steps=3)
+    run("train", path, "data.total_steps=2")
+    places = [tmp_path / "run" / place for place in ("checkpoints", "snapshots", "hf")]
+    for place, name in zip(places, ("step-00000003", "0", "step-00000002"), strict=True):
+        (place / f".{name}.tmp").mkdir(parents=True)
+        (place / f".{name}.01234567.tmp").mkdir()
+        (place / "notes.tmp").mkdir()
+    (places[0] / "step-00000002").rename(places[0] / ".step-00000002.01234567.old")  # killed while it was replaced
+    assert "step 2" in run("inspect", tmp_path / "run").stdout
+    run("train", path, "--nproc", 2)
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2, 3]
+    assert sorted(os.listdir(places[0])) == ["notes.tmp", "step-00000001", "step-00000002", "step-00000003"]
+    assert os.listdir(places[1]) == os.listdir(places[2]) == ["notes.tmp"]

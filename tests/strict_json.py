@@ -1,0 +1,12 @@
+"""A reader that takes what the standard takes (https://www.rfc-editor.org/rfc/rfc8259), and no NaN as Python's does."""
+
+import json
+
+
+def strict(text):
+    """The value of a JSON text."""
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)

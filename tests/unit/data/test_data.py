@@ -1,0 +1,128 @@
+"""Data: rows that lose nothing, and an order that knows no rank."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from internevo.data.batches import BatchSizes, Cursor, TrainBatches, parse_skips, valid_batches
+from internevo.data.order import Order
+from internevo.data.rows import IGNORE, PackedRows, PaddedRows, RandomRows
+from internevo.data.source import Shuffled
+from internevo.data.tokenized.files import MASKED_ZERO
+from internevo.data.tokenized.index import open_index
+from internevo.errors import DataError
+from tests.unit.data.writers import DOCUMENTS, write_binary, write_json
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    documents=DOCUMENTS,
+    seq_len=st.integers(2, 50),
+    minimum=st.integers(0, 9),
+    files=st.integers(1, 3),
+    form=st.booleans(),
+)
+def test_packing_keeps_every_token_and_predicts_within_documents_only(
+    tmp_path_factory, documents, seq_len, minimum, files, form
+):
+    folder = tmp_path_factory.mktemp("packing")
+    for n in range(files):
+        part = documents[n::files]
+        write = write_json if form else (lambda path, d: write_binary(path, d, 501))
+        write(folder / f"type{n}" / "a.bin", part)
+    kept = [d for n in range(files) for d in documents[n::files] if len(d) >= minimum]
+    if not kept:
+        return
+    rows = PackedRows(open_index(folder, minimum), seq_len, 501)
+    assert len(rows) == -(-sum(map(len, kept)) // seq_len)
+    found = [rows[n] for n in range(len(rows))]
+    stream = [t for d in kept for t in d]
+    assert np.concatenate([r.tokens for r in found])[: len(stream)].tolist() == stream
+    labels = [t for d in kept for t in [*d[1:], IGNORE]]
+    labels += [IGNORE] * (len(rows) * seq_len - len(stream))
+    assert np.concatenate([r.labels for r in found]).tolist() == labels
+    starts = np.cumsum([0, *map(len, kept)])
+    for n, row in enumerate(found):
+        wanted = {int(s) - n * seq_len for s in starts if n * seq_len < s < (n + 1) * seq_len} | {0}
+        assert set(row.borders) == wanted
+
+
+def test_masked_tokens_are_context_and_no_target(tmp_path):
+    write_binary(tmp_path / "en" / "a.bin", [[5, -7, MASKED_ZERO, 0, 9]], 10**6)
+    row = PackedRows(open_index(tmp_path), 8, 100)[0]
+    assert row.tokens.tolist() == [5, 7, 0, 0, 9, 0, 0, 0]
+    assert row.labels.tolist() == [IGNORE, IGNORE, 0, 9, IGNORE, IGNORE, IGNORE, IGNORE]
+
+
+def test_padded_rows_hold_one_document_each(tmp_path):
+    write_binary(tmp_path / "en" / "a.bin", [[1, 2, 3], list(range(10))], 501)
+    rows = PaddedRows(open_index(tmp_path), 4, 501)
+    assert [rows[n].tokens.tolist() for n in range(len(rows))] == [
+        [1, 2, 3, 0],
+        [0, 1, 2, 3],
+        [4, 5, 6, 7],
+        [8, 9, 0, 0],
+    ]
+    assert rows[1].labels.tolist() == [1, 2, 3, 4] and rows[0].labels.tolist() == [2, 3, IGNORE, IGNORE]
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.integers(1, 3000), seed=st.integers(0, 10**6))
+def test_every_epoch_has_each_row_once(rows, seed):
+    order = Order(rows, seed)
+    first, second = order(np.arange(rows)), order(np.arange(rows, 2 * rows))
+    assert sorted(first) == sorted(second) == list(range(rows))
+    if rows > 20:
+        assert not np.array_equal(first, second) and not np.array_equal(first, np.arange(rows))
+    assert np.array_equal(order(np.array([rows // 2])), first[rows // 2 : rows // 2 + 1])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    ranks=st.sampled_from([1, 2, 3, 4, 6]), bsz=st.sampled_from([1, 2]), seed=st.integers(0, 99), start=st.integers(0, 9),
+    ramp=st.sampled_from([None, "1 1 2"]),
+)  # fmt: skip
+def test_the_global_batch_is_the_same_for_any_number_of_ranks(ranks, bsz, seed, start, ramp):
+    from internevo.config.data import Data
+
+    data = Data(seq_len=8, micro_bsz=bsz, global_batch_size=24, total_steps=12, rampup_batch_size=None, skip_batches="2,5-6")
+    rows = RandomRows(8, 50, seed, rows=100)
+
+    def batches(count, rank):
+        return TrainBatches(Shuffled(rows, seed), BatchSizes.of(data, count), rank, True, 12, parse_skips(data.skip_batches))
+
+    reference = {b.number: b for b in batches(1, 0).make(Cursor())}
+    begin = reference[start].after if start in reference else Cursor()
+    parts = [list(batches(ranks, rank).make(begin)) for rank in range(ranks)]
+    for together in zip(*parts, strict=True):
+        wanted = reference[together[0].number]
+        tokens = [row.tolist() for part in together for m in part.micro_batches for row in m.tokens.view(-1, 8)]
+        assert sorted(tokens) == sorted(row.tolist() for m in wanted.micro_batches for row in m.tokens.view(-1, 8))
+        assert together[0].after == wanted.after
+    assert {b.number for b in parts[0]}.isdisjoint({2, 5, 6})
+
+
+def test_ramp_up_counts_micro_batches():
+    sizes = BatchSizes(micro_bsz=2, micro_num=10, ranks=3, start=2, increment=4, every=5)
+    assert [sizes.micro_batches(b) for b in (0, 4, 5, 9, 10, 99)] == [2, 2, 6, 6, 10, 10]
+    assert sizes.rows(5) == 6 * 2 * 3
+
+
+def test_validation_gives_each_row_once_whatever_the_ranks():
+    rows = RandomRows(8, 50, 1, rows=11)
+    for ranks in (1, 2, 4):
+        batches = [list(valid_batches(rows, 2, rank, ranks, False, None)) for rank in range(ranks)]
+        assert len({len(b) for b in batches}) == 1
+        labelled = [
+            t.tolist() for part in batches for b in part for t, l in zip(b.tokens, b.labels, strict=True) if (l != -100).any()
+        ]
+        assert sorted(labelled) == sorted(rows[n].tokens.tolist() for n in range(11))
+
+
+def test_an_error_in_the_loader_thread_reaches_the_loop(tmp_path):
+    write_binary(tmp_path / "en" / "a.bin", [[1, 2, 3, 600]], 10**6)
+    rows = PackedRows(open_index(tmp_path), 4, 501)
+    batches = TrainBatches(Shuffled(rows, 0), BatchSizes(1, 1, 1), 0, True, 5)
+    with pytest.raises(DataError, match=r"a\.bin, document 0.*token id 600 is outside the vocabulary of 501"):
+        next(batches.prefetch(Cursor()))

@@ -1,0 +1,127 @@
+"""Tokenized files in every form: they read back what was written, and damage is named with its place."""
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from internevo.data.rows import PackedRows
+from internevo.data.tokenized.files import MASKED_ZERO, TokenFile, TokenWriter, read_meta
+from internevo.data.tokenized.index import open_index
+from internevo.errors import DataError
+from tests.unit.data.writers import DOCUMENTS, write_binary, write_json, write_megatron
+
+
+@settings(max_examples=60, deadline=None)
+@given(documents=DOCUMENTS, masks=st.booleans(), seed=st.integers(0, 99))
+def test_both_forms_read_back_what_was_written(tmp_path_factory, documents, masks, seed):
+    folder = tmp_path_factory.mktemp("forms")
+    draw = np.random.default_rng(seed)
+    stored = [np.array(d) for d in documents]
+    if masks:
+        stored = [np.where(draw.random(len(d)) < 0.3, np.where(d == 0, MASKED_ZERO, -d), d) for d in stored]
+    write_json(folder / "json" / "a.bin", stored, np.int32)
+    write_binary(folder / "int32" / "a.bin", stored, 10**6)
+    if not masks:
+        write_binary(folder / "uint16" / "a.bin", stored, 501)
+    for path in folder.glob("*/a.bin"):
+        file = TokenFile.open(path)
+        assert file.itemsize == {"json": 0, "int32": 4, "uint16": 2}[path.parent.name]
+        assert all(np.array_equal(file.read(n), d) for n, d in enumerate(stored))
+        assert np.array_equal(file.read(0, 1, 3), stored[0][1:3])
+
+
+def test_the_index_is_cached_and_follows_changes(tmp_path):
+    write_binary(tmp_path / "en" / "a.bin", [[1, 2]], 501)
+    assert open_index(tmp_path).fingerprint() == open_index(tmp_path).fingerprint()
+    assert len(list((tmp_path / ".internevo").iterdir())) == 1
+    write_binary(tmp_path / "cn" / "b.bin", [[1, 2, 3]], 501)
+    index = open_index(tmp_path)
+    assert index.types == ["cn", "en"] and index.tokens == 5
+
+
+def test_a_truncated_binary_file_is_named_with_its_place(tmp_path):
+    path = tmp_path / "en" / "a.bin"
+    write_binary(path, [[1, 2, 3], [4, 5, 6]], 501)
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(DataError, match=r"a\.bin is truncated: it ends at byte 9, and document 1 of 2 \(byte 6, 3 tokens\)"):
+        open_index(tmp_path)
+
+
+def test_a_truncated_json_file_is_named_with_its_place(tmp_path):
+    path = tmp_path / "en" / "a.bin"
+    write_json(path, [[1, 2, 3], [4, 5, 6]])
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(DataError, match=r"a\.bin, document 1 \(byte 22\) is not a line"):
+        open_index(tmp_path)
+
+
+def test_a_meta_that_does_not_fit_is_named(tmp_path):
+    path = tmp_path / "en" / "a.bin"
+    write_binary(path, [[1, 2, 3], [4, 5, 6]], 501)
+    np.save(open(f"{path}.meta", "wb"), np.array([[0, 3], [6, 2]]))
+    with pytest.raises(DataError, match=r"\.meta does not fit: it describes 10 bytes, and the file has 12"):
+        open_index(tmp_path)
+    write_json(path, [[1, 2, 3], [4, 5, 6]])
+    np.save(open(f"{path}.meta", "wb"), np.array([[0, 3], [22, 4]]))
+    with pytest.raises(DataError, match=r"has 3 tokens, and its \.meta says 4"):
+        open_index(tmp_path)
+    (tmp_path / "en" / "a.bin.meta").write_bytes(b"nonsense")
+    with pytest.raises(DataError, match="is not a NumPy array"):
+        open_index(tmp_path)
+    (tmp_path / "en" / "a.bin.meta").unlink()
+    with pytest.raises(DataError, match=r"has no a\.bin\.meta beside it"):
+        open_index(tmp_path)
+
+
+def test_an_empty_folder_is_named(tmp_path):
+    with pytest.raises(DataError, match="holds no .bin file"):
+        open_index(tmp_path)
+
+
+def test_int32_offsets_beyond_2_gib_are_repaired(tmp_path):
+
+    offsets = np.array([0, 2**31 - 5, 2**31 + 10, 2**32 - 1, 2**32 + 7], dtype=np.int64)
+    meta = np.stack([offsets, np.full(5, 3)], axis=1)
+    np.save(open(tmp_path / "a.bin.meta", "wb"), meta.astype(np.int32))
+    assert read_meta(tmp_path / "a.bin")[:, 0].tolist() == offsets.tolist()
+
+
+@pytest.mark.parametrize(("dtype", "code"), [("<i4", 4), ("<u2", 8)])
+@example([[[]], [[0]]])  # offsets alone do not tell the size of an id here
+@given(st.lists(st.lists(st.lists(st.integers(0, 65535), max_size=9), min_size=1, max_size=3), min_size=1, max_size=30))
+@settings(max_examples=30, deadline=None)
+def test_a_megatron_dataset_has_the_rows_of_the_tokenized_one(tmp_path_factory, dtype, code, documents):
+    folder, again = tmp_path_factory.mktemp("megatron"), tmp_path_factory.mktemp("again")
+    joined = [[token for sequence in document for token in sequence] for document in documents]
+    (folder / "en").mkdir()
+    write_megatron(folder / "en" / "part", documents, dtype, code)
+    index = open_index(folder)
+    assert [index.read(n).tolist() for n in range(len(index))] == [ids for ids in joined if ids]
+    prefix = open_index(folder / "en" / "part")  # as Megatron names it
+    assert [prefix.read(n).tolist() for n in range(len(prefix))] == [ids for ids in joined if ids]
+    if index.tokens:
+        writer = TokenWriter(again / "en" / "part.bin")
+        writer.write(np.array([t for ids in joined for t in ids]), [len(ids) for ids in joined])
+        writer.close()
+        ours, theirs = (PackedRows(open_index(root), 8, 65536) for root in (again, folder))
+        for row, other in zip((ours[n] for n in range(len(ours))), (theirs[n] for n in range(len(ours))), strict=True):
+            assert row.tokens.tolist() == other.tokens.tolist() and row.labels.tolist() == other.labels.tolist()
+
+
+def test_a_damaged_megatron_index_is_named(tmp_path):
+    write_megatron(tmp_path / "part", [[[1, 2]], [[3]]], "<i4", 4)
+    content = (tmp_path / "part.idx").read_bytes()
+    for broken, message in (
+        (content[:-1], r"part\.idx is truncated: 2 sequences and 3 borders take 82 bytes, it has 81"),
+        (b"x" + content[1:], r"part\.idx is not the index of a Megatron dataset"),
+        (content[:17] + b"\x07" + content[18:], "ids of type 7"),
+        (content[:-8] + b"\x09" + content[-7:], "borders of its documents"),
+    ):
+        (tmp_path / "part.idx").write_bytes(broken)
+        with pytest.raises(DataError, match=message):
+            TokenFile.open(tmp_path / "part.bin")
+    (tmp_path / "part.idx").write_bytes(content)
+    (tmp_path / "part.bin").write_bytes(b"\x00" * 8)
+    with pytest.raises(DataError, match=r"part\.bin is truncated"):
+        TokenFile.open(tmp_path / "part.bin")

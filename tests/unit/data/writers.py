@@ -1,0 +1,46 @@
+"""Writers of small datasets in every form of tokenized data."""
+
+import json
+import struct
+
+import numpy as np
+from hypothesis import strategies as st
+
+from internevo.data.tokenized.files import TokenWriter
+
+DOCUMENTS = st.lists(st.lists(st.integers(0, 500), min_size=1, max_size=40), min_size=1, max_size=30)
+"""Random token ids of documents."""
+
+
+def write_json(path, documents, dtype=np.int64):
+    """InternEvo's own form."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    meta, offset = [], 0
+    with open(path, "wb") as file:
+        for ids in documents:
+            line = (json.dumps({"tokens": [int(i) for i in ids]}) + "\n").encode()
+            file.write(line)
+            meta.append((offset, len(ids)))
+            offset += len(line)
+    with open(f"{path}.meta", "wb") as file:
+        np.save(file, np.array(meta, dtype=dtype).reshape(-1, 2))
+
+
+def write_binary(path, documents, vocab_size):
+    writer = TokenWriter(path, vocab_size)
+    for ids in documents:
+        writer.write(np.array(ids), [len(ids)])
+    writer.close()
+
+
+def write_megatron(path, documents, dtype, code):
+    """As Megatron-LM's IndexedDatasetBuilder does; a document may have several sequences."""
+    lengths = [len(sequence) for document in documents for sequence in document]
+    flat = [token for document in documents for sequence in document for token in sequence]
+    path.with_suffix(".bin").write_bytes(np.array(flat, dtype).tobytes())
+    offsets = np.cumsum([0, *lengths])[:-1] * np.dtype(dtype).itemsize
+    borders = np.cumsum([0, *map(len, documents)])
+    with open(path.with_suffix(".idx"), "wb") as file:
+        file.write(b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, code, len(lengths), len(borders)))
+        for array, kind in ((lengths, "<i4"), (offsets, "<i8"), (borders, "<i8")):
+            file.write(np.array(array, kind).tobytes())

@@ -1,0 +1,76 @@
+"""A stage is a part of a model under the same names, and stages one after another are the model."""
+
+import re
+
+import pytest
+import torch
+from torch import Tensor
+
+from internevo.models.config import DecoderConfig, Rope, Stage
+from internevo.models.decoder import Decoder
+from internevo.models.losses import Loss
+
+SPLITS = {
+    "two": [Stage(range(2), heads=False), Stage(range(2, 4), embeds=False)],
+    "three, the middle bare": [
+        Stage(range(1), heads=False), Stage(range(1, 3), embeds=False, heads=False), Stage(range(3, 4), embeds=False),
+    ],
+    "ends by themselves": [
+        Stage(range(0), heads=False), Stage(range(4), embeds=False, heads=False), Stage(range(4, 4), embeds=False),
+    ],
+}  # fmt: skip
+
+
+def config_of(tied: bool, rope: Rope | None) -> DecoderConfig:
+    return DecoderConfig(
+        "LLAMA2", 97, 32, 48, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=8, tie_embeddings=tied, rope=rope
+    )
+
+
+@pytest.mark.parametrize("name", SPLITS)
+@pytest.mark.parametrize(("tied", "rope"), [(False, Rope()), (True, Rope()), (False, None)])
+def test_stages_one_after_another_are_the_model(name: str, tied: bool, rope: Rope | None) -> None:
+    """Loss and gradients; packed documents; a tied embedding's gradient comes in two parts."""
+    torch.manual_seed(0)
+    config = config_of(tied, rope)
+    whole = Decoder(config)
+    for parameter in whole.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    stages = [Decoder(config, stage) for stage in SPLITS[name]]
+    weights = dict(whole.named_parameters())
+    for stage in stages:
+        stage.load_state_dict({key: weights[key].detach() for key, _ in stage.named_parameters()}, strict=not tied)
+    tokens = torch.randint(0, 97, (1, 40))
+    labels = tokens.roll(-1, dims=1)
+    borders = torch.tensor([0, 13, 13 + 20, 40], dtype=torch.int32)
+    expected = whole(tokens, cu_seqlens=borders, labels=labels)
+    expected.total.backward()
+
+    hidden: Tensor | Loss | None = None
+    for stage in stages:
+        hidden = stage(tokens, cu_seqlens=borders, labels=labels, hidden=hidden)
+    assert isinstance(hidden, Loss)
+    hidden.total.backward()
+    torch.testing.assert_close(hidden.losses, expected.losses)
+    gradients: dict[str, Tensor] = {}
+    for stage in stages:
+        for key, parameter in stage.named_parameters():
+            assert parameter.grad is not None, key
+            gradients[key] = gradients.get(key, 0) + parameter.grad
+    assert gradients.keys() == weights.keys()
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(gradient, weights[key].grad, msg=key)
+
+
+def test_a_stage_has_only_its_own_parameters() -> None:
+    config = config_of(False, Rope())
+    first, last = (
+        {re.sub(r"^(layers\.\d+|\w+).*", r"\1", key) for key, _ in Decoder(config, stage).named_parameters()}
+        for stage in SPLITS["two"]
+    )
+    assert first == {"embed", "layers.0", "layers.1"} and last == {"layers.2", "layers.3", "norm", "head"}
+
+
+def test_a_stage_that_does_not_embed_insists_on_its_input() -> None:
+    with pytest.raises(AssertionError, match="residual stream"):
+        Decoder(config_of(False, Rope()), Stage(range(2, 4), embeds=False))(torch.zeros(1, 3, dtype=torch.long))

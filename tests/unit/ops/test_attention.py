@@ -1,0 +1,33 @@
+"""Attention with windows and ALiBi against its definition: packed, in rows, and after a cache."""
+
+import itertools
+
+import pytest
+import torch
+
+from internevo import ops
+from tests.references import assert_close_to_scale, plain_attention
+
+
+@pytest.mark.parametrize("window", [0, 1, 7, 300])
+@pytest.mark.parametrize("alibi", [False, True])
+def test_attention_with_windows_and_alibi_equals_the_definition(window, alibi):
+    torch.manual_seed(window)
+    sizes = [5, 0, 400, 1, 194]  # longer than a block of queries, and not a multiple of anything
+    borders = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)
+    slopes = torch.tensor([0.5, 0.25, 0.1, 0.01]) if alibi else None
+    q, k, v = (torch.randn(1, 600, heads, 8, requires_grad=True) for heads in (4, 2, 2))
+    out = ops.attention(q, k, v, borders, 512, window=window, slopes_H=slopes)
+    wanted = plain_attention(q, k, v, borders.tolist(), window, slopes)
+    assert_close_to_scale(out, wanted)
+    direction = torch.randn_like(out)
+    for mine, reference in zip(*(torch.autograd.grad(y, (q, k, v), direction) for y in (out, wanted)), strict=True):
+        assert_close_to_scale(mine, reference, 1e-4)
+    # Whole rows, and the last tokens behind a cache.
+    halves = [x.detach().view(2, 300, -1, 8) for x in (q, k, v)]
+    rows = ops.attention(*halves, window=window, slopes_H=slopes)
+    for row in range(2):
+        wanted = plain_attention(*(x[row : row + 1] for x in halves), [0, 300], window, slopes)
+        assert (rows[row] - wanted[0]).abs().max() < 1e-5
+    last = ops.attention(halves[0][:, -3:], *halves[1:], window=window, slopes_H=slopes)
+    assert (last - rows[:, -3:]).abs().max() < 1e-5

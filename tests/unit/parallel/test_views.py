@@ -1,0 +1,111 @@
+"""Views: arithmetic over ranks, and the process groups that are made from it."""
+
+import itertools
+import time
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from internevo.parallel.layout import Layout, Meshes
+from internevo.parallel.views import Groups, View
+from internevo.parallel.world import World
+from tests.pool import Pool
+
+SIZES = st.lists(st.integers(1, 4), min_size=1, max_size=5)
+
+
+def view_of(sizes: list[int]) -> View:
+    return View({f"axis{n}": size for n, size in enumerate(sizes)})
+
+
+@given(SIZES)
+def test_every_axis_cuts_the_world_into_groups_of_its_size(sizes: list[int]) -> None:
+    view = view_of(sizes)
+    for axis, size in view.axes.items():
+        groups = view.groups(axis)
+        assert sorted(itertools.chain(*groups)) == list(range(view.world))
+        assert {len(group) for group in groups} == {size}
+
+
+@given(SIZES)
+def test_the_ranks_of_a_group_differ_in_its_axis_alone(sizes: list[int]) -> None:
+    view = view_of(sizes)
+    for axis in view.axes:
+        for group in view.groups(axis):
+            places = [view.coordinate(rank) for rank in group]
+            assert [place.pop(axis) for place in places] == list(range(len(group)))
+            assert all(place == places[0] for place in places)
+
+
+@given(SIZES)
+def test_no_two_ranks_have_the_same_coordinate(sizes: list[int]) -> None:
+    view = view_of(sizes)
+    places = {tuple(view.coordinate(rank).values()) for rank in range(view.world)}
+    assert len(places) == view.world and places == set(itertools.product(*(range(size) for size in sizes)))
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> Layout:
+    """Of every kind, experts over ranks included."""
+    mode = draw(st.sampled_from(["mtp", "msp", "fsp", "isp"]))
+    stage, tensor, weight = (draw(st.sampled_from([1, 2, 4])) for _ in range(3))
+    weight = weight if mode == "isp" else 1
+    inner = weight if mode == "isp" else tensor
+    expert, expert_inner = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 2]))
+    per_stage = max(tensor, weight, expert * expert_inner) * draw(st.sampled_from([4, 8]))
+    zero = draw(st.sampled_from([n for n in (1, 2, 4) if per_stage // inner % n == 0]))
+    expert_zero = draw(st.sampled_from([n for n in (1, 2) if per_stage // (expert * expert_inner) % n == 0]))
+    copies = draw(st.sampled_from([1, 2])) if mode != "isp" and tensor > 1 else 1
+    return Layout(stage * per_stage, tensor, mode, weight, stage, zero, False, copies, expert, expert_inner, expert_zero)
+
+
+@given(layouts())
+def test_three_views_cut_the_same_world(layout: Layout) -> None:
+    for view in (layout.activations, layout.weights, layout.experts, layout.kv_weights):
+        assert view.world == layout.world
+        # The stage is the slowest axis of each: no group of another axis leaves its stage.
+        assert view.groups("stage") == layout.weights.groups("stage")
+    assert layout.data * layout.tensor == layout.replicate * layout.zero * layout.inner == layout.world // layout.pipeline
+    for group in layout.activations.groups("tensor"):
+        assert len({layout.data_rank(rank) for rank in group}) == 1, "a tensor group has the same rows"
+
+
+@given(layouts())
+def test_the_named_groups_are_those_of_the_views(layout: Layout) -> None:
+    for axis, groups in layout.groups().items():
+        assert sorted(itertools.chain(*groups)) == list(range(layout.world)), axis
+        assert all(layout.axis_of("all-reduce", group) in layout.groups() for group in groups)
+    assert layout.axis_of("all-reduce", list(range(layout.world))) in {*layout.groups(), "world"}
+
+
+def test_the_groups_of_a_thousand_ranks_are_arithmetic() -> None:
+    layout = Layout(1024, 8, "isp", 16, 8, 8, False, 1, 8, 2, 4)
+    begin = time.process_time()
+    groups = layout.groups()
+    assert groups["weight"][0] == list(range(16)) and groups["pipeline"][0] == list(range(0, 1024, 128))
+    assert time.process_time() - begin < 10  # seconds, where a loop over pairs of ranks would take minutes
+
+
+def _made(world: World, layout: Layout) -> dict[str, Any]:
+    import torch.distributed as dist
+
+    meshes = Meshes.of(layout, world.device.type)
+    found: dict[str, Any] = {}
+    views = {"weights": layout.weights, "activations": layout.activations, "experts": layout.experts}
+    for name, view in views.items():
+        mesh = getattr(meshes, name)
+        for axis in view.axes:
+            mine = next(group for group in view.groups(axis) if world.rank in group)
+            assert dist.get_process_group_ranks(mesh.get_group(axis)) == mine
+            assert mesh.get_local_rank(axis) == view.coordinate(world.rank)[axis]
+        found[name] = tuple(mesh.shape)
+    groups = Groups()
+    first, again = (groups.get(layout.activations.groups("tensor")) for _ in range(2))
+    assert first is again and len(groups) <= 1
+    return found
+
+
+def test_meshes_have_the_groups_of_their_views(pool: Pool) -> None:
+    layout = Layout(4, 2, "mtp", 1, 1, 2, False, 1, 2, 1, 2)
+    assert pool.run(_made, 4, layout) == [{"weights": (1, 1, 2, 2), "activations": (1, 2, 2), "experts": (1, 1, 2, 2, 1)}] * 4

@@ -1,0 +1,59 @@
+"""What is written as JSON is JSON to a strict reader."""
+
+import ast
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+import internevo
+from internevo.observe.metrics import JsonLines
+from internevo.observe.record import StepRecord, ValidRecord
+from internevo.storage.jsonfile import to_json, write_json
+from tests.strict_json import strict
+
+
+def test_what_json_does_not_have_becomes_null_however_deep_it_lies(tmp_path):
+    values = {"a": [1, math.nan, {"b": (math.inf, 2.5)}], "c": {"d": {"e": -math.inf}}, "f": "NaN", "g": True, "h": None}
+    wanted = {"a": [1, None, {"b": [None, 2.5]}], "c": {"d": {"e": None}}, "f": "NaN", "g": True, "h": None}
+    assert strict(to_json(values)) == wanted
+    write_json(tmp_path / "a.json", values, indent=1)
+    assert strict((tmp_path / "a.json").read_text()) == wanted
+
+
+def test_rows_of_metrics_are_strict_also_those_of_earlier_runs(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "moe": {"entropy": NaN, "load": [0.5, Infinity]}}\n')
+    rows = JsonLines(path, last_step=1)
+    bad = math.nan
+    step = StepRecord(
+        step=2, loss=bad, grad_norm=math.inf, lr=0.1, tokens=1, consumed_tokens=1, tgs=1.0, tflops=1.0, mfu=None, step_time=1.0,
+        data_time=0.0, memory_peak=1, memory_peak_max=1, skipped=True, time=1.0, loss_by_type={"en": bad},
+        moe={"load": [0.5, bad], "entropy": bad},
+    )  # fmt: skip
+    rows.write(step.to_dict())
+    rows.write(ValidRecord(2, bad, math.inf, 1.0, {"en": bad}, {"en": math.inf}).to_dict())
+    rows.close()
+    first, train, valid = map(strict, path.read_text().splitlines())
+    assert first["moe"] == {"entropy": None, "load": [0.5, None]}
+    assert train["loss"] is None
+    assert train["loss_by_type"] == {"en": None}
+    assert train["moe"] == {"load": [0.5, None], "entropy": None}
+    assert valid["valid_loss"] is None
+    assert valid["valid_ppl_by_type"] == {"en": None}
+
+
+@pytest.mark.parametrize("room", ["checkpoint", "measure", "observe", "train"])
+def test_files_of_a_run_are_written_by_the_strict_writer_alone(room):
+    for path in (Path(internevo.__file__).parent / room).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "json":
+                assert node.attr not in ("dump", "dumps"), f"{path.name}: storage.jsonfile writes JSON"
+
+
+def test_the_strict_reader_is_strict():
+    for text in ("NaN", '{"a": Infinity}', "[-Infinity]"):
+        assert json.loads(text) is not None
+        with pytest.raises(ValueError, match="not JSON"):
+            strict(text)
