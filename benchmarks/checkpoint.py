@@ -11,6 +11,7 @@ from pathlib import Path
 from ours import SHAPES, build
 
 from internevo.checkpoint.saver import Extras, Saver
+from internevo.parallel import gloo
 from internevo.parallel.world import World, join
 
 
@@ -18,7 +19,7 @@ def measure(world: World, shape: dict[str, int], rounds: int, folder: Path) -> t
     """GB of the weights and moments; median seconds of a copy, of the wait, and until everything is written."""
     parts = build(world, shape, "float32", 1)
     tensors = parts.tensors()
-    saver = Saver(folder, parts.config.ckpt, world.rank, {})
+    saver = Saver(folder, parts.config.ckpt, world.rank, {}, gloo.new_group())
     copies, waits, wholes = [], [], []
     for number in range(rounds + 1):  # the first one is not counted
         begin = time.perf_counter()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
@@ -186,7 +187,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
-    sys.exit(_run(arguments, debug))
+    _exit(_run(arguments, debug))
 
 
 def _run(arguments: list[str], debug: bool) -> int:
@@ -206,6 +207,17 @@ def _run(arguments: list[str], debug: bool) -> int:
         else:
             print(f"error: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
         return error.exit_code if isinstance(error, InternEvoError) else 1
+
+
+def _exit(code: int) -> NoReturn:
+    """Ends the process. A run that has failed still has its process groups (``world.join``); Python would wait for their
+    threads, and those may wait for other ranks for ever."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def train_py() -> None:
@@ -231,4 +243,4 @@ def train_py() -> None:
 
         raise typer.Exit(start_(a.config, overrides, None, port=a.port, launcher=a.launcher))
 
-    sys.exit(_run(["train.py"], a.debug))
+    _exit(_run(["train.py"], a.debug))

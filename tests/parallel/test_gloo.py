@@ -9,9 +9,11 @@ from tests.pool import Pool
 
 
 def gather_often(world: World) -> int:
+    group = dist.group.WORLD
+    assert group is not None
     mine = torch.full((8,), float(world.rank))
     for _ in range(600):
-        coming = [functional.all_gather_single(mine + number, 0, dist.group.WORLD) for number in range(8)]
+        coming = [functional.all_gather_single(mine + number, 0, group) for number in range(8)]
         for number, both in enumerate(coming):
             assert both.tolist() == [number] * 8 + [number + 1.0] * 8
     return world.rank

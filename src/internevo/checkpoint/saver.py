@@ -6,9 +6,10 @@ most a folder that nobody takes for a checkpoint.
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,16 @@ from .folder import CHECKPOINTS, SNAPSHOTS
 from .manifest import NAME, FileEntry, Manifest, TensorEntry
 from .storage import SafetensorsWriter
 
+PATIENCE = 600.0
+"""Seconds that a run which has failed waits for the save under way."""
+
 
 class Saver:
-    """Saves checkpoints of a run, one at a time. Every rank calls every method alike."""
+    """Saves checkpoints of a run, one at a time. Every rank calls every method alike, ``finish`` excepted.
+
+    Two threads use the group: the background thread of a save, and the one that starts the next save. They take turns, in the
+    same order on every rank: a save only starts when the one before has ended here, that is, when all of its collectives have.
+    """
 
     def __init__(
         self,
@@ -36,12 +44,16 @@ class Saver:
         config: Ckpt,
         rank: int,
         layout: dict[str, int],
+        group: dist.ProcessGroup,
         after: Callable[[Path], None] = lambda folder: None,
     ) -> None:
-        """``after`` is called on rank 0, in the background, with each checkpoint that is complete."""
-        self.run, self.config, self.rank, self.layout, self.after = run, config, rank, layout, after
-        # Collectives of the background thread must not meet those of training.
-        self.group = dist.new_group(backend="gloo")
+        """
+        Args:
+            layout: sizes of the axes, for the manifest.
+            group: all ranks, on the CPU, and used for nothing else.
+            after: called on rank 0, in the background, with each checkpoint that is complete.
+        """
+        self.run, self.config, self.rank, self.layout, self.group, self.after = run, config, rank, layout, group, after
         self.pending: Future[Any] | None = None
         self.temporary = run / "none"
         self.snapshots = 0
@@ -81,16 +93,30 @@ class Saver:
             self.wait()
 
     def wait(self) -> None:
-        """Waits for the save under way; raises its error."""
-        pending, self.pending = self.pending, None
-        if pending is None:
+        """Waits for the save under way; raises its error. Ctrl-C ends the waiting, not the save."""
+        if self.pending is None:
             return
-        try:
-            pending.result()
-        except BaseException as error:
+        wait([self.pending])
+        pending, self.pending = self.pending, None
+        error = pending.exception()
+        if error is not None:
             if self.rank == 0:
                 shutil.rmtree(self.temporary, ignore_errors=True)
             raise CheckpointError(f"saving a checkpoint failed; earlier ones are untouched: {_reason(error)}") from error
+
+    def finish(self, patience: float = PATIENCE) -> None:
+        """After the run has failed on this rank: waits for the save under way, which may still become a good checkpoint.
+
+        Not for ever, since the ranks that it needs may be gone; and without an error of its own, since the run has one already.
+        """
+        if self.pending is None:
+            return
+        log = logging.getLogger("internevo")
+        log.info(f"waiting up to {patience:.0f} s for the checkpoint under way")
+        if not wait([self.pending], patience).done:
+            log.warning(f"the checkpoint under way was given up after {patience:.0f} s")
+        elif (error := self.pending.exception()) is not None:
+            log.warning(f"the checkpoint under way failed as well: {_reason(error)}")
 
     def _retain(self) -> None:
         """Deletes checkpoints that ``keep_last`` and ``keep_every`` do not keep, on rank 0 after a new one is complete."""

@@ -8,12 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from ..train.stop import SIGNALS
+
 PARENT = "INTERNEVO_PARENT"
-GRACE = 15.0
-"""Seconds that the other processes have to end by themselves when one has failed."""
+GRACE = 60.0
+"""Seconds that the other processes have to end by themselves when one has failed: a checkpoint may be under way."""
 
 
 def already_launched() -> bool:
@@ -54,24 +58,34 @@ def launch(arguments: list[str], processes: int, log: Path) -> int:
     log.mkdir(parents=True, exist_ok=True)
     errors = [log / f"rank-{rank:05d}.stderr" for rank in range(processes)]
     children = []
-    for rank in range(processes):
-        with open(errors[rank], "w") as stderr:
-            children.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "internevo", *arguments],
-                    stderr=stderr,
-                    stdin=subprocess.DEVNULL,
-                    env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+    with _signals_held():
+        for rank in range(processes):
+            with open(errors[rank], "w") as stderr:
+                children.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "internevo", *arguments],
+                        stderr=stderr,
+                        stdin=subprocess.DEVNULL,
+                        env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    )
                 )
-            )
-    _forward_signals(children)
-    failed = _wait(children)
+        _forward_signals(children)
+    failed = _wait(children, lambda rank: print(_failure(rank, children[rank], errors[rank], processes), file=sys.stderr))
     if failed is None:
         return 0
-    print(f"rank {failed} of {processes} failed:", file=sys.stderr)
-    print(errors[failed].read_text(errors="replace").rstrip()[-4000:], file=sys.stderr)
     code = children[failed].returncode
     return code if code > 0 else 1
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """A request to stop waits until all processes are there: none is left without it. They start with it blocked as well, until
+    they listen (``StopRequests``): none is killed by it."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _forward_signals(children: list[subprocess.Popen[bytes]]) -> None:
@@ -88,24 +102,37 @@ def _forward_signals(children: list[subprocess.Popen[bytes]]) -> None:
         if len(interrupts) > 1:
             forward(signal.SIGKILL, None)
 
-    signal.signal(signal.SIGTERM, forward)
-    signal.signal(signal.SIGUSR1, forward)
+    for number in SIGNALS:
+        signal.signal(number, forward)
     signal.signal(signal.SIGINT, interrupt)
 
 
-def _wait(children: list[subprocess.Popen[bytes]]) -> int | None:
-    """Waits for all. Returns the rank that failed first, after ending those that wait for it in vain."""
+def _wait(children: list[subprocess.Popen[bytes]], tell: Callable[[int], None]) -> int | None:
+    """Waits for all. Returns the rank that failed first, after ending those that wait for it in vain; ``tell`` has been called
+    with it as soon as it had failed."""
     failed, deadline = None, float("inf")
-    while any(child.poll() is None for child in children):
-        time.sleep(0.05)
-        if failed is None:
-            failed = next((rank for rank, child in enumerate(children) if child.poll() not in (None, 0)), None)
-            deadline = time.monotonic() + GRACE if failed is not None else deadline
+    while True:
+        codes = [child.poll() for child in children]
+        if failed is None and any(codes):
+            failed = next(rank for rank, code in enumerate(codes) if code)
+            tell(failed)
+            deadline = time.monotonic() + GRACE
+        if None not in codes:
+            return failed
         if time.monotonic() > deadline:
             for child in children:
                 if child.poll() is None:
                     child.kill()
-    return failed if failed is not None else next((r for r, c in enumerate(children) if c.returncode), None)
+        time.sleep(0.05)
+
+
+def _failure(rank: int, child: subprocess.Popen[bytes], errors: Path, processes: int) -> str:
+    """What there is to say about a rank that has failed."""
+    text = errors.read_text(errors="replace").rstrip()[-4000:]
+    if child.returncode < 0:
+        text += f"\nkilled by {signal.Signals(-child.returncode).name}"
+        text += " (out of memory?)" if child.returncode == -signal.SIGKILL else ""
+    return f"rank {rank} of {processes} failed:\n{text.strip()}"
 
 
 def die_with_parent() -> None:

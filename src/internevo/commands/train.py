@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
 from pathlib import Path
@@ -35,15 +36,18 @@ def _train_here(config: Config, port: int, launcher: str | None) -> int:
     from ..parallel.world import find_place, join
     from ..train.stop import StopRequests
     from ..train.trainer import Trainer
+    from ..train.watchdog import Watchdog
 
     die_with_parent()
+    if already_launched():
+        faulthandler.enable()  # a crash, or an abort from outside, shows where every thread was
     place = find_place(os.environ, port, launcher)
     check(config, place.size)
     if place.rank == 0 and "INTERNEVO_PARENT" not in os.environ:
         _say(config)
     stops = StopRequests()
-    with stops.listening(), join(port, launcher) as world:
-        Trainer(config, world, stops).fit()
+    with stops.listening(), join(port, launcher) as world, Watchdog(world, config.monitor.timeout) as watchdog:
+        Trainer(config, world, stops, watchdog).fit()
     return 0
 
 

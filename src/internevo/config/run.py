@@ -102,6 +102,13 @@ class Monitor(Section):
     peak_tflops: float | None = option(
         None, "Peak of one device for the model's dtype, for MFU; by default known GPUs'.", unit="TFLOPS", gt=0
     )
+    timeout: float = option(
+        300.0,
+        "Longest that a step may take, the first excepted: then the run ends, and says which rank it waits for. Steps that are "
+        "slow by nature are allowed five times the slowest before. 0: no limit.",
+        unit="seconds",
+        ge=0,
+    )
     memory: bool = option(
         False, "Measure the memory of the run's first step beside the formula's: a table on the console, and memory.json."
     )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import queue
+import signal
 import threading
 from collections.abc import Generator, Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+PATIENCE = 90.0
+"""Seconds that a thread has to stop: more than the exchange of a stream waits for ranks that do not answer."""
 
 
 class _End:
@@ -24,6 +27,8 @@ class Ahead(Generic[T], Iterator[T]):
         self._thread.start()
 
     def _work(self, items: Generator[T, None, None]) -> None:
+        # What asks a run to stop may be sent to all of its processes: those that this thread starts must not die of it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGUSR1))
         try:
             for item in items:
                 self._put(item)
@@ -52,6 +57,7 @@ class Ahead(Generic[T], Iterator[T]):
         return item
 
     def close(self) -> None:
-        """Stops the thread and waits for it; what was made is dropped."""
+        """Stops the thread and waits for it; what was made is dropped. A thread that waits for other ranks, when this one has
+        failed and they wait for it, is left alone after a while: it ends with the process."""
         self._stopped.set()
-        self._thread.join()
+        self._thread.join(PATIENCE)

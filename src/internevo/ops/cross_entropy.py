@@ -10,6 +10,7 @@ Shapes: T tokens, D hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -68,14 +69,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk = chunk_tokens(hidden.shape[0], weight.shape[0], hidden.device.type)
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
-            losses[part], grad_logits = _softmax(hidden[part] @ weight.t(), labels[part], smoothing, shard)
+            softmax = _compiled_softmax() if hidden.is_cuda and shard is None else _softmax
+            losses[part], grad_logits = softmax(hidden[part] @ weight.t(), labels[part], smoothing, shard)
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[part])
             if grad_weight is not None:
-                # Block by block, so that each product is added while it is in the cache.
-                for block in range(0, weight.shape[0], BLOCK):
-                    rows = slice(block, block + BLOCK)
-                    grad_weight[rows] += grad_logits[:, rows].t() @ hidden[part]
+                _add_product(grad_weight, grad_logits, hidden[part])
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         ctx.save_for_backward(*(g for g in (grad_hidden, grad_weight) if g is not None))
@@ -88,6 +87,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         saved = iter(ctx.saved_tensors)
         grads = [next(saved) if wanted else None for wanted in ctx.wants]
         return (*(g if g is None else g.mul_(grad_sum.to(g.dtype)) for g in grads), None, None, None)
+
+
+def _add_product(total_VD: Tensor, grad_TV: Tensor, hidden_TD: Tensor) -> None:
+    """total += grad^T hidden, summed in fp32."""
+    if total_VD.is_cuda and hidden_TD.dtype != torch.float32:
+        total_VD += torch.mm(grad_TV.t(), hidden_TD, out_dtype=torch.float32)
+        return
+    # On a CPU block by block, so that each product is added while it is in the cache.
+    block = BLOCK if not total_VD.is_cuda else total_VD.shape[0]
+    for first in range(0, total_VD.shape[0], block):
+        rows = slice(first, first + block)
+        total_VD[rows] += grad_TV[:, rows].t() @ hidden_TD
+
+
+@cache
+def _compiled_softmax() -> Callable[..., tuple[Tensor, Tensor]]:
+    """Two passes over the logits instead of ten."""
+    return torch.compile(_softmax, dynamic=False)
 
 
 def _softmax(logits: Tensor, labels: Tensor, smoothing: float, shard: VocabShard | None) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""gloo with one thread per group, for runs on CPUs.
+"""gloo with one thread per group: for runs on CPUs, and for what goes on beside training on GPUs as well.
 
 PyTorch 2.13 gives a gloo group two threads. When two collectives end at once, both threads write the name of the last one
 into the same ``std::string`` (``ProcessGroupGloo::runLoop``, ``lastCompletedWorkName``) without a lock. A name of more than 15
@@ -18,12 +18,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 BACKEND = "gloo_one_thread"
+BACKGROUND = timedelta(hours=2)
+"""Time-out of what goes on beside training: a checkpoint is written and exported, or documents are tokenized, meanwhile."""
 
 
 def register() -> str:
     """Makes the backend known to PyTorch; its name."""
-    dist.Backend.register_backend(BACKEND, _create, devices=["cpu"])
+    # As PyTorch's gloo: a group that was asked for while the run's own is bound to a GPU must have a backend for GPUs.
+    dist.Backend.register_backend(BACKEND, _create, devices=["cpu", "cuda"])
     return BACKEND
+
+
+def new_group(timeout: timedelta = BACKGROUND) -> dist.ProcessGroup:
+    """A group of all ranks for a thread beside training, whose collectives must not meet those of training.
+
+    Every rank must call it. While a collective is under way, the group cannot be freed: see ``world.join``.
+    """
+    group = dist.new_group(timeout=timeout, backend=register())
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def _create(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroupGloo:

@@ -17,6 +17,11 @@ from ..errors import UsageError
 from . import gloo
 
 TIMEOUT = timedelta(minutes=30)
+"""Of every collective of training: the first ones come after loading, compiling and connecting. A later one that waits for a
+rank which does not come is ended sooner, by ``train.watchdog``."""
+
+LOST = re.compile(r"gloo/transport/|Operation timed out|NCCL")
+"""In the message of a collective that failed."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,8 @@ class World:
     size: int
     local_rank: int
     device: torch.device
+    store: dist.Store
+    """Where the processes of the run find each other: keys and values that all of them can read and write."""
 
 
 @dataclass(frozen=True)
@@ -79,20 +86,46 @@ def ranks_here(env: Mapping[str, str]) -> int:
 
 @contextmanager
 def join(port: int = 8888, launcher: str | None = None) -> Iterator[World]:
-    """Joins the run's process group, and leaves it at the end. NCCL on GPUs, gloo elsewhere."""
+    """Joins the run's process group, and leaves it at the end. NCCL on GPUs, gloo elsewhere.
+
+    After an error the groups stay: one whose collective is under way cannot be freed before that ends, and the other ranks may
+    never come to it. Such a process must end without freeing anything, as ``cli.main`` ends it.
+    """
     place = find_place(os.environ, port, launcher)
     device = pick_device(place.local_rank)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else gloo.register()
+    on_cpu = gloo.register()
     if device.type == "cpu" and place.size > 1 and _is_local(os.environ):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    if place.address is None:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
-    else:
-        dist.init_process_group(backend, place.address, rank=place.rank, world_size=place.size, timeout=TIMEOUT)
+    store = _store(place)
+    dist.init_process_group(
+        f"cpu:{on_cpu},cuda:nccl" if device.type == "cuda" else on_cpu,
+        store=dist.PrefixStore("groups", store),
+        rank=place.rank,
+        world_size=place.size,
+        timeout=TIMEOUT,
+        device_id=device if device.type == "cuda" else None,
+    )
     try:
-        yield World(place.rank, place.size, place.local_rank, device)
-    finally:
-        dist.destroy_process_group()
+        yield World(place.rank, place.size, place.local_rank, device, store)
+    except Exception:
+        if place.size == 1:
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def _store(place: Place) -> dist.Store:
+    if place.address is None:
+        return dist.HashStore()
+    store, _, _ = next(dist.rendezvous(place.address, place.rank, place.size, timeout=TIMEOUT))
+    store.set_timeout(TIMEOUT)
+    assert isinstance(store, dist.Store)
+    return store
+
+
+def lost_another(error: BaseException) -> bool:
+    """Whether a collective has failed here because another rank is gone or does not come to it."""
+    return isinstance(error, dist.DistError) or bool(LOST.search(str(error)))
 
 
 def _is_local(env: Mapping[str, str]) -> bool:

@@ -22,7 +22,7 @@ from ..models.config import DecoderConfig
 from ..models.decoder import Decoder
 from ..models.families.registry import decoder_config
 from ..models.losses import LossTerms
-from ..parallel import plan
+from ..parallel import gloo, plan
 from ..parallel.data_axis import DataAxis
 from ..parallel.layout import Layout
 from ..parallel.schedule import Schedule
@@ -104,7 +104,7 @@ def _open_data(config: Config, world: World) -> tuple[Source, Rows | None]:
 
 def _exchange(world: World) -> Exchange:
     """Over all ranks, whatever they are to each other: each tokenizes a share of a stream."""
-    return Exchange(dist.new_group(backend="gloo") if world.size > 1 else None)
+    return Exchange(gloo.new_group() if world.size > 1 else None)
 
 
 def _terms(loss: LossSection) -> LossTerms:

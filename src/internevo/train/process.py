@@ -1,8 +1,9 @@
-"""How this process is set up for training: its memory allocator and PyTorch's switches."""
+"""How this process is set up for training: its memory allocator, its garbage collector and PyTorch's switches."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
 
 import torch
@@ -36,3 +37,36 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, KEPT)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+class GarbageCollector:
+    """Python's garbage collector, at the same steps on every rank.
+
+    Left alone it runs when a rank has made enough objects: at another moment on each, and all others wait for that rank in
+    their next collective. What is there after the first step (the model, compiled code) stays, and is not looked at again.
+    """
+
+    EVERY = 50
+
+    def __init__(self) -> None:
+        self.held = False
+
+    def after_step(self, step: int) -> None:
+        """Takes over after the first step; from then on collects every ``EVERY`` steps."""
+        if not self.held:
+            self.held = True
+            gc.collect()
+            gc.freeze()
+            gc.disable()
+        elif step % self.EVERY == 0:
+            gc.collect()
+
+    def collect(self) -> None:
+        """After work between steps, in which all ranks take part."""
+        gc.collect()
+
+    def release(self) -> None:
+        """Python collects by itself again."""
+        if self.held:
+            gc.unfreeze()
+            gc.enable()

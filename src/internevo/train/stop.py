@@ -10,12 +10,16 @@ from pathlib import Path
 from ..observe.console import log
 from .shared import Shared
 
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""With Ctrl-C, what asks a run to stop."""
+
 
 class StopRequests:
     """Collects requests on this rank; all ranks learn of them with the losses of a step, and decide alike."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = ""
+        """Name of the signal that has come."""
         self.file: Path | None = None
 
     def watch(self, file: str) -> None:
@@ -26,29 +30,37 @@ class StopRequests:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Turns the signals into requests. A second Ctrl-C interrupts at once."""
+        """Turns the signals into requests. A second Ctrl-C interrupts at once.
+
+        The launcher starts its processes with SIGTERM and SIGUSR1 blocked: one that comes before they listen, or when they have
+        stopped listening, waits instead of killing some of them.
+        """
 
         def ask(number: int, _frame: object) -> None:
-            log.info(f"{signal.Signals(number).name}: this step is finished and saved, then the run stops")
-            self.asked = True
+            # Nothing else here: the main thread may be anywhere, also in the middle of a line of the log.
+            self.asked = signal.Signals(number).name
             if number == signal.SIGINT:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-        old = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+        old = {number: signal.signal(number, ask) for number in (*SIGNALS, signal.SIGINT)}
+        mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         try:
             yield
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             for number, handler in old.items():
                 signal.signal(number, handler)
 
     def requests(self) -> tuple[float, float]:
         """This rank's: 1 when it was asked by a signal, and the number in the stop file; to be summed over all ranks."""
-        return float(self.asked), self._read()
+        return float(bool(self.asked)), self._read()
 
     def decide(self, step: int, shared: Shared) -> tuple[bool, bool]:
         """(stop, save) after ``step``, from the sums over all ranks."""
         at = int(shared.stop_at)
         stop = shared.stop_asked > 0 or 0 < at <= step
+        if stop and self.asked:
+            log.info(f"{self.asked}: the run stops after step {step}")
         return stop, stop or (at < 0 and -at == step)
 
     def _read(self) -> float:

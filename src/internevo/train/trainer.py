@@ -21,23 +21,25 @@ from ..observe.console import log, start_log
 from ..observe.observers import Observers
 from ..observe.record import StepRecord, ValidRecord, memory_peak, peak_tflops
 from ..ops.precision import COMPUTE, is_slow
+from ..parallel import gloo
 from ..parallel.layout import Layout
 from ..parallel.world import World
 from ..text.tokenizer import Tokenizer
 from .lr_schedule import beta2, learning_rate
 from .parts import Parts
-from .process import prepare
+from .process import GarbageCollector, prepare
 from .restore import restore
 from .shared import Shared
 from .step import Stepper, StepResult, evaluate, formulas
 from .stop import StopRequests
+from .watchdog import Watchdog
 
 
 class Trainer:
     """A run on this rank."""
 
-    def __init__(self, config: Config, world: World, stops: StopRequests) -> None:
-        self.config, self.world, self.stops = config, world, stops
+    def __init__(self, config: Config, world: World, stops: StopRequests, watchdog: Watchdog) -> None:
+        self.config, self.world, self.stops, self.watchdog = config, world, stops, watchdog
         self.run = config.run_folder
         start_log(self.run / "log", world.rank, config.monitor.alert.alert_file_path)
         prepare(config, world.device)
@@ -51,7 +53,9 @@ class Trainer:
         self.tokenizer = _sample_tokenizer(config)
         self.exporter = Exporter(self.run, COMPUTE[config.model.dtype], log.warning)
         after = self.exporter if config.ckpt.enable_internevo2hf_ckpt else lambda folder: None
-        self.saver = Saver(self.run, config.ckpt, world.rank, _sizes(self.parts.layout), after=after)
+        self.saver = Saver(self.run, config.ckpt, world.rank, _sizes(self.parts.layout), gloo.new_group(), after)
+        watchdog.before_end = self.saver.finish
+        self.garbage = GarbageCollector()
         self.saved_step = self.state.step
         parts = self.parts
         self.probes = Probes(config.monitor, parts.layout, parts.model, parts.tensors(), formulas(parts), self.run, world.rank)
@@ -83,6 +87,7 @@ class Trainer:
                 elif config.ckpt.enable_save_ckpt and _due(step, config.ckpt.oss_snapshot_freq, False):
                     self.saver.snapshot(step, self.parts.tensors(), self.parts.extras())
                 self.saver.check()
+                self.garbage.after_step(step)
                 if stop:
                     break
                 clock = time.perf_counter()
@@ -90,6 +95,7 @@ class Trainer:
                 self._save(self.state.step)  # batches at the very end were skipped
             self.saver.wait()
         finally:
+            self.garbage.release()
             if observers:
                 observers.close()
 
@@ -97,7 +103,7 @@ class Trainer:
         """One step; its record, and whether to stop and to save behind it."""
         config, begin = self.config, time.perf_counter()
         lr = learning_rate(batch.number, config.data.total_steps, config.adam.lr, config.lr_scheduler)
-        with self.probes():
+        with self.probes(), self.watchdog.step(batch.tokens):
             share = partial(self._share, len(batch.bad))
             result = self.stepper(batch, lr, beta2(batch.number, config.adam, config.beta2_scheduler), share)
         self.state.cursor = batch.after

@@ -43,9 +43,14 @@ def test_killed_at_any_moment_the_old_or_the_new_folder_stands(tmp_path, replace
 
 def test_a_failure_leaves_nothing_and_what_was_there_stays(tmp_path):
     make(tmp_path / "out", "old")
-    with pytest.raises(ZeroDivisionError), temporary(tmp_path / "out") as new:
-        (new / "file").write_text("half")
-        raise ZeroDivisionError
+
+    def fail():
+        with temporary(tmp_path / "out") as new:
+            (new / "file").write_text("half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert os.listdir(tmp_path) == ["out"]
     assert (tmp_path / "out" / "file").read_text() == "old"
 

@@ -43,11 +43,12 @@ def test_a_file_that_ends_within_a_tensor_is_named(tmp_path):
 
 
 def test_a_writer_ends_with_an_error_of_its_source(tmp_path):
-    specs = {"a": Spec((50,), torch.float32)}
-    with (
-        pytest.raises(ZeroDivisionError),
-        ShardWriter(tmp_path, specs, 10**9, lambda number, count: "out.safetensors") as writer,
-    ):
-        writer.add(torch.randn(5))
-        raise ZeroDivisionError
+    def fail():
+        specs = {"a": Spec((50,), torch.float32)}
+        with ShardWriter(tmp_path, specs, 10**9, lambda number, count: "out.safetensors") as writer:
+            writer.add(torch.randn(5))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert "writer" not in [thread.name for thread in threading.enumerate()]

@@ -22,9 +22,14 @@ schedules = st.builds(
 )
 
 
+def total_of(schedule: LrScheduler) -> int:
+    assert schedule.total_steps is not None
+    return schedule.total_steps
+
+
 def warm_up(schedule: LrScheduler) -> int:
     """Steps of warm-up."""
-    return int(schedule.total_steps * schedule.warmup_ratio)
+    return int(total_of(schedule) * schedule.warmup_ratio)
 
 
 def rates_of(schedule: LrScheduler, peak: float, batches: int) -> list[float]:
@@ -35,7 +40,7 @@ def steps_of(scheduler: LRScheduler, count: int) -> list[float]:
     """What one of PyTorch's schedulers gives in ``count`` steps."""
     found = []
     for _ in range(count):
-        found.append(scheduler.get_last_lr()[0])
+        found.append(float(scheduler.get_last_lr()[0]))
         scheduler.optimizer.step()
         scheduler.step()
     return found
@@ -46,7 +51,7 @@ def test_it_is_pytorchs_linear_warm_up_and_then_its_cosine(schedule: LrScheduler
     def optimizer() -> torch.optim.Optimizer:
         return torch.optim.SGD([torch.zeros(1)], lr=peak)
 
-    total, first = schedule.total_steps, schedule.init_steps
+    total, first = total_of(schedule), schedule.init_steps
     wanted, steps = [0.0] * first, warm_up(schedule)
     if steps == 1:
         wanted += [peak]  # nothing to interpolate, which LinearLR divides by
@@ -62,7 +67,7 @@ def test_it_is_pytorchs_linear_warm_up_and_then_its_cosine(schedule: LrScheduler
 def test_it_is_0_first_then_rises_to_the_peak_then_falls_to_eta_min_and_stays_there(schedule: LrScheduler, peak: float) -> None:
     first = schedule.init_steps
     top = first + warm_up(schedule)
-    end = max(schedule.total_steps, top + 1)
+    end = max(total_of(schedule), top + 1)
     found = rates_of(schedule, peak, end + 5)
     assert found[:first] == [0.0] * first
     rising = found[first:top]
@@ -77,7 +82,7 @@ def test_it_is_0_first_then_rises_to_the_peak_then_falls_to_eta_min_and_stays_th
 @given(schedule=schedules, peak=rates, batch=st.integers(0, 400))
 def test_without_total_steps_of_its_own_it_ends_with_the_data(schedule: LrScheduler, peak: float, batch: int) -> None:
     unnamed = schedule.model_copy(update={"total_steps": None})
-    assert learning_rate(batch, schedule.total_steps, peak, unnamed) == learning_rate(batch, 10**6, peak, schedule)
+    assert learning_rate(batch, total_of(schedule), peak, unnamed) == learning_rate(batch, 10**6, peak, schedule)
 
 
 def test_half_way_between_warm_up_and_end_it_is_half_way_between_peak_and_eta_min() -> None:

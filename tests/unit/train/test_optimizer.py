@@ -63,7 +63,7 @@ def test_50_steps_are_those_of_pytorchs_adamw(
         optimizer.step(lr, beta2)
     assert optimizer.steps == 50
     for name, parameter in theirs.items():
-        torch.testing.assert_close(mine[name], parameter, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(mine[name], parameter, rtol=1e-9, atol=1e-9, msg=name)
         for moment in ("exp_avg", "exp_avg_sq") if parameter.requires_grad else ():
             torch.testing.assert_close(optimizer.state()[f"{name}.{moment}"], wanted.state[parameter][moment])
 

@@ -53,8 +53,8 @@ def make(world: World) -> Make:
     return stepper
 
 
-def shared(*numbers: float) -> Shared:
-    return Shared(*numbers, memory_peak=[7.0])
+def shared(stop_asked: float, stop_at: float, data_skipped: float) -> Shared:
+    return Shared(stop_asked, stop_at, data_skipped, [7.0])
 
 
 def micro_batch(draw: torch.Generator, masked: float, packed: bool) -> MicroBatch:

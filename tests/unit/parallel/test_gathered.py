@@ -3,13 +3,10 @@
 import itertools
 
 import pytest
-from torch import nn
 
 from internevo.config.parallel import Weight
-from internevo.parallel.isp import Station, connect
+from internevo.parallel.gathered import PER_LAYER, GatheredWeights, connect
 
-PER_LAYER = ["wqkv", "wo", "w1", "w2"]
-"""What is gathered at once, in the order of the forward pass."""
 PLACES = {"wqkv": "wqkv", "attn": "wo", "wo": "wo", "w1": "w1"}
 """With which weights' use a setting begins: attention has none, and what comes after it is wo."""
 CASES = [("module", "wo"), *(("layer", before) for before in PLACES)]
@@ -18,13 +15,14 @@ CASES = [("module", "wo"), *(("layer", before) for before in PLACES)]
 def fetches(layers: int, unit: str, before: str, overlap: bool = True) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """What is gathered while each weight is used: forward, and backward. Weights are named LAYER.NAME."""
     names = [f"{layer}.{name}" for layer in range(layers) for name in PER_LAYER]
-    made = [Station(layer, nn.Module(), [], None) for layer in range(layers) for _ in PER_LAYER]  # type: ignore[arg-type]
-    connect(made, Weight(overlap=overlap, forward_overlap_per=unit, launch_allgather_before=before))
-    assert {station.overlap for station in made} == {overlap}
+    made = [GatheredWeights(None, [], None) for _ in range(layers) for _ in PER_LAYER]  # type: ignore[arg-type]
+    settings = {"overlap": overlap, "forward_overlap_per": unit, "launch_allgather_before": before}
+    connect(made, Weight.model_validate(settings))
+    assert {weights.overlap for weights in made} == {overlap}
     name_of = dict(zip(map(id, made), names, strict=True))
     forward, backward = (
-        {name: [name_of[id(other)] for other in getattr(station, side)] for name, station in zip(names, made, strict=True)}
-        for side in ("after", "before")
+        {name: [name_of[id(other)] for other in getattr(weights, side)] for name, weights in zip(names, made, strict=True)}
+        for side in ("next_forward", "next_backward")
     )
     return forward, backward
 

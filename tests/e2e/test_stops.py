@@ -1,0 +1,138 @@
+"""Runs that end early: asked to, because a rank fails, or because one hangs. None waits for ever, none loses a save."""
+
+import os
+import re
+import signal
+import time
+from functools import partial
+
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+
+from internevo.checkpoint import storage
+from internevo.cli import main
+from internevo.errors import DataError
+from internevo.train import watchdog
+from internevo.train.step import Stepper
+from tests.conftest import metrics
+from tests.pool import free_port, place
+
+STEP = 3
+"""The step in which something happens."""
+
+
+def _rank(rank, size, port, config, fault, folder):
+    """One rank of a run, with ``fault(rank)`` to prepare what goes wrong; its output goes to a file."""
+    output = os.open(folder / f"{rank}.txt", os.O_CREAT | os.O_WRONLY)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ.update(place(rank, size, port), INTERNEVO_DEVICE="cpu")
+    torch.set_num_threads(1)
+    watchdog.Watchdog = partial(watchdog.Watchdog, interval=0.5)
+    fault(rank)
+    main(["train", str(config)])
+
+
+class Ranks:
+    """A run of several processes with a fault: what became of it."""
+
+    def __init__(self, size, config, fault, folder, seconds=300):
+        # The processes are forks of one that has imported everything, and is nothing else.
+        context, port = multiprocessing.get_context("forkserver"), free_port()
+        context.set_forkserver_preload([__name__, "internevo.train.trainer"])
+        self.processes = [context.Process(target=_rank, args=(rank, size, port, config, fault, folder)) for rank in range(size)]
+        for process in self.processes:
+            process.start()
+        deadline = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0, deadline - time.monotonic()))
+        self.codes = [process.exitcode for process in self.processes]
+        for process in self.processes:
+            process.kill()
+        self.said = [(folder / f"{rank}.txt").read_text() for rank in range(size)]
+
+
+def _in_step(number, act):
+    """Lets ``act`` happen at the beginning of a step."""
+    original = Stepper.__call__
+
+    def call(self, batch, *arguments):
+        if batch.number + 1 == number:
+            act()
+        return original(self, batch, *arguments)
+
+    Stepper.__call__ = call
+
+
+def _hang(rank):
+    if rank == 1:
+        _in_step(STEP, lambda: time.sleep(3600))
+
+
+def test_a_rank_that_hangs_ends_the_run_and_is_named(config, tmp_path):
+    path = config("hanging", monitor__timeout=2, ckpt__enable_save_ckpt=False)
+    ended = Ranks(3, path, _hang, tmp_path)
+    assert ended.codes == [1, 1, 1]
+    for said in ended.said:
+        assert re.search(r"a step has taken more than \d+ s \(monitor.timeout\) on rank \d\n", said)
+        assert "rank 1: at train/trainer.py" in said  # it sleeps before the step begins
+        assert "ranks 0, 2: at " in said
+        assert "most recent call first" in said  # every thread's stack
+
+
+def _fail(rank):
+    def act():
+        raise DataError("there is no more data")
+
+    if rank == 1:
+        _in_step(STEP, act)
+
+
+def _vanish(rank):
+    if rank == 1:
+        _in_step(STEP, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def test_a_rank_that_fails_tells_the_others_why(config, tmp_path):
+    ended = Ranks(3, config("failing"), _fail, tmp_path)
+    assert ended.codes == [1, 1, 1]
+    assert "error: there is no more data" in ended.said[1]
+    for rank in (0, 2):
+        assert "rank 1: has failed: DataError: there is no more data" in ended.said[rank]
+
+
+def test_a_rank_that_is_gone_is_named(config, tmp_path):
+    ended = Ranks(3, config("vanishing"), _vanish, tmp_path)
+    assert ended.codes == [1, -signal.SIGKILL, 1]
+    for rank in (0, 2):
+        assert "rank 1: no answer: it is gone" in ended.said[rank]
+
+
+def _slow_saving(rank, then):
+    """Rank 0 takes its time to write, so that what comes next comes while a checkpoint is under way."""
+    original = storage.SafetensorsWriter.write_data
+
+    def write(self, *arguments):
+        time.sleep(3)
+        return original(self, *arguments)
+
+    if rank == 0:
+        storage.SafetensorsWriter.write_data = write
+    then(rank)
+
+
+@pytest.mark.parametrize("fault", [_fail, _hang], ids=["fails", "hangs"])
+def test_a_checkpoint_under_way_is_finished_when_a_rank(config, tmp_path, fault):
+    path = config("saving", monitor__timeout=1, ckpt__checkpoint_every=STEP - 1)
+    ended = Ranks(2, path, partial(_slow_saving, then=fault), tmp_path)
+    assert ended.codes == [1, 1]
+    assert (tmp_path / "saving" / "checkpoints" / f"step-{STEP - 1:08d}" / "manifest.json").is_file()
+    assert len(metrics(tmp_path / "saving")) == STEP - 1
+
+
+def test_a_checkpoint_whose_rank_is_gone_is_given_up(config, tmp_path):
+    path = config("saving", ckpt__checkpoint_every=STEP - 1)
+    ended = Ranks(2, path, partial(_slow_saving, then=_vanish), tmp_path)
+    assert ended.codes == [1, -signal.SIGKILL]
+    assert "rank 1: no answer: it is gone" in ended.said[0]
