@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,6 +87,10 @@ def full(shape: tuple[int, ...]) -> Tensor:
     return torch.arange(1.0, math.prod(shape) + 1).view(shape)
 
 
+def rows_of(whole: Tensor, start: int, stop: int) -> Tensor:
+    return whole[start:stop]
+
+
 def parts(world: World, cases: list[Case]) -> list[tuple[list[tuple[int, int]], Tensor, Tensor, bool]]:
     """Of each case: this rank's box, what DTensor has given it, what ``fill_local`` puts there, and whether an axis is cut
     twice."""
@@ -100,7 +105,7 @@ def parts(world: World, cases: list[Case]) -> list[tuple[list[tuple[int, int]], 
         given = local(parameter.detach()).clone()
         local(parameter.detach()).zero_()
         whole = full(case.shape)
-        fill_local(parameter, lambda start, stop, whole=whole: whole[start:stop])
+        fill_local(parameter, partial(rows_of, whole))
         strided = isinstance(parameter, DTensor) and any(isinstance(place, _StridedShard) for place in parameter.placements)
         found.append((local_box(parameter), given, local(parameter.detach()).clone(), strided))
     return found
