@@ -51,7 +51,7 @@ def _type(field: FieldInfo) -> str:
 
 
 def _words(annotation: Any) -> str:
-    """A type for people: "`int` or `None`", "`'mtp'` or `'isp'`". (A table would need its bars escaped.)"""
+    """A type for people, "`int` or `None`": bars would have to be escaped in a table."""
     kind, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if kind is typing.Literal:
         return " or ".join(f"`{value!r}`" for value in inner)
