@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,6 +87,10 @@ def full(shape: tuple[int, ...]) -> Tensor:
     return torch.arange(1.0, math.prod(shape) + 1).view(shape)
 
 
+def rows_of(whole: Tensor, start: int, stop: int) -> Tensor:
+    return whole[start:stop]
+
+
 def parts(world: World, cases: list[Case]) -> list[tuple[list[tuple[int, int]], Tensor, Tensor, bool]]:
     """Of each case: this rank's box, what DTensor has given it, what ``fill_local`` puts there, and whether an axis is cut
     twice."""
@@ -99,8 +104,7 @@ def parts(world: World, cases: list[Case]) -> list[tuple[list[tuple[int, int]], 
         parameter = case.parameter(meshes[key])
         given = local(parameter.detach()).clone()
         local(parameter.detach()).zero_()
-        whole = full(case.shape)
-        fill_local(parameter, lambda start, stop, whole=whole: whole[start:stop])
+        fill_local(parameter, partial(rows_of, full(case.shape)))
         strided = isinstance(parameter, DTensor) and any(isinstance(place, _StridedShard) for place in parameter.placements)
         found.append((local_box(parameter), given, local(parameter.detach()).clone(), strided))
     return found
@@ -139,5 +143,5 @@ def test_boxes_are_where_fully_shard_puts_its_parts(pool: Pool, data: Any) -> No
 def test_a_plain_tensor_is_whole() -> None:
     parameter = nn.Parameter(torch.zeros(3, 5))
     assert local_box(parameter) == [(0, 3), (0, 5)]
-    fill_local(parameter, lambda start, stop: full((3, 5))[start:stop])
+    fill_local(parameter, partial(rows_of, full((3, 5))))
     assert torch.equal(parameter.detach(), full((3, 5)))

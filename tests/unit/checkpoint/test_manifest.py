@@ -89,15 +89,18 @@ def test_a_manifest_without_one_of_its_parts_is_damaged(tmp_path: Path, key: str
         Manifest.read(tmp_path)
 
 
+CHANGES: list[dict[str, Any]] = [
+    {"files": []}, {"files": None}, {"files": {"a": 3}}, {"files": {"a": {"size": 1}}}, {"tensors": [1]},
+    {"files": {"a": {"size": 1, "crc32": [], "more": 1}}}, {"tensors": {"w": None}},
+    {"tensors": {"w": {"dtype": "x", "shape": [1]}}}, {"tensors": {"w": {"dtype": "x", "shape": [1], "chunks": [1]}}},
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "content",
     [
         b"[]", b"3", b"null", b"\xff", b'{"format": 2, "files": []}',
-        *(json.dumps({**asdict(SMALL), **change}).encode() for change in (
-            {"files": []}, {"files": None}, {"files": {"a": 3}}, {"files": {"a": {"size": 1}}}, {"tensors": [1]},
-            {"files": {"a": {"size": 1, "crc32": [], "more": 1}}}, {"tensors": {"w": None}},
-            {"tensors": {"w": {"dtype": "x", "shape": [1]}}}, {"tensors": {"w": {"dtype": "x", "shape": [1], "chunks": [1]}}},
-        )),
+        *(json.dumps({**asdict(SMALL), **change}).encode() for change in CHANGES),
     ],
 )  # fmt: skip
 def test_json_that_is_no_manifest_is_damaged(tmp_path: Path, content: bytes) -> None:
