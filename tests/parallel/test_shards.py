@@ -104,8 +104,7 @@ def parts(world: World, cases: list[Case]) -> list[tuple[list[tuple[int, int]], 
         parameter = case.parameter(meshes[key])
         given = local(parameter.detach()).clone()
         local(parameter.detach()).zero_()
-        whole = full(case.shape)
-        fill_local(parameter, partial(rows_of, whole))
+        fill_local(parameter, partial(rows_of, full(case.shape)))
         strided = isinstance(parameter, DTensor) and any(isinstance(place, _StridedShard) for place in parameter.placements)
         found.append((local_box(parameter), given, local(parameter.detach()).clone(), strided))
     return found
@@ -144,5 +143,5 @@ def test_boxes_are_where_fully_shard_puts_its_parts(pool: Pool, data: Any) -> No
 def test_a_plain_tensor_is_whole() -> None:
     parameter = nn.Parameter(torch.zeros(3, 5))
     assert local_box(parameter) == [(0, 3), (0, 5)]
-    fill_local(parameter, lambda start, stop: full((3, 5))[start:stop])
+    fill_local(parameter, partial(rows_of, full((3, 5))))
     assert torch.equal(parameter.detach(), full((3, 5)))

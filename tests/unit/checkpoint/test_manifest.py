@@ -89,11 +89,11 @@ def test_a_manifest_without_one_of_its_parts_is_damaged(tmp_path: Path, key: str
         Manifest.read(tmp_path)
 
 
-CHANGES: tuple[dict[str, Any], ...] = (
+CHANGES: list[dict[str, Any]] = [
     {"files": []}, {"files": None}, {"files": {"a": 3}}, {"files": {"a": {"size": 1}}}, {"tensors": [1]},
     {"files": {"a": {"size": 1, "crc32": [], "more": 1}}}, {"tensors": {"w": None}},
     {"tensors": {"w": {"dtype": "x", "shape": [1]}}}, {"tensors": {"w": {"dtype": "x", "shape": [1], "chunks": [1]}}},
-)  # fmt: skip
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
