@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import DataError, InternEvoError
-from ...text.tokenizer import fingerprint
+from ...text.tokenizer import tokenizer_fingerprint
 from ..encoding.encode import Encoded, Workers
 from ..order import permute
 from ..raw.inputs import InputChunk, is_sequential, split_file, split_files
@@ -149,7 +149,7 @@ class Blocks:
             (s.kind, s.path.name, s.chunk.size if s.chunk else s.path.stat().st_size, s.type, s.minimum) for s in self.shards
         ]
         encoder = self.workers.encoder
-        options = [SHARDS, self.seed, encoder.format, encoder.key, fingerprint(encoder.tokenizer)]
+        options = [SHARDS, self.seed, encoder.format, encoder.key, tokenizer_fingerprint(encoder.tokenizer)]
         return hashlib.sha256(json.dumps([shards, options]).encode()).hexdigest()[:16]
 
     def _order(self, position: Position, place: int) -> Shard:
