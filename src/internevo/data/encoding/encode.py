@@ -19,8 +19,8 @@ import numpy.typing as npt
 
 from ...errors import DataError, InternEvoError
 from ...text.tokenizer import Tokenizer, load_tokenizer
-from ..raw.documents import Document, documents
-from ..raw.inputs import Job
+from ..raw.documents import Document, read_documents
+from ..raw.inputs import InputChunk
 from .formats import FormatName, fields_of, make
 
 OnError = Literal["stop", "skip"]
@@ -32,7 +32,7 @@ LONGEST = 16 << 20
 
 @dataclass
 class Encoded:
-    """One job's documents: ids one after another, and each document's length."""
+    """One chunk's documents: ids one after another, and each document's length."""
 
     ids: npt.NDArray[np.int32]
     """With signs."""
@@ -45,33 +45,33 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Reads a job's documents and makes ids of them."""
+    """Reads a chunk's documents and makes ids of them."""
 
     tokenizer: Path
     format: FormatName = "text"
     key: str | None = None
     on_error: OnError = "stop"
 
-    def __call__(self, job: Job) -> Encoded:
+    def __call__(self, chunk: InputChunk) -> Encoded:
         """
         Raises:
             DataError: with ``on_error = "stop"``, at the first document that cannot be read or has not what is wanted.
         """
         parts: list[npt.NDArray[np.int32]] = []
         bad: list[str] = []
-        for batch in self._batches(job, bad):
+        for batch in self._batches(chunk, bad):
             for made in make(self.format, batch, self.key, tokenizer_at(self.tokenizer)):
                 if isinstance(made, DataError):
                     self._bad(made, bad)
                 elif len(made):  # an empty document teaches nothing
                     parts.append(made)
         counts = np.array([len(part) for part in parts], np.int32)
-        return Encoded(np.concatenate(parts) if parts else np.empty(0, np.int32), counts, job.size, bad)
+        return Encoded(np.concatenate(parts) if parts else np.empty(0, np.int32), counts, chunk.size, bad)
 
-    def _batches(self, job: Job, bad: list[str]) -> Iterator[list[Document]]:
+    def _batches(self, chunk: InputChunk, bad: list[str]) -> Iterator[list[Document]]:
         batch: list[Document] = []
         size = 0
-        for found in documents(job, fields_of(self.format, self.key)):
+        for found in read_documents(chunk, fields_of(self.format, self.key)):
             if isinstance(found, DataError):
                 self._bad(found, bad)
                 continue
@@ -102,28 +102,28 @@ def tokenizer_at(path: Path) -> Tokenizer:
 
 
 class Workers:
-    """Processes that encode jobs; with none of them, this process does it. ``contextlib.closing`` ends them."""
+    """Processes that encode chunks; with none of them, this process does it. ``contextlib.closing`` ends them."""
 
     def __init__(self, encoder: Encoder, count: int) -> None:
         self.encoder, self.count = encoder, count
         self.pool: ProcessPoolExecutor | None = None
 
-    def encode(self, jobs: Iterable[Job]) -> Iterator[Encoded]:
-        """What becomes of each job, in their order. A few jobs are taken ahead, not all: they may hold content.
+    def encode(self, chunks: Iterable[InputChunk]) -> Iterator[Encoded]:
+        """What becomes of each chunk, in their order. A few chunks are taken ahead, not all: they may hold content.
 
         Raises:
-            DataError: of a job; or when a worker died.
+            DataError: of a chunk; or when a worker died.
         """
         if not self.count:
-            yield from map(self.encoder, jobs)
+            yield from map(self.encoder, chunks)
             return
         if self.pool is None:
             context = multiprocessing.get_context("forkserver")
             self.pool = ProcessPoolExecutor(self.count, context, initializer=_begin_work)
         under_way: deque[Future[Encoded]] = deque()
         try:
-            for job in jobs:
-                under_way.append(self.pool.submit(self.encoder, job))
+            for chunk in chunks:
+                under_way.append(self.pool.submit(self.encoder, chunk))
                 if len(under_way) > 2 * self.count:
                     yield under_way.popleft().result()
             while under_way:
@@ -133,8 +133,8 @@ class Workers:
                 "a tokenizing process died (killed for want of memory?): use fewer (--workers, data.num_worker)"
             ) from None
         finally:
-            for job_ in under_way:
-                job_.cancel()
+            for future in under_way:
+                future.cancel()
 
     def close(self) -> None:
         """Ends the processes."""

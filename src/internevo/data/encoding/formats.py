@@ -60,7 +60,7 @@ def make_prompt(name: FormatName, text: str, tokenizer: Tokenizer) -> tuple[list
     if name == "alpaca":
         mark = tokenizer.backend.token_id(END_OF_ANSWER)
         return [*_ends(tokenizer)[0], *_asked(text, tokenizer)], ends | (set() if mark is None else {mark})
-    template = ChatTemplate.of(tokenizer)
+    template = ChatTemplate.load(tokenizer)
     asked = [{"role": "user", "content": text}]
     alone = template.render([*asked, {"role": "assistant", "content": "x"}])
     behind = tokenizer.encode(alone[alone.rindex("x") + 1 :])
@@ -155,7 +155,7 @@ def _token(name: str, tokenizer: Tokenizer) -> list[int]:
 
 def _chats(found: list[Document], key: str | None, tokenizer: Tokenizer) -> list[Made]:
     """The tokenizer's chat template; what rendering an assistant's message adds behind its prompt is predicted."""
-    template = ChatTemplate.of(tokenizer)
+    template = ChatTemplate.load(tokenizer)
     return [_chat(document, key, tokenizer, template) for document in found]
 
 

@@ -23,8 +23,8 @@ import numpy as np
 from ...errors import DataError, UsageError
 from ...storage.jsonfile import read_object
 from ...text.tokenizer import load_tokenizer, train_bpe
-from ..raw.documents import documents
-from ..raw.inputs import find_files, make_jobs
+from ..raw.documents import read_documents
+from ..raw.inputs import find_files, split_files
 from ..tokenized.files import TokenWriter
 from ..tokenized.index import UNFINISHED
 from .encode import Encoded, Encoder, OnError, Workers
@@ -120,11 +120,11 @@ def tokenize(
     note.result.vocab_size = load_tokenizer(tokenizer).vocab_size
     writers = _Writers(output, dataset_type, valid_ratio, note, masks=format != "text")
     total, noted = sum(path.stat().st_size for _, path in files), time.monotonic()
-    jobs = make_jobs(files)
-    first = list(islice(jobs, note.jobs, note.jobs + 2))  # a lone job needs no other process
+    chunks = split_files(files)
+    first = list(islice(chunks, note.jobs, note.jobs + 2))  # a lone chunk needs no other process
     count = (workers or os.cpu_count() or 1) if len(first) > 1 else 0
     with closing(Workers(Encoder(tokenizer.resolve(), format, text_key, on_error), count)) as pool:
-        for part in pool.encode(chain(first, jobs)):
+        for part in pool.encode(chain(first, chunks)):
             for message in part.bad:
                 status(f"left out: {message}")
             writers.write(part)
@@ -139,8 +139,8 @@ def tokenize(
 
 def _texts(files: list[tuple[str, Path]], key: str | None, on_error: OnError) -> Iterator[str]:
     """All texts, for a tokenizer to be trained on."""
-    for job in make_jobs(files):
-        for found in documents(job, fields_of("text", key)):
+    for chunk in split_files(files):
+        for found in read_documents(chunk, fields_of("text", key)):
             text = found if isinstance(found, DataError) else text_of(found, key)
             if isinstance(text, str):
                 yield text

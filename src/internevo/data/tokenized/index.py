@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import DataError
-from ..raw.files import walk
+from ..raw.files import walk_files
 from .files import Ids, TokenFile, meta_of
 
 VERSION = 1
@@ -104,7 +104,7 @@ def list_files(root: Path) -> list[tuple[str, int, int, int, int]]:
     one = root.with_name(root.name + ".bin")
     if not root.is_dir() and not one.is_file():
         raise DataError(f"{root} is not a folder of tokenized data")
-    home, paths = (root, walk(root)) if root.is_dir() else (root.parent, [one])
+    home, paths = (root, walk_files(root)) if root.is_dir() else (root.parent, [one])
     for folder in (root, root.resolve().parent):
         if (folder / UNFINISHED).is_file():
             raise DataError(f"{folder} is unfinished: give its `internevo tokenize` command again, which goes on from there")

@@ -165,7 +165,7 @@ def test_a_killed_run_goes_on_with_the_same_result(tmp_path, monkeypatch, format
     from internevo.data.encoding import tokenize as module
     from internevo.data.raw import inputs
 
-    monkeypatch.setattr(inputs, "JOB_BYTES", 300)
+    monkeypatch.setattr(inputs, "CHUNK_BYTES", 300)
     monkeypatch.setattr(module, "NOTE_EVERY", 0.0)
     monkeypatch.setattr(module, "PART_TOKENS", 250)
     folder = folder_with(tmp_path / "tokenizer", CHATML)
