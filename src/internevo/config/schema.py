@@ -17,7 +17,7 @@ FP32_LOSS = "the loss is always computed in fp32"
 
 
 class Config(Section):
-    """A training run."""
+    """The config of a training run."""
 
     JOB_NAME: str = option("AnonymousJob", "Name of the run. Its folder is runs/JOB_NAME, unless ckpt.save_ckpt_folder is set.")
     model_type: str = option("INTERNLM2", "Family of the model; the page on models lists all families.")
