@@ -55,7 +55,7 @@ def _write_weights(
     total, done = sum(spec.nbytes for spec in boxes.values()), 0
     with ShardWriter(
         folder, boxes, shard_bytes, lambda number, count: f"model-{number - 1:05d}.safetensors",
-        seen=lambda file, data: sums[file].update(data),
+        on_bytes=lambda file, data: sums[file].update(data),
     ) as writer:  # fmt: skip
         for name, entry in tensors.items():
             rows_before = 0

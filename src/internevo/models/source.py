@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..storage.tensors import Place, ShardWriter, Spec, as_rows
+from ..storage.tensors import ByteRange, ShardWriter, Spec, as_rows
 from .config import DecoderConfig
 from .decoder import parameter_shapes
 
@@ -35,7 +35,7 @@ class Source(Protocol):
     def read(self, name: str, start: int, count: int) -> Tensor:
         """Rows of a parameter, by our name (``internevo.storage.tensors`` says what a row is)."""
 
-    def place(self, name: str, start: int, count: int) -> Place | None:
+    def byte_range(self, name: str, start: int, count: int) -> ByteRange | None:
         """Where those rows lie, if they lie in one piece in a file."""
 
 
@@ -55,7 +55,7 @@ class Module:
         """Rows of a parameter."""
         return as_rows(self._parameters[name])[start : start + count]
 
-    def place(self, name: str, start: int, count: int) -> None:
+    def byte_range(self, name: str, start: int, count: int) -> None:
         """Nowhere."""
 
 
@@ -82,7 +82,7 @@ def usual_dtype(source: Source) -> torch.dtype:
 
 def pour(source: Source, name: str, row: int, count: int, dtype: torch.dtype, writer: ShardWriter) -> int:
     """Hands rows of a parameter to a writer, unread where they can stay as they are. Returns the bytes written."""
-    place = source.place(name, row, count)
+    place = source.byte_range(name, row, count)
     if place is not None and place.dtype == dtype:
         writer.copy(place)
         return place.nbytes

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...errors import UsageError
 from ...storage.folders import put_in_place, temporary
 from ...storage.jsonfile import write_json
-from ...storage.tensors import Place, ShardWriter, Spec, joint_dtype
+from ...storage.tensors import ByteRange, ShardWriter, Spec, joint_dtype
 from ..config import DecoderConfig
 from ..decoder import Decoder, parameter_shapes
 from ..families.registry import decoder_from_hf, family
@@ -73,11 +73,11 @@ class HfFolder:
         dtype = joint_dtype(rows.dtype for rows in read)
         return read[0] if len(read) == 1 else torch.cat([rows.to(dtype) for rows in read])
 
-    def place(self, name: str, start: int, count: int) -> Place | None:
+    def byte_range(self, name: str, start: int, count: int) -> ByteRange | None:
         """Where those rows lie, if it is one piece of one tensor on disk."""
         parts = list(overlap(self.naming.by_parameter[name], start, count))
         (span, row, rows), whole = parts[0], len(parts) == 1
-        return self.weights.place(span.disk, span.disk_row + row, rows) if whole else None
+        return self.weights.byte_range(span.disk, span.disk_row + row, rows) if whole else None
 
 
 def naming(config: DecoderConfig) -> Naming:

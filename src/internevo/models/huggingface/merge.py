@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...storage.tensors import Place
+from ...storage.tensors import ByteRange
 from ..decoder import parameter_shapes
 from ..linear import MARK
 from ..source import Source
@@ -40,9 +40,9 @@ class Merged:
         change = b.float() @ a.float() * (self.lora.alpha / self.lora.rank)
         return (rows.float() + change.view(rows.shape)).to(rows.dtype)
 
-    def place(self, name: str, start: int, count: int) -> Place | None:
+    def byte_range(self, name: str, start: int, count: int) -> ByteRange | None:
         """Where those rows lie, if nothing is added to them."""
-        return None if self._adapter(name) else self.source.place(name, start, count)
+        return None if self._adapter(name) else self.source.byte_range(name, start, count)
 
     def _adapter(self, name: str) -> str | None:
         path = name.removesuffix(".weight") + MARK.removesuffix(".")

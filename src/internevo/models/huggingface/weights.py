@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...errors import UsageError
 from ...storage.jsonfile import read_object
-from ...storage.tensors import Place, Spec, TensorFile, as_rows
+from ...storage.tensors import ByteRange, Spec, TensorFile, as_rows
 
 
 class Weights:
@@ -69,9 +69,9 @@ class Weights:
         """Rows of a tensor."""
         return self._open(self.files[name]).read(name, start, count)
 
-    def place(self, name: str, start: int, count: int) -> Place | None:
+    def byte_range(self, name: str, start: int, count: int) -> ByteRange | None:
         """Where rows lie, if they lie in one piece."""
-        return self._open(self.files[name]).place(name, start, count)
+        return self._open(self.files[name]).byte_range(name, start, count)
 
 
 class _BinFile:
@@ -89,7 +89,7 @@ class _BinFile:
     def read(self, name: str, start: int, count: int) -> Tensor:
         return as_rows(self._tensors[name])[start : start + count].clone()
 
-    def place(self, name: str, start: int, count: int) -> None:
+    def byte_range(self, name: str, start: int, count: int) -> None:
         """Nowhere: the file is an archive."""
 
 
