@@ -94,7 +94,7 @@ def test_a_folder_that_does_not_fit_is_refused_by_name(llama_folder, tmp_path):
     (llama_folder / "model.safetensors").write_bytes((llama_folder / "model.safetensors").read_bytes()[:-50])
     with pytest.raises(UsageError, match=r"model.safetensors is not a safetensors file: tensor .* does not fit into the file"):
         load_model(llama_folder)
-    with pytest.raises(UsageError, match="nor is it a Hugging Face folder"):
+    with pytest.raises(UsageError, match="it is not a Hugging Face folder either"):
         load_model(tmp_path)
 
 
