@@ -1,4 +1,4 @@
-"""The command inspect on data."""
+"""The command inspect with data."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from internevo.text.tokenizer import load_tokenizer, train_bpe
 from tests.unit.data.writers import write_binary
 
 
-def test_inspect_says_what_a_dataset_holds_and_names_all_that_is_broken(tmp_path):
+def test_inspect_prints_what_a_dataset_contains_and_names_all_damaged_files(tmp_path):
     texts = ["def f(x):", "return x", "x = 1\n" * 9]
     tokenizer = load_tokenizer(train_bpe(texts, 280, tmp_path))
     documents = [tokenizer.encode(text) for text in texts]
