@@ -71,7 +71,7 @@ def test_what_the_library_writes_is_read_by_any_range_of_rows(
         start = data.draw(st.integers(0, spec.rows))
         count = data.draw(st.integers(0, spec.rows - start))
         assert same(file.read(name, start, count), rows[start : start + count])
-        assert bytes(file.place(name, start, count).read()) == bytes(_bytes(rows[start : start + count]).tolist())
+        assert bytes(file.byte_range(name, start, count).read()) == bytes(_bytes(rows[start : start + count]).tolist())
         assert same(file.read(name, 0, spec.rows).view(spec.shape), tensor)
 
 
@@ -110,7 +110,7 @@ def test_the_library_reads_what_is_written_in_shards(
         while start < spec.rows:
             count = data.draw(st.integers(1, spec.rows - start))
             if copied:
-                writer.copy(source.place(name, start, count))
+                writer.copy(source.byte_range(name, start, count))
             else:
                 writer.add(tensors[name].reshape(spec.rows, *spec.row_shape)[start : start + count])
             start += count
@@ -181,11 +181,11 @@ def test_a_file_that_is_cut_while_it_is_open_is_named(tmp_path: Path) -> None:
     file = TensorFile(path)
     with open(path, "r+b") as cut:
         cut.truncate(path.stat().st_size - 1)
-    last = max(GOOD, key=lambda name: file.place(name, 0, 1).offset)
+    last = max(GOOD, key=lambda name: file.byte_range(name, 0, 1).offset)
     with pytest.raises(UsageError, match="ends at byte"):
         file.read(last, 0, file.specs[last].rows)
     with pytest.raises(UsageError, match="ends at byte"):
-        file.place(last, 0, file.specs[last].rows).read()
+        file.byte_range(last, 0, file.specs[last].rows).read()
 
 
 def opened(path: Path) -> TensorFile | str:
