@@ -24,13 +24,12 @@ Tensors = dict[str, Tensor]
 @st.composite
 def random_tensors(draw: st.DrawFn, shapes: st.SearchStrategy[tuple[int, ...]] = shapes) -> Tensors:
     """Random bytes of every dtype and shape, also of no axis."""
-    found = {}
+    found, generator = {}, torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
     for name in draw(st.lists(st.text('abc.é 文"\\', min_size=1, max_size=6), min_size=1, max_size=6, unique=True)):
         shape, dtype = draw(shapes), draw(st.sampled_from(list(DTYPES.values())))
-        count = math.prod(shape) * dtype.itemsize
         high = 2 if dtype == torch.bool else 256
-        data = draw(st.lists(st.integers(0, high - 1), min_size=count, max_size=count))
-        found[name] = torch.tensor(data, dtype=torch.uint8).view(dtype).view(shape)
+        data = torch.randint(0, high, (math.prod(shape) * dtype.itemsize,), dtype=torch.uint8, generator=generator)
+        found[name] = data.view(dtype).view(shape)
     return found
 
 
