@@ -18,7 +18,7 @@ from .source import Shuffled, Source
 from .streaming.blocks import Blocks, make_shards
 from .streaming.exchange import Exchange
 from .streaming.stream import Stream, all_rows
-from .tokenized.index import minimum, open_index, type_of
+from .tokenized.index import dataset_type, minimum_length, open_index
 
 MIN_VALID_LENGTH = 1
 
@@ -110,7 +110,7 @@ def _stream(
 
     def kind_of(file: tuple[str, Path]) -> tuple[str, int]:
         name = file[1].relative_to(root).as_posix()
-        return type_of(root, name), minimum(name, shortest, minimums)
+        return dataset_type(root, name), minimum_length(name, shortest, minimums)
 
     types = sorted({kind_of(file)[0] for file in files})
     shards = [

@@ -10,7 +10,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Fast
 
 from internevo.data.encoding.tokenize import tokenize
-from internevo.data.rows import split_signs
+from internevo.data.rows import tokens_and_labels
 from internevo.data.tokenized.index import open_index
 from internevo.errors import DataError, UsageError
 from internevo.text.tokenizer import load_tokenizer, train_bpe
@@ -46,7 +46,7 @@ def folder_with(path, template, special=("<|im_start|>", "<|im_end|>", "<s>")):
 def tokenized(tmp_path, source, folder, format, **options):
     tokenize([source], tmp_path / "out", tokenizer=folder, format=format, workers=1, **options)
     index = open_index(tmp_path / "out")
-    return [split_signs(index.read(n)) for n in range(len(index))]
+    return [tokens_and_labels(index.read(n)) for n in range(len(index))]
 
 
 def write_chats(path, chats, sharegpt=False):
