@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from ...errors import DataError, InternEvoError
 from ...text.tokenizer import tokenizer_fingerprint
-from ..encoding.encode import Encoded, Workers
+from ..encoding.encode import Encoded, EncoderPool
 from ..order import permute
 from ..raw.inputs import InputChunk, is_sequential, split_file, split_files
 from .exchange import Exchange, Numbers
@@ -106,9 +106,11 @@ class _Piece:
 class Blocks:
     """All blocks behind a position."""
 
-    def __init__(self, shards: list[Shard], seed: int, workers: Workers, exchange: Exchange, epochs: int | None = None) -> None:
+    def __init__(
+        self, shards: list[Shard], seed: int, pool: EncoderPool, exchange: Exchange, epochs: int | None = None
+    ) -> None:
         """``epochs``: how many there are; None: no end."""
-        self.shards, self.seed, self.workers, self.exchange, self.epochs = shards, seed, workers, exchange, epochs
+        self.shards, self.seed, self.pool, self.exchange, self.epochs = shards, seed, pool, exchange, epochs
         self.open: dict[int, tuple[int, Iterator[InputChunk]]] = {}
         """By place in the order: pieces read, and those to come, of files that are read from their beginning."""
         self.flow: Iterator[Encoded] | None = None
@@ -122,7 +124,7 @@ class Blocks:
         """
         empty, self.exchange.over = position.block == 0, False
         known = all(shard.chunk is not None for shard in self.shards)
-        self.flow = self.workers.encode(self._known_chunks(position)) if known else None
+        self.flow = self.pool.encode(self._known_chunks(position)) if known else None
         try:
             while (following := self._begin(position)) is not None:
                 if following.epoch > position.epoch:
@@ -138,7 +140,7 @@ class Blocks:
                 position = replace(position, block=position.block + 1, under_way=tuple(sorted(ended.items())))
         finally:
             self.exchange.leave()
-            self.workers.close()
+            self.pool.close()
 
     def fingerprint(self) -> str:
         """Says whether two datasets hold the same documents in the same order, as far as names, sizes and options tell."""
@@ -148,7 +150,7 @@ class Blocks:
         shards = [
             (s.kind, s.path.name, s.chunk.size if s.chunk else s.path.stat().st_size, s.type, s.minimum) for s in self.shards
         ]
-        encoder = self.workers.encoder
+        encoder = self.pool.encoder
         options = [SHARDS, self.seed, encoder.format, encoder.key, tokenizer_fingerprint(encoder.tokenizer)]
         return hashlib.sha256(json.dumps([shards, options]).encode()).hexdigest()[:16]
 
@@ -187,10 +189,10 @@ class Blocks:
                 counts, encoded = [1] * len(mine), self.flow
             else:
                 chunks = [self._chunks(position, place, read, most) for place, read in mine]
-                counts, encoded = [len(found) for found in chunks], self.workers.encode(chain.from_iterable(chunks))
+                counts, encoded = [len(found) for found in chunks], self.pool.encode(chain.from_iterable(chunks))
             for (place, read), count in zip(mine, counts, strict=True):
                 parts = list(islice(encoded, count))
-                bad += [message for part in parts for message in part.bad]
+                bad += [message for part in parts for message in part.skipped]
                 pieces.append(_Piece(place, read + len(parts), place not in self.open, *_joined(parts)))
         except InternEvoError as error:
             return DataError(str(error))
