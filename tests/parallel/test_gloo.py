@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,7 +39,8 @@ def threads_of_groups() -> list[int]:
     """Threads of every gloo group of this process."""
     groups = list(dist.distributed_c10d._world.pg_map)
     backends = {group._get_backend(device) for group in groups for device in group._device_types}
-    return [backend.options._threads for backend in backends if isinstance(backend, dist.ProcessGroupGloo)]
+    made: list[Any] = [backend for backend in backends if isinstance(backend, dist.ProcessGroupGloo)]
+    return [backend.options._threads for backend in made]
 
 
 def train_and_count(world: World, path: Path) -> list[int]:

@@ -11,7 +11,7 @@ from ..data.tokenized.describe import describe_dataset
 from ..errors import UsageError
 from ..models.families.registry import family
 from ..models.huggingface.folder import HfFolder
-from ..models.source import Source, dtypes
+from ..models.source import ParameterSource, dtypes
 from ..observe.metrics import read_rows
 
 
@@ -53,7 +53,7 @@ def _checkpoint(path: Path) -> Iterator[str]:
     yield "intact: every file has the size and the checksum that the manifest says"
 
 
-def _dtypes(source: Source) -> str:
+def _dtypes(source: ParameterSource) -> str:
     usual, *others = dtypes(source)
     return f"{usual}" + "".join(f", some {dtype}" for dtype in others)
 
