@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..checkpoint.open import load_model, open_source
-from ..data.encoding.formats import END_OF_ANSWER, FormatName
+from ..data.encoding.formats import END_OF_ANSWER, FormatName, encode_prompt
 from ..errors import UsageError
 from ..models.generate import Sampling, generate
 from ..models.source import most_common_dtype
