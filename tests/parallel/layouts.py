@@ -24,6 +24,12 @@ MODELS = {
         "adam__lr": 2e-2,
         "adam__adam_eps": 1e-3,
     },
+    "adapters on q and o": {
+        "model__lora": {"rank": 3, "alpha": 6, "targets": ["wq", "wo"]},
+        "model__num_kv_attention_heads": 1,
+        "adam__lr": 2e-2,
+        "adam__adam_eps": 1e-3,
+    },
     "internlm2, tied": {"model_type": "INTERNLM2", "model__tie_word_embeddings": True},
 }
 PADDED = {"data__use_packed_dataset": False}

@@ -68,6 +68,12 @@ def test_adapters_are_trained_alike_in_every_layout(pool, world, tmp_path, name)
     }
 
 
+@pytest.mark.parametrize("mode", ["mtp", "msp"])
+def test_adapters_need_not_be_on_what_several_ranks_share(pool, world, tmp_path, mode):
+    """One key/value head for two ranks, whose copies have no adapter: there is no gradient to sum over them."""
+    compare(pool, world, tmp_path, *layout(2, mode, 2), model="adapters on q and o")
+
+
 @pytest.mark.parametrize("seed", range(DRAWN))
 def test_compositions_train_the_model_of_one_process(pool, world, tmp_path, seed):
     compare(pool, world, tmp_path, *composition(seed))

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..errors import CheckpointError, UsageError
 from ..models.config import DecoderConfig
-from ..storage.folders import standing, tidy
-from ..storage.tensors import Place, Spec, TensorFile
+from ..storage.folders import clean_up, find_folders
+from ..storage.tensors import ByteRange, Spec, TensorFile
 from .manifest import NAME, Chunk, Manifest, TensorEntry
 
 CHECKPOINTS, SNAPSHOTS, EXPORTS = "checkpoints", "snapshots", "hf"
@@ -63,14 +63,14 @@ class Checkpoint:
         """Rows of a weight, by the model's name for it."""
         return self._read(f"model/{name}", start, count)
 
-    def place(self, name: str, start: int, count: int) -> Place | None:
+    def byte_range(self, name: str, start: int, count: int) -> ByteRange | None:
         """Where rows of a weight lie, if one box holds them in full width."""
         entry, spec = self._find(f"model/{name}")
         for chunk in entry.chunks:
             for row, stored, rows in _strips(chunk, spec):
                 full_width = len(entry.shape) == 1 or chunk.sizes[-1] == entry.shape[-1]
                 if full_width and row <= start and start + count <= row + rows:
-                    return self._file(chunk.file).place(chunk.key, stored + start - row, count)
+                    return self._file(chunk.file).byte_range(chunk.key, stored + start - row, count)
         return None
 
     def tensor(self, name: str) -> Tensor:
@@ -128,7 +128,7 @@ def _dtype(entry: TensorEntry) -> torch.dtype:
 
 def complete_checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints and snapshots of a run folder, the newest step first."""
-    folders = {f: name for place in (CHECKPOINTS, SNAPSHOTS) for name, f in standing(run / place, NAMES[place]).items()}
+    folders = {f: name for place in (CHECKPOINTS, SNAPSHOTS) for name, f in find_folders(run / place, NAMES[place]).items()}
     steps = {f: step for f, name in folders.items() if (step := _step(f, name)) is not None}
     return sorted(steps, key=lambda f: (steps[f], f.parent.name), reverse=True)
 
@@ -136,7 +136,7 @@ def complete_checkpoints(run: Path) -> list[Path]:
 def remove_leftovers(run: Path) -> None:
     """Removes what killed saves and exports have left in a run folder to which nobody else writes now."""
     for place, names in NAMES.items():
-        tidy(run / place, names)
+        clean_up(run / place, names)
 
 
 def _step(folder: Path, name: str) -> int | None:

@@ -11,7 +11,7 @@ import torch
 
 from .. import __version__
 from ..models.decoder import parameter_shapes
-from ..models.source import Source, pour
+from ..models.source import ParameterSource, write_rows
 from ..storage.folders import temporary
 from ..storage.tensors import ShardWriter, Spec
 from .finish import Extras, complete
@@ -20,7 +20,7 @@ from .manifest import Checksums, Chunk, FileEntry, Manifest, TensorEntry
 
 
 def write_checkpoint(
-    source: Source,
+    source: ParameterSource,
     folder: Path,
     *,
     dtype: torch.dtype | None = None,
@@ -47,7 +47,7 @@ def write_checkpoint(
 
 
 def _write_weights(
-    source: Source, folder: Path, dtype: torch.dtype | None, shard_bytes: int, progress: Callable[[int, int], None]
+    source: ParameterSource, folder: Path, dtype: torch.dtype | None, shard_bytes: int, progress: Callable[[int, int], None]
 ) -> tuple[dict[str, FileEntry], dict[str, TensorEntry]]:
     """What the manifest says of the files, and of the parameters in them."""
     boxes, tensors = _boxes(source, dtype)
@@ -55,21 +55,21 @@ def _write_weights(
     total, done = sum(spec.nbytes for spec in boxes.values()), 0
     with ShardWriter(
         folder, boxes, shard_bytes, lambda number, count: f"model-{number - 1:05d}.safetensors",
-        seen=lambda file, data: sums[file].update(data),
+        on_bytes=lambda file, data: sums[file].update(data),
     ) as writer:  # fmt: skip
         for name, entry in tensors.items():
             rows_before = 0
             for chunk in entry.chunks:
                 spec = boxes[chunk.key]
                 for row, count in spec.chunks(0, spec.rows):
-                    done += pour(source, name, rows_before + row, count, spec.dtype, writer)
+                    done += write_rows(source, name, rows_before + row, count, spec.dtype, writer)
                     progress(done, total)
                 rows_before += spec.rows
                 chunk.file = writer.files[chunk.key]
     return {file: s.entry() for file, s in sums.items()}, tensors
 
 
-def _boxes(source: Source, wanted: torch.dtype | None) -> tuple[dict[str, Spec], dict[str, TensorEntry]]:
+def _boxes(source: ParameterSource, wanted: torch.dtype | None) -> tuple[dict[str, Spec], dict[str, TensorEntry]]:
     """What is stored under which key, and the boxes of every parameter: one, or one for each expert, so that files can be cut
     between experts."""
     boxes: dict[str, Spec] = {}

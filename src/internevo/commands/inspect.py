@@ -7,11 +7,11 @@ from pathlib import Path
 
 from ..checkpoint import Checkpoint, complete_checkpoints
 from ..checkpoint.manifest import NAME, verify
-from ..data.tokenized.describe import describe
+from ..data.tokenized.describe import describe_dataset
 from ..errors import UsageError
 from ..models.families.registry import family
 from ..models.huggingface.folder import HfFolder
-from ..models.source import Source, dtypes
+from ..models.source import ParameterSource, dtypes
 from ..observe.metrics import read_rows
 
 
@@ -35,7 +35,7 @@ def inspect(path: Path, tokenizer: Path | None = None, decode: int = 0) -> Itera
     if (path / "config.json").is_file():
         return _hf(path)
     if any(path.rglob("*.bin")):
-        return describe(path, tokenizer, decode)
+        return describe_dataset(path, tokenizer, decode)
     raise UsageError(f"{path} holds neither a checkpoint, a run, a Hugging Face model nor tokenized data")
 
 
@@ -53,7 +53,7 @@ def _checkpoint(path: Path) -> Iterator[str]:
     yield "intact: every file has the size and the checksum that the manifest says"
 
 
-def _dtypes(source: Source) -> str:
+def _dtypes(source: ParameterSource) -> str:
     usual, *others = dtypes(source)
     return f"{usual}" + "".join(f", some {dtype}" for dtype in others)
 

@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from ..train.stop import SIGNALS
-
 PARENT = "INTERNEVO_PARENT"
 GRACE = 60.0
 """Seconds that the other processes have to end by themselves when one has failed: a checkpoint may be under way."""
@@ -47,6 +45,8 @@ def launch(arguments: list[str], processes: int, log: Path) -> int:
     """
     import torch.distributed as dist
 
+    from ..train.stop import SIGNALS
+
     # The store lives here and the processes are its clients, so that no port has to be guessed.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -58,7 +58,7 @@ def launch(arguments: list[str], processes: int, log: Path) -> int:
     log.mkdir(parents=True, exist_ok=True)
     errors = [log / f"rank-{rank:05d}.stderr" for rank in range(processes)]
     children = []
-    with _signals_held():
+    with _held(SIGNALS):
         for rank in range(processes):
             with open(errors[rank], "w") as stderr:
                 children.append(
@@ -69,7 +69,7 @@ def launch(arguments: list[str], processes: int, log: Path) -> int:
                         env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                     )
                 )
-        _forward_signals(children)
+        _forward(SIGNALS, children)
     failed = _wait(children, lambda rank: print(_failure(rank, children[rank], errors[rank], processes), file=sys.stderr))
     if failed is None:
         return 0
@@ -78,17 +78,17 @@ def launch(arguments: list[str], processes: int, log: Path) -> int:
 
 
 @contextmanager
-def _signals_held() -> Iterator[None]:
+def _held(signals: tuple[int, ...]) -> Iterator[None]:
     """A request to stop waits until all processes are there: none is left without it. They start with it blocked as well, until
     they listen (``StopRequests``): none is killed by it."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _forward_signals(children: list[subprocess.Popen[bytes]]) -> None:
+def _forward(signals: tuple[int, ...], children: list[subprocess.Popen[bytes]]) -> None:
     def forward(number: int, _frame: FrameType | None) -> None:
         for child in children:
             if child.poll() is None:
@@ -102,7 +102,7 @@ def _forward_signals(children: list[subprocess.Popen[bytes]]) -> None:
         if len(interrupts) > 1:
             forward(signal.SIGKILL, None)
 
-    for number in SIGNALS:
+    for number in signals:
         signal.signal(number, forward)
     signal.signal(signal.SIGINT, interrupt)
 

@@ -1,4 +1,4 @@
-"""The documentation's list of config keys, generated from the schema."""
+"""Generates the documentation's page of all config keys from the schema."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from .option import Section, marks, section_of
+from .option import Section, field_extras, section_of
 from .schema import Config
 
 HEAD = """# Config reference
@@ -20,14 +20,14 @@ HEAD = """# Config reference
 internevo config configs/demo.py
 ```
 
-prints a config with every default written out. This page lists every key, section by section. A key with *no effect* exists in
-InternEvo's own configs: it is accepted, and a run says in one line that it does nothing here. A value that is *not available
-yet* is valid, but `internevo train` refuses to start with it and says why.
+prints a config with all defaults. This page lists every key, section by section. A key with *no effect* is known from
+InternEvo's own configs: it is accepted, and the run prints one line that says that it does nothing here. A key that is
+*not available yet* may be in a config too, but `internevo train` refuses to start if its value needs the missing feature.
 """
 
 
 def write(path: Path) -> None:
-    """Writes the page if it has changed: `mkdocs serve` watches the folder and would build again and again."""
+    """Writes the page, but only if it has changed, because `mkdocs serve` builds the site again after every write."""
     text = HEAD + "".join(_section("top level", Config, ""))
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
@@ -51,7 +51,7 @@ def _type(field: FieldInfo) -> str:
 
 
 def _words(annotation: Any) -> str:
-    """A type for people: "`int` or `None`", "`'mtp'` or `'isp'`". (A table would need its bars escaped.)"""
+    """Describes a type, for example "`int` or `None`" or "`'mtp'` or `'isp'`". (In a table, "|" would have to be escaped.)"""
     kind, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if kind is typing.Literal:
         return " or ".join(f"`{value!r}`" for value in inner)
@@ -72,12 +72,12 @@ def _default(field: FieldInfo) -> str:
 
 
 def _meaning(field: FieldInfo) -> str:
-    kinds = marks(field)
+    extras = field_extras(field)
     text = (field.description or "").replace("|", "&#124;")
-    if kinds.get("unit"):
-        text += f" Unit: {kinds['unit']}."
-    if kinds.get("ignored"):
-        text += f" *No effect: {kinds['ignored']}.*"
-    if kinds.get("later"):
-        text += f" *Not available yet: {kinds['later']}.*"
+    if extras.get("unit"):
+        text += f" Unit: {extras['unit']}."
+    if extras.get("ignored"):
+        text += f" *No effect: {extras['ignored']}.*"
+    if extras.get("not_available"):
+        text += f" *Not available yet: {extras['not_available']}.*"
     return text

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..config.data import STREAMS, Data, MixturePart, name_of
 from ..errors import ConfigError
 from ..text.tokenizer import Tokenizer
-from .encoding.encode import Encoder, Workers, tokenizer_at
+from .encoding.encode import Encoder, EncoderPool, cached_tokenizer
 from .mixture import Mixture, Part
 from .raw.hub import dataset_files
 from .rows import ListedRows, PackedRows, PaddedRows, RandomRows, Rows
@@ -18,7 +18,7 @@ from .source import Shuffled, Source
 from .streaming.blocks import Blocks, make_shards
 from .streaming.exchange import Exchange
 from .streaming.stream import Stream, all_rows
-from .tokenized.index import minimum, open_index, type_of
+from .tokenized.index import dataset_type, minimum_length, open_index
 
 MIN_VALID_LENGTH = 1
 
@@ -93,7 +93,7 @@ def fitting_tokenizer(path: str, vocab_size: int) -> Tokenizer:
     Raises:
         ConfigError: when it has ids that the model has not.
     """
-    found = tokenizer_at(Path(path).resolve())
+    found = cached_tokenizer(Path(path).resolve())
     if found.vocab_size > vocab_size:
         raise ConfigError(f"model.vocab_size = {vocab_size} is below the {found.vocab_size} entries of data.tokenizer_path")
     return found
@@ -110,7 +110,7 @@ def _stream(
 
     def kind_of(file: tuple[str, Path]) -> tuple[str, int]:
         name = file[1].relative_to(root).as_posix()
-        return type_of(root, name), minimum(name, shortest, minimums)
+        return dataset_type(root, name), minimum_length(name, shortest, minimums)
 
     types = sorted({kind_of(file)[0] for file in files})
     shards = [
@@ -119,6 +119,6 @@ def _stream(
         for shard in make_shards(list(group), types.index(type_), least)
     ]
     encoder = Encoder(tokenizer, data.format, data.content_name, data.on_error)
-    workers = Workers(encoder, min(data.num_worker, max(1, (os.cpu_count() or 1) // ranks_here)))
-    blocks = Blocks(shards, data.seed, workers, exchange, epochs)
+    pool = EncoderPool(encoder, min(data.num_worker, max(1, (os.cpu_count() or 1) // ranks_here)))
+    blocks = Blocks(shards, data.seed, pool, exchange, epochs)
     return Stream(blocks, data.seq_len, types, packed=data.use_packed_dataset, into_one=data.pack_sample_into_one)

@@ -49,7 +49,7 @@ class Rows(Protocol):
         """Changes when the rows do."""
 
 
-def split_signs(raw: Ids) -> tuple[Ids, Ids]:
+def tokens_and_labels(raw: Ids) -> tuple[Ids, Ids]:
     """Ids as stored -> (tokens, labels if predicted): negative ids are masked, ``MASKED_ZERO`` is a masked 0."""
     masked = raw < 0
     if not masked.any():
@@ -75,7 +75,7 @@ def make_row(
         more: the last document goes on in the next row.
         borders: the documents do not see each other.
     """
-    tokens, targets = split_signs(raw)
+    tokens, targets = tokens_and_labels(raw)
     filled = len(raw) - more
     row = empty_row(seq_len)
     row.tokens[:filled] = tokens[:filled]
@@ -100,8 +100,8 @@ class _IndexRows:
     def _check(self, tokens: Ids, first_document: int) -> None:
         if tokens.size and int(tokens.max()) >= self.vocab_size:
             raise DataError(
-                f"{self.index.name(first_document)} or the documents just behind it: token id {int(tokens.max())} is outside "
-                f"the vocabulary of {self.vocab_size} (model.vocab_size)"
+                f"{self.index.location(first_document)} or a document after it in its row: token id {int(tokens.max())} is "
+                f"outside the vocabulary of {self.vocab_size} (model.vocab_size)"
             )
 
 

@@ -37,7 +37,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 from .. import ops
 from ..models.decoder import Decoder
 from ..models.layers import Attention, GatedMLP
-from ..models.linear import MARK, Adapter, Linear
+from ..models.linear import ADAPTER_INFIX, Adapter, Linear
 from . import collectives
 from .collectives import Group, all_gather, start_all_gather, start_reduce_scatter, tokens_first, wait
 from .layout import Layout
@@ -143,10 +143,10 @@ class TensorParallel:
                     module.register_parameter(name, cut)
                 if Replicate() in places:  # copies of a key/value head serve different query heads
                     partial_gradients[f"{path}.{name}"] = mesh.get_group("copies")
-                elif not places and (self.cut or axes == ("head",) or MARK in f"{path}."):
+                elif not places and (self.cut or axes == ("head",) or ADAPTER_INFIX in f"{path}."):
                     partial_gradients[f"{path}.{name}"] = self.group
             if isinstance(module, Adapter):
-                module.own = local
+                module.local_part = local
             elif isinstance(module, Attention):
                 self._attention(module, model.config.num_heads, model.config.num_kv_heads)
             elif isinstance(module, GatedMLP):

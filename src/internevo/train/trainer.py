@@ -145,6 +145,7 @@ class Trainer:
         rank = layout.data_rank(self.world.rank)
         batches = valid_batches(valid, data.micro_bsz, rank, layout.data, data.use_packed_dataset, data.valid_max_rows)
         losses = evaluate(self.parts, batches, len(valid.types))
+        self.garbage.collect()
         if observers:
             by_type = losses.by_type(valid.types)
             ppl = {name: _perplexity(loss) for name, loss in by_type.items()}
@@ -172,6 +173,7 @@ class Trainer:
     def _save(self, step: int) -> None:
         self.saver.save(step, self.parts.tensors(), self.parts.extras())
         self.saved_step = step
+        self.garbage.collect()
 
     def _observers(self) -> Observers | None:
         """On rank 0, after they have shown the run's first lines."""

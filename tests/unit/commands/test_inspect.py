@@ -22,7 +22,7 @@ def test_inspect_says_what_a_dataset_holds_and_names_all_that_is_broken(tmp_path
     assert lines[1] == f"type code: 3 documents, {total} tokens"
     largest = max(abs(n) for ids in documents for n in ids if n != MASKED_ZERO)
     assert any(f"the largest id is {largest} (" in line for line in lines)
-    assert any(f"{tokenizer.vocab_size} entries" in line and "every id is inside" in line for line in lines)
+    assert any(f"{tokenizer.vocab_size} entries" in line and "every id is in it" in line for line in lines)
     counted = [int(line.split()[1]) for line in lines if "█" in line]
     assert sum(counted) == 6
     start = tokenizer.decode([0, *(-n for n in documents[1][1:3])])
@@ -34,7 +34,7 @@ def test_inspect_says_what_a_dataset_holds_and_names_all_that_is_broken(tmp_path
     assert lines[-5::2] == [texts[0], f"⟦{start}⟧{tokenizer.decode(documents[1][3:])}", texts[2]]
 
     small = train_bpe(["a"], 257, tmp_path / "small")
-    with pytest.raises(DataError, match=rf"has token id {largest}, outside the vocabulary of 257"):
+    with pytest.raises(DataError, match=rf"has the token id {largest}, which is outside the vocabulary of 257"):
         list(inspect(tmp_path / "train", small))
     for name in ("code", "more"):
         path = tmp_path / "train" / name / "part.bin"

@@ -106,5 +106,5 @@ def test_a_config_names_the_parts(tmp_path):
     rows = source.take(source.start(), 50, range(50)).rows
     assert Counter(int(row.types[0]) for row in rows) == {0: 30, 1: 10, 2: 10}
     assert not np.array_equal(rows[0].tokens, rows[1].tokens)
-    with pytest.raises(ValueError, match="two parts are called the same"):
+    with pytest.raises(ValueError, match="two parts have the same name"):
         Data(seq_len=16, micro_bsz=1, total_steps=4, mixture=[{"kind": "mocked"}, {"kind": "mocked"}])

@@ -20,10 +20,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import DataError, InternEvoError
-from ...text.tokenizer import fingerprint
-from ..encoding.encode import Encoded, Workers
+from ...text.tokenizer import tokenizer_fingerprint
+from ..encoding.encode import Encoded, EncoderPool
 from ..order import permute
-from ..raw.inputs import Job, cut, is_sequential, make_jobs
+from ..raw.inputs import InputChunk, is_sequential, split_file, split_files
 from .exchange import Exchange, Numbers
 
 SHARDS = 16
@@ -40,7 +40,7 @@ class Shard:
     """Dataset type of its documents."""
     minimum: int
     """Shorter documents are left out."""
-    job: Job | None
+    chunk: InputChunk | None
     """None: the pieces of the file come one after another."""
 
 
@@ -50,7 +50,7 @@ def make_shards(files: list[tuple[str, Path]], type: int, minimum: int) -> Itera
         if sequential:
             yield from (Shard(kind, path, type, minimum, None) for kind, path in group)
         else:
-            yield from (Shard(job.kind, Path(job.files[0]), type, minimum, job) for job in make_jobs(list(group)))
+            yield from (Shard(chunk.kind, Path(chunk.files[0]), type, minimum, chunk) for chunk in split_files(list(group)))
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,12 @@ class _Piece:
 class Blocks:
     """All blocks behind a position."""
 
-    def __init__(self, shards: list[Shard], seed: int, workers: Workers, exchange: Exchange, epochs: int | None = None) -> None:
+    def __init__(
+        self, shards: list[Shard], seed: int, pool: EncoderPool, exchange: Exchange, epochs: int | None = None
+    ) -> None:
         """``epochs``: how many there are; None: no end."""
-        self.shards, self.seed, self.workers, self.exchange, self.epochs = shards, seed, workers, exchange, epochs
-        self.open: dict[int, tuple[int, Iterator[Job]]] = {}
+        self.shards, self.seed, self.pool, self.exchange, self.epochs = shards, seed, pool, exchange, epochs
+        self.open: dict[int, tuple[int, Iterator[InputChunk]]] = {}
         """By place in the order: pieces read, and those to come, of files that are read from their beginning."""
         self.flow: Iterator[Encoded] | None = None
         """This rank's pieces of this block and those behind it, where it is known beforehand which these are."""
@@ -121,8 +123,8 @@ class Blocks:
             DataError: on every rank, when one of them cannot read its part, or an epoch holds no token.
         """
         empty, self.exchange.over = position.block == 0, False
-        known = all(shard.job is not None for shard in self.shards)
-        self.flow = self.workers.encode(self._known_jobs(position)) if known else None
+        known = all(shard.chunk is not None for shard in self.shards)
+        self.flow = self.pool.encode(self._known_chunks(position)) if known else None
         try:
             while (following := self._begin(position)) is not None:
                 if following.epoch > position.epoch:
@@ -138,16 +140,18 @@ class Blocks:
                 position = replace(position, block=position.block + 1, under_way=tuple(sorted(ended.items())))
         finally:
             self.exchange.leave()
-            self.workers.close()
+            self.pool.close()
 
     def fingerprint(self) -> str:
         """Says whether two datasets hold the same documents in the same order, as far as names, sizes and options tell."""
         return self._fingerprint
 
     def _describe(self) -> str:
-        shards = [(s.kind, s.path.name, s.job.size if s.job else s.path.stat().st_size, s.type, s.minimum) for s in self.shards]
-        encoder = self.workers.encoder
-        options = [SHARDS, self.seed, encoder.format, encoder.key, fingerprint(encoder.tokenizer)]
+        shards = [
+            (s.kind, s.path.name, s.chunk.size if s.chunk else s.path.stat().st_size, s.type, s.minimum) for s in self.shards
+        ]
+        encoder = self.pool.encoder
+        options = [SHARDS, self.seed, encoder.format, encoder.key, tokenizer_fingerprint(encoder.tokenizer)]
         return hashlib.sha256(json.dumps([shards, options]).encode()).hexdigest()[:16]
 
     def _order(self, position: Position, place: int) -> Shard:
@@ -166,11 +170,11 @@ class Blocks:
             position = Position(position.epoch + 1)
         return None
 
-    def _known_jobs(self, position: Position) -> Iterator[Job]:
-        """This rank's jobs behind a position, where each shard is one job: workers go on while a block is put together."""
+    def _known_chunks(self, position: Position) -> Iterator[InputChunk]:
+        """This rank's chunks behind a position, where each shard is one chunk: workers go on while a block is put together."""
         while (following := self._begin(position)) is not None:
             for place, _ in self._mine(following):
-                yield from self._jobs(following, place, 0, 1)
+                yield from self._chunks(following, place, 0, 1)
             position = replace(following, block=following.block + 1, under_way=())
 
     def _mine(self, position: Position) -> list[tuple[int, int]]:
@@ -184,24 +188,24 @@ class Blocks:
             if self.flow is not None:
                 counts, encoded = [1] * len(mine), self.flow
             else:
-                jobs = [self._jobs(position, place, read, most) for place, read in mine]
-                counts, encoded = [len(found) for found in jobs], self.workers.encode(chain.from_iterable(jobs))
+                chunks = [self._chunks(position, place, read, most) for place, read in mine]
+                counts, encoded = [len(found) for found in chunks], self.pool.encode(chain.from_iterable(chunks))
             for (place, read), count in zip(mine, counts, strict=True):
                 parts = list(islice(encoded, count))
-                bad += [message for part in parts for message in part.bad]
+                bad += [message for part in parts for message in part.skipped]
                 pieces.append(_Piece(place, read + len(parts), place not in self.open, *_joined(parts)))
         except InternEvoError as error:
             return DataError(str(error))
         return _pack(pieces)
 
-    def _jobs(self, position: Position, place: int, read: int, most: int) -> list[Job]:
+    def _chunks(self, position: Position, place: int, read: int, most: int) -> list[InputChunk]:
         """The next piece of a shard, or up to ``most`` of a file that is read from its beginning, which then stays open."""
         shard = self._order(position, place)
-        if shard.job is not None:
-            return [shard.job]
+        if shard.chunk is not None:
+            return [shard.chunk]
         before, rest = self.open.pop(place, (0, None))
         if rest is None or before != read:
-            rest = islice(cut(shard.kind, shard.path), read, None)
+            rest = islice(split_file(shard.kind, shard.path), read, None)
         found = list(islice(rest, most))
         if len(found) == most:
             self.open[place] = (read + most, rest)

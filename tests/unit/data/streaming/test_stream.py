@@ -62,7 +62,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(inputs, "JOB_BYTES", 150)
+    monkeypatch.setattr(inputs, "CHUNK_BYTES", 150)
     monkeypatch.setattr(blocks, "SHARDS", 3)
 
 
