@@ -104,7 +104,8 @@ def streaming(folder: Path, copies: int, rounds: int, first: int = 4_000_000) ->
         for group in parquet.ParquetFile(file).iter_batches(500):
             tokens += sum(len(e.ids) + 1 for e in fast.encode_batch_fast(group["text"].to_pylist(), add_special_tokens=False))
         theirs = tokens / (time.perf_counter() - begin)
-        batches = TrainBatches(train_source(data, 4096), BatchSizes.of(data, 1), 0, True, data.total_steps).prefetch(Cursor())
+        sizes = BatchSizes.from_config(data, 1)
+        batches = TrainBatches(train_source(data, 4096), sizes, 0, True, data.total_steps).prefetch(Cursor())
         before = seen = 0
         while before < first:
             before += next(batches).tokens

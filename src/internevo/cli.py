@@ -154,9 +154,9 @@ def inspect(
     decode: Annotated[int, typer.Option(min=0, metavar="N", help="Show N documents of a dataset as text.")] = 0,
 ) -> None:
     """Say what a folder holds, and whether it is intact."""
-    from .commands.inspect import inspect as look
+    from .commands.inspect import describe
 
-    for line in look(path, tokenizer, decode):
+    for line in describe(path, tokenizer, decode):
         print(line)
 
 

@@ -54,11 +54,11 @@ def layout_lines(config: Config, world_size: int, per_node: int) -> list[str]:
     lines += [f"  {axis:<10} groups  {_some([_ranks(group) for group in of])}" for axis, of in groups.items()]
     if groups:
         lines += _rank_table(groups, world_size, per_node)
-    sizes = BatchSizes.of(config.data, data_size(config, world_size))
+    sizes = BatchSizes.from_config(config.data, data_size(config, world_size))
     rows = sizes.rows(config.data.total_steps)
     lines.append(
         f"  step       {rows:>6}  rows of {config.data.seq_len} tokens = {rows * config.data.seq_len:,} tokens "
-        f"({sizes.micro_num} micro-batches of {sizes.micro_bsz} on each of {sizes.ranks} data ranks)"
+        f"({sizes.micro_num} micro-batches of {sizes.micro_bsz} on each of {sizes.data_ranks} data ranks)"
     )
     decoder = decoder_config(config.model_type, config.model)
     if decoder.lora is not None:

@@ -65,17 +65,17 @@ def load_checkpoint(parts: Parts, folder: Path, wanted: LoadCkptInfo) -> list[st
 
 
 def _compare_data(parts: Parts, data: str, global_rows: int, folder: Path) -> list[str]:
-    """The place in the data means what it meant only with the same data."""
+    """A position in the data has the same meaning only with the same data."""
     lines = []
     if data != parts.source.fingerprint():
         if parts.config.data.on_change == "stop":
             raise CheckpointError(
-                f"the training data is not that of {folder} (other files, lengths, seq_len or packing): the place in it "
+                f"the training data is not that of {folder} (other files, lengths, seq_len or packing): the position in it "
                 "means nothing. Give the old data; or set data.on_change=continue to go on at the same number of rows; or load "
                 'with content=("model", "optimizer", "scheduler") to start the data anew'
             )
         cursor = parts.state.cursor
-        cursor.place = parts.source.after_change(cursor.place)
+        cursor.position = parts.source.position_after_change(cursor.position)
         lines.append(f"the training data has changed since {folder}; going on behind {cursor.rows} rows")
     rows = parts.sizes.rows(parts.state.cursor.batch)
     if rows != global_rows:

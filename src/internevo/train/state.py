@@ -29,19 +29,19 @@ class RunState:
         return {
             "step": self.step,
             "consumed_rows": self.cursor.rows,
-            "place": self.cursor.place,
+            "place": self.cursor.position,
             "consumed_tokens": self.consumed_tokens,
             "skipped_steps": self.skipped_steps,
             "data_skipped": self.data_skipped,
         }
 
     def load(self, values: dict[str, Any], wanted: LoadCkptInfo) -> None:
-        """From a checkpoint: the place in the schedule is the "scheduler", the place in the data the "sampler"."""
+        """From a checkpoint: the position in the schedule is the "scheduler", the position in the data the "sampler"."""
         if wanted.has("scheduler"):
             self.cursor.batch = values["step"]
             self.skipped_steps = values["skipped_steps"]
         if wanted.has("sampler"):
             self.cursor.rows = values["consumed_rows"]
-            self.cursor.place = values.get("place", self.cursor.rows)  # earlier checkpoints: rows of shuffled data
+            self.cursor.position = values.get("place", self.cursor.rows)  # earlier checkpoints: rows of shuffled data
             self.data_skipped = values.get("data_skipped", 0)
             self.consumed_tokens = values["consumed_tokens"]

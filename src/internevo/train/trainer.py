@@ -12,8 +12,8 @@ from ..checkpoint.export import Exporter, check_export
 from ..checkpoint.folder import remove_leftovers
 from ..checkpoint.saver import Saver
 from ..config import Config, dump
-from ..data.batches import StepBatch, TrainBatches, parse_skips, valid_batches
-from ..data.build import fitting_tokenizer
+from ..data.batches import StepBatch, TrainBatches, parse_skip_batches, valid_batches
+from ..data.build import checked_tokenizer
 from ..measure.probes import Probes
 from ..models.families.registry import decoder_config
 from ..models.generate import Sampling, generate
@@ -104,13 +104,13 @@ class Trainer:
         config, begin = self.config, time.perf_counter()
         lr = learning_rate(batch.number, config.data.total_steps, config.adam.lr, config.lr_scheduler)
         with self.probes(), self.watchdog.step(batch.tokens):
-            share = partial(self._share, len(batch.bad))
+            share = partial(self._share, len(batch.skipped))
             result = self.stepper(batch, lr, beta2(batch.number, config.adam, config.beta2_scheduler), share)
-        self.state.cursor = batch.after
+        self.state.cursor = batch.next_cursor
         self.state.consumed_tokens += batch.tokens
         self.state.skipped_steps += result.skipped
         self.state.data_skipped += int(result.shared.data_skipped)
-        for message in batch.bad:
+        for message in batch.skipped:
             log.warning(f"left out: {message}")
         record = self._record(batch, result, lr, time.perf_counter() - begin, data_time)
         return record, *self.stops.decide(record.step, result.shared)
@@ -219,7 +219,7 @@ def _batches(parts: Parts) -> TrainBatches:
     data, world = parts.config.data, parts.world
     return TrainBatches(
         parts.source, parts.sizes, parts.layout.data_rank(world.rank), data.use_packed_dataset, data.total_steps,
-        parse_skips(data.skip_batches), pin=world.device.type == "cuda",
+        parse_skip_batches(data.skip_batches), pin_memory=world.device.type == "cuda",
     )  # fmt: skip
 
 
@@ -227,7 +227,7 @@ def _sample_tokenizer(config: Config) -> Tokenizer | None:
     """For samples, where some are asked for."""
     if not config.monitor.sample_prompts or not config.data.tokenizer_path:
         return None
-    return fitting_tokenizer(config.data.tokenizer_path, config.model.vocab_size)
+    return checked_tokenizer(config.data.tokenizer_path, config.model.vocab_size)
 
 
 def _warnings(config: Config, world: World) -> list[str]:
