@@ -77,7 +77,7 @@ class Stepper:
         self.parts, self.device = parts, parts.world.device
         self.types, self.terms = len(parts.source.types), parts.terms
         self.clip = parts.config.hybrid_zero_optimizer.clip_grad_norm
-        self.copies = {name: parts.axis.copies(name) for name in parts.axis.masters}
+        self.copies = {name: parts.axis.replica_count(name) for name in parts.axis.masters}
         """Ranks that hold the same part of each weight."""
 
     def __call__(self, batch: StepBatch, lr: float, beta2: float, share: Callable[[], Shared]) -> StepResult:

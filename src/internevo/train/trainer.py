@@ -162,7 +162,7 @@ class Trainer:
             ids = tokenizer.with_bos(prompt)
             ends = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
             sampling = Sampling(temperature=0.8, top_p=0.95)
-            with parts.axis.whole_sequences():
+            with parts.axis.unsharded_sequences():
                 out = generate(
                     parts.model, ids, monitor.sample_tokens, sampling, seed=self.config.seed, eos_ids=ends, dtype=dtype
                 )
