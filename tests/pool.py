@@ -69,8 +69,7 @@ def place(rank: int, size: int, port: int, device: str = DEVICE) -> dict[str, st
     """The variables of a launcher, for one process on this machine."""
     return {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is the pool's
-        "OMP_NUM_THREADS": "1", "INTERNEVO_DEVICE": device, **shared_gpu(rank),
+        "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "INTERNEVO_DEVICE": device, **shared_gpu(rank),
     }  # fmt: skip
 
 
@@ -126,9 +125,11 @@ class Pool:
         from torch.distributed import TCPStore
 
         self._start(processes)
-        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on a port that no other program gets
+        # The pool has the store, as torchrun does, so that no other program gets its port.
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank, (_, pipe) in enumerate(self.workers[:processes]):
-            pipe.send_bytes(pickle.dumps((place(rank, processes, store.port, device), function, arguments)))
+            environment = {**place(rank, processes, store.port, device), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+            pipe.send_bytes(pickle.dumps((environment, function, arguments)))
         results, failures = self._answers(processes, timeout)
         if failures:
             self.stop()

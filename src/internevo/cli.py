@@ -162,9 +162,9 @@ def inspect(
     decode: Annotated[int, typer.Option(min=0, metavar="N", help="Also print N documents of a dataset as text.")] = 0,
 ) -> None:
     """Print what a folder contains, and check that it is intact."""
-    from .commands.inspect import inspect as lines_about
+    from .commands.inspect import describe
 
-    for line in lines_about(path, tokenizer, decode):
+    for line in describe(path, tokenizer, decode):
         print(line)
 
 

@@ -27,7 +27,10 @@ def test_text_that_is_not_utf8_is_named_and_leaves_nothing(tmp_path):
     ("line", "message"),
     [
         ('{"content": "x"', "byte 16: the line is not JSON"),
-        ('{"body": "x"}', "byte 16 has no text under 'content' or 'text' (it has 'body'); give --text-key"),
+        (
+            '{"body": "x"}',
+            "byte 16 has no text under 'content' or 'text' (it has 'body'); give the field's name with --text-key",
+        ),
     ],
 )
 def test_a_bad_json_line_is_named(tmp_path, line, message):
@@ -58,7 +61,7 @@ def test_tokenizing_keeps_order_and_content_whatever_the_workers(tmp_path):
         found += [tokenizer.decode(index.read(n).tolist()[:-1]) for n in range(len(index))]
         assert all(index.read(n)[-1] == tokenizer.eos_id for n in range(len(index)))
     assert sorted(found) == sorted(texts)
-    assert "holds tokenized data already" in tokenize(tmp_path / "a.jsonl", "--output", tmp_path / "one", code=2).stderr
+    assert "already contains tokenized data" in tokenize(tmp_path / "a.jsonl", "--output", tmp_path / "one", code=2).stderr
 
 
 def test_wrong_usage_of_tokenize(tmp_path):

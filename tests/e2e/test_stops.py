@@ -1,8 +1,12 @@
 """Runs that end early: asked to, because a rank fails, or because one hangs. None waits for ever, none loses a save."""
 
 import os
+import random
 import re
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from functools import partial
 
@@ -16,6 +20,7 @@ from internevo.errors import DataError
 from internevo.train import watchdog
 from internevo.train.step import Stepper
 from tests.conftest import metrics
+from tests.e2e.test_training import start
 from tests.pool import free_port, place
 
 STEP = 3
@@ -136,3 +141,70 @@ def test_a_checkpoint_whose_rank_is_gone_is_given_up(config, tmp_path):
     ended = Ranks(2, path, partial(_slow_saving, then=_vanish), tmp_path)
     assert ended.codes == [1, -signal.SIGKILL]
     assert "rank 1: no answer: it is gone" in ended.said[0]
+
+
+STRESS = bool(os.environ.get("INTERNEVO_TEST_STRESS"))
+"""Many stops, beside busy processes: an hour on a small machine."""
+STOPS, RANKS, BUSY = (40, 4, 2) if STRESS else (2, 2, 0)
+PATIENCE = 900 if STRESS else 300
+"""Seconds after which a run is taken to hang."""
+
+
+def _ends_well(process, folder):
+    """Waits for a run. Where it hangs, all its processes show where each of their threads is."""
+    try:
+        output, _ = process.communicate(timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        for rank in ranks:
+            os.kill(int(rank), signal.SIGABRT)
+        output, _ = process.communicate()
+        stacks = [path.read_text() for path in sorted((folder / "log").glob("*.stderr"))]
+        raise AssertionError("\n".join([f"a run of {len(ranks)} processes hung", output, *stacks])) from None
+    assert process.returncode == 0, output
+
+
+def _wait_until(there, process):
+    deadline = time.monotonic() + PATIENCE
+    while not there():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def busy():
+    """Processes that compute beside a test."""
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(BUSY)]
+    yield
+    for process in processes:
+        process.kill()
+
+
+@pytest.mark.timeout(STOPS * 1800)
+def test_stops_at_random_steps(config, tmp_path, busy):
+    """Each in a run of its own, then one process goes on; a save may be under way or not."""
+    draw = random.Random(1)
+    for number in range(STOPS):
+        path = config(f"run{number}", data__total_steps=400, lr_scheduler__total_steps=400, ckpt__checkpoint_every=4)
+        folder, step = tmp_path / f"run{number}", draw.randint(1, 14)
+        process = start(path, "--nproc", RANKS)
+        _wait_until(lambda f=folder, s=step: (f / "metrics.jsonl").is_file() and len(metrics(f)) >= s, process)
+        time.sleep(0.3 * draw.random())
+        process.send_signal(signal.SIGTERM)
+        _ends_well(process, folder)
+        last = metrics(folder)[-1]["step"]
+        assert (folder / "checkpoints" / f"step-{last:08d}" / "manifest.json").is_file()
+        _ends_well(start(path, f"data.total_steps={last + 2}", "--nproc", 1), folder)
+        assert [row["step"] for row in metrics(folder)] == list(range(1, last + 3))
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_while_the_ranks_start_stops_the_run_after_its_first_step(config, tmp_path, number):
+    """It comes when no rank can have heard of it yet, and kills none."""
+    process = start(config("early"), "--nproc", 2)
+    _wait_until((tmp_path / "early" / "log" / "rank-00001.stderr").exists, process)
+    process.send_signal(number)
+    _ends_well(process, tmp_path / "early")
+    assert [row["step"] for row in metrics(tmp_path / "early")] == [1]
+    assert (tmp_path / "early" / "checkpoints" / "step-00000001" / "manifest.json").is_file()

@@ -1,13 +1,16 @@
-"""Training runs on streaming data and mixtures: the same losses on any number of processes, and after any stop."""
+"""Training runs on streaming data and mixtures have the same losses on any number of processes, and after stops."""
 
 import json
+import os
 import random
+import signal
 from collections import Counter
 
 import pytest
 
 from internevo.text.tokenizer import train_bpe
 from tests.conftest import metrics, write_config, write_dataset
+from tests.e2e.test_training import start, wait_for_step
 
 STREAM = {"model__vocab_size": 300, "data__num_worker": 0, "ckpt__checkpoint_every": 3, "data__seq_len": 24}
 
@@ -24,7 +27,7 @@ def texts(tmp_path_factory):
     return folder, train_bpe(["the cat sat"] * 3, 300, folder / "tokenizer")
 
 
-def test_a_stream_trains_alike_on_any_number_of_processes_and_after_a_stop(tmp_path, pool, texts):
+def test_a_stream_gives_the_same_losses_on_any_number_of_processes_and_after_a_stop(tmp_path, pool, texts):
     folder, tokenizer = texts
     changes = {**STREAM, "data__type": "streaming", "data__tokenizer_path": str(tokenizer)}
     changes |= {"data__valid_folder": str(folder / "raw")}
@@ -46,7 +49,22 @@ def test_a_stream_trains_alike_on_any_number_of_processes_and_after_a_stop(tmp_p
     assert valid[0] == pytest.approx(valid[1], rel=1e-5) and len(valid[0]) == 1
 
 
-def test_a_mixture_reports_losses_by_source_and_goes_on_where_it_stopped(tmp_path, pool, texts):
+def test_what_asks_a_run_to_stop_does_not_end_its_tokenizing_processes(tmp_path, texts):
+    """Slurm sends a signal to all processes of a job."""
+    folder, tokenizer = texts
+    changes = {**STREAM, "data__type": "streaming", "data__tokenizer_path": str(tokenizer), "data__num_worker": 1}
+    steps = {"data__total_steps": 400, "lr_scheduler__total_steps": 400}
+    process = start(write_config(tmp_path, folder / "raw", "asked", **changes, **steps), start_new_session=True)
+    wait_for_step(tmp_path / "asked", 3, process)
+    os.killpg(process.pid, signal.SIGUSR1)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    last = metrics(tmp_path / "asked")[-1]["step"]
+    assert last < 400 and (tmp_path / "asked" / "checkpoints" / f"step-{last:08d}" / "manifest.json").is_file()
+    assert "died" not in output
+
+
+def test_a_mixture_reports_the_losses_of_each_part_and_resumes_where_it_stopped(tmp_path, pool, texts):
     folder, tokenizer = texts
     parts = [
         {"folder": str(folder / "raw" / "en" / "0.jsonl"), "kind": "streaming", "weight": 2, "epochs": 1, "name": "web"},
@@ -66,7 +84,7 @@ def test_a_mixture_reports_losses_by_source_and_goes_on_where_it_stopped(tmp_pat
     assert seen["books"] == 8 and 1 <= seen["web"] < 8  # its only epoch ends
 
 
-def test_what_is_left_out_is_counted_and_named(tmp_path, pool, texts):
+def test_documents_that_are_left_out_are_counted_and_named(tmp_path, pool, texts):
     folder, tokenizer = texts
     (tmp_path / "raw").mkdir()
     lines = (folder / "raw" / "en" / "0.jsonl").read_text().splitlines()

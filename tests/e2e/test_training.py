@@ -128,11 +128,11 @@ def test_resume_on_another_number_of_processes(pool, config, tmp_path, reference
     assert all((mine[k] - wanted[k]).abs().max() <= 1e-5 * max(1.0, wanted[k].abs().max()) for k in wanted)
 
 
-def start(path, *arguments):
+def start(path, *arguments, **options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "INTERNEVO_DEVICE": "cpu"}
     return subprocess.Popen(
         [sys.executable, "-m", "internevo", "train", str(path), *map(str, arguments)],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options,
     )  # fmt: skip
 
 

@@ -1,10 +1,21 @@
-"""Many collectives in one gloo group that end at the same time."""
+"""gloo's groups: one thread each, and collectives that end at once in one of them."""
+
+import json
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 
+from internevo.config import load_config
+from internevo.parallel import gloo
 from internevo.parallel.world import World
+from internevo.text.tokenizer import train_bpe
+from internevo.train.stop import StopRequests
+from internevo.train.trainer import Trainer
+from internevo.train.watchdog import Watchdog
+from tests.conftest import write_config
 from tests.pool import Pool
 
 
@@ -22,3 +33,41 @@ def gather_often(world: World) -> int:
 def test_many_gathers_at_once_do_not_damage_the_heap(pool: Pool) -> None:
     """With two threads per group, which is PyTorch's default, a process died in two of three runs."""
     assert pool.run(gather_often, 2, device="cpu") == [0, 1]
+
+
+def threads_of_groups() -> list[int]:
+    """Threads of every gloo group of this process."""
+    groups = list(dist.distributed_c10d._world.pg_map)
+    backends = {group._get_backend(device) for group in groups for device in group._device_types}
+    made: list[Any] = [backend for backend in backends if isinstance(backend, dist.ProcessGroupGloo)]
+    return [backend.options._threads for backend in made]
+
+
+def train_and_count(world: World, path: Path) -> list[int]:
+    with Watchdog(world, 0) as watchdog:
+        Trainer(load_config(path, []), world, StopRequests(), watchdog).fit()
+    return threads_of_groups()
+
+
+def test_every_group_of_a_run_has_one_thread(pool: Pool, tmp_path: Path) -> None:
+    """Those of training, of each stream and of the saver."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.jsonl").write_text("\n".join(json.dumps({"text": "the cat sat " * 9}) for _ in range(40)))
+    tokenizer = train_bpe(["the cat sat"] * 3, 300, tmp_path / "tokenizer")
+    path = write_config(
+        tmp_path, texts, data__type="streaming", data__tokenizer_path=str(tokenizer), data__num_worker=0, model__vocab_size=300,
+        data__total_steps=2, parallel__zero1=2, ckpt__checkpoint_every=1,
+    )  # fmt: skip
+    # The world's; one for the zero axis, one for its replicas, and one for axes of a single rank; the saver's; the stream's.
+    assert [sorted(threads) for threads in pool.run(train_and_count, 4, path, device="cpu")] == [[1] * 6] * 4
+
+
+def count_pytorchs_own(world: World) -> list[int]:
+    dist.new_group(backend="gloo")
+    gloo.new_group()
+    return sorted(threads_of_groups())
+
+
+def test_pytorchs_own_group_would_be_seen(pool: Pool) -> None:
+    assert pool.run(count_pytorchs_own, 1, device="cpu") == [[1, 1, 2]]

@@ -2,6 +2,7 @@
 PyTorch's private names stand in one file per subject."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -145,6 +146,16 @@ def private_names(path: Path) -> Iterator[str]:
 
 def is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__")
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if name_of(path) != "parallel/gloo.py"], ids=name_of)
+def test_nobody_asks_for_pytorchs_own_gloo(path: Path) -> None:
+    """A group of a named backend is made in ``gloo.new_group`` alone, where it gets one thread."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        assert not (isinstance(node, ast.Constant) and re.search(r"(^|:)gloo(,|$)", str(node.value)))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "new_group":
+            of_gloo = isinstance(node.func.value, ast.Name) and node.func.value.id == "gloo"
+            assert of_gloo or "backend" not in {keyword.arg for keyword in node.keywords}
 
 
 def own_private() -> set[str]:

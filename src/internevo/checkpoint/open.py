@@ -10,11 +10,11 @@ from ..errors import CheckpointError, UsageError
 from ..models.decoder import Decoder
 from ..models.huggingface.folder import HfFolder
 from ..models.huggingface.merge import merged
-from ..models.source import Source, fill
+from ..models.source import ParameterSource, load_parameters
 from .folder import Checkpoint, find_checkpoint
 
 
-def open_source(folder: Path, family: str | None = None) -> Source:
+def open_source(folder: Path, family: str | None = None) -> ParameterSource:
     """Opens a model for reading its weights. Adapters are merged into them.
 
     Args:
@@ -57,5 +57,5 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device: s
     with torch.device("meta"):
         model = Decoder(source.config)
     model.to(dtype).materialize(device)
-    fill(model, source)
+    load_parameters(model, source)
     return model.eval()

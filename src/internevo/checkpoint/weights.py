@@ -11,7 +11,7 @@ import torch
 
 from .. import __version__
 from ..models.decoder import parameter_shapes
-from ..models.source import Source, pour
+from ..models.source import ParameterSource, write_rows
 from ..storage.folders import temporary
 from ..storage.tensors import ShardWriter, Spec
 from .finish import Extras, complete
@@ -20,7 +20,7 @@ from .manifest import Checksums, Chunk, FileEntry, Manifest, TensorEntry
 
 
 def write_checkpoint(
-    source: Source,
+    source: ParameterSource,
     folder: Path,
     *,
     dtype: torch.dtype | None = None,
@@ -48,7 +48,7 @@ def write_checkpoint(
 
 
 def _write_weights(
-    source: Source, folder: Path, dtype: torch.dtype | None, shard_bytes: int, progress: Callable[[int, int], None]
+    source: ParameterSource, folder: Path, dtype: torch.dtype | None, shard_bytes: int, progress: Callable[[int, int], None]
 ) -> tuple[dict[str, FileEntry], dict[str, TensorEntry]]:
     """Writes the files. Returns the manifest's entries of the files and of the tensors."""
     specs, tensors = _chunks(source, dtype)
@@ -63,14 +63,14 @@ def _write_weights(
             for chunk in entry.chunks:
                 spec = specs[chunk.key]
                 for row, count in spec.chunks(0, spec.rows):
-                    done += pour(source, name, rows_before + row, count, spec.dtype, writer)
+                    done += write_rows(source, name, rows_before + row, count, spec.dtype, writer)
                     progress(done, total)
                 rows_before += spec.rows
                 chunk.file = writer.files[chunk.key]
     return {file: s.entry() for file, s in sums.items()}, tensors
 
 
-def _chunks(source: Source, dtype_on_disk: torch.dtype | None) -> tuple[dict[str, Spec], dict[str, TensorEntry]]:
+def _chunks(source: ParameterSource, dtype_on_disk: torch.dtype | None) -> tuple[dict[str, Spec], dict[str, TensorEntry]]:
     """Divides every weight into chunks: one, or one per expert, so that the experts of a layer can be in several files.
 
     Returns:

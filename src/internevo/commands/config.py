@@ -53,23 +53,23 @@ def layout_lines(config: Config, world_size: int, per_node: int) -> list[str]:
     from ..parallel.layout import Layout
     from ..parallel.strategy import Workload
 
-    layout = Layout.of(config, world_size)
+    layout = Layout.from_config(config, world_size)
     lines = [f"layout on {world_size} processes"]
     lines += [f"  {axis:<11} {size:>6}  {meaning}" for axis, size, meaning in layout.describe()]
     groups = layout.groups()
     lines += [f"  {axis:<11} groups  {_some([_ranks(group) for group in of])}" for axis, of in groups.items()]
     if groups:
         lines += _rank_table(groups, world_size, per_node)
-    sizes = BatchSizes.of(config.data, data_size(config, world_size))
+    sizes = BatchSizes.from_config(config.data, data_size(config, world_size))
     rows = sizes.rows(config.data.total_steps)
     lines.append(
         f"  step        {rows:>6}  rows of {config.data.seq_len} tokens = {rows * config.data.seq_len:,} tokens "
-        f"({sizes.micro_num} micro-batches of {sizes.micro_bsz} on each of {sizes.ranks} data ranks)"
+        f"({sizes.micro_num} micro-batches of {sizes.micro_bsz} on each of {sizes.data_ranks} data ranks)"
     )
     decoder = decoder_config(config.model_type, config.model)
     if decoder.lora is not None:
         return [*lines, "  memory and collectives are not known for model.lora"]
-    work = Workload.of(decoder, config, layout, sizes.micro_num, "cuda")
+    work = Workload.from_config(decoder, config, layout, sizes.micro_num, "cuda")
     return [*lines, *_memory_lines(plan.memory(work)), *_traffic_lines(plan.traffic(work), layout)]
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..checkpoint.open import load_model, open_source
-from ..data.encoding.formats import END_OF_ANSWER, FormatName, make_prompt
+from ..data.encoding.formats import END_OF_ANSWER, FormatName, encode_prompt
 from ..errors import UsageError
 from ..models.generate import Sampling, generate
-from ..models.source import usual_dtype
+from ..models.source import most_common_dtype
 from ..parallel.world import pick_device
 from ..text.tokenizer import load_tokenizer
 
@@ -42,8 +42,8 @@ def continue_text(
         raise UsageError(f"there is no tokenizer in {folder}; use --tokenizer PATH")
     text = load_tokenizer(path)
     device = pick_device(0)
-    model = load_model(folder, dtype=usual_dtype(source), device=device)
-    ids, ends = make_prompt(format, prompt, text)
-    out = generate(model, ids, max_new_tokens, sampling, seed=seed, eos_ids=tuple(ends))
-    answer = text.decode([i for i in out if i not in ends])
+    model = load_model(folder, dtype=most_common_dtype(source), device=device)
+    ids, stop_ids = encode_prompt(format, prompt, text)
+    out = generate(model, ids, max_new_tokens, sampling, seed=seed, eos_ids=tuple(stop_ids))
+    answer = text.decode([i for i in out if i not in stop_ids])
     return answer.partition(END_OF_ANSWER)[0].strip() if format == "alpaca" else answer

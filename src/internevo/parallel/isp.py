@@ -33,7 +33,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from ..config.parallel import Weight
 from ..models.decoder import Decoder
 from ..models.layers import DecoderLayer, GatedMLP, look_up, loss
-from ..models.linear import MARK, Linear
+from ..models.linear import ADAPTER_INFIX, Linear
 from . import collectives, gathered
 from .collectives import Group, exchange
 from .gathered import GatheredWeights, set_prefetch_order
@@ -113,7 +113,7 @@ class InternSequenceParallel:
         partial_gradients: dict[str, Group] = {}
         for path, module in model.named_modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
-                if _is_sharded(name, parameter.dim()) and self.mesh.size() > 1 and MARK not in f"{path}.":
+                if _is_sharded(name, parameter.dim()) and self.mesh.size() > 1 and ADAPTER_INFIX not in f"{path}.":
                     sharded = nn.Parameter(distribute_tensor(parameter.data, self.mesh, [Shard(0)], src_data_rank=None))
                     module.register_parameter(name, sharded)
                 elif self.mesh.size() > 1:

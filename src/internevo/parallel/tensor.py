@@ -38,7 +38,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 from .. import ops
 from ..models.decoder import Decoder
 from ..models.layers import Attention, GatedMLP
-from ..models.linear import MARK, Adapter, Linear
+from ..models.linear import ADAPTER_INFIX, Adapter, Linear
 from . import collectives
 from .collectives import Group, all_gather, start_all_gather, start_reduce_scatter, tokens_first, wait
 from .layout import Layout
@@ -147,10 +147,10 @@ class TensorParallel:
                     module.register_parameter(name, sharded)
                 if Replicate() in placements:  # each replica of a key/value head has the gradient from its own query heads only
                     partial_gradients[f"{path}.{name}"] = mesh.get_group("kv_replicas")
-                elif not placements and (self.shard_sequence or axes == ("head",) or MARK in f"{path}."):
+                elif not placements and (self.shard_sequence or axes == ("head",) or ADAPTER_INFIX in f"{path}."):
                     partial_gradients[f"{path}.{name}"] = self.group
             if isinstance(module, Adapter):
-                module.own = local
+                module.local_part = local
             elif isinstance(module, Attention):
                 self._attention(module, model.config.num_heads, model.config.num_kv_heads)
             elif isinstance(module, GatedMLP):

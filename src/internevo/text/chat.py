@@ -50,8 +50,8 @@ class ChatTemplate:
                 "tokenizer_config.json"
             )
         tokens = {key: token_text(value) for key, value in table.items() if key.endswith("_token")}
-        # transformers adds a tag to Jinja that marks what the assistant says. It is not needed here, because these parts are found
-        # by rendering prompts (data/encoding/formats.py).
+        # transformers adds a tag to Jinja that marks what the assistant says. It is removed, because data/encoding/formats.py
+        # finds these parts by rendering prompts.
         text = re.sub(
             r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})", lambda m: f"{m[1]}{'endif' if m[2] else 'if true'}{m[3]}", text
         )

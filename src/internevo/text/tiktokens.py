@@ -52,9 +52,12 @@ def _consecutive_ids(names: tuple[str, ...], first: int) -> dict[str, int]:
 
 
 ENCODINGS = {
-    "qwen": Encoding(CL100K_PATTERN.replace("{DIGITS}", ""), _consecutive_ids(QWEN_SPECIAL, 151643), "<|endoftext|>"),
+    "qwen": Encoding(
+        CL100K_PATTERN.replace("{DIGITS}", ""), _consecutive_ids(QWEN_SPECIAL, 151643), "<|endoftext|>"
+    ),
     "llama3": Encoding(
-        CL100K_PATTERN.replace("{DIGITS}", "{1,3}"), _consecutive_ids(LLAMA3_SPECIAL, 128000), "<|end_of_text|>", "<|begin_of_text|>"
+        CL100K_PATTERN.replace("{DIGITS}", "{1,3}"), _consecutive_ids(LLAMA3_SPECIAL, 128000),
+        "<|end_of_text|>", "<|begin_of_text|>",
     ),
     "cl100k_base": Encoding(
         CL100K_PATTERN.replace("{DIGITS}", "{1,3}"),

@@ -14,7 +14,7 @@ from ..checkpoint.finish import Extras
 from ..config import Config, dump
 from ..config.training import Loss as LossSection
 from ..data.batches import BatchSizes
-from ..data.build import in_memory, train_source, valid_rows
+from ..data.build import load_stream, train_source, valid_rows
 from ..data.rows import Rows
 from ..data.source import Source
 from ..data.streaming.exchange import Exchange
@@ -56,13 +56,13 @@ class Parts:
     @classmethod
     def build(cls, config: Config, world: World) -> Parts:
         """Opens the data, and builds the model with its initial weights. Every rank must call it."""
-        layout = Layout.of(config, world.size)
+        layout = Layout.from_config(config, world.size)
         source, valid = _open_data(config, world)
         decoder = decoder_config(config.model_type, config.model)
         model, axis, schedule = plan.build(decoder, config, layout, world.device)
         optimizer = Optimizer(axis.masters, config.adam)
-        scaler = LossScaler.of(config.grad_scaler, config.model.dtype)
-        sizes = BatchSizes.of(config.data, layout.data)
+        scaler = LossScaler.from_config(config.grad_scaler, config.model.dtype)
+        sizes = BatchSizes.from_config(config.data, layout.data)
         return cls(config, world, layout, source, valid, sizes, decoder, model, axis, schedule, optimizer, scaler, RunState())
 
     @property
@@ -99,7 +99,7 @@ def _open_data(config: Config, world: World) -> tuple[Source, Rows | None]:
     valid = valid_rows(data, vocab, streams.pop, here)
     if world.rank == 0:
         dist.barrier()
-    return source, in_memory(valid, data.valid_max_rows)
+    return source, load_stream(valid, data.valid_max_rows)
 
 
 def _exchange(world: World) -> Exchange:

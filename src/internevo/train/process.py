@@ -62,7 +62,7 @@ class GarbageCollector:
             gc.collect()
 
     def collect(self) -> None:
-        """After work between steps, in which all ranks take part."""
+        """After other work of all ranks."""
         gc.collect()
 
     def release(self) -> None:

@@ -16,7 +16,7 @@ from ..errors import CheckpointError, UsageError
 from ..models.config import DecoderConfig
 from ..models.decoder import parameter_shapes
 from ..models.huggingface.folder import HfFolder
-from ..models.linear import MARK
+from ..models.linear import ADAPTER_INFIX
 from ..parallel.shards import fill_local
 from ..storage.tensors import Spec
 from .parts import Parts
@@ -58,9 +58,8 @@ def load_checkpoint(parts: Parts, folder: Path, wanted: LoadCkptInfo) -> list[st
     tensors = {n: t for n, t in parts.tensors().items() if n.startswith(kinds)}
     mine, theirs = parts.decoder.lora, checkpoint.config.lora
     if mine and theirs is None and not wanted.has("optimizer"):
-        tensors = {
-            name: tensor for name, tensor in tensors.items() if MARK not in name
-        }  # new adapters keep their initial values
+        # The folder has no adapters; they keep their initial values.
+        tensors = {name: tensor for name, tensor in tensors.items() if ADAPTER_INFIX not in name}
     elif theirs != mine:
         raise CheckpointError(
             f"{folder} has other adapters: model.lora is {theirs} in the checkpoint, and {mine} in the config. To continue "
@@ -90,7 +89,7 @@ def _compare_data(parts: Parts, data: str, global_rows: int, folder: Path) -> li
                 'the same number of rows; or load with content=("model", "optimizer", "scheduler") to start at the first row'
             )
         cursor = parts.state.cursor
-        cursor.place = parts.source.after_change(cursor.place)
+        cursor.position = parts.source.position_after_change(cursor.position)
         lines.append(f"the training data has changed since {folder} was saved; the run continues after {cursor.rows} rows")
     rows = parts.sizes.rows(parts.state.cursor.batch)
     if rows != global_rows:
@@ -110,7 +109,7 @@ def load_hf(parts: Parts, folder: Path) -> list[str]:
     source = HfFolder(folder)
     lines = _compare(parts.decoder, source.config, folder)
     for name, parameter in parts.optimizer.named.items():
-        if MARK in name:
+        if ADAPTER_INFIX in name:
             continue
         shape = parameter.shape
         rows_per_slice = Spec(tuple(shape), torch.float32).rows // shape[0]  # 1, but for experts

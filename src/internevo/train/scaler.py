@@ -20,7 +20,7 @@ class LossScaler:
     """Number of consecutive overflows until now."""
 
     @classmethod
-    def of(cls, config: GradScaler, dtype: str) -> LossScaler:
+    def from_config(cls, config: GradScaler, dtype: str) -> LossScaler:
         """Makes the scaler of a model whose ``model.dtype`` is ``dtype``."""
         enabled = dtype == "float16"
         return cls(config, enabled, config.fp16.initial_scale if enabled else 1.0)

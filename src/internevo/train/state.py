@@ -31,7 +31,7 @@ class RunState:
         return {
             "step": self.step,
             "consumed_rows": self.cursor.rows,
-            "place": self.cursor.place,
+            "place": self.cursor.position,
             "consumed_tokens": self.consumed_tokens,
             "skipped_steps": self.skipped_steps,
             "data_skipped": self.data_skipped,
@@ -44,8 +44,7 @@ class RunState:
             self.skipped_steps = values["skipped_steps"]
         if wanted.has("sampler"):
             self.cursor.rows = values["consumed_rows"]
-            self.cursor.place = values.get(
-                "place", self.cursor.rows
-            )  # older checkpoints: always shuffled data, whose position is the number of rows
+            # Older checkpoints have no "place": their data was always shuffled, and its position is the number of rows.
+            self.cursor.position = values.get("place", self.cursor.rows)
             self.data_skipped = values.get("data_skipped", 0)
             self.consumed_tokens = values["consumed_tokens"]

@@ -142,7 +142,7 @@ def formulas(parts: Parts) -> tuple[Memory, list[Collectives]] | None:
     if parts.decoder.lora is not None:
         return None
     micro_batches = parts.sizes.micro_batches(parts.state.cursor.batch)
-    work = Workload.of(parts.decoder, parts.config, parts.layout, micro_batches, parts.world.device.type)
+    work = Workload.from_config(parts.decoder, parts.config, parts.layout, micro_batches, parts.world.device.type)
     rows = [*plan.traffic(work), traffic(parts.decoder, len(parts.source.types), parts.layout)]
     return plan.memory(work), add_up(rows, parts.layout)
 

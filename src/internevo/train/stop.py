@@ -32,8 +32,8 @@ class StopRequests:
     def listening(self) -> Iterator[None]:
         """Turns the signals into requests. A second Ctrl-C interrupts at once.
 
-        The launcher starts its processes with SIGTERM and SIGUSR1 blocked: one that comes before they listen, or when they have
-        stopped listening, waits instead of killing some of them.
+        The launcher starts its processes with SIGTERM and SIGUSR1 blocked: one that comes before they listen waits until they
+        do. When the run is over, such a process ignores them. So none is killed by what asks all of them to stop.
         """
 
         def ask(number: int, _frame: object) -> None:
@@ -43,13 +43,13 @@ class StopRequests:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
 
         old = {number: signal.signal(number, ask) for number in (*SIGNALS, signal.SIGINT)}
-        mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         try:
             yield
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             for number, handler in old.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_IGN if number in blocked else handler)
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
     def requests(self) -> tuple[float, float]:
         """This rank's: 1 when it was asked by a signal, and the number in the stop file; to be summed over all ranks."""

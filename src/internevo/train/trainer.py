@@ -12,8 +12,8 @@ from ..checkpoint.export import Exporter, check_export
 from ..checkpoint.folder import remove_leftovers
 from ..checkpoint.saver import Saver
 from ..config import Config, dump
-from ..data.batches import StepBatch, TrainBatches, parse_skips, valid_batches
-from ..data.build import fitting_tokenizer
+from ..data.batches import StepBatch, TrainBatches, parse_skip_batches, valid_batches
+from ..data.build import checked_tokenizer
 from ..measure.probes import Probes
 from ..models.families.registry import decoder_config
 from ..models.generate import Sampling, generate
@@ -104,22 +104,22 @@ class Trainer:
         config, begin = self.config, time.perf_counter()
         lr = learning_rate(batch.number, config.data.total_steps, config.adam.lr, config.lr_scheduler)
         with self.probes(), self.watchdog.step(batch.tokens):
-            get_shared = partial(self._shared, len(batch.bad))
+            get_shared = partial(self._shared, len(batch.skipped))
             result = self.stepper(batch, lr, beta2(batch.number, config.adam, config.beta2_scheduler), get_shared)
-        self.state.cursor = batch.after
+        self.state.cursor = batch.next_cursor
         self.state.consumed_tokens += batch.tokens
         self.state.skipped_steps += result.skipped
         self.state.data_skipped += int(result.shared.data_skipped)
-        for message in batch.bad:
+        for message in batch.skipped:
             log.warning(f"left out: {message}")
         record = self._record(batch, result, lr, time.perf_counter() - begin, data_time)
         return record, *self.stops.decide(record.step, result.shared)
 
-    def _shared(self, bad: int) -> Shared:
-        """Returns the numbers that this rank shares. ``bad``: number of documents that it has left out since the last step."""
+    def _shared(self, skipped: int) -> Shared:
+        """Returns the numbers that this rank shares. ``skipped``: number of documents that it left out since the last step."""
         memory = [0.0] * self.world.size
         memory[self.world.rank] = float(memory_peak(self.world.device))
-        return Shared(*self.stops.requests(), float(bad), memory)
+        return Shared(*self.stops.requests(), float(skipped), memory)
 
     def _record(self, batch: StepBatch, result: StepResult, lr: float, step_time: float, data_time: float) -> StepRecord:
         tgs = batch.tokens / (step_time + data_time) / self.world.size
@@ -145,6 +145,7 @@ class Trainer:
         rank = layout.data_rank(self.world.rank)
         batches = valid_batches(valid, data.micro_bsz, rank, layout.data, data.use_packed_dataset, data.valid_max_rows)
         losses = evaluate(self.parts, batches, len(valid.types))
+        self.garbage.collect()
         if observers:
             by_type = losses.by_type(valid.types)
             ppl = {name: _perplexity(loss) for name, loss in by_type.items()}
@@ -172,6 +173,7 @@ class Trainer:
     def _save(self, step: int) -> None:
         self.saver.save(step, self.parts.tensors(), self.parts.extras())
         self.saved_step = step
+        self.garbage.collect()
 
     def _observers(self) -> Observers | None:
         """On rank 0, makes the observers, and prints the first lines of the run."""
@@ -217,7 +219,7 @@ def _batches(parts: Parts) -> TrainBatches:
     data, world = parts.config.data, parts.world
     return TrainBatches(
         parts.source, parts.sizes, parts.layout.data_rank(world.rank), data.use_packed_dataset, data.total_steps,
-        parse_skips(data.skip_batches), pin=world.device.type == "cuda",
+        parse_skip_batches(data.skip_batches), pin_memory=world.device.type == "cuda",
     )  # fmt: skip
 
 
@@ -225,7 +227,7 @@ def _sample_tokenizer(config: Config) -> Tokenizer | None:
     """Opens the tokenizer for samples, if samples are configured."""
     if not config.monitor.sample_prompts or not config.data.tokenizer_path:
         return None
-    return fitting_tokenizer(config.data.tokenizer_path, config.model.vocab_size)
+    return checked_tokenizer(config.data.tokenizer_path, config.model.vocab_size)
 
 
 def _warnings(config: Config, world: World) -> list[str]:

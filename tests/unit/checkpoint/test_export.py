@@ -101,7 +101,8 @@ def test_a_full_disk_is_a_warning(run_folder, monkeypatch):
 def test_a_model_that_cannot_be_exported_is_refused_with_the_key_to_change(tmp_path):
     check_export(TINY, None)
     check_export(replace(TINY, lora=Lora(2, 4.0, ("q",))), str(tmp_path / "not there"))  # adapters are merged
-    with pytest.raises(ConfigError, match="its o_bias is False, and there it would be True; .*enable_internevo2hf_ckpt=False"):
+    said = "its o_bias is False, and in the folder it would be True; .*enable_internevo2hf_ckpt=False"
+    with pytest.raises(ConfigError, match=said):
         check_export(replace(TINY, qkv_bias=True), None)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ConfigError, match=r"tokenizer.json .*enable_internevo2hf_ckpt=False"):

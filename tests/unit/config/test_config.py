@@ -155,7 +155,7 @@ def test_all_problems_are_reported_together():
                 "model__head_dim": 10,
                 "model__vocab_size": 100,
             },
-            "the width of all key/value heads (model.num_kv_attention_heads * head size) = 10 is not divisible",
+            "the width of all key/value heads (model.num_kv_attention_heads * size of a head) = 10 is not divisible",
         ),
         (
             2,

@@ -17,7 +17,7 @@ events = st.lists(st.booleans(), max_size=60)
 
 def scaler(hysteresis: int = 2, interval: int = 3, lowest: float | None = None, highest: float | None = None) -> LossScaler:
     fp16 = Fp16Scaler(initial_scale=64.0, min_scale=lowest, growth_interval=interval)
-    return LossScaler.of(GradScaler(fp16=fp16, hysteresis=hysteresis, max_scale=highest), "float16")
+    return LossScaler.from_config(GradScaler(fp16=fp16, hysteresis=hysteresis, max_scale=highest), "float16")
 
 
 # What happened in each step, and the scale after it. It grows after 3 clean steps; its limits are 16 and 128.
@@ -81,7 +81,7 @@ def test_a_checkpoint_has_the_whole_state(before: list[bool], after: list[bool],
 
 @pytest.mark.parametrize("dtype", ["float32", "tf32", "bfloat16"])
 def test_other_dtypes_always_have_a_scale_of_1(dtype: str) -> None:
-    other, half = LossScaler.of(GradScaler(), dtype), scaler()
+    other, half = LossScaler.from_config(GradScaler(), dtype), scaler()
     for overflow in (OVERFLOW, OVERFLOW, *[CLEAN] * 2000):
         other.update(overflow)
     assert other.scale == 1.0

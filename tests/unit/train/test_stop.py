@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from internevo.train.shared import Shared
-from internevo.train.stop import StopRequests
+from internevo.train.stop import SIGNALS, StopRequests
 
 
 def shared(asked: float = 0.0, at: float = 0.0) -> Shared:
@@ -91,6 +92,24 @@ def test_a_signal_becomes_a_request_and_its_handler_comes_back(number: signal.Si
         os.kill(os.getpid(), number)
         assert stops.requests() == (1.0, 0.0)
     assert {n: signal.getsignal(n) for n in before} == before
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_from_before_listening_is_a_request_and_one_from_after_it_is_nothing(number: signal.Signals) -> None:
+    """In a process that was started with the signals blocked, as the launcher does."""
+    handlers = {n: signal.getsignal(n) for n in SIGNALS}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        signal.pthread_kill(threading.get_ident(), number)  # not to another thread, which does not block it
+        stops = StopRequests()
+        with stops.listening():
+            assert stops.requests() == (1.0, 0.0)
+        os.kill(os.getpid(), number)
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask | set(SIGNALS)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for n, handler in handlers.items():
+            signal.signal(n, handler)
 
 
 def test_a_second_ctrl_c_interrupts_at_once() -> None:

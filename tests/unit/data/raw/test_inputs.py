@@ -15,7 +15,7 @@ from pyarrow import parquet
 from internevo.config import load_config
 from internevo.data.build import train_source, valid_rows
 from internevo.data.encoding import encode
-from internevo.data.encoding.formats import fields_of, text_of
+from internevo.data.encoding.formats import document_text, format_fields
 from internevo.data.encoding.tokenize import tokenize
 from internevo.data.raw import inputs
 from internevo.data.raw.documents import read_documents
@@ -74,8 +74,8 @@ def write(folder, corpus, suffix, compression=""):
 def read(path, key=None):
     texts = []
     for chunk in split_files(find_files([path], None, None, ())):
-        for found in read_documents(chunk, fields_of("text", key)):
-            text = found if isinstance(found, DataError) else text_of(found, key)
+        for found in read_documents(chunk, format_fields("text", key)):
+            text = found if isinstance(found, DataError) else document_text(found, key)
             if isinstance(text, DataError):
                 raise text
             texts.append(text)
@@ -141,7 +141,7 @@ def test_the_error_names_a_row_without_text(tmp_path):
     bad.write_text("id,text\n1,good\n2\n")
     with pytest.raises(DataError, match=r"bad\.csv, line 2 after byte 8: the row has 1 field\(s\), but the header has 2"):
         read(bad)
-    with pytest.raises(DataError, match=r"no text under 'body' \(it has 'id', 'text'\); give --text-key"):
+    with pytest.raises(DataError, match=r"no text under 'body' \(it has 'id', 'text'\); give the field's name with --text-key"):
         read(bad, "body")
     parquet.write_table(pyarrow.table({"text": ["good", None]}), tmp_path / "bad.parquet")
     with pytest.raises(
@@ -186,11 +186,12 @@ def test_tokenized_rows_that_cannot_be_read_are_an_error_or_are_left_out(tmp_pat
     folder = write_dataset(tmp_path / "data")
     data = load_config(write_config(tmp_path, folder), []).data
     with pytest.raises(DataError, match="outside the vocabulary of 50"):
-        (source := train_source(data, 50)).take(source.start(), 40, range(40))
+        (source := train_source(data, 50)).next_rows(source.start_position(), 40, range(40))
     source = train_source(data.model_copy(update={"on_error": "skip"}), 96)
-    taken = source.take(source.start(), len(source.rows), range(len(source.rows)))
-    assert 0 < len(taken.bad) < taken.count and all("token id 96 is outside" in message for message in taken.bad)
-    assert sum(not (row.labels >= 0).any() for row in taken.rows) == len(taken.bad)
+    found = source.next_rows(source.start_position(), len(source.rows), range(len(source.rows)))
+    assert 0 < len(found.skipped) < found.count
+    assert all("token id 96 is outside" in message for message in found.skipped)
+    assert sum(not (row.labels >= 0).any() for row in found.rows) == len(found.skipped)
 
 
 def test_files_of_any_suffix_are_read_as_text_if_asked_for(tmp_path, run):
@@ -203,11 +204,11 @@ def test_files_of_any_suffix_are_read_as_text_if_asked_for(tmp_path, run):
 
 
 def test_the_error_names_a_document_that_is_too_long(tmp_path, monkeypatch):
-    monkeypatch.setattr(encode, "LONGEST", 5000)
+    monkeypatch.setattr(encode, "MAX_CHARACTERS", 5000)
     lines = [json.dumps({"text": text}) for text in ("small", "x" * 6000, "small")]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     tokenizer = train_bpe(["small"], 260, tmp_path)
-    with pytest.raises(DataError, match=r"a\.jsonl, byte 18: a document of 6,000 characters is more than"):
+    with pytest.raises(DataError, match=r"a\.jsonl, byte 18 has 6,000 characters; documents may have up to 5,000"):
         tokenize([tmp_path / "a.jsonl"], tmp_path / "out", tokenizer=tokenizer)
-    assert tokenize([tmp_path / "a.jsonl"], tmp_path / "out", tokenizer=tokenizer, on_error="skip").bad == 1
+    assert tokenize([tmp_path / "a.jsonl"], tmp_path / "out", tokenizer=tokenizer, on_error="skip").skipped == 1
     assert len(open_index(tmp_path / "out")) == 2

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from internevo.models.decoder import Decoder
 from internevo.models.families.registry import decoder_from_hf
-from tests.families import put, to_disk
+from tests.families import load_disk_tensors, to_disk
 from tests.references import REFERENCES, random_folder, slopes
 
 
@@ -18,7 +18,7 @@ def build(family, data, seed):
     torch.manual_seed(seed)
     config, disk = random_folder(family, lambda values: data.draw(st.sampled_from(values)))
     model = Decoder(decoder_from_hf(config, "test"))
-    put(model, disk)
+    load_disk_tensors(model, disk)
     return config, disk, model
 
 

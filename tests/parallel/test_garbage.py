@@ -1,0 +1,61 @@
+"""What a step leaves for Python's garbage collector, which the loop runs only now and then."""
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from internevo.config import load_config
+from internevo.parallel.world import World
+from internevo.train.check import check
+from internevo.train.stop import StopRequests
+from internevo.train.trainer import Trainer
+from internevo.train.watchdog import Watchdog
+from tests.conftest import write_config, write_dataset
+from tests.pool import Pool
+
+
+def tensors_in_circles(world: World, path: Path) -> int:
+    """After the third step of a run."""
+    config = load_config(path, [])
+    check(config, world.size)
+    with Watchdog(world, 0) as watchdog:
+        trainer = Trainer(config, world, StopRequests(), watchdog)
+        batches = trainer.batches.prefetch(trainer.state.cursor)
+        try:
+            for _ in range(2):
+                trainer._step(next(batches), 0.0)
+            gc.collect()
+            gc.disable()
+            trainer._step(next(batches), 0.0)
+            gc.set_debug(gc.DEBUG_SAVEALL)
+            gc.collect()
+            return sum(isinstance(found, torch.Tensor) for found in gc.garbage)
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+            gc.enable()
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "zero": {},
+    "fsdp": {"parallel__zero1": {"size": -1, "fsdp": True}},
+    "msp, recomputed": {"parallel__tensor": {"size": 2, "mode": "msp"}, "model__vocab_size": 98, "model__checkpoint": True},
+    "isp": {
+        "parallel__tensor": {"size": 2, "mode": "isp"}, "parallel__weight": {"size": 2, "overlap": True},
+        "model__vocab_size": 98,
+    },
+    "experts": {
+        "model_type": "QWEN2MOE", "model__num_experts": 5, "model__top_k": 2, "model__num_shared_experts": 2,
+        "model__moe_intermediate_size": 20,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_leaves_no_tensor_in_a_circle(pool: Pool, tmp_path: Path, kind: str) -> None:
+    """It would stay until the next collection, many steps later."""
+    path = write_config(tmp_path, write_dataset(tmp_path / "data"), **KINDS[kind])
+    assert pool.run(tensors_in_circles, 2, path) == [0, 0]
