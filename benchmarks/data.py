@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow
 from pyarrow import parquet
 
-from internevo.commands.demo import NOT_SOURCE
+from internevo.commands.demo import EXCLUDED
 from internevo.config.data import Data
 from internevo.data.batches import BatchSizes, Cursor, TrainBatches
 from internevo.data.build import train_source
@@ -51,7 +51,7 @@ def packing(folder: Path, files: int, documents: int) -> None:
 def library_texts() -> list[str]:
     """The source files of Python's standard library."""
     library = Path(sysconfig.get_paths()["stdlib"])
-    return [path.read_text() for _, path in find_files([library], "text", "*.py", NOT_SOURCE)]
+    return [path.read_text() for _, path in find_files([library], "text", "*.py", EXCLUDED)]
 
 
 def tokenizing(folder: Path, copies: int, rounds: int) -> None:

@@ -29,8 +29,8 @@ def counted(pool, tmp_path, processes, changes, model="llama"):
     config = load_config(path)
     rows = json.loads((tmp_path / "run" / "comm.json").read_text())
     found = {(row["kind"], row["axis"]): (row["count"], row["nbytes"]) for row in rows}
-    decoder, layout = decoder_config(config.model_type, config.model), Layout.of(config, processes)
-    work = Workload.of(decoder, config, layout, MICRO_BATCHES, DEVICE)
+    decoder, layout = decoder_config(config.model_type, config.model), Layout.from_config(config, processes)
+    work = Workload.from_config(decoder, config, layout, MICRO_BATCHES, DEVICE)
     stated = add_up([*plan.traffic(work), step.traffic(decoder, 2, layout)], layout)
     return found, {(row.kind, row.axis): (row.count, row.nbytes) for row in stated}
 

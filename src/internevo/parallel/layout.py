@@ -54,7 +54,7 @@ class Layout:
     """Ranks over which the optimizer state of an expert is sharded."""
 
     @classmethod
-    def of(cls, config: Config, world: int) -> Layout:
+    def from_config(cls, config: Config, world: int) -> Layout:
         """Takes the sizes from a config that ``train.check`` has accepted for this world size."""
         parallel = config.parallel
         tensor, weight, pipeline = parallel.tensor.size, parallel.weight.size, parallel.pipeline.size
@@ -169,7 +169,7 @@ class Meshes:
     """Dimensions: stage, replicate, zero, expert, inner."""
 
     @classmethod
-    def of(cls, layout: Layout, device_type: str) -> Meshes:
+    def from_layout(cls, layout: Layout, device_type: str) -> Meshes:
         """Makes the meshes. Every rank must call it."""
         groups = Groups()
         return cls(

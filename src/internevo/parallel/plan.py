@@ -37,7 +37,7 @@ def build(decoder: DecoderConfig, config: Config, layout: Layout, device: torch.
     with torch.device("meta"):
         model = Decoder(decoder, embed_grad_scale=section.embed_grad_scale)
     layers = [layer for _, layer in model.numbered_layers()]
-    meshes = Meshes.of(layout, device.type) if layout.world > 1 else None
+    meshes = Meshes.from_layout(layout, device.type) if layout.world > 1 else None
     # First what is inside a layer: its weights are sharded, and its collectives added.
     inner = AppliedStrategy()
     if meshes is not None and layout.mode != "isp" and layout.tensor > 1:

@@ -40,7 +40,9 @@ class Workload:
     device: str = "cpu"
 
     @classmethod
-    def of(cls, decoder: DecoderConfig, config: Config, layout: Layout, micro_batches: int, device: str = "cpu") -> Workload:
+    def from_config(
+        cls, decoder: DecoderConfig, config: Config, layout: Layout, micro_batches: int, device: str = "cpu"
+    ) -> Workload:
         """Takes the sizes from a run's config.
 
         Args:

@@ -90,7 +90,7 @@ def test_the_groups_of_a_thousand_ranks_are_computed_quickly() -> None:
 def _shapes_of_meshes(world: World, layout: Layout) -> dict[str, Any]:
     import torch.distributed as dist
 
-    meshes = Meshes.of(layout, world.device.type)
+    meshes = Meshes.from_layout(layout, world.device.type)
     found: dict[str, Any] = {}
     views = {"weights": layout.weights, "activations": layout.activations, "experts": layout.experts}
     for name, view in views.items():
