@@ -51,7 +51,7 @@ def pool():
 
     pool = Pool()
     yield pool
-    pool.stop()
+    pool.stop(patience=10)
 
 
 def write_dataset(folder):
@@ -99,10 +99,18 @@ def config(tmp_path, dataset):
     return partial(write_config, tmp_path, dataset)
 
 
-def metrics(folder):
-    """Training rows of a run folder."""
-    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+def rows_so_far(folder):
+    """Training rows of a run folder, as far as there are any."""
+    path = Path(folder) / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     return [row for row in rows if "loss" in row]
+
+
+def metrics(folder):
+    """Training rows of a run folder that has trained: comparisons of nothing with nothing would pass."""
+    rows = rows_so_far(folder)
+    assert rows, f"{folder} has trained no step"
+    return rows
 
 
 def tensors(folder, step):
@@ -110,4 +118,5 @@ def tensors(folder, step):
     from internevo.checkpoint import Checkpoint
 
     checkpoint = Checkpoint(Path(folder) / "checkpoints" / f"step-{step:08d}")
+    assert checkpoint.manifest.tensors
     return {name: checkpoint.tensor(name) for name in checkpoint.manifest.tensors}

@@ -1,4 +1,4 @@
-"""Random small models of every family that transformers has, with the same weights there and here."""
+"""Random small models of every family that transformers has: transformers' model and ours, with the same weights."""
 
 import torch
 import transformers as tf
@@ -55,11 +55,11 @@ def internlm3(draw):
     shape["hidden_size"] = shape["num_attention_heads"] * 8  # transformers insists on a multiple
     return tf.models.internlm3.configuration_internlm3.InternLM3Config(
         **shape, qkv_bias=bias, bias=bias, pad_token_id=None
-    )  # fmt: skip  (a padding token would have no gradient)
+    )  # fmt: skip  (the embedding of a padding token would have no gradient)
 
 
 def no_head_dim(shape):
-    """Families that derive the head size."""
+    """Changes a shape for families whose head size is hidden_size / num_attention_heads."""
     shape["hidden_size"] = shape["num_attention_heads"] * shape.pop("head_dim")
     return shape
 
@@ -123,7 +123,7 @@ CONFIGS = {
 
 
 def pair(config, seed):
-    """transformers' model and ours, with the same random weights, far from ones and zeros so that a lost one shows."""
+    """Returns transformers' model and ours with the same random weights. No weight is 1 or 0, so that a lost one is noticed."""
     torch.manual_seed(seed)
     config._attn_implementation = config._experts_implementation = "eager"
     theirs = tf.AutoModelForCausalLM.from_config(config).eval()
@@ -134,12 +134,12 @@ def pair(config, seed):
             if vector and not name.endswith("bias"):
                 parameter.add_(1.0)
             if "gate.weight" in name or "router" in name:
-                parameter.mul_(8)  # so that the choice of experts is not within noise
+                parameter.mul_(8)  # so that rounding does not change which experts are chosen
     return theirs, ours_of(theirs)
 
 
 def disk_tensors(theirs, gradients=False):
-    """transformers' weights (or their gradients) under their names on disk: it fuses experts in memory."""
+    """Returns transformers' weights or their gradients by their names on disk, where experts are not fused as in memory."""
     found = {}
     for name, parameter in theirs.named_parameters():
         tensor = parameter.grad if gradients else parameter.detach()
@@ -161,32 +161,32 @@ def disk_tensors(theirs, gradients=False):
 
 
 def ours_of(theirs):
-    """Our model with the weights of transformers' one."""
+    """Returns our model with the weights of transformers' model."""
     values = theirs.config.to_dict()
     values["architectures"] = [type(theirs).__name__]
     config = decoder_from_hf(values, "test")
     model = Decoder(config)
-    put(model, disk_tensors(theirs))
+    load_disk_tensors(model, disk_tensors(theirs))
     return model
 
 
 @torch.no_grad()
-def put(model, disk):
-    """Fills a model from tensors under their names on disk."""
-    spans = naming(model.config).by_parameter
+def load_disk_tensors(model, disk):
+    """Copies tensors, given by their names on disk, into a model."""
+    mappings = naming(model.config).by_parameter
     for name, parameter in model.named_parameters():
         rows = parameter.flatten(0, -2) if parameter.dim() > 1 else parameter
-        for span in spans[name]:
-            rows[span.row : span.row + span.count] = disk[span.disk][span.disk_row : span.disk_row + span.count]
+        for m in mappings[name]:
+            rows[m.row : m.row + m.count] = disk[m.disk][m.disk_row : m.disk_row + m.count]
 
 
 def to_disk(model, tensors):
-    """Tensors by parameter name, under their names on disk."""
+    """Converts tensors by parameter name to tensors by name on disk."""
     names = naming(model.config)
     found = {disk: torch.empty(shape) for disk, shape in names.shapes.items()}
     for name in parameter_shapes(model.config):
         tensor = tensors[name]
         rows = tensor.flatten(0, -2) if tensor.dim() > 1 else tensor
-        for span in names.by_parameter[name]:
-            found[span.disk][span.disk_row : span.disk_row + span.count] = rows[span.row : span.row + span.count]
+        for m in names.by_parameter[name]:
+            found[m.disk][m.disk_row : m.disk_row + m.count] = rows[m.row : m.row + m.count]
     return found

@@ -10,7 +10,8 @@ import pickle
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -81,6 +82,17 @@ def shared_gpu(rank: int) -> dict[str, str]:
     return {"NCCL_HOSTID": str(rank), "NCCL_SOCKET_IFNAME": "lo"} if torch.cuda.device_count() == 1 else {}
 
 
+@contextmanager
+def _measured(measured: bool) -> Iterator[None]:
+    """Whether coverage follows the processes that are started within it: two ranks run what all run, and tracing takes time."""
+    config = None if measured else os.environ.pop("COVERAGE_PROCESS_CONFIG", None)
+    try:
+        yield
+    finally:
+        if config is not None:
+            os.environ["COVERAGE_PROCESS_CONFIG"] = config
+
+
 class Pool:
     """Processes, started when first needed."""
 
@@ -110,10 +122,14 @@ class Pool:
     def _do(
         self, function: Callable[..., Any], arguments: tuple[Any, ...], processes: int, timeout: float, device: str
     ) -> list[Any]:
+        from torch.distributed import TCPStore
+
         self._start(processes)
-        port = free_port()
+        # The pool has the store, as torchrun does, so that no other program gets its port.
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank, (_, pipe) in enumerate(self.workers[:processes]):
-            pipe.send_bytes(pickle.dumps((place(rank, processes, port, device), function, arguments)))
+            environment = {**place(rank, processes, store.port, device), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+            pipe.send_bytes(pickle.dumps((environment, function, arguments)))
         results, failures = self._answers(processes, timeout)
         if failures:
             self.stop()
@@ -125,7 +141,8 @@ class Pool:
         for rank in range(running, processes):
             mine, theirs = context.Pipe()
             process = context.Process(target=_work, args=(rank, theirs), daemon=True)
-            process.start()
+            with _measured(rank < 2):
+                process.start()
             theirs.close()  # so that the end of the process is the end of the pipe
             self.workers.append((process, mine))
         for _, pipe in self.workers[running:]:
@@ -152,8 +169,11 @@ class Pool:
                     end = min(end, time.monotonic() + PATIENCE)
         return results, failures + [f"rank {rank} did not finish" for rank in waiting.values()]
 
-    def stop(self) -> None:
-        """Ends all processes; the next job starts new ones."""
+    def stop(self, patience: float = 0.0) -> None:
+        """Ends all processes; the next job starts new ones. An idle one has ``patience`` seconds to write what it measured."""
+        for _, pipe in self.workers:
+            pipe.close()
         for process, _ in self.workers:
+            process.join(patience)
             process.kill()
         self.workers = []

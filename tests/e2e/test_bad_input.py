@@ -27,11 +27,13 @@ def test_text_that_is_not_utf8_is_named_and_leaves_nothing(tmp_path):
     ("line", "message"),
     [
         ('{"content": "x"', "byte 16: the line is not JSON"),
-        ('{"body": "x"}', "byte 16 has no text under 'content' or 'text' (it has 'body'); give --text-key"),
+        (
+            '{"body": "x"}',
+            "byte 16 has no text under 'content' or 'text' (it has 'body'); give the field's name with --text-key",
+        ),
     ],
 )
 def test_a_bad_json_line_is_named(tmp_path, line, message):
-    (tmp_path / "a.jsonl").write_text('{"text": "fine"}'[:-1] + "}\n"[:1] + "\n" + line + "\n")
     (tmp_path / "a.jsonl").write_text('{"text": "abc"}\n' + line + "\n")
     done = tokenize(tmp_path / "a.jsonl", "--output", tmp_path / "out", code=1)
     assert "a.jsonl, " + message in done.stderr
@@ -59,7 +61,7 @@ def test_tokenizing_keeps_order_and_content_whatever_the_workers(tmp_path):
         found += [tokenizer.decode(index.read(n).tolist()[:-1]) for n in range(len(index))]
         assert all(index.read(n)[-1] == tokenizer.eos_id for n in range(len(index)))
     assert sorted(found) == sorted(texts)
-    assert "holds tokenized data already" in tokenize(tmp_path / "a.jsonl", "--output", tmp_path / "one", code=2).stderr
+    assert "already contains tokenized data" in tokenize(tmp_path / "a.jsonl", "--output", tmp_path / "one", code=2).stderr
 
 
 def test_wrong_usage_of_tokenize(tmp_path):
@@ -122,4 +124,4 @@ def test_other_data_or_another_model_is_refused_on_resume(tmp_path, config):
     assert "the training data is not that of" in done.stderr and "data.on_change=continue" in done.stderr
     done = run("train", path, "data.total_steps=4", "data.seq_len=16", "data.on_change=continue")
     assert "the training data has changed" in done.stdout
-    assert "has shape [97, 32], and the config's model [98, 32]" in run("train", path, "model.vocab_size=98", code=1).stderr
+    assert "has shape [97, 32], and in the config's model [98, 32]" in run("train", path, "model.vocab_size=98", code=1).stderr

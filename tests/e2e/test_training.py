@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from tests.conftest import metrics, run, tensors, write_config, write_dataset
+from tests.conftest import metrics, rows_so_far, run, tensors, write_config, write_dataset
 
 SAME = ("step", "loss", "grad_norm", "lr", "tokens", "consumed_tokens", "skipped", "loss_by_type")
 
@@ -139,7 +139,7 @@ def start(path, *arguments, **options):
 def wait_for_step(folder, step, process, seconds=90):
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and process.poll() is None:
-        if (folder / "metrics.jsonl").is_file() and len(metrics(folder)) >= step:
+        if len(rows_so_far(folder)) >= step:
             return
         time.sleep(0.02)
     raise AssertionError(f"step {step} was not reached: {process.stdout.read() if process.poll() is not None else ''}")
@@ -170,7 +170,7 @@ def test_a_killed_run_goes_on_to_bit_identical_weights(config, tmp_path):
     draw = random.Random(3)
     for _ in range(3):
         process = start(path, "--nproc", 2)
-        done = len(metrics(tmp_path / "killed")) if (tmp_path / "killed" / "metrics.jsonl").is_file() else 0
+        done = len(rows_so_far(tmp_path / "killed"))
         wait_for_step(tmp_path / "killed", min(done + draw.randint(2, 9), 38), process)
         process.kill()
         process.wait()

@@ -26,7 +26,7 @@ def test_a_failed_export_ends_no_run_and_is_said(tmp_path, config):
 def test_what_cannot_be_exported_is_said_before_the_first_step(tmp_path, config, processes):
     path = config("run", model__qkv_bias=True, model__o_bias=False, ckpt__enable_internevo2hf_ckpt=True)
     done = run("train", path, "--nproc", processes, code=2)
-    assert "a Hugging Face folder of LlamaForCausalLM cannot hold this model: its o_bias is False" in done.stderr
+    assert "a Hugging Face folder of LlamaForCausalLM cannot describe this model: its o_bias is False" in done.stderr
     assert "ckpt.enable_internevo2hf_ckpt=False" in done.stderr
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     run("train", path, "ckpt.enable_save_ckpt=False", "data.total_steps=1")  # nothing is saved, so nothing is exported

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,16 +20,18 @@ from tests.pool import Pool
 
 
 def gather_often(world: World) -> int:
-    mine = torch.full((8,), float(world.rank))
+    group = dist.group.WORLD
+    assert group is not None
+    x = torch.full((8,), float(world.rank))
     for _ in range(600):
-        coming = [functional.all_gather_single(mine + number, 0, dist.group.WORLD) for number in range(8)]
-        for number, both in enumerate(coming):
-            assert both.tolist() == [number] * 8 + [number + 1.0] * 8
+        started = [functional.all_gather_single(x + number, 0, group) for number in range(8)]
+        for number, gathered in enumerate(started):
+            assert gathered.tolist() == [number] * 8 + [number + 1.0] * 8
     return world.rank
 
 
-def test_many_gathers_at_once_leave_the_memory_whole(pool: Pool) -> None:
-    """With two threads in a group, as PyTorch has it, a process died in two of three runs."""
+def test_many_gathers_at_once_do_not_damage_the_heap(pool: Pool) -> None:
+    """With two threads per group, which is PyTorch's default, a process died in two of three runs."""
     assert pool.run(gather_often, 2, device="cpu") == [0, 1]
 
 
@@ -36,7 +39,8 @@ def threads_of_groups() -> list[int]:
     """Threads of every gloo group of this process."""
     groups = list(dist.distributed_c10d._world.pg_map)
     backends = {group._get_backend(device) for group in groups for device in group._device_types}
-    return [backend.options._threads for backend in backends if isinstance(backend, dist.ProcessGroupGloo)]
+    made: list[Any] = [backend for backend in backends if isinstance(backend, dist.ProcessGroupGloo)]
+    return [backend.options._threads for backend in made]
 
 
 def train_and_count(world: World, path: Path) -> list[int]:

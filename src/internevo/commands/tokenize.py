@@ -1,4 +1,4 @@
-"""``internevo tokenize``: options, progress and the closing lines."""
+"""``internevo tokenize``: checks the options, shows a progress bar, and prints a summary."""
 
 from __future__ import annotations
 
@@ -29,12 +29,16 @@ def run(
     overwrite: bool,
     on_error: OnError,
 ) -> None:
-    """Checks the options, tokenizes under a progress bar, and says what was made."""
+    """Tokenizes ``inputs`` into ``output``, and prints how many documents and tokens were written.
+
+    Raises:
+        UsageError: if the options do not go together.
+    """
     if (tokenizer is None) == (train_tokenizer is None):
         raise UsageError("give either --tokenizer PATH or --train-tokenizer bpe --vocab-size N")
     if train_tokenizer and vocab_size is None:
         raise UsageError("--train-tokenizer needs --vocab-size")
-    made: FormatName = format if format in ("alpaca", "chat") else "text"  # type: ignore[assignment]
+    document_format: FormatName = format if format in ("alpaca", "chat") else "text"  # type: ignore[assignment]
     kind = None if format in ("alpaca", "chat") else format
     columns = (
         TextColumn("{task.description}"),
@@ -47,7 +51,7 @@ def run(
         task = bar.add_task("tokenizing", total=None)
         result = tokenize(
             inputs, output, tokenizer=tokenizer, train_vocab_size=vocab_size if train_tokenizer else None, kind=kind,
-            format=made, on_error=on_error,
+            format=document_format, on_error=on_error,
             text_key=text_key, pattern=pattern, exclude=exclude, dataset_type=dataset_type, valid_ratio=valid_ratio,
             workers=workers, overwrite=overwrite, status=bar.console.print,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
@@ -55,5 +59,5 @@ def run(
     print(f"{output}: {result.documents:,} documents, {result.tokens:,} tokens, vocabulary {result.vocab_size:,}")
     if valid_ratio:
         print(f"for validation: {result.valid_documents:,} documents, {result.valid_tokens:,} tokens")
-    if result.bad:
-        print(f"left out: {result.bad:,} documents that cannot be read (named above)")
+    if result.skipped:
+        print(f"left out: {result.skipped:,} documents that cannot be read (see the messages above)")

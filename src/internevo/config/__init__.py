@@ -1,4 +1,4 @@
-"""One validated config from InternEvo's files. Imports no PyTorch, so that checking a config is quick."""
+"""Reads and checks InternEvo's config files. It does not import PyTorch, so that checking a config is quick."""
 
 from .load import dump, load_config, validate
 from .option import notices

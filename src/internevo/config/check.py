@@ -1,6 +1,7 @@
-"""Rules across fields, and against the world size and the files. (The model family has its own; ``train.check`` asks both.)
+"""Rules that involve several fields of a config, the world size, or files. (A model family has further rules; ``train.check``
+applies both.)
 
-Each rule yields messages that say what does not fit and what to change.
+Each rule yields one message per problem, which says what does not fit and what to change.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .schema import Config
 
 
 def missing_features(config: Config) -> list[str]:
-    """What the config asks for that this version does not do."""
+    """Returns one line for each feature that the config asks for and that this version does not have."""
     lines = unavailable(config)
     parallel = config.parallel
     if config.model.num_experts > 1 and max(parallel.tensor.size, parallel.weight.size) > 1:
@@ -26,12 +27,12 @@ def missing_features(config: Config) -> list[str]:
         )
     info = config.ckpt.load_ckpt_info
     if info and info.path and info.ckpt_type in ("llama", "LLAMA", "normal"):
-        lines.append(f"not available yet: loading ckpt_type = {info.ckpt_type!r} (ckpt.load_ckpt_info.ckpt_type)")
+        lines.append(f"not available yet: loading checkpoints of ckpt.load_ckpt_info.ckpt_type = {info.ckpt_type!r}")
     return lines
 
 
 def problems(config: Config, world_size: int) -> list[str]:
-    """Contradictions inside the config, and with the world size."""
+    """Returns one line for each contradiction inside the config, or between it and the world size."""
     rules = (
         _lora,
         _heads,
@@ -52,7 +53,10 @@ def problems(config: Config, world_size: int) -> list[str]:
 
 
 def missing_paths(config: Config) -> list[str]:
-    """Files and folders that the run reads and that are not there. (A folder may be Megatron's path without ".bin".)"""
+    """Returns one line for each file or folder that the run would read and that does not exist.
+
+    A folder may also be the path of Megatron's files without ".bin".
+    """
     data, info = config.data, config.ckpt.load_ckpt_info
     train, valid = data.folders
     stream = data.type in STREAMS
@@ -73,7 +77,7 @@ def missing_paths(config: Config) -> list[str]:
 
 
 def may_be_on_hub(name: str | None) -> bool:
-    """Whether this is no folder, and could be the name of a dataset of the Hugging Face hub."""
+    """Whether this is not a folder here, and has the form of a dataset's name on the Hugging Face Hub (owner/name)."""
     return name is not None and not Path(name).exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
 
 
@@ -87,7 +91,7 @@ def _data(config: Config, world: int) -> Iterator[str]:
         if part.kind != "mocked" and not part.folder:
             yield f"data.mixture.{number} needs a folder"
         if part.kind in STREAMS and part.epochs and part.epochs % 1:
-            yield f"data.mixture.{number}.epochs = {part.epochs} must be a whole number, since the part is a stream"
+            yield f"data.mixture.{number}.epochs = {part.epochs} must be a whole number, because this part is a stream"
 
 
 def _lora(config: Config, world: int) -> Iterator[str]:
@@ -95,9 +99,9 @@ def _lora(config: Config, world: int) -> Iterator[str]:
     if lora is None:
         return
     if config.model.num_experts > 1 and set(lora.targets) & {"gate", "up", "down"}:
-        yield f"model.lora.targets = {lora.targets}: experts have no adapters; name some of q, k, v, o"
+        yield f"model.lora.targets = {lora.targets}: experts cannot have adapters; choose from q, k, v, o"
     if config.monitor.memory:
-        yield "monitor.memory compares with the formula for training all weights; leave it out with model.lora"
+        yield "monitor.memory does not work with model.lora, because its formula is for training all weights; leave it out"
 
 
 def _heads(config: Config, world: int) -> Iterator[str]:
@@ -109,7 +113,7 @@ def _heads(config: Config, world: int) -> Iterator[str]:
             "change one of them or give model.head_dim"
         )
     elif (model.head_dim or model.hidden_size // heads) % 2:
-        yield "the head size must be even for the rotary embedding: change model.head_dim"
+        yield "the size of a head (model.head_dim) must be even for the rotary embedding; change model.head_dim"
     if heads % kv:
         yield f"model.num_attention_heads = {heads} is not a multiple of model.num_kv_attention_heads = {kv}"
     if kv % tensor.size and tensor.size % kv:
@@ -123,8 +127,8 @@ def _heads(config: Config, world: int) -> Iterator[str]:
         (model.mlp_width, "the MLP's width"),
         (model.hidden_size, "model.hidden_size"),
         (model.vocab_size, "model.vocab_size"),
-        (heads * head_dim, "the width of all query heads"),
-        (kv * head_dim, "the width of all key/value heads (model.num_kv_attention_heads * head size)"),
+        (heads * head_dim, "the width of all query heads (model.num_attention_heads * size of a head)"),
+        (kv * head_dim, "the width of all key/value heads (model.num_kv_attention_heads * size of a head)"),
     ):
         if size % config.parallel.weight.size:
             yield f"{what} = {size} is not divisible by parallel.weight.size = {config.parallel.weight.size}"
@@ -137,9 +141,9 @@ def _heads(config: Config, world: int) -> Iterator[str]:
 def _rope(config: Config, world: int) -> Iterator[str]:
     scaling = config.model.rope_scaling
     if scaling is not None and scaling.get("rope_type", scaling.get("type")) not in ROPE_KINDS:
-        yield f"model.rope_scaling = {scaling!r} has no rope_type among {', '.join(ROPE_KINDS)}"
+        yield f"model.rope_scaling = {scaling!r}: its rope_type must be one of {', '.join(ROPE_KINDS)}"
     if scaling is not None and config.model.use_dynamic_ntk_rope:
-        yield "model.rope_scaling and model.use_dynamic_ntk_rope are two ways to say it; leave one out"
+        yield "model.rope_scaling and model.use_dynamic_ntk_rope both set the scaling of the rotary embedding; leave one out"
 
 
 def _axes(config: Config, world: int) -> Iterator[str]:
@@ -147,31 +151,31 @@ def _axes(config: Config, world: int) -> Iterator[str]:
     tensor, weight, pipeline = parallel.tensor.size, parallel.weight.size, parallel.pipeline.size
     if world % (tensor * pipeline):
         yield (
-            f"{world} processes cannot be cut into parallel.tensor.size * parallel.pipeline.size = {tensor} * {pipeline}; "
-            f"use a multiple of {tensor * pipeline} processes"
+            f"{world} processes cannot be divided into groups of parallel.tensor.size * parallel.pipeline.size = "
+            f"{tensor} * {pipeline}; use a multiple of {tensor * pipeline} processes"
         )
     if weight > 1 and parallel.tensor.mode != "isp":
         yield f"parallel.weight.size = {weight} needs parallel.tensor.mode = 'isp', not {parallel.tensor.mode!r}"
     if world % (weight * pipeline):
         yield f"{world} processes are not a multiple of parallel.weight.size * parallel.pipeline.size = {weight} * {pipeline}"
     if parallel.zero1.fsdp and pipeline > 1:
-        yield "parallel.zero1.fsdp = True does not go with parallel.pipeline.size > 1; use ZeRO (fsdp = False) there"
+        yield "parallel.zero1.fsdp = True does not work with parallel.pipeline.size > 1; use ZeRO (fsdp = False)"
 
 
 def data_size(config: Config, world_size: int) -> int:
-    """Number of data ranks: world / (tensor * pipeline)."""
+    """Returns the number of data ranks: world size / (tensor * pipeline)."""
     return max(1, world_size // (config.parallel.tensor.size * config.parallel.pipeline.size))
 
 
 def smallest_world(config: Config) -> int:
-    """The fewest processes that all axes fit on."""
+    """Returns the smallest world size that the sizes of all axes fit into."""
     parallel = config.parallel
     weights = _inner(config) * max(1, parallel.zero1.size)
     return parallel.pipeline.size * math.lcm(parallel.tensor.size, weights)
 
 
 def _inner(config: Config) -> int:
-    """Ranks that hold different parts of a layer's weights."""
+    """Returns how many ranks a layer's weights are sharded over by the tensor or weight axis."""
     parallel = config.parallel
     return parallel.weight.size if parallel.tensor.mode == "isp" else parallel.tensor.size
 
@@ -182,7 +186,7 @@ def _zero(config: Config, world: int) -> Iterator[str]:
     if size > 0 and ranks % size:
         yield (
             f"parallel.zero1.size = {size} does not divide the {ranks} ranks that hold the same part of the weights; "
-            f"use a divisor of {ranks}, or -1 for all"
+            f"use a divisor of {ranks}, or -1 for all {ranks}"
         )
 
 
@@ -196,7 +200,7 @@ def _batch(config: Config, world: int) -> Iterator[str]:
     if data.total_steps and config.lr_scheduler.total_steps and config.lr_scheduler.total_steps < data.total_steps:
         yield (
             f"lr_scheduler.total_steps = {config.lr_scheduler.total_steps} ends before data.total_steps = {data.total_steps}; "
-            "leave it out or make it as long"
+            "leave it out, or set it to at least data.total_steps"
         )
 
 
@@ -206,7 +210,7 @@ def _ramp(config: Config, world: int) -> Iterator[str]:
         return
     parts = text.split()
     if len(parts) != 3 or not all(p.isdigit() and int(p) > 0 for p in parts):
-        yield f'data.rampup_batch_size = {text!r} is not "start increment every" (three positive integers)'
+        yield f'data.rampup_batch_size = {text!r} must be three positive integers, "start increment every", as in "2 2 100"'
 
 
 def _skip(config: Config, world: int) -> Iterator[str]:
@@ -218,7 +222,7 @@ def _skip(config: Config, world: int) -> Iterator[str]:
             return
         first, end = int(ends[0]), int(ends[-1])
         if first <= last or end < first:
-            yield f"data.skip_batches = {config.data.skip_batches!r} must be ascending and without overlap"
+            yield f"data.skip_batches = {config.data.skip_batches!r}: numbers must be ascending, and ranges must not overlap"
             return
         last = end
 
@@ -235,33 +239,45 @@ def _pipeline(config: Config, world: int) -> Iterator[str]:
     if stages > 1 and number % stages and config.parallel.pipeline.interleaved_overlap:
         yield f"{keys} = {number} micro-batches are not divisible by parallel.pipeline.size = {stages}"
     if stages * chunks > config.model.num_layers:
-        yield f"model.num_layers = {config.model.num_layers} is below {stages} pipeline stages * model.num_chunks = {chunks}"
+        yield (
+            f"model.num_layers = {config.model.num_layers} is less than parallel.pipeline.size * model.num_chunks = "
+            f"{stages} * {chunks}"
+        )
 
 
 def _sequence(config: Config, world: int) -> Iterator[str]:
     tensor = config.parallel.tensor
     if tensor.mode != "mtp" and config.data.seq_len % tensor.size:
-        yield f"data.seq_len = {config.data.seq_len} is not divisible by parallel.tensor.size = {tensor.size} ({tensor.mode})"
+        yield (
+            f"data.seq_len = {config.data.seq_len} is not divisible by parallel.tensor.size = {tensor.size}, "
+            f"as parallel.tensor.mode = {tensor.mode!r} needs"
+        )
 
 
 def _schedule(config: Config, world: int) -> Iterator[str]:
     schedule = config.lr_scheduler
     total = schedule.total_steps or config.data.total_steps
     if schedule.init_steps + int(total * schedule.warmup_ratio) > total:
-        yield "lr_scheduler: init_steps and warm-up are longer than total_steps"
+        yield (
+            f"lr_scheduler.init_steps = {schedule.init_steps} and the warm-up (warmup_ratio = {schedule.warmup_ratio}) "
+            f"together are longer than {total} steps"
+        )
     if schedule.eta_min > config.adam.lr:
-        yield f"lr_scheduler.eta_min = {schedule.eta_min} is above adam.lr = {config.adam.lr}"
+        yield f"lr_scheduler.eta_min = {schedule.eta_min} is greater than adam.lr = {config.adam.lr}"
 
 
 def _precision(config: Config, world: int) -> Iterator[str]:
     scaler = config.grad_scaler
     if scaler.max_scale is not None and scaler.max_scale < scaler.fp16.initial_scale:
-        yield f"grad_scaler.max_scale = {scaler.max_scale} is below fp16.initial_scale = {scaler.fp16.initial_scale}"
+        yield (
+            f"grad_scaler.max_scale = {scaler.max_scale} is less than grad_scaler.fp16.initial_scale = "
+            f"{scaler.fp16.initial_scale}"
+        )
 
 
 def _load(config: Config, world: int) -> Iterator[str]:
     info = config.ckpt.load_ckpt_info
     if info and info.path and info.ckpt_type.startswith("hf") and info.content != ("model",):
-        yield 'ckpt.load_ckpt_info: a Hugging Face folder holds weights only; write content=("model",)'
+        yield 'ckpt.load_ckpt_info: a Hugging Face folder contains only weights; write content=("model",)'
     if config.monitor.sample_prompts and not config.data.tokenizer_path:
         yield "monitor.sample_prompts needs data.tokenizer_path"

@@ -1,4 +1,4 @@
-"""The ``data`` section: where the tokens come from and how many make a step."""
+"""The ``data`` section: where the tokens come from, and how many of them a step has."""
 
 from __future__ import annotations
 
@@ -9,128 +9,161 @@ from pydantic import model_validator
 
 from .option import REQUIRED, Section, option
 
-LOADER = "the loader is a memory map and one prefetch thread"
+LOADER = "data is read through a memory map and by one prefetch thread"
 Kind = Literal["tokenized", "streaming", "megatron", "mocked", "hf"]
 STREAMS = ("streaming", "hf")
 
 
 class MixturePart(Section):
-    """One source of ``data.mixture``. What it leaves out is as in ``data``."""
+    """One source of ``data.mixture``. If content_name, subset_name or format is None, the value in ``data`` is used."""
 
-    folder: str | None = option(None, "Folder of tokenized data, or dataset of a stream; None for mocked data.")
-    kind: Kind = option("tokenized", "As data.type.")
-    weight: float = option(1.0, "Share of the rows, beside the other parts' weights.", gt=0)
+    folder: str | None = option(
+        None, "Folder of tokenized data, or folder or name of a streaming dataset; mocked data needs none."
+    )
+    kind: Kind = option("tokenized", "Kind of data; the values are those of data.type.")
+    weight: float = option(
+        1.0, "Weight of this source: its share of the rows is its weight divided by the sum of all weights.", gt=0
+    )
     epochs: float | None = option(
         None,
-        "How often it is gone over at most; then its share goes to the others. Whole numbers for streams. None: no end.",
+        "Maximum number of passes over this source; afterwards the other sources get its share. A stream needs a whole number. "
+        "None: no maximum.",
         gt=0,
     )
-    name: str | None = option(None, "Under which its losses are reported. None: the folder's name.")
-    content_name: str | None = option(None, "As data.content_name.")
-    subset_name: str | None = option(None, "As data.subset_name.")
-    format: Literal["text", "alpaca", "chat"] | None = option(None, "As data.format.")
+    name: str | None = option(None, "Name under which the losses of this source are reported. None: the folder's name.")
+    content_name: str | None = option(None, "The same as data.content_name, for this source.")
+    subset_name: str | None = option(None, "The same as data.subset_name, for this source.")
+    format: Literal["text", "alpaca", "chat"] | None = option(None, "The same as data.format, for this source.")
 
 
 class Data(Section):
-    """The datasets and the batch. Names and defaults are InternEvo's."""
+    """The datasets and the batch size. Names and defaults are InternEvo's."""
 
     type: Kind = option(
         "tokenized",
-        "Kind of dataset. tokenized, megatron: folders of .bin files. streaming (and hf): raw files that are tokenized on "
-        "the way. mocked: random rows, whatever the folders say.",
+        "Kind of data. tokenized or megatron: folders of tokenized .bin files. streaming or hf: raw files that are tokenized "
+        "during training. mocked: random rows; the folders are not read.",
     )
     train_folder: str | None = option(
         None,
-        "Folder of training data; None: random data. Of a stream: a Hugging Face dataset's folder, or its name (owner/name).",
+        "Folder of the training data. For streaming: the folder of a Hugging Face dataset, or its name on the Hub "
+        "(owner/name). None: random data.",
     )
-    mixture: list[MixturePart] | None = option(None, "Several sources in given shares, instead of train_folder.")
-    valid_folder: str | None = option(None, "Folder of tokenized validation data; None: none (random when training is).")
+    mixture: list[MixturePart] | None = option(None, "Several sources and their weights, used in place of train_folder.")
+    valid_folder: str | None = option(
+        None, "Folder of the validation data. None: no evaluation, or random data if the training data is random."
+    )
     tokenizer_path: str | None = option(
-        None, "Tokenizer folder or file: used to write samples and carried into checkpoints and exports."
+        None,
+        "Folder or file of the tokenizer. It tokenizes streams, writes samples, and is copied into checkpoints and exports.",
     )
-    seq_len: int = option(REQUIRED, "Length of a row: the longest context a token sees.", unit="tokens", ge=1)
-    micro_bsz: int = option(REQUIRED, "Rows of seq_len that go through the model at once.", unit="rows", ge=1)
-    micro_num: int = option(1, "Micro-batches per step and data rank.", ge=1)
+    seq_len: int = option(REQUIRED, "Length of a row, and so the longest context of a token.", unit="tokens", ge=1)
+    micro_bsz: int = option(REQUIRED, "Rows of a micro-batch, which go through the model at once.", unit="rows", ge=1)
+    micro_num: int = option(1, "Micro-batches per step on each data rank.", ge=1)
     global_batch_size: int | None = option(
         None,
-        "Rows per step over all ranks. When given, micro_num follows from it and the number of data ranks, so that the "
-        "same config trains the same batches on any number of processes.",
+        "Rows per step over all ranks. If it is set, micro_num is computed from it and from the number of data ranks, so that "
+        "the same config trains on the same batches with any number of processes.",
         unit="rows",
         ge=1,
     )
-    total_steps: int = option(REQUIRED, "Batches to train, skipped ones included.", unit="steps", ge=1)
-    seed: int = option(1024, "Seed of the data order, apart from the weights' seed.")
-    use_packed_dataset: bool = option(True, "Pack documents into full rows. False: one document per row, padded to seq_len.")
+    total_steps: int = option(REQUIRED, "Number of batches to train on, including skipped batches.", unit="steps", ge=1)
+    seed: int = option(1024, "Seed of the order of the data; the top-level seed is the seed of the initial weights.")
+    use_packed_dataset: bool = option(
+        True, "Pack several documents into each row. False: each row has one document and is padded to seq_len."
+    )
     pack_sample_into_one: bool = option(
-        False, "Let tokens see the documents before theirs in the row. False: documents are kept apart."
+        False, "Let tokens attend to earlier documents in their row. False: only to tokens of their own document."
     )
-    min_length: int = option(0, "Shorter training documents are dropped.", unit="tokens", ge=0)
-    min_length_dict: dict[str, int] | None = option(None, "Overrides of min_length for files whose path contains the key.")
-    skip_batches: str = option("", 'Batch numbers, counted from 0, that are consumed but not trained: "3,10-20".')
+    min_length: int = option(0, "Training documents that are shorter than this are dropped.", unit="tokens", ge=0)
+    min_length_dict: dict[str, int] | None = option(
+        None, "Minimum lengths that replace min_length for some files: a part of the file's path -> minimum length."
+    )
+    skip_batches: str = option(
+        "", 'Numbers of batches, from 0, that are drawn from the data but not trained on, for example "3,10-20".'
+    )
     rampup_batch_size: str | None = option(
-        None, '"start increment every": micro_num begins at start and grows by increment every so many steps.'
-    )
-    valid_every: int = option(0, "Steps between evaluations; 0: none.", unit="steps", ge=0)
-    valid_micro_num: int | None = option(
         None,
-        "Micro-batches between two progress marks of an evaluation.",
-        ignored="evaluation goes over every row once",
+        'Batch size ramp-up, as "start increment every": micro_num starts at "start" and grows by "increment" after each '
+        '"every" steps, up to its final value.',
     )
-    valid_max_rows: int | None = option(None, "Evaluate on so many rows at most, per set.", unit="rows", ge=1)
-    fixed_random_dataset_seqlen: bool = option(True, "Random documents all have length seq_len.")
+    valid_every: int = option(0, "Number of steps between evaluations; 0: no evaluation.", unit="steps", ge=0)
+    valid_micro_num: int | None = option(
+        None, "Micro-batches of a validation batch in InternEvo.", ignored="an evaluation uses every row once"
+    )
+    valid_max_rows: int | None = option(
+        None, "Maximum number of rows to evaluate on, for each validation set. None: all.", unit="rows", ge=1
+    )
+    fixed_random_dataset_seqlen: bool = option(
+        True, "All documents of random data have seq_len tokens. False: their lengths are random."
+    )
     on_change: Literal["stop", "continue"] = option(
-        "stop", "On resume with a training set that is not the checkpoint's: stop, or go on at the same number of rows."
+        "stop",
+        "What to do if a run resumes from a checkpoint of different training data. stop: end with an error. continue: start at "
+        "the same number of rows in the new data.",
     )
 
     @model_validator(mode="after")
     def _distinct(self) -> Data:
         names = [name_of(part) for part in self.mixture or []]
         if len(set(names)) < len(names):
-            raise ValueError(f"data.mixture: two parts are called the same ({', '.join(names)}); give each a name")
+            raise ValueError(f"data.mixture: two parts have the same name ({', '.join(names)}); give each its own name")
         if self.mixture is not None and not self.mixture:
             raise ValueError("data.mixture is empty")
         return self
 
     @property
     def streams(self) -> int:
-        """How many sources are tokenized on the way."""
+        """How many sources, for training and evaluation, are streams."""
         training = [part.kind for part in self.mixture] if self.mixture else [self.type]
         validation = [self.type] if self.valid_every and self.folders[1] else []
         return sum(kind in STREAMS for kind in training + validation)
 
     @property
     def folders(self) -> tuple[str | None, str | None]:
-        """The training and validation folders that are read."""
+        """The folders of training and validation data that the run reads; None for random data."""
         return (None, None) if self.type == "mocked" else (self.train_folder, self.valid_folder)
 
-    gradient_accumulation: int | None = option(None, "InternEvo's other name of micro_num; must equal it.", ge=1)
-    packed_length: int | None = option(None, "Tokens per micro-batch.", ignored="it is seq_len * micro_bsz")
-    batch_size: int | None = option(None, "InternEvo's inner name of micro_num.", ignored="it is micro_num")
-    empty_cache_and_diag_interval: int = option(50, "Steps between cache clean-ups.", ignored="memory needs no such help")
-    diag_outlier_ratio: float = option(1.1, "Slow ranks are reported.", ignored="slow ranks are not diagnosed yet")
+    gradient_accumulation: int | None = option(
+        None, "InternEvo's other name for micro_num. If both are set, they must be equal.", ge=1
+    )
+    packed_length: int | None = option(None, "Tokens per micro-batch.", ignored="it is always seq_len * micro_bsz")
+    batch_size: int | None = option(None, "InternEvo's internal name for micro_num.", ignored="micro_num is used")
+    empty_cache_and_diag_interval: int = option(
+        50, "Steps between clearings of PyTorch's memory cache.", ignored="the cache need not be cleared"
+    )
+    diag_outlier_ratio: float = option(
+        1.1, "How much slower than the others a rank must be to be reported.", ignored="slow ranks are not reported yet"
+    )
     num_worker: int = option(
-        4, "Processes of each rank that tokenize a stream (no more than there are cores); 0: a thread does it.", ge=0
+        4, "Processes on each rank that tokenize a stream (at most one per core). 0: a thread tokenizes.", ge=0
     )
     format: Literal["text", "alpaca", "chat"] = option(
-        "text", "What a document of a stream is: a text, an Alpaca instruction, or a chat (the tokenizer's template)."
+        "text",
+        "What a document of a stream is: a text, an instruction in Alpaca's form, or a chat, to which the tokenizer's chat "
+        "template is applied.",
     )
     on_error: Literal["stop", "skip"] = option(
-        "stop", "At data that cannot be read: stop, or leave it out, count it in the metrics and name it in the log."
+        "stop",
+        "What to do with data that cannot be read. stop: end with an error. skip: leave it out, count it in the metrics and "
+        "name it in the log.",
     )
-    use_shm: bool = option(False, "Index in shared memory.", ignored=LOADER)
-    shm_path: str | None = option(None, "Folder of the shared index.", ignored=LOADER)
-    bucket_size: int = option(0, "Loader buckets.", ignored=LOADER)
+    use_shm: bool = option(False, "Keep the index in shared memory.", ignored=LOADER)
+    shm_path: str | None = option(None, "Folder of the index in shared memory.", ignored=LOADER)
+    bucket_size: int = option(0, "Size of the loader's buckets.", ignored=LOADER)
     content_name: str | None = option(
-        None, "Column of a stream's text (None: content, then text) or chat (None: messages, then conversations)."
+        None,
+        "Column of a stream that has the text (None: content, or else text) or the chat (None: messages, or else "
+        "conversations).",
     )
-    subset_name: str | None = option(None, "Folder of a streaming dataset that holds the wanted part.")
-    is_multimodal: bool = option(False, "Images beside text.", later="multimodal data")
-    image_folder: str | None = option(None, "Folder of images.", later="multimodal data")
-    image_size: int | None = option(None, "Size of images.", later="multimodal data")
-    patch_size: int | None = option(None, "Size of image patches.", later="multimodal data")
-    unit_schedule_size: int | None = option(None, "ZeroPP's schedule unit.", later="ZeroPP schedules")
+    subset_name: str | None = option(None, "Sub-folder of a streaming dataset to read. None: the whole dataset.")
+    is_multimodal: bool = option(False, "Train on images and text.", not_available="multimodal data")
+    image_folder: str | None = option(None, "Folder of images.", not_available="multimodal data")
+    image_size: int | None = option(None, "Size of the images.", not_available="multimodal data")
+    patch_size: int | None = option(None, "Size of the image patches.", not_available="multimodal data")
+    unit_schedule_size: int | None = option(None, "Unit of ZeroPP's schedule.", not_available="ZeroPP schedules")
 
 
 def name_of(part: MixturePart) -> str:
-    """Under which a part's losses are reported."""
+    """Returns the name under which a part's losses are reported."""
     return part.name or (PurePath(part.folder).name if part.folder else part.kind)

@@ -1,4 +1,4 @@
-"""InternEvo's older spellings, turned into the schema's. Nothing else in the program knows them."""
+"""Translates InternEvo's older config keys into the schema's keys. No other file knows the older keys."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MODEL_TYPES = {"INTERNLM2_PUBLIC": "INTERNLM2", "LLAMA": "LLAMA2", "MIXTRAL": "M
 
 
 def translate(raw: dict[str, Any]) -> dict[str, Any]:
-    """Returns a copy of ``raw`` in which every old spelling has become today's. ``raw`` is left as it is."""
+    """Returns a copy of ``raw`` in which all older keys are replaced by the schema's."""
     config = copy.deepcopy(_plain(raw))
     if isinstance(config.get("model_type"), str):
         config["model_type"] = MODEL_TYPES.get(config["model_type"], config["model_type"])
@@ -32,7 +32,7 @@ def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _sizes(config: dict[str, Any]) -> None:
-    """``parallel.tensor = 4`` means ``dict(size=4)``."""
+    """``parallel.tensor = 4`` is short for ``parallel.tensor = dict(size=4)``."""
     parallel = _section(config, "parallel")
     for axis in ("zero1", "tensor", "pipeline", "weight", "expert", "expert_weight", "expert_zero1"):
         if isinstance(parallel.get(axis), int) and not isinstance(parallel[axis], bool):
@@ -62,7 +62,7 @@ def _rotary(config: dict[str, Any]) -> None:
 
 
 def _old_moe(config: dict[str, Any]) -> None:
-    """The top-level block ``moe`` of before mid-2024."""
+    """The top-level section ``moe``, which InternEvo had until mid-2024."""
     old = config.pop("moe", None)
     if isinstance(old, dict):
         model = config.setdefault("model", {})
@@ -105,7 +105,7 @@ def _old_data(config: dict[str, Any]) -> None:
     if accumulation is not None and "micro_num" in data and accumulation != data["micro_num"]:
         raise ConfigError(
             f"data.gradient_accumulation = {accumulation} differs from data.micro_num = {data['micro_num']}; "
-            "they are two names of one number: leave out data.gradient_accumulation"
+            "they are two names for the same number: leave out data.gradient_accumulation"
         )
     if accumulation is not None:
         data.setdefault("micro_num", accumulation)

@@ -1,7 +1,7 @@
-"""From a config file and overrides to one validated ``Config``.
+"""Reads a config file, applies overrides, and returns one validated ``Config``.
 
-Precedence: defaults, then the file, then overrides. Mistakes are collected and reported together, each with its key
-and, where there is one, the name that was probably meant.
+The file overrides the defaults, and the command line overrides the file. All mistakes are reported together, each with its key
+and, for an unknown key, the name that was probably meant.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from .schema import Config
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Reads ``path`` (.py, .yaml, .yml, .toml or .json), applies ``key.path=value`` overrides and validates.
+    """Reads a config file (.py, .yaml, .yml, .toml or .json), applies ``key.path=value`` overrides, and validates the result.
 
     Raises:
-        ConfigError: with every problem found, one per line.
+        ConfigError: if the config has mistakes; one line for each.
     """
     raw = read_file(Path(path))
     for text in overrides:
@@ -38,7 +38,14 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 
 def validate(raw: dict[str, Any], source: str = "config") -> Config:
-    """Turns a plain dict with InternEvo's names into a ``Config``."""
+    """Turns a dict with InternEvo's names into a ``Config``.
+
+    Args:
+        source: the name of the config in error messages.
+
+    Raises:
+        ConfigError: if the config has mistakes; one line for each.
+    """
     try:
         return Config.model_validate(translate(raw))
     except ValidationError as error:
@@ -50,12 +57,12 @@ def validate(raw: dict[str, Any], source: str = "config") -> Config:
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """The config file as a plain dict. Only ``.py`` files are executed."""
+    """Reads a config file into a dict. Only a ``.py`` file is executed."""
     if not path.is_file():
         raise ConfigError(f"config file {path} does not exist")
     readers = {".py": read_python, ".yaml": read_yaml, ".yml": read_yaml, ".toml": read_toml, ".json": read_json}
     if path.suffix not in readers:
-        raise ConfigError(f"config file {path}: unknown kind {path.suffix!r}; use .py, .yaml, .toml or .json")
+        raise ConfigError(f"config file {path}: unknown file type {path.suffix!r}; use .py, .yaml, .toml or .json")
     try:
         raw = readers[path.suffix](path)
     except ConfigError:
@@ -63,7 +70,7 @@ def read_file(path: Path) -> dict[str, Any]:
     except Exception as error:
         raise ConfigError(f"config file {path} cannot be read: {type(error).__name__}: {error}") from error
     if not isinstance(raw, dict):
-        raise ConfigError(f"config file {path} must hold key-value pairs at its top level")
+        raise ConfigError(f"config file {path}: its top level must be a mapping of keys to values")
     return raw
 
 
@@ -84,29 +91,29 @@ def read_json(path: Path) -> Any:
 
 
 def read_python(path: Path) -> dict[str, Any]:
-    """Executes an InternEvo config and returns its top-level names.
+    """Executes a Python config and returns its top-level names that are config keys.
 
-    Names in capitals that are no config key are the file's own constants (``SEQ_LEN``), as in InternEvo's files; so are
-    modules, classes, functions and names with a leading underscore.
+    As in InternEvo's files, names in capitals that are not config keys are constants of the file (``SEQ_LEN``). They are left
+    out, and so are modules, classes, functions and names with a leading underscore.
     """
     namespace: dict[str, Any] = {"__file__": str(path), "__name__": "__config__"}
-    with _import_surroundings(path):
+    with _imports_for(path):
         exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), namespace)
-    return {name: value for name, value in namespace.items() if _is_item(name, value)}
+    return {name: value for name, value in namespace.items() if _is_key(name, value)}
 
 
-def _is_item(name: str, value: Any) -> bool:
+def _is_key(name: str, value: Any) -> bool:
     if name.startswith("_") or isinstance(value, types.ModuleType | type) or callable(value):
         return False
     if name in Config.model_fields or not name.isupper():
         return True
-    # A constant of the file's own, unless it looks like a misspelt key (the only keys in capitals: JOB_NAME).
+    # A name in capitals is a constant of the file, unless it is close to a key in capitals (JOB_NAME) and probably misspelt.
     return bool(difflib.get_close_matches(name, [k for k in Config.model_fields if k.isupper()], n=1, cutoff=0.85))
 
 
 @contextmanager
-def _import_surroundings(path: Path) -> Iterator[None]:
-    """Lets ``from internlm.utils.utils import read_base`` and ``from configs._base_.X import *`` work from any directory."""
+def _imports_for(path: Path) -> Iterator[None]:
+    """Lets a config import ``internlm.utils.utils.read_base`` and ``configs._base_.X``, whatever the working directory is."""
 
     @contextmanager
     def read_base() -> Iterator[None]:
@@ -115,7 +122,7 @@ def _import_surroundings(path: Path) -> Iterator[None]:
     stubs = {name: types.ModuleType(name) for name in ("internlm", "internlm.utils", "internlm.utils.utils")}
     stubs["internlm.utils.utils"].read_base = read_base  # type: ignore[attr-defined]
     modules, search = dict(sys.modules), list(sys.path)
-    # The config's own folder and all folders above it, nearest first.
+    # The config's folder and all folders above it, the nearest first.
     sys.path[:0] = [str(folder) for folder in path.resolve().parents]
     sys.modules.update({k: v for k, v in stubs.items() if k not in sys.modules})
     for name in [n for n in sys.modules if n == "configs" or n.startswith("configs.")]:
@@ -133,10 +140,10 @@ def _import_surroundings(path: Path) -> Iterator[None]:
 
 
 def apply_override(raw: dict[str, Any], text: str) -> None:
-    """Sets ``a.b.c=value`` in ``raw``; the value is a Python literal, or else the text itself."""
+    """Applies one override ``a.b.c=value`` to ``raw``. A value that is not a Python literal is a string."""
     key, equals, value = text.partition("=")
     if not equals or not all(key.split(".")):
-        raise ConfigError(f"override {text!r} is not of the form key.path=value")
+        raise ConfigError(f"override {text!r} does not have the form key.path=value")
     *parents, last = key.split(".")
     node = raw
     for position, name in enumerate(parents):
@@ -146,13 +153,13 @@ def apply_override(raw: dict[str, Any], text: str) -> None:
         elif isinstance(child, int) and not isinstance(child, bool):
             child = node[name] = {"size": child}  # parallel.tensor = 4 is short for dict(size=4)
         if not isinstance(child, dict):
-            raise ConfigError(f"override {text!r}: {'.'.join(parents[: position + 1])} holds {child!r}, not a section")
+            raise ConfigError(f"override {text!r}: {'.'.join(parents[: position + 1])} is {child!r}, not a section with keys")
         node = child
     node[last] = parse_value(value)
 
 
 def parse_value(text: str) -> Any:
-    """``true``, ``none`` and Python literals become values; everything else stays text."""
+    """Converts the text of an override: ``true``, ``false``, ``none``, ``null``, a Python literal, or otherwise a string."""
     words = {"true": True, "false": False, "none": None, "null": None}
     if text.lower() in words:
         return words[text.lower()]
@@ -166,13 +173,13 @@ def parse_value(text: str) -> Any:
 
 
 def describe(item: Any) -> str:
-    """One pydantic error as one line: key, what is wrong, what was probably meant."""
+    """Turns one error of pydantic into one line: the key, what is wrong, and for an unknown key what was probably meant."""
     path = [str(part) for part in item["loc"]]
     key = ".".join(path)
     if item["type"] == "extra_forbidden":
         return f"{key}: unknown key{_hint(path)}"
     if item["type"] == "missing":
-        return f"{key}: missing; it has no default"
+        return f"{key}: missing; it is required and has no default"
     message = item["msg"].removeprefix("Value error, ")
     return f"{key}: {message[0].lower()}{message[1:]} (got {item['input']!r})"
 
@@ -180,7 +187,7 @@ def describe(item: Any) -> str:
 def _hint(path: list[str]) -> str:
     section: type[BaseModel] = Config
     for name in path[:-1]:
-        if not name.isdigit():  # a place in a list
+        if not name.isdigit():  # a number is an index into a list
             inner = section_of(section.model_fields[name]) if name in section.model_fields else None
             if inner is None:
                 return ""
@@ -188,18 +195,18 @@ def _hint(path: list[str]) -> str:
     near = difflib.get_close_matches(path[-1], list(section.model_fields), n=1, cutoff=0.6)
     if near:
         return f"; did you mean {'.'.join([*path[:-1], near[0]])}?"
-    home = [
+    elsewhere = [
         f"{name}.{path[-1]}"
         for name, field in Config.model_fields.items()
         if isinstance(field.annotation, type)
         and issubclass(field.annotation, Section)
         and path[-1] in field.annotation.model_fields
     ]
-    if home:
-        return f"; did you mean {home[0]}?"
-    return "" if len(path) > 1 else "; names that only this file uses are written in capitals or with a leading underscore"
+    if elsewhere:
+        return f"; did you mean {elsewhere[0]}?"
+    return "" if len(path) > 1 else "; write the file's own names in capitals or with a leading underscore"
 
 
 def dump(config: Config) -> str:
-    """The resolved config as JSON, every default written out."""
+    """Returns the resolved config as JSON, with all defaults."""
     return config.model_dump_json(indent=2) + os.linesep

@@ -1,4 +1,4 @@
-"""How a config field is declared: its default, its meaning, and whether it has an effect in this version."""
+"""Declares config fields: the default, the meaning, and whether the field has an effect in this version."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DTYPES = {
 
 
 class Section(BaseModel):
-    """A frozen group of options that refuses unknown keys."""
+    """A group of options. Its values cannot be changed, and unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), validate_default=False)
 
@@ -34,36 +34,37 @@ def option(
     *,
     unit: str = "",
     ignored: str = "",
-    later: str = "",
-    neutral: tuple[Any, ...] = (),
+    not_available: str = "",
+    supported: tuple[Any, ...] = (),
     **bounds: Any,
 ) -> Any:
     """Declares one option.
 
     Args:
-        default: its default, or ``REQUIRED``.
-        doc: what it means, for the reference and the error messages.
-        unit: of the value ("tokens", "steps").
-        ignored: why the key, known from InternEvo, has no effect here; setting it is accepted with one notice.
-        later: what a value other than the default (or one of ``neutral``) asks for that does not exist yet;
-            it validates, and a run that needs it stops with this text.
-        bounds: pydantic's own constraints (``ge``, ``gt``, ``le``).
+        default: the default value, or ``REQUIRED``.
+        doc: what the option means; printed in the config reference.
+        unit: the unit of the value, for example "tokens" or "steps".
+        ignored: for a key of InternEvo that has no effect here: the reason. A config may set it, and a notice is printed.
+        not_available: for an option that is not implemented yet: the name of the missing feature. A value other than the
+            default and ``supported`` is valid, but training does not start with it, and the message has this name.
+        supported: with ``not_available``: values that work although they are not the default.
+        bounds: constraints of pydantic's ``Field`` (``ge``, ``gt``, ``le``).
     """
-    extra: dict[str, Any] = {"unit": unit, "ignored": ignored, "later": later}
+    extra: dict[str, Any] = {"unit": unit, "ignored": ignored, "not_available": not_available}
     info: FieldInfo = Field(default, description=doc, json_schema_extra=extra, **bounds)
-    info.metadata.append(Neutral(neutral))
+    info.metadata.append(SupportedValues(supported))
     return info
 
 
-class Neutral:
-    """Values besides the default that need nothing which is not there yet."""
+class SupportedValues:
+    """The values of an option that work although the option's feature is not available yet; the default always works."""
 
     def __init__(self, values: tuple[Any, ...]) -> None:
         self.values = values
 
 
 def walk(section: Section, path: str = "") -> Iterator[tuple[str, FieldInfo, Any, bool]]:
-    """Yields (dotted key, field, value, set by the user) for every option below ``section``."""
+    """Yields (dotted key, field, value, whether the user has set it) for every option in ``section`` and in its sections."""
     for name, field in type(section).model_fields.items():
         key, value = f"{path}{name}", getattr(section, name)
         given = name in section.model_fields_set
@@ -74,7 +75,7 @@ def walk(section: Section, path: str = "") -> Iterator[tuple[str, FieldInfo, Any
 
 
 def section_of(field: FieldInfo) -> type[Section] | None:
-    """The section that a field holds, if it holds one."""
+    """Returns the section class of a field that holds a section or a list of sections; None for other fields."""
     options = (field.annotation, *get_args(field.annotation))
     for candidate in (*options, *(inner for option in options for inner in get_args(option))):
         if isinstance(candidate, type) and issubclass(candidate, Section):
@@ -82,32 +83,32 @@ def section_of(field: FieldInfo) -> type[Section] | None:
     return None
 
 
-def marks(field: FieldInfo) -> dict[str, str]:
-    """The marks ``unit``, ``ignored`` and ``later`` of a field."""
+def field_extras(field: FieldInfo) -> dict[str, str]:
+    """Returns what ``option`` was given as ``unit``, ``ignored`` and ``not_available`` for a field."""
     extra = field.json_schema_extra
     return {k: str(v) for k, v in extra.items()} if isinstance(extra, dict) else {}
 
 
 def notices(section: Section) -> list[str]:
-    """One line for each key that was set and has no effect here."""
+    """Returns one line for each key that the user has set and that has no effect here."""
     return [
-        f"{key} has no effect here: {marks(field)['ignored']}"
+        f"{key} has no effect here: {field_extras(field)['ignored']}"
         for key, field, _, given in walk(section)
-        if given and marks(field).get("ignored")
+        if given and field_extras(field).get("ignored")
     ]
 
 
 def unavailable(section: Section) -> list[str]:
-    """One line for each value that asks for something which does not exist yet."""
+    """Returns one line for each value that asks for a feature which is not available yet."""
     lines = []
     for key, field, value, _ in walk(section):
-        what = marks(field).get("later")
-        neutral = next((m.values for m in field.metadata if isinstance(m, Neutral)), ())
-        if what and value != field.get_default(call_default_factory=True) and value not in neutral:
-            lines.append(f"not available yet: {what} ({key} = {value!r})")
+        feature = field_extras(field).get("not_available")
+        supported = next((m.values for m in field.metadata if isinstance(m, SupportedValues)), ())
+        if feature and value != field.get_default(call_default_factory=True) and value not in supported:
+            lines.append(f"not available yet: {feature} ({key} = {value!r})")
     return lines
 
 
 def dtype_name(value: Any) -> str:
-    """PyTorch's name of a dtype however it is written: "torch.half" -> "float16"."""
+    """Returns PyTorch's short name of a dtype, for example "float16" for "torch.half" or "fp16"."""
     return DTYPES.get(str(value), str(value).removeprefix("torch."))

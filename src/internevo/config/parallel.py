@@ -1,4 +1,4 @@
-"""The ``parallel`` section: how the run is spread over processes."""
+"""The ``parallel`` section: the layout, or how a run is divided among its processes."""
 
 from __future__ import annotations
 
@@ -8,43 +8,61 @@ from pydantic import field_validator
 
 from .option import Section, option
 
-OVERLAP = "a setting of speed that never changes results, and this version has one way"
+OVERLAP = "it would change only the speed, and this version always communicates in the same way"
 
 
 class Zero1(Section):
-    """The data axis: sharding of optimizer state (ZeRO-1.5), or of everything (FSDP)."""
+    """What the data axis shards: the optimizer state (ZeRO-1.5), or parameters and gradients too (FSDP)."""
 
-    size: int = option(-1, "Ranks that share one copy of the optimizer state; <= 0: all data ranks; 1: none share.")
-    fsdp: bool = option(False, "Shard parameters and gradients too, gathered per use (FSDP).")
+    size: int = option(
+        -1, "Number of ranks over which the optimizer state is sharded. 0 or less: all data ranks. 1: it is not sharded."
+    )
+    fsdp: bool = option(
+        False, "Shard parameters and gradients too (FSDP). Each layer's parameters are gathered whenever they are used."
+    )
 
 
 class Tensor(Section):
-    """The tensor axis."""
+    """The tensor axis: ranks that work on the same rows."""
 
-    size: int = option(1, "Ranks that share one sample.", ge=1)
-    mode: Literal["mtp", "msp", "fsp", "isp"] = option("mtp", "Strategy of the tensor axis.")
+    size: int = option(1, "Number of ranks that work on the same rows.", ge=1)
+    mode: Literal["mtp", "msp", "fsp", "isp"] = option(
+        "mtp",
+        "Strategy of the tensor axis. mtp: tensor parallelism. msp: mtp, with the residual stream sharded along the sequence. "
+        "fsp: msp, with fewer activations kept. isp: Intern Sequence Parallel.",
+    )
 
 
 class Weight(Section):
-    """Weight sharding of Intern Sequence Parallel."""
+    """The weight axis of Intern Sequence Parallel (isp)."""
 
-    size: int = option(1, "Ranks that share one copy of each weight (isp).", ge=1)
-    overlap: bool = option(False, "Gather the next weights while computing.")
-    forward_overlap_per: Literal["layer", "module"] = option("layer", "Unit of the prefetch.")
-    launch_allgather_before: Literal["wqkv", "attn", "wo", "w1"] = option("wo", "Where the next gather starts.")
-    layer_fuse_isp_comm: bool = option(False, "One gather per layer.", ignored=OVERLAP)
-    early_reduce_scatter_release: bool = option(True, "Free gradient buffers early.", ignored=OVERLAP)
-    memory_pool: bool = option(False, "Reuse gather buffers.", ignored="the allocator keeps them")
+    size: int = option(1, "Number of ranks over which each weight is sharded (isp).", ge=1)
+    overlap: bool = option(False, "Gather the next weights while the current ones are used.")
+    forward_overlap_per: Literal["layer", "module"] = option(
+        "layer",
+        "What is gathered in advance in the forward pass. module: the weights of the next linear layers. layer: all weights of "
+        "the next decoder layer.",
+    )
+    launch_allgather_before: Literal["wqkv", "attn", "wo", "w1"] = option(
+        "wo", 'With forward_overlap_per = "layer": the part of a layer before which the gather for the next layer starts.'
+    )
+    layer_fuse_isp_comm: bool = option(False, "Gather all weights of a layer with one collective.", ignored=OVERLAP)
+    early_reduce_scatter_release: bool = option(True, "Free the buffers of gradients early.", ignored=OVERLAP)
+    memory_pool: bool = option(
+        False, "Use the buffers of gathered weights again.", ignored="PyTorch's allocator uses their memory again"
+    )
 
 
 class Pipeline(Section):
-    """The pipeline axis."""
+    """The pipeline axis: ranks that each compute some of the layers."""
 
-    size: int = option(1, "Pipeline stages.", later="pipeline parallelism", ge=1)
-    mode: Literal["1F1B", "ZBH1", "ZBV"] = option("1F1B", "Schedule.")
-    interleaved_overlap: bool = option(False, "Overlap communication of interleaved stages.")
-    use_zeropp: bool = option(False, "A fork's schedule.", later="ZeroPP schedules")
-    decouple_grad: bool = option(False, "A fork's schedule.", later="ZeroPP schedules")
+    size: int = option(1, "Number of pipeline stages.", not_available="pipeline parallelism", ge=1)
+    mode: Literal["1F1B", "ZBH1", "ZBV"] = option("1F1B", "Schedule of the micro-batches.")
+    interleaved_overlap: bool = option(False, "Overlap the communication of interleaved stages with computation.")
+    use_zeropp: bool = option(False, "Use ZeroPP, the schedule of a fork of InternEvo.", not_available="ZeroPP schedules")
+    decouple_grad: bool = option(
+        False, "Compute the gradients of weights and of activations apart.", not_available="ZeroPP schedules"
+    )
 
     @field_validator("mode", mode="before")
     @classmethod
@@ -53,40 +71,50 @@ class Pipeline(Section):
 
 
 class Expert(Section):
-    """The expert axis, taken from the data ranks."""
+    """The expert axis: data ranks that divide the experts among themselves."""
 
-    size: int = option(-1, "Ranks that share the experts; <= 0: min(data ranks, experts).", later="experts", neutral=(0, 1))
-    no_tp: bool = option(False, "Experts are not cut by the tensor axis.", later="experts")
+    size: int = option(
+        -1,
+        "Number of ranks that the experts are divided among. 0 or less: the number of data ranks or of experts, whichever is "
+        "smaller.",
+        not_available="experts",
+        supported=(0, 1),
+    )
+    no_tp: bool = option(False, "Do not shard experts over the tensor axis.", not_available="experts")
 
 
 class Sequence2D(Section):
     """InternEvo's two-dimensional sequence parallelism."""
 
-    enable: bool = option(False, "Switch it on.", later="2D sequence parallelism")
-    head_size: int = option(1, "Ranks over heads.")
-    context_size: int = option(1, "Ranks over the context.")
-    window_size: int = option(1, "Ranks of a window.")
-    device_placement_strategy: dict[str, bool] = option({}, "Order of ranks.")
+    enable: bool = option(False, "Use 2D sequence parallelism.", not_available="2D sequence parallelism")
+    head_size: int = option(1, "Number of ranks that the heads are divided among.")
+    context_size: int = option(1, "Number of ranks that the sequence is divided among.")
+    window_size: int = option(1, "Number of ranks in a window.")
+    device_placement_strategy: dict[str, bool] = option({}, "Order of the ranks.")
 
 
 class Fsdp(Section):
-    """InternEvo's newer switch for FSDP; the same as ``parallel.zero1.fsdp``."""
+    """InternEvo's newer keys for FSDP; the same as ``parallel.zero1.fsdp``."""
 
-    enable: bool = option(False, "As parallel.zero1.fsdp = True.")
-    mode: Literal["v1", "v2"] = option("v1", "PyTorch's FSDP version.", ignored="fully_shard (v2) is used")
-    init_method: Literal["cuda", "meta"] = option("cuda", "Where weights are made.", ignored="always without a full copy")
+    enable: bool = option(False, "Use FSDP; the same as parallel.zero1.fsdp.")
+    mode: Literal["v1", "v2"] = option("v1", "Version of PyTorch's FSDP.", ignored="fully_shard (v2) is always used")
+    init_method: Literal["cuda", "meta"] = option(
+        "cuda", "Device on which the weights are created.", ignored="no rank ever creates a full copy of the weights"
+    )
 
 
 class Parallel(Section):
-    """Sizes and modes of every axis."""
+    """The sizes and strategies of all axes."""
 
-    zero1: Zero1 = option(Zero1(), "Data axis: ZeRO-1.5 or FSDP.")
-    fsdp: Fsdp = option(Fsdp(), "FSDP by its newer name.")
-    tensor: Tensor = option(Tensor(), "Tensor axis.")
-    weight: Weight = option(Weight(), "Weight sharding (isp).")
-    pipeline: Pipeline = option(Pipeline(), "Pipeline axis.")
-    expert: Expert = option(Expert(), "Expert axis.")
-    expert_weight: Weight = option(Weight(), "Weight sharding of experts (isp).")
-    expert_zero1: Zero1 = option(Zero1(), "ZeRO of experts.")
+    zero1: Zero1 = option(Zero1(), "The data axis: ZeRO-1.5 or FSDP.")
+    fsdp: Fsdp = option(Fsdp(), "FSDP, under its newer name.")
+    tensor: Tensor = option(Tensor(), "The tensor axis.")
+    weight: Weight = option(Weight(), "The weight axis (isp).")
+    pipeline: Pipeline = option(Pipeline(), "The pipeline axis.")
+    expert: Expert = option(Expert(), "The expert axis.")
+    expert_weight: Weight = option(Weight(), "The weight axis of experts (isp).")
+    expert_zero1: Zero1 = option(Zero1(), "The data axis of experts.")
     sequence_2D: Sequence2D = option(Sequence2D(), "2D sequence parallelism.")
-    sequence_parallel: bool | None = option(None, "Old switch.", ignored="parallel.tensor.mode says it")
+    sequence_parallel: bool | None = option(
+        None, "InternEvo's older switch for sequence parallelism.", ignored="parallel.tensor.mode decides"
+    )

@@ -1,15 +1,17 @@
-"""The config reference of the documentation, made from the schema."""
+"""Generates the documentation's page of all config keys from the schema."""
 
 from __future__ import annotations
 
+import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from .option import Section, marks, section_of
+from .option import Section, field_extras, section_of
 from .schema import Config
 
 HEAD = """# Config reference
@@ -18,14 +20,14 @@ HEAD = """# Config reference
 internevo config configs/demo.py
 ```
 
-prints a config with every default written out. Every key of the schema is below, by section. A key with *no effect* is known
-from InternEvo and accepted with one line that says so; a value that asks for something *not available yet* validates, and a
-run that needs it stops and says so.
+prints a config with all defaults. This page lists every key, section by section. A key with *no effect* is known from
+InternEvo's own configs: it is accepted, and the run prints one line that says that it does nothing here. A key that is
+*not available yet* may be in a config too, but `internevo train` refuses to start if its value needs the missing feature.
 """
 
 
 def write(path: Path) -> None:
-    """Writes the page, if it differs (so that a watching build does not build for ever)."""
+    """Writes the page, but only if it has changed, because `mkdocs serve` builds the site again after every write."""
     text = HEAD + "".join(_section("top level", Config, ""))
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
@@ -45,11 +47,22 @@ def _section(title: str, section: type[Section], path: str) -> Iterator[str]:
 
 
 def _type(field: FieldInfo) -> str:
-    annotation = field.annotation
-    text = annotation.__name__ if isinstance(annotation, type) and not typing.get_args(annotation) else str(annotation)
-    for noise in ("typing.", "NoneType", "Literal"):
-        text = text.replace(noise, {"NoneType": "None"}.get(noise, ""))
-    return "`" + text.replace("|", "\\|") + "`"
+    return _words(field.annotation)
+
+
+def _words(annotation: Any) -> str:
+    """Describes a type, for example "`int` or `None`" or "`'mtp'` or `'isp'`". (In a table, "|" would have to be escaped.)"""
+    kind, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if kind is typing.Literal:
+        return " or ".join(f"`{value!r}`" for value in inner)
+    if kind in (typing.Union, types.UnionType):
+        return " or ".join(_words(part) for part in inner)
+    if kind is typing.Annotated:
+        return _words(inner[0])
+    if annotation is types.NoneType:
+        return "`None`"
+    plain = annotation.__name__ if isinstance(annotation, type) and not inner else str(annotation).replace("typing.", "")
+    return f"`{plain}`"
 
 
 def _default(field: FieldInfo) -> str:
@@ -59,12 +72,12 @@ def _default(field: FieldInfo) -> str:
 
 
 def _meaning(field: FieldInfo) -> str:
-    kinds = marks(field)
-    text = (field.description or "").replace("|", "\\|")
-    if kinds.get("unit"):
-        text += f" Unit: {kinds['unit']}."
-    if kinds.get("ignored"):
-        text += f" *No effect: {kinds['ignored']}.*"
-    if kinds.get("later"):
-        text += f" *Not available yet: {kinds['later']}.*"
+    extras = field_extras(field)
+    text = (field.description or "").replace("|", "&#124;")
+    if extras.get("unit"):
+        text += f" Unit: {extras['unit']}."
+    if extras.get("ignored"):
+        text += f" *No effect: {extras['ignored']}.*"
+    if extras.get("not_available"):
+        text += f" *Not available yet: {extras['not_available']}.*"
     return text

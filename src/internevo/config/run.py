@@ -1,4 +1,4 @@
-"""Checkpoints, monitoring and generation."""
+"""The sections ``ckpt``, ``monitor`` and ``generation``."""
 
 from __future__ import annotations
 
@@ -8,18 +8,23 @@ from pydantic import field_validator
 
 from .option import Section, option
 
-COMMAND = "`internevo generate` takes its options on the command line"
-UPLOAD = "saving always goes on in the background"
+COMMAND = "`internevo generate` has its options on the command line"
+UPLOAD = "checkpoints are always written in the background"
 CONTENTS = ("model", "optimizer", "scheduler", "sampler", "all")
 
 
 class LoadCkptInfo(Section):
-    """What a new run starts from."""
+    """The checkpoint that a new run starts from."""
 
-    path: str | None = option(None, "Checkpoint, run folder or Hugging Face folder; None: start anew.")
-    content: tuple[str, ...] = option(("all",), "Parts to load: model, optimizer, scheduler, sampler, all.")
+    path: str | None = option(
+        None, "Checkpoint, run folder or Hugging Face folder to load. None: start with new initial weights."
+    )
+    content: tuple[str, ...] = option(
+        ("all",),
+        "Parts of the checkpoint to load: some of model, optimizer, scheduler and sampler (the position in the data), or all.",
+    )
     ckpt_type: Literal["internevo", "internlm", "hf", "llama", "hf_llama", "hf_model", "LLAMA", "normal"] = option(
-        "internevo", 'Kind of checkpoint: "internevo" (ours) or "hf" (Hugging Face).'
+        "internevo", 'Format of the checkpoint: "internevo" (this program\'s) or "hf" (Hugging Face\'s).'
     )
 
     @field_validator("content", mode="before")
@@ -33,31 +38,47 @@ class LoadCkptInfo(Section):
         return names
 
     def has(self, part: str) -> bool:
-        """Whether ``part`` is to be loaded."""
+        """Whether ``part`` (model, optimizer, scheduler or sampler) is loaded."""
         return part in self.content or "all" in self.content
 
 
 class Ckpt(Section):
-    """Saving and loading. Everything a run writes is in ``save_ckpt_folder``."""
+    """Saving and loading of checkpoints. Everything that a run writes is in ``save_ckpt_folder``."""
 
     enable_save_ckpt: bool = option(True, "Save checkpoints.")
-    save_ckpt_folder: str | None = option(None, "The run folder; by default runs/JOB_NAME.")
-    checkpoint_every: int = option(0, "Steps between checkpoints, and at the end; 0: only at the end.", unit="steps", ge=0)
-    keep_last: int | None = option(None, "Keep so many newest checkpoints; None: all.", ge=1)
-    keep_every: int | None = option(None, "Keep every checkpoint whose step is a multiple of this.", unit="steps", ge=1)
-    oss_snapshot_freq: int = option(0, "Steps between snapshots, kept in two alternating folders; 0: none.", unit="steps", ge=0)
-    auto_resume: bool = option(True, "Go on from the newest complete checkpoint or snapshot in the run folder.")
-    load_ckpt_info: LoadCkptInfo | None = option(None, "What a new run starts from.")
-    enable_internevo2hf_ckpt: bool = option(False, "Also export each checkpoint to hf/step-N in Hugging Face form.")
+    save_ckpt_folder: str | None = option(None, "The run folder. None: runs/JOB_NAME.")
+    checkpoint_every: int = option(
+        0, "Number of steps between checkpoints. The last step always has one. 0: only the last step.", unit="steps", ge=0
+    )
+    keep_last: int | None = option(None, "Number of newest checkpoints to keep; older ones are deleted. None: keep all.", ge=1)
+    keep_every: int | None = option(
+        None, "With keep_last: also keep checkpoints whose step is a multiple of this.", unit="steps", ge=1
+    )
+    oss_snapshot_freq: int = option(
+        0, "Number of steps between snapshots, which are written to two folders in turn. 0: no snapshots.", unit="steps", ge=0
+    )
+    auto_resume: bool = option(True, "Resume from the newest complete checkpoint or snapshot in the run folder, if any.")
+    load_ckpt_info: LoadCkptInfo | None = option(None, "The checkpoint that a new run starts from. None: new initial weights.")
+    enable_internevo2hf_ckpt: bool = option(
+        False, "Also export the model of each checkpoint in Hugging Face's format, to hf/step-N in the run folder."
+    )
     stop_file_path: str | None = option(
-        None, 'A file read at each step: "N": save and stop at step N; "-N": save at step N and go on.'
+        None, 'A file that is read at each step. "N" in it: save and stop at step N. "-N": save at step N and continue.'
     )
     snapshot_ckpt_folder: str | None = option(None, "Folder of the snapshots.", ignored="they are in the run folder")
-    async_upload: bool = option(False, "Background upload.", ignored=UPLOAD)
-    async_upload_tmp_folder: str | None = option(None, "Staging folder.", ignored="staging is in memory")
-    universal_ckpt: dict[str, Any] | None = option(None, "Layout-free format.", ignored="every checkpoint is layout-free")
-    generate_meta_data: dict[str, Any] | None = option(None, "Layout file.", ignored="the manifest holds it")
-    need_metadata: bool | None = option(None, "Set by InternEvo itself.", ignored="the manifest holds it")
+    async_upload: bool = option(False, "Upload checkpoints in the background.", ignored=UPLOAD)
+    async_upload_tmp_folder: str | None = option(
+        None, "Folder in which checkpoints wait for their upload.", ignored="they wait in memory"
+    )
+    universal_ckpt: dict[str, Any] | None = option(
+        None, "Write checkpoints that fit every layout.", ignored="every checkpoint fits every layout"
+    )
+    generate_meta_data: dict[str, Any] | None = option(
+        None, "Write a file that describes the layout.", ignored="the layout is in the checkpoint's manifest.json"
+    )
+    need_metadata: bool | None = option(
+        None, "A value that InternEvo sets itself.", ignored="the layout is in the checkpoint's manifest.json"
+    )
 
     @field_validator("checkpoint_every", "oss_snapshot_freq", mode="before")
     @classmethod
@@ -71,67 +92,80 @@ class Ckpt(Section):
         if isinstance(value, str) and value.startswith("local:"):
             return value.removeprefix("local:")
         if isinstance(value, str) and value.split(":")[0] in ("boto3", "volc", "oss2", "s3", "vc", "ali"):
-            raise ValueError(f"not available yet: object storage ({value!r}); use a folder")
+            raise ValueError(f"not available yet: object storage ({value!r}); use a local folder")
         return value
 
 
 class Alert(Section):
-    """Messages to people."""
+    """How people are told of warnings and errors."""
 
-    enable_feishu_alert: bool = option(False, "Post alerts to a webhook.", later="alerts by webhook")
+    enable_feishu_alert: bool = option(False, "Send alerts to a webhook.", not_available="alerts by webhook")
     feishu_alert_address: str | None = option(None, "Address of the webhook.")
-    light_monitor_address: str | None = option(None, "Address of a heartbeat.", later="heartbeats")
-    alert_file_path: str | None = option(None, "File to which rank 0 also writes its warnings and errors.")
+    light_monitor_address: str | None = option(None, "Address to which a heartbeat is sent.", not_available="heartbeats")
+    alert_file_path: str | None = option(None, "File to which rank 0 writes its warnings and errors, besides the log.")
 
 
 class TensorBoard(Section):
-    """TensorBoard."""
+    """TensorBoard files."""
 
-    queue_max_length: int = option(10, "Scalars kept before they are written.", ge=1)
+    queue_max_length: int = option(10, "Number of scalars that are collected before they are written to the file.", ge=1)
 
 
 class Monitor(Section):
-    """What is watched while training."""
+    """What is measured, logged and checked during training."""
 
-    alert: Alert = option(Alert(), "Messages to people.")
-    tensorboard: TensorBoard = option(TensorBoard(), "TensorBoard.")
-    log_every: int = option(1, "Steps between lines on a console that is not a terminal.", unit="steps", ge=1)
-    sample_prompts: tuple[str, ...] = option((), "Texts to continue, for the report; needs data.tokenizer_path.")
-    sample_every: int = option(0, "Steps between samples; 0: only at the end.", unit="steps", ge=0)
-    sample_tokens: int = option(64, "Length of a sample.", unit="tokens", ge=1)
+    alert: Alert = option(Alert(), "How people are told of warnings and errors.")
+    tensorboard: TensorBoard = option(TensorBoard(), "TensorBoard files.")
+    log_every: int = option(1, "Number of steps between lines of output, if the output is not a terminal.", unit="steps", ge=1)
+    sample_prompts: tuple[str, ...] = option(
+        (), "Prompts that the model continues; the report shows the texts. Needs data.tokenizer_path."
+    )
+    sample_every: int = option(0, "Number of steps between these samples. 0: only at the end of the run.", unit="steps", ge=0)
+    sample_tokens: int = option(64, "Number of tokens to generate for each prompt.", unit="tokens", ge=1)
     peak_tflops: float | None = option(
-        None, "Peak of one device for the model's dtype, for MFU; by default known GPUs'.", unit="TFLOPS", gt=0
+        None,
+        "Peak performance of one device for the model's dtype, from which MFU is computed. None: that of the GPU, if known.",
+        unit="TFLOPS",
+        gt=0,
     )
     timeout: float = option(
         300.0,
-        "Longest that a step may take, the first excepted: then the run ends, and says which rank it waits for. Steps that are "
-        "slow by nature are allowed five times the slowest before. 0: no limit.",
+        "Longest time that a step may take, except the first. If a step takes longer, the run ends with an error that names "
+        "the rank it waits for. (Five times the time of the slowest step so far, per token, is always allowed.) 0: no limit.",
         unit="seconds",
         ge=0,
     )
     memory: bool = option(
-        False, "Measure the memory of the run's first step beside the formula's: a table on the console, and memory.json."
+        False,
+        "Measure the memory of the first step and compare it with the formula, in a table on the console and in memory.json.",
     )
     comm: bool = option(
         False,
-        "Count and time the collectives of its second step, each waited for by itself: a table on the console, and comm.json.",
+        "Count and time the collectives of the second step, in a table on the console and in comm.json. In this step the run "
+        "waits for each collective, so that its time can be measured.",
     )
-    trace: bool = option(False, "Record a timeline of its third step: trace-rankN.json.gz, for Chrome or Perfetto.")
+    trace: bool = option(
+        False, "Record a timeline of the third step in trace-rankN.json.gz, which Chrome and Perfetto can show."
+    )
 
 
 class Generation(Section):
-    """InternEvo's options of text generation."""
+    """InternEvo's options for text generation."""
 
-    ckpt_folder: str | None = option(None, "Checkpoint to generate from.", ignored=COMMAND)
-    output_folder: str | None = option(None, "Where texts go.", ignored=COMMAND)
-    batch_size: int = option(1, "Texts at once.", ignored=COMMAND, ge=1)
-    max_length: int = option(100, "Length, prompt included.", unit="tokens", ignored=COMMAND, ge=1)
-    eos_id: int | list[int] | None = option(None, "Tokens that end a text.", ignored=COMMAND)
-    bos_id: int | None = option(None, "Token that starts a text.", ignored=COMMAND)
-    pad_id: int | None = option(None, "Padding token.", ignored=COMMAND)
-    do_sample: bool = option(True, "Sample, or take the likeliest token.", ignored=COMMAND)
-    temperature: float = option(1.0, "Divides the logits.", ignored=COMMAND, ge=0)
-    top_k: int = option(50, "Sample from so many likeliest tokens; 0: all.", ignored=COMMAND, ge=0)
-    top_p: float = option(1.0, "Sample from the likeliest tokens of this total probability.", ignored=COMMAND, gt=0, le=1)
-    repetition_penalty: float = option(1.0, "Divides logits of tokens already there.", ignored=COMMAND)
-    length_penalty: float = option(1.0, "Of beam search.", ignored=COMMAND)
+    ckpt_folder: str | None = option(None, "Checkpoint of the model.", ignored=COMMAND)
+    output_folder: str | None = option(None, "Folder to which the texts are written.", ignored=COMMAND)
+    batch_size: int = option(1, "Number of texts that are generated at once.", ignored=COMMAND, ge=1)
+    max_length: int = option(100, "Maximum length of a text, including the prompt.", unit="tokens", ignored=COMMAND, ge=1)
+    eos_id: int | list[int] | None = option(None, "Ids of the tokens that end a text.", ignored=COMMAND)
+    bos_id: int | None = option(None, "Id of the token that starts a text.", ignored=COMMAND)
+    pad_id: int | None = option(None, "Id of the padding token.", ignored=COMMAND)
+    do_sample: bool = option(True, "Draw each token at random. False: always take the most likely token.", ignored=COMMAND)
+    temperature: float = option(1.0, "The logits are divided by this.", ignored=COMMAND, ge=0)
+    top_k: int = option(50, "Draw only from this many most likely tokens. 0: from all.", ignored=COMMAND, ge=0)
+    top_p: float = option(
+        1.0, "Draw only from the most likely tokens whose probabilities add up to this.", ignored=COMMAND, gt=0, le=1
+    )
+    repetition_penalty: float = option(
+        1.0, "The logits of tokens that are already in the text are divided by this.", ignored=COMMAND
+    )
+    length_penalty: float = option(1.0, "Exponent of the length in the score of beam search.", ignored=COMMAND)

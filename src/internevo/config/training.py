@@ -1,4 +1,4 @@
-"""Optimizer, schedules, loss and gradient scaling."""
+"""The sections of the optimizer, its schedules, the loss scale and the loss."""
 
 from __future__ import annotations
 
@@ -10,69 +10,81 @@ from .option import REQUIRED, Section, dtype_name, option
 
 
 class Adam(Section):
-    """AdamW. Weight decay is on matrices only, not on norms and biases."""
+    """The optimizer, AdamW. Weight decay applies to matrices, not to norms and biases."""
 
-    lr: float = option(REQUIRED, "Peak learning rate.", ge=0)
-    adam_beta1: float = option(0.9, "Decay of the first moment.", ge=0, lt=1)
-    adam_beta2: float = option(0.95, "Decay of the second moment, unless beta2_scheduler is given.", ge=0, lt=1)
-    adam_beta2_c: float = option(0.0, "InternEvo's constant of the beta2 schedule.", ignored="beta2_scheduler.c is read")
-    adam_eps: float = option(1e-8, "Added to the root of the second moment.", gt=0)
-    weight_decay: float = option(0.01, "Decoupled weight decay.", ge=0)
+    lr: float = option(REQUIRED, "Highest learning rate, which is reached at the end of the warm-up.", ge=0)
+    adam_beta1: float = option(0.9, "Decay rate of the first moment.", ge=0, lt=1)
+    adam_beta2: float = option(0.95, "Decay rate of the second moment, if there is no beta2_scheduler.", ge=0, lt=1)
+    adam_beta2_c: float = option(0.0, "Constant of the schedule of beta2.", ignored="beta2_scheduler.c is used")
+    adam_eps: float = option(1e-8, "Number that is added to the square root of the second moment.", gt=0)
+    weight_decay: float = option(0.01, "Weight decay. It is decoupled from the gradient.", ge=0)
 
 
 class LrScheduler(Section):
-    """Linear warm-up, then a cosine to eta_min."""
+    """The schedule of the learning rate: linear warm-up, then a cosine from adam.lr to eta_min."""
 
-    total_steps: int | None = option(None, "End of the cosine; by default data.total_steps.", unit="steps", ge=1)
-    init_steps: int = option(0, "Steps with learning rate 0 before the warm-up.", unit="steps", ge=0)
-    warmup_ratio: float = option(0.0, "int(total_steps * warmup_ratio) steps of warm-up.", ge=0, le=1)
+    total_steps: int | None = option(
+        None, "Step at which the learning rate reaches eta_min. None: data.total_steps.", unit="steps", ge=1
+    )
+    init_steps: int = option(0, "Number of steps with learning rate 0 before the warm-up.", unit="steps", ge=0)
+    warmup_ratio: float = option(
+        0.0, "Length of the warm-up: int(total_steps * warmup_ratio) steps, in which the learning rate rises.", ge=0, le=1
+    )
     eta_min: float = option(0.0, "Final learning rate.", ge=0)
-    last_epoch: int = option(-1, "Start of the schedule.", ignored="the schedule is a function of the step")
+    last_epoch: int = option(-1, "Step at which the schedule starts.", ignored="the schedule is a function of the step")
 
 
 class Beta2Scheduler(Section):
-    """beta2(step) = max(init_beta2, 1 - step ** -c); constant when c <= 0."""
+    """The schedule of Adam's beta2: max(init_beta2, 1 - step ** -c), or always init_beta2 if c <= 0."""
 
-    init_beta2: float = option(0.95, "Smallest beta2.", ge=0, lt=1)
-    c: float = option(0.0, "Exponent; <= 0: constant.")
-    cur_iter: int = option(-1, "Start of the schedule.", ignored="the schedule is a function of the step")
+    init_beta2: float = option(0.95, "Smallest value of beta2.", ge=0, lt=1)
+    c: float = option(0.0, "Exponent of the schedule. 0 or less: beta2 is always init_beta2.")
+    cur_iter: int = option(-1, "Step at which the schedule starts.", ignored="the schedule is a function of the step")
 
 
 class Fp16Scaler(Section):
-    """Start and growth of the loss scale."""
+    """The initial value and the growth of the loss scale."""
 
-    initial_scale: float = option(2.0**16, "First loss scale.", gt=0)
-    min_scale: float | None = option(None, "Smallest loss scale.", gt=0)
-    growth_interval: int = option(1000, "Clean steps before the scale grows.", unit="steps", ge=1)
+    initial_scale: float = option(2.0**16, "Initial loss scale.", gt=0)
+    min_scale: float | None = option(None, "Smallest loss scale. None: no limit.", gt=0)
+    growth_interval: int = option(
+        1000, "Number of steps without overflow after which the loss scale grows.", unit="steps", ge=1
+    )
 
 
 class GradScaler(Section):
-    """Dynamic loss scale for fp16 (fp32 and bf16 need none and use 1)."""
+    """The dynamic loss scale for fp16. (fp32 and bf16 do not need one; their scale is 1.)"""
 
-    fp16: Fp16Scaler = option(Fp16Scaler(), "Start and growth.")
-    growth_factor: float = option(2.0, "Growth of the scale.", gt=1)
-    backoff_factor: float = option(0.5, "Shrinking of the scale.", gt=0, lt=1)
-    max_scale: float | None = option(None, "Largest loss scale.", gt=0)
-    hysteresis: int = option(2, "Overflows in a row before the scale shrinks.", ge=0)
+    fp16: Fp16Scaler = option(Fp16Scaler(), "The initial value and the growth of the loss scale.")
+    growth_factor: float = option(2.0, "Number by which the loss scale is multiplied when it grows.", gt=1)
+    backoff_factor: float = option(0.5, "Number by which the loss scale is multiplied when it shrinks.", gt=0, lt=1)
+    max_scale: float | None = option(None, "Largest loss scale. None: no limit.", gt=0)
+    hysteresis: int = option(2, "Number of overflows in a row after which the loss scale shrinks.", ge=0)
 
 
 class HybridZeroOptimizer(Section):
-    """Gradient clipping, and how the data axis communicates."""
+    """Clipping of gradients, and communication of the data axis."""
 
-    clip_grad_norm: float = option(0.0, "Largest global L2 norm of the gradients; 0: no clipping.", ge=0)
-    overlap_sync_grad: bool = option(
-        True, "Reduce gradients while backward goes on (over gloo: in ZeRO-1.5 without replicas, with grad_dtype float32)."
+    clip_grad_norm: float = option(
+        0.0, "Largest global L2 norm of the gradients; larger gradients are scaled down to it. 0: no clipping.", ge=0
     )
-    overlap_sync_param: bool = option(True, "Gather the next layer's parameters while this one computes.")
+    overlap_sync_grad: bool = option(
+        True,
+        "Reduce gradients while the backward pass continues. With gloo this works only for ZeRO-1.5 without replicas and with "
+        "grad_dtype float32.",
+    )
+    overlap_sync_param: bool = option(True, "Gather the parameters of the next layer while the current layer computes.")
     reduce_bucket_size: int | None = option(
         None,
-        "ZeRO-1.5 reduces and gathers consecutive layers at once, up to so many elements together; None: each layer by itself.",
+        "ZeRO-1.5 gathers and reduces consecutive layers together, up to this number of elements. None: each layer alone.",
         ge=1,
     )
-    use_split_tensor_optim: bool = option(False, "Cut tensors between ranks.", ignored="tensors are always cut")
-    all_gather_size: int = option(512 * 1024**2, "Elements per gather.", ignored="reduce_bucket_size is read")
+    use_split_tensor_optim: bool = option(False, "Shard single tensors over the ranks.", ignored="tensors are always sharded")
+    all_gather_size: int = option(
+        512 * 1024**2, "Number of elements that are gathered together.", ignored="reduce_bucket_size is used"
+    )
     grad_dtype: Literal["float32", "bfloat16", "float16"] = option(
-        "float32", "Type in which gradients are accumulated over micro-batches and reduced over ranks."
+        "float32", "Dtype in which gradients are accumulated over micro-batches and reduced over ranks."
     )
 
     @field_validator("grad_dtype", mode="before")
@@ -82,15 +94,19 @@ class HybridZeroOptimizer(Section):
 
 
 class Loss(Section):
-    """Cross-entropy of the next token."""
+    """The loss: cross-entropy of the next token, and with experts the losses of the routers."""
 
-    label_smoothing: float = option(0.0, "Weight of the uniform distribution in the target.", ge=0, lt=1)
-    op_type: str = option("py_vocab_parallel", "Kernel of the loss.", ignored="one loss serves all: linear and chunked")
-    moe_loss_coeff: float = option(1.0, "Weight of the experts' load-balancing loss.", ge=0)
+    label_smoothing: float = option(
+        0.0, "Label smoothing: the weight of the uniform distribution in the target of the cross-entropy.", ge=0, lt=1
+    )
+    op_type: str = option(
+        "py_vocab_parallel", "Kernel of the loss.", ignored="there is one kernel, which computes head and loss in chunks"
+    )
+    moe_loss_coeff: float = option(1.0, "Weight of the load-balancing loss of the experts.", ge=0)
     moe_loss_kind: Literal["gshard", "pooled"] = option(
         "gshard",
-        "gshard: of each layer, by first choices, summed over layers (InternEvo). "
-        "pooled: all choices of all layers as one (Hugging Face's router_aux_loss_coef).",
+        "How the load-balancing loss is computed. gshard: for each layer, from the first choice of each token, and summed over "
+        "layers (InternEvo). pooled: once, from all choices in all layers (Hugging Face's router_aux_loss_coef).",
     )
-    moe_z_loss_coeff: float = option(0.0, "Weight of the router's z-loss, summed over layers.", ge=0)
-    mtp_loss_coeff: float = option(0.0, "Weight of multi-token prediction.", later="multi-token prediction")
+    moe_z_loss_coeff: float = option(0.0, "Weight of the z-loss of the routers, which is summed over layers.", ge=0)
+    mtp_loss_coeff: float = option(0.0, "Weight of the loss of multi-token prediction.", not_available="multi-token prediction")

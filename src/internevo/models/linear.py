@@ -1,6 +1,6 @@
-"""A linear layer whose weight has named axes, and the low-rank addition that it may have.
+"""A linear layer whose weight has named axes, and the low-rank adapter that it may have.
 
-LoRA (https://arxiv.org/abs/2106.09685): y = W x + alpha / rank * B A x, of which A and B are trained.
+LoRA (https://arxiv.org/abs/2106.09685): y = W x + alpha / rank * B A x, where only A and B are trained.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MARK = ".lora."
-"""In the names of the adapters' weights."""
+ADAPTER_INFIX = ".lora."
+"""The names of adapters' weights contain this; the names of other weights do not."""
 
 
-def own(weight: Tensor) -> Tensor:
-    """This rank's part of a weight; a strategy that cuts weights puts its own function in place of this."""
+def local_part(weight: Tensor) -> Tensor:
+    """Returns this rank's part of a weight; here, all of it. A strategy that shards weights replaces this function."""
     return weight
 
 
 class Adapter(nn.Module):
-    """alpha / rank * B A x. B begins as zeros, so that the model begins as it was."""
+    """alpha / rank * B A x. B is initialised with zeros, so that at first the adapter does not change the model."""
 
     def __init__(self, linear: Linear, rank: int, alpha: float) -> None:
         super().__init__()
@@ -28,10 +28,10 @@ class Adapter(nn.Module):
         self.a = Linear("rank", rank, in_axis, linear.in_features)
         self.b = Linear(out_axis, linear.out_features, "rank", rank)
         self.scale = alpha / rank
-        self.own: Callable[[Tensor], Tensor] = own
+        self.local_part: Callable[[Tensor], Tensor] = local_part
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(F.linear(x, self.own(self.a.weight)), self.own(self.b.weight)) * self.scale
+        return F.linear(F.linear(x, self.local_part(self.a.weight)), self.local_part(self.b.weight)) * self.scale
 
 
 class Linear(nn.Linear):
@@ -41,11 +41,11 @@ class Linear(nn.Linear):
         super().__init__(in_size, out_size, bias=bias)
         self.axes = (out_axis, in_axis)
         self.lora: Adapter | None = None
-        """A low-rank addition, which alone is trained."""
+        """The adapter. If there is one, only adapters are trained."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.adapt(x, F.linear(x, self.weight, self.bias))
 
     def adapt(self, x: Tensor, y: Tensor) -> Tensor:
-        """``y``, what the weight makes of ``x``, and what the adapter adds."""
+        """Adds the output of the adapter for ``x`` to ``y``, the output of the weight; without an adapter, returns ``y``."""
         return y if self.lora is None else y + self.lora(x)

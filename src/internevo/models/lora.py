@@ -1,4 +1,4 @@
-"""Which linears of a model have an adapter, and what is trained then."""
+"""Adds LoRA adapters to a model, and freezes all other weights."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from torch import nn
 
 from .config import Lora
 from .layers import DecoderLayer
-from .linear import MARK, Adapter, Linear
+from .linear import ADAPTER_INFIX, Adapter, Linear
 
 
 def add_adapters(model: nn.Module, lora: Lora) -> None:
-    """Gives the linears that ``lora`` names an adapter, in every layer."""
+    """Adds an adapter to the linears that ``lora.targets`` names, in every layer."""
     for layer in model.modules():
         if isinstance(layer, DecoderLayer):
             for part in (layer.attn, layer.mlp):
@@ -20,6 +20,6 @@ def add_adapters(model: nn.Module, lora: Lora) -> None:
 
 
 def freeze_all_but_adapters(model: nn.Module) -> None:
-    """Only adapters get gradients."""
+    """Makes the adapters the only parameters that get gradients."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(MARK in name)
+        parameter.requires_grad_(ADAPTER_INFIX in name)

@@ -99,8 +99,8 @@ class Router(nn.Module):
         else:
             order_kT = torch.arange(tokens, device=probs_Tk.device).expand(k, tokens)
         wanted_kT = experts_Tk.t().gather(1, order_kT)
-        places = F.one_hot(wanted_kT.flatten(), e.count).cumsum(0).gather(1, wanted_kT.reshape(-1, 1))
-        fits_kT = (places <= capacity).view(k, tokens)
+        numbers = F.one_hot(wanted_kT.flatten(), e.count).cumsum(0).gather(1, wanted_kT.reshape(-1, 1))
+        fits_kT = (numbers <= capacity).view(k, tokens)
         return torch.zeros_like(fits_kT).scatter(1, order_kT, fits_kT).t()
 
 
@@ -154,11 +154,11 @@ class MoE(nn.Module):
         count = routing.load.shape[0]
         targets_R = torch.where(kept_Tk, experts_Tk, count).flatten()
         order_R = targets_R.argsort(stable=True)
-        places_R = order_R.argsort()
+        inverse_R = order_R.argsort()
         ends_E = F.one_hot(targets_R, count + 1).sum(0).cumsum(0)[:count].int()
-        rows_RD = ops.take_rows(x_TD, order_R // self.top_k, places_R, copies=self.top_k)
+        rows_RD = ops.take_rows(x_TD, order_R // self.top_k, inverse_R, copies=self.top_k)
         out_RD = self.run_experts(self.experts, rows_RD, ends_E, self.dropless)
-        out_TkD = ops.take_rows(out_RD, places_R, order_R).view(*experts_Tk.shape, -1)
+        out_TkD = ops.take_rows(out_RD, inverse_R, order_R).view(*experts_Tk.shape, -1)
         weights_T1k = (weights_Tk * kept_Tk).to(x_TD.dtype).unsqueeze(1)
         out_TD = torch.bmm(weights_T1k, out_TkD).squeeze(1)
         if self.shared is not None and self.shared_gate is not None:

@@ -1,4 +1,4 @@
-"""Where the parameters of a model come from, a few rows at a time: a folder, a checkpoint, or a model in memory."""
+"""Sources of a model's parameters, which are read a few rows at a time: a folder, a checkpoint, or a model in memory."""
 
 from __future__ import annotations
 
@@ -9,38 +9,41 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..storage.tensors import Place, ShardWriter, Spec, as_rows
+from ..storage.tensors import ByteRange, ShardWriter, Spec, as_rows
 from .config import DecoderConfig
 from .decoder import parameter_shapes
 
 
-class Source(Protocol):
-    """Where the parameters of a model come from: a Hugging Face folder, a checkpoint, a model in memory."""
+class ParameterSource(Protocol):
+    """A source of a model's parameters: a Hugging Face folder, a checkpoint, or a model in memory.
+
+    Parameters have their names in ``Decoder``. ``internevo.storage.tensors`` says what the rows of a parameter are.
+    """
 
     @property
     def config(self) -> DecoderConfig:
-        """The model."""
+        """The shape of the model."""
 
     @property
     def tokenizer(self) -> Path | None:
-        """File or folder of the tokenizer that belongs to it."""
+        """The file or folder of the model's tokenizer."""
 
     @property
     def hf_config(self) -> dict[str, Any]:
-        """The ``config.json`` that it came with, if it came from Hugging Face."""
+        """The ``config.json`` of the Hugging Face folder that the model was read from; empty if it was not."""
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """Of a parameter, by our name: it holds every value of it."""
+        """Returns the dtype of a parameter. It holds all values without rounding."""
 
     def read(self, name: str, start: int, count: int) -> Tensor:
-        """Rows of a parameter, by our name (``internevo.storage.tensors`` says what a row is)."""
+        """Reads rows ``start`` to ``start + count`` of a parameter."""
 
-    def place(self, name: str, start: int, count: int) -> Place | None:
-        """Where those rows lie, if they lie in one piece in a file."""
+    def byte_range(self, name: str, start: int, count: int) -> ByteRange | None:
+        """Returns where these rows are in a file, if they are one range of bytes in one file; otherwise None."""
 
 
-class Module:
-    """A model in memory as a source."""
+class ModelInMemory:
+    """A model in memory as a source of parameters."""
 
     def __init__(self, config: DecoderConfig, model: nn.Module) -> None:
         self.config, self.tokenizer = config, None
@@ -48,44 +51,47 @@ class Module:
         self._parameters = {name: p.detach() for name, p in model.named_parameters()}
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """Of a parameter."""
+        """Returns the dtype of a parameter."""
         return self._parameters[name].dtype
 
     def read(self, name: str, start: int, count: int) -> Tensor:
-        """Rows of a parameter."""
+        """Returns rows of a parameter."""
         return as_rows(self._parameters[name])[start : start + count]
 
-    def place(self, name: str, start: int, count: int) -> None:
-        """Nowhere."""
+    def byte_range(self, name: str, start: int, count: int) -> None:
+        """Returns None: the rows are not in a file."""
 
 
 @torch.no_grad()
-def fill(model: nn.Module, source: Source) -> None:
-    """Copies every parameter of a plain model."""
+def load_parameters(model: nn.Module, source: ParameterSource) -> None:
+    """Copies all parameters from ``source`` into ``model``, which is not sharded."""
     for name, mine in model.named_parameters():
         rows = Spec(tuple(mine.shape), mine.dtype).rows
         mine.copy_(source.read(name, 0, rows).view(mine.shape))
 
 
-def dtypes(source: Source) -> list[torch.dtype]:
-    """Of all parameters, that of most values first."""
+def dtypes(source: ParameterSource) -> list[torch.dtype]:
+    """Returns the dtypes of all parameters. The one that the most values have is first."""
     values: Counter[torch.dtype] = Counter()
     for name, shape in parameter_shapes(source.config).items():
         values[source.dtype_of(name)] += shape.numel()
     return [dtype for dtype, _ in values.most_common()]
 
 
-def usual_dtype(source: Source) -> torch.dtype:
-    """Of most values: what to compute in."""
+def most_common_dtype(source: ParameterSource) -> torch.dtype:
+    """Returns the dtype that the most values have; a model is computed in it."""
     return dtypes(source)[0]
 
 
-def pour(source: Source, name: str, row: int, count: int, dtype: torch.dtype, writer: ShardWriter) -> int:
-    """Hands rows of a parameter to a writer, unread where they can stay as they are. Returns the bytes written."""
-    place = source.place(name, row, count)
-    if place is not None and place.dtype == dtype:
-        writer.copy(place)
-        return place.nbytes
+def write_rows(source: ParameterSource, name: str, row: int, count: int, dtype: torch.dtype, writer: ShardWriter) -> int:
+    """Gives rows ``row`` to ``row + count`` of a parameter to ``writer``, in ``dtype``. Returns how many bytes these are.
+
+    Rows that are already in a file in this dtype are copied from file to file.
+    """
+    stored = source.byte_range(name, row, count)
+    if stored is not None and stored.dtype == dtype:
+        writer.copy(stored)
+        return stored.nbytes
     rows = source.read(name, row, count).to("cpu", dtype)
     writer.add(rows)
     return rows.nbytes

@@ -1,4 +1,4 @@
-"""Kernels: the best one for the device, chosen here and nowhere else."""
+"""Kernels. The fastest one for the device is chosen here and nowhere else."""
 
 from .attention import attention
 from .cross_entropy import VocabShard, chunk_tokens, linear_cross_entropy

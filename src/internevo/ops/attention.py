@@ -1,11 +1,13 @@
-"""Causal attention, over whole rows or over packed documents, with a sliding window or ALiBi where a model has them.
+"""Causal attention over whole rows or over packed documents, optionally with a sliding window or ALiBi.
 
 Shapes: B rows, S tokens per row, T = tokens of one packed row, H query heads, K key/value heads, N head size.
 
-- whole rows: PyTorch's scaled dot product attention.
-- packed documents on CUDA in half precision: ``torch.nn.attention.varlen`` (flash attention, windows included).
-- packed documents elsewhere, and with ALiBi: ``ops.documents``.
-- whole rows with a window or ALiBi are documents of one length.
+Which kernel is used:
+
+- whole rows: PyTorch's ``scaled_dot_product_attention``.
+- packed documents on CUDA in half precision, without ALiBi: ``torch.nn.attention.varlen`` (flash attention, with windows).
+- packed documents otherwise: ``ops.documents``.
+- whole rows with a window or ALiBi: computed as packed documents, one per row.
 """
 
 from __future__ import annotations
@@ -27,16 +29,17 @@ def attention(
     window: int = 0,
     slopes_H: Tensor | None = None,
 ) -> Tensor:
-    """softmax(q k^T / sqrt(N) + bias) v, where a token sees itself and the tokens before it in its row or document.
+    """Computes softmax(q k^T / sqrt(N) + bias) v. A token attends to itself and to earlier tokens of its row or document.
 
     Args:
         q_BSHN: queries; ``H`` is a multiple of ``K`` (grouped-query attention, https://arxiv.org/abs/2305.13245).
-        k_BSKN, v_BSKN: keys and values. Without ``cu_seqlens`` they may be longer than the queries (a KV cache):
-            the queries are then the last tokens.
-        cu_seqlens: int32 [documents + 1], the documents' borders in one packed row (B = 1), from 0 to T.
-        max_seqlen: an upper bound of a document's length; needed on CUDA with ``cu_seqlens``.
-        window: tokens that a token sees, itself included (https://arxiv.org/abs/2004.05150); 0: all before it.
-        slopes_H: fp32 [H]; adds slope * (key's position - query's) (ALiBi, https://arxiv.org/abs/2108.12409).
+        k_BSKN, v_BSKN: keys and values. Without ``cu_seqlens`` there may be more keys than queries (a KV cache); the queries
+            are then those of the last tokens.
+        cu_seqlens: for one packed row (B = 1): where its documents begin and end, int32 [documents + 1], from 0 to T.
+        max_seqlen: upper bound of the length of a document; needed on CUDA with ``cu_seqlens``.
+        window: number of tokens that a token attends to, including itself (https://arxiv.org/abs/2004.05150); 0: all.
+        slopes_H: fp32 [H]; slope * (position of the key - position of the query) is added to the scores (ALiBi,
+            https://arxiv.org/abs/2108.12409).
 
     Returns:
         [B, S, H, N], in the queries' dtype.
@@ -52,7 +55,7 @@ def attention(
     if q_BSHN.is_cuda and q_BSHN.dtype in (torch.float16, torch.bfloat16) and slopes_H is None:
         from torch.nn.attention.varlen import varlen_attn
 
-        out_THN = varlen_attn(  # without return_aux it is one tensor
+        out_THN = varlen_attn(  # without return_aux, it returns one tensor
             q_BSHN[0], k_BSKN[0], v_BSKN[0], cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
             window_size=(window - 1, 0), enable_gqa=q_BSHN.shape[2] != k_BSKN.shape[2],
         )  # fmt: skip
@@ -64,7 +67,7 @@ def attention(
 
 def _rows(q: Tensor, k: Tensor, v: Tensor, window: int, slopes_H: Tensor | None) -> Tensor:
     queries, keys = q.shape[1], k.shape[1]
-    # A single token sees everything; a block of new tokens behind a cache needs a mask that is causal from the right.
+    # A single query attends to all keys. Several queries after a cache need a mask that is aligned with the last key.
     mask = None
     if slopes_H is not None or 0 < window < keys or 1 < queries < keys:
         mask = mask_of(keys - queries, keys, 0, keys, window, slopes_H, q.device).to(q.dtype)

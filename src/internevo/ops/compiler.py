@@ -1,4 +1,4 @@
-"""What the compiler must know of a tensor."""
+"""Hints about tensors for ``torch.compile``."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from torch import Tensor
 
 
 def mark_dynamic(tensor: Tensor, dim: int) -> None:
-    """Says that a size changes from step to step, so that compiled code takes any."""
+    """Tells the compiler that a dimension's size changes from step to step, so that it does not compile again for each size."""
     torch._dynamo.maybe_mark_dynamic(tensor, dim)

@@ -1,8 +1,9 @@
-"""The head and its cross-entropy in one, a chunk of tokens at a time.
+"""The head and the cross-entropy in one function, which computes one chunk of tokens at a time.
 
-Logits of a whole batch are the largest tensor of a training step (tokens * vocabulary). Here they exist for one chunk:
-its loss, and at once the gradients with respect to the hidden states and the head's weight, are computed and the logits
-dropped. That needs no recomputation, since the loss is a sum whose outer gradient is one number.
+The logits of a whole micro-batch would be the largest tensor of a training step (tokens * vocabulary). Here, logits exist only
+for one chunk of tokens: its loss and the gradients with respect to the hidden states and the head's weight are computed
+together, and then its logits are freed. Nothing is recomputed in the backward pass: the result is one number, the sum of the
+losses, so the backward pass only multiplies these gradients by the gradient of that number.
 
 Shapes: T tokens, D hidden size, V vocabulary.
 """
@@ -10,6 +11,7 @@ Shapes: T tokens, D hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -17,43 +19,51 @@ from torch import Tensor
 
 IGNORE = -100
 CHUNK_BYTES = {"cpu": 24 * 2**20, "cuda": 512 * 2**20}
-"""fp32 logits that exist at once: enough to fill the device, no more (and on a CPU, memory that the C library keeps)."""
+"""Bytes of the fp32 logits of one chunk, by device type. They are enough to use the whole device; on a CPU they are few enough
+that the C library keeps the memory for the next chunk."""
 BLOCK = 4096
-"""Rows of the head's weight whose gradient is computed at once."""
+"""Number of rows of the head's weight whose gradient is computed at once on a CPU."""
 
 
 def chunk_tokens(tokens: int, rows: int, device_type: str = "cpu") -> int:
-    """Tokens of which ``rows`` logits each exist at once; chunks are as equal as can be."""
+    """Returns the number of tokens in a chunk; the chunks have about the same size.
+
+    Args:
+        tokens: number of all tokens.
+        rows: number of logits of each token.
+    """
     limit = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cpu"])
     chunks = -(-tokens // max(1, limit // (4 * rows)))
     return -(-tokens // max(chunks, 1))
 
 
 class VocabShard(NamedTuple):
-    """Which rows of the head's weight are here, when they are shared out over ranks."""
+    """The rows of the head's weight that this rank has, if the head is sharded along the vocabulary."""
 
     first: int
-    """Number of the first row."""
+    """The number of the first of these rows in the full weight."""
     vocabulary: int
-    """Rows in all."""
+    """The number of rows of the full weight."""
     gather: Callable[[Tensor], Tensor]
-    """[...] of every rank -> [ranks, ...]."""
+    """Gathers a tensor [...] of every rank into [ranks, ...]."""
 
 
 def linear_cross_entropy(
     hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, smoothing: float = 0.0, shard: VocabShard | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of ``hidden @ weight^T`` against ``labels``; labels of -100 count for nothing.
-
-    With smoothing s the target is (1 - s) * one_hot + s / V.
+    """Computes the cross-entropy of the logits ``hidden @ weight^T`` and ``labels``. Tokens with label -100 are ignored.
 
     Args:
-        shard: ``weight`` holds these rows only. The losses are those of the whole vocabulary, on every rank; the gradient of
-            ``hidden`` is this rank's part of a sum over ranks.
+        hidden_TD: hidden states of the tokens.
+        weight_VD: weight of the head.
+        labels_T: ids of the next tokens, int64, or -100.
+        smoothing: label smoothing s: the target distribution is (1 - s) * one_hot + s / V.
+        shard: if it is given, ``weight`` has only these rows. Every rank still computes the losses over the whole vocabulary;
+            the gradient of ``hidden`` is this rank's summand, and the sum over the ranks is the full gradient.
 
     Returns:
-        The sum of the losses (a scalar in fp32, differentiable), and each token's loss (fp32 [T], 0 where ignored,
-        for statistics only).
+        The sum of the losses (a scalar in fp32, differentiable), and the loss of each token (fp32 [T], 0 for ignored tokens,
+        not differentiable).
     """
     return _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, smoothing, shard)
 
@@ -68,14 +78,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk = chunk_tokens(hidden.shape[0], weight.shape[0], hidden.device.type)
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
-            losses[part], grad_logits = _softmax(hidden[part] @ weight.t(), labels[part], smoothing, shard)
+            softmax = _compiled_softmax() if hidden.is_cuda and shard is None else _softmax
+            losses[part], grad_logits = softmax(hidden[part] @ weight.t(), labels[part], smoothing, shard)
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[part])
             if grad_weight is not None:
-                # Block by block, so that each product is added while it is in the cache.
-                for block in range(0, weight.shape[0], BLOCK):
-                    rows = slice(block, block + BLOCK)
-                    grad_weight[rows] += grad_logits[:, rows].t() @ hidden[part]
+                _add_product(grad_weight, grad_logits, hidden[part])
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         ctx.save_for_backward(*(g for g in (grad_hidden, grad_weight) if g is not None))
@@ -90,9 +98,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (*(g if g is None else g.mul_(grad_sum.to(g.dtype)) for g in grads), None, None, None)
 
 
+def _add_product(total_VD: Tensor, grad_TV: Tensor, hidden_TD: Tensor) -> None:
+    """Adds grad^T hidden to ``total_VD``; the sums are in fp32."""
+    if total_VD.is_cuda and hidden_TD.dtype != torch.float32:
+        total_VD += torch.mm(grad_TV.t(), hidden_TD, out_dtype=torch.float32)
+        return
+    # On a CPU in blocks of rows, so that each product is added while it is in the cache.
+    block = BLOCK if not total_VD.is_cuda else total_VD.shape[0]
+    for first in range(0, total_VD.shape[0], block):
+        rows = slice(first, first + block)
+        total_VD[rows] += grad_TV[:, rows].t() @ hidden_TD
+
+
+@cache
+def _compiled_softmax() -> Callable[..., tuple[Tensor, Tensor]]:
+    """Compiles ``_softmax``, which then reads the logits twice and not ten times."""
+    return torch.compile(_softmax, dynamic=False)
+
+
 def _softmax(logits: Tensor, labels: Tensor, smoothing: float, shard: VocabShard | None) -> tuple[Tensor, Tensor]:
-    """Losses in fp32, and d loss / d logits in the logits' dtype. One fp32 buffer serves for logits, exponentials,
-    probabilities and gradients in turn."""
+    """Returns the losses in fp32 and the gradients of the logits in the logits' dtype.
+
+    Logits, exponentials, probabilities and gradients are in the same fp32 buffer, one after the other.
+    """
     dtype, logits = logits.dtype, logits.float()
     vocabulary = shard.vocabulary if shard else logits.shape[1]
     kept = labels != IGNORE

@@ -1,4 +1,4 @@
-"""Dispatch modes: seeing every operator that runs. PyTorch's names for them are private, and stand here alone."""
+"""Helpers for dispatch modes, which see every operator that runs. Only this file uses PyTorch's private names for them."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ __all__ = ["TorchDispatchMode", "collective_name", "group_ranks", "operator_name
 
 
 def operator_name(operator: Any) -> str:
-    """ "namespace::name", without the overload."""
+    """Returns an operator's name without its overload, as "namespace::name"."""
     return str(operator.name() if hasattr(operator, "name") else operator).split(".")[0]
 
 
 def collective_name(operator: Any) -> str | None:
-    """Name of a collective, or of anything else in its two namespaces; None of other operators."""
+    """Returns the name of an operator in one of the two namespaces of collectives; None for other operators."""
     namespace, _, name = operator_name(operator).partition("::")
     return name if namespace in ("c10d", "_c10d_functional") else None
 
 
 def group_ranks(arguments: list[Any]) -> list[int]:
-    """Ranks of the group among a collective's arguments: the group itself, or its name."""
+    """Returns the ranks of the group that a collective has among its arguments, as a group or as its name."""
     for value in arguments:
         if isinstance(value, str) and value not in ("sum", "avg", "max", "min"):
             return dist.get_process_group_ranks(dist.distributed_c10d._resolve_process_group(value))  # type: ignore[arg-type]
@@ -34,11 +34,11 @@ def group_ranks(arguments: list[Any]) -> list[int]:
 
 
 def wait(result: Any) -> None:
-    """Waits for what a collective has returned: tensors that are to come, or tensors and their work."""
+    """Waits until a collective is complete. ``result`` is what it returned: tensors, or tensors and a ``Work``."""
     for value in tree_leaves(result):
         if _is(value, "Work"):
             work = dist.Work.unbox(value)
-            if work is not None:  # NCCL has none for what goes on in the caller's stream
+            if work is not None:  # NCCL returns none for a collective that runs in the caller's stream
                 work.wait()
         elif isinstance(value, torch.Tensor):
             torch.ops._c10d_functional.wait_tensor(value)

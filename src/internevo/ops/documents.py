@@ -1,10 +1,10 @@
-"""Causal attention of packed documents, one after the other, as one opaque operator: a compiled layer holds neither a loop over
-documents nor a graph break. (A dense mask over the row takes 3.6 times as long on a CPU.)
+"""Causal attention of the documents in a packed row, computed one after the other in one custom operator, so that a compiled
+layer contains no loop over documents and no graph break. (One dense mask over the row takes 3.6 times as long on a CPU.)
 
-A window or ALiBi is a mask over a block of queries and the keys that they can see. Kept for backward are, whatever the kernel,
-q, k, v, the output, and one number per token and head.
+A document is computed as a whole. With a window or ALiBi it is divided into blocks of queries, and each block has a mask over
+the keys that its queries attend to. Kept for the backward pass are q, k, v, the output, and one number per token and head.
 
-Shapes: T tokens of the row, H query heads, K key/value heads, N head size, L tokens of a piece.
+Shapes: T tokens of the row, H query heads, K key/value heads, N head size, L tokens of a block, with padding.
 """
 
 from __future__ import annotations
@@ -22,57 +22,67 @@ aten = torch.ops.aten
 def mask_of(
     first_query: int, last_query: int, first_key: int, last_key: int, window: int, slopes_H: Tensor | None, device: torch.device
 ) -> Tensor:
-    """What is added to the scores, fp32 [1, H or 1, queries, keys]: ALiBi where it is seen, else -inf. Ends are exclusive."""
+    """Returns what is added to the scores: ALiBi's bias or 0 where a query attends to a key, and -inf elsewhere.
+
+    Args:
+        first_query, last_query, first_key, last_key: positions in the row; the last ones are exclusive.
+        window, slopes_H: as in ``attention``.
+
+    Returns:
+        fp32 [1, H or 1, queries, keys].
+    """
     queries = torch.arange(first_query, last_query, device=device).unsqueeze(1)
     distance = queries - torch.arange(first_key, last_key, device=device)
-    seen = distance >= 0
+    visible = distance >= 0
     if window:
-        seen = seen & (distance < window)
+        visible = visible & (distance < window)
     bias = torch.zeros(1, 1, 1, 1, device=device) if slopes_H is None else -slopes_H.view(1, -1, 1, 1) * distance
-    return torch.where(seen, bias, -torch.inf)
+    return torch.where(visible, bias, -torch.inf)
 
 
 PAD = 64
-"""In half precision and on CUDA, documents are padded at their end to a multiple of this, where nothing sees the padding.
-(oneDNN makes a kernel for each length it meets and keeps a thousand, about 0.8 GB; CUDA's kernel wants aligned masks.)"""
+"""In half precision and on CUDA, the ends of documents are padded to a multiple of this; no token attends to the padding.
+(oneDNN compiles a kernel for each length and keeps a thousand of them, about 0.8 GB; CUDA's kernel needs aligned masks.)"""
 BLOCK = 256
-"""Queries under one mask (a multiple of PAD)."""
+"""Number of queries in a block with a mask; a multiple of PAD."""
 
 
 def _heads_first(x_THN: Tensor, a: int, b: int) -> Tensor:
-    """Tokens ``a`` to ``b`` as [1, H, L, N], padded."""
+    """Returns tokens ``a`` to ``b`` as [1, H, L, N], padded at the end."""
     x_HLN = x_THN[a:b].transpose(0, 1)
     padded = x_THN.is_cuda or x_THN.dtype in (torch.float16, torch.bfloat16)
     missing = -(b - a) % PAD if padded else 0
     return (F.pad(x_HLN, (0, 0, 0, missing)) if missing else x_HLN).unsqueeze(0)
 
 
-def _pieces(cu_seqlens: Tensor, window: int, slopes_H: Tensor | None) -> Iterator[tuple[int, int, int, bool]]:
-    """(first key, first query, end of both, whole document): what is computed at once. Keys begin a multiple of PAD before
-    the queries, so that both are padded by as much."""
+def _blocks(cu_seqlens: Tensor, window: int, slopes_H: Tensor | None) -> Iterator[tuple[int, int, int, bool]]:
+    """Yields (first key, first query, end of both, whether it is a whole document) of every block.
+
+    The number of keys before the first query is a multiple of PAD, so that queries and keys get the same padding.
+    """
     for a, b in itertools.pairwise(cu_seqlens.tolist()):
         if b > a and slopes_H is None and (window == 0 or b - a <= window):
             yield a, a, b, True
         elif b > a:
             for query in range(a, b, BLOCK):
-                seen = max(0, query - a - window + 1) // PAD * PAD if window else 0
-                yield a + seen, query, min(query + BLOCK, b), False
+                skipped = max(0, query - a - window + 1) // PAD * PAD if window else 0
+                yield a + skipped, query, min(query + BLOCK, b), False
 
 
-def _mask(piece: tuple[int, int, int, bool], q: Tensor, k: Tensor, window: int, slopes_H: Tensor | None) -> Tensor | None:
-    """The mask of a piece, padded like its queries ``q`` and keys ``k``; None: it is causal."""
-    first_key, first_query, _, whole = piece
+def _mask(block: tuple[int, int, int, bool], q: Tensor, k: Tensor, window: int, slopes_H: Tensor | None) -> Tensor | None:
+    """Returns the mask of a block, for its padded queries ``q`` and keys ``k``; None if it is only causal."""
+    first_key, first_query, _, whole = block
     if whole:
         return None
     ends = first_query + q.shape[2], first_key + k.shape[2]
     return mask_of(first_query, ends[0], first_key, ends[1], window, slopes_H, q.device)
 
 
-# PyTorch's kernels, of one form: [1, H or K, L, N], and causal without a mask ------------------------------------------------
+# PyTorch's kernels, with the same arguments on every device: [1, H or K, L, N]; without a mask they are causal ---------------
 
 
 def _kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The output, and log-sum-exp [1, H, L] in fp32."""
+    """Returns the output and the log-sum-exp of the scores, fp32 [1, H, L]."""
     if not q.is_cuda:
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, mask is None, attn_mask=mask)
         return out, lse.view(q.shape[:3])
@@ -85,17 +95,17 @@ def _kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tenso
 def _kernel_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients with respect to q, k and v."""
+    """Returns the gradients of q, k and v."""
     if not q.is_cuda:
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, k, v, out, lse, 0.0, mask is None, attn_mask=mask
         )
     groups = k.shape[1]
     q, k, v = _as_efficient(q, k, v)
-    unused = torch.zeros((), dtype=torch.int64)  # of dropout
+    unused = torch.zeros((), dtype=torch.int64)  # the state of dropout
     dq, *of_keys, _ = aten._efficient_attention_backward(
         grad.transpose(1, 2), q, k, v, _bias(mask, q),
-        out.transpose(1, 2).contiguous(),  # in half precision the kernel takes this for granted (o_strideM), unlike of the rest
+        out.transpose(1, 2).contiguous(),  # in half precision the kernel reads it as if it were contiguous (o_strideM)
         None, None, q.shape[1], k.shape[1], lse.contiguous(), 0.0, unused, unused, int(mask is None), False,
     )  # fmt: skip
     dk, dv = (x.unflatten(2, (groups, -1)).sum(3).transpose(1, 2) for x in of_keys)
@@ -103,14 +113,14 @@ def _kernel_backward(
 
 
 def _as_efficient(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[1, L, H, N], which CUDA's memory-efficient kernel takes (https://arxiv.org/abs/2112.05682)."""
+    """Returns q, k and v as [1, L, H, N], as CUDA's memory-efficient kernel needs them (https://arxiv.org/abs/2112.05682)."""
     repeats = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(repeats, dim=1) if repeats > 1 else x for x in (k, v))
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
 def _bias(mask: Tensor | None, q_1LHN: Tensor) -> Tensor | None:
-    """In the queries' dtype, for every head."""
+    """Returns the mask in the queries' dtype, expanded to every head."""
     return None if mask is None else mask.to(q_1LHN.dtype).expand(1, q_1LHN.shape[2], -1, -1)
 
 
@@ -121,20 +131,23 @@ def _bias(mask: Tensor | None, q_1LHN: Tensor) -> Tensor | None:
 def document_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, slopes: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention of each document in a packed row.
+    """Computes causal attention of each document in a packed row.
 
     Args:
-        q: [T, H, N]. k, v: [T, K, N]. cu_seqlens: [documents + 1]. window, slopes: as in ``attention``.
+        q: [T, H, N].
+        k, v: [T, K, N].
+        cu_seqlens: int32 [documents + 1].
+        window, slopes: as in ``attention``.
 
     Returns:
-        The output [T, H, N], and log-sum-exp [T, H] in fp32 for the backward pass.
+        The output [T, H, N], and the log-sum-exp of the scores, fp32 [T, H], for the backward pass.
     """
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    for piece in _pieces(cu_seqlens, window, slopes):
-        first, a, b, _ = piece
+    for block in _blocks(cu_seqlens, window, slopes):
+        first, a, b, _ = block
         queries, keys, values = _heads_first(q, a, b), _heads_first(k, first, b), _heads_first(v, first, b)
-        o, l = _kernel(queries, keys, values, _mask(piece, queries, keys, window, slopes))
+        o, l = _kernel(queries, keys, values, _mask(block, queries, keys, window, slopes))
         out[a:b] = o[0, :, : b - a].transpose(0, 1)
         lse[a:b] = l[0, :, : b - a].transpose(0, 1)
     return out, lse
@@ -150,18 +163,18 @@ def document_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, window: int,
     slopes: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of ``document_attention`` with respect to q, k and v."""
+    """Computes the gradients of ``document_attention`` with respect to q, k and v."""
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-    # Keys are in several pieces when queries come in blocks; their gradients add up in fp32.
+    # With blocks of queries, a key belongs to several blocks; its gradients are added in fp32.
     dtype = k.dtype if slopes is None and window == 0 else torch.float32
     dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (k, v))
-    for piece in _pieces(cu_seqlens, window, slopes):
-        first, a, b, _ = piece
+    for block in _blocks(cu_seqlens, window, slopes):
+        first, a, b, _ = block
         g, queries, o = (_heads_first(x, a, b) for x in (grad, q, out))
         keys, values = (_heads_first(x, first, b) for x in (k, v))
-        # The padding's own rows have zero scores and zero gradients: any finite log-sum-exp does.
+        # The rows of the padding have zero scores and zero gradients, so any finite log-sum-exp will do.
         l = F.pad(lse[a:b].transpose(0, 1), (0, queries.shape[2] - (b - a))).unsqueeze(0)
-        grads = _kernel_backward(g, queries, keys, values, o, l, _mask(piece, queries, keys, window, slopes))
+        grads = _kernel_backward(g, queries, keys, values, o, l, _mask(block, queries, keys, window, slopes))
         dq[a:b] = grads[0][0, :, : b - a].transpose(0, 1)
         dk[first:b] += grads[1][0, :, : b - first].transpose(0, 1)
         dv[first:b] += grads[2][0, :, : b - first].transpose(0, 1)

@@ -1,4 +1,4 @@
-"""Gated activations (https://arxiv.org/abs/2002.05202), keeping only their two inputs for backward."""
+"""Gated activations (https://arxiv.org/abs/2002.05202) that keep only their two inputs for the backward pass."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 def gated(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
-    """act(gate) * up, elementwise; both [..., F].
+    """Returns activation(gate) * up, computed elementwise; both are [..., F].
 
     Args:
-        activation: "silu", or "gelu_tanh" (GELU by its tanh approximation, https://arxiv.org/abs/1606.08415).
+        activation: "silu", or "gelu_tanh" (the tanh approximation of GELU, https://arxiv.org/abs/1606.08415).
     """
     return _Gated.apply(gate, up, activation)
 

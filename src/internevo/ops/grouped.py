@@ -1,9 +1,10 @@
-"""Matrix products of many experts at once: rows sorted by expert, each group times its expert's weight.
+"""Grouped matrix products: rows are sorted by expert, and each expert's group of rows is multiplied by its weight.
 
-Shapes: R rows, D in, F out, E experts.
+Shapes: R rows, D input size, F output size, E experts.
 
-- CUDA in bf16, with sizes of whole 16 bytes: ``torch.nn.functional.grouped_mm``, which needs no wait for the counts.
-- elsewhere: one product per expert, as one opaque operator, so that a compiled layer holds no loop over experts.
+- CUDA in bf16, if a row of the weight is a multiple of 16 bytes: ``torch.nn.functional.grouped_mm``. The host does not have to
+  know the sizes of the groups, and so does not wait for the device.
+- otherwise: one product per expert. It is a custom operator, so that a compiled layer contains no loop over experts.
 """
 
 from __future__ import annotations
@@ -17,49 +18,51 @@ from torch import Tensor
 
 
 def grouped_linear(x_RD: Tensor, weight_EFD: Tensor, ends_E: Tensor, *, complete: bool = True) -> Tensor:
-    """x W_e^T for the rows of each expert e.
+    """Multiplies the rows of each expert e by its weight: x W_e^T.
 
     Args:
-        x_RD: rows sorted by expert.
+        x_RD: rows, sorted by expert.
         weight_EFD: one weight [F, D] per expert.
-        ends_E: int32, where each expert's rows end (``cumsum`` of the counts).
-        complete: every row belongs to an expert. Otherwise the rows behind the last end belong to none.
+        ends_E: int32, the end of each expert's rows, exclusive (``cumsum`` of the sizes of the groups).
+        complete: whether every row belongs to an expert. Otherwise the rows after the last end belong to none.
 
     Returns:
-        [R, F], in x's dtype; rows that belong to no expert are zero.
+        [R, F], in x's dtype. Rows that belong to no expert are zero.
     """
     if not _has_kernel(x_RD, weight_EFD):
         return torch.ops.internevo.grouped_linear(x_RD, weight_EFD, ends_E)
     if complete:
         return F.grouped_mm(x_RD, weight_EFD.transpose(1, 2), offs=ends_E)
-    # The kernel leaves rows of no group, and their gradients, as they were in memory.
+    # The kernel does not write rows that belong to no group, nor their gradients; they would be uninitialised memory.
     used = (torch.arange(x_RD.shape[0], device=x_RD.device) < ends_E[-1]).unsqueeze(1)
     out_RF = F.grouped_mm(torch.where(used, x_RD, 0.0), weight_EFD.transpose(1, 2), offs=ends_E)
     return torch.where(used, out_RF, 0.0)
 
 
-def take_rows(x_ID: Tensor, rows_R: Tensor, places_R: Tensor, copies: int = 1) -> Tensor:
-    """x[rows], where every row of x is taken ``copies`` times; its gradient is a gather too, not a scatter.
+def take_rows(x_ID: Tensor, rows_R: Tensor, inverse_R: Tensor, copies: int = 1) -> Tensor:
+    """Returns x[rows], where ``rows`` names every row of x exactly ``copies`` times.
+
+    With the inverse permutation, the backward pass is a gather too, and needs no scatter with atomic additions.
 
     Args:
         x_ID: [R / copies, D].
-        rows_R: which row each result is.
-        places_R: where in the result the copies of row 0 are, then those of row 1, ...
+        rows_R: the row of x that each row of the result is, int64.
+        inverse_R: the rows of the result that are copies of row 0 of x, then those of row 1, and so on, int64.
     """
-    return _TakeRows.apply(x_ID, rows_R, places_R, copies)
+    return _TakeRows.apply(x_ID, rows_R, inverse_R, copies)
 
 
 class _TakeRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, rows: Tensor, places: Tensor, copies: int) -> Tensor:  # type: ignore[override, no-untyped-def]
-        ctx.save_for_backward(places)
+    def forward(ctx, x: Tensor, rows: Tensor, inverse: Tensor, copies: int) -> Tensor:  # type: ignore[override, no-untyped-def]
+        ctx.save_for_backward(inverse)
         ctx.copies = copies
         return x[rows]
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override, no-untyped-def]
-        (places,) = ctx.saved_tensors
-        grad = grad[places]
+        (inverse,) = ctx.saved_tensors
+        grad = grad[inverse]
         return (grad if ctx.copies == 1 else grad.view(-1, ctx.copies, grad.shape[1]).sum(1)), None, None, None
 
 
@@ -69,7 +72,7 @@ def _has_kernel(x: Tensor, weight: Tensor) -> bool:
 
 
 def _groups(ends: Tensor) -> Iterator[tuple[int, slice]]:
-    """(expert, its rows) of every expert that has some."""
+    """Yields (expert, its rows) of every expert that has rows."""
     for expert, (a, b) in enumerate(itertools.pairwise([0, *ends.tolist()])):
         if b > a:
             yield expert, slice(a, b)

@@ -1,1 +1,1 @@
-"""Files: tensors as streams, small JSON."""
+"""Files and folders: safetensors files read and written a few rows at a time, JSON, and folders that are replaced safely."""

@@ -1,12 +1,12 @@
-"""Folders that appear when they are whole: written under a name of this program's own, and then renamed.
+"""Folders that appear only when they are complete: each is written under a temporary name and then renamed.
 
-Names beside a folder NAME, by which leftovers of killed processes are known:
+The temporary names are next to the folder NAME. By them, what killed processes have left is recognised.
 
-| name                 | is                                                                                          |
-|----------------------|---------------------------------------------------------------------------------------------|
-| ``.NAME.tmp``        | being written, by several processes that must all know the name                             |
-| ``.NAME.XXXXXXXX.tmp`` | being written, by one process                                                             |
-| ``.NAME.XXXXXXXX.old`` | what had the name before, until the new one has it: it stands in for a NAME that is not there |
+| name                   | content                                                                                       |
+|------------------------|-----------------------------------------------------------------------------------------------|
+| ``.NAME.tmp``          | a new folder that several processes are writing; all of them must know its name               |
+| ``.NAME.XXXXXXXX.tmp`` | a new folder that one process is writing                                                      |
+| ``.NAME.XXXXXXXX.old`` | the old folder while it is being replaced; if there is no NAME, it is used in place of NAME   |
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from pathlib import Path
 
 
 def shared_temporary(folder: Path) -> Path:
-    """Where several processes write ``folder``: only for folders that this program alone writes to."""
+    """Returns the name under which several processes write ``folder``. No other program may write to the parent folder."""
     return folder.with_name(f".{folder.name}.tmp")
 
 
 @contextmanager
 def temporary(folder: Path) -> Iterator[Path]:
-    """A new folder beside ``folder`` for what ``put_in_place`` then gives its name; removed if that does not happen."""
-    path = _beside(folder, "tmp")
+    """Makes an empty folder next to ``folder``. It is removed at the end, unless ``put_in_place`` has renamed it."""
+    path = _temporary_name(folder, "tmp")
     path.mkdir(parents=True)
     try:
         yield path
@@ -36,23 +36,27 @@ def temporary(folder: Path) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def put_in_place(whole: Path, folder: Path) -> None:
-    """Gives ``whole`` the name ``folder``, in place of what has it.
+def put_in_place(new: Path, folder: Path) -> None:
+    """Renames ``new`` to ``folder``. A ``folder`` that exists is replaced.
 
-    A process killed at any moment leaves the old or the new one under that name, or the old one standing in for it.
+    If the process is killed at any moment, ``find_folders`` finds either the old or the new folder under that name.
     """
     old = None
     if os.path.lexists(folder):
-        old = _beside(folder, "old")
+        old = _temporary_name(folder, "old")
         folder.rename(old)
-    whole.rename(folder)
+    new.rename(folder)
     sync(folder.parent)
     if old is not None:
         _remove(old)
 
 
-def standing(parent: Path, names: str) -> dict[str, Path]:
-    """The folders of ``parent`` whose names fit the pattern ``names``, and those that stand in for one."""
+def find_folders(parent: Path, names: str) -> dict[str, Path]:
+    """Finds the folders in ``parent`` whose names match the regular expression ``names``.
+
+    Returns:
+        Name -> path. The path has another name if a process was killed while it replaced the folder.
+    """
     found = {path.name: path for path in parent.glob("*") if re.fullmatch(names, path.name)}
     for path, name, kind in _leftovers(parent, names):
         if kind == "old":
@@ -60,9 +64,14 @@ def standing(parent: Path, names: str) -> dict[str, Path]:
     return found
 
 
-def tidy(parent: Path, names: str) -> None:
-    """Removes what killed processes have left of folders whose names fit the pattern ``names``; what stands in for one gets its
-    name back. Nobody may be writing there."""
+def clean_up(parent: Path, names: str) -> None:
+    """Removes temporary folders that killed processes have left. An old folder whose replacement never came gets its name back.
+
+    No process may be writing in ``parent``.
+
+    Args:
+        names: regular expression of the names of the folders.
+    """
     for path, name, kind in _leftovers(parent, names):
         if kind == "old" and not os.path.lexists(parent / name):
             path.rename(parent / name)
@@ -71,23 +80,23 @@ def tidy(parent: Path, names: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Makes sure that a file's content, or the names in a folder, are on disk before what depends on them."""
+    """Waits until a file's content, or the list of names in a folder, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if not path.is_dir():  # some network file systems refuse it for folders
+        if not path.is_dir():  # some network file systems refuse fsync on folders
             raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(descriptor)
 
 
-def _beside(folder: Path, kind: str) -> Path:
+def _temporary_name(folder: Path, kind: str) -> Path:
     return folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.{kind}")
 
 
 def _leftovers(parent: Path, names: str) -> Iterator[tuple[Path, str, str]]:
-    """(path, name of the folder that it belongs to, "tmp" or "old")."""
+    """Yields (path, name of the folder that it belongs to, "tmp" or "old") of every temporary folder."""
     for path in sorted(parent.glob(".*")):
         match = re.fullmatch(rf"\.(?P<name>{names})(\.[0-9a-f]{{8}})?\.(?P<kind>tmp|old)", path.name)
         if match:

@@ -1,4 +1,4 @@
-"""JSON that this program reads and writes: strict, so that every reader takes it."""
+"""Strict JSON files: without NaN and infinity, so that every JSON reader can read them."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from ..errors import UsageError
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object that a file holds.
+    """Reads the JSON object in a file.
 
     Raises:
-        UsageError: when it is no JSON, or no object.
+        UsageError: if the file is not JSON, or its top level is not an object.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UsageError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
-        raise UsageError(f"{path} does not hold a JSON object")
+        raise UsageError(f"{path} is JSON, but not an object ({{...}}) at its top level")
     return values
 
 
 def to_json(values: Any, indent: int | None = None) -> str:
-    """``values`` as JSON. NaN and infinity, which JSON does not have, are null, however deep they lie."""
+    """Converts ``values`` to JSON text. NaN and infinity, which JSON does not have, become null at any depth."""
     return json.dumps(_finite(values), indent=indent, allow_nan=False)
 
 
 def write_json(path: Path, values: Any, indent: int | None = None) -> None:
-    """Writes ``values`` as JSON to a file."""
+    """Writes ``values`` to a file as JSON; NaN and infinity become null."""
     path.write_text(to_json(values, indent) + "\n", encoding="utf-8")
 
 

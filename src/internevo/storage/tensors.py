@@ -1,9 +1,10 @@
-"""Safetensors files as streams: rows of a tensor are read and written without holding more than those rows.
+"""Safetensors files, read and written a few rows at a time, so that a whole tensor is never in memory.
 
-The format (https://huggingface.co/docs/safetensors): the header's length as 8 bytes, a JSON header of names, dtypes, shapes and
-offsets, and the tensors' bytes. Reading is by plain reads: the pages of a memory map would count as this process's memory.
+The format (https://huggingface.co/docs/safetensors): the header's length in 8 bytes, a JSON header with names, dtypes, shapes
+and offsets, and then the tensors' bytes. Files are read with ``pread``, not with a memory map, because mapped pages count as
+this process's memory.
 
-The rows of a tensor are those of its view [everything but the last axis, last axis]; of a vector, its elements.
+Rows: a tensor is seen as a matrix [product of all other dimensions, last dimension]. The rows of a vector are its elements.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ DTYPES = {
 }  # fmt: skip
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 CHUNK_BYTES = 1 << 20
-"""Bytes that are read, converted and written at once: few enough to stay in a cache between reading and writing."""
+"""Bytes that are read, converted and written at once. They fit into the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -43,33 +44,37 @@ class Spec:
 
     @property
     def rows(self) -> int:
-        """Number of rows."""
+        """The number of rows."""
         return math.prod(self.shape[:-1]) if len(self.shape) > 1 else math.prod(self.shape)
 
     @property
     def row_shape(self) -> tuple[int, ...]:
-        """Shape of one row."""
+        """The shape of one row: [last dimension], or [] for a vector."""
         return self.shape[-1:] if len(self.shape) > 1 else ()
 
     @property
     def nbytes(self) -> int:
-        """Size in bytes."""
+        """The size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def chunks(self, start: int, count: int) -> Iterable[tuple[int, int]]:
-        """(first row, number of rows) of parts of at most ``CHUNK_BYTES`` (at least one row)."""
+        """Divides ``count`` rows from row ``start`` into chunks of at most ``CHUNK_BYTES``, or of one row if a row is larger.
+
+        Yields:
+            (first row, number of rows) of each chunk.
+        """
         step = max(1, CHUNK_BYTES // max(1, math.prod(self.row_shape) * self.dtype.itemsize))
         return ((row, min(step, start + count - row)) for row in range(start, start + count, step))
 
 
 def as_rows(tensor: Tensor) -> Tensor:
-    """A tensor's view by rows."""
+    """Returns a view of a tensor whose first dimension is the rows: [rows, last dimension], or [rows] of a vector."""
     return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor
 
 
 def joint_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """The dtype of what is joined from parts of these: theirs if it is one, else float32, which holds every value of the
-    narrower ones (or float64)."""
+    """Returns a dtype that holds every value of all ``dtypes``: the dtype itself if all are the same, otherwise float32 (or
+    float64, if that is among them)."""
     found = set(dtypes)
     if len(found) == 1:
         return found.pop()
@@ -77,28 +82,28 @@ def joint_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Rows of a tensor as bytes in an open file."""
+class ByteRange:
+    """The bytes of some rows of a tensor in an open file."""
 
     path: Path
     descriptor: int
     offset: int
     nbytes: int
     dtype: torch.dtype
-    """Of the values in those bytes."""
+    """The dtype of the values in the file."""
 
     def read(self) -> memoryview:
-        """The bytes."""
+        """Reads the bytes."""
         data = memoryview(bytearray(self.nbytes))
         _read_into(data, self.path, self.descriptor, self.offset)
         return data
 
 
 class TensorFile:
-    """One safetensors file for reading.
+    """A safetensors file that is open for reading.
 
     Raises:
-        UsageError: naming the file, when it is not one or is cut short.
+        UsageError: if the file cannot be read, is not a safetensors file, or is truncated.
     """
 
     def __init__(self, path: Path) -> None:
@@ -117,13 +122,13 @@ class TensorFile:
         size = os.fstat(self._file.fileno()).st_size
         length = int.from_bytes(self._bytes(0, min(8, size)), "little")
         if not 2 <= length <= size - 8:
-            raise ValueError(f"its header would have {length} bytes, and the file has {size}")
+            raise ValueError(f"its header should have {length} bytes, but the file has only {size}")
         header: dict[str, Any] = json.loads(bytes(self._bytes(8, length)))
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
             if entry["dtype"] not in DTYPES:
-                raise ValueError(f"tensor {name!r} has dtype {entry['dtype']!r}, which is not known here")
+                raise ValueError(f"tensor {name!r} has dtype {entry['dtype']!r}, which is not supported")
             spec = Spec(tuple(entry["shape"]), DTYPES[entry["dtype"]])
             begin, end = entry["data_offsets"]
             if end - begin != spec.nbytes or 8 + length + end > size:
@@ -136,19 +141,19 @@ class TensorFile:
         return data
 
     def read(self, name: str, start: int, count: int) -> Tensor:
-        """Rows ``start`` to ``start + count`` of a tensor: [count, last axis], or [count] of a vector."""
-        place = self.place(name, start, count)
-        out = torch.empty((count, *self.specs[name].row_shape), dtype=place.dtype)
+        """Reads rows ``start`` to ``start + count`` of tensor ``name``: [count, last dimension], or [count] of a vector."""
+        source = self.byte_range(name, start, count)
+        out = torch.empty((count, *self.specs[name].row_shape), dtype=source.dtype)
         if out.numel():
-            _read_into(_bytes(out), self.path, place.descriptor, place.offset)
+            _read_into(_bytes(out), self.path, source.descriptor, source.offset)
         return out
 
-    def place(self, name: str, start: int, count: int) -> Place:
-        """Where rows ``start`` to ``start + count`` lie."""
+    def byte_range(self, name: str, start: int, count: int) -> ByteRange:
+        """Returns where in the file rows ``start`` to ``start + count`` of tensor ``name`` are."""
         spec = self.specs[name]
         row_bytes = math.prod(spec.row_shape) * spec.dtype.itemsize
         offset = self._starts[name] + start * row_bytes
-        return Place(self.path, self._file.fileno(), offset, count * row_bytes, spec.dtype)
+        return ByteRange(self.path, self._file.fileno(), offset, count * row_bytes, spec.dtype)
 
     def __del__(self) -> None:
         if hasattr(self, "_file"):
@@ -163,10 +168,10 @@ class _Shard:
 
 
 class ShardWriter:
-    """Writes tensors, known beforehand, to files of at most ``shard_bytes``, as their rows come.
+    """Writes tensors to files of at most ``shard_bytes`` each (or of one tensor, if it is larger), a few rows at a time.
 
-    Rows are given in the order of ``specs``, each tensor from its first row to its last. A thread writes while the next rows
-    are made.
+    All tensors and their order are known at the start (``specs``). Their rows are added in this order, each tensor from its
+    first row to its last. A thread writes to the files while the caller prepares the next rows.
     """
 
     def __init__(
@@ -175,15 +180,15 @@ class ShardWriter:
         specs: dict[str, Spec],
         shard_bytes: int,
         file_name: Callable[[int, int], str],
-        seen: Callable[[str, memoryview], None] | None = None,
+        on_bytes: Callable[[str, memoryview], None] | None = None,
     ) -> None:
         """
         Args:
-            file_name: name of shard ``number`` (from 1) of ``count``.
-            seen: is told all bytes of each file in order, while they are in the cache.
+            file_name: called with (number of a file, from 1; number of files); returns the file's name.
+            on_bytes: called with (name of a file, next bytes of it) while the bytes are in the cache; for checksums.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        self.specs, self.seen = specs, seen
+        self.specs, self.on_bytes = specs, on_bytes
         self.shards: list[_Shard] = [_Shard(folder)]
         for name, spec in specs.items():
             if self.shards[-1].names and self.shards[-1].nbytes + spec.nbytes > shard_bytes:
@@ -191,29 +196,29 @@ class ShardWriter:
             self.shards[-1].names.append(name)
             self.shards[-1].nbytes += spec.nbytes
         self.files: dict[str, str] = {}
-        """File of each tensor."""
+        """The name of each tensor's file."""
         for number, shard in enumerate(self.shards, start=1):
             shard.path = folder / file_name(number, len(self.shards))
             self.files.update(dict.fromkeys(shard.names, shard.path.name))
         self._waiting = list(reversed(self.shards))
         self._shard, self._left = self.shards[0], 0
-        self._queue: queue.Queue[_Shard | Place | memoryview | None] = queue.Queue(4)
+        self._queue: queue.Queue[_Shard | ByteRange | memoryview | None] = queue.Queue(4)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="writer", daemon=True)
         self._thread.start()
 
     def add(self, rows: Tensor) -> None:
-        """The next rows. They must not change any more."""
+        """Adds the next rows. The caller must not change them afterwards."""
         self._begin(rows.nbytes)
         self._put(_bytes(rows.contiguous()))
 
-    def copy(self, place: Place) -> None:
-        """The next rows, as they lie in another file; the kernel copies them."""
-        self._begin(place.nbytes)
-        self._put(place)
+    def copy(self, source: ByteRange) -> None:
+        """Adds the next rows from another file, unchanged. The operating system copies them from file to file."""
+        self._begin(source.nbytes)
+        self._put(source)
 
     def _begin(self, nbytes: int) -> None:
-        """Rows of so many bytes are coming: begins a file when the last one is full."""
+        """Prepares for rows of ``nbytes`` bytes: starts the next file if the current one is full."""
         if self._error is not None:
             self.close()
         if self._left == 0:
@@ -223,16 +228,16 @@ class ShardWriter:
             self._put(memoryview(_header({name: self.specs[name] for name in self._shard.names})))
         self._left -= nbytes
 
-    def _put(self, item: Place | memoryview) -> None:
+    def _put(self, item: ByteRange | memoryview) -> None:
         self._queue.put(item)
-        if self.seen is not None:  # meanwhile the thread writes
-            self.seen(self._shard.path.name, item.read() if isinstance(item, Place) else item)
+        if self.on_bytes is not None:  # meanwhile the thread writes
+            self.on_bytes(self._shard.path.name, item.read() if isinstance(item, ByteRange) else item)
 
     def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
-        """Closes it; after an error that is not the writer's own, what is written stays incomplete."""
+        """Closes the files. After an error of the caller, the files stay incomplete."""
         if kind is None:
             self.close()
         else:
@@ -244,12 +249,17 @@ class ShardWriter:
             self._thread.join()
 
     def close(self) -> None:
-        """Waits until everything is written; raises what went wrong."""
+        """Waits until everything is written.
+
+        Raises:
+            OSError: if writing failed.
+            ValueError: if rows are missing.
+        """
         self._stop()
         if self._error is not None:
             raise self._error
         if self._left or self._waiting:
-            raise ValueError(f"{self._shard.path} lacks {self._left} bytes, and {len(self._waiting)} files were not begun")
+            raise ValueError(f"{self._shard.path} lacks {self._left} bytes, and {len(self._waiting)} files were not started")
 
     def _work(self) -> None:
         file: Any = None
@@ -261,51 +271,51 @@ class ShardWriter:
                     file = open(item.path, "wb", buffering=0)
                     _reserve(file.fileno(), item.nbytes)
                     continue
-                if isinstance(item, Place):
+                if isinstance(item, ByteRange):
                     item = _copy(item, file.fileno())
                 while len(item):
                     item = item[file.write(item) :]
         except BaseException as error:
             self._error = error
-            while self._queue.get() is not None:  # nobody waits for a writer that has failed
+            while self._queue.get() is not None:  # empty the queue, so that the caller does not wait in ``put`` forever
                 pass
         finally:
             if file is not None:
                 file.close()
 
 
-def _copy(place: Place, target: int) -> memoryview:
-    """Lets the kernel append the bytes to ``target``; returns those that it could not."""
-    offset, left = place.offset, place.nbytes
+def _copy(source: ByteRange, target: int) -> memoryview:
+    """Lets the operating system append the bytes to the file ``target``. Returns the bytes that it could not copy."""
+    offset, left = source.offset, source.nbytes
     try:
         while left and hasattr(os, "copy_file_range"):
-            done = os.copy_file_range(place.descriptor, target, left, offset)
+            done = os.copy_file_range(source.descriptor, target, left, offset)
             if done == 0:
                 break
             offset, left = offset + done, left - done
-    except OSError as error:  # not between these two file systems
+    except OSError as error:  # it cannot copy between some file systems
         if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF):
             raise
-    return replace(place, offset=offset, nbytes=left).read()
+    return replace(source, offset=offset, nbytes=left).read()
 
 
 def _read_into(data: memoryview, path: Path, descriptor: int, offset: int) -> None:
-    """Fills ``data`` from a file; a single read may give less (signals, network file systems, more than 2 GiB)."""
+    """Fills ``data`` from a file. A single read may return less than asked for (signals, network file systems, over 2 GiB)."""
     while len(data):
         got = os.preadv(descriptor, [data], offset)
         if got <= 0:
-            raise UsageError(f"{path} ends at byte {offset}, inside a tensor")
+            raise UsageError(f"{path} ends at byte {offset}, inside a tensor: it is truncated; copy or write it again")
         data, offset = data[got:], offset + got
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor."""
+    """Returns the memory of a contiguous tensor, without a copy."""
     array: Any = tensor.flatten().view(torch.uint8).numpy()
     return memoryview(array)
 
 
 def _reserve(descriptor: int, size: int) -> None:
-    """Asks for the file's room at once: writing is several times faster than into a growing file, and a full disk is found out
+    """Allocates the whole file at once. Writing is then several times faster than to a growing file, and a full disk is noticed
     before anything is written."""
     if hasattr(os, "posix_fallocate"):
         try:
@@ -313,7 +323,7 @@ def _reserve(descriptor: int, size: int) -> None:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
                 raise
-            # Some file systems cannot; they are written to as they are.
+            # Some file systems cannot allocate in advance; the file then grows as it is written.
 
 
 def _header(specs: dict[str, Spec]) -> bytes:

@@ -1,7 +1,7 @@
-"""The chat template of a tokenizer's folder: how messages become one text.
+"""The chat template of a tokenizer's folder, which makes one text of the messages of a chat.
 
-Templates are Jinja (https://huggingface.co/docs/transformers/chat_templating), run in its sandbox: they can compute text and
-reach nothing else.
+Templates are written in Jinja (https://huggingface.co/docs/transformers/chat_templating). They run in Jinja's sandbox: they can
+compute text, and have no access to anything else.
 """
 
 from __future__ import annotations
@@ -24,18 +24,20 @@ from .tokenizer import Tokenizer
 
 @dataclass
 class ChatTemplate:
-    """A compiled template, with the special tokens that it may name."""
+    """A compiled chat template."""
 
     template: jinja2.Template
     tokens: dict[str, str]
+    """The special tokens that the template may use: {"bos_token": "<s>", ...}."""
     path: Path
+    """The tokenizer's folder, for error messages."""
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer) -> ChatTemplate:
-        """The template that lies with a tokenizer: ``chat_template.jinja``, or in ``tokenizer_config.json``.
+    def load(cls, tokenizer: Tokenizer) -> ChatTemplate:
+        """Reads a tokenizer's template from ``chat_template.jinja``, or from ``chat_template`` in ``tokenizer_config.json``.
 
         Raises:
-            UsageError: when there is none, or it cannot be read.
+            UsageError: if the tokenizer has no template, or it cannot be compiled.
         """
         folder = tokenizer.path if tokenizer.path.is_dir() else tokenizer.path.parent
         settings = folder / "tokenizer_config.json"
@@ -44,11 +46,12 @@ class ChatTemplate:
         text = path.read_text(encoding="utf-8") if path.is_file() else _default(table.get("chat_template"))
         if not text:
             raise UsageError(
-                f"{folder} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json): chats cannot "
-                "be tokenized with it"
+                f"{folder} has no chat template, so it cannot be used for chats: add chat_template.jinja, or chat_template in "
+                "tokenizer_config.json"
             )
         tokens = {key: token_text(value) for key, value in table.items() if key.endswith("_token")}
-        # Marks of what the assistant says, which transformers added to Jinja, are found by rendering prompts here.
+        # transformers adds a tag to Jinja that marks what the assistant says. It is removed, because data/encoding/formats.py
+        # finds these parts by rendering prompts.
         text = re.sub(
             r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})", lambda m: f"{m[1]}{'endif' if m[2] else 'if true'}{m[3]}", text
         )
@@ -59,10 +62,14 @@ class ChatTemplate:
         return cls(template, {key: value for key, value in tokens.items() if value}, folder)
 
     def render(self, messages: list[dict[str, Any]], prompt: bool = False) -> str:
-        """The text of messages; with ``prompt``, up to where the assistant begins to speak.
+        """Returns the text of a chat.
+
+        Args:
+            messages: {"role": ..., "content": ...} of each message.
+            prompt: end the text with the beginning of an answer of the assistant (``add_generation_prompt``).
 
         Raises:
-            DataError: when the template refuses them.
+            DataError: if the template cannot render the messages.
         """
         try:
             return self.template.render(messages=messages, add_generation_prompt=prompt, **self.tokens)
@@ -71,14 +78,14 @@ class ChatTemplate:
 
 
 def _default(value: Any) -> str | None:
-    """One template, or several with names."""
+    """Returns the template from the value of ``chat_template``: a text, or a list of templates, one of them named "default"."""
     if isinstance(value, list):
         value = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}.get("default")
     return value if isinstance(value, str) else None
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    """As transformers has it."""
+    """Returns the Jinja environment that transformers uses for chat templates: the same options, filters and functions."""
 
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)

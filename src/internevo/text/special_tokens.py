@@ -1,4 +1,4 @@
-"""Special tokens as a tokenizer's settings name them."""
+"""Reads the special tokens in a tokenizer's settings."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from typing import Any
 
 
 def token_text(token: Any) -> str | None:
-    """A token is written as its text, or as an object with it."""
+    """Returns the text of a token, which is given as text or as an object with the field "content"; None if it is neither."""
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) and content else None

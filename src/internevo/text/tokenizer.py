@@ -1,6 +1,6 @@
-"""Tokenizers under one small interface: ``tokenizer.json``, SentencePiece ``.model``, tiktoken ranks, or a Hugging Face folder.
+"""One interface for all tokenizers: ``tokenizer.json``, SentencePiece ``.model``, tiktoken files and Hugging Face folders.
 
-No code from a folder is ever run.
+Python code in a tokenizer's folder is never run.
 """
 
 from __future__ import annotations
@@ -13,65 +13,71 @@ from typing import Any, Protocol
 
 from ..errors import UsageError
 from ..storage.jsonfile import read_object
-from .sentencepieces import SentencePiece
+from .sentencepieces import SentencePieceBackend
 from .special_tokens import token_text
 from .tiktokens import is_tiktoken, read_tiktoken
 
 FILES = ("tokenizer.json", "tokenizer.model")
-"""What a tokenizer's folder is read from, the first that is there."""
+"""The files that a tokenizer is read from; the first one that is in the folder is used."""
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
+"""The files that name the special tokens; the first one that is in the folder is used."""
 
 
 class Backend(Protocol):
-    """Text to ids and back, without special tokens."""
+    """Converts text to ids, without adding special tokens, and ids to text."""
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Returns the ids of each text."""
 
-    def decode(self, ids: list[int]) -> str: ...
+    def decode(self, ids: list[int]) -> str:
+        """Returns the text of ids."""
 
-    def size(self) -> int: ...
+    def size(self) -> int:
+        """Returns the size of the vocabulary. Every id is below it."""
 
-    def token_id(self, token: str) -> int | None: ...
+    def token_id(self, token: str) -> int | None:
+        """Returns the id of a token, or None if there is no such token."""
 
 
 @dataclass
 class Tokenizer:
-    """A tokenizer and the ids that begin and end a document."""
+    """A tokenizer, with the ids of the tokens that begin and end a document."""
 
     backend: Backend
     path: Path
+    """The file or folder that it was read from."""
     bos_id: int | None = None
     eos_id: int | None = None
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids."""
+        """The size of the vocabulary. Every id is below it."""
         return self.backend.size()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without special tokens."""
+        """Returns the ids of a text, without the tokens that begin and end a document."""
         return self.backend.encode_batch([text])[0]
 
     def with_bos(self, text: str) -> list[int]:
-        """Ids of the beginning of a document; never empty."""
+        """Returns the ids of a text that begins a document. There is at least one id, also if the text is empty."""
         begin = self.bos_id if self.bos_id is not None else self.eos_id
         ids = self.encode(text)
         return [begin, *ids] if begin is not None and (self.bos_id is not None or not ids) else ids or [0]
 
     def decode(self, ids: list[int]) -> str:
-        """Text of ids."""
+        """Returns the text of ids."""
         return self.backend.decode(ids)
 
 
-class _Json:
-    """The ``tokenizers`` library."""
+class _TokenizersBackend:
+    """A tokenizer of Hugging Face's ``tokenizers`` library."""
 
     def __init__(self, fast: Any) -> None:
         self.fast = fast
 
     @classmethod
-    def read(cls, path: Path) -> _Json:
-        """From a tokenizer.json."""
+    def read(cls, path: Path) -> _TokenizersBackend:
+        """Reads a tokenizer.json."""
         from tokenizers import Tokenizer as Fast
 
         try:
@@ -92,26 +98,26 @@ class _Json:
         return self.fast.token_to_id(token)
 
 
-class _Transformers:
-    """A folder that only transformers can read (vocab.json and merges.txt, vocab.txt, ...)."""
+class _TransformersBackend:
+    """A tokenizer in a folder that only transformers can read (vocab.json and merges.txt, vocab.txt, ...)."""
 
     def __init__(self, path: Path) -> None:
         code = sorted(path.glob("tokenization_*.py"))
         if code:
             raise UsageError(
-                f"the tokenizer of {path} exists only as code ({code[0].name}), which is not run; use a tokenizer.json, "
-                "tokenizer.model or .tiktoken file of the same tokenizer"
+                f"the tokenizer of {path} exists only as code ({code[0].name}), and code from a model's folder is not run; use "
+                "a tokenizer.json, tokenizer.model or .tiktoken file of the same tokenizer"
             )
         try:
             from transformers import AutoTokenizer
         except ImportError:
             raise UsageError(
-                f"{path} has neither tokenizer.json nor tokenizer.model; reading it needs `internevo[hf]`"
+                f"{path} has neither tokenizer.json nor tokenizer.model; to read other files: pip install 'internevo[hf]'"
             ) from None
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
         except Exception as error:
-            raise UsageError(f"{path} is not a tokenizer folder: {error}") from error
+            raise UsageError(f"{path} is not a folder of a tokenizer: {error}") from error
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -128,51 +134,54 @@ class _Transformers:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Opens a tokenizer file or folder.
+    """Opens a tokenizer.
+
+    Args:
+        path: a tokenizer.json, SentencePiece .model or .tiktoken file, or a folder that contains a tokenizer.
 
     Raises:
-        UsageError: when there is none at ``path``, or it cannot be read.
+        UsageError: if ``path`` does not exist, is not a tokenizer, or cannot be read.
     """
     path = Path(path)
     if not path.exists():
-        raise UsageError(f"tokenizer {path} does not exist")
+        raise UsageError(f"the tokenizer {path} does not exist")
     folder = path if path.is_dir() else path.parent
     if path.is_dir():
         found = [*(path / n for n in FILES if (path / n).is_file()), *sorted(path.glob("*.tiktoken"))]
         path = found[0] if found else path
     backend: Backend
     if path.suffix == ".json":
-        backend = _Json.read(path)
+        backend = _TokenizersBackend.read(path)
     elif path.suffix == ".tiktoken" or (path.suffix == ".model" and is_tiktoken(path)):
-        fast, kind = read_tiktoken(path)
-        backend = _Json(fast)
-        return Tokenizer(backend, path, backend.token_id(kind.bos) if kind.bos else None, backend.token_id(kind.eos))
+        fast, encoding = read_tiktoken(path)
+        backend = _TokenizersBackend(fast)
+        bos = backend.token_id(encoding.bos) if encoding.bos else None
+        return Tokenizer(backend, path, bos, backend.token_id(encoding.eos))
     elif path.suffix == ".model":
-        backend = SentencePiece(path)
+        backend = SentencePieceBackend(path)
     elif path.is_dir():
-        backend = _Transformers(path)
+        backend = _TransformersBackend(path)
     else:
-        raise UsageError(f"tokenizer {path} is neither a folder, nor a .json, .model or .tiktoken file")
-    bos, eos = _special_ids(folder, backend)
-    return Tokenizer(backend, path, bos, eos)
+        raise UsageError(f"the tokenizer {path} is neither a folder nor a .json, .model or .tiktoken file")
+    return Tokenizer(backend, path, *_bos_eos_ids(folder, backend))
 
 
-def fingerprint(path: Path) -> str:
-    """Changes with the files that decide about ids."""
+def tokenizer_fingerprint(path: Path) -> str:
+    """Returns a hash of the files that decide which ids a text has."""
     names = (*FILES, *SETTINGS)
     files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.name in names or f.suffix == ".tiktoken")
     return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()[:16]
 
 
-def _special_ids(folder: Path, backend: Backend) -> tuple[int | None, int | None]:
-    """Ids that begin and end a document, as the folder's files name them; else by the customary names."""
-    if isinstance(backend, SentencePiece) and not (folder / "tokenizer_config.json").is_file():
+def _bos_eos_ids(folder: Path, backend: Backend) -> tuple[int | None, int | None]:
+    """Returns the ids that begin and end a document: those of the tokens that the folder's files name, else of usual names."""
+    if isinstance(backend, SentencePieceBackend) and not (folder / "tokenizer_config.json").is_file():
         ids = (backend.model.bos_id(), backend.model.eos_id())
         return tuple(i if i >= 0 else None for i in ids)  # type: ignore[return-value]
     for name in SETTINGS:
         if (folder / name).is_file():
             table = read_object(folder / name)
-            return _named(table.get("bos_token"), backend), _named(table.get("eos_token"), backend)
+            return _id_of(table.get("bos_token"), backend), _id_of(table.get("eos_token"), backend)
     for eos in ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>"):
         if backend.token_id(eos) is not None:
             bos = {"</s>": "<s>", "<eos>": "<bos>", "<|end_of_text|>": "<|begin_of_text|>"}.get(eos)
@@ -180,22 +189,27 @@ def _special_ids(folder: Path, backend: Backend) -> tuple[int | None, int | None
     return None, None
 
 
-def _named(token: Any, backend: Backend) -> int | None:
+def _id_of(token: Any, backend: Backend) -> int | None:
     text = token_text(token)
     return None if text is None else backend.token_id(text)
 
 
 END_OF_TEXT = "<|endoftext|>"
+"""The token that ends a document, in the tokenizers that are trained here."""
 
 
 def train_bpe(texts: Any, vocab_size: int, folder: Path) -> Path:
-    """Trains a byte-level BPE tokenizer and leaves it in ``folder`` in Hugging Face form.
+    """Trains a byte-level BPE tokenizer and writes it to ``folder`` in Hugging Face's format.
 
     Args:
-        texts: an iterator over documents.
+        texts: an iterator over the texts of documents.
+        vocab_size: the size of the vocabulary, at least 257 (every byte and the end token).
 
     Returns:
         The path of ``tokenizer.json``.
+
+    Raises:
+        UsageError: if ``vocab_size`` is too small.
     """
     from tokenizers import Tokenizer as Fast
     from tokenizers import decoders, models, pre_tokenizers, trainers

@@ -1,5 +1,6 @@
-"""Exports beside checkpoints: what can't be exported is said at the start, and one that fails later ends no run."""
+"""Exports of checkpoints: a model that cannot be exported is refused at the start; an export that fails later is a warning."""
 
+import base64
 import json
 import os
 from dataclasses import replace
@@ -46,7 +47,7 @@ def test_a_checkpoint_is_exported_and_a_snapshot_is_not(run_folder):
     exporter = Exporter(run_folder, torch.bfloat16, warnings.append)
     exporter(run_folder / "snapshots" / "0")
     exporter(run_folder / "checkpoints" / "step-00000002")
-    exporter(run_folder / "checkpoints" / "step-00000002")  # again: the new one takes its place
+    exporter(run_folder / "checkpoints" / "step-00000002")  # the second export replaces the first
     assert os.listdir(run_folder / "hf") == ["step-00000002"]
     assert HfFolder(run_folder / "hf" / "step-00000002").dtype_of("norm.weight") == torch.bfloat16
     assert warnings == []
@@ -97,10 +98,11 @@ def test_a_full_disk_is_a_warning(run_folder, monkeypatch):
     assert Checkpoint(run_folder / "checkpoints" / "step-00000002").config == TINY
 
 
-def test_what_no_folder_can_hold_is_refused_with_the_key_to_change(tmp_path):
+def test_a_model_that_cannot_be_exported_is_refused_with_the_key_to_change(tmp_path):
     check_export(TINY, None)
     check_export(replace(TINY, lora=Lora(2, 4.0, ("q",))), str(tmp_path / "not there"))  # adapters are merged
-    with pytest.raises(ConfigError, match="its o_bias is False, and there it would be True; .*enable_internevo2hf_ckpt=False"):
+    said = "its o_bias is False, and in the folder it would be True; .*enable_internevo2hf_ckpt=False"
+    with pytest.raises(ConfigError, match=said):
         check_export(replace(TINY, qkv_bias=True), None)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ConfigError, match=r"tokenizer.json .*enable_internevo2hf_ckpt=False"):
@@ -110,8 +112,8 @@ def test_what_no_folder_can_hold_is_refused_with_the_key_to_change(tmp_path):
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
-def test_what_is_not_refused_can_be_written(name, data):
-    """For a model of any family, under the names of any other."""
+def test_a_model_that_is_not_refused_can_be_written(name, data):
+    """For a model of any family that is written as any other family."""
     hf = data.draw(CONFIGS[data.draw(st.sampled_from(sorted(CONFIGS)))]).to_dict()
     changes = data.draw(
         st.fixed_dictionaries(
@@ -123,13 +125,9 @@ def test_what_is_not_refused_can_be_written(name, data):
         )
     )  # fmt: skip
     config = replace(decoder_from_hf(hf, "test"), **changes)
-    refused, wanted = "", None
     try:
         wanted = as_family(config, name)
-    except UsageError as error:
-        refused = str(error)
-    if wanted is None:
-        assert "cannot hold this model" in refused
+    except UsageError:
         return
     assert naming(wanted).shapes
     values = json.loads(json.dumps(FAMILIES[name].to_hf(wanted)))
@@ -137,7 +135,7 @@ def test_what_is_not_refused_can_be_written(name, data):
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "own.json"])
-def test_a_tokenizer_that_is_one_file_travels_along(tmp_path, name):
+def test_a_tokenizer_that_is_one_file_is_copied(tmp_path, name):
     path = train_bpe(["def f(x): return x"] * 5, 300, tmp_path / "from")
     path = path.rename(path.with_name(name))
     copy_tokenizer(path, tmp_path / "to")
@@ -146,3 +144,12 @@ def test_a_tokenizer_that_is_one_file_travels_along(tmp_path, name):
     assert mine.encode("def f") == wanted.encode("def f")
     assert (mine.bos_id, mine.eos_id) == (wanted.bos_id, wanted.eos_id)
     assert special_ids(tmp_path / "to") == special_ids(path)
+
+
+def test_a_folder_of_tiktoken_ranks_is_copied(tmp_path):
+    (tmp_path / "from").mkdir()
+    ranks = "".join(f"{base64.b64encode(bytes([n])).decode()} {n}\n" for n in range(256))
+    (tmp_path / "from" / "r50k_base.tiktoken").write_text(ranks)
+    copy_tokenizer(tmp_path / "from", tmp_path / "to")
+    assert has_tokenizer(tmp_path / "to")
+    assert load_tokenizer(tmp_path / "to").encode("def f") == load_tokenizer(tmp_path / "from").encode("def f")

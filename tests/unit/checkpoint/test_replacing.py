@@ -1,4 +1,4 @@
-"""A save that is killed at any moment leaves exactly one complete checkpoint of its step, or the earlier ones."""
+"""After a save is killed at any moment, either the new checkpoint is complete, or the earlier ones are as before."""
 
 import os
 
@@ -20,7 +20,7 @@ def save(folder, step, which):
 
 
 def found(run):
-    """(step, which save it is of) of every complete checkpoint; each is intact."""
+    """Verifies every complete checkpoint. Returns (step, which save wrote it) of each."""
     result = []
     for folder in complete_checkpoints(run):
         checkpoint = Checkpoint(folder)
@@ -36,7 +36,7 @@ def found(run):
         ("checkpoints/step-00000004", 4, 4),
         ("snapshots/0", 3, 5),
     ],
-    ids=["new", "a step again", "a snapshot's turn"],
+    ids=["a new step", "the same step again", "a snapshot is replaced"],
 )
 def test_a_kill_leaves_one_complete_checkpoint(tmp_path, name, before, after):
     seen = set()
@@ -52,9 +52,9 @@ def test_a_kill_leaves_one_complete_checkpoint(tmp_path, name, before, after):
         kept = found(run)
         remove_leftovers(run)
         assert found(run) == kept
-        for place in ("checkpoints", "snapshots"):
-            if (run / place).exists():
-                assert not [n for n in os.listdir(run / place) if n.startswith(".") or n.endswith((".tmp", ".old"))]
+        for parent in ("checkpoints", "snapshots"):
+            if (run / parent).exists():
+                assert not [n for n in os.listdir(run / parent) if n.startswith(".") or n.endswith((".tmp", ".old"))]
         seen.add(kept[0][1])
 
     moments = kill_at_every_moment(tmp_path, prepare, lambda run: save(run / name, after, "new"), check)
@@ -62,7 +62,7 @@ def test_a_kill_leaves_one_complete_checkpoint(tmp_path, name, before, after):
     assert seen == {"old" if before else "earlier", "new"}
 
 
-def test_folders_under_other_names_are_no_checkpoints(tmp_path):
+def test_folders_with_other_names_are_not_checkpoints(tmp_path):
     save(tmp_path / "checkpoints" / "step-00000002", 2, "one")
     for other in ("step-00000003.old", "step-00000003.tmp", "step-00000003b", "backup"):
         save(tmp_path / "checkpoints" / other, 3, other)
@@ -71,7 +71,7 @@ def test_folders_under_other_names_are_no_checkpoints(tmp_path):
     assert len(os.listdir(tmp_path / "checkpoints")) == 5
 
 
-def test_exports_cut_short_are_removed_and_others_stay(tmp_path):
+def test_incomplete_exports_are_removed_and_other_folders_stay(tmp_path):
     for name in ("hf/.step-00000002.01234567.tmp", "hf/step-00000002", "hf/.cache", ".step-00000002.tmp"):
         (tmp_path / name).mkdir(parents=True)
     remove_leftovers(tmp_path)

@@ -1,4 +1,4 @@
-"""The commands convert, generate and inspect on models."""
+"""The commands convert, generate and inspect with models."""
 
 import pytest
 import torch
@@ -6,9 +6,10 @@ import torch
 from internevo.checkpoint import Checkpoint
 from internevo.commands.convert import convert
 from internevo.errors import CheckpointError
+from internevo.models.source import dtypes
 
 
-def test_a_damaged_checkpoint_is_named_with_the_place(llama_folder, tmp_path, run):
+def test_a_damaged_file_of_a_checkpoint_is_named_with_the_damaged_bytes(llama_folder, tmp_path, run):
     convert(llama_folder, tmp_path / "ours", "internevo")
     assert "intact" in run("inspect", tmp_path / "ours").stdout
     path = tmp_path / "ours" / "model-00000.safetensors"
@@ -26,12 +27,12 @@ def test_a_damaged_checkpoint_is_named_with_the_place(llama_folder, tmp_path, ru
         Checkpoint(tmp_path / "ours")
 
 
-def test_commands_generate_and_convert(llama_folder, tmp_path, run):
+def test_generate_and_convert(llama_folder, tmp_path, run):
     done = run("generate", llama_folder, "--prompt", "def ", "--max-new-tokens", 5, "--seed", 3)
     assert done.stdout.startswith("def ")
     assert done.stdout == run("generate", llama_folder, "--prompt", "def ", "--max-new-tokens", 5, "--seed", 3).stdout
     run("convert", llama_folder, tmp_path / "ours", "--to", "internevo", "--dtype", "bfloat16")
-    assert Checkpoint(tmp_path / "ours").dtype == torch.bfloat16
+    assert dtypes(Checkpoint(tmp_path / "ours")) == [torch.bfloat16]
     assert "is not empty" in run("convert", llama_folder, tmp_path / "ours", "--to", "hf", code=2).stderr
     assert "does not exist" in run("convert", tmp_path / "none", tmp_path / "x", "--to", "hf", code=2).stderr
     assert "5XB" in run("convert", llama_folder, tmp_path / "y", "--to", "hf", "--max-shard-size", "5XB", code=2).stderr

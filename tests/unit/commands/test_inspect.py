@@ -1,28 +1,28 @@
-"""The command inspect on data."""
+"""``internevo inspect`` on tokenized data."""
 
 import pytest
 
-from internevo.commands.inspect import inspect
+from internevo.commands.inspect import describe
 from internevo.data.tokenized.files import MASKED_ZERO
 from internevo.errors import DataError, UsageError
 from internevo.text.tokenizer import load_tokenizer, train_bpe
 from tests.unit.data.writers import write_binary
 
 
-def test_inspect_says_what_a_dataset_holds_and_names_all_that_is_broken(tmp_path):
+def test_inspect_describes_a_dataset_and_names_every_broken_file(tmp_path):
     texts = ["def f(x):", "return x", "x = 1\n" * 9]
     tokenizer = load_tokenizer(train_bpe(texts, 280, tmp_path))
     documents = [tokenizer.encode(text) for text in texts]
     documents[1] = [MASKED_ZERO, *(-n for n in documents[1][:2]), *documents[1][2:]]
     for name in ("code", "more"):
         write_binary(tmp_path / "train" / name / "part.bin", documents, None)
-    lines = list(inspect(tmp_path / "train", decode=3))
+    lines = list(describe(tmp_path / "train", decode=3))
     total = sum(map(len, documents))
     assert f": 6 documents, {2 * total:,} tokens in 2 files" in lines[0]
     assert lines[1] == f"type code: 3 documents, {total} tokens"
     largest = max(abs(n) for ids in documents for n in ids if n != MASKED_ZERO)
     assert any(f"the largest id is {largest} (" in line for line in lines)
-    assert any(f"{tokenizer.vocab_size} entries" in line and "every id is inside" in line for line in lines)
+    assert any(f"{tokenizer.vocab_size} entries" in line and "every id is in it" in line for line in lines)
     counted = [int(line.split()[1]) for line in lines if "█" in line]
     assert sum(counted) == 6
     start = tokenizer.decode([0, *(-n for n in documents[1][1:3])])
@@ -34,14 +34,14 @@ def test_inspect_says_what_a_dataset_holds_and_names_all_that_is_broken(tmp_path
     assert lines[-5::2] == [texts[0], f"⟦{start}⟧{tokenizer.decode(documents[1][3:])}", texts[2]]
 
     small = train_bpe(["a"], 257, tmp_path / "small")
-    with pytest.raises(DataError, match=rf"has token id {largest}, outside the vocabulary of 257"):
-        list(inspect(tmp_path / "train", small))
+    with pytest.raises(DataError, match=rf"has the token id {largest}, which is outside the vocabulary of 257"):
+        list(describe(tmp_path / "train", small))
     for name in ("code", "more"):
         path = tmp_path / "train" / name / "part.bin"
         path.write_bytes(path.read_bytes()[:-4])
     seen = []
     with pytest.raises(DataError, match="2 of 2 files below"):
-        seen.extend(inspect(tmp_path / "train"))
+        seen.extend(describe(tmp_path / "train"))
     with pytest.raises(UsageError, match="--decode needs a tokenizer"):
         write_binary(tmp_path / "a" / "b" / "part.bin", [[1]], None)
-        list(inspect(tmp_path / "a" / "b", decode=1))
+        list(describe(tmp_path / "a" / "b", decode=1))

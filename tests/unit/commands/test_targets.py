@@ -1,4 +1,4 @@
-"""A conversion writes its target, and touches nothing beside it."""
+"""A conversion writes its target, and changes nothing else."""
 
 import os
 
@@ -30,7 +30,7 @@ def same(folder, model):
 
 
 @pytest.mark.parametrize("to", ["hf", "internevo"])
-def test_folders_of_others_beside_the_target_stay(tmp_path, model, to):
+def test_other_folders_next_to_the_target_stay_unchanged(tmp_path, model, to):
     save_hf(model, tmp_path / "from")
     for name in ("out.tmp", "out.old", ".out.tmp", ".out.0123abcd.tmp"):
         (tmp_path / name).mkdir()
@@ -50,7 +50,7 @@ def test_folders_of_others_beside_the_target_stay(tmp_path, model, to):
 
 
 @pytest.mark.parametrize("to", ["hf", "internevo"])
-def test_a_target_that_is_a_link_is_written_where_it_points(tmp_path, model, to):
+def test_a_target_that_is_a_link_is_written_to_the_folder_it_points_to(tmp_path, model, to):
     save_hf(model, tmp_path / "from")
     (tmp_path / "disk" / "out").mkdir(parents=True)
     (tmp_path / "out").symlink_to(tmp_path / "disk" / "out")

@@ -1,4 +1,4 @@
-"""Configs: InternEvo's files run unchanged, mistakes are named, nothing is ignored in silence."""
+"""Configs: InternEvo's files work unchanged, mistakes are named, and nothing is ignored without a notice."""
 
 import json
 import textwrap
@@ -6,6 +6,7 @@ import textwrap
 import pytest
 
 from internevo.config import load_config, notices, validate
+from internevo.config.check import smallest_world
 from internevo.config.option import walk
 from internevo.errors import ConfigError, NotAvailableYet
 from internevo.models.families.registry import decoder_config
@@ -83,7 +84,7 @@ def tiny(**changes):
     return validate(conftest.tiny(**changes))
 
 
-def test_an_internevo_file_runs_unchanged(tmp_path):
+def test_an_internevo_file_works_unchanged(tmp_path):
     path = tmp_path / "7B_sft.py"
     path.write_text(INTERNEVO)
     config = load_config(path)
@@ -94,7 +95,7 @@ def test_an_internevo_file_runs_unchanged(tmp_path):
     silent = {"ckpt.async_upload", "model.use_flash_attn", "parallel.weight.layer_fuse_isp_comm"}
     said = {line.split()[0] for line in notices(config)}
     assert "ckpt.async_upload" in said and "model.use_flash_attn" in said
-    assert "parallel.weight.layer_fuse_isp_comm" in silent - said  # not given, so not said
+    assert "parallel.weight.layer_fuse_isp_comm" in silent - said  # the file does not set it, so there is no notice
 
 
 def test_read_base_works_from_any_directory(tmp_path, monkeypatch):
@@ -134,7 +135,7 @@ def test_all_problems_are_reported_together():
 @pytest.mark.parametrize(
     ("world", "changes", "message"),
     [
-        (3, {"parallel__tensor": 2}, "3 processes cannot be cut"),
+        (3, {"parallel__tensor": 2}, "3 processes cannot be divided into groups"),
         (1, {"model__num_attention_heads": 5}, "not a multiple of model.num_attention_heads"),
         (1, {"model__num_kv_attention_heads": 3}, "not a multiple of model.num_kv_attention_heads"),
         (
@@ -145,16 +146,66 @@ def test_all_problems_are_reported_together():
         (4, {"parallel__zero1": 3}, "does not divide the 4 ranks that hold the same part"),
         (5, {}, "data.global_batch_size = 12 is not a multiple"),
         (2, {"parallel__weight__size": 2}, "needs parallel.tensor.mode = 'isp'"),
+        (
+            4,
+            {
+                "parallel__tensor": {"size": 2, "mode": "isp"},
+                "parallel__weight__size": 4,
+                "model__num_kv_attention_heads": 1,
+                "model__head_dim": 10,
+                "model__vocab_size": 100,
+            },
+            "the width of all key/value heads (model.num_kv_attention_heads * size of a head) = 10 is not divisible",
+        ),
+        (
+            2,
+            {
+                "parallel__pipeline": {"size": 2, "interleaved_overlap": True},
+                "data__micro_num": 2,
+                "data__global_batch_size": 3,
+            },
+            "(data.micro_bsz * data ranks) = 3 / (1 * 1) = 3 micro-batches are not divisible",
+        ),
+        (
+            1,
+            {"model_type": "LLAMA2", "model__use_alibi": True},
+            "model.use_alibi = True does not go with model_type = 'LLAMA2'",
+        ),
+        (1, {"model_type": "GEMMA", "model__use_swiglu": True}, "does not go with model_type = 'GEMMA'"),
+        (1, {"model_type": "LLAMA2", "model__num_experts": 4}, "model.num_experts = 4 does not go with"),
+        (
+            1,
+            {"model_type": "QWEN3MOE", "model__num_shared_experts": 1, "model__num_experts": 4},
+            "num_shared_experts = 1 does not",
+        ),
         (1, {"model_type": "LAMA2"}, "did you mean LLAMA2"),
         (1, {"data__skip_batches": "5,3"}, "ascending"),
         (1, {"data__rampup_batch_size": "4 4"}, "three positive integers"),
         (1, {"lr_scheduler__total_steps": 3}, "ends before data.total_steps"),
-        (1, {"model__rope_scaling": {"rope_type": "magic"}}, "no rope_type among"),
+        (1, {"model__rope_scaling": {"rope_type": "magic"}}, "its rope_type must be one of default, linear"),
         (1, {"monitor__sample_prompts": ["a"]}, "needs data.tokenizer_path"),
     ],
 )
 def test_contradictions_are_found_before_anything_starts(world, changes, message):
     assert any(message in line for line in problems(tiny(**changes), world)), problems(tiny(**changes), world)
+
+
+@pytest.mark.parametrize(
+    ("changes", "smallest"),
+    [
+        ({"parallel__tensor": 2}, 2),
+        ({"parallel__tensor": {"size": 2, "mode": "isp"}, "parallel__weight__size": 4, "parallel__zero1": 4}, 16),
+        ({"parallel__tensor": {"size": 4, "mode": "isp"}, "parallel__weight__size": 2, "parallel__zero1": 3}, 12),
+        ({"parallel__tensor": 2, "parallel__zero1": 4}, 8),
+        ({"parallel__tensor": 2, "parallel__pipeline": 2}, 4),
+    ],
+)
+def test_without_a_world_size_a_config_is_checked_on_the_smallest_that_fits(changes, smallest):
+    config = tiny(
+        **changes, model__vocab_size=96, model__num_layers=4, data__global_batch_size=48, model__num_kv_attention_heads=4
+    )
+    assert smallest_world(config) == smallest and not problems(config, smallest)
+    assert all(problems(config, world) for world in range(1, smallest))
 
 
 @pytest.mark.parametrize(
@@ -169,7 +220,7 @@ def test_contradictions_are_found_before_anything_starts(world, changes, message
         {"parallel__sequence_2D": {"enable": True}},
     ],
 )
-def test_what_is_not_there_yet_validates_and_refuses_to_train(changes):
+def test_a_feature_that_is_not_available_yet_validates_but_does_not_train(changes):
     config = tiny(**changes)
     assert missing_features(config)
     with pytest.raises(NotAvailableYet, match="not available yet"):
@@ -181,7 +232,7 @@ def test_missing_folders_are_named():
         check(tiny(data__train_folder="/no/such"), 1)
 
 
-def test_yaml_toml_json_and_python_say_the_same(tmp_path):
+def test_yaml_toml_json_and_python_give_the_same_config(tmp_path):
     import yaml
 
     body = {"model_type": "LLAMA2", "model": TINY["model"], "data": TINY["data"], "adam": {"lr": 0.5}}
@@ -202,7 +253,7 @@ def test_yaml_toml_json_and_python_say_the_same(tmp_path):
     assert found[0].data.seq_len == 4096 and found[0].parallel.tensor.size == 2
 
 
-def test_every_field_says_what_it_means():
+def test_every_field_has_a_description():
     for key, field, _, _ in walk(tiny()):
         assert field.description and field.description.endswith((".", ":", '".')), key
 
@@ -228,11 +279,13 @@ def test_config_command(tmp_path):
     assert "/no/such" in done.stderr
     done = run("config", path, "--world-size", 4, "parallel.zero1.size=2")
     assert "zero" in done.stdout and "4  rows of 32 tokens" in done.stdout
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert ["all-gather", "zero", "2", "4"] in [row[:4] for row in rows] and "GiB on rank 0" in done.stdout
     assert "did you mean data.seq_len" in run("config", path, "data.seqlen=3", code=2).stderr
     assert "does not exist" in run("train", path, code=2).stderr
 
 
-def test_adapters_are_named_in_any_of_the_known_ways_and_checked():
+def test_targets_of_adapters_have_several_names_and_are_checked():
     config = tiny(model__lora={"rank": 2, "targets": ["w1", "wqkv", "o_proj"]})
     assert config.model.lora.targets == ("q", "k", "v", "o", "gate") and not problems(config, 1)
     with pytest.raises(ConfigError, match="must be some of q, k, v, o, gate, up, down, not 'w9'"):
@@ -240,5 +293,5 @@ def test_adapters_are_named_in_any_of_the_known_ways_and_checked():
     with pytest.raises(ConfigError, match=r"data\.mixture\.0\.wieght: unknown key; did you mean data\.mixture\.0\.weight\?"):
         tiny(data__mixture=[{"folder": "a", "wieght": 1}])
     experts = tiny(model_type="MIXTRALMOE", model__num_experts=4, model__lora={"targets": ["q", "up"]})
-    assert any("experts have no adapters" in line for line in problems(experts, 1))
+    assert any("experts cannot have adapters" in line for line in problems(experts, 1))
     assert any("monitor.memory" in line for line in problems(tiny(model__lora={}, monitor__memory=True), 1))

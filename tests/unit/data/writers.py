@@ -1,4 +1,4 @@
-"""Writers of small datasets in every form of tokenized data."""
+"""Writes small datasets in every format of tokenized data."""
 
 import json
 import struct
@@ -13,7 +13,7 @@ DOCUMENTS = st.lists(st.lists(st.integers(0, 500), min_size=1, max_size=40), min
 
 
 def write_json(path, documents, dtype=np.int64):
-    """InternEvo's own form."""
+    """Writes JSON lines, as the original InternEvo does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     meta, offset = [], 0
     with open(path, "wb") as file:
@@ -27,6 +27,7 @@ def write_json(path, documents, dtype=np.int64):
 
 
 def write_binary(path, documents, vocab_size):
+    """Writes the compact form."""
     writer = TokenWriter(path, vocab_size)
     for ids in documents:
         writer.write(np.array(ids), [len(ids)])
@@ -34,13 +35,13 @@ def write_binary(path, documents, vocab_size):
 
 
 def write_megatron(path, documents, dtype, code):
-    """As Megatron-LM's IndexedDatasetBuilder does; a document may have several sequences."""
+    """Writes what Megatron-LM's IndexedDatasetBuilder writes; a document is a list of sequences."""
     lengths = [len(sequence) for document in documents for sequence in document]
     flat = [token for document in documents for sequence in document for token in sequence]
     path.with_suffix(".bin").write_bytes(np.array(flat, dtype).tobytes())
     offsets = np.cumsum([0, *lengths])[:-1] * np.dtype(dtype).itemsize
-    borders = np.cumsum([0, *map(len, documents)])
+    boundaries = np.cumsum([0, *map(len, documents)])
     with open(path.with_suffix(".idx"), "wb") as file:
-        file.write(b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, code, len(lengths), len(borders)))
-        for array, kind in ((lengths, "<i4"), (offsets, "<i8"), (borders, "<i8")):
+        file.write(b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, code, len(lengths), len(boundaries)))
+        for array, kind in ((lengths, "<i4"), (offsets, "<i8"), (boundaries, "<i8")):
             file.write(np.array(array, kind).tobytes())

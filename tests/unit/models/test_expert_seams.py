@@ -35,9 +35,9 @@ def _half(world: World, policy: str, capacity: float) -> tuple[Tensor, list[Tens
     mine = slice(world.rank * 10, world.rank * 10 + 10)
     calls: list[int] = []
 
-    def run_experts(experts: ExpertMLPs, rows: Tensor, ends: Tensor, complete: bool) -> Tensor:
-        calls.append(rows.shape[0])
-        return experts(rows, ends, complete)
+    def run_experts(experts: ExpertMLPs, rows_RD: Tensor, ends_E: Tensor, complete: bool) -> Tensor:
+        calls.append(rows_RD.shape[0])
+        return experts(rows_RD, ends_E, complete)
 
     moe.router.all_tokens = lambda own: all_gather(own, group)
     moe.router.own_tokens = lambda values: values[mine]

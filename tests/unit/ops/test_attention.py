@@ -1,4 +1,4 @@
-"""Attention with windows and ALiBi against its definition: packed, in rows, and after a cache."""
+"""Compares attention with windows and ALiBi with its definition: packed documents, whole rows, and with a cache."""
 
 import itertools
 
@@ -13,7 +13,7 @@ from tests.references import assert_close_to_scale, plain_attention
 @pytest.mark.parametrize("alibi", [False, True])
 def test_attention_with_windows_and_alibi_equals_the_definition(window, alibi):
     torch.manual_seed(window)
-    sizes = [5, 0, 400, 1, 194]  # longer than a block of queries, and not a multiple of anything
+    sizes = [5, 0, 400, 1, 194]  # one is longer than a block of queries, and none is a multiple of a block or of the padding
     borders = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)
     slopes = torch.tensor([0.5, 0.25, 0.1, 0.01]) if alibi else None
     q, k, v = (torch.randn(1, 600, heads, 8, requires_grad=True) for heads in (4, 2, 2))
@@ -23,7 +23,7 @@ def test_attention_with_windows_and_alibi_equals_the_definition(window, alibi):
     direction = torch.randn_like(out)
     for mine, reference in zip(*(torch.autograd.grad(y, (q, k, v), direction) for y in (out, wanted)), strict=True):
         assert_close_to_scale(mine, reference, 1e-4)
-    # Whole rows, and the last tokens behind a cache.
+    # Whole rows, and then the last tokens with all keys and values, as with a cache.
     halves = [x.detach().view(2, 300, -1, 8) for x in (q, k, v)]
     rows = ops.attention(*halves, window=window, slopes_H=slopes)
     for row in range(2):

@@ -1,4 +1,4 @@
-"""Products of groups of rows with one weight each."""
+"""Compares grouped matrix products with one product per group."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""What is written as JSON is JSON to a strict reader."""
+"""A strict reader can read all JSON that a run writes."""
 
 import ast
 import json
@@ -14,7 +14,7 @@ from internevo.storage.jsonfile import to_json, write_json
 from tests.strict_json import strict
 
 
-def test_what_json_does_not_have_becomes_null_however_deep_it_lies(tmp_path):
+def test_nan_and_infinity_become_null_at_any_depth(tmp_path):
     values = {"a": [1, math.nan, {"b": (math.inf, 2.5)}], "c": {"d": {"e": -math.inf}}, "f": "NaN", "g": True, "h": None}
     wanted = {"a": [1, None, {"b": [None, 2.5]}], "c": {"d": {"e": None}}, "f": "NaN", "g": True, "h": None}
     assert strict(to_json(values)) == wanted
@@ -22,7 +22,7 @@ def test_what_json_does_not_have_becomes_null_however_deep_it_lies(tmp_path):
     assert strict((tmp_path / "a.json").read_text()) == wanted
 
 
-def test_rows_of_metrics_are_strict_also_those_of_earlier_runs(tmp_path):
+def test_rows_of_metrics_are_strict_json_also_those_from_earlier_versions(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "moe": {"entropy": NaN, "load": [0.5, Infinity]}}\n')
     rows = JsonLines(path, last_step=1)
@@ -45,8 +45,10 @@ def test_rows_of_metrics_are_strict_also_those_of_earlier_runs(tmp_path):
 
 
 @pytest.mark.parametrize("room", ["checkpoint", "measure", "observe", "train"])
-def test_files_of_a_run_are_written_by_the_strict_writer_alone(room):
-    for path in (Path(internevo.__file__).parent / room).rglob("*.py"):
+def test_files_of_a_run_are_written_only_by_the_strict_writer(room):
+    paths = list((Path(internevo.__file__).parent / room).rglob("*.py"))
+    assert paths
+    for path in paths:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "json":
                 assert node.attr not in ("dump", "dumps"), f"{path.name}: storage.jsonfile writes JSON"

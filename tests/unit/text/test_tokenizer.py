@@ -1,4 +1,4 @@
-"""Every kind of tokenizer gives its own library's ids, and the ends of documents are found."""
+"""Every type of tokenizer gives the same ids as its own library, and the right tokens begin and end a document."""
 
 import base64
 import json
@@ -12,14 +12,14 @@ from transformers import AddedToken, AutoTokenizer
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from internevo.errors import UsageError
-from internevo.text.tiktokens import KINDS
+from internevo.text.tiktokens import ENCODINGS
 from internevo.text.tokenizer import load_tokenizer, train_bpe
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "über", "den", "faulen", "Hund", "文本", "def", "return"]
 TEXTS = [" ".join(random.Random(n).choices(WORDS, k=40)) for n in range(99)]
 
 
-def test_sentencepiece(tmp_path):
+def test_a_sentencepiece_model_gives_the_ids_of_the_sentencepiece_library(tmp_path):
     (tmp_path / "corpus.txt").write_text("\n".join(TEXTS))
     sentencepiece.SentencePieceTrainer.train(
         input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=40, minloglevel=2,
@@ -34,12 +34,12 @@ def test_sentencepiece(tmp_path):
 
 
 ADDED = {"<|im_start|>": (40, False), "<|im_end|>": (41, True), "<s>": (1, False), "</s>": (2, False), "[X]": (42, False)}
-"""Name: (id, takes blanks to its right away)."""
+"""Text of each added token: (id, whether spaces on its right are removed)."""
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A SentencePiece model of 40 pieces, and tokens that only its Hugging Face files know."""
+    """A SentencePiece model of 40 pieces, with Hugging Face files that add tokens to it."""
     (tmp_path / "corpus.txt").write_text("\n".join(TEXTS))
     sentencepiece.SentencePieceTrainer.train(
         input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=40, minloglevel=2,
@@ -54,7 +54,7 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("legacy", [True, False])
 def test_a_folder_with_only_a_sentencepiece_model_gives_the_ids_of_its_settings(folder, legacy):
-    """Against transformers' own SentencePiece code, on random texts full of added tokens, blanks and unknown letters."""
+    """Compares with transformers' own SentencePiece code, on random texts full of added tokens, spaces and unknown letters."""
     table = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**table, "legacy": legacy}))
     theirs = SentencePieceBackend(
@@ -86,7 +86,7 @@ def test_a_trained_bpe_loads_in_transformers_with_the_same_ids(tmp_path):
         assert ours.decode(ours.encode(TEXTS[3])) == TEXTS[3]
 
 
-def test_special_tokens_are_those_that_the_folder_names(tmp_path):
+def test_the_folder_names_the_tokens_that_begin_and_end_a_document(tmp_path):
     train_bpe(iter(TEXTS), 400, tmp_path)
     table = {"bos_token": {"content": "a", "lstrip": False}, "eos_token": "b"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(table))
@@ -94,7 +94,7 @@ def test_special_tokens_are_those_that_the_folder_names(tmp_path):
     assert (tokenizer.bos_id, tokenizer.eos_id) == (tokenizer.encode("a")[0], tokenizer.encode("b")[0])
 
 
-def test_what_is_no_tokenizer_is_named(tmp_path):
+def test_the_error_names_what_is_not_a_tokenizer(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UsageError, match=r"tokenizer\.json is not a tokenizer\.json"):
         load_tokenizer(tmp_path)
@@ -105,7 +105,7 @@ def test_what_is_no_tokenizer_is_named(tmp_path):
 
 
 def ranks_of(texts, size):
-    """A byte-pair vocabulary by rank, trained here in the plainest way."""
+    """Trains a byte-pair vocabulary in the simplest way. Returns the rank of each token."""
     words = [[bytes([b]) for b in text.encode()] for text in texts]
     ranks = {bytes([b]): b for b in range(256)}
     while len(ranks) < size:
@@ -122,32 +122,36 @@ def ranks_of(texts, size):
     return ranks
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_tiktoken_ranks_give_tiktokens_own_ids(tmp_path, name):
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_a_tiktoken_file_gives_the_ids_of_the_tiktoken_library(tmp_path, name):
     tiktoken = pytest.importorskip("tiktoken")
     ranks = ranks_of(["the cat's mat, I'LL see 123 cats ", " 春眠不觉晓 春眠", "def f(x):\n\n    return  x\n", "aaaaaaa"], 300)
     path = tmp_path / f"{name}.tiktoken"
     path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()))
-    ours, kind = load_tokenizer(path), KINDS[name]
-    theirs = tiktoken.Encoding(name, pat_str=kind.pattern, mergeable_ranks=ranks, special_tokens=kind.special)
+    ours, encoding = load_tokenizer(path), ENCODINGS[name]
+    theirs = tiktoken.Encoding(name, pat_str=encoding.pattern, mergeable_ranks=ranks, special_tokens=encoding.special)
     draw = random.Random(0)
-    pieces = ["the cat's", "I'LL ", "春眠", "\n\n", "  ", "12345", "\t", "é", "🙂", "Zebra", "\u2028", *kind.special]
+    pieces = ["the cat's", "I'LL ", "春眠", "\n\n", "  ", "12345", "\t", "é", "🙂", "Zebra", "\u2028", *encoding.special]
     for _ in range(200):
         text = "".join(draw.choices(pieces, k=12)) + bytes(draw.randrange(256) for _ in range(20)).decode("latin1")
         assert ours.encode(text) == theirs.encode(text, allowed_special="all") and ours.decode(ours.encode(text)) == text
-    assert ours.eos_id == kind.special[kind.eos] and ours.vocab_size == theirs.n_vocab
+    assert ours.eos_id == encoding.special[encoding.eos] and ours.vocab_size == theirs.n_vocab
     assert load_tokenizer(tmp_path).encode("the cat") == ours.encode("the cat")
 
 
-def test_unknown_or_damaged_tiktoken_files_and_code_are_refused_by_name(tmp_path):
+def test_the_error_names_unknown_or_damaged_tiktoken_files_and_code(tmp_path):
     path = tmp_path / "other.tiktoken"
     path.write_text("YQ== 0\n")
-    with pytest.raises(UsageError, match=r"other\.tiktoken holds tiktoken ranks.*known by name: qwen\.tiktoken"):
+    with pytest.raises(
+        UsageError, match=r"other\.tiktoken is a tiktoken file of an unknown encoding.*known by their names: qwen\.tiktoken"
+    ):
         load_tokenizer(path)
     path.write_text("YQ== 0\nnonsense\n")
-    with pytest.raises(UsageError, match=r"other\.tiktoken, line 2 is no token in base64 and its rank"):
+    with pytest.raises(UsageError, match=r"other\.tiktoken, line 2 is not a token in base64 followed by its rank"):
         load_tokenizer(tmp_path)
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "tokenization_chatglm.py").write_text("raise SystemExit")
-    with pytest.raises(UsageError, match=r"exists only as code \(tokenization_chatglm\.py\), which is not run"):
+    with pytest.raises(
+        UsageError, match=r"exists only as code \(tokenization_chatglm\.py\), and code from a model's folder is not run"
+    ):
         load_tokenizer(tmp_path / "code")

@@ -1,1 +1,1 @@
-"""From documents to token ids."""
+"""Encodes documents to token ids."""

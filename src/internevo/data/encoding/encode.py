@@ -1,4 +1,4 @@
-"""Jobs to ids, in worker processes or in this one: what tokenizing and streaming share."""
+"""Encodes input chunks to token ids, in worker processes or in this process. Tokenizing and streaming share it."""
 
 from __future__ import annotations
 
@@ -19,138 +19,151 @@ import numpy.typing as npt
 
 from ...errors import DataError, InternEvoError
 from ...text.tokenizer import Tokenizer, load_tokenizer
-from ..raw.documents import Document, documents
-from ..raw.inputs import Job
-from .formats import FormatName, fields_of, make
+from ..raw.documents import Document, read_documents
+from ..raw.inputs import InputChunk
+from .formats import FormatName, encode_documents, format_fields
 
 OnError = Literal["stop", "skip"]
-BATCH_BYTES = 4 << 20
-"""Text given to the tokenizer at once: its working memory is many times that."""
-LONGEST = 16 << 20
-"""Characters of a document. The tokenizers library needs some 75 bytes for each, beside the text."""
+"""What to do with a document that cannot be read: raise its error, or skip it."""
+BATCH_CHARACTERS = 4 << 20
+"""The amount of text, in characters, that the tokenizer encodes at once. It needs many times as much memory."""
+MAX_CHARACTERS = 16 << 20
+"""The longest document, in characters. The tokenizers library needs about 75 bytes of memory for each of them."""
 
 
 @dataclass
 class Encoded:
-    """One job's documents: ids one after another, and each document's length."""
+    """The encoded documents of one input chunk."""
 
     ids: npt.NDArray[np.int32]
-    """With signs."""
+    """The signed ids of all documents, concatenated; a negative id is a masked token."""
     counts: npt.NDArray[np.int32]
+    """[documents]: the number of tokens of each document."""
     size: int = 0
-    """Bytes of input."""
-    bad: list[str] = field(default_factory=list)
-    """What was left out, and why."""
+    """The size of the chunk, in bytes of the input files."""
+    skipped: list[str] = field(default_factory=list)
+    """For each document that was skipped: a message that says where it is and what is wrong with it."""
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Reads a job's documents and makes ids of them."""
+    """Reads the documents of an input chunk and encodes them."""
 
     tokenizer: Path
     format: FormatName = "text"
     key: str | None = None
+    """The field that has the text or the messages; None: the usual fields."""
     on_error: OnError = "stop"
 
-    def __call__(self, job: Job) -> Encoded:
-        """
+    def __call__(self, chunk: InputChunk) -> Encoded:
+        """Encodes a chunk.
+
         Raises:
-            DataError: with ``on_error = "stop"``, at the first document that cannot be read or has not what is wanted.
+            DataError: if ``on_error`` is "stop", for the first document that cannot be read or does not have the format.
         """
         parts: list[npt.NDArray[np.int32]] = []
-        bad: list[str] = []
-        for batch in self._batches(job, bad):
-            for made in make(self.format, batch, self.key, tokenizer_at(self.tokenizer)):
-                if isinstance(made, DataError):
-                    self._bad(made, bad)
-                elif len(made):  # an empty document teaches nothing
-                    parts.append(made)
+        skipped: list[str] = []
+        for batch in self._batches(chunk, skipped):
+            for ids in encode_documents(self.format, batch, self.key, cached_tokenizer(self.tokenizer)):
+                if isinstance(ids, DataError):
+                    self._skip(ids, skipped)
+                elif len(ids):  # there is nothing to train on in an empty document
+                    parts.append(ids)
         counts = np.array([len(part) for part in parts], np.int32)
-        return Encoded(np.concatenate(parts) if parts else np.empty(0, np.int32), counts, job.size, bad)
+        return Encoded(np.concatenate(parts) if parts else np.empty(0, np.int32), counts, chunk.size, skipped)
 
-    def _batches(self, job: Job, bad: list[str]) -> Iterator[list[Document]]:
+    def _batches(self, chunk: InputChunk, skipped: list[str]) -> Iterator[list[Document]]:
+        """Reads documents, and yields lists of them that have about ``BATCH_CHARACTERS`` characters."""
         batch: list[Document] = []
         size = 0
-        for found in documents(job, fields_of(self.format, self.key)):
+        for found in read_documents(chunk, format_fields(self.format, self.key)):
             if isinstance(found, DataError):
-                self._bad(found, bad)
+                self._skip(found, skipped)
                 continue
             values = found.value.values() if isinstance(found.value, dict) else [found.value]
             length = sum(len(str(value)) for value in values)
-            if length > LONGEST:
-                message = f"a document of {length:,} characters is more than a tokenizer can be given ({LONGEST:,}); cut it"
-                self._bad(DataError(f"{found.where}: {message}"), bad)
+            if length > MAX_CHARACTERS:
+                limit = f"documents may have up to {MAX_CHARACTERS:,} characters"
+                self._skip(DataError(f"{found.where} has {length:,} characters; {limit}: split it"), skipped)
                 continue
             batch.append(found)
             size += length
-            if size > BATCH_BYTES:
+            if size > BATCH_CHARACTERS:
                 yield batch
                 batch, size = [], 0
         if batch:
             yield batch
 
-    def _bad(self, error: DataError, bad: list[str]) -> None:
+    def _skip(self, error: DataError, skipped: list[str]) -> None:
+        """Raises the error, or adds its message to ``skipped``."""
         if self.on_error == "stop":
             raise error
-        bad.append(str(error))
+        skipped.append(str(error))
 
 
 @cache
-def tokenizer_at(path: Path) -> Tokenizer:
-    """Loaded once in each process."""
+def cached_tokenizer(path: Path) -> Tokenizer:
+    """Loads a tokenizer, once in each process."""
     return load_tokenizer(path)
 
 
-class Workers:
-    """Processes that encode jobs; with none of them, this process does it. ``contextlib.closing`` ends them."""
+class EncoderPool:
+    """Worker processes that encode input chunks. Without workers, the calling process encodes them.
 
-    def __init__(self, encoder: Encoder, count: int) -> None:
-        self.encoder, self.count = encoder, count
+    ``close`` ends the processes.
+    """
+
+    def __init__(self, encoder: Encoder, num_workers: int) -> None:
+        self.encoder, self.num_workers = encoder, num_workers
         self.pool: ProcessPoolExecutor | None = None
 
-    def encode(self, jobs: Iterable[Job]) -> Iterator[Encoded]:
-        """What becomes of each job, in their order. A few jobs are taken ahead, not all: they may hold content.
+    def encode(self, chunks: Iterable[InputChunk]) -> Iterator[Encoded]:
+        """Encodes chunks, and yields the results in the same order.
+
+        Chunks are taken from ``chunks`` only a little ahead of the results: they may hold the content of a file in memory.
 
         Raises:
-            DataError: of a job; or when a worker died.
+            DataError: see ``Encoder``.
+            InternEvoError: if a worker process died.
         """
-        if not self.count:
-            yield from map(self.encoder, jobs)
+        if not self.num_workers:
+            yield from map(self.encoder, chunks)
             return
         if self.pool is None:
             context = multiprocessing.get_context("forkserver")
-            self.pool = ProcessPoolExecutor(self.count, context, initializer=_begin_work)
-        under_way: deque[Future[Encoded]] = deque()
+            self.pool = ProcessPoolExecutor(self.num_workers, context, initializer=_init_worker)
+        pending: deque[Future[Encoded]] = deque()
         try:
-            for job in jobs:
-                under_way.append(self.pool.submit(self.encoder, job))
-                if len(under_way) > 2 * self.count:
-                    yield under_way.popleft().result()
-            while under_way:
-                yield under_way.popleft().result()
+            for chunk in chunks:
+                pending.append(self.pool.submit(self.encoder, chunk))
+                if len(pending) > 2 * self.num_workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
         except BrokenProcessPool:
             raise InternEvoError(
-                "a tokenizing process died (killed for want of memory?): use fewer (--workers, data.num_worker)"
+                "a worker process that tokenizes died, perhaps because there was not enough memory: use fewer workers "
+                "(--workers, data.num_worker)"
             ) from None
         finally:
-            for job_ in under_way:
-                job_.cancel()
+            for future in pending:
+                future.cancel()
 
     def close(self) -> None:
-        """Ends the processes."""
+        """Ends the worker processes."""
         if self.pool is not None:
             self.pool.shutdown(cancel_futures=True)
             self.pool = None
 
 
-def _begin_work() -> None:
-    """A worker has one core (the tokenizers library would take all), and ends with the process that started it."""
+def _init_worker() -> None:
+    """Makes a worker use one core (the tokenizers library would use all), and end when the process that started it ends."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def wait() -> None:
+    def exit_with_parent() -> None:
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=wait, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()

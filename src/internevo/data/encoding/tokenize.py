@@ -1,7 +1,7 @@
-"""Tokenizes raw files into a tokenized dataset: workers take pieces of the input, one writer keeps their order.
+"""Tokenizes raw files: worker processes encode chunks of the input, and one process writes the results in order.
 
-The output depends on the input and the options, not on the number of workers, nor on whether the run was killed and started
-again: every few seconds what is done is put on the disk and noted, and the same command goes on from there.
+The output depends only on the input and the options: not on the number of workers, and not on whether the command was killed
+and run again. Its progress is saved every few seconds, and the same command continues from there.
 """
 
 from __future__ import annotations
@@ -23,58 +23,66 @@ import numpy as np
 from ...errors import DataError, UsageError
 from ...storage.jsonfile import read_object
 from ...text.tokenizer import load_tokenizer, train_bpe
-from ..raw.documents import documents
-from ..raw.inputs import find_files, make_jobs
+from ..raw.documents import read_documents
+from ..raw.inputs import find_files, split_files
 from ..tokenized.files import TokenWriter
 from ..tokenized.index import UNFINISHED
-from .encode import Encoded, Encoder, OnError, Workers
-from .formats import FormatName, fields_of, text_of
+from .encode import Encoded, Encoder, EncoderPool, OnError
+from .formats import FormatName, document_text, format_fields
 
 PART_TOKENS = 2**30
-"""Tokens in one output file."""
-NOTE_EVERY = 5.0
-"""Seconds between notes."""
+"""The number of tokens after which a new output file is begun."""
+SAVE_EVERY = 5.0
+"""The time after which progress is saved again, in seconds."""
 
 
 @dataclass
-class Result:
-    """What a run made."""
+class TokenizeResult:
+    """How much was written."""
 
     documents: int = 0
+    """The number of training documents."""
     tokens: int = 0
+    """The number of tokens in them."""
     valid_documents: int = 0
     valid_tokens: int = 0
-    bad: int = 0
-    """Documents left out."""
+    skipped: int = 0
+    """The number of documents that could not be read and were skipped."""
     vocab_size: int = 0
 
 
 @dataclass
-class Note:
-    """How far a run has come."""
+class SavedProgress:
+    """How far the command has come; it is saved in the file ``unfinished.json`` in the output folder."""
 
     key: str
-    """Of the input and the options."""
-    jobs: int = 0
+    """A hash of the input files and the options."""
+    chunks: int = 0
+    """The number of input chunks that are done."""
     size: int = 0
-    """Bytes of input."""
-    result: Result = field(default_factory=Result)
+    """The size of these chunks, in bytes of the input files."""
+    result: TokenizeResult = field(default_factory=TokenizeResult)
     parts: dict[str, tuple[int, int, int]] = field(default_factory=dict)
-    """Of each open output: number of the part, its tokens and documents."""
+    """For "train" and "valid": the number of the output file that is being written, and the tokens and documents in it."""
 
     @classmethod
-    def read(cls, output: Path) -> Note | None:
-        """The note that an unfinished run has left."""
+    def read(cls, output: Path) -> SavedProgress | None:
+        """Reads what an unfinished command has saved; None if there is nothing."""
         if not (output / UNFINISHED).is_file():
             return None
         values = read_object(output / UNFINISHED)
+        result = values["result"]
+        result["skipped"] = result.pop("bad")
         parts = {name: tuple(part) for name, part in values["parts"].items()}
-        return cls(values["key"], values["jobs"], values["size"], Result(**values["result"]), parts)
+        return cls(values["key"], values["jobs"], values["size"], TokenizeResult(**result), parts)
 
     def write(self, output: Path) -> None:
-        """Replaces the note, so that there is always a whole one."""
+        """Replaces the file at once, so that it is complete at every moment."""
+        result = asdict(self.result)
+        result["bad"] = result.pop("skipped")
+        values = {"key": self.key, "jobs": self.chunks, "size": self.size, "result": result, "parts": self.parts}
         temporary = output / f"{UNFINISHED}.tmp"
-        temporary.write_text(json.dumps(asdict(self)))
+        temporary.write_text(json.dumps(values))
         temporary.replace(output / UNFINISHED)
 
 
@@ -96,142 +104,167 @@ def tokenize(
     on_error: OnError = "stop",
     progress: Callable[[int, int], None] = lambda done, total: None,
     status: Callable[[str], None] = lambda text: None,
-) -> Result:
-    """Writes ``output/dataset_type`` (or ``output/train/...`` and ``output/valid/...`` with ``valid_ratio``).
+) -> TokenizeResult:
+    """Tokenizes files into ``output/dataset_type``; with ``valid_ratio``, into ``output/train/...`` and ``output/valid/...``.
 
     Args:
-        tokenizer: a tokenizer file or folder; or else ``train_vocab_size``, which trains one into ``output``.
-        on_error: stop at a document that cannot be read, or leave it out and say so.
-        progress: called with bytes done and bytes in all.
+        inputs: files and folders.
+        tokenizer: a tokenizer file or folder. None: a tokenizer is trained and written to ``output``.
+        train_vocab_size: the size of the vocabulary of the tokenizer to train.
+        kind: the kind of the input files, a key of ``raw.inputs.SUFFIXES``; None: each file's suffix tells it.
+        format: the format of the documents.
+        text_key: the field that has the text or the messages; None: the usual fields.
+        pattern: a glob for the names of files inside folders; None: the usual suffixes.
+        exclude: names of folders that are not searched.
+        valid_ratio: the share of the documents that are for validation, from 0 to 1.
+        workers: the number of worker processes; None: as many as there are CPU cores.
+        overwrite: remove tokenized data that is already in ``output``.
+        on_error: stop at a document that cannot be read, or skip it.
+        progress: is called with the bytes of input that are done, and the bytes of all input.
+        status: is called with messages for the user.
 
     Raises:
-        DataError: when a document cannot be read (named with its place). What was done before stays, out of sight of readers,
-            for the same command to go on with.
+        DataError: if a document cannot be read; the message says where it is. What was written before is kept, and cannot be
+            opened as a dataset until the same command has been run again and is done.
+        UsageError: if ``output`` already contains other tokenized data.
     """
     files = find_files(inputs, kind, pattern, exclude)
     options = [str(tokenizer), train_vocab_size, format, text_key, dataset_type, valid_ratio]
-    note = _begin(output, _key(files, options), overwrite, status)
+    saved = _start_or_resume(output, _hash(files, options), overwrite, status)
     if tokenizer is None:
         assert train_vocab_size is not None
         tokenizer = output / "tokenizer.json"
-        if not (note.jobs and tokenizer.is_file()):
+        if not (saved.chunks and tokenizer.is_file()):
             status(f"training a byte-level BPE tokenizer of {train_vocab_size:,} entries")
             train_bpe(_texts(files, text_key, on_error), train_vocab_size, output)
-    note.result.vocab_size = load_tokenizer(tokenizer).vocab_size
-    writers = _Writers(output, dataset_type, valid_ratio, note, masks=format != "text")
-    total, noted = sum(path.stat().st_size for _, path in files), time.monotonic()
-    jobs = make_jobs(files)
-    first = list(islice(jobs, note.jobs, note.jobs + 2))  # a lone job needs no other process
+    saved.result.vocab_size = load_tokenizer(tokenizer).vocab_size
+    writers = _Writers(output, dataset_type, valid_ratio, saved, may_mask=format != "text")
+    total, saved_at = sum(path.stat().st_size for _, path in files), time.monotonic()
+    chunks = split_files(files)
+    first = list(islice(chunks, saved.chunks, saved.chunks + 2))  # for a single chunk no process is started
     count = (workers or os.cpu_count() or 1) if len(first) > 1 else 0
-    with closing(Workers(Encoder(tokenizer.resolve(), format, text_key, on_error), count)) as pool:
-        for part in pool.encode(chain(first, jobs)):
-            for message in part.bad:
+    with closing(EncoderPool(Encoder(tokenizer.resolve(), format, text_key, on_error), count)) as pool:
+        for encoded in pool.encode(chain(first, chunks)):
+            for message in encoded.skipped:
                 status(f"left out: {message}")
-            writers.write(part)
-            progress(note.size, total)
-            if time.monotonic() - noted > NOTE_EVERY:
-                writers.note()
-                noted = time.monotonic()
+            writers.write(encoded)
+            progress(saved.size, total)
+            if time.monotonic() - saved_at > SAVE_EVERY:
+                writers.save_progress()
+                saved_at = time.monotonic()
     writers.close()
     (output / UNFINISHED).unlink()
-    return note.result
+    return saved.result
 
 
 def _texts(files: list[tuple[str, Path]], key: str | None, on_error: OnError) -> Iterator[str]:
-    """All texts, for a tokenizer to be trained on."""
-    for job in make_jobs(files):
-        for found in documents(job, fields_of("text", key)):
-            text = found if isinstance(found, DataError) else text_of(found, key)
+    """Yields the texts of all documents, to train a tokenizer on."""
+    for chunk in split_files(files):
+        for found in read_documents(chunk, format_fields("text", key)):
+            text = found if isinstance(found, DataError) else document_text(found, key)
             if isinstance(text, str):
                 yield text
             elif on_error == "stop":
                 raise text
 
 
-def _key(files: list[tuple[str, Path]], options: list[Any]) -> str:
-    """Changes with the input and what is asked for."""
+def _hash(files: list[tuple[str, Path]], options: list[Any]) -> str:
+    """Returns a hash of the options and of the names, sizes and times of the input files."""
     listing = [(kind, str(path), path.stat().st_size, path.stat().st_mtime_ns) for kind, path in files]
     return hashlib.sha256(json.dumps([listing, options]).encode()).hexdigest()
 
 
-def _begin(output: Path, key: str, overwrite: bool, status: Callable[[str], None]) -> Note:
-    """Where to begin: behind what the same command has done before, or anew. Refuses to mix new data with old."""
-    note = Note.read(output)
-    if note is not None and note.key == key and not overwrite:
-        status(f"going on behind {note.result.documents + note.result.valid_documents:,} documents")
-        return note
+def _start_or_resume(output: Path, key: str, overwrite: bool, status: Callable[[str], None]) -> SavedProgress:
+    """Returns the progress of the same command if it was killed before. Else prepares ``output`` and starts at the beginning.
+
+    Raises:
+        UsageError: if ``output`` contains other tokenized data, and ``overwrite`` is false.
+    """
+    saved = SavedProgress.read(output)
+    if saved is not None and saved.key == key and not overwrite:
+        status(f"continuing after {saved.result.documents + saved.result.valid_documents:,} documents")
+        return saved
     old = list(output.glob("**/*.bin")) if output.is_dir() else []
     if old and not overwrite:
-        raise UsageError(f"{output} holds tokenized data already ({old[0].name}, ...); give --overwrite or another --output")
+        raise UsageError(f"{output} already contains tokenized data ({old[0].name}, ...); give --overwrite or another --output")
     for path in [*old, *output.glob("**/*.tmp")]:
         path.unlink()
         path.with_name(path.name + ".meta").unlink(missing_ok=True)
     if output.is_dir():
         shutil.rmtree(output / ".internevo", ignore_errors=True)
     output.mkdir(parents=True, exist_ok=True)
-    note = Note(key)
-    note.write(output)
-    return note
+    saved = SavedProgress(key)
+    saved.write(output)
+    return saved
 
 
 class _Writers:
-    """The train and valid parts, each a row of files."""
+    """Writes training and validation documents, each into files of about ``PART_TOKENS`` tokens, and saves the progress."""
 
-    def __init__(self, output: Path, dataset_type: str, valid_ratio: float, note: Note, masks: bool) -> None:
-        self.output, self._note = output, note
+    def __init__(self, output: Path, dataset_type: str, valid_ratio: float, saved: SavedProgress, may_mask: bool) -> None:
+        """Opens the files.
+
+        Args:
+            saved: the progress to continue from; it is updated.
+            may_mask: documents may have masked tokens, whose negative ids need int32.
+        """
+        self.output, self._saved = output, saved
         self.folders = {"train": output / dataset_type, "valid": output / "valid" / dataset_type}
         if valid_ratio:
             self.folders["train"] = output / "train" / dataset_type
         self.threshold = int(valid_ratio * 2**64)
-        self.vocab_size = None if masks else note.result.vocab_size
-        self.open = {name: self._open(name, *part) for name, part in note.parts.items()}
+        self.vocab_size = None if may_mask else saved.result.vocab_size
+        self.writers = {name: self._open(name, *part) for name, part in saved.parts.items()}
 
     def _open(self, name: str, part: int, tokens: int = 0, count: int = 0) -> tuple[int, TokenWriter]:
         path = self.folders[name] / f"part-{part:05d}.bin"
         return part, TokenWriter(path, self.vocab_size, tokens, count)
 
-    def write(self, part: Encoded) -> None:
-        result, starts = self._note.result, np.cumsum([0, *part.counts])
+    def write(self, encoded: Encoded) -> None:
+        """Writes the documents of one input chunk."""
+        result, starts = self._saved.result, np.cumsum([0, *encoded.counts])
         number = result.documents + result.valid_documents
-        valid = np.array([self._is_valid(number + n) for n in range(len(part.counts))], dtype=bool)
+        valid = np.array([self._is_valid(number + n) for n in range(len(encoded.counts))], dtype=bool)
         for name, chosen in (("train", np.flatnonzero(~valid)), ("valid", np.flatnonzero(valid))):
             if not len(chosen):
                 continue
-            whole = len(chosen) == len(part.counts)
-            ids = part.ids if whole else np.concatenate([part.ids[starts[n] : starts[n + 1]] for n in chosen])
-            self._writer(name).write(ids, part.counts[chosen])
+            whole = len(chosen) == len(encoded.counts)
+            ids = encoded.ids if whole else np.concatenate([encoded.ids[starts[n] : starts[n + 1]] for n in chosen])
+            self._writer(name).write(ids, encoded.counts[chosen])
             if name == "valid":
                 result.valid_documents += len(chosen)
                 result.valid_tokens += len(ids)
             else:
                 result.documents += len(chosen)
                 result.tokens += len(ids)
-        result.bad += len(part.bad)
-        self._note.jobs += 1
-        self._note.size += part.size
+        result.skipped += len(encoded.skipped)
+        self._saved.chunks += 1
+        self._saved.size += encoded.size
 
     def _is_valid(self, number: int) -> bool:
-        """A function of the document's number: about ``valid_ratio`` of all, spread evenly."""
+        """Returns whether a document is for validation: about ``valid_ratio`` of them are, chosen by a hash of the number."""
         if not self.threshold:
             return False
         return int.from_bytes(hashlib.blake2b(str(number).encode(), digest_size=8).digest(), "little") < self.threshold
 
     def _writer(self, name: str) -> TokenWriter:
-        number, writer = self.open.get(name, (-1, None))
+        """Returns the writer of the current file of "train" or "valid", and begins a new file if that one is full."""
+        number, writer = self.writers.get(name, (-1, None))
         if writer is not None and writer.tokens >= PART_TOKENS:
             writer.close()
             writer = None
         if writer is None:
-            self.open[name] = self._open(name, number + 1)
-        return self.open[name][1]
+            self.writers[name] = self._open(name, number + 1)
+        return self.writers[name][1]
 
-    def note(self) -> None:
-        """Puts what is written on the disk, and then notes it."""
-        for _, writer in self.open.values():
+    def save_progress(self) -> None:
+        """Makes sure that everything written is on the disk, and then saves the progress."""
+        for _, writer in self.writers.values():
             writer.flush()
-        self._note.parts = {name: (part, writer.tokens, writer.documents) for name, (part, writer) in self.open.items()}
-        self._note.write(self.output)
+        self._saved.parts = {name: (part, writer.tokens, writer.documents) for name, (part, writer) in self.writers.items()}
+        self._saved.write(self.output)
 
     def close(self) -> None:
-        for _, writer in self.open.values():
+        """Finishes all files."""
+        for _, writer in self.writers.values():
             writer.close()

@@ -1,1 +1,1 @@
-"""From files to documents."""
+"""Reads raw documents from files."""

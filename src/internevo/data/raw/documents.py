@@ -1,6 +1,7 @@
-"""Raw documents, from a job's files: text, or objects with named fields.
+"""Reads the raw documents of an input chunk: texts, or objects with named fields.
 
-What cannot be read comes as a ``DataError`` in its place, so that the caller chooses to stop or to go on.
+A document that cannot be read is returned as a ``DataError`` at its position among the others, so that the caller decides
+whether to stop or to skip it.
 """
 
 from __future__ import annotations
@@ -16,162 +17,165 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DataError
-from .files import arrow_batches, open_parquet, read_input, suffix
-from .inputs import Job
+from .files import arrow_batches, format_suffix, open_parquet, read_input
+from .inputs import InputChunk
 
 
 @dataclass(frozen=True)
 class Document:
-    """A raw document and its place, for messages."""
+    """A raw document and where it is, for error messages."""
 
     value: Any
-    """Text, or a dict of fields."""
+    """The text, or a dict of fields."""
     where: str
+    """The file and the byte, line or row in it."""
 
 
 TABLE_ROWS = 256
-"""Rows of a parquet file that are unpacked together."""
+"""Number of rows of a parquet file that are decoded together."""
 _ESCAPED = re.compile("[\udc80-\udcff]")
-Found = Document | DataError
-"""A document, or why there is none; with its place."""
+DocumentOrError = Document | DataError
+"""A document, or the reason why it cannot be read; both say where it is."""
 
 
-def documents(job: Job, fields: tuple[str, ...]) -> Iterator[Found]:
-    """The documents of a job.
+def read_documents(chunk: InputChunk, fields: tuple[str, ...]) -> Iterator[DocumentOrError]:
+    """Reads the documents of an input chunk, in the order of the file.
 
     Args:
-        fields: that are wanted: of these, the columns that a parquet or arrow file has are read.
+        fields: the names of the fields that are needed. Of a parquet or arrow file, only these columns are read.
     """
-    if job.error:
-        yield DataError(job.error)
+    if chunk.error:
+        yield DataError(chunk.error)
         return
     try:
-        yield from _READERS[job.kind](job, fields)
-    except DataError as error:  # the rest of the job is lost
+        yield from _READERS[chunk.kind](chunk, fields)
+    except DataError as error:  # the rest of the chunk cannot be read
         yield error
 
 
-def _text_files(job: Job, fields: tuple[str, ...]) -> Iterator[Found]:
-    for path in job.files:
+def _text_files(chunk: InputChunk, fields: tuple[str, ...]) -> Iterator[DocumentOrError]:
+    for path in chunk.files:
         try:
-            yield Document(decode(read_input(path), path), path)
+            yield Document(decode_utf8(read_input(path), path), path)
         except DataError as error:
             yield error
 
 
-def _json_file(job: Job, fields: tuple[str, ...]) -> Iterator[Found]:
-    """One object, or a list of them."""
-    path = job.files[0]
+def _json_file(chunk: InputChunk, fields: tuple[str, ...]) -> Iterator[DocumentOrError]:
+    """Reads a file that holds one object or a list of objects."""
+    path = chunk.files[0]
     try:
-        content = json.loads(decode(read_input(path), path))
+        content = json.loads(decode_utf8(read_input(path), path))
     except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}") from error
     for number, item in enumerate(content if isinstance(content, list) else [content]):
         yield Document(item, f"{path}, item {number}")
 
 
-def _json_lines(job: Job, fields: tuple[str, ...]) -> Iterator[Found]:
-    path = job.files[0]
-    for offset, line in _lines(job):
+def _json_lines(chunk: InputChunk, fields: tuple[str, ...]) -> Iterator[DocumentOrError]:
+    path = chunk.files[0]
+    for offset, line in _lines(chunk):
         if not line.strip():
             continue
         where = f"{path}, byte {offset}"
         try:
-            yield Document(json.loads(decode(line, path, offset)), where)
+            yield Document(json.loads(decode_utf8(line, path, offset)), where)
         except DataError as error:
             yield error
         except ValueError as error:
             yield DataError(f"{where}: the line is not JSON: {error}")
 
 
-def _lines(job: Job) -> Iterator[tuple[int, bytes]]:
-    """(byte, line) of the lines that begin in the job's part of the file."""
-    if job.content is not None:
-        offset = job.start
-        for line in io.BytesIO(job.content):
+def _lines(chunk: InputChunk) -> Iterator[tuple[int, bytes]]:
+    """Yields (byte offset, line) for each line that begins in the chunk's part of the file."""
+    if chunk.content is not None:
+        offset = chunk.start
+        for line in io.BytesIO(chunk.content):
             yield offset, line
             offset += len(line)
         return
     try:
-        with open(job.files[0], "rb") as file:
-            if job.start:
-                file.seek(job.start - 1)
-                before = file.readline(job.stop - job.start + 1)  # the line that began before belongs to the job before
+        with open(chunk.files[0], "rb") as file:
+            if chunk.start:
+                file.seek(chunk.start - 1)
+                before = file.readline(chunk.stop - chunk.start + 1)  # this line began in the chunk before, and belongs to it
                 if not before.endswith(b"\n"):
-                    return  # and goes on behind this one
-            while (offset := file.tell()) < job.stop:
+                    return  # the line continues after this chunk
+            while (offset := file.tell()) < chunk.stop:
                 yield offset, file.readline()
     except OSError as error:
-        raise DataError(f"{job.files[0]} cannot be read: {error}") from error
+        raise DataError(f"{chunk.files[0]} cannot be read: {error}") from error
 
 
-def _csv_rows(job: Job, fields: tuple[str, ...]) -> Iterator[Found]:
-    assert job.content is not None
-    path = job.files[0]
+def _csv_rows(chunk: InputChunk, fields: tuple[str, ...]) -> Iterator[DocumentOrError]:
+    assert chunk.content is not None
+    path = chunk.files[0]
     csv.field_size_limit(sys.maxsize)
-    delimiter = "\t" if suffix(Path(path)) == ".tsv" else ","
-    names = next(csv.reader([decode(job.header, path).lstrip("\ufeff")], delimiter=delimiter), [])
-    # What is not UTF-8 spoils its own row only.
-    rows = csv.reader(io.StringIO(job.content.decode("utf-8", "surrogateescape"), newline=""), delimiter=delimiter)
+    delimiter = "\t" if format_suffix(Path(path)) == ".tsv" else ","
+    names = next(csv.reader([decode_utf8(chunk.header, path).lstrip("\ufeff")], delimiter=delimiter), [])
+    # Invalid bytes are kept as escapes while the file is parsed, so that only the row that has them is an error.
+    rows = csv.reader(io.StringIO(chunk.content.decode("utf-8", "surrogateescape"), newline=""), delimiter=delimiter)
     try:
         for row in rows:
-            where = f"{path}, line {rows.line_num} behind byte {job.start}"
+            where = f"{path}, line {rows.line_num} after byte {chunk.start}"
             if row and len(row) != len(names):
-                yield DataError(f"{where}: {len(row)} fields, and the header names {len(names)}")
+                yield DataError(f"{where}: the row has {len(row)} field(s), but the header has {len(names)}")
             elif any(_ESCAPED.search(value) for value in row):
                 yield DataError(f"{where}: the row is not UTF-8")
             elif row:
                 yield Document(dict(zip(names, row, strict=True)), where)
     except csv.Error as error:
-        raise DataError(f"{path}, line {rows.line_num} behind byte {job.start}: {error}") from error
+        raise DataError(f"{path}, line {rows.line_num} after byte {chunk.start}: {error}") from error
 
 
-def _parquet_rows(job: Job, fields: tuple[str, ...]) -> Iterator[Found]:
+def _parquet_rows(chunk: InputChunk, fields: tuple[str, ...]) -> Iterator[DocumentOrError]:
     import pyarrow
 
-    path, group = job.files[0], job.table
+    path, group = chunk.files[0], chunk.table
     file = open_parquet(path)
     columns = _columns(file.schema_arrow.names, fields, path)
     first = 0
     try:
         for batch in file.iter_batches(TABLE_ROWS, [group], columns):
-            part = batch.slice(max(job.start - first, 0), max(job.stop - max(job.start, first), 0))
-            if first + len(batch) > job.start:
-                yield from _table_rows(part, f"{path}, row group {group}", max(job.start, first))
+            part = batch.slice(max(chunk.start - first, 0), max(chunk.stop - max(chunk.start, first), 0))
+            if first + len(batch) > chunk.start:
+                yield from _table_rows(part, f"{path}, row group {group}", max(chunk.start, first))
             first += len(batch)
-            if first >= job.stop:
+            if first >= chunk.stop:
                 return
     except (pyarrow.ArrowException, OSError) as error:
         yield DataError(f"{path}, row group {group} cannot be read: {error}")
 
 
-def _arrow_rows(job: Job, fields: tuple[str, ...]) -> Iterator[Found]:
-    path = job.files[0]
-    batch = arrow_batches(path)[job.table].slice(job.start, job.stop - job.start)
+def _arrow_rows(chunk: InputChunk, fields: tuple[str, ...]) -> Iterator[DocumentOrError]:
+    path = chunk.files[0]
+    batch = arrow_batches(path)[chunk.table].slice(chunk.start, chunk.stop - chunk.start)
     table = batch.select(_columns(batch.schema.names, fields, path))
-    yield from _table_rows(table, f"{path}, record batch {job.table}", job.start)
+    yield from _table_rows(table, f"{path}, record batch {chunk.table}", chunk.start)
 
 
-def _table_rows(table: Any, where: str, first: int) -> Iterator[Found]:
+def _table_rows(table: Any, where: str, first: int) -> Iterator[DocumentOrError]:
+    """Yields each row of a pyarrow table or record batch; ``first`` is the number of its first row."""
     import pyarrow
 
     names = table.schema.names
     for number, values in enumerate(zip(*table.columns, strict=True), start=first):
-        place = f"{where}, row {number}"
+        where_row = f"{where}, row {number}"
         try:
-            yield Document({name: value.as_py() for name, value in zip(names, values, strict=True)}, place)
+            yield Document({name: value.as_py() for name, value in zip(names, values, strict=True)}, where_row)
         except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-            yield DataError(f"{place} cannot be read: {error}")
+            yield DataError(f"{where_row} cannot be read: {error}")
 
 
 def _columns(names: list[str], fields: tuple[str, ...], path: str) -> list[str]:
+    """Returns those of ``fields`` that are columns of the file."""
     found = [name for name in fields if name in names]
     if not found:
         raise DataError(f"{path} has none of the columns {', '.join(map(repr, fields))} (it has {', '.join(map(repr, names))})")
     return found
 
 
-_READERS: dict[str, Callable[[Job, tuple[str, ...]], Iterator[Found]]] = {
+_READERS: dict[str, Callable[[InputChunk, tuple[str, ...]], Iterator[DocumentOrError]]] = {
     "text": _text_files,
     "json": _json_file,
     "jsonl": _json_lines,
@@ -181,8 +185,16 @@ _READERS: dict[str, Callable[[Job, tuple[str, ...]], Iterator[Found]]] = {
 }
 
 
-def decode(content: bytes, path: str, offset: int = 0) -> str:
-    """UTF-8, or an error with the byte's position in the file."""
+def decode_utf8(content: bytes, path: str, offset: int = 0) -> str:
+    """Decodes UTF-8.
+
+    Args:
+        path: the file that ``content`` is from, for the error message.
+        offset: the byte at which ``content`` begins in the file.
+
+    Raises:
+        DataError: if a byte is invalid; the message gives its offset in the file.
+    """
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:

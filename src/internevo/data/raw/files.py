@@ -1,4 +1,4 @@
-"""Opening input files: folders walked in order, packed files unpacked, tables of pyarrow."""
+"""Finds and opens input files: walks folders in sorted order, decompresses, and opens parquet and arrow files."""
 
 from __future__ import annotations
 
@@ -20,34 +20,38 @@ COMPRESSED = (".gz", ".zst")
 READ_BYTES = 1 << 20
 
 
-def walk(root: Path, exclude: tuple[str, ...] = ()) -> Iterator[Path]:
-    """Files below ``root`` in sorted order, links followed, hidden folders and those named in ``exclude`` left out.
+def walk_files(root: Path, exclude: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Yields all files below ``root`` in sorted order.
+
+    Symbolic links are followed. Hidden folders, and folders whose name is in ``exclude``, are left out.
 
     Raises:
-        DataError: when a link leads back to a folder that it lies in.
+        DataError: if a link points to a folder that contains it.
     """
     above: dict[str, tuple[str, ...]] = {}
     for folder, names, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
         parents = above.get(os.path.dirname(folder), ())
         if real in parents:
-            raise DataError(f"{folder} is a link that leads back to {real}, which it lies in: remove it")
+            raise DataError(f"{folder} is a link to {real}, which contains the link: remove the link")
         above[folder] = (*parents, real)
         names[:] = sorted(n for n in names if n not in exclude and not n.startswith("."))
         yield from (Path(folder, name) for name in sorted(files))
 
 
-def suffix(path: Path) -> str:
-    """What tells a file's format: ".jsonl" for ``a.jsonl`` and for ``a.jsonl.gz``."""
+def format_suffix(path: Path) -> str:
+    """Returns the suffix that tells a file's format: ".jsonl" for ``a.jsonl`` and for ``a.jsonl.gz``."""
     return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
 
 
 @contextmanager
 def open_input(path: str) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
-    """A file's unpacked bytes, and a function that says how many of its own bytes were read.
+    """Opens a file and decompresses it while it is read.
+
+    Yields the file, and a function that returns how many bytes of the (compressed) file on disk have been read.
 
     Raises:
-        DataError: when it is not there, or cannot be unpacked.
+        DataError: if the file does not exist, cannot be read or cannot be decompressed.
     """
     try:
         with open(path, "rb") as raw:
@@ -55,47 +59,47 @@ def open_input(path: str) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
             if path.endswith(".gz"):
                 file = gzip.GzipFile(fileobj=raw)
             elif path.endswith(".zst"):
-                file = io.BufferedReader(_Zstandard(raw), READ_BYTES)
+                file = io.BufferedReader(_ZstdReader(raw), READ_BYTES)
             yield file, raw.tell
     except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
-class _Zstandard(io.RawIOBase):
-    """The frames of a .zst file. (The library's own reader takes a file that was cut off for a whole one.)"""
+class _ZstdReader(io.RawIOBase):
+    """Decompresses the frames of a .zst file. (The library's own reader does not notice that a file is truncated.)"""
 
     def __init__(self, raw: BinaryIO) -> None:
-        self.raw, self.unpacker = raw, zstandard.ZstdDecompressor()
+        self.raw, self.decompressor = raw, zstandard.ZstdDecompressor()
         self.frame: Any = None
-        self.ready = b""
+        self.decompressed = b""
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        while not self.ready:
-            packed = self.frame.unused_data if self.frame is not None and self.frame.eof else b""
-            packed = packed or self.raw.read(READ_BYTES)
-            if not packed:
+        while not self.decompressed:
+            compressed = self.frame.unused_data if self.frame is not None and self.frame.eof else b""
+            compressed = compressed or self.raw.read(READ_BYTES)
+            if not compressed:
                 if self.frame is not None and not self.frame.eof:
-                    raise EOFError("it ends inside a frame")
+                    raise EOFError("the file is truncated: it ends inside a frame")
                 return 0
             if self.frame is None or self.frame.eof:
-                self.frame = self.unpacker.decompressobj()
-            self.ready = self.frame.decompress(packed)
-        count = min(len(buffer), len(self.ready))
-        buffer[:count], self.ready = self.ready[:count], self.ready[count:]
+                self.frame = self.decompressor.decompressobj()
+            self.decompressed = self.frame.decompress(compressed)
+        count = min(len(buffer), len(self.decompressed))
+        buffer[:count], self.decompressed = self.decompressed[:count], self.decompressed[count:]
         return count
 
 
 def read_input(path: str) -> bytes:
-    """All of a file's bytes, unpacked."""
+    """Returns all bytes of a file, decompressed."""
     with open_input(path) as (file, _):
         return file.read()
 
 
 def open_parquet(path: str):  # type: ignore[no-untyped-def]
-    """A ``pyarrow.parquet.ParquetFile``."""
+    """Opens a parquet file as a ``pyarrow.parquet.ParquetFile``."""
     import pyarrow
     from pyarrow import parquet
 
@@ -107,9 +111,10 @@ def open_parquet(path: str):  # type: ignore[no-untyped-def]
 
 @lru_cache(16)
 def arrow_batches(path: str) -> list:  # type: ignore[type-arg]
-    """The record batches of an arrow file (a stream, as the ``datasets`` library writes, or with an index), memory-mapped.
+    """Returns the record batches of an arrow file, memory-mapped.
 
-    Kept for the next jobs of the same file: a stream has no index, and is walked to find its batches.
+    Both of arrow's formats are read: the stream that the ``datasets`` library writes, and the file format, which has an index.
+    The result is cached for the next chunks of the same file, because a stream has to be read through to find its batches.
     """
     import pyarrow
 

@@ -1,6 +1,6 @@
-"""The files of a dataset in the Hugging Face layout: a folder, or a name on the hub.
+"""Finds the files of a dataset in the Hugging Face layout, in a folder or on the hub.
 
-https://huggingface.co/docs/datasets/repository_structure
+The layout: https://huggingface.co/docs/datasets/repository_structure
 """
 
 from __future__ import annotations
@@ -12,53 +12,56 @@ from pathlib import Path
 from ...errors import DataError, UsageError
 from .inputs import find_files
 
-WORDS = {"train": "train|training", "valid": "validation|valid|val|dev", "test": "test|testing|eval|evaluation"}
-"""What the name of a split's files or folders says."""
-NOT_DATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
+SPLIT_WORDS = {"train": "train|training", "valid": "validation|valid|val|dev", "test": "test|testing|eval|evaluation"}
+"""For each split, the words (as a regular expression) by which files or folders are known to be part of it."""
+METADATA_FILES = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 
 
 def dataset_files(name: str, subset: str | None, split: str) -> tuple[Path, list[tuple[str, Path]]]:
-    """The folder of a dataset, and (kind, path) of the files of a split.
+    """Returns the folder of a dataset, and (kind, path) of each file of a split.
 
-    Files that are named for the split are taken, or else those that are named for no other; of these, those in the folder
-    "data" if it has some: some datasets hold their rows as text beside it.
+    These are the files whose path contains the split's name or, if there are none, the files whose path contains the name of no
+    other split. If some of them are in the folder "data", only those are used, because some datasets also have the same rows as
+    text next to it.
 
     Args:
-        name: a folder, or a dataset on the hub (owner/name), which is downloaded into the hub's cache.
-        subset: the folder in it that holds the wanted part.
+        name: a folder, or the name of a dataset on the hub (owner/name), which is downloaded into the hub's cache.
+        subset: a folder inside the dataset; only the files in it are used.
+        split: "train", "valid" or "test".
 
     Raises:
-        DataError: when there are none, or of several kinds.
+        DataError: if there are no such files, or files of several kinds (see ``inputs.SUFFIXES``).
     """
     root = Path(name) if Path(name).exists() else _download(name)
     root = root / subset if subset else root
     if not root.exists():
-        raise DataError(f"{root} does not exist (data.subset_name)")
+        raise DataError(f"{root} does not exist (see data.subset_name)")
     try:
-        found = [file for file in find_files([root], None, None, ()) if file[1].name not in NOT_DATA]
+        found = [file for file in find_files([root], None, None, ()) if file[1].name not in METADATA_FILES]
     except UsageError as error:
         raise DataError(str(error)) from error
     splits = [_split(str(path.relative_to(root))) if path != root else None for _, path in found]
-    mine = [file for file, of in zip(found, splits, strict=True) if of == split]
-    mine = mine or [file for file, of in zip(found, splits, strict=True) if of is None]
-    if not mine:
-        raise DataError(f"{root} holds no files for {split} (it has {', '.join(sorted({of for of in splits if of}))})")
-    mine = [file for file in mine if root / "data" in file[1].parents] or mine
-    kinds = Counter(kind for kind, _ in mine)
+    chosen = [file for file, file_split in zip(found, splits, strict=True) if file_split == split]
+    chosen = chosen or [file for file, file_split in zip(found, splits, strict=True) if file_split is None]
+    if not chosen:
+        others = ", ".join(sorted({name for name in splits if name}))
+        raise DataError(f"{root} has no files for the split {split} (it has files for: {others})")
+    chosen = [file for file in chosen if root / "data" in file[1].parents] or chosen
+    kinds = Counter(kind for kind, _ in chosen)
     if len(kinds) > 1:
         counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
         raise DataError(
-            f"{root} holds files of several kinds for {split} ({counts}), perhaps the same rows twice: name a folder in it "
-            "with data.subset_name, or mix the files with data.mixture"
+            f"{root} has files of several formats for the split {split} ({counts}), which may be the same rows twice: choose a "
+            "folder in it with data.subset_name, or list the files in data.mixture"
         )
-    return (root if root.is_dir() else root.parent), mine
+    return (root if root.is_dir() else root.parent), chosen
 
 
 def _split(path: str) -> str | None:
-    """Which split a path names, its last such word deciding."""
+    """Returns the split that a path names, or None. If there are several such words, the last one decides."""
     found = [
         (match.start(), split)
-        for split, words in WORDS.items()
+        for split, words in SPLIT_WORDS.items()
         for match in re.finditer(rf"(?<![a-zA-Z])(?:{words})(?![a-zA-Z])", path.lower())
     ]
     return max(found)[1] if found else None
@@ -69,9 +72,10 @@ def _download(name: str) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise UsageError(
-            f"{name} is no folder, and to look for it on the Hugging Face hub: pip install huggingface_hub"
+            f"{name} is not a folder; if it is a dataset on the Hugging Face hub, install the library that downloads it: "
+            "pip install huggingface_hub"
         ) from error
     try:
         return Path(snapshot_download(name, repo_type="dataset"))
-    except Exception as error:  # the library raises many kinds
-        raise DataError(f"{name} is no folder, and cannot be had from the Hugging Face hub: {error}") from error
+    except Exception as error:  # the library raises many types of errors
+        raise DataError(f"{name} is not a folder, and cannot be downloaded from the Hugging Face hub: {error}") from error

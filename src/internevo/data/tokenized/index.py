@@ -1,7 +1,7 @@
-"""A folder tree of tokenized files as one list of documents, opened from a cached index.
+"""The index of tokenized data: the documents of all files in a folder as one list.
 
-The cache (``.internevo/`` in the folder, or the user's cache folder when that cannot be written) is keyed by names,
-sizes and times of all files, so that a change makes a new one.
+The index is cached in ``.internevo/`` in the folder, or in the user's cache folder if that cannot be written. The key of the
+cache is a hash of the names, sizes and times of all files, so that the index is made again when a file changes.
 """
 
 from __future__ import annotations
@@ -18,30 +18,31 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import DataError
-from ..raw.files import walk
-from .files import Ids, TokenFile, meta_of
+from ..raw.files import walk_files
+from .files import Ids, TokenFile, meta_path
 
 VERSION = 1
 UNFINISHED = "unfinished.json"
-"""Lies in the output of a tokenizing run until it is done."""
+"""A file in the output folder of ``internevo tokenize`` until the command is done."""
 
 
 @dataclass
 class Index:
-    """Every document of a dataset, in the order of file names and lines."""
+    """All documents of a dataset, in the order of the file names and of the documents in each file."""
 
     root: Path
     files: list[str]
-    """Paths below ``root``."""
+    """The ``.bin`` files, relative to ``root``."""
     types: list[str]
-    """Dataset types: the sorted names of the folders just below ``root``."""
+    """The names of the dataset types, sorted: the folders directly below ``root``."""
     file_types: list[int]
+    """The type of each file, as its number in ``types``."""
     first: npt.NDArray[np.int64]
-    """[files + 1]: number of each file's first document."""
+    """[files + 1]: the number of each file's first document; last, the number of all documents."""
     documents: npt.NDArray[np.int64]
-    """[documents, 2]: the document's number in its file, and its token count."""
+    """[documents, 2]: each document's number in its file, and its token count."""
     ends: npt.NDArray[np.int64]
-    """[documents]: running sum of the token counts."""
+    """[documents]: the cumulative sum of the token counts."""
 
     def __post_init__(self) -> None:
         self._open: dict[int, TokenFile] = {}
@@ -51,43 +52,43 @@ class Index:
 
     @property
     def tokens(self) -> int:
-        """Tokens in all documents."""
+        """The number of tokens in all documents."""
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def fingerprint(self) -> str:
-        """Says whether two datasets hold the same documents, as far as names and lengths tell."""
+        """Returns a hash of the file names and of the numbers of documents and tokens. It changes when the documents do."""
         text = json.dumps([VERSION, self.files, len(self), self.tokens])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def file_of(self, document: int) -> int:
-        """Number of the file that holds a document."""
+        """Returns the number of the file that contains a document."""
         return int(np.searchsorted(self.first, document, side="right")) - 1
 
     def file(self, number: int) -> TokenFile:
-        """A file, opened at its first use."""
+        """Returns a file by its number; it is opened when it is first used."""
         if number not in self._open:
             self._open[number] = TokenFile.open(self.root / self.files[number])
         return self._open[number]
 
     def read(self, document: int, start: int = 0, stop: int | None = None) -> Ids:
-        """Ids of a document, signs included."""
+        """Returns the signed ids ``start`` to ``stop`` of a document (by default all of them)."""
         return self.file(self.file_of(document)).read(int(self.documents[document, 0]), start, stop)
 
-    def name(self, document: int) -> str:
-        """Where a document is, for messages."""
+    def location(self, document: int) -> str:
+        """Returns the file of a document and its number in the file, for messages."""
         return f"{self.root / self.files[self.file_of(document)]}, document {int(self.documents[document, 0])}"
 
 
 def open_index(root: Path, min_length: int = 0, min_lengths: dict[str, int] | None = None) -> Index:
-    """The index of all ``.bin`` files below ``root``, from the cache when nothing has changed.
+    """Opens the index of all ``.bin`` files below ``root``: from the cache if no file has changed, else from the files.
 
     Args:
-        root: a folder; or, as Megatron has it, the path of one ``.bin`` without its suffix.
-        min_length: shorter documents are left out.
-        min_lengths: other minimums for files whose path contains the key; two matches are an error.
+        root: a folder; or the path of one ``.bin`` file without its suffix, as in Megatron-LM.
+        min_length: documents with fewer tokens are left out.
+        min_lengths: other values of ``min_length`` for files whose path contains the key. Two matching keys are an error.
 
     Raises:
-        DataError: when there is no file, or one is damaged.
+        DataError: if there is no ``.bin`` file, or one is damaged.
     """
     listing = list_files(root)
     root = root if root.is_dir() else root.parent
@@ -95,58 +96,79 @@ def open_index(root: Path, min_length: int = 0, min_lengths: dict[str, int] | No
     for cache in _cache_folders(root):
         if (cache / key / "index.json").is_file():
             return _load(root, cache / key)
-    parts = [_documents(root / name, minimum(name, min_length, min_lengths)) for name, *_ in listing]
+    parts = [_documents(root / name, minimum_length(name, min_length, min_lengths)) for name, *_ in listing]
     return _store(root, key, [name for name, *_ in listing], parts)
 
 
 def list_files(root: Path) -> list[tuple[str, int, int, int, int]]:
-    """(path, size, time, size and time of the meta) of each ``.bin``, sorted by path."""
-    one = root.with_name(root.name + ".bin")
-    if not root.is_dir() and not one.is_file():
-        raise DataError(f"{root} is not a folder of tokenized data")
-    home, paths = (root, walk(root)) if root.is_dir() else (root.parent, [one])
+    """Returns (path, size, time, size of the meta, time of the meta) of each ``.bin`` file, sorted by path.
+
+    Paths are relative to ``root``; sizes are in bytes, times in nanoseconds.
+
+    Raises:
+        DataError: if there is no ``.bin`` file, one has no ``.meta``, or ``internevo tokenize`` has not finished writing them.
+    """
+    single = root.with_name(root.name + ".bin")
+    if not root.is_dir() and not single.is_file():
+        raise DataError(f"{root} is neither a folder of tokenized data nor the path of a .bin file without its suffix")
+    home, paths = (root, walk_files(root)) if root.is_dir() else (root.parent, [single])
     for folder in (root, root.resolve().parent):
         if (folder / UNFINISHED).is_file():
-            raise DataError(f"{folder} is unfinished: give its `internevo tokenize` command again, which goes on from there")
+            raise DataError(
+                f"{folder} is unfinished: run its `internevo tokenize` command again, which continues where it stopped"
+            )
     found = []
     for path in paths:
         if path.suffix == ".bin":
             stat = path.stat()
             try:
-                meta = meta_of(path).stat()
+                meta = meta_path(path).stat()
             except FileNotFoundError:
-                raise DataError(f"{path} has no {path.name}.meta beside it") from None
+                raise DataError(f"{path} has no {path.name}.meta next to it") from None
             found.append((os.path.relpath(path, home), stat.st_size, stat.st_mtime_ns, meta.st_size, meta.st_mtime_ns))
     if not found:
-        raise DataError(f"{root} holds no .bin file: make some with `internevo tokenize`")
+        raise DataError(f"{root} contains no .bin file: make tokenized data with `internevo tokenize`")
     return sorted(found)
 
 
-def minimum(name: str, default: int, overrides: dict[str, int] | None) -> int:
-    """The shortest document that is kept of a file."""
+def minimum_length(name: str, default: int, overrides: dict[str, int] | None) -> int:
+    """Returns the smallest number of tokens of the documents that are kept of a file.
+
+    Args:
+        name: the path of the file below the dataset's folder.
+        default: the value if no key of ``overrides`` is in ``name``.
+        overrides: ``data.min_length_dict``.
+
+    Raises:
+        DataError: if two keys match.
+    """
     matches = [key for key in overrides or {} if key in name]
     if len(matches) > 1:
-        raise DataError(f"data.min_length_dict: both {matches[0]!r} and {matches[1]!r} match {name}")
+        raise DataError(
+            f"data.min_length_dict: both {matches[0]!r} and {matches[1]!r} match {name}; only one key may match a file"
+        )
     return (overrides or {})[matches[0]] if matches else default
 
 
-def _documents(path: Path, minimum: int) -> npt.NDArray[np.int64]:
-    """[documents, 2] of one file: number and token count. Empty documents hold nothing to train on and are left out."""
+def _documents(path: Path, min_length: int) -> npt.NDArray[np.int64]:
+    """Returns the rows of ``Index.documents`` for one file. Empty documents are left out."""
     counts = TokenFile.open(path).meta[:, 1]
-    kept = np.flatnonzero(counts >= max(minimum, 1))
+    kept = np.flatnonzero(counts >= max(min_length, 1))
     return np.stack([kept, counts[kept]], axis=1)
 
 
 def _cache_folders(root: Path) -> list[Path]:
+    """Returns the folders that may have the cache, in the order in which they are tried."""
     home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     return [root / ".internevo", home / "internevo" / hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]]
 
 
 def _store(root: Path, key: str, files: list[str], parts: list[npt.NDArray[np.int64]]) -> Index:
-    types = sorted({type_of(root, name) for name in files})
+    """Makes the index from the documents of each file, and writes it to the cache."""
+    types = sorted({dataset_type(root, name) for name in files})
     documents = np.concatenate(parts)
     index = Index(
-        root, files, types, [types.index(type_of(root, name)) for name in files],
+        root, files, types, [types.index(dataset_type(root, name)) for name in files],
         np.cumsum([0, *(len(p) for p in parts)]), documents, np.cumsum(documents[:, 1]),
     )  # fmt: skip
     for cache in _cache_folders(root):
@@ -163,7 +185,7 @@ def _store(root: Path, key: str, files: list[str], parts: list[npt.NDArray[np.in
                 shutil.rmtree(temporary)
             return index
         except OSError:
-            continue  # a cache that cannot be written costs time at the next start and nothing else
+            continue  # without a cache, only the next start takes longer
     return index
 
 
@@ -173,7 +195,7 @@ def _load(root: Path, cache: Path) -> Index:
     return Index(root, table["files"], table["types"], table["file_types"], *arrays)
 
 
-def type_of(root: Path, name: str) -> str:
-    """Name of the folder just below the root; the root's own for files directly in it."""
+def dataset_type(root: Path, name: str) -> str:
+    """Returns the dataset type of a file: the name of the folder directly below ``root`` that it is in, or else of ``root``."""
     parts = Path(name).parts
     return parts[0] if len(parts) > 1 else root.resolve().name

@@ -1,1 +1,1 @@
-"""The model families, one file each, and what several of them share: facts only, without PyTorch."""
+"""The model families, one file each, and what they share. These files describe models and do not import PyTorch."""

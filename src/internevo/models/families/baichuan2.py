@@ -1,7 +1,7 @@
-"""Baichuan2: Llama with a normalised head; q, k and v are one weight on disk. 7B has rotary positions, 13B ALiBi.
+"""Baichuan2: Llama with a normalised head. On disk, q, k and v are one weight. 7B uses the rotary embedding, 13B ALiBi.
 
-Both sizes have the same architecture and model_type on the Hugging Face side: a config with ``max_position_embeddings`` is
-the rotary one, a config with ``model_max_length`` only has ALiBi.
+In Hugging Face configs, both sizes have the same architecture and model_type. A model whose config has
+``max_position_embeddings`` uses the rotary embedding; one whose config has only ``model_max_length`` uses ALiBi.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from ...config.model import Model
 from ..config import DecoderConfig
-from ..huggingface.naming import Names, Piece
+from ..huggingface.naming import DiskRows, Names
 from . import choices, llama
 
 FAMILY = "BAICHUAN2"
@@ -23,18 +23,18 @@ FIXED = llama.FIXED
 
 
 def problems(model: Model) -> Iterator[str]:
-    """What does not fit this family in a config's ``model`` section."""
-    return choices.problems(model, FAMILY, {"norm_head": choices.ANY, "use_alibi": choices.ANY})
+    """Yields what does not fit this family in a config's ``model`` section."""
+    return choices.problems(model, FAMILY, {"norm_head": choices.ANY_VALUE, "use_alibi": choices.ANY_VALUE})
 
 
 def from_section(model: Model) -> DecoderConfig:
-    """The decoder that a config's ``model`` section describes."""
+    """Returns the decoder that a config's ``model`` section describes."""
     base = llama.from_section(model)
     return replace(base, family=FAMILY, norm_head=model.norm_head is not False, rope=None if model.use_alibi else base.rope)
 
 
 def from_hf(hf: dict[str, Any]) -> DecoderConfig:
-    """The decoder of a ``config.json``."""
+    """Returns the decoder that a Hugging Face ``config.json`` describes."""
     alibi = "max_position_embeddings" not in hf
     longest = hf.get("max_position_embeddings") or hf.get("model_max_length") or 4096
     plain = llama.from_hf({**hf, "max_position_embeddings": longest, "num_key_value_heads": None})
@@ -44,7 +44,7 @@ def from_hf(hf: dict[str, Any]) -> DecoderConfig:
 
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
-    """The Hugging Face ``config.json``."""
+    """Returns the Hugging Face ``config.json`` of a decoder."""
     values = llama.common_to_hf(config, ARCHITECTURE, HF_MODEL_TYPE)
     for key in ("num_key_value_heads", "rope_theta", "rope_scaling", "rope_parameters"):
         values.pop(key, None)
@@ -55,12 +55,12 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
 
 
 def names(config: DecoderConfig) -> Names:
-    """Every parameter on disk."""
+    """Returns where every parameter is on disk."""
     return llama.names(config, attention=_packed)
 
 
 def _packed(config: DecoderConfig, layer: int) -> Names:
-    """W_pack: all of q, then all of k, then all of v."""
+    """Returns where q, k, v and o are on disk. The rows of W_pack are all of q, then all of k, then all of v."""
     disk, ours, rows = f"model.layers.{layer}.self_attn", f"layers.{layer}.attn", config.num_heads * config.head_dim
-    found = {f"{ours}.{part}.weight": [Piece(f"{disk}.W_pack.weight", n * rows, rows)] for n, part in enumerate("qkv")}
-    return {**found, f"{ours}.o.weight": [Piece(f"{disk}.o_proj.weight")]}
+    found = {f"{ours}.{part}.weight": [DiskRows(f"{disk}.W_pack.weight", n * rows, rows)] for n, part in enumerate("qkv")}
+    return {**found, f"{ours}.o.weight": [DiskRows(f"{disk}.o_proj.weight")]}

@@ -1,4 +1,4 @@
-"""Choices of a config's ``model`` section that only some families have."""
+"""Checks the options of a config's ``model`` section that only some families have."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from ...config.model import Model
 
-PLAIN: dict[str, tuple[Any, ...]] = {
+DEFAULT_VALUES: dict[str, tuple[Any, ...]] = {
     "add_unit_offset": (None, False),
     "use_swiglu": (None, True),
     "norm_head": (None, False),
@@ -17,21 +17,21 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "num_shared_experts": (0,),
     "shared_expert_intermediate_size": (None,),
 }
-"""What a family without the choice takes."""
-ANY = None
-WINDOWS: dict[str, tuple[Any, ...] | None] = {"use_sliding_window": ANY}
-"""The choice of families with sliding windows."""
+"""The values that each option may have in a family that does not support the option."""
+ANY_VALUE = None
+SLIDING_WINDOW: dict[str, tuple[Any, ...] | None] = {"use_sliding_window": ANY_VALUE}
+"""What families that support sliding windows give as ``allowed``."""
 
 
-def problems(model: Model, family: str, own: Mapping[str, tuple[Any, ...] | None] | None = None) -> Iterator[str]:
-    """Choices that the family does not have.
+def problems(model: Model, family: str, allowed: Mapping[str, tuple[Any, ...] | None] | None = None) -> Iterator[str]:
+    """Yields one message for each option whose value the family does not support.
 
     Args:
-        own: values that the family takes, where they differ from ``PLAIN``; ``ANY``: all.
+        allowed: the values that an option may have in this family, or ``ANY_VALUE``. For other options, ``DEFAULT_VALUES``.
     """
-    for key, values in {**PLAIN, **(own or {})}.items():
+    for key, values in {**DEFAULT_VALUES, **(allowed or {})}.items():
         value = getattr(model, key)
-        if values is not ANY and value not in values:
-            yield f"model.{key} = {value!r} does not go with model_type = {family!r}"
+        if values is not ANY_VALUE and value not in values:
+            yield f"model.{key} = {value!r} is not supported by model_type = {family!r}; leave it out"
     if model.use_sliding_window and not model.sliding_window:
         yield "model.use_sliding_window needs model.sliding_window"

@@ -1,4 +1,4 @@
-"""What families with experts share: their options in a config section and in Hugging Face configs, and names on disk."""
+"""What families with experts share: options in a config's ``model`` section, keys in Hugging Face configs, names on disk."""
 
 from __future__ import annotations
 
@@ -8,26 +8,35 @@ from typing import Any
 from ...config.model import Model
 from ...errors import UsageError
 from ..config import DecoderConfig, Experts
-from ..huggingface.naming import Names, Piece
+from ..huggingface.naming import DiskRows, Names
 from . import choices
 
 
 def problems(model: Model, family: str, shared: bool = False) -> Iterator[str]:
-    """What does not fit a family with experts in a config's ``model`` section; ``shared``: one of them sees every token."""
-    own: dict[str, Any] = {**choices.WINDOWS, "num_experts": choices.ANY}
+    """Yields what does not fit a family with experts in a config's ``model`` section.
+
+    Args:
+        shared: whether the family has a shared expert, which sees every token.
+    """
+    allowed: dict[str, Any] = {**choices.SLIDING_WINDOW, "num_experts": choices.ANY_VALUE}
     if shared:
-        own |= {"num_shared_experts": choices.ANY, "shared_expert_intermediate_size": choices.ANY}
-    yield from choices.problems(model, family, own)
+        allowed |= {"num_shared_experts": choices.ANY_VALUE, "shared_expert_intermediate_size": choices.ANY_VALUE}
+    yield from choices.problems(model, family, allowed)
     if model.num_experts < 2:
         yield f"model_type = {family!r} needs model.num_experts > 1"
     if model.top_k > model.num_experts:
-        yield f"model.top_k = {model.top_k} is above model.num_experts = {model.num_experts}"
+        yield f"model.top_k = {model.top_k} is greater than model.num_experts = {model.num_experts}"
     if shared and not (model.num_shared_experts or model.shared_expert_intermediate_size):
         yield f"model_type = {family!r} needs model.num_shared_experts or model.shared_expert_intermediate_size"
 
 
 def from_section(model: Model, shared_size: int = 0, normalize: bool = True) -> Experts:
-    """The experts of a config's ``model`` section. ``moe_type`` GShard has a capacity, Dropless none."""
+    """Returns the experts that a config's ``model`` section describes.
+
+    Args:
+        shared_size: width of the shared expert; 0: none.
+        normalize: the default of ``norm_topk_prob`` in the family.
+    """
     kwargs = model.moe_layer_kwargs
     capacity = kwargs.capacity_factor or 0.0
     evaluation = kwargs.eval_capacity_factor or 0.0
@@ -50,33 +59,34 @@ def from_section(model: Model, shared_size: int = 0, normalize: bool = True) -> 
 
 
 def dense_layers(layers: int, step: int, dense: tuple[int, ...] | list[int]) -> tuple[int, ...]:
-    """A layer has experts unless it is among ``dense`` or ``layer + 1`` is no multiple of ``step``."""
+    """Returns the layers that have an MLP in place of experts: those in ``dense``, and those for which ``layer + 1`` is not a
+    multiple of ``step``."""
     return tuple(n for n in range(layers) if n in dense or (n + 1) % step)
 
 
 def count(hf: dict[str, Any]) -> int:
-    """Number of experts, under either of its names (transformers 5 renames it)."""
+    """Returns the number of experts in a ``config.json``. transformers 5 has another name for it than older versions."""
     return hf["num_experts"] if "num_experts" in hf else hf["num_local_experts"]
 
 
 def hf_dense_layers(hf: dict[str, Any]) -> tuple[int, ...]:
-    """By ``decoder_sparse_step`` and ``mlp_only_layers``."""
+    """Returns the layers without experts, from ``decoder_sparse_step`` and ``mlp_only_layers`` of a ``config.json``."""
     return dense_layers(hf["num_hidden_layers"], hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers") or [])
 
 
-def of(config: DecoderConfig, architecture: str) -> Experts:
-    """The experts of a model that is to be written as ``architecture``.
+def require(config: DecoderConfig, architecture: str) -> Experts:
+    """Returns the experts of a model that will be written as ``architecture``.
 
     Raises:
-        UsageError: when it has none.
+        UsageError: if the model has none.
     """
     if config.experts is None:
-        raise UsageError(f"a Hugging Face folder of {architecture} cannot hold this model: it has no experts")
+        raise UsageError(f"a Hugging Face folder of {architecture} cannot describe this model: it has no experts")
     return config.experts
 
 
 def to_hf(moe: Experts) -> dict[str, Any]:
-    """The keys that Qwen's kinds share."""
+    """Returns the keys of ``config.json`` that all Qwen families with experts have."""
     return {
         "num_experts": moe.count,
         "num_experts_per_tok": moe.top_k,
@@ -90,16 +100,16 @@ def to_hf(moe: Experts) -> dict[str, Any]:
 
 
 def names(config: DecoderConfig, layer: int, router: str, expert: str, parts: dict[str, str]) -> Names:
-    """Router and experts of one layer.
+    """Returns where the router and the experts of one layer are on disk.
 
     Args:
-        router: the router's name on disk.
-        expert: beginning of an expert's names on disk, with {} for its number.
-        parts: gate, up and down -> their ends of names on disk.
+        router: the name of the router's weight on disk.
+        expert: the beginning of the names of an expert's weights on disk, with {} for the expert's number.
+        parts: "gate", "up" and "down" -> the end of the weight's name on disk.
     """
     assert config.experts is not None
     ours = f"layers.{layer}.mlp"
-    found: Names = {f"{ours}.router.weight": [Piece(router)]}
+    found: Names = {f"{ours}.router.weight": [DiskRows(router)]}
     for part, theirs in parts.items():
-        found[f"{ours}.experts.{part}.weight"] = [Piece(f"{expert.format(e)}.{theirs}") for e in range(config.experts.count)]
+        found[f"{ours}.experts.{part}.weight"] = [DiskRows(f"{expert.format(e)}.{theirs}") for e in range(config.experts.count)]
     return found

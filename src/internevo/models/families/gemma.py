@@ -1,4 +1,4 @@
-"""Gemma: Llama with gated GELU, norms that multiply by 1 + weight, embeddings scaled by sqrt(hidden size), and a tied head."""
+"""Gemma: Llama with gated GELU, norms with 1 + weight, embeddings multiplied by sqrt(hidden size), and a tied head."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ARCHITECTURE = "GemmaForCausalLM"
 HF_MODEL_TYPE = "gemma"
 HEAD = llama.HEAD
 GELU = ("gelu", "gelu_pytorch_tanh")
-"""Both mean the tanh approximation."""
+"""Both names mean the tanh approximation."""
 FIXED = {"hidden_act": GELU, "hidden_activation": (*GELU, None), "use_bidirectional_attention": (False, None)}
 names = llama.names
 DIFFERENCES: dict[str, Any] = {
@@ -24,23 +24,23 @@ DIFFERENCES: dict[str, Any] = {
 
 
 def problems(model: Model) -> Iterator[str]:
-    """What does not fit this family in a config's ``model`` section."""
+    """Yields what does not fit this family in a config's ``model`` section."""
     return choices.problems(model, FAMILY, {"add_unit_offset": (None, True), "use_swiglu": (None, False)})
 
 
 def from_section(model: Model) -> DecoderConfig:
-    """The decoder that a config's ``model`` section describes; the head is tied unless it says no."""
+    """Returns the decoder that a config's ``model`` section describes. By default the head is tied to the embedding."""
     return replace(llama.from_section(model), tie_embeddings=model.tie_word_embeddings is not False, **DIFFERENCES)
 
 
 def from_hf(hf: dict[str, Any]) -> DecoderConfig:
-    """The decoder of a ``config.json``; published ones leave ``tie_word_embeddings`` out."""
+    """Returns the decoder that a Hugging Face ``config.json`` describes. Published ones do not have ``tie_word_embeddings``."""
     defaults = {"tie_word_embeddings": True, "head_dim": 256, "max_position_embeddings": 8192}
     return replace(llama.from_hf({**defaults, **hf}), **DIFFERENCES)
 
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
-    """The Hugging Face ``config.json``."""
+    """Returns the Hugging Face ``config.json`` of a decoder."""
     return {
         **llama.common_to_hf(config, ARCHITECTURE, HF_MODEL_TYPE),
         "hidden_act": "gelu_pytorch_tanh",

@@ -1,4 +1,4 @@
-"""InternLM: Llama with biases on q, k, v and o; as many key/value heads as query heads."""
+"""InternLM: Llama with biases on q, k, v and o. The numbers of key/value heads and query heads are the same."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ names = llama.names
 
 
 def problems(model: Model) -> Iterator[str]:
-    """What does not fit this family in a config's ``model`` section."""
+    """Yields what does not fit this family in a config's ``model`` section."""
     return choices.problems(model, FAMILY)
 
 
 def from_section(model: Model) -> DecoderConfig:
-    """The decoder that a config's ``model`` section describes; biased unless it says no."""
+    """Returns the decoder that a config's ``model`` section describes. By default q, k, v and o have biases."""
     bias = model.no_bias is not True
     base = llama.from_section(model)
     return replace(
@@ -37,8 +37,11 @@ def from_section(model: Model) -> DecoderConfig:
 
 
 def from_hf(hf: dict[str, Any]) -> DecoderConfig:
-    """The decoder of a ``config.json``. ``bias`` (default true) is on attention only; ``rotary`` has base and type, and
-    "dynamic" stretches by length / max_position_embeddings."""
+    """Returns the decoder that a Hugging Face ``config.json`` describes.
+
+    ``bias`` (default: true) is for attention only. ``rotary`` has the base and the type of the rotary embedding; with type
+    "dynamic", the base grows with document length / max_position_embeddings.
+    """
     bias, rotary = hf.get("bias", True), hf.get("rotary") or {}
     kind = "dynamic" if rotary.get("type") == "dynamic" else "default"
     heads, base = hf["num_attention_heads"], float(rotary.get("base", 10000.0))
@@ -47,8 +50,8 @@ def from_hf(hf: dict[str, Any]) -> DecoderConfig:
 
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
-    """The Hugging Face ``config.json``."""
-    rope = config.rope or Rope()  # without one it is no InternLM, which shows when it is read back
+    """Returns the Hugging Face ``config.json`` of a decoder."""
+    rope = config.rope or Rope()  # InternLM cannot be without one; ``as_family`` notices the difference
     values = llama.common_to_hf(config, ARCHITECTURE, HF_MODEL_TYPE)
     for key in ("num_key_value_heads", "rope_theta", "rope_scaling", "rope_parameters"):
         values.pop(key, None)

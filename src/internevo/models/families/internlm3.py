@@ -1,4 +1,4 @@
-"""InternLM3: Llama with a head size of its own, few key/value heads, and two switches for biases."""
+"""InternLM3: Llama with its own head size, few key/value heads, and two switches for biases."""
 
 from __future__ import annotations
 
@@ -19,19 +19,22 @@ names = llama.names
 
 
 def problems(model: Model) -> Iterator[str]:
-    """What does not fit this family in a config's ``model`` section."""
+    """Yields what does not fit this family in a config's ``model`` section."""
     return choices.problems(model, FAMILY)
 
 
 def from_section(model: Model) -> DecoderConfig:
-    """The decoder that a config's ``model`` section describes."""
+    """Returns the decoder that a config's ``model`` section describes."""
     base = llama.from_section(model)
     return replace(base, family=FAMILY, mlp_bias=base.o_bias)
 
 
 def from_hf(hf: dict[str, Any]) -> DecoderConfig:
-    """The decoder of a ``config.json``: ``qkv_bias`` for q, k and v; ``bias`` for o and the MLP. transformers 5 writes them as
-    ``attention_bias`` and ``mlp_bias``."""
+    """Returns the decoder that a Hugging Face ``config.json`` describes.
+
+    ``qkv_bias`` is for q, k and v, and ``bias`` is for o and the MLP. transformers 5 writes them as ``attention_bias`` and
+    ``mlp_bias``.
+    """
     qkv = hf.get("qkv_bias", hf.get("attention_bias", False))
     rest = hf.get("bias", hf.get("mlp_bias", False))
     defaults = {"num_key_value_heads": 2, "head_dim": 128, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5}
@@ -39,7 +42,7 @@ def from_hf(hf: dict[str, Any]) -> DecoderConfig:
 
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
-    """The Hugging Face ``config.json``; the folder's own code reads the keys of before transformers 5."""
+    """Returns the Hugging Face ``config.json`` of a decoder, with the keys of transformers 4, which the family's code reads."""
     values = {
         **llama.common_to_hf(config, ARCHITECTURE, HF_MODEL_TYPE),
         "auto_map": llama.remote_code("internlm3", "InternLM3", model="InternLM3Model"),

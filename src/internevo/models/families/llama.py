@@ -1,4 +1,4 @@
-"""Llama 2 and 3: the shared decoder under Hugging Face's names. Other families say how they differ from this one."""
+"""Llama 2 and 3: the decoder that all families share, with Hugging Face's names. Other families say how they differ from it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from ...config.model import Model
 from ..config import DecoderConfig, Rope
-from ..huggingface.naming import Names, Piece
+from ..huggingface.naming import DiskRows, Names
 from . import choices
 from . import rope as rope_hf
 
@@ -19,12 +19,12 @@ FIXED = {"hidden_act": ("silu",)}
 
 
 def problems(model: Model) -> Iterator[str]:
-    """What does not fit this family in a config's ``model`` section."""
+    """Yields what does not fit this family in a config's ``model`` section."""
     return choices.problems(model, FAMILY)
 
 
 def from_section(model: Model) -> DecoderConfig:
-    """The decoder that a config's ``model`` section describes."""
+    """Returns the decoder that a config's ``model`` section describes."""
     bias = model.no_bias is False
     scaling = model.rope_scaling
     if model.use_dynamic_ntk_rope or model.rope_type == "dynamic_ntk":
@@ -49,7 +49,7 @@ def from_section(model: Model) -> DecoderConfig:
 
 
 def from_hf(hf: dict[str, Any]) -> DecoderConfig:
-    """The decoder that a Hugging Face ``config.json`` describes; missing keys mean transformers' defaults."""
+    """Returns the decoder that a Hugging Face ``config.json`` describes. Missing keys have transformers' defaults."""
     heads, bias = hf["num_attention_heads"], hf.get("attention_bias", False)
     return DecoderConfig(
         family=FAMILY,
@@ -71,7 +71,7 @@ def from_hf(hf: dict[str, Any]) -> DecoderConfig:
 
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
-    """The Hugging Face ``config.json`` of a decoder."""
+    """Returns the Hugging Face ``config.json`` of a decoder."""
     return {
         **common_to_hf(config, ARCHITECTURE, HF_MODEL_TYPE),
         "attention_bias": config.qkv_bias,
@@ -81,7 +81,7 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
 
 
 def common_to_hf(config: DecoderConfig, architecture: str, model_type: str) -> dict[str, Any]:
-    """The keys that families of the Llama line share."""
+    """Returns the keys of ``config.json`` that all families similar to Llama have."""
     return {
         "architectures": [architecture],
         "model_type": model_type,
@@ -102,7 +102,13 @@ def common_to_hf(config: DecoderConfig, architecture: str, model_type: str) -> d
 
 
 def remote_code(name: str, class_name: str, model: str | None = None) -> dict[str, str]:
-    """``auto_map`` of a family whose code for transformers lies in its folder; ``model``: the class of AutoModel."""
+    """Returns ``auto_map`` for a family whose folders contain their own code for transformers.
+
+    Args:
+        name: the end of the names of the code files.
+        class_name: the beginning of the names of the classes.
+        model: the class for AutoModel. None: the same as for AutoModelForCausalLM.
+    """
     causal = f"modeling_{name}.{class_name}ForCausalLM"
     return {
         "AutoConfig": f"configuration_{name}.{class_name}Config",
@@ -116,37 +122,45 @@ def names(
     attention: Callable[[DecoderConfig, int], Names] | None = None,
     mlp: Callable[[DecoderConfig, int], Names] | None = None,
 ) -> Names:
-    """Every parameter on disk; ``attention`` and ``mlp`` replace the names of those parts of a layer."""
-    found: Names = {"embed.weight": [Piece("model.embed_tokens.weight")]}
+    """Returns where every parameter is on disk.
+
+    Args:
+        attention, mlp: functions (config, layer) -> where this part of the layer is on disk, if it differs from Llama.
+    """
+    found: Names = {"embed.weight": [DiskRows("model.embed_tokens.weight")]}
     for n in range(config.num_layers):
         disk, ours = f"model.layers.{n}", f"layers.{n}"
-        found[f"{ours}.attn_norm.weight"] = [Piece(f"{disk}.input_layernorm.weight")]
+        found[f"{ours}.attn_norm.weight"] = [DiskRows(f"{disk}.input_layernorm.weight")]
         found |= (attention or attention_names)(config, n)
-        found[f"{ours}.mlp_norm.weight"] = [Piece(f"{disk}.post_attention_layernorm.weight")]
+        found[f"{ours}.mlp_norm.weight"] = [DiskRows(f"{disk}.post_attention_layernorm.weight")]
         found |= (mlp or mlp_names)(config, n)
-    found["norm.weight"] = [Piece("model.norm.weight")]
+    found["norm.weight"] = [DiskRows("model.norm.weight")]
     if not config.tie_embeddings:
-        found["head.weight"] = [Piece(HEAD)]
+        found["head.weight"] = [DiskRows(HEAD)]
     return found
 
 
 def attention_names(config: DecoderConfig, layer: int) -> Names:
-    """q, k, v and o, each by itself."""
+    """Returns where q, k, v, o and the norms of queries and keys of one layer are on disk."""
     found: Names = {}
     for name in "qkvo":
         bias = config.o_bias if name == "o" else config.qkv_bias
         for kind in ("weight", "bias") if bias else ("weight",):
-            found[f"layers.{layer}.attn.{name}.{kind}"] = [Piece(f"model.layers.{layer}.self_attn.{name}_proj.{kind}")]
+            found[f"layers.{layer}.attn.{name}.{kind}"] = [DiskRows(f"model.layers.{layer}.self_attn.{name}_proj.{kind}")]
     if config.qk_norm:
         for name in ("q_norm", "k_norm"):
-            found[f"layers.{layer}.attn.{name}.weight"] = [Piece(f"model.layers.{layer}.self_attn.{name}.weight")]
+            found[f"layers.{layer}.attn.{name}.weight"] = [DiskRows(f"model.layers.{layer}.self_attn.{name}.weight")]
     return found
 
 
 def mlp_names(config: DecoderConfig, layer: int, ours: str = "mlp", disk: str = "mlp") -> Names:
-    """gate, up and down."""
+    """Returns where gate, up and down of one layer are on disk.
+
+    Args:
+        ours, disk: the names of the MLP in the decoder and on disk.
+    """
     return {
-        f"layers.{layer}.{ours}.{name}.{kind}": [Piece(f"model.layers.{layer}.{disk}.{name}_proj.{kind}")]
+        f"layers.{layer}.{ours}.{name}.{kind}": [DiskRows(f"model.layers.{layer}.{disk}.{name}_proj.{kind}")]
         for name in ("gate", "up", "down")
         for kind in (("weight", "bias") if config.mlp_bias else ("weight",))
     }

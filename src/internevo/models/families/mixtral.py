@@ -1,4 +1,4 @@
-"""Mixtral: Llama with experts in every layer, whose chosen weights add up to 1."""
+"""Mixtral: Llama with experts in every layer. The weights of the experts that a token chooses add up to 1."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ FIXED: dict[str, tuple[Any, ...]] = {**llama.FIXED, "router_jitter_noise": (0.0,
 
 
 def problems(model: Model) -> Iterator[str]:
-    """What does not fit this family in a config's ``model`` section."""
+    """Yields what does not fit this family in a config's ``model`` section."""
     yield from experts.problems(model, FAMILY)
     if model.decoder_sparse_step > 1 or model.mlp_only_layers:
         yield f"{FAMILY} has experts in every layer: leave out model.decoder_sparse_step and model.mlp_only_layers"
     if model.qkv_bias:
-        yield f"model.qkv_bias = {model.qkv_bias!r} does not go with model_type = {FAMILY!r}"
+        yield f"model.qkv_bias = {model.qkv_bias!r} is not supported by model_type = {FAMILY!r}; leave it out"
 
 
 def from_section(model: Model) -> DecoderConfig:
-    """The decoder that a config's ``model`` section describes."""
+    """Returns the decoder that a config's ``model`` section describes."""
     base = llama.from_section(model)
     return replace(base, family=FAMILY, windows=qwen2.section_windows(model), experts=experts.from_section(model))
 
 
 def from_hf(hf: dict[str, Any]) -> DecoderConfig:
-    """The decoder of a ``config.json``; a ``sliding_window`` is one of every layer."""
+    """Returns the decoder that a Hugging Face ``config.json`` describes. A ``sliding_window`` applies to every layer."""
     defaults = {"rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "rope_theta": 1e6, "num_key_value_heads": 8}
     window = hf.get("sliding_window")
     moe = Experts(hf.get("num_local_experts", 8), hf.get("num_experts_per_tok", 2), hf["intermediate_size"])
     return replace(
         llama.from_hf({**defaults, **hf, "attention_bias": False, "mlp_bias": False}),
         family=FAMILY,
-        windows=qwen2.upper_windows(hf["num_hidden_layers"], window, 0) if window else (),
+        windows=qwen2.windows_from(hf["num_hidden_layers"], window, 0) if window else (),
         experts=moe,
     )
 
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
-    """The Hugging Face ``config.json``."""
-    moe = experts.of(config, ARCHITECTURE)
+    """Returns the Hugging Face ``config.json`` of a decoder."""
+    moe = experts.require(config, ARCHITECTURE)
     return {
         **llama.common_to_hf(config, ARCHITECTURE, HF_MODEL_TYPE),
         "head_dim": config.head_dim,
@@ -62,7 +62,7 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
 
 
 def names(config: DecoderConfig) -> Names:
-    """Every parameter on disk."""
+    """Returns where every parameter is on disk."""
     return llama.names(config, mlp=_sparse)
 
 

@@ -1,4 +1,4 @@
-"""Qwen2: Llama with biases on q, k and v, and sliding windows in the upper layers where they are switched on."""
+"""Qwen2: Llama with biases on q, k and v, and optionally with sliding windows in the last layers."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ names = llama.names
 
 
 def problems(model: Model) -> Iterator[str]:
-    """What does not fit this family in a config's ``model`` section."""
-    return choices.problems(model, FAMILY, choices.WINDOWS)
+    """Yields what does not fit this family in a config's ``model`` section."""
+    return choices.problems(model, FAMILY, choices.SLIDING_WINDOW)
 
 
 def from_section(model: Model) -> DecoderConfig:
-    """The decoder that a config's ``model`` section describes."""
+    """Returns the decoder that a config's ``model`` section describes."""
     bias = True if model.qkv_bias is None else model.qkv_bias
     return replace(
         llama.from_section(model),
@@ -36,13 +36,13 @@ def from_section(model: Model) -> DecoderConfig:
 
 
 def from_hf(hf: dict[str, Any]) -> DecoderConfig:
-    """The decoder of a ``config.json``; the biases have no key there."""
+    """Returns the decoder that a Hugging Face ``config.json`` describes. It has no key for the biases."""
     plain = llama.from_hf({"max_position_embeddings": 32768, **hf})
     return replace(plain, family=FAMILY, qkv_bias=True, o_bias=False, mlp_bias=False, windows=hf_windows(hf))
 
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
-    """The Hugging Face ``config.json``."""
+    """Returns the Hugging Face ``config.json`` of a decoder."""
     values = {**llama.common_to_hf(config, ARCHITECTURE, HF_MODEL_TYPE), **windows_to_hf(config)}
     if config.head_dim * config.num_heads != config.hidden_size:
         values["head_dim"] = config.head_dim
@@ -50,19 +50,21 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
 
 
 def section_windows(model: Model) -> tuple[int, ...]:
-    """``use_sliding_window``: layers from ``max_window_layers`` on look back ``sliding_window`` tokens."""
+    """Returns each layer's window for a config's ``model`` section: with ``use_sliding_window``, the layers from number
+    ``max_window_layers`` on have the window ``sliding_window``."""
     if not model.use_sliding_window or not model.sliding_window:
         return ()
-    return upper_windows(model.num_layers, model.sliding_window, model.max_window_layers or 0)
+    return windows_from(model.num_layers, model.sliding_window, model.max_window_layers or 0)
 
 
-def upper_windows(layers: int, window: int, first: int) -> tuple[int, ...]:
-    """The same window in every layer from ``first`` on; empty when that is none."""
+def windows_from(layers: int, window: int, first: int) -> tuple[int, ...]:
+    """Returns each layer's window: ``window`` from layer ``first`` on, and 0 (all tokens) before. Empty if no layer has one."""
     return tuple(window if layer >= first else 0 for layer in range(layers)) if first < layers else ()
 
 
 def hf_windows(hf: dict[str, Any]) -> tuple[int, ...]:
-    """By ``layer_types`` (transformers 5), else by ``max_window_layers``; a window counts only if ``use_sliding_window``."""
+    """Returns each layer's window for a ``config.json``, from ``layer_types`` (transformers 5) or from ``max_window_layers``.
+    Without ``use_sliding_window`` no layer has one."""
     window = hf.get("sliding_window", 4096)
     if not hf.get("use_sliding_window", False) or not window:
         return ()
@@ -70,11 +72,11 @@ def hf_windows(hf: dict[str, Any]) -> tuple[int, ...]:
     if kinds:
         windows = tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
         return windows if any(windows) else ()
-    return upper_windows(hf["num_hidden_layers"], window, hf.get("max_window_layers", 28))
+    return windows_from(hf["num_hidden_layers"], window, hf.get("max_window_layers", 28))
 
 
 def windows_to_hf(config: DecoderConfig) -> dict[str, Any]:
-    """Both ways to say it."""
+    """Returns the keys of ``config.json`` for the windows: ``layer_types``, and those of older versions of transformers."""
     if not config.windows:
         return {"use_sliding_window": False, "sliding_window": None, "max_window_layers": config.num_layers}
     first = next(layer for layer, window in enumerate(config.windows) if window)

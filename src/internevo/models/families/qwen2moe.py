@@ -1,4 +1,4 @@
-"""Qwen2-MoE: Qwen2's attention; many small experts, a shared one behind a sigmoid gate, and plain layers between them."""
+"""Qwen2-MoE: Qwen2's attention, many small experts, a shared expert with a sigmoid gate, and some layers without experts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from ...config.model import Model
 from ..config import DecoderConfig, Experts
-from ..huggingface.naming import Names, Piece
+from ..huggingface.naming import DiskRows, Names
 from . import experts, llama, qwen2
 
 FAMILY = "QWEN2MOE"
@@ -20,19 +20,20 @@ PARTS = {name: f"{name}_proj.weight" for name in ("gate", "up", "down")}
 
 
 def problems(model: Model) -> Iterator[str]:
-    """What does not fit this family in a config's ``model`` section."""
+    """Yields what does not fit this family in a config's ``model`` section."""
     yield from experts.problems(model, FAMILY, shared=True)
 
 
 def from_section(model: Model) -> DecoderConfig:
-    """The decoder that a config's ``model`` section describes; ``num_shared_experts`` counts widths of an expert."""
+    """Returns the decoder that a config's ``model`` section describes. The shared expert is as wide as ``num_shared_experts``
+    experts."""
     size = model.moe_intermediate_size or model.mlp_width
     shared = model.shared_expert_intermediate_size or model.num_shared_experts * size
     return replace(qwen2.from_section(model), family=FAMILY, experts=experts.from_section(model, shared, normalize=False))
 
 
 def from_hf(hf: dict[str, Any]) -> DecoderConfig:
-    """The decoder of a ``config.json``."""
+    """Returns the decoder that a Hugging Face ``config.json`` describes."""
     moe = Experts(
         count=experts.count(hf),
         top_k=hf.get("num_experts_per_tok", 4),
@@ -45,7 +46,8 @@ def from_hf(hf: dict[str, Any]) -> DecoderConfig:
 
 
 def _windows(hf: dict[str, Any]) -> tuple[int, ...]:
-    """transformers 5 slides even layers below ``max_window_layers``, unless ``layer_types`` says otherwise."""
+    """Returns each layer's window. Without ``layer_types``, the even layers before ``max_window_layers`` have one, as in
+    transformers 5."""
     if hf.get("layer_types") or not hf.get("use_sliding_window") or not hf.get("sliding_window"):
         return qwen2.hf_windows(hf)
     first = hf.get("max_window_layers", 28)
@@ -54,8 +56,8 @@ def _windows(hf: dict[str, Any]) -> tuple[int, ...]:
 
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
-    """The Hugging Face ``config.json``."""
-    moe = experts.of(config, ARCHITECTURE)
+    """Returns the Hugging Face ``config.json`` of a decoder."""
+    moe = experts.require(config, ARCHITECTURE)
     return {
         **qwen2.to_hf(config),
         "architectures": [ARCHITECTURE],
@@ -67,17 +69,17 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
 
 
 def names(config: DecoderConfig) -> Names:
-    """Every parameter on disk."""
+    """Returns where every parameter is on disk."""
     return llama.names(config, mlp=sparse_names)
 
 
 def sparse_names(config: DecoderConfig, layer: int) -> Names:
-    """A layer's experts, or its plain MLP."""
+    """Returns where a layer's experts, or its MLP, are on disk."""
     if config.experts is None or not config.is_sparse(layer):
         return llama.mlp_names(config, layer)
     disk = f"model.layers.{layer}.mlp"
     found = experts.names(config, layer, f"{disk}.gate.weight", f"{disk}.experts.{{}}", PARTS)
     if config.experts.shared_size:
         found |= llama.mlp_names(config, layer, "mlp.shared", "mlp.shared_expert")
-        found[f"layers.{layer}.mlp.shared_gate.weight"] = [Piece(f"{disk}.shared_expert_gate.weight")]
+        found[f"layers.{layer}.mlp.shared_gate.weight"] = [DiskRows(f"{disk}.shared_expert_gate.weight")]
     return found

@@ -1,4 +1,4 @@
-"""Qwen3: Qwen2 without biases, with normed queries and keys and a head size of its own."""
+"""Qwen3: Qwen2 without biases, with norms of queries and keys, and with its own head size."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ names = llama.names
 
 
 def problems(model: Model) -> Iterator[str]:
-    """What does not fit this family in a config's ``model`` section."""
-    return choices.problems(model, FAMILY, choices.WINDOWS)
+    """Yields what does not fit this family in a config's ``model`` section."""
+    return choices.problems(model, FAMILY, choices.SLIDING_WINDOW)
 
 
 def from_section(model: Model) -> DecoderConfig:
-    """The decoder that a config's ``model`` section describes."""
+    """Returns the decoder that a config's ``model`` section describes."""
     return replace(llama.from_section(model), family=FAMILY, qk_norm=True, windows=qwen2.section_windows(model))
 
 
 def from_hf(hf: dict[str, Any]) -> DecoderConfig:
-    """The decoder of a ``config.json``; ``attention_bias`` is on q, k, v and o."""
+    """Returns the decoder that a Hugging Face ``config.json`` describes. ``attention_bias`` is for q, k, v and o."""
     plain = llama.from_hf({"head_dim": 128, "max_position_embeddings": 32768, **hf})
     return replace(plain, family=FAMILY, qk_norm=True, mlp_bias=False, windows=qwen2.hf_windows(hf))
 
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
-    """The Hugging Face ``config.json``."""
+    """Returns the Hugging Face ``config.json`` of a decoder."""
     return {
         **llama.common_to_hf(config, ARCHITECTURE, HF_MODEL_TYPE),
         **qwen2.windows_to_hf(config),

@@ -1,4 +1,4 @@
-"""Qwen3-MoE: Qwen3's attention and Qwen2-MoE's experts, without a shared one."""
+"""Qwen3-MoE: Qwen3's attention and Qwen2-MoE's experts, without a shared expert."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ names = qwen2moe.names
 
 
 def problems(model: Model) -> Iterator[str]:
-    """What does not fit this family in a config's ``model`` section."""
+    """Yields what does not fit this family in a config's ``model`` section."""
     yield from experts.problems(model, FAMILY)
 
 
 def from_section(model: Model) -> DecoderConfig:
-    """The decoder that a config's ``model`` section describes."""
+    """Returns the decoder that a config's ``model`` section describes."""
     return replace(qwen3.from_section(model), family=FAMILY, experts=experts.from_section(model))
 
 
 def from_hf(hf: dict[str, Any]) -> DecoderConfig:
-    """The decoder of a ``config.json``; a window is one of every layer."""
+    """Returns the decoder that a Hugging Face ``config.json`` describes. A window applies to every layer."""
     moe = Experts(
         count=experts.count(hf),
         top_k=hf.get("num_experts_per_tok", 8),
@@ -44,8 +44,8 @@ def from_hf(hf: dict[str, Any]) -> DecoderConfig:
 
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
-    """The Hugging Face ``config.json``."""
-    moe = experts.of(config, ARCHITECTURE)
+    """Returns the Hugging Face ``config.json`` of a decoder."""
+    moe = experts.require(config, ARCHITECTURE)
     return {
         **qwen3.to_hf(config),
         "architectures": [ARCHITECTURE],

@@ -1,4 +1,4 @@
-"""Which families there are, and how one is found by name or from a Hugging Face config."""
+"""The list of families. Finds a family by its name or from a Hugging Face config."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ FAMILIES: dict[str, ModuleType] = {module.FAMILY: module for module in MODULES}
 
 
 LATER = ("INTERNLM_MoE",)
-"""Families of InternEvo that are not there yet."""
+"""Families of InternEvo that are not available yet."""
 
 
 def problems(model_type: str, model: Model) -> Iterator[str]:
-    """What does not fit in a config's ``model_type`` and ``model`` section."""
+    """Yields what does not fit in a config's ``model_type`` and ``model`` section."""
     known = (*FAMILIES, *LATER)
     if model_type in FAMILIES:
         yield from FAMILIES[model_type].problems(model)
@@ -33,27 +33,38 @@ def problems(model_type: str, model: Model) -> Iterator[str]:
 
 
 def family(name: str) -> ModuleType:
-    """The family's module, by InternEvo's ``model_type``."""
+    """Returns the module of a family, by ``model_type`` of a config.
+
+    Raises:
+        UsageError: if there is no such family.
+    """
     if name not in FAMILIES:
         raise UsageError(f"model family {name!r} is not available (available: {', '.join(FAMILIES)})")
     return FAMILIES[name]
 
 
 def decoder_config(model_type: str, model: Model) -> DecoderConfig:
-    """The decoder that a config describes."""
+    """Returns the decoder that a config describes, with its adapters."""
     config: DecoderConfig = family(model_type).from_section(model)
     lora = model.lora
     return replace(config, lora=None if lora is None else Lora(lora.rank, lora.alpha, lora.targets))
 
 
 def family_of_hf(hf: dict[str, Any], folder: str) -> ModuleType:
-    """The family of a Hugging Face config, by its model_type, else by its architecture."""
+    """Returns the module of the family of a Hugging Face config, by its ``model_type``, or otherwise by its architecture.
+
+    Args:
+        folder: the name of the folder in messages.
+
+    Raises:
+        UsageError: if no family fits.
+    """
     architectures = hf.get("architectures") or []
     known = ", ".join(f"{name} ({m.ARCHITECTURE})" for name, m in FAMILIES.items())
     for module in FAMILIES.values():
         if hf.get("model_type") == module.HF_MODEL_TYPE:
             if architectures and not any(a.endswith("ForCausalLM") for a in architectures):
-                raise UsageError(f"{folder}: architectures = {architectures} is no language model (known: {known})")
+                raise UsageError(f"{folder}: architectures = {architectures} is not a language model (known: {known})")
             return module
     for module in FAMILIES.values():
         if "model_type" not in hf and module.ARCHITECTURE in architectures:
@@ -63,17 +74,21 @@ def family_of_hf(hf: dict[str, Any], folder: str) -> ModuleType:
 
 
 def decoder_from_hf(hf: dict[str, Any], folder: str, name: str | None = None) -> DecoderConfig:
-    """The decoder of a Hugging Face config; ``name`` overrides the family that the folder claims.
+    """Returns the decoder that a Hugging Face config describes.
+
+    Args:
+        folder: the name of the folder in messages.
+        name: the family, if it is not to be taken from the config.
 
     Raises:
-        UsageError: when no family fits; it names the first field that does not, and the families.
+        UsageError: if no family fits. The message names the first field that does not fit, and the families.
     """
     module = family(name) if name else family_of_hf(hf, folder)
     for key, allowed in module.FIXED.items():
         if key in hf and hf[key] not in allowed:
             raise UsageError(
                 f"{folder}/config.json: {key} = {hf[key]!r} does not fit {module.FAMILY}, "
-                f"which has {' or '.join(repr(v) for v in allowed)} (families: {', '.join(FAMILIES)})"
+                f"which needs {' or '.join(repr(v) for v in allowed)} (families: {', '.join(FAMILIES)})"
             )
     try:
         config: DecoderConfig = module.from_hf(hf)

@@ -1,4 +1,4 @@
-"""Rotary settings in the two forms in which Hugging Face configs hold them (before and since transformers 5)."""
+"""Reads and writes the options of the rotary embedding in Hugging Face configs, which have new keys since transformers 5."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from ..config import Rope
 
 
 def from_hf(config: dict[str, Any], default_base: float = 10000.0) -> Rope:
-    """Reads ``rope_parameters`` (new) or ``rope_theta`` and ``rope_scaling`` (old)."""
+    """Returns the rotary embedding of a ``config.json``, from the new key ``rope_parameters`` or from the old keys
+    ``rope_theta`` and ``rope_scaling``."""
     new = config.get("rope_parameters")
     values = dict(new) if isinstance(new, dict) else {}
     base = values.pop("rope_theta", None) or config.get("rope_theta") or default_base
@@ -19,10 +20,14 @@ def from_hf(config: dict[str, Any], default_base: float = 10000.0) -> Rope:
 
 
 def from_scaling(scaling: dict[str, Any], base: float) -> Rope:
-    """From a ``rope_scaling`` dict: {"rope_type" (or "type"), "factor", ...}."""
+    """Returns the rotary embedding of a ``rope_scaling`` dict, whose keys are "rope_type" (or "type"), "factor" and others.
+
+    Raises:
+        UsageError: if the kind of scaling is not supported.
+    """
     if scaling.get("partial_rotary_factor", 1.0) != 1.0:
         raise UsageError(
-            f"partial_rotary_factor = {scaling['partial_rotary_factor']} is not known here: whole heads are turned"
+            f"partial_rotary_factor = {scaling['partial_rotary_factor']} is not supported: only 1.0 is (all of a head rotates)"
         )
     options = {
         k: v
@@ -31,12 +36,12 @@ def from_scaling(scaling: dict[str, Any], base: float) -> Rope:
     }
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in ROPE_KINDS:
-        raise UsageError(f"rope_scaling of kind {kind!r} is not known here (known: {', '.join(ROPE_KINDS)})")
+        raise UsageError(f"rope_scaling with rope_type = {kind!r} is not supported (supported: {', '.join(ROPE_KINDS)})")
     return Rope(base=base, kind=kind, factor=float(scaling.get("factor") or 1.0), options=options)
 
 
 def to_hf(rope: Rope) -> dict[str, Any]:
-    """The old keys (read by every version) and the new one."""
+    """Returns the old keys, which every version of transformers reads, and the new key."""
     scaling = None
     if rope.kind != "default":
         scaling = {"rope_type": rope.kind, "type": rope.kind, "factor": rope.factor, **rope.options}

@@ -1,1 +1,1 @@
-"""Hugging Face folders: names of tensors on disk, reading, writing, merging."""
+"""Hugging Face folders: the names of their tensors, and how they are read and written."""

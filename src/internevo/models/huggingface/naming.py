@@ -1,8 +1,7 @@
-"""Which rows of which tensor on disk are which rows of which parameter.
+"""Maps rows of parameters to rows of tensors on disk.
 
-Every family's layout on disk is made of whole rows: q, k and v in one tensor are rows of it, and the tensors of single experts
-are rows of one parameter. The rows of a tensor are those of its view [everything but the last axis, last axis]; of a vector,
-its elements (as in ``storage.tensors``).
+In every family, a tensor on disk and a parameter share whole rows. For example, q, k and v may be rows of one tensor on disk,
+and the tensors of single experts are rows of one parameter. ``storage.tensors`` says what the rows of a tensor are.
 """
 
 from __future__ import annotations
@@ -12,64 +11,74 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 
-def rows_of(shape: Sequence[int]) -> int:
-    """Number of rows."""
+def row_count(shape: Sequence[int]) -> int:
+    """Returns the number of rows of a tensor of ``shape``."""
     return math.prod(shape[:-1]) if len(shape) > 1 else math.prod(shape)
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Rows of a tensor on disk; by default all of them."""
+class DiskRows:
+    """Rows of a tensor on disk."""
 
     disk: str
+    """The name of the tensor on disk."""
     start: int = 0
+    """The first row."""
     count: int | None = None
+    """The number of rows. None: all rows of the tensor."""
 
 
-Names = dict[str, list[Piece]]
-"""Parameter -> the pieces that it is made of, in order."""
+Names = dict[str, list[DiskRows]]
+"""Parameter -> the rows of tensors on disk that it consists of, in order."""
 
 
 @dataclass(frozen=True)
-class Span:
+class RowMapping:
     """Rows that a parameter and a tensor on disk have in common."""
 
     parameter: str
     row: int
+    """The first of these rows in the parameter."""
     disk: str
+    """The name of the tensor on disk."""
     disk_row: int
+    """The first of these rows in the tensor on disk."""
     count: int
 
 
 class Naming:
-    """A family's names on disk for a model of given shapes."""
+    """Where the parameters of a model are on disk, in both directions."""
 
     def __init__(self, names: Names, shapes: Mapping[str, Sequence[int]]) -> None:
-        """``names`` of the parameters in ``shapes``, both in the same order."""
+        """
+        Args:
+            names: the family's names on disk.
+            shapes: the shapes of the same parameters.
+        """
         assert names.keys() == shapes.keys(), sorted(names.keys() ^ shapes.keys())
-        self.by_parameter: dict[str, list[Span]] = {}
-        self.by_disk: dict[str, list[Span]] = {}
+        self.by_parameter: dict[str, list[RowMapping]] = {}
+        self.by_disk: dict[str, list[RowMapping]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        """Of the tensors on disk."""
-        for parameter, pieces in names.items():
-            rows, row = rows_of(shapes[parameter]), 0
-            for piece in pieces:
-                count = piece.count if piece.count is not None else rows // len(pieces)
-                span = Span(parameter, row, piece.disk, piece.start, count)
-                self.by_parameter.setdefault(parameter, []).append(span)
-                self.by_disk.setdefault(piece.disk, []).append(span)
+        """The shapes of the tensors on disk."""
+        for parameter, parts in names.items():
+            rows, row = row_count(shapes[parameter]), 0
+            for part in parts:
+                count = part.count if part.count is not None else rows // len(parts)
+                mapping = RowMapping(parameter, row, part.disk, part.start, count)
+                self.by_parameter.setdefault(parameter, []).append(mapping)
+                self.by_disk.setdefault(part.disk, []).append(mapping)
                 row += count
-            assert row == rows, f"{parameter} has {rows} rows, and its pieces {row}"
-        for disk, spans in self.by_disk.items():
-            spans.sort(key=lambda span: span.disk_row)
-            shape = shapes[spans[0].parameter]
+            assert row == rows, f"{parameter} has {rows} rows, but its tensors on disk have {row}"
+        for disk, mappings in self.by_disk.items():
+            mappings.sort(key=lambda mapping: mapping.disk_row)
+            shape = shapes[mappings[0].parameter]
             columns = tuple(shape[-1:]) if len(shape) > 1 else ()
-            self.shapes[disk] = (sum(span.count for span in spans), *columns)
+            self.shapes[disk] = (sum(mapping.count for mapping in mappings), *columns)
 
 
-def overlap(spans: list[Span], start: int, count: int) -> Iterator[tuple[Span, int, int]]:
-    """(span, first row within it, number of rows) that make up a parameter's rows ``start`` to ``start + count``."""
-    for span in spans:
-        a, b = max(start, span.row), min(start + count, span.row + span.count)
+def overlapping(mappings: list[RowMapping], start: int, count: int) -> Iterator[tuple[RowMapping, int, int]]:
+    """Yields (mapping, first row within it, number of rows) for the parameter's rows ``start`` to ``start + count``."""
+    for mapping in mappings:
+        a, b = max(start, mapping.row), min(start + count, mapping.row + mapping.count)
         if b > a:
-            yield span, a - span.row, b - a
+            yield mapping, a - mapping.row, b - a

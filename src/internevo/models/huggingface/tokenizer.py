@@ -1,4 +1,4 @@
-"""The tokenizer that travels along with a model: its files, and its ids in ``config.json``."""
+"""Copies a model's tokenizer with the model, and finds its special ids for ``config.json``."""
 
 from __future__ import annotations
 
@@ -14,24 +14,28 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 RANK_FILES = "*.tiktoken"
 CODE_FILES = ("configuration_*.py", "modeling_*.py", "tokenization_*.py")
-"""A family's own code for transformers: carried along, never run."""
+"""A family's own code for transformers. It is copied, and never run."""
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a tokenizer lies in a folder."""
+    """Whether a folder contains a tokenizer."""
     return any((folder / name).is_file() for name in (*FILES, "vocab.json", "vocab.txt")) or any(folder.glob(RANK_FILES))
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copies a tokenizer file, or the tokenizer and code files of a folder, so that ``folder`` can be opened as a tokenizer."""
+    """Copies a tokenizer to ``folder``, which can then be opened as a tokenizer.
+
+    Args:
+        source: a tokenizer file, or a folder, of which the tokenizer's files and the code files are copied.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    home = _home(source)
+    home = _folder_of(source)
     whole = source.is_dir() or source.name in TOKENIZER_FILES
     paths = {home / name: name for name in (TOKENIZER_FILES if whole else SETTINGS)}
     if source.is_dir():
         paths |= {path: path.name for pattern in (RANK_FILES, *CODE_FILES) for path in home.glob(pattern)}
-    elif not whole:  # a folder is opened by these names
+    elif not whole:  # a tokenizer in a folder is found by these names
         paths[source] = f"tokenizer{source.suffix}" if source.suffix in (".json", ".model") else source.name
     for path, name in paths.items():
         if path.is_file():
@@ -39,12 +43,12 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 def special_ids(tokenizer: Path) -> dict[str, int]:
-    """Ids for ``config.json``: as the folder's own config names them, else as its tokenizer does.
+    """Returns the special ids for ``config.json``: those in the folder's own config, or otherwise those of its tokenizer.
 
     Raises:
-        UsageError: when the tokenizer has to be opened for that, and cannot be.
+        UsageError: if the config has none and the tokenizer cannot be opened.
     """
-    home = _home(tokenizer)
+    home = _folder_of(tokenizer)
     for name in ("config.json", "generation_config.json"):
         if (home / name).is_file():
             known = json.loads((home / name).read_text(encoding="utf-8"))
@@ -56,5 +60,5 @@ def special_ids(tokenizer: Path) -> dict[str, int]:
     return {key: value for key, value in ids.items() if value is not None}
 
 
-def _home(tokenizer: Path) -> Path:
+def _folder_of(tokenizer: Path) -> Path:
     return tokenizer if tokenizer.is_dir() else tokenizer.parent

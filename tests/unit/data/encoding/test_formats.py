@@ -1,4 +1,4 @@
-"""Fine-tuning data: the templates' own ids, and a loss on what the assistant says alone."""
+"""Formats of documents: the ids are those of the templates, and the loss is only on what the assistant says."""
 
 import json
 
@@ -10,7 +10,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Fast
 
 from internevo.data.encoding.tokenize import tokenize
-from internevo.data.rows import split_signs
+from internevo.data.rows import tokens_and_labels
 from internevo.data.tokenized.index import open_index
 from internevo.errors import DataError, UsageError
 from internevo.text.tokenizer import load_tokenizer, train_bpe
@@ -46,7 +46,7 @@ def folder_with(path, template, special=("<|im_start|>", "<|im_end|>", "<s>")):
 def tokenized(tmp_path, source, folder, format, **options):
     tokenize([source], tmp_path / "out", tokenizer=folder, format=format, workers=1, **options)
     index = open_index(tmp_path / "out")
-    return [split_signs(index.read(n)) for n in range(len(index))]
+    return [tokens_and_labels(index.read(n)) for n in range(len(index))]
 
 
 def write_chats(path, chats, sharegpt=False):
@@ -66,7 +66,7 @@ def write_chats(path, chats, sharegpt=False):
 
 @pytest.mark.parametrize("template", [CHATML, LLAMA2], ids=["chatml", "llama2"])
 @pytest.mark.parametrize(("name", "sharegpt"), [("a.jsonl", False), ("a.parquet", False), ("a.jsonl", True)])
-def test_chats_are_what_transformers_makes_of_them_and_the_assistant_is_predicted(tmp_path, template, name, sharegpt):
+def test_chats_have_the_ids_of_transformers_and_the_assistant_is_predicted(tmp_path, template, name, sharegpt):
     transformers = pytest.importorskip("transformers")
     folder = folder_with(tmp_path / "tokenizer", template)
     made = tokenized(tmp_path, write_chats(tmp_path / name, CHATS, sharegpt), folder, "chat")
@@ -81,7 +81,7 @@ def test_chats_are_what_transformers_makes_of_them_and_the_assistant_is_predicte
         assert said == "".join(f"{ends[0]}{text}{ends[1]}" for role, text in chat if role == "assistant")
 
 
-def test_alpaca_is_internevos_template_and_the_output_is_predicted(tmp_path):
+def test_instructions_have_internevos_template_and_the_output_is_predicted(tmp_path):
     folder = folder_with(tmp_path / "tokenizer", CHATML, special=("<eoh>", "<eoa>", "<s>"))
     rows = [
         {"instruction": "Say hi.", "input": "", "output": "Hi."},
@@ -99,7 +99,7 @@ def test_alpaca_is_internevos_template_and_the_output_is_predicted(tmp_path):
         assert text.backend.token_id("<eoh>") in tokens and text.backend.token_id("<eoa>") in tokens
 
 
-def test_valid_ratio_deals_out_fine_tuning_data_too(tmp_path):
+def test_valid_ratio_also_splits_instructions(tmp_path):
     folder = folder_with(tmp_path / "tokenizer", CHATML)
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"instruction": f"{n}", "output": "x"}) + "\n" for n in range(200)))
     tokenize([tmp_path / "a.jsonl"], tmp_path / "out", tokenizer=folder, format="alpaca", valid_ratio=0.1)
@@ -111,13 +111,13 @@ def test_valid_ratio_deals_out_fine_tuning_data_too(tmp_path):
     ("row", "message"),
     [
         ({"messages": [{"role": "user", "content": "a"}]}, "has no message of the assistant"),
-        ({"messages": [{"role": "user"}]}, "a message needs a role and a content"),
+        ({"messages": [{"role": "user"}]}, "a message must have a role and a content"),
         ({"text": "a"}, "has no messages under 'messages' or 'conversations' \\(it has 'text'\\)"),
         ({"messages": "a"}, "has no messages .*'messages' \\(str\\)"),
         ({"messages": [{"role": "tool", "content": "a"}, {"role": "gpt", "content": "b"}]}, "cannot render .*no role tool"),
     ],
 )  # fmt: skip
-def test_a_bad_chat_is_named(tmp_path, row, message):
+def test_the_error_says_what_is_wrong_with_a_chat(tmp_path, row, message):
     folder = folder_with(tmp_path / "tokenizer", LLAMA2)
     good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     (tmp_path / "a.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(row) + "\n")
@@ -128,24 +128,24 @@ def test_a_bad_chat_is_named(tmp_path, row, message):
     assert sum(line.startswith("left out: ") for line in said) == 1
 
 
-def test_a_template_that_renders_a_message_otherwise_when_others_follow_is_refused(tmp_path):
+def test_a_template_that_renders_a_message_differently_when_others_follow_is_refused(tmp_path):
     template = CHATML.replace("message['content'] +", "(message['content'] if loop.last else '') +")
     folder = folder_with(tmp_path / "tokenizer", template)
     source = write_chats(tmp_path / "a.jsonl", [[("user", "a"), ("assistant", "b"), ("user", "c")]])
-    with pytest.raises(DataError, match="renders message 1 otherwise"):
+    with pytest.raises(DataError, match="renders message 1 differently"):
         tokenized(tmp_path, source, folder, "chat")
 
 
-def test_a_template_may_leave_out_what_was_thought_before(tmp_path):
+def test_a_template_may_drop_the_reasoning_of_earlier_messages(tmp_path):
     said = "message['content']"
-    thought = "('<think>ok</think>' if loop.last and message['role'] == 'assistant' else '')"
-    folder = folder_with(tmp_path / "tokenizer", CHATML.replace(f"{said} +", f"{thought} + {said} +"))
+    reasoning = "('<think>ok</think>' if loop.last and message['role'] == 'assistant' else '')"
+    folder = folder_with(tmp_path / "tokenizer", CHATML.replace(f"{said} +", f"{reasoning} + {said} +"))
     chat = [("user", "a"), ("assistant", "b"), ("user", "b"), ("assistant", "d")]
     tokens, labels = tokenized(tmp_path, write_chats(tmp_path / "a.jsonl", [chat]), folder, "chat")[0]
     assert load_tokenizer(folder).decode(tokens[labels >= 0].tolist()) == "b<|im_end|>\n<think>ok</think>d<|im_end|>\n"
 
 
-def test_a_tokenizer_without_a_template_is_named(tmp_path):
+def test_the_error_names_a_tokenizer_without_a_chat_template(tmp_path):
     folder = folder_with(tmp_path / "tokenizer", None)
     with pytest.raises(UsageError, match="has no chat template"):
         tokenized(tmp_path, write_chats(tmp_path / "a.jsonl", CHATS), folder, "chat")
@@ -153,7 +153,7 @@ def test_a_tokenizer_without_a_template_is_named(tmp_path):
     assert len(tokenized(tmp_path, tmp_path / "a.jsonl", folder, "chat")) == 3
 
 
-def test_a_template_reaches_nothing_outside(tmp_path):
+def test_a_template_has_no_access_to_anything_outside_its_sandbox(tmp_path):
     template = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
     folder = folder_with(tmp_path / "tokenizer", template)
     with pytest.raises(DataError, match="unsafe"):
@@ -161,12 +161,12 @@ def test_a_template_reaches_nothing_outside(tmp_path):
 
 
 @pytest.mark.parametrize("format", ["text", "chat"])
-def test_a_killed_run_goes_on_with_the_same_result(tmp_path, monkeypatch, format):
+def test_a_killed_command_resumes_with_the_same_result(tmp_path, monkeypatch, format):
     from internevo.data.encoding import tokenize as module
     from internevo.data.raw import inputs
 
-    monkeypatch.setattr(inputs, "JOB_BYTES", 300)
-    monkeypatch.setattr(module, "NOTE_EVERY", 0.0)
+    monkeypatch.setattr(inputs, "CHUNK_BYTES", 300)
+    monkeypatch.setattr(module, "SAVE_EVERY", 0.0)
     monkeypatch.setattr(module, "PART_TOKENS", 250)
     folder = folder_with(tmp_path / "tokenizer", CHATML)
     source = tmp_path / "a.jsonl"
@@ -193,7 +193,7 @@ def test_a_killed_run_goes_on_with_the_same_result(tmp_path, monkeypatch, format
         with pytest.raises(DataError, match="is unfinished"):
             open_index(tmp_path / "parts" / "train")
     tokenize([source], tmp_path / "parts", **options, workers=2, status=said.append)
-    assert said[0].startswith("going on behind ")
+    assert said[0].startswith("continuing after ")
     files = sorted(path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*") if path.is_file())
     assert sorted(p.relative_to(tmp_path / "parts") for p in (tmp_path / "parts").rglob("*") if p.is_file()) == files
     assert len(files) > 8
@@ -201,7 +201,7 @@ def test_a_killed_run_goes_on_with_the_same_result(tmp_path, monkeypatch, format
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
 
 
-def test_other_options_begin_anew(tmp_path):
+def test_with_other_options_a_killed_command_starts_again(tmp_path):
     folder = folder_with(tmp_path / "tokenizer", CHATML)
     (tmp_path / "a.jsonl").write_text('{"text": "good"}\n{"body": 1}\n')
     with pytest.raises(DataError):

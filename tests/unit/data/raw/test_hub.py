@@ -1,4 +1,4 @@
-"""A dataset's folder in the Hugging Face layout: which files are the split's."""
+"""Which files of a dataset in the Hugging Face layout belong to a split."""
 
 import gzip
 
@@ -11,7 +11,7 @@ from internevo.train.check import check
 from tests.conftest import write_config
 
 
-def make(root, *names):
+def write_files(root, *names):
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(gzip.compress(b"{}") if name.endswith(".gz") else b"{}")
@@ -26,7 +26,7 @@ def chosen(root, split, subset=None):
 @pytest.mark.parametrize(
     ("names", "train", "valid"),
     [
-        # As roneneldan/TinyStories has it: the same rows as text and as parquet.
+        # roneneldan/TinyStories has the same rows as text and as parquet.
         (
             ["TinyStories-train.txt", "TinyStories-valid.txt", "data/train-00000-of-00002-2d.parquet", "README.md",
              "data/train-00001-of-00002-c4.parquet", "data/validation-00000-of-00001-a.parquet", "TinyStories_all_data.tar.gz"],
@@ -43,34 +43,36 @@ def chosen(root, split, subset=None):
     ],
 )  # fmt: skip
 def test_the_files_of_a_split_are_found_by_their_names(tmp_path, names, train, valid):
-    make(tmp_path, *names)
+    write_files(tmp_path, *names)
     assert chosen(tmp_path, "train") == train
     if valid is None:
-        with pytest.raises(DataError, match=r"holds no files for valid \(it has test, train\)"):
+        with pytest.raises(DataError, match=r"has no files for the split valid \(it has files for: test, train\)"):
             chosen(tmp_path, "valid")
     else:
         assert chosen(tmp_path, "valid") == valid
 
 
-def test_files_of_several_kinds_are_refused_by_name(tmp_path):
-    make(tmp_path, "a.parquet", "b.jsonl", "c.jsonl.gz")
-    with pytest.raises(DataError, match=r"several kinds for train \(1 parquet, 2 jsonl\), perhaps the same rows twice"):
+def test_a_split_with_files_of_several_formats_is_refused(tmp_path):
+    write_files(tmp_path, "a.parquet", "b.jsonl", "c.jsonl.gz")
+    with pytest.raises(
+        DataError, match=r"several formats for the split train \(1 parquet, 2 jsonl\), which may be the same rows twice"
+    ):
         chosen(tmp_path, "train")
 
 
-def test_a_subset_is_a_folder(tmp_path):
-    make(tmp_path, "en/train.jsonl", "de/train.jsonl")
+def test_a_subset_is_a_folder_of_the_dataset(tmp_path):
+    write_files(tmp_path, "en/train.jsonl", "de/train.jsonl")
     assert chosen(tmp_path, "train", "de") == ["train.jsonl"]
-    with pytest.raises(DataError, match=r"fr does not exist \(data.subset_name\)"):
+    with pytest.raises(DataError, match=r"fr does not exist \(see data.subset_name\)"):
         chosen(tmp_path, "train", "fr")
     with pytest.raises(DataError, match="no input files"):
-        dataset_files(str(make(tmp_path / "none", "README.md")), None, "train")
+        dataset_files(str(write_files(tmp_path / "none", "README.md")), None, "train")
 
 
-def test_a_name_is_looked_for_on_the_hub(tmp_path, monkeypatch):
+def test_a_name_that_is_not_a_folder_is_downloaded_from_the_hub(tmp_path, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
     asked = []
-    make(tmp_path / "cache", "train.parquet")
+    write_files(tmp_path / "cache", "train.parquet")
 
     def download(name, repo_type):
         asked.append((name, repo_type))
@@ -80,11 +82,13 @@ def test_a_name_is_looked_for_on_the_hub(tmp_path, monkeypatch):
 
     monkeypatch.setattr(hub, "snapshot_download", download)
     assert chosen("some/thing", "train") == ["train.parquet"] and asked == [("some/thing", "dataset")]
-    with pytest.raises(DataError, match="other/thing is no folder, and cannot be had from the Hugging Face hub: no network"):
+    with pytest.raises(
+        DataError, match="other/thing is not a folder, and cannot be downloaded from the Hugging Face hub: no network"
+    ):
         chosen("other/thing", "train")
 
 
-def test_a_config_is_checked_before_anything_is_read(tmp_path):
+def test_the_data_section_is_checked_before_anything_is_read(tmp_path):
     (tmp_path / "tokenizer").mkdir()
     stream = {"data__type": "streaming", "data__tokenizer_path": str(tmp_path / "tokenizer")}
 

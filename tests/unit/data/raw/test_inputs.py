@@ -1,4 +1,4 @@
-"""Raw documents: whatever the format, the compression and the cut, the same texts come out; what is broken is named."""
+"""Reading raw documents: every format, compression and chunk size gives the same texts; errors name the broken file."""
 
 import csv
 import gzip
@@ -15,11 +15,11 @@ from pyarrow import parquet
 from internevo.config import load_config
 from internevo.data.build import train_source, valid_rows
 from internevo.data.encoding import encode
-from internevo.data.encoding.formats import fields_of, text_of
+from internevo.data.encoding.formats import document_text, format_fields
 from internevo.data.encoding.tokenize import tokenize
 from internevo.data.raw import inputs
-from internevo.data.raw.documents import documents
-from internevo.data.raw.inputs import cut, find_files, is_sequential, make_jobs
+from internevo.data.raw.documents import read_documents
+from internevo.data.raw.inputs import find_files, is_sequential, split_file, split_files
 from internevo.data.rows import RandomRows
 from internevo.data.tokenized.index import open_index
 from internevo.errors import DataError
@@ -28,7 +28,7 @@ from internevo.train.check import check
 from tests.conftest import write_config, write_dataset
 
 LINES = ("jsonl", "ndjson")
-PACK = {
+COMPRESS = {
     "": lambda content: content,
     ".gz": gzip.compress,
     ".zst": lambda content: zstandard.compress(content[:100]) + zstandard.compress(content[100:]),  # two frames
@@ -37,7 +37,7 @@ PACK = {
 
 @pytest.fixture
 def corpus():
-    """Texts with all that could be taken for a border: quotes, commas, tabs, line ends of every kind, several scripts."""
+    """Texts with everything that a reader could take for the end of a field or row: quotes, commas, tabs, all line breaks."""
     draw = random.Random(3)
     pieces = ["word ", '"', '""', ",", "\t", "\n", "\r\n", "\r", "春眠不觉晓", "é", "\u2028", "🙂", "{", "\\"]
     return ["".join(draw.choices(pieces, k=draw.randint(1, 60))) for _ in range(150)]
@@ -50,16 +50,16 @@ def rows_of(corpus, delimiter):
     return out.getvalue().encode()
 
 
-def write(folder, corpus, suffix, packing=""):
-    """One file of the format, or for txt one of each text."""
+def write(folder, corpus, suffix, compression=""):
+    """Writes one file with all texts, or for txt one file for each text."""
     folder.mkdir(exist_ok=True)
-    path = folder / f"corpus.{suffix}{packing}"
+    path = folder / f"corpus.{suffix}{compression}"
     if suffix == "parquet":
         parquet.write_table(pyarrow.table({"id": range(len(corpus)), "text": corpus}), path, row_group_size=40)
         return path
     if suffix == "txt":
         for number, text in enumerate(corpus):
-            (folder / f"{number:04d}.txt{packing}").write_bytes(PACK[packing](text.encode()))
+            (folder / f"{number:04d}.txt{compression}").write_bytes(COMPRESS[compression](text.encode()))
         return folder
     content = {
         "json": json.dumps([{"text": text} for text in corpus]).encode(),
@@ -67,15 +67,15 @@ def write(folder, corpus, suffix, packing=""):
         "csv": rows_of(corpus, ","),
         "tsv": rows_of(corpus, "\t"),
     }[suffix]
-    path.write_bytes(PACK[packing](content))
+    path.write_bytes(COMPRESS[compression](content))
     return path
 
 
 def read(path, key=None):
     texts = []
-    for job in make_jobs(find_files([path], None, None, ())):
-        for found in documents(job, fields_of("text", key)):
-            text = found if isinstance(found, DataError) else text_of(found, key)
+    for chunk in split_files(find_files([path], None, None, ())):
+        for found in read_documents(chunk, format_fields("text", key)):
+            text = found if isinstance(found, DataError) else document_text(found, key)
             if isinstance(text, DataError):
                 raise text
             texts.append(text)
@@ -83,32 +83,32 @@ def read(path, key=None):
 
 
 @pytest.mark.parametrize("size", [100, 1 << 20])
-@pytest.mark.parametrize("packing", PACK)
+@pytest.mark.parametrize("compression", COMPRESS)
 @pytest.mark.parametrize("suffix", ["txt", "json", *LINES, "csv", "tsv"])
-def test_every_format_gives_the_same_texts_however_it_is_cut(tmp_path, monkeypatch, corpus, suffix, packing, size):
-    monkeypatch.setattr(inputs, "JOB_BYTES", size)
-    path = write(tmp_path / "in", corpus, suffix, packing)
+def test_every_format_gives_the_same_texts_for_any_chunk_size(tmp_path, monkeypatch, corpus, suffix, compression, size):
+    monkeypatch.setattr(inputs, "CHUNK_BYTES", size)
+    path = write(tmp_path / "in", corpus, suffix, compression)
     assert read(path) == corpus and read(path.parent) == corpus
-    jobs = list(make_jobs(find_files([path], None, None, ())))
+    chunks = list(split_files(find_files([path], None, None, ())))
     files = [path] if path.is_file() else list(path.iterdir())
-    assert sum(job.size for job in jobs) == sum(file.stat().st_size for file in files)
-    assert len(jobs) > 1 or size > 100 or suffix == "json" or packing
+    assert sum(chunk.size for chunk in chunks) == sum(file.stat().st_size for file in files)
+    assert len(chunks) > 1 or size > 100 or suffix == "json" or compression
 
 
-def test_parquet_gives_its_texts_by_row_groups(tmp_path, corpus):
+def test_parquet_is_split_by_row_groups(tmp_path, corpus):
     path = write(tmp_path, corpus, "parquet")
-    jobs = list(make_jobs(find_files([tmp_path], None, None, ())))
-    assert len(jobs) == 4 and sum(job.size for job in jobs) == path.stat().st_size
+    chunks = list(split_files(find_files([tmp_path], None, None, ())))
+    assert len(chunks) == 4 and sum(chunk.size for chunk in chunks) == path.stat().st_size
     assert read(path) == corpus
 
 
-@pytest.mark.parametrize(("suffix", "packing"), [("jsonl", ".zst"), ("csv", ".gz"), ("parquet", "")])
-def test_tokens_do_not_depend_on_format_and_workers(tmp_path, monkeypatch, corpus, suffix, packing):
-    monkeypatch.setattr(inputs, "JOB_BYTES", 700)
+@pytest.mark.parametrize(("suffix", "compression"), [("jsonl", ".zst"), ("csv", ".gz"), ("parquet", "")])
+def test_tokens_do_not_depend_on_format_or_number_of_workers(tmp_path, monkeypatch, corpus, suffix, compression):
+    monkeypatch.setattr(inputs, "CHUNK_BYTES", 700)
     tokenizer = train_bpe(corpus, 300, tmp_path / "tokenizer")
     for name, source, workers in (
         ("plain", write(tmp_path / "a", corpus, "jsonl"), 1),
-        ("other", write(tmp_path / "b", corpus, suffix, packing), 3),
+        ("other", write(tmp_path / "b", corpus, suffix, compression), 3),
     ):
         seen = []
         result = tokenize(
@@ -121,13 +121,13 @@ def test_tokens_do_not_depend_on_format_and_workers(tmp_path, monkeypatch, corpu
 
 
 @pytest.mark.parametrize("suffix", ["jsonl.gz", "csv.zst", "txt.gz", "parquet"])
-@pytest.mark.parametrize("damage", ["cut", "noise"])
-def test_a_damaged_file_is_named(tmp_path, corpus, suffix, damage):
-    kind, _, packing = suffix.partition(".")
-    path = write(tmp_path / "in", corpus, kind, "." + packing if packing else "")
+@pytest.mark.parametrize("damage", ["truncated", "noise"])
+def test_the_error_names_a_damaged_file(tmp_path, corpus, suffix, damage):
+    kind, _, compression = suffix.partition(".")
+    path = write(tmp_path / "in", corpus, kind, "." + compression if compression else "")
     path = sorted(path.iterdir())[0] if path.is_dir() else path
     content = bytearray(path.read_bytes())
-    if damage == "cut":
+    if damage == "truncated":
         content = content[:-12]
     else:
         content[len(content) // 2 :] = b"\xff" * (len(content) - len(content) // 2)
@@ -136,12 +136,12 @@ def test_a_damaged_file_is_named(tmp_path, corpus, suffix, damage):
         read(path)
 
 
-def test_a_row_without_text_is_named(tmp_path):
+def test_the_error_names_a_row_without_text(tmp_path):
     bad = tmp_path / "bad.csv"
     bad.write_text("id,text\n1,good\n2\n")
-    with pytest.raises(DataError, match=r"bad\.csv, line 2 behind byte 8: 1 fields, and the header names 2"):
+    with pytest.raises(DataError, match=r"bad\.csv, line 2 after byte 8: the row has 1 field\(s\), but the header has 2"):
         read(bad)
-    with pytest.raises(DataError, match=r"no text under 'body' \(it has 'id', 'text'\); give --text-key"):
+    with pytest.raises(DataError, match=r"no text under 'body' \(it has 'id', 'text'\); give the field's name with --text-key"):
         read(bad, "body")
     parquet.write_table(pyarrow.table({"text": ["good", None]}), tmp_path / "bad.parquet")
     with pytest.raises(
@@ -150,13 +150,13 @@ def test_a_row_without_text_is_named(tmp_path):
         read(tmp_path / "bad.parquet")
 
 
-def test_mocked_data_is_random_whatever_the_folders_say(tmp_path):
+def test_mocked_data_is_random_and_ignores_the_folders(tmp_path):
     config = load_config(write_config(tmp_path, tmp_path / "nothing", data__type="mocked", data__valid_every=2), [])
     check(config, 1)
     assert isinstance(train_source(config.data, 97).rows, RandomRows) and isinstance(valid_rows(config.data, 97), RandomRows)
 
 
-def test_links_are_followed_and_a_loop_of_them_is_named(tmp_path):
+def test_links_are_followed_and_the_error_names_a_loop_of_links(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "a.txt").write_text("a")
@@ -164,36 +164,37 @@ def test_links_are_followed_and_a_loop_of_them_is_named(tmp_path):
     (tmp_path / "in" / "b.txt").symlink_to(tmp_path / "real" / "a.txt")
     assert read(tmp_path / "in") == ["a", "a"]
     (tmp_path / "real" / "back").symlink_to(tmp_path / "in")
-    with pytest.raises(DataError, match=r"in/link/back is a link that leads back to .*/in, which it lies in: remove it"):
+    with pytest.raises(DataError, match=r"in/link/back is a link to .*/in, which contains the link: remove the link"):
         read(tmp_path / "in")
-    with pytest.raises(DataError, match="leads back"):
+    with pytest.raises(DataError, match="which contains the link"):
         open_index(tmp_path / "in")
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.json", "a.txt", "a.parquet"])
-def test_a_file_that_vanishes_is_named(tmp_path, corpus, name):
-    kind, _, packing = name[2:].partition(".")
-    path = write(tmp_path / "in", corpus[:1], kind, "." + packing if packing else "")
+def test_the_error_names_a_file_that_was_removed(tmp_path, corpus, name):
+    kind, _, compression = name[2:].partition(".")
+    path = write(tmp_path / "in", corpus[:1], kind, "." + compression if compression else "")
     path = next(path.iterdir()) if path.is_dir() else path
     files = find_files([tmp_path / "in"], None, None, ())
-    jobs = [] if is_sequential(*files[0]) else list(make_jobs(files))
+    chunks = [] if is_sequential(*files[0]) else list(split_files(files))
     path.unlink()
-    found = [found for job in jobs or cut(*files[0]) for found in documents(job, ("text",))]
+    found = [found for chunk in chunks or split_file(*files[0]) for found in read_documents(chunk, ("text",))]
     assert len(found) == 1 and isinstance(found[0], DataError) and path.name in str(found[0])
 
 
-def test_tokenized_rows_that_cannot_be_read_stop_the_run_or_are_left_out(tmp_path):
+def test_tokenized_rows_that_cannot_be_read_are_an_error_or_are_left_out(tmp_path):
     folder = write_dataset(tmp_path / "data")
     data = load_config(write_config(tmp_path, folder), []).data
     with pytest.raises(DataError, match="outside the vocabulary of 50"):
-        (source := train_source(data, 50)).take(source.start(), 40, range(40))
+        (source := train_source(data, 50)).next_rows(source.start_position(), 40, range(40))
     source = train_source(data.model_copy(update={"on_error": "skip"}), 96)
-    taken = source.take(source.start(), len(source.rows), range(len(source.rows)))
-    assert 0 < len(taken.bad) < taken.count and all("token id 96 is outside" in message for message in taken.bad)
-    assert sum(not (row.labels >= 0).any() for row in taken.rows) == len(taken.bad)
+    found = source.next_rows(source.start_position(), len(source.rows), range(len(source.rows)))
+    assert 0 < len(found.skipped) < found.count
+    assert all("token id 96 is outside" in message for message in found.skipped)
+    assert sum(not (row.labels >= 0).any() for row in found.rows) == len(found.skipped)
 
 
-def test_python_files_are_texts_when_the_format_says_so(tmp_path, run):
+def test_files_of_any_suffix_are_read_as_text_if_asked_for(tmp_path, run):
     (tmp_path / "a.py").write_text("x = 1\n" * 99)
     run(
         "tokenize", tmp_path, "--format", "text", "--pattern", "*.py", "--train-tokenizer", "bpe", "--vocab-size", 270,
@@ -202,12 +203,12 @@ def test_python_files_are_texts_when_the_format_says_so(tmp_path, run):
     assert len(open_index(tmp_path / "out")) == 1
 
 
-def test_an_enormous_document_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(encode, "LONGEST", 5000)
+def test_the_error_names_a_document_that_is_too_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(encode, "MAX_CHARACTERS", 5000)
     lines = [json.dumps({"text": text}) for text in ("small", "x" * 6000, "small")]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     tokenizer = train_bpe(["small"], 260, tmp_path)
-    with pytest.raises(DataError, match=r"a\.jsonl, byte 18: a document of 6,000 characters is more than"):
+    with pytest.raises(DataError, match=r"a\.jsonl, byte 18 has 6,000 characters; documents may have up to 5,000"):
         tokenize([tmp_path / "a.jsonl"], tmp_path / "out", tokenizer=tokenizer)
-    assert tokenize([tmp_path / "a.jsonl"], tmp_path / "out", tokenizer=tokenizer, on_error="skip").bad == 1
+    assert tokenize([tmp_path / "a.jsonl"], tmp_path / "out", tokenizer=tokenizer, on_error="skip").skipped == 1
     assert len(open_index(tmp_path / "out")) == 2

@@ -1,4 +1,4 @@
-"""Tokenized files in every form: they read back what was written, and damage is named with its place."""
+"""Tokenized files in every format: what is read is what was written, and errors say where a file is damaged."""
 
 import numpy as np
 import pytest
@@ -14,8 +14,8 @@ from tests.unit.data.writers import DOCUMENTS, write_binary, write_json, write_m
 
 @settings(max_examples=60, deadline=None)
 @given(documents=DOCUMENTS, masks=st.booleans(), seed=st.integers(0, 99))
-def test_both_forms_read_back_what_was_written(tmp_path_factory, documents, masks, seed):
-    folder = tmp_path_factory.mktemp("forms")
+def test_json_lines_and_the_compact_form_read_back_what_was_written(tmp_path_factory, documents, masks, seed):
+    folder = tmp_path_factory.mktemp("formats")
     draw = np.random.default_rng(seed)
     stored = [np.array(d) for d in documents]
     if masks:
@@ -24,14 +24,14 @@ def test_both_forms_read_back_what_was_written(tmp_path_factory, documents, mask
     write_binary(folder / "int32" / "a.bin", stored, 10**6)
     if not masks:
         write_binary(folder / "uint16" / "a.bin", stored, 501)
-    for path in folder.glob("*/a.bin"):
-        file = TokenFile.open(path)
-        assert file.itemsize == {"json": 0, "int32": 4, "uint16": 2}[path.parent.name]
+    for form, itemsize in {"json": 0, "int32": 4, **({} if masks else {"uint16": 2})}.items():
+        file = TokenFile.open(folder / form / "a.bin")
+        assert file.itemsize == itemsize
         assert all(np.array_equal(file.read(n), d) for n, d in enumerate(stored))
         assert np.array_equal(file.read(0, 1, 3), stored[0][1:3])
 
 
-def test_the_index_is_cached_and_follows_changes(tmp_path):
+def test_the_index_is_cached_and_made_again_when_files_change(tmp_path):
     write_binary(tmp_path / "en" / "a.bin", [[1, 2]], 501)
     assert open_index(tmp_path).fingerprint() == open_index(tmp_path).fingerprint()
     assert len(list((tmp_path / ".internevo").iterdir())) == 1
@@ -40,7 +40,7 @@ def test_the_index_is_cached_and_follows_changes(tmp_path):
     assert index.types == ["cn", "en"] and index.tokens == 5
 
 
-def test_a_truncated_binary_file_is_named_with_its_place(tmp_path):
+def test_the_error_says_where_a_truncated_binary_file_ends(tmp_path):
     path = tmp_path / "en" / "a.bin"
     write_binary(path, [[1, 2, 3], [4, 5, 6]], 501)
     path.write_bytes(path.read_bytes()[:-3])
@@ -48,7 +48,7 @@ def test_a_truncated_binary_file_is_named_with_its_place(tmp_path):
         open_index(tmp_path)
 
 
-def test_a_truncated_json_file_is_named_with_its_place(tmp_path):
+def test_the_error_says_where_a_truncated_json_file_ends(tmp_path):
     path = tmp_path / "en" / "a.bin"
     write_json(path, [[1, 2, 3], [4, 5, 6]])
     path.write_bytes(path.read_bytes()[:-8])
@@ -56,31 +56,30 @@ def test_a_truncated_json_file_is_named_with_its_place(tmp_path):
         open_index(tmp_path)
 
 
-def test_a_meta_that_does_not_fit_is_named(tmp_path):
+def test_the_error_names_a_meta_that_does_not_match(tmp_path):
     path = tmp_path / "en" / "a.bin"
     write_binary(path, [[1, 2, 3], [4, 5, 6]], 501)
     np.save(open(f"{path}.meta", "wb"), np.array([[0, 3], [6, 2]]))
-    with pytest.raises(DataError, match=r"\.meta does not fit: it describes 10 bytes, and the file has 12"):
+    with pytest.raises(DataError, match=r"\.meta does not match its \.bin: it describes 10 bytes, but the \.bin has 12"):
         open_index(tmp_path)
     write_json(path, [[1, 2, 3], [4, 5, 6]])
     np.save(open(f"{path}.meta", "wb"), np.array([[0, 3], [22, 4]]))
-    with pytest.raises(DataError, match=r"has 3 tokens, and its \.meta says 4"):
+    with pytest.raises(DataError, match=r"has 3 tokens, but its \.meta says 4"):
         open_index(tmp_path)
     (tmp_path / "en" / "a.bin.meta").write_bytes(b"nonsense")
     with pytest.raises(DataError, match="is not a NumPy array"):
         open_index(tmp_path)
     (tmp_path / "en" / "a.bin.meta").unlink()
-    with pytest.raises(DataError, match=r"has no a\.bin\.meta beside it"):
+    with pytest.raises(DataError, match=r"has no a\.bin\.meta next to it"):
         open_index(tmp_path)
 
 
-def test_an_empty_folder_is_named(tmp_path):
-    with pytest.raises(DataError, match="holds no .bin file"):
+def test_a_folder_without_bin_files_is_refused(tmp_path):
+    with pytest.raises(DataError, match="contains no .bin file"):
         open_index(tmp_path)
 
 
 def test_int32_offsets_beyond_2_gib_are_repaired(tmp_path):
-
     offsets = np.array([0, 2**31 - 5, 2**31 + 10, 2**32 - 1, 2**32 + 7], dtype=np.int64)
     meta = np.stack([offsets, np.full(5, 3)], axis=1)
     np.save(open(tmp_path / "a.bin.meta", "wb"), meta.astype(np.int32))
@@ -88,7 +87,7 @@ def test_int32_offsets_beyond_2_gib_are_repaired(tmp_path):
 
 
 @pytest.mark.parametrize(("dtype", "code"), [("<i4", 4), ("<u2", 8)])
-@example([[[]], [[0]]])  # offsets alone do not tell the size of an id here
+@example([[[]], [[0]]])  # here offsets alone do not tell how many bytes an id has
 @given(st.lists(st.lists(st.lists(st.integers(0, 65535), max_size=9), min_size=1, max_size=3), min_size=1, max_size=30))
 @settings(max_examples=30, deadline=None)
 def test_a_megatron_dataset_has_the_rows_of_the_tokenized_one(tmp_path_factory, dtype, code, documents):
@@ -98,25 +97,26 @@ def test_a_megatron_dataset_has_the_rows_of_the_tokenized_one(tmp_path_factory, 
     write_megatron(folder / "en" / "part", documents, dtype, code)
     index = open_index(folder)
     assert [index.read(n).tolist() for n in range(len(index))] == [ids for ids in joined if ids]
-    prefix = open_index(folder / "en" / "part")  # as Megatron names it
+    prefix = open_index(folder / "en" / "part")  # the path that Megatron-LM is given
     assert [prefix.read(n).tolist() for n in range(len(prefix))] == [ids for ids in joined if ids]
     if index.tokens:
         writer = TokenWriter(again / "en" / "part.bin")
         writer.write(np.array([t for ids in joined for t in ids]), [len(ids) for ids in joined])
         writer.close()
         ours, theirs = (PackedRows(open_index(root), 8, 65536) for root in (again, folder))
-        for row, other in zip((ours[n] for n in range(len(ours))), (theirs[n] for n in range(len(ours))), strict=True):
+        assert len(ours) == len(theirs) > 0
+        for row, other in ((ours[n], theirs[n]) for n in range(len(ours))):
             assert row.tokens.tolist() == other.tokens.tolist() and row.labels.tolist() == other.labels.tolist()
 
 
-def test_a_damaged_megatron_index_is_named(tmp_path):
+def test_the_error_names_a_damaged_megatron_index(tmp_path):
     write_megatron(tmp_path / "part", [[[1, 2]], [[3]]], "<i4", 4)
     content = (tmp_path / "part.idx").read_bytes()
     for broken, message in (
-        (content[:-1], r"part\.idx is truncated: 2 sequences and 3 borders take 82 bytes, it has 81"),
+        (content[:-1], r"part\.idx is truncated: it has 81 bytes, but 2 sequences and 3 document boundaries take 82"),
         (b"x" + content[1:], r"part\.idx is not the index of a Megatron dataset"),
         (content[:17] + b"\x07" + content[18:], "ids of type 7"),
-        (content[:-8] + b"\x09" + content[-7:], "borders of its documents"),
+        (content[:-8] + b"\x09" + content[-7:], "its document boundaries do not match its 2 sequences"),
     ):
         (tmp_path / "part.idx").write_bytes(broken)
         with pytest.raises(DataError, match=message):

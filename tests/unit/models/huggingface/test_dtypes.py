@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from internevo import load_model, save_hf
 from internevo.checkpoint import Checkpoint
 from internevo.commands.convert import convert
-from internevo.commands.inspect import inspect
+from internevo.commands.inspect import describe
 from internevo.models.config import DecoderConfig, Lora
 from internevo.models.decoder import Decoder
 from internevo.models.huggingface.folder import HfFolder, write_hf
 from internevo.models.huggingface.merge import merged
-from internevo.models.source import Module, dtypes, usual_dtype
+from internevo.models.source import ModelInMemory, dtypes, most_common_dtype
 from internevo.storage.tensors import as_rows, joint_dtype
 from tests.families import CONFIGS, disk_tensors, pair
 from tests.references import REFERENCES, random_folder
@@ -37,7 +37,9 @@ def write(folder, config, tensors):
 
 
 def disk(folder):
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    found = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    assert found
+    return found
 
 
 def parameters(folder):
@@ -66,8 +68,8 @@ def test_every_tensor_is_read_and_kept_in_its_own_dtype(family, data, seed):
         assert found.keys() == mixed.keys()
         assert all(torch.equal(found[name].double(), tensor.double()) for name, tensor in mixed.items())
         naming = HfFolder(there).naming
-        for name, spans in naming.by_disk.items():  # experts are joined in one parameter
-            parts = {mixed[part.disk].dtype for span in spans for part in naming.by_parameter[span.parameter]}
+        for name, mappings in naming.by_disk.items():  # experts are joined in one parameter
+            parts = {mixed[part.disk].dtype for mapping in mappings for part in naming.by_parameter[mapping.parameter]}
             assert found[name].dtype == (mixed[name].dtype if len(parts) == 1 else torch.float32)
         convert(there, narrow, "hf", dtype=torch.bfloat16)
         assert all(torch.equal(tensor, mixed[name].to(torch.bfloat16)) for name, tensor in disk(narrow).items())
@@ -99,11 +101,11 @@ def test_a_model_in_memory_keeps_its_dtypes(tmp_path):
         assert source.dtype_of(name) == parameter.dtype
         rows = source.read(name, 0, as_rows(parameter).shape[0])
         assert torch.equal(rows.view_as(parameter), parameter)
-    assert usual_dtype(source) == torch.bfloat16
+    assert most_common_dtype(source) == torch.bfloat16
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["torch_dtype"] == "bfloat16"
-    assert "torch.bfloat16, some torch.float16, some torch.float32;" in "\n".join(inspect(tmp_path / "saved"))
+    assert "torch.bfloat16, some torch.float16, some torch.float32;" in "\n".join(describe(tmp_path / "saved"))
     convert(tmp_path / "saved", tmp_path / "ours", "internevo")
-    assert "torch.bfloat16, some torch.float16, some torch.float32\n" in "\n".join(inspect(tmp_path / "ours"))
+    assert "torch.bfloat16, some torch.float16, some torch.float32\n" in "\n".join(describe(tmp_path / "ours"))
 
 
 def test_older_bin_folders_are_read_by_tensor_too(tmp_path):
@@ -126,7 +128,7 @@ def test_merged_adapters_do_not_change_the_dtype_of_a_weight(tmp_path):
         torch.nn.init.normal_(parameter)
         if "lora" not in name and "norm" not in name:
             parameter.data = parameter.data.bfloat16()
-    source = merged(Module(config, model))
+    source = merged(ModelInMemory(config, model))
     write_hf(source, tmp_path / "merged")
     found = HfFolder(tmp_path / "merged")
     assert found.dtype_of("layers.0.attn.q.weight") == found.dtype_of("layers.0.attn.k.weight") == torch.bfloat16

@@ -1,0 +1,58 @@
+"""The documentation names files and config keys that exist, and each page begins with something to run."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from internevo.config.option import Section, section_of
+from internevo.config.schema import Config
+from tests.conftest import ROOT
+
+PAGES = [*ROOT.glob("*.md"), *(page for page in (ROOT / "docs").rglob("*.md") if page.parent.name != "reference")]
+LINK = re.compile(r"\]\(([^)#]+)[^)]*\)")
+FILE = re.compile(r"(?<![\w/.<>-])(?:src|docs|configs|tests|benchmarks|deploy)/[\w./-]*\w")
+KEY = re.compile(r"(?<![\w./])((?:{})(?:\.[a-z]\w+)+)(?:\s?=|`)".format("|".join(Config.model_fields)))
+NOT_HERE = {"docs/reference/config.md", "src/internevo/models/families/mistral.py"}
+"""Made by the build, and an example's."""
+NO_KEYS = {"data.micro_bzs", "model.json", "model.safetensors"}
+"""A mistake that is shown, and names of files."""
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("page", ROOT.glob("*.md"), ids=name_of)
+def test_links_lead_to_files(page: Path) -> None:
+    """Those of docs/ are checked by mkdocs --strict."""
+    targets = {target for target in LINK.findall(page.read_text(encoding="utf-8")) if "://" not in target}
+    assert {target for target in targets if not (page.parent / target).exists()} == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_named_files_exist(page: Path) -> None:
+    named = set(FILE.findall(page.read_text(encoding="utf-8"))) - NOT_HERE
+    assert {name for name in named if not (ROOT / name).exists()} == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_named_config_keys_exist(page: Path) -> None:
+    named = set(KEY.findall(page.read_text(encoding="utf-8"))) - NO_KEYS
+    assert {key for key in named if not is_key(key)} == set()
+
+
+def is_key(path: str) -> bool:
+    section: type[Section] | None = Config
+    for name in path.split("."):
+        if section is None or name not in section.model_fields:
+            return False
+        section = section_of(section.model_fields[name])
+    return True
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parent != ROOT], ids=name_of)
+def test_a_page_begins_with_something_to_run(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    beginning = text.split("\n## ")[0]
+    assert re.search(r"^```(bash|python)$", beginning, re.M)
