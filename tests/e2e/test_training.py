@@ -191,7 +191,7 @@ def test_a_process_that_fails_ends_the_run_with_its_message(config, tmp_path):
     os.kill(int(children[1]), signal.SIGKILL)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 1
-    assert "of 2 failed" in output
+    assert "rank 1 of 2 failed:\nkilled by SIGKILL" in output
 
 
 def test_half_precision_follows_fp32(pool, config, tmp_path, reference):

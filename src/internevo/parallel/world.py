@@ -20,7 +20,7 @@ TIMEOUT = timedelta(minutes=30)
 """Of every collective of training: the first ones come after loading, compiling and connecting. A later one that waits for a
 rank which does not come is ended sooner, by ``train.watchdog``."""
 
-LOST = re.compile(r"gloo/transport/|Operation timed out|NCCL")
+LOST = re.compile(r"gloo/transport/|Operation timed out!|NCCL")
 """In the message of a collective that failed."""
 
 

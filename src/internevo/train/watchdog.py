@@ -75,6 +75,8 @@ class Watchdog:
         if isinstance(error, Exception):
             self.failure = _explain(error)  # the thread goes on meanwhile
             self.before_end(LONG)
+        elif error is not None:
+            self.failure = "was interrupted"
         with self.ending:
             self.over.set()
         if self.roll is not None and self.thread is not None:
