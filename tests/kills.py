@@ -2,12 +2,16 @@
 
 import os
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 CHANGES = {"open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink", "shutil.rmtree"}
 """Python's audit events before such changes (https://docs.python.org/3/library/audit_events.html)."""
 
 
-def kill_at_every_moment(folder, prepare, act, check):
+def kill_at_every_moment(
+    folder: Path, prepare: Callable[[Path], object], act: Callable[[Path], object], check: Callable[[Path], object]
+) -> int:
     """For every moment n: ``prepare(place)``, ``act(place)`` in a process of its own that is killed before its n-th change,
     and ``check(place)``; last, with a process that was not killed.
 
@@ -26,13 +30,13 @@ def kill_at_every_moment(folder, prepare, act, check):
     return moment
 
 
-def _run(act, place, moment):
+def _run(act: Callable[[Path], object], place: Path, moment: int) -> int:
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     left = moment
 
-    def hook(event, _):
+    def hook(event: str, _: object) -> None:
         nonlocal left
         if event in CHANGES:
             if left == 0:
