@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow
 from pyarrow import parquet
 
-from internevo.commands.demo import NOT_SOURCE
+from internevo.commands.demo import EXCLUDED
 from internevo.config.data import Data
 from internevo.data.batches import BatchSizes, Cursor, TrainBatches
 from internevo.data.build import train_source
@@ -51,7 +51,7 @@ def packing(folder: Path, files: int, documents: int) -> None:
 def library_texts() -> list[str]:
     """The source files of Python's standard library."""
     library = Path(sysconfig.get_paths()["stdlib"])
-    return [path.read_text() for _, path in find_files([library], "text", "*.py", NOT_SOURCE)]
+    return [path.read_text() for _, path in find_files([library], "text", "*.py", EXCLUDED)]
 
 
 def tokenizing(folder: Path, copies: int, rounds: int) -> None:
@@ -104,7 +104,8 @@ def streaming(folder: Path, copies: int, rounds: int, first: int = 4_000_000) ->
         for group in parquet.ParquetFile(file).iter_batches(500):
             tokens += sum(len(e.ids) + 1 for e in fast.encode_batch_fast(group["text"].to_pylist(), add_special_tokens=False))
         theirs = tokens / (time.perf_counter() - begin)
-        batches = TrainBatches(train_source(data, 4096), BatchSizes.of(data, 1), 0, True, data.total_steps).prefetch(Cursor())
+        sizes = BatchSizes.from_config(data, 1)
+        batches = TrainBatches(train_source(data, 4096), sizes, 0, True, data.total_steps).prefetch(Cursor())
         before = seen = 0
         while before < first:
             before += next(batches).tokens

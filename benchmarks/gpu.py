@@ -131,7 +131,7 @@ def step(shape: dict[str, int], compiled: bool, steps: int, out: Path) -> dict[s
     with join() as world:
         parts = Parts.build(config, world)
         stepper = Stepper(parts)
-        batches = TrainBatches(parts.source, parts.sizes, 0, True, 100, pin=True).make(Cursor())
+        batches = TrainBatches(parts.source, parts.sizes, 0, True, 100, pin_memory=True).iterate(Cursor())
         times = [take(stepper, next(batches)) for _ in range(steps)]
         batch = next(batches)
         torch.cuda.synchronize()

@@ -12,40 +12,42 @@ CHANGES = {"open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink
 def kill_at_every_moment(
     folder: Path, prepare: Callable[[Path], object], act: Callable[[Path], object], check: Callable[[Path], object]
 ) -> int:
-    """For every moment n: ``prepare(place)``, ``act(place)`` in a process of its own that is killed before its n-th change,
-    and ``check(place)``; last, with a process that was not killed.
+    """Kills a process before each of its changes, and checks what it leaves.
+
+    For every n, in a new folder below ``folder``: calls ``prepare(path)``; runs ``act(path)`` in a new process, which is killed
+    before its n-th change; and calls ``check(path)``. The last process is not killed, because it has no n-th change.
 
     Returns:
-        The number of moments.
+        The number of changes.
     """
     moment, code = -1, 9
     while code == 9:
         moment += 1
-        place = folder / f"moment-{moment}"
-        place.mkdir()
-        prepare(place)
-        code = _run(act, place, moment)
-        check(place)
+        path = folder / f"moment-{moment}"
+        path.mkdir()
+        prepare(path)
+        code = _run(act, path, moment)
+        check(path)
     assert code == 0
     return moment
 
 
-def _run(act: Callable[[Path], object], place: Path, moment: int) -> int:
+def _run(act: Callable[[Path], object], path: Path, moment: int) -> int:
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    left = moment
+    remaining = moment
 
     def hook(event: str, _: object) -> None:
-        nonlocal left
+        nonlocal remaining
         if event in CHANGES:
-            if left == 0:
+            if remaining == 0:
                 os._exit(9)
-            left -= 1
+            remaining -= 1
 
     sys.addaudithook(hook)
     try:
-        act(place)
+        act(path)
         code = 0
     except BaseException:
         sys.excepthook(*sys.exc_info())

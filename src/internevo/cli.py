@@ -1,4 +1,4 @@
-"""The command line. Each command parses and hands over; nothing is decided here, and PyTorch is imported only where needed."""
+"""The command line. Each command parses its arguments and calls ``commands/``. PyTorch is imported only where it is needed."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]
 
 
 def parse_size(text: str) -> int:
-    """ "5GB" in bytes (powers of ten, as on the Hugging Face side)."""
+    """Converts a size such as "5GB" to bytes. Units are powers of ten, as in Hugging Face's libraries."""
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
     number, unit = text[:-2], text[-2:].upper()
     try:
         return int(float(number) * units[unit])
     except (KeyError, ValueError):
-        raise UsageError(f"size {text!r} is not a number with KB, MB, GB or TB") from None
+        raise UsageError(f"{text!r} is not a size: give a number and KB, MB, GB or TB, for example 5GB") from None
 
 
 def _epilog(example: str) -> str:
@@ -42,9 +42,9 @@ def _epilog(example: str) -> str:
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
-    nproc: Annotated[int | None, typer.Option(min=1, help="Local processes (default: 1, or one per GPU).")] = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Number of local processes (default: one per GPU, or 1).")] = None,
 ) -> None:
-    """Train. Under torchrun or srun it joins their world; otherwise it starts the processes itself."""
+    """Train. Under torchrun or srun, this process is one rank of the run; otherwise it starts the processes itself."""
     from .commands.train import train as start
 
     raise typer.Exit(start(config, overrides or [], nproc))
@@ -54,10 +54,10 @@ def train(
 def config_(
     config: ConfigFile,
     overrides: Overrides = None,
-    world_size: Annotated[int | None, typer.Option(min=1, help="Also print the layout on so many processes.")] = None,
-    per_node: Annotated[int, typer.Option(min=1, help="Processes on each machine, for the layout.")] = 8,
+    world_size: Annotated[int | None, typer.Option(min=1, help="Also print the layout on N processes.", metavar="N")] = None,
+    per_node: Annotated[int, typer.Option(min=1, help="Processes per node, for the layout.")] = 8,
 ) -> None:
-    """Validate a config and print it with every default written out."""
+    """Check a config, and print it with all defaults."""
     from .commands.config import show
 
     show(config, overrides or [], world_size, per_node)
@@ -65,27 +65,27 @@ def config_(
 
 @app.command(epilog=_epilog("internevo tokenize corpus.jsonl --tokenizer llama/ --output data --valid-ratio 0.01"))
 def tokenize(
-    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Files, or folders of them.")],
+    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Files, or folders with files.")],
     output: Annotated[Path, typer.Option(help="Folder for the tokenized data.")],
     tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder, tokenizer.json or SentencePiece .model.")] = None,
     train_tokenizer: Annotated[Literal["bpe"] | None, typer.Option(help="Train a tokenizer on the input instead.")] = None,
-    vocab_size: Annotated[int | None, typer.Option(min=1, help="Entries of the tokenizer to train.")] = None,
+    vocab_size: Annotated[int | None, typer.Option(min=1, help="Vocabulary size of the tokenizer to train.")] = None,
     format: Annotated[
         Literal["text", "json", "jsonl", "csv", "parquet", "arrow", "alpaca", "chat"] | None,
-        typer.Option(help="Of the files (default: by suffix); or what a document is: Alpaca instructions, chat messages."),
+        typer.Option(help="Format of the files (default: by suffix); alpaca: instructions; chat: conversations."),
     ] = None,
-    text_key: Annotated[str | None, typer.Option(help="Key or column of the text (default: content, then text).")] = None,
-    pattern: Annotated[str | None, typer.Option(help="Which files of a folder, for example '*.py'.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="Folder name to leave out; may be repeated.")] = None,
-    type: Annotated[str, typer.Option(help="Dataset type: the folder below the output; losses are reported per type.")] = "en",
-    valid_ratio: Annotated[float, typer.Option(min=0, max=1, help="Share of documents for validation.")] = 0.0,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes (default: all cores).")] = None,
+    text_key: Annotated[str | None, typer.Option(help="Key or column with the text (default: content, then text).")] = None,
+    pattern: Annotated[str | None, typer.Option(help="Which files in a folder to read, for example '*.py'.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Name of a folder to leave out; may be repeated.")] = None,
+    type: Annotated[str, typer.Option(help="Dataset type, a folder in the output; losses are reported per type.")] = "en",
+    valid_ratio: Annotated[float, typer.Option(min=0, max=1, help="Share of the documents for validation.")] = 0.0,
+    workers: Annotated[int | None, typer.Option(min=1, help="Number of processes (default: number of cores).")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace tokenized data in the output folder.")] = False,
     on_error: Annotated[
-        Literal["stop", "skip"], typer.Option(help="At a document that cannot be read: stop, or leave it out and say so.")
+        Literal["stop", "skip"], typer.Option(help="If a document cannot be read: stop, or leave it out and print a line.")
     ] = "stop",
 ) -> None:
-    """Turn text into tokenized data: OUTPUT/TYPE, or OUTPUT/train/TYPE and OUTPUT/valid/TYPE with --valid-ratio."""
+    """Tokenize text. Writes OUTPUT/TYPE, or with --valid-ratio OUTPUT/train/TYPE and OUTPUT/valid/TYPE."""
     from .commands.tokenize import run
 
     run(
@@ -99,17 +99,20 @@ def tokenize(
 def convert(
     source: Annotated[Path, typer.Argument(help="Hugging Face folder, checkpoint, or run folder.")],
     target: Annotated[Path, typer.Argument(help="Folder to write.")],
-    to: Annotated[Literal["hf", "internevo"], typer.Option(help="Kind of the target.")],
+    to: Annotated[Literal["hf", "internevo"], typer.Option(help="Format of the target: Hugging Face, or a checkpoint.")],
     family: Annotated[
-        str | None, typer.Option(help="Family, when the source does not say it (LLAMA2, INTERNLM2, ...).")
+        str | None, typer.Option(help="Family of a source that does not name it (LLAMA2, INTERNLM2, ...).")
     ] = None,
     write_as: Annotated[
-        str | None, typer.Option("--as", help="Family to write: an InternLM2 model as LLAMA2, say, which needs no code.")
+        str | None,
+        typer.Option("--as", help="Write as this family, for example InternLM2 as LLAMA2, which needs no extra code."),
     ] = None,
-    dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Default: as in the source.")] = None,
-    max_shard_size: Annotated[int, typer.Option(parser=parse_size, metavar="SIZE", help="Largest file.")] = "5GB",  # type: ignore[assignment]
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Dtype of the weights (default: as in the source).")
+    ] = None,
+    max_shard_size: Annotated[int, typer.Option(parser=parse_size, metavar="SIZE", help="Maximum size of a file.")] = "5GB",  # type: ignore[assignment]
 ) -> None:
-    """Convert weights to Hugging Face form or back, one tensor at a time."""
+    """Convert weights to Hugging Face's format, or from it to a checkpoint."""
     from .commands.convert import convert_with_progress
     from .ops.precision import DTYPES
 
@@ -127,18 +130,21 @@ def convert(
 @app.command(epilog=_epilog("internevo generate runs/demo --prompt 'def ' --max-new-tokens 100 --seed 1"))
 def generate(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint, run folder or Hugging Face folder.")],
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the continuation.")] = 100,
-    temperature: Annotated[float, typer.Option(min=0, help="Divides the logits; 0: the likeliest token.")] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Among so many likeliest tokens; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="Among the likeliest tokens of this total probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
-    tokenizer: Annotated[Path | None, typer.Option(help="Default: the one that lies with the model.")] = None,
+    prompt: Annotated[str, typer.Option(help="Text to continue, or a question (see --format).")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens to generate.")] = 100,
+    temperature: Annotated[float, typer.Option(min=0, help="Divides the logits; 0: always the most likely token.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample from the K most likely tokens; 0: from all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(min=0, max=1, help="Sample from the most likely tokens with this total probability.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the random numbers.")] = 0,
+    tokenizer: Annotated[Path | None, typer.Option(help="Path of the tokenizer (default: the one of the model).")] = None,
     format: Annotated[
-        Literal["text", "alpaca", "chat"], typer.Option(help="The prompt: a text, or a question (as in fine-tuning data).")
+        Literal["text", "alpaca", "chat"],
+        typer.Option(help="What the prompt is: a text, or a question (alpaca, chat: as in the fine-tuning data)."),
     ] = "text",
 ) -> None:
-    """Continue a text, or answer a question."""
+    """Generate text after a prompt, or an answer to a question."""
     from .commands.generate import continue_text
     from .models.generate import Sampling
 
@@ -150,40 +156,42 @@ def generate(
 @app.command(epilog=_epilog("internevo inspect runs/demo"))
 def inspect(
     path: Annotated[Path, typer.Argument(help="Checkpoint, dataset, run folder or Hugging Face folder.")],
-    tokenizer: Annotated[Path | None, typer.Option(help="Of a dataset (default: the one that lies in it or above).")] = None,
-    decode: Annotated[int, typer.Option(min=0, metavar="N", help="Show N documents of a dataset as text.")] = 0,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Tokenizer of a dataset (default: the one in its folder or in a folder above).")
+    ] = None,
+    decode: Annotated[int, typer.Option(min=0, metavar="N", help="Also print N documents of a dataset as text.")] = 0,
 ) -> None:
-    """Say what a folder holds, and whether it is intact."""
-    from .commands.inspect import inspect as look
+    """Print what a folder contains, and check that it is intact."""
+    from .commands.inspect import describe
 
-    for line in look(path, tokenizer, decode):
+    for line in describe(path, tokenizer, decode):
         print(line)
 
 
 @app.command(epilog=_epilog("internevo report runs/demo"))
 def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
-    """Write report.html of a run folder again."""
+    """Write report.html in a run folder again."""
     from .observe.report import write_report
 
     if not (run / "metrics.jsonl").is_file():
-        raise UsageError(f"{run} is no run folder: it has no metrics.jsonl")
+        raise UsageError(f"{run} is not a run folder: it has no metrics.jsonl")
     print(write_report(run))
 
 
 @app.command(epilog=_epilog("internevo demo"))
 def demo(
-    config: Annotated[Path, typer.Option(help="The demo's config.")] = Path("configs/demo.py"),
-    folder: Annotated[Path, typer.Option(help="Where its data and results go.")] = Path("demo"),
-    steps: Annotated[int | None, typer.Option(min=1, help="Train so many steps only.")] = None,
+    config: Annotated[Path, typer.Option(help="Config file of the demo.")] = Path("configs/demo.py"),
+    folder: Annotated[Path, typer.Option(help="Folder for data and results.")] = Path("demo"),
+    steps: Annotated[int | None, typer.Option(min=1, help="Number of steps (default: as in the config).")] = None,
 ) -> None:
-    """Train a small model on the Python standard library: data, training, text, export and report, command by command."""
+    """Train a small model on the source code of Python's standard library, generate text, and export the model."""
     from .commands.demo import run
 
     run(config, folder, steps)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs a command. Exits with 0 on success, 2 on wrong usage or config, 1 on a failure at run time."""
+    """Runs a command and exits: with 0 after success, 2 after wrong usage or a wrong config, 1 after a failure at run time."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
@@ -193,7 +201,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _run(arguments: list[str], debug: bool) -> int:
     try:
         return int(app(arguments, standalone_mode=False) or 0)
-    except typer.TyperException as error:  # wrong usage: the message says what is right
+    except typer.TyperException as error:  # wrong usage: typer's message says what to do
         error.show()  # type: ignore[attr-defined]
         return 2
     except (KeyboardInterrupt, typer.Abort):
@@ -205,13 +213,13 @@ def _run(arguments: list[str], debug: bool) -> int:
         elif isinstance(error, InternEvoError):
             print(f"error: {error}", file=sys.stderr)
         else:
-            print(f"error: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
+            print(f"error: {type(error).__name__}: {error} (--debug prints the traceback)", file=sys.stderr)
         return error.exit_code if isinstance(error, InternEvoError) else 1
 
 
 def _exit(code: int) -> NoReturn:
-    """Ends the process. A run that has failed still has its process groups (``world.join``); Python would wait for their
-    threads, and those may wait for other ranks for ever."""
+    """Ends the process. After a failure, a run still has its process groups (see ``world.join``). Then nothing is freed: Python
+    would wait for the threads of the groups, which may wait forever for other ranks."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_initialized():
         sys.stdout.flush()
@@ -229,7 +237,9 @@ def train_py() -> None:
         epilog=_epilog("torchrun --nproc-per-node 8 train.py --config configs/7B_internlm2.py --launcher torch"),
     )
     parser.add_argument("--config", type=Path, required=True, help="config file")
-    parser.add_argument("--launcher", choices=("slurm", "torch"), help="who started the processes (default: look)")
+    parser.add_argument(
+        "--launcher", choices=("slurm", "torch"), help="what started the processes (default: found from the environment)"
+    )
     parser.add_argument("--port", type=int, default=8888, help="port of the first host, under Slurm")
     parser.add_argument("--seed", type=int, help="seed of the initial weights")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")

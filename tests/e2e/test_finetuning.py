@@ -1,4 +1,4 @@
-"""Fine-tuning: chats streamed through the tokenizer's template, adapters that are trained alone and merged on export."""
+"""Fine-tuning: streamed chats in the tokenizer's template; only the adapters are trained, and exports merge them."""
 
 import json
 
@@ -16,7 +16,7 @@ BASE = {"model__vocab_size": 304, "data__total_steps": 3, "data__num_worker": 0}
 
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory):
-    """A tokenizer with a chat template, and a file of chats."""
+    """Returns the config changes for a run on a file of chats, with a tokenizer that has a chat template."""
     folder = tmp_path_factory.mktemp("chats")
     tokenizer = folder_with(folder / "tokenizer", CHATML)
     rows = [
@@ -61,7 +61,7 @@ def test_adapters_are_trained_on_chats_and_merged_on_export(tmp_path, pool, run,
         assert not torch.allclose(internevo.load_model(tmp_path / "base")(tokens), wanted, atol=1e-2)
 
     run("generate", tmp_path / "tuned", "--format", "chat", "--prompt", "say 1", "--max-new-tokens", 5, "--temperature", 0)
-    # The same command goes on; from a Hugging Face folder too.
+    # The same command resumes; a new run can also start from a Hugging Face folder.
     pool.train(config, 1, "data.total_steps=6")
     assert [row["step"] for row in metrics(tmp_path / "tuned")] == list(range(1, 7))
     again = {**tuned, "ckpt__load_ckpt_info": {**info, "path": str(tmp_path / "exported"), "ckpt_type": "hf"}}
@@ -79,7 +79,7 @@ def _unmerged(folder):
     return model
 
 
-def test_a_bf16_run_keeps_frozen_weights_once(tmp_path, pool, chats):
+def test_a_bf16_run_keeps_only_one_copy_of_frozen_weights(tmp_path, pool, chats):
     changes = {**chats, "model__lora": LORA, "model__dtype": "torch.bfloat16"}
     pool.train(write_config(tmp_path, None, "half", **changes), 1, "data.total_steps=1")
     stored = tensors(tmp_path / "half", 1)
@@ -89,7 +89,7 @@ def test_a_bf16_run_keeps_frozen_weights_once(tmp_path, pool, chats):
     assert len(metrics(tmp_path / "half")) == 2
 
 
-def test_other_adapters_are_refused_by_name(tmp_path, pool, chats):
+def test_a_checkpoint_with_other_adapters_is_refused(tmp_path, pool, chats):
     pool.train(write_config(tmp_path, None, "one", **chats, model__lora=LORA), 1, "data.total_steps=1")
     info = {"path": str(tmp_path / "one"), "content": ["model"], "ckpt_type": "internevo"}
     for name, lora in (("other", {**LORA, "rank": 2}), ("none", None)):

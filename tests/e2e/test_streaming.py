@@ -1,4 +1,4 @@
-"""Training runs on streaming data and mixtures: the same losses on any number of processes, and after any stop."""
+"""Training runs on streaming data and mixtures have the same losses on any number of processes, and after stops."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def texts(tmp_path_factory):
     return folder, train_bpe(["the cat sat"] * 3, 300, folder / "tokenizer")
 
 
-def test_a_stream_trains_alike_on_any_number_of_processes_and_after_a_stop(tmp_path, pool, texts):
+def test_a_stream_gives_the_same_losses_on_any_number_of_processes_and_after_a_stop(tmp_path, pool, texts):
     folder, tokenizer = texts
     changes = {**STREAM, "data__type": "streaming", "data__tokenizer_path": str(tokenizer)}
     changes |= {"data__valid_folder": str(folder / "raw")}
@@ -64,7 +64,7 @@ def test_what_asks_a_run_to_stop_does_not_end_its_tokenizing_processes(tmp_path,
     assert "died" not in output
 
 
-def test_a_mixture_reports_losses_by_source_and_goes_on_where_it_stopped(tmp_path, pool, texts):
+def test_a_mixture_reports_the_losses_of_each_part_and_resumes_where_it_stopped(tmp_path, pool, texts):
     folder, tokenizer = texts
     parts = [
         {"folder": str(folder / "raw" / "en" / "0.jsonl"), "kind": "streaming", "weight": 2, "epochs": 1, "name": "web"},
@@ -84,7 +84,7 @@ def test_a_mixture_reports_losses_by_source_and_goes_on_where_it_stopped(tmp_pat
     assert seen["books"] == 8 and 1 <= seen["web"] < 8  # its only epoch ends
 
 
-def test_what_is_left_out_is_counted_and_named(tmp_path, pool, texts):
+def test_documents_that_are_left_out_are_counted_and_named(tmp_path, pool, texts):
     folder, tokenizer = texts
     (tmp_path / "raw").mkdir()
     lines = (folder / "raw" / "en" / "0.jsonl").read_text().splitlines()

@@ -1,14 +1,14 @@
-"""Layouts to be compared with one process: the ones that have a name, the full table, and compositions drawn at random."""
+"""Layouts that tests compare with one process: the named ones, the full table, and random compositions."""
 
 import itertools
 import os
 import random
 
 DRAWN = int(os.environ.get("INTERNEVO_TEST_COMPOSITIONS", "8"))
-"""Compositions to draw."""
+"""Number of random compositions."""
 ROWS = 24
-"""Of a step."""
-STEADY = {
+"""Rows of a global batch."""
+COMMON = {
     "model__vocab_size": 104, "adam__lr": 2e-3, "adam__adam_eps": 1e-6, "data__total_steps": 10,
     "data__global_batch_size": ROWS, "lr_scheduler__total_steps": 20,
 }  # fmt: skip
@@ -24,7 +24,7 @@ MODELS = {
         "adam__lr": 2e-2,
         "adam__adam_eps": 1e-3,
     },
-    "adapters on q and o": {
+    "adapters on q and o only": {
         "model__lora": {"rank": 3, "alpha": 6, "targets": ["wq", "wo"]},
         "model__num_kv_attention_heads": 1,
         "adam__lr": 2e-2,
@@ -37,7 +37,7 @@ RECOMPUTED = {"model__checkpoint": True}
 
 
 def layout(processes, mode="mtp", tensor=1, weight=1, zero=-1, fsdp=False, weights=None, **more):
-    """(processes, changes to the config), with two micro-batches per step where the rows allow it."""
+    """Returns (processes, changes to the config). A step has two micro-batches if there are enough rows."""
     rows = max(1, ROWS // 2 // (processes // tensor))
     return processes, {
         "parallel__tensor": {"size": tensor, "mode": mode}, "parallel__weight": {"size": weight, **(weights or {})},
@@ -62,7 +62,7 @@ NAMED = {
     "isp 2, weights over 4, overlapped": layout(4, "isp", 2, 4, weights={"overlap": True}),
     "isp 4, weights over 2, overlapped, recomputed": layout(4, "isp", 4, 2, weights=PREFETCH, **RECOMPUTED),
     "isp 2, weights over 2, zero 2, half recomputed": layout(4, "isp", 2, 2, weights=PREFETCH, model__checkpoint=0.5),
-    "isp 2, weights over 2, attention kept": layout(
+    "isp 2, weights over 2, recomputed, attention kept": layout(
         4, "isp", 2, 2, weights={"overlap": True}, model__checkpoint=True, selective_checkpoint=True
     ),
     "isp 4, weights over 2, zero 2 of 4": layout(8, "isp", 4, 2, zero=2, weights=PREFETCH),
@@ -71,7 +71,7 @@ NAMED = {
 
 
 def full_table():
-    """Each mode x {ZeRO over 1, 2, all; fsdp} x {packed, padded} x {recomputed or not}, on 4 processes."""
+    """Yields (name, layout) of each mode x {ZeRO over 1, 2, all; FSDP} x {packed, padded} x {recomputed or not}."""
     inner = [("mtp", 1, 1), ("mtp", 2, 1), ("msp", 2, 1), ("fsp", 2, 1), ("isp", 2, 1), ("isp", 1, 2), ("isp", 2, 2)]
     data = [{"zero": 1}, {"zero": 2}, {"zero": -1}, {"fsdp": True}]
     for (mode, t, w), kind, form, memory in itertools.product(inner, data, ({}, PADDED), ({}, RECOMPUTED)):
@@ -80,7 +80,7 @@ def full_table():
 
 
 def composition(seed):
-    """Of everything that a layout can have, drawn at random: (processes, changes, name of the model)."""
+    """Draws everything that a layout can have at random. Returns (processes, changes to the config, name of the model)."""
     draw = random.Random(seed)
     processes, mode = draw.choice([2, 4, 4, 8]), draw.choice(["mtp", "msp", "fsp", "isp", "isp"])
     tensor = draw.choice([n for n in (1, 2, 4) if processes % n == 0])

@@ -1,6 +1,6 @@
-"""Every collective by itself, its value and its gradient, against its definition on one process.
+"""The value and the gradient of every collective, compared with its definition on one process.
 
-All numbers are small and whole, so that sums are exact in every dtype and everything is compared bit for bit.
+All numbers are small integers, so that sums are exact in every dtype, and the comparison is bit for bit.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,7 @@ PLAIN: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {
     "reduce_scatter": lambda xs: scattered(xs, 0),
     "all_reduce": lambda xs: [summed(xs)] * len(xs),
 }
-"""What each rank gets from what the ranks have: without gradients."""
+"""Collectives without gradients: the inputs of all ranks -> the outputs of all ranks."""
 DIFFERENTIABLE: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {
     "copy": lambda xs: xs,
     "reduce": lambda xs: [summed(xs)] * len(xs),
@@ -60,26 +60,26 @@ class Case:
     name: str
     ranks: int
     shape: tuple[int, ...]
-    """Of a rank's input."""
+    """Shape of a rank's input."""
     dtype: torch.dtype
-    turned: bool
-    """The input is not contiguous in memory."""
+    transposed: bool
+    """Whether the input is not contiguous in memory."""
     seed: int
 
     def draw(self, shape: tuple[int, ...], count: int, part: int) -> list[Tensor]:
-        """Whole numbers, for ``count`` ranks."""
+        """Integers, for ``count`` ranks."""
         generator = torch.Generator().manual_seed(self.seed * 2 + part)
         return [torch.randint(-4, 5, shape, generator=generator).to(self.dtype) for _ in range(count)]
 
     def inputs(self, world: int) -> list[Tensor]:
-        """Of every rank of the world. What ``copy`` is given is the same on all ranks of a group."""
+        """The inputs of all ranks of the world. The input of ``copy`` is the same on all ranks of a group."""
         xs = self.draw(self.shape, world, 0)
         return [xs[rank // self.ranks * self.ranks] for rank in range(world)] if self.name == "copy" else xs
 
-    def directions(self, shape: torch.Size, world: int) -> list[Tensor]:
-        """Gradients of the outputs. What comes after ``reduce`` is the same on all ranks of a group."""
-        ds = self.draw(shape, world, 1)
-        return [ds[rank // self.ranks * self.ranks] for rank in range(world)] if self.name == "reduce" else ds
+    def output_gradients(self, shape: torch.Size, world: int) -> list[Tensor]:
+        """The gradients of the outputs of all ranks. That of ``reduce`` is the same on all ranks of a group."""
+        grads = self.draw(shape, world, 1)
+        return [grads[rank // self.ranks * self.ranks] for rank in range(world)] if self.name == "reduce" else grads
 
 
 @st.composite
@@ -92,30 +92,30 @@ def cases(draw: st.DrawFn, names: list[str], dtypes: list[torch.dtype], ranks: i
     else:
         shape = draw(st.lists(sizes, min_size=1, max_size=4))
         shape[0] = ranks if name == "exchange" else shape[0] * (ranks if name == "reduce_scatter" else 1)
-    dtype, turned = draw(st.sampled_from(dtypes)), draw(st.booleans())
-    return Case(name, ranks, tuple(shape), dtype, turned, draw(st.integers(0, 10**6)))
+    dtype, transposed = draw(st.sampled_from(dtypes)), draw(st.booleans())
+    return Case(name, ranks, tuple(shape), dtype, transposed, draw(st.integers(0, 10**6)))
 
 
 def call(world: World, batch: list[Case]) -> list[tuple[Tensor, Tensor | None]]:
-    """Value and gradient on this rank."""
+    """Calls the collectives. Returns the value and the gradient of each on this rank."""
     ranks = batch[0].ranks
     mesh = init_device_mesh(world.device.type, (world.size // ranks, ranks), mesh_dim_names=("outer", "inner"))
     group, found = mesh["inner"].get_group(), []
     for case in batch:
         x = case.inputs(world.size)[world.rank].to(world.device)
-        if case.turned:
+        if case.transposed:
             x = x.movedim(0, -1).contiguous().movedim(-1, 0)
         differentiable = case.name in DIFFERENTIABLE
         x.requires_grad_(differentiable)
         out = getattr(collectives, case.name)(x, group)
         if differentiable:
-            out.backward(case.directions(out.shape, world.size)[world.rank].to(world.device))
+            out.backward(case.output_gradients(out.shape, world.size)[world.rank].to(world.device))
         found.append((out.detach().cpu(), None if x.grad is None else x.grad.cpu()))
     return found
 
 
 def defined(case: Case, world: int) -> list[tuple[Tensor, Tensor | None]]:
-    """The same on one process, for every rank."""
+    """Returns the value and the gradient for every rank, computed by the definition on one process."""
     found: list[tuple[Tensor, Tensor | None]] = []
     inputs = case.inputs(world)
     for first in range(0, world, case.ranks):
@@ -127,11 +127,11 @@ def defined(case: Case, world: int) -> list[tuple[Tensor, Tensor | None]]:
         if case.name == "copy":
             xs = [xs[0]] * case.ranks  # one tensor, which every rank has
         outs = DIFFERENTIABLE[case.name](xs)
-        directions = case.directions(outs[0].shape, world)[first : first + case.ranks]
+        out_grads = case.output_gradients(outs[0].shape, world)[first : first + case.ranks]
         if case.name == "reduce":
-            outs[0].backward(directions[0])  # one result, which every rank has
+            outs[0].backward(out_grads[0])  # one result, which every rank has
         else:
-            torch.autograd.backward(outs, directions)
+            torch.autograd.backward(outs, out_grads)
         found += [(out.detach(), x.grad) for out, x in zip(outs, xs, strict=True)]
     return found
 
@@ -142,17 +142,17 @@ def compare(pool: Pool, processes: int, batch: list[Case]) -> None:
         wanted = defined(case, processes)
         assert len(results) == len(wanted) == processes
         for rank, (out, grad) in enumerate(wanted):
-            mine, my_grad = results[rank][number]
-            assert mine.dtype == out.dtype and torch.equal(mine, out), (case, rank)
-            assert (my_grad is None) == (grad is None)
-            assert grad is None or torch.equal(my_grad, grad), (case, rank)
+            found, found_grad = results[rank][number]
+            assert found.dtype == out.dtype and torch.equal(found, out), (case, rank)
+            assert (found_grad is None) == (grad is None)
+            assert grad is None or torch.equal(found_grad, grad), (case, rank)
 
 
 @pytest.mark.parametrize(("processes", "ranks"), [(2, 2), (3, 3), (4, 4), (4, 2)])
 @settings(max_examples=3, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_values_and_gradients_are_those_of_the_definition(pool: Pool, processes: int, ranks: int, data: Any) -> None:
-    """In groups of all ranks and of some, also of what does not lie in memory as it is sent."""
+    """In groups of all ranks and in smaller groups; also with inputs that are not contiguous."""
     batch = []
     for name in (*DIFFERENTIABLE, *PLAIN):
         dtypes = FLOATS if name in DIFFERENTIABLE else [*FLOATS, torch.int64, torch.int32]
@@ -161,7 +161,7 @@ def test_values_and_gradients_are_those_of_the_definition(pool: Pool, processes:
 
 
 def results_stay(world: World) -> list[Tensor]:
-    """What a collective is given is changed before its result is looked at."""
+    """Changes the input of a collective before its result is read."""
     group = torch.distributed.group.WORLD
     x = torch.full((4,), float(world.rank + 1), device=world.device)
     kept = []
@@ -173,13 +173,13 @@ def results_stay(world: World) -> list[Tensor]:
     return kept
 
 
-def test_a_result_is_there_when_it_is_returned(pool: Pool) -> None:
+def test_a_result_is_complete_when_it_is_returned(pool: Pool) -> None:
     one, two = pool.run(results_stay, 2)
     assert [x.tolist() for x in one] == [[1.0] * 4 + [2.0] * 4, [3.0] * 2, [3.0] * 4]
     assert [x.tolist() for x in two] == [[1.0] * 4 + [2.0] * 4, [3.0] * 2, [3.0] * 4]
 
 
-def test_the_sequence_comes_first() -> None:
+def test_tokens_first_makes_the_sequence_dimension_0() -> None:
     x = torch.arange(24).view(2, 3, 4)
     first = collectives.tokens_first(x)
     assert first.is_contiguous() and torch.equal(first, torch.stack([x[:, s] for s in range(3)]))

@@ -22,16 +22,16 @@ from tests.pool import Pool
 def gather_often(world: World) -> int:
     group = dist.group.WORLD
     assert group is not None
-    mine = torch.full((8,), float(world.rank))
+    x = torch.full((8,), float(world.rank))
     for _ in range(600):
-        coming = [functional.all_gather_single(mine + number, 0, group) for number in range(8)]
-        for number, both in enumerate(coming):
-            assert both.tolist() == [number] * 8 + [number + 1.0] * 8
+        started = [functional.all_gather_single(x + number, 0, group) for number in range(8)]
+        for number, gathered in enumerate(started):
+            assert gathered.tolist() == [number] * 8 + [number + 1.0] * 8
     return world.rank
 
 
-def test_many_gathers_at_once_leave_the_memory_whole(pool: Pool) -> None:
-    """With two threads in a group, as PyTorch has it, a process died in two of three runs."""
+def test_many_gathers_at_once_do_not_damage_the_heap(pool: Pool) -> None:
+    """With two threads per group, which is PyTorch's default, a process died in two of three runs."""
     assert pool.run(gather_often, 2, device="cpu") == [0, 1]
 
 

@@ -1,4 +1,4 @@
-"""Memory of a rank is that of the formula, within 2 percent: masters, moments, weights, gradients, and what layers keep."""
+"""The measured memory of rank 0 is that of the formula, within 2 percent."""
 
 import json
 
@@ -17,12 +17,12 @@ CASES = {
     "one process": layout(1),
     "one process, bf16": layout(1, model__dtype="torch.bfloat16"),
     "zero 2 of 4, bf16": layout(4, zero=2, model__dtype="torch.bfloat16"),
-    "zero 2, bf16, gradients too": layout(
+    "zero 2, bf16, gradients in bf16": layout(
         2, model__dtype="torch.bfloat16", hybrid_zero_optimizer={"grad_dtype": "torch.bfloat16", "clip_grad_norm": 1.0}
     ),
     "fsdp": layout(2, fsdp=True),
     "mtp 2": layout(2, "mtp", 2),
-    "mtp 4, key/value heads twice": layout(4, "mtp", 4),
+    "mtp 4, two replicas of each key/value head": layout(4, "mtp", 4),
     "msp 2, zero 2": layout(4, "msp", 2),
     "fsp 4": layout(4, "fsp", 4),
     "fsp 2, recomputed": layout(2, "fsp", 2, model__checkpoint=True),

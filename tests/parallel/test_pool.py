@@ -1,4 +1,4 @@
-"""The pool of processes itself: what tests on several processes rely on."""
+"""The pool of processes, on which the tests with several processes depend."""
 
 import os
 import time
@@ -15,7 +15,7 @@ from tests.pool import Pool
 
 @pytest.fixture(scope="module")
 def two() -> Iterator[Pool]:
-    """A pool that may be broken."""
+    """A pool whose processes may die."""
     pool = Pool()
     yield pool
     pool.stop()
@@ -28,15 +28,15 @@ def add_up(world: World, numbers: torch.Tensor) -> tuple[int, torch.Tensor]:
 
 
 def fail_on(world: World, rank: int, how: str) -> None:
-    """What went wrong on one rank; the others never end."""
+    """Fails on one rank, while the others do not end."""
     if world.rank != rank:
         time.sleep(3600)
     if how == "raise":
-        raise ValueError("what went wrong")
+        raise ValueError("the reason")
     os._exit(7)
 
 
-def test_a_function_runs_in_a_process_group_and_gives_each_ranks_result(two: Pool) -> None:
+def test_a_function_runs_in_a_process_group_and_the_results_of_all_ranks_are_returned(two: Pool) -> None:
     for processes, wanted in ((1, [1.5, 2.0]), (2, [4.0, 5.0])):
         results = two.run(add_up, processes, torch.tensor([1.5, 2.0]))
         assert [(rank, total.tolist()) for rank, total in results] == [(rank, wanted) for rank in range(processes)]
@@ -44,13 +44,11 @@ def test_a_function_runs_in_a_process_group_and_gives_each_ranks_result(two: Poo
 
 def test_the_rank_that_failed_is_shown_and_the_others_are_not_waited_for(two: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PATIENCE", 0.1)
-    with pytest.raises(
-        AssertionError, match=r"(?s)^rank 1: Traceback.*\nValueError: what went wrong\n\nrank 0 did not finish$"
-    ):
+    with pytest.raises(AssertionError, match=r"(?s)^rank 1: Traceback.*\nValueError: the reason\n\nrank 0 did not finish$"):
         two.run(fail_on, 2, 1, "raise")
 
 
-def test_a_process_that_ends_is_named_and_the_next_job_finds_new_ones(two: Pool) -> None:
+def test_a_process_that_ends_is_named_and_the_next_job_gets_new_processes(two: Pool) -> None:
     with pytest.raises(AssertionError, match="^rank 0: the process ended with exit code 7$"):
         two.run(fail_on, 1, 0, "exit")
     assert two.run(add_up, 1, torch.zeros(1)) == [(0, torch.zeros(1))]

@@ -1,4 +1,4 @@
-"""Where each rank's part of a tensor lies, against the parts that DTensor and ``fully_shard`` give it."""
+"""Where each rank's shard is in the full tensor, compared with the shards that DTensor and ``fully_shard`` make."""
 
 import math
 from dataclasses import dataclass
@@ -28,35 +28,35 @@ SIZES = [
 
 @dataclass
 class Distributed:
-    """A tensor that DTensor spreads over a mesh."""
+    """A tensor that DTensor distributes over a mesh."""
 
     sizes: dict[str, int]
     shape: tuple[int, ...]
-    cut: list[int | None]
-    """Axis of the tensor that each dimension of the mesh cuts; None: it has copies."""
+    sharded: list[int | None]
+    """For each dimension of the mesh, the dimension of the tensor that it shards; None: it has replicas."""
 
     def parameter(self, mesh: DeviceMesh) -> nn.Parameter:
-        places = [Replicate() if axis is None else Shard(axis) for axis in self.cut]
-        return nn.Parameter(distribute_tensor(full(self.shape), mesh, places, src_data_rank=None))
+        placements = [Replicate() if dim is None else Shard(dim) for dim in self.sharded]
+        return nn.Parameter(distribute_tensor(full(self.shape), mesh, placements, src_data_rank=None))
 
 
 @dataclass
 class Trained:
-    """A weight as in training: cut by a tensor mode first, and then by the data axis along its first axis."""
+    """A weight as in training: sharded by a tensor mode, and then by the data axis along dimension 0."""
 
     sizes: dict[str, int]
-    """replicate, zero, inner; or zero, heads, copies: keys and values."""
+    """Dimensions of the mesh: replicate, zero, inner; or, for keys and values, zero, heads, kv_replicas."""
     shape: tuple[int, ...]
-    axis: int | None
-    """Axis that the tensor mode cuts."""
+    dim: int | None
+    """Dimension that the tensor mode shards."""
 
     def parameter(self, mesh: DeviceMesh) -> nn.Parameter:
         module = nn.Module()
         module.weight = nn.Parameter(full(self.shape))
-        if self.axis is not None:
-            inner = mesh["heads", "copies"] if "heads" in self.sizes else mesh["inner"]
-            places: list[Placement] = [Shard(self.axis), Replicate()]
-            module.weight = nn.Parameter(distribute_tensor(module.weight.data, inner, places[: inner.ndim], src_data_rank=None))
+        if self.dim is not None:
+            inner = mesh["heads", "kv_replicas"] if "heads" in self.sizes else mesh["inner"]
+            placements: list[Placement] = [Shard(self.dim), Replicate()][: inner.ndim]
+            module.weight = nn.Parameter(distribute_tensor(module.weight.data, inner, placements, src_data_rank=None))
         fully_shard(module, mesh=mesh["replicate", "zero"] if "replicate" in self.sizes else mesh["zero"])
         return module.weight
 
@@ -67,33 +67,33 @@ shapes = st.lists(st.integers(1, 9), min_size=1, max_size=3)
 
 @st.composite
 def distributed(draw: st.DrawFn) -> Distributed:
-    """No axis is cut twice: DTensor by itself would do that in another order than strategies that come one after another."""
+    """No dimension is sharded twice: DTensor alone would do that in another order than several strategies do."""
     sizes, shape = draw(st.sampled_from(SIZES)), draw(shapes)
-    axes: list[int | None] = [*range(len(shape)), None, None, None]
-    return Distributed(sizes, tuple(shape), draw(st.permutations(axes))[: len(sizes)])
+    dims: list[int | None] = [*range(len(shape)), None, None, None]
+    return Distributed(sizes, tuple(shape), draw(st.permutations(dims))[: len(sizes)])
 
 
 @st.composite
 def trained(draw: st.DrawFn) -> Trained:
-    names = draw(st.sampled_from([("zero", "inner"), ("replicate", "zero", "inner"), ("zero", "heads", "copies")]))
+    names = draw(st.sampled_from([("zero", "inner"), ("replicate", "zero", "inner"), ("zero", "heads", "kv_replicas")]))
     numbers = draw(st.sampled_from([tuple(sizes.values()) for sizes in SIZES if len(sizes) == len(names)]))
     shape = draw(shapes)
-    axis = draw(st.sampled_from([None, *range(min(len(shape), 2))]))
-    return Trained(dict(zip(names, numbers, strict=True)), tuple(shape), axis)
+    dim = draw(st.sampled_from([None, *range(min(len(shape), 2))]))
+    return Trained(dict(zip(names, numbers, strict=True)), tuple(shape), dim)
 
 
 def full(shape: tuple[int, ...]) -> Tensor:
-    """Every element is another number."""
+    """A tensor of which every element is a different number."""
     return torch.arange(1.0, math.prod(shape) + 1).view(shape)
 
 
-def rows_of(whole: Tensor, start: int, stop: int) -> Tensor:
-    return whole[start:stop]
+def rows_of(tensor: Tensor, start: int, stop: int) -> Tensor:
+    return tensor[start:stop]
 
 
-def parts(world: World, cases: list[Case]) -> list[tuple[list[tuple[int, int]], Tensor, Tensor, bool]]:
-    """Of each case: this rank's box, what DTensor has given it, what ``fill_local`` puts there, and whether an axis is cut
-    twice."""
+def shards(world: World, cases: list[Case]) -> list[tuple[list[tuple[int, int]], Tensor, Tensor, bool]]:
+    """Returns for each case: this rank's box, its shard as DTensor made it, its shard as ``fill_local`` fills it, and whether a
+    dimension is sharded twice."""
     meshes: dict[tuple[tuple[str, int], ...], DeviceMesh] = {}
     found = []
     for case in cases:
@@ -102,45 +102,45 @@ def parts(world: World, cases: list[Case]) -> list[tuple[list[tuple[int, int]], 
             names, sizes = zip(*key, strict=True)
             meshes[key] = init_device_mesh("cpu", sizes, mesh_dim_names=names)
         parameter = case.parameter(meshes[key])
-        given = local(parameter.detach()).clone()
+        by_dtensor = local(parameter.detach()).clone()
         local(parameter.detach()).zero_()
         fill_local(parameter, partial(rows_of, full(case.shape)))
-        strided = isinstance(parameter, DTensor) and any(isinstance(place, _StridedShard) for place in parameter.placements)
-        found.append((local_box(parameter), given, local(parameter.detach()).clone(), strided))
+        strided = isinstance(parameter, DTensor) and any(isinstance(p, _StridedShard) for p in parameter.placements)
+        found.append((local_box(parameter), by_dtensor, local(parameter.detach()).clone(), strided))
     return found
 
 
 def compare(pool: Pool, cases: list[Case]) -> bool:
-    """Whether any axis was cut twice."""
-    results = pool.run(parts, PROCESSES, cases, device="cpu")
+    """Compares all ranks. Returns whether any dimension was sharded twice."""
+    results = pool.run(shards, PROCESSES, cases, device="cpu")
     for number, case in enumerate(cases):
-        whole, copies = full(case.shape), torch.zeros(case.shape)
+        tensor, replicas = full(case.shape), torch.zeros(case.shape)
         for rank in range(PROCESSES):
-            box, given, filled, _ = results[rank][number]
-            place = tuple(slice(start, stop) for start, stop in box)
-            empty = given.numel() == whole[place].numel() == 0  # then shapes mean nothing
-            assert empty or torch.equal(whole[place], given), (case, rank, box, given)
-            assert torch.equal(filled, given), (case, rank, filled, given)
-            copies[place] += 1
-        assert copies.min() == copies.max() >= 1, (case, copies)  # every element is somewhere, and as often as any other
+            box, by_dtensor, filled, _ = results[rank][number]
+            slices = tuple(slice(start, stop) for start, stop in box)
+            empty = by_dtensor.numel() == tensor[slices].numel() == 0  # the shapes of empty shards may differ
+            assert empty or torch.equal(tensor[slices], by_dtensor), (case, rank, box, by_dtensor)
+            assert torch.equal(filled, by_dtensor), (case, rank, filled, by_dtensor)
+            replicas[slices] += 1
+        assert replicas.min() == replicas.max() >= 1, (case, replicas)  # all elements are on the same number of ranks
     return any(strided for *_, strided in results[0])
 
 
 @settings(max_examples=3, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_boxes_are_where_dtensor_puts_its_parts(pool: Pool, data: Any) -> None:
+def test_boxes_are_those_of_dtensors_shards(pool: Pool, data: Any) -> None:
     compare(pool, data.draw(st.lists(distributed(), min_size=20, max_size=40)))
 
 
 @settings(max_examples=3, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_boxes_are_where_fully_shard_puts_its_parts(pool: Pool, data: Any) -> None:
-    """Also where it cuts the axis again that a tensor mode has cut, and where sizes do not come out even."""
+def test_boxes_are_those_of_fully_shards_shards(pool: Pool, data: Any) -> None:
+    """Also if the data axis and a tensor mode shard the same dimension, and if sizes are uneven."""
     twice = Trained({"replicate": 1, "zero": 2, "inner": 2}, (7, 3), 0)
     assert compare(pool, [twice, *data.draw(st.lists(trained(), min_size=20, max_size=40))])
 
 
-def test_a_plain_tensor_is_whole() -> None:
+def test_the_box_of_a_plain_tensor_is_the_whole_tensor() -> None:
     parameter = nn.Parameter(torch.zeros(3, 5))
     assert local_box(parameter) == [(0, 3), (0, 5)]
     fill_local(parameter, partial(rows_of, full((3, 5))))

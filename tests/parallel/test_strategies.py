@@ -1,4 +1,4 @@
-"""Every strategy, and compositions of them, train the model that one process trains; their checkpoints load into any other."""
+"""All strategies and their compositions train the same model as one process. A checkpoint loads into any other layout."""
 
 import json
 import os
@@ -7,19 +7,19 @@ import pytest
 
 from internevo.text.tokenizer import train_bpe
 from tests.conftest import metrics, tensors, write_config, write_dataset
-from tests.parallel.layouts import DRAWN, MODELS, NAMED, PADDED, STEADY, composition, full_table, layout
+from tests.parallel.layouts import COMMON, DRAWN, MODELS, NAMED, PADDED, composition, full_table, layout
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, pool):
-    """A folder with a dataset, and the runs of one process, each trained once."""
+    """A folder, a dataset, and a function that returns the run folder of one process; each model is trained once."""
     folder = tmp_path_factory.mktemp("strategies")
     dataset = write_dataset(folder / "data")
 
     def one(model, packed=True):
         path = folder / f"one-{list(MODELS).index(model)}-{packed}"
         if not path.exists():
-            changes = {**STEADY, **layout(1)[1], **MODELS[model], **({} if packed else PADDED)}
+            changes = {**COMMON, **layout(1)[1], **MODELS[model], **({} if packed else PADDED)}
             pool.train(write_config(folder, dataset, path.name, **changes), 1)
         return path
 
@@ -27,7 +27,7 @@ def world(tmp_path_factory, pool):
 
 
 def assert_same_rows(many, one, steps):
-    """The first steps of ``one``, which may have trained on."""
+    """Compares the metrics of the first steps. ``one`` may have more steps."""
     rows, wanted = metrics(many), metrics(one)
     assert [row["step"] for row in rows] == [row["step"] for row in wanted[:steps]] == list(range(1, steps + 1))
     for row, reference in zip(rows, wanted[:steps], strict=True):
@@ -45,12 +45,12 @@ def assert_same(many, one, steps=10):
 
 def compare(pool, world, tmp_path, processes, changes, model="llama"):
     _, dataset, one = world
-    pool.train(write_config(tmp_path, dataset, "many", **{**STEADY, **MODELS[model], **changes}), processes)
+    pool.train(write_config(tmp_path, dataset, "many", **{**COMMON, **MODELS[model], **changes}), processes)
     assert_same(tmp_path / "many", one(model, changes.get("data__use_packed_dataset", True)))
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_a_strategy_trains_the_model_of_one_process(pool, world, tmp_path, name):
+def test_a_strategy_trains_the_same_model_as_one_process(pool, world, tmp_path, name):
     compare(pool, world, tmp_path, *NAMED[name])
 
 
@@ -58,7 +58,7 @@ ADAPTED = ["mtp 2", "msp 2, fsdp, recomputed", "fsp 4", "isp 2, weights over 2, 
 
 
 @pytest.mark.parametrize("name", NAMED if "INTERNEVO_TEST_FULL_TABLE" in os.environ else ADAPTED)
-def test_adapters_are_trained_alike_in_every_layout(pool, world, tmp_path, name):
+def test_adapters_are_trained_the_same_in_every_layout(pool, world, tmp_path, name):
     compare(pool, world, tmp_path, *NAMED[name], model="adapters")
     mine = tensors(tmp_path / "many", 10)
     adapters = [key for key in mine if ".lora." in key and key.startswith("model/")]
@@ -69,28 +69,28 @@ def test_adapters_are_trained_alike_in_every_layout(pool, world, tmp_path, name)
 
 
 @pytest.mark.parametrize("mode", ["mtp", "msp"])
-def test_adapters_need_not_be_on_what_several_ranks_share(pool, world, tmp_path, mode):
-    """One key/value head for two ranks, whose copies have no adapter: there is no gradient to sum over them."""
-    compare(pool, world, tmp_path, *layout(2, mode, 2), model="adapters on q and o")
+def test_replicated_key_value_heads_need_no_adapters(pool, world, tmp_path, mode):
+    """Two ranks have replicas of the one key/value head. Without adapters on k and v there is no gradient to sum over them."""
+    compare(pool, world, tmp_path, *layout(2, mode, 2), model="adapters on q and o only")
 
 
 @pytest.mark.parametrize("seed", range(DRAWN))
-def test_compositions_train_the_model_of_one_process(pool, world, tmp_path, seed):
+def test_compositions_train_the_same_model_as_one_process(pool, world, tmp_path, seed):
     compare(pool, world, tmp_path, *composition(seed))
 
 
-@pytest.mark.skipif("INTERNEVO_TEST_FULL_TABLE" not in os.environ, reason="minutes: INTERNEVO_TEST_FULL_TABLE=1 runs it")
+@pytest.mark.skipif("INTERNEVO_TEST_FULL_TABLE" not in os.environ, reason="takes minutes: INTERNEVO_TEST_FULL_TABLE=1 runs it")
 @pytest.mark.parametrize("case", full_table(), ids=lambda case: case[0])
-def test_the_full_table_trains_the_model_of_one_process(pool, world, tmp_path, case):
+def test_the_full_table_trains_the_same_model_as_one_process(pool, world, tmp_path, case):
     compare(pool, world, tmp_path, *case[1])
 
 
-def test_a_run_goes_on_in_other_layouts(pool, world, tmp_path):
-    """msp over 4, isp 2 x 4, fsdp over 3, one process, fsp: weights, moments and the place in the data go along."""
+def test_a_run_continues_in_other_layouts(pool, world, tmp_path):
+    """msp over 4, isp 2 x 4, FSDP over 3, one process, fsp: weights, moments and the position in the data are restored."""
     _, dataset, one = world
     parts = [layout(4, "msp", 4), layout(4, "isp", 2, 4), layout(3, fsdp=True), layout(1), layout(2, "fsp", 2)]
     for steps, (processes, changes) in zip(range(2, 11, 2), parts, strict=True):
-        path = write_config(tmp_path, dataset, "parts", **{**STEADY, **changes, "data__total_steps": steps})
+        path = write_config(tmp_path, dataset, "parts", **{**COMMON, **changes, "data__total_steps": steps})
         pool.train(path, processes)
     assert_same(tmp_path / "parts", one("llama"))
 
@@ -101,7 +101,7 @@ def test_a_run_goes_on_in_other_layouts(pool, world, tmp_path):
 def test_compiled_layers_train_the_same_in_every_mode(pool, world, tmp_path, name):
     _, dataset, one = world
     processes, changes = NAMED[name]
-    path = write_config(tmp_path, dataset, "many", **{**STEADY, **changes, "model__compile": True, "data__total_steps": 3,
+    path = write_config(tmp_path, dataset, "many", **{**COMMON, **changes, "model__compile": True, "data__total_steps": 3,
                         "ckpt__enable_save_ckpt": False})  # fmt: skip
     pool.train(path, processes, timeout=600)
     assert_same_rows(tmp_path / "many", one("llama"), 3)
@@ -111,20 +111,21 @@ def test_compiled_layers_train_the_same_in_every_mode(pool, world, tmp_path, nam
 def test_overlap_and_buckets_change_no_bit(pool, world, tmp_path, name):
     _, dataset, _ = world
     processes, changes = NAMED[name]
-    apart = {
+    without_overlap = {
         "hybrid_zero_optimizer__overlap_sync_grad": False, "hybrid_zero_optimizer__overlap_sync_param": False,
         "hybrid_zero_optimizer__reduce_bucket_size": 30_000,
         "parallel__weight": {**changes["parallel__weight"], "overlap": False},
     }  # fmt: skip
-    for kind, more in (("overlapped", {}), ("apart", apart)):
+    for kind, more in (("overlapped", {}), ("not-overlapped", without_overlap)):
         short = {"data__total_steps": 4}
-        pool.train(write_config(tmp_path, dataset, kind, **{**STEADY, **changes, **more, **short}), processes)
-    overlapped, apart = (
-        [(row["step"], row["loss"], row["grad_norm"]) for row in metrics(tmp_path / run)] for run in ("overlapped", "apart")
+        pool.train(write_config(tmp_path, dataset, kind, **{**COMMON, **changes, **more, **short}), processes)
+    overlapped, not_overlapped = (
+        [(row["step"], row["loss"], row["grad_norm"]) for row in metrics(tmp_path / run)]
+        for run in ("overlapped", "not-overlapped")
     )
-    assert overlapped == apart
+    assert overlapped == not_overlapped
     assert len(overlapped) == 4
-    mine, theirs = tensors(tmp_path / "overlapped", 4), tensors(tmp_path / "apart", 4)
+    mine, theirs = tensors(tmp_path / "overlapped", 4), tensors(tmp_path / "not-overlapped", 4)
     assert mine.keys() == theirs.keys()
     assert all(mine[name].equal(tensor) for name, tensor in theirs.items())
 
@@ -132,7 +133,7 @@ def test_overlap_and_buckets_change_no_bit(pool, world, tmp_path, name):
 @pytest.mark.parametrize(("dtype", "grad_dtype"), [("float16", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")])
 @pytest.mark.parametrize("name", ["msp 2, fsdp, recomputed", "isp 2, weights over 2, zero 2, half recomputed", "mtp 2"])
 def test_half_precision_follows_one_process(pool, world, tmp_path, name, dtype, grad_dtype):
-    """Also fp16's loss scale, whose overflow in the first step every rank must see."""
+    """This includes the loss scale of fp16: in the first step it overflows, and every rank must notice that."""
     _, dataset, _ = world
     processes, changes = NAMED[name]
     half = {
@@ -141,7 +142,7 @@ def test_half_precision_follows_one_process(pool, world, tmp_path, name, dtype, 
         "grad_scaler__hysteresis": 1, "data__total_steps": 6,
     }  # fmt: skip
     for run, count, more in (("one", 1, layout(1)[1]), ("many", processes, changes)):
-        pool.train(write_config(tmp_path, dataset, run, **{**STEADY, **more, **half}), count)
+        pool.train(write_config(tmp_path, dataset, run, **{**COMMON, **more, **half}), count)
     rows, wanted = metrics(tmp_path / "many"), metrics(tmp_path / "one")
     assert [row["skipped_steps"] for row in rows] == [row["skipped_steps"] for row in wanted]
     assert dtype != "float16" or 0 < rows[-1]["skipped_steps"] < 6
@@ -153,7 +154,7 @@ def test_half_precision_follows_one_process(pool, world, tmp_path, name, dtype, 
 
 @pytest.mark.parametrize("mode", ["msp", "isp"])
 def test_samples_are_the_text_of_one_process(pool, world, tmp_path, mode):
-    """Generation goes token by token, so sequences are not cut then."""
+    """Generation computes one token at a time, so sequences cannot be sharded."""
     _, dataset, _ = world
     train_bpe(["def f(x): return x"] * 5, 300, tmp_path / "tokenizer")
     changes = {"model__vocab_size": 300, "data__tokenizer_path": str(tmp_path / "tokenizer"), "data__total_steps": 1,

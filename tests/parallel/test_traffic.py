@@ -1,4 +1,4 @@
-"""The collectives of a step are those that the strategies state: kinds, groups, counts and bytes."""
+"""The collectives of a real step are those that the strategies state: kinds, groups, counts and bytes."""
 
 import gzip
 import json
@@ -19,7 +19,7 @@ MICRO_BATCHES = 3
 
 
 def counted(pool, tmp_path, processes, changes, model="llama"):
-    """(kind, axis) -> (count, bytes): as counted in a real step, and as the strategies state it."""
+    """Returns (kind, axis) -> (count, bytes) twice: as counted in a real step, and as the strategies state it."""
     dataset = write_dataset(tmp_path / "data")
     ranks = processes // changes["parallel__tensor"]["size"]
     sizes = {"data__micro_bsz": 1, "data__global_batch_size": MICRO_BATCHES * ranks, "data__total_steps": 2}
@@ -29,8 +29,8 @@ def counted(pool, tmp_path, processes, changes, model="llama"):
     config = load_config(path)
     rows = json.loads((tmp_path / "run" / "comm.json").read_text())
     found = {(row["kind"], row["axis"]): (row["count"], row["nbytes"]) for row in rows}
-    decoder, layout = decoder_config(config.model_type, config.model), Layout.of(config, processes)
-    work = Workload.of(decoder, config, layout, MICRO_BATCHES, DEVICE)
+    decoder, layout = decoder_config(config.model_type, config.model), Layout.from_config(config, processes)
+    work = Workload.from_config(decoder, config, layout, MICRO_BATCHES, DEVICE)
     stated = add_up([*plan.traffic(work), step.traffic(decoder, 2, layout)], layout)
     return found, {(row.kind, row.axis): (row.count, row.nbytes) for row in stated}
 
@@ -41,37 +41,36 @@ CASES = {
     "zero 2 of 4": layout(4, zero=2),
     "fsdp 2 of 4": layout(4, zero=2, fsdp=True),
     "buckets": layout(2, hybrid_zero_optimizer__reduce_bucket_size=30_000),
-    "bf16, gradients too": layout(
+    "bf16, gradients in bf16": layout(
         4, "msp", 2, model__dtype="bfloat16", hybrid_zero_optimizer={"grad_dtype": "torch.bfloat16", "clip_grad_norm": 1.0}
     ),
     "mtp 2, attention recomputed": layout(2, "mtp", 2, model__checkpoint="attention"),
     "msp 2, attention recomputed": layout(2, "msp", 2, model__checkpoint="attention"),
     "fsp 2, half recomputed": layout(2, "fsp", 2, model__checkpoint=0.5),
     "isp 2 x 2, attention recomputed": layout(2, "isp", 2, 2, weights=PREFETCH, model__checkpoint="attention"),
-    "mtp 4, key/value heads twice": layout(4, "mtp", 4),
+    "mtp 4, two replicas of each key/value head": layout(4, "mtp", 4),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_step_moves_what_its_strategies_state(pool, tmp_path, name):
-    """Every collective of the step: kinds, groups, counts and bytes, and nothing else."""
+def test_a_step_has_exactly_the_collectives_that_its_strategies_state(pool, tmp_path, name):
     found, stated = counted(pool, tmp_path, *CASES[name])
     assert found == stated
 
 
 @pytest.mark.parametrize("seed", range(100, 100 + DRAWN))
-def test_compositions_move_what_their_strategies_state(pool, tmp_path, seed):
+def test_compositions_have_exactly_the_collectives_that_their_strategies_state(pool, tmp_path, seed):
     processes, changes, model = composition(seed)
     found, stated = counted(pool, tmp_path, processes, changes, "llama" if "adapters" in model else model)
     assert found == stated
 
 
-def test_experts_are_moved_as_other_weights(pool, tmp_path):
+def test_experts_have_the_collectives_of_other_weights(pool, tmp_path):
     found, stated = counted(pool, tmp_path, *layout(4, zero=2, **EXPERTS))
     assert found == stated
 
 
-def test_the_console_shows_the_table(tmp_path):
+def test_the_console_shows_the_table_of_collectives(tmp_path):
     path = write_config(tmp_path, write_dataset(tmp_path / "data"), **layout(2, "msp", 2)[1], model__vocab_size=100,
                         data__total_steps=2, monitor__comm=True)  # fmt: skip
     lines = run("train", path, "--nproc", 2).stdout.splitlines()
@@ -89,7 +88,7 @@ def test_the_console_shows_the_table(tmp_path):
     ],
 )
 def test_isp_gathers_weights_before_they_are_needed(pool, tmp_path, unit, fsdp, compiled):
-    """Also in the first pass of a step, when the data axis gathers the weights as well."""
+    """Also in the first forward pass of a step, in which the data axis gathers the weights, too."""
     weights = {"overlap": True, "forward_overlap_per": unit}
     processes, changes = layout(4, "isp", 1, 2, fsdp=fsdp, weights=weights, model__num_layers=4, monitor__trace=True)
     dataset = write_dataset(tmp_path / "data")
@@ -101,7 +100,7 @@ def test_isp_gathers_weights_before_they_are_needed(pool, tmp_path, unit, fsdp, 
     signs = {f"_c10d_functional::{name}": sign for name, sign in signs.items()} | {"aten::mm": "."}
     events = sorted((event["ts"], signs[event["name"]]) for event in trace if event.get("name") in signs)
     order = "".join(sign for _, sign in events)
-    if unit == "layer":  # in every layer but the last all of the next one's
+    if unit == "layer":  # in every layer but the last, all weights of the next layer
         assert order.count("gggg") == 3, order
-    else:  # always the next one; two at once only where a pass begins
+    else:  # always the next weights; two gathers in a row only at the beginning of a pass
         assert order.count("gg") == 2, order

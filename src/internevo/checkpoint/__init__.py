@@ -1,4 +1,4 @@
-"""Checkpoints: safetensors and JSON, independent of the layout, complete if and only if the manifest is there."""
+"""Checkpoints: safetensors and JSON files that do not depend on the layout. A checkpoint is complete if it has a manifest."""
 
 from .folder import Checkpoint, complete_checkpoints, find_checkpoint
 

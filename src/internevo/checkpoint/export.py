@@ -1,4 +1,4 @@
-"""Each checkpoint of a run in Hugging Face form as well (``ckpt.enable_internevo2hf_ckpt``)."""
+"""Exports each checkpoint of a run to Hugging Face's format (``ckpt.enable_internevo2hf_ckpt``)."""
 
 from __future__ import annotations
 
@@ -17,10 +17,14 @@ from .folder import CHECKPOINTS, EXPORTS, Checkpoint
 
 
 def check_export(decoder: DecoderConfig, tokenizer: str | None) -> None:
-    """What would make every export of a run fail, known before its first step.
+    """Checks before the first step that the checkpoints of a run can be exported.
+
+    Args:
+        decoder: the model.
+        tokenizer: path of the tokenizer (``data.tokenizer_path``), if there is one.
 
     Raises:
-        ConfigError: when no Hugging Face folder can hold the model, or the tokenizer that goes with it cannot be opened.
+        ConfigError: if Hugging Face's format cannot represent the model, or the tokenizer cannot be opened.
     """
     try:
         as_family(replace(decoder, lora=None), decoder.family)
@@ -28,24 +32,25 @@ def check_export(decoder: DecoderConfig, tokenizer: str | None) -> None:
             special_ids(Path(tokenizer))
     except UsageError as error:
         raise ConfigError(
-            f"ckpt.enable_internevo2hf_ckpt: the checkpoints of this run cannot be exported: {error}; change that, or set "
+            f"ckpt.enable_internevo2hf_ckpt: the checkpoints of this run cannot be exported: {error}; correct this, or set "
             "ckpt.enable_internevo2hf_ckpt=False"
         ) from error
 
 
 class Exporter:
-    """Writes hf/step-N after checkpoint step-N of a run. The checkpoint is safe by then: an export that fails is a warning."""
+    """Exports checkpoints/step-N of a run to hf/step-N. If that fails, it only warns, because the checkpoint is complete."""
 
     def __init__(self, run: Path, dtype: torch.dtype, warn: Callable[[str], None]) -> None:
         """
         Args:
-            dtype: of the weights.
-            warn: is told of an export that failed.
+            run: the run folder.
+            dtype: dtype of the exported weights.
+            warn: is called with a message if an export fails.
         """
         self.run, self.dtype, self.warn = run, dtype, warn
 
     def __call__(self, folder: Path) -> None:
-        """Exports a complete checkpoint; snapshots are not exported."""
+        """Exports the complete checkpoint ``folder``. Snapshots are not exported."""
         if folder.parent != self.run / CHECKPOINTS:
             return
         target = self.run / EXPORTS / folder.name
@@ -54,6 +59,6 @@ class Exporter:
         except Exception as error:
             reason = str(error) if isinstance(error, InternEvoError | OSError) else f"{type(error).__name__}: {error}"
             self.warn(
-                f"the export to {target} failed: {reason}. The checkpoint {folder} is complete, and training goes on; "
-                f"`internevo convert {folder} {target} --to hf --dtype {str(self.dtype).removeprefix('torch.')}` exports it"
+                f"the export to {target} failed: {reason}. The checkpoint {folder} is complete, and training continues. To "
+                f"export it later: internevo convert {folder} {target} --to hf --dtype {str(self.dtype).removeprefix('torch.')}"
             )

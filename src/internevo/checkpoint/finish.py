@@ -1,4 +1,4 @@
-"""The end of writing a checkpoint: the small files, the manifest, the folder's name."""
+"""The last part of writing a checkpoint: the JSON files, the tokenizer, the manifest, and the final name of the folder."""
 
 from __future__ import annotations
 
@@ -14,17 +14,22 @@ from .manifest import Manifest, describe_file
 
 @dataclass
 class Extras:
-    """What a checkpoint holds besides tensors: JSON files by name, and a tokenizer."""
+    """What a checkpoint contains besides tensors."""
 
     json: dict[str, Any]
+    """Name of a JSON file -> its content."""
     tokenizer: Path | None = None
+    """Path of the tokenizer, if there is one."""
 
 
 def complete(temporary: Path, folder: Path, manifest: Manifest, extras: Extras, durable: bool = True) -> None:
-    """Adds the small files and the manifest to a folder of tensors, and gives it its name.
+    """Completes a checkpoint whose tensors have been written: adds the other files and the manifest, and renames the folder.
 
     Args:
-        durable: waits until everything is on disk, so that not even a power cut leaves a manifest without its files.
+        temporary: the folder with the tensors, under its temporary name.
+        folder: the final name. A folder that already has it is replaced.
+        manifest: has the tensors and their files; the entries of the other files are added.
+        durable: wait until all files are on disk, so that even after a power cut a folder with a manifest is complete.
     """
     for name, values in extras.json.items():
         write_json(temporary / name, values, indent=1)
@@ -39,7 +44,7 @@ def complete(temporary: Path, folder: Path, manifest: Manifest, extras: Extras, 
     manifest.write(temporary)
     if durable:
         _sync_all(temporary)
-    put_in_place(temporary, folder)  # what has that name: a snapshot's turn, or a step saved again after a resume
+    put_in_place(temporary, folder)  # may replace an older snapshot, or the same step from before a resume
 
 
 def _sync_all(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""A checkpoint on disk, read without any process group; and the checkpoints of a run folder."""
+"""Reads a checkpoint folder without process groups, and finds the checkpoints of a run folder."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from ..storage.tensors import ByteRange, Spec, TensorFile
 from .manifest import NAME, Chunk, Manifest, TensorEntry
 
 CHECKPOINTS, SNAPSHOTS, EXPORTS = "checkpoints", "snapshots", "hf"
-"""Folders of a run."""
+"""Names of folders in a run folder."""
 NAMES = {CHECKPOINTS: r"step-\d+", SNAPSHOTS: "[01]", EXPORTS: r"step-\d+"}
-"""Patterns of the names of what is in them."""
+"""Such a folder -> regular expression of the names of the folders in it."""
 HF_CONFIG = "hf_config.json"
+"""File with the ``config.json`` of the Hugging Face folder that a checkpoint was converted from."""
 
 
 class Checkpoint:
@@ -32,7 +33,7 @@ class Checkpoint:
         self._files: dict[str, TensorFile] = {}
 
     def json(self, name: str) -> dict[str, Any]:
-        """One of the JSON files: state.json, model.json, config.json."""
+        """Reads one of the JSON files: state.json, model.json, config.json."""
         try:
             values: dict[str, Any] = json.loads((self.folder / name).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -46,35 +47,40 @@ class Checkpoint:
 
     @property
     def tokenizer(self) -> Path | None:
-        """The tokenizer that travels along, if any."""
+        """The folder of the tokenizer, if the checkpoint has one."""
         path = self.folder / "tokenizer"
         return path if path.is_dir() else None
 
     @property
     def hf_config(self) -> dict[str, Any]:
-        """The ``config.json`` that the model was converted from, if it was."""
+        """The ``config.json`` of the Hugging Face folder that the checkpoint was converted from; otherwise empty."""
         return self.json(HF_CONFIG) if (self.folder / HF_CONFIG).is_file() else {}
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """Of a weight."""
+        """Returns the dtype of a weight on disk."""
         return self._find(f"model/{name}")[1].dtype
 
     def read(self, name: str, start: int, count: int) -> Tensor:
-        """Rows of a weight, by the model's name for it."""
+        """Reads rows of a weight.
+
+        Args:
+            name: the weight's name in the model.
+            start, count: the first row and the number of rows (see ``storage.tensors``).
+        """
         return self._read(f"model/{name}", start, count)
 
     def byte_range(self, name: str, start: int, count: int) -> ByteRange | None:
-        """Where rows of a weight lie, if one box holds them in full width."""
+        """Returns where rows of a weight are on disk, or None if they are not contiguous in one file."""
         entry, spec = self._find(f"model/{name}")
         for chunk in entry.chunks:
-            for row, stored, rows in _strips(chunk, spec):
+            for row, stored, rows in _row_ranges(chunk, spec):
                 full_width = len(entry.shape) == 1 or chunk.sizes[-1] == entry.shape[-1]
                 if full_width and row <= start and start + count <= row + rows:
                     return self._file(chunk.file).byte_range(chunk.key, stored + start - row, count)
         return None
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor in full, joined from its boxes. ``name`` is KIND/NAME."""
+        """Reads a full tensor and joins its chunks. ``name``: KIND/NAME, for example "model/norm.weight"."""
         entry, spec = self._find(name)
         return self._read(name, 0, spec.rows).view(entry.shape)
 
@@ -88,7 +94,7 @@ class Checkpoint:
         entry, spec = self._find(name)
         out: Tensor | None = None
         for chunk in entry.chunks:
-            for row, stored, rows in _strips(chunk, spec):
+            for row, stored, rows in _row_ranges(chunk, spec):
                 a, b = max(start, row), min(start + count, row + rows)
                 if b > a:
                     part = self._file(chunk.file).read(chunk.key, stored + a - row, b - a)
@@ -97,7 +103,7 @@ class Checkpoint:
                     out = torch.empty((count, *spec.row_shape), dtype=spec.dtype) if out is None else out
                     columns = slice(chunk.offsets[-1], chunk.offsets[-1] + chunk.sizes[-1]) if part.dim() > 1 else ...
                     out[a - start : b - start, columns] = part
-        assert out is not None, f"{name} has no boxes"
+        assert out is not None, f"{name} has no chunks"
         return out
 
     def _file(self, name: str) -> TensorFile:
@@ -109,8 +115,12 @@ class Checkpoint:
         return self._files[name]
 
 
-def _strips(chunk: Chunk, spec: Spec) -> Iterator[tuple[int, int, int]]:
-    """(row of the tensor, row of the box, number of rows) of a box: one run, or with three axes one for each of the first."""
+def _row_ranges(chunk: Chunk, spec: Spec) -> Iterator[tuple[int, int, int]]:
+    """Divides a chunk into ranges of consecutive rows: one range, or, with three dimensions, one per index of the first.
+
+    Yields:
+        (first row in the tensor, first row in the chunk, number of rows).
+    """
     if len(chunk.sizes) < 3:
         yield chunk.offsets[0], 0, chunk.sizes[0]
         return
@@ -122,25 +132,25 @@ def _strips(chunk: Chunk, spec: Spec) -> Iterator[tuple[int, int, int]]:
 def _dtype(entry: TensorEntry) -> torch.dtype:
     dtype = getattr(torch, entry.dtype, None)
     if not isinstance(dtype, torch.dtype):
-        raise CheckpointError(f"the manifest names a dtype {entry.dtype!r} that PyTorch does not know")
+        raise CheckpointError(f"the manifest has the dtype {entry.dtype!r}, which PyTorch does not have")
     return dtype
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints and snapshots of a run folder, the newest step first."""
-    folders = {f: name for place in (CHECKPOINTS, SNAPSHOTS) for name, f in find_folders(run / place, NAMES[place]).items()}
+    """Returns the complete checkpoints and snapshots of a run folder, the newest step first."""
+    folders = {f: name for parent in (CHECKPOINTS, SNAPSHOTS) for name, f in find_folders(run / parent, NAMES[parent]).items()}
     steps = {f: step for f, name in folders.items() if (step := _step(f, name)) is not None}
     return sorted(steps, key=lambda f: (steps[f], f.parent.name), reverse=True)
 
 
 def remove_leftovers(run: Path) -> None:
-    """Removes what killed saves and exports have left in a run folder to which nobody else writes now."""
-    for place, names in NAMES.items():
-        clean_up(run / place, names)
+    """Removes what killed saves and exports have left in a run folder. No other process may be writing to it."""
+    for parent, names in NAMES.items():
+        clean_up(run / parent, names)
 
 
 def _step(folder: Path, name: str) -> int | None:
-    """Step of a complete checkpoint, without reading its whole manifest where its name says it."""
+    """Returns the step of a checkpoint, or None if it is not complete. The manifest is read only if the name has no step."""
     if not (folder / NAME).is_file():
         return None
     if name.startswith("step-"):
@@ -148,17 +158,17 @@ def _step(folder: Path, name: str) -> int | None:
     try:
         return Manifest.read(folder).step
     except CheckpointError:
-        return None  # a damaged snapshot is none
+        return None  # a damaged snapshot is not used
 
 
 def find_checkpoint(path: Path) -> Path:
-    """A checkpoint folder, or the newest one of a run folder.
+    """Returns ``path`` if it is a checkpoint, or the newest checkpoint if it is a run folder.
 
     Raises:
-        CheckpointError: when there is neither.
+        CheckpointError: if it is neither.
     """
     if (path / NAME).is_file():
         return path
     if found := complete_checkpoints(path):
         return found[0]
-    raise CheckpointError(f"{path} is neither a complete checkpoint (it has no {NAME}) nor a run folder that holds one")
+    raise CheckpointError(f"{path} is neither a complete checkpoint (it has no {NAME}) nor a run folder with one")

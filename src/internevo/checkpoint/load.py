@@ -1,4 +1,4 @@
-"""Loading a checkpoint into a running model of any layout."""
+"""Loads a checkpoint into a model of any layout."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .storage import SafetensorsReader
 
 
 def load_tensors(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
-    """Fills ``tensors`` (KIND/NAME -> DTensor) in place, each rank reading its own part. Every rank calls it.
+    """Fills ``tensors`` (KIND/NAME -> DTensor) in place. Each rank reads its own shards. Every rank must call it.
 
     Raises:
-        CheckpointError: on every rank, when a file is damaged or a tensor is missing or has another shape.
+        CheckpointError: on every rank, if a file is damaged, or a tensor is missing or has another shape.
     """
-    agree(lambda: _check(checkpoint, tensors))
+    check_on_all_ranks(lambda: _check(checkpoint, tensors))
     reader = SafetensorsReader(checkpoint.folder, checkpoint.manifest)
     dcp.load(tensors, storage_reader=reader)
 
@@ -29,18 +29,18 @@ def _check(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
     stored = checkpoint.manifest.tensors
     for name, tensor in tensors.items():
         if name not in stored:
-            raise CheckpointError(f"{checkpoint.folder} has no tensor {name!r}: it is of another model")
+            raise CheckpointError(f"{checkpoint.folder} has no tensor {name!r}: it is a checkpoint of another model")
         if list(tensor.shape) != stored[name].shape:
             raise CheckpointError(
-                f"{checkpoint.folder}: {name} has shape {stored[name].shape}, and the config's model {list(tensor.shape)}"
+                f"{checkpoint.folder}: {name} has shape {stored[name].shape}, and in the config's model {list(tensor.shape)}"
             )
-    # Each rank checks its share of the files, so that the whole is read once.
+    # Each rank verifies its share of the files, so that every file is read once.
     names = sorted(checkpoint.manifest.files)
     verify(checkpoint.folder, names[dist.get_rank() :: dist.get_world_size()], checkpoint.manifest)
 
 
-def agree(check: Callable[[], None]) -> None:
-    """Runs ``check`` on every rank and raises the first rank's error on all, so that none waits for one that failed."""
+def check_on_all_ranks(check: Callable[[], None]) -> None:
+    """Runs ``check`` on every rank. If it fails on any rank, raises the error on all ranks, so that none waits for another."""
     message: str | None = None
     try:
         check()

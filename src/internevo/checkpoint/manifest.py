@@ -1,4 +1,4 @@
-"""``manifest.json``: every file's size and checksums, and where each part of each tensor is. Written last."""
+"""``manifest.json``: the size and the checksums of every file, and where each chunk of each tensor is. It is written last."""
 
 from __future__ import annotations
 
@@ -16,31 +16,36 @@ from ..storage.jsonfile import to_json
 NAME = "manifest.json"
 FORMAT = 2
 BLOCK = 4 << 20
-"""Bytes of a file under one CRC, so that damage can be located."""
+"""Each checksum is of this many bytes of a file, so that damage can be located."""
 
 
 @dataclass
 class FileEntry:
-    """One file of a checkpoint."""
+    """A file of a checkpoint."""
 
     size: int
+    """Bytes."""
     crc32: list[int]
-    """Of each block of ``BLOCK`` bytes."""
+    """The CRC-32 of each ``BLOCK`` bytes."""
 
 
 @dataclass
 class Chunk:
-    """A box of a tensor: where it lies in the tensor, and where it is stored."""
+    """A rectangular part of a tensor that is stored as one safetensors tensor (``ChunkStorageMetadata`` in PyTorch)."""
 
     file: str
+    """Name of its file in the checkpoint."""
     key: str
+    """Its name in that file."""
     offsets: list[int]
+    """Index of its first element in the tensor, along every dimension."""
     sizes: list[int]
+    """Its shape."""
 
 
 @dataclass
 class TensorEntry:
-    """A tensor in full."""
+    """A full tensor, and its chunks."""
 
     dtype: str
     shape: list[int]
@@ -49,17 +54,21 @@ class TensorEntry:
 
 @dataclass
 class Manifest:
-    """The whole checkpoint."""
+    """The content of a checkpoint."""
 
     step: int
     layout: dict[str, int]
+    """Axis -> size, of the run that saved the checkpoint."""
     versions: dict[str, str]
+    """Package -> version, of the run that saved the checkpoint."""
     files: dict[str, FileEntry] = field(default_factory=dict)
+    """Name in the folder -> file."""
     tensors: dict[str, TensorEntry] = field(default_factory=dict)
+    """KIND/NAME -> tensor."""
     format: int = FORMAT
 
     def write(self, folder: Path) -> None:
-        """Writes the manifest so that it is either whole or not there."""
+        """Writes ``folder/manifest.json`` atomically."""
         temporary = folder / (NAME + ".tmp")
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(to_json(asdict(self)))
@@ -72,7 +81,7 @@ class Manifest:
         """Reads ``folder/manifest.json``.
 
         Raises:
-            CheckpointError: when it is not there or cannot be read.
+            CheckpointError: if it is missing, damaged, or has another format.
         """
         path = folder / NAME
         if not path.is_file():
@@ -80,7 +89,7 @@ class Manifest:
         try:
             values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             if values["format"] != FORMAT:
-                raise CheckpointError(f"{path} has format {values['format']}, and this version reads {FORMAT}")
+                raise CheckpointError(f"{path} has format {values['format']}, and this version of internevo reads {FORMAT}")
             files = {n: FileEntry(**f) for n, f in values["files"].items()}
             tensors = {
                 n: TensorEntry(t["dtype"], t["shape"], [Chunk(**c) for c in t["chunks"]]) for n, t in values["tensors"].items()
@@ -91,13 +100,13 @@ class Manifest:
 
 
 class Checksums:
-    """Size and checksums of a file whose bytes come in pieces."""
+    """Computes the size and the checksums of a file from its bytes, which may come in pieces."""
 
     def __init__(self) -> None:
         self._size, self._crc32, self._running = 0, list[int](), 0
 
     def update(self, data: bytes | memoryview) -> None:
-        """The next bytes of the file."""
+        """Adds the next bytes of the file."""
         view = memoryview(data)
         while len(view):
             part = view[: BLOCK - self._size % BLOCK]
@@ -109,13 +118,13 @@ class Checksums:
             view = view[len(part) :]
 
     def entry(self) -> FileEntry:
-        """What the manifest says of the file."""
+        """Returns the entry of the file for the manifest."""
         rest = [self._running] if self._size % BLOCK else []
         return FileEntry(self._size, self._crc32 + rest)
 
 
 def describe_file(path: Path) -> FileEntry:
-    """Size and checksums of a file, read once."""
+    """Reads a file once, and returns its size and checksums."""
     sums = Checksums()
     with open(path, "rb") as file:
         while block := file.read(BLOCK):
@@ -124,21 +133,21 @@ def describe_file(path: Path) -> FileEntry:
 
 
 def verify(folder: Path, names: list[str], manifest: Manifest) -> None:
-    """Compares files with the manifest.
+    """Compares the files ``names`` of a checkpoint with its manifest.
 
     Raises:
-        CheckpointError: naming the file, and where in it the damage is.
+        CheckpointError: if a file is missing or damaged. The message has its name, and which of its bytes are damaged.
     """
     for name in names:
-        path, wanted = folder / name, manifest.files[name]
+        path, expected = folder / name, manifest.files[name]
         if not path.is_file():
-            raise CheckpointError(f"{path} is missing: the checkpoint is incomplete; use an earlier one")
-        if path.stat().st_size != wanted.size:
+            raise CheckpointError(f"{path} is missing: the checkpoint is incomplete; use an earlier checkpoint")
+        if path.stat().st_size != expected.size:
             raise CheckpointError(
-                f"{path} has {path.stat().st_size} bytes, and the manifest says {wanted.size}; use an earlier one"
+                f"{path} has {path.stat().st_size} bytes, and the manifest says {expected.size}; use an earlier checkpoint"
             )
         found = describe_file(path)
-        block = next((n for n, (a, b) in enumerate(itertools.zip_longest(found.crc32, wanted.crc32)) if a != b), None)
+        block = next((n for n, (a, b) in enumerate(itertools.zip_longest(found.crc32, expected.crc32)) if a != b), None)
         if block is not None:
-            place = f"bytes {block * BLOCK} to {min((block + 1) * BLOCK, wanted.size)}"
-            raise CheckpointError(f"{path} is damaged: its checksum differs in {place}; use an earlier checkpoint")
+            damage = f"bytes {block * BLOCK} to {min((block + 1) * BLOCK, expected.size)}"
+            raise CheckpointError(f"{path} is damaged: its checksum differs in {damage}; use an earlier checkpoint")

@@ -1,4 +1,4 @@
-"""The model in a folder of any kind: a Hugging Face folder, a checkpoint, or a run folder."""
+"""Opens the model in a folder of any kind: a Hugging Face folder, a checkpoint, or a run folder."""
 
 from __future__ import annotations
 
@@ -15,35 +15,43 @@ from .folder import Checkpoint, find_checkpoint
 
 
 def open_source(folder: Path, family: str | None = None) -> ParameterSource:
-    """The model in ``folder``: a Hugging Face folder, a checkpoint, or a run folder's newest checkpoint; adapters merged.
+    """Opens a model for reading its weights. Adapters are merged into them.
+
+    Args:
+        folder: a Hugging Face folder, a checkpoint, or a run folder, whose newest checkpoint is used.
+        family: the family of a Hugging Face folder that does not name it.
 
     Raises:
-        UsageError, CheckpointError: naming the folder or file, and the architecture where that is the reason.
+        UsageError, CheckpointError: if the folder cannot be used. The message names the folder or file, and the architecture if
+            that is the reason.
     """
     if not folder.is_dir():
         raise UsageError(f"model folder {folder} does not exist")
     try:
         return merged(Checkpoint(find_checkpoint(folder)))
     except CheckpointError as error:
-        ours = (folder / "checkpoints").is_dir() or (folder / "state.json").is_file()
-        if ours:
+        is_ours = (folder / "checkpoints").is_dir() or (folder / "state.json").is_file()
+        if is_ours:
             raise
         if not (folder / "config.json").is_file():
-            raise UsageError(f"{error}; nor is it a Hugging Face folder (it has no config.json)") from None
+            raise UsageError(f"{error}; it is not a Hugging Face folder either (it has no config.json)") from None
     return HfFolder(folder, family)
 
 
 def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Decoder:
-    """A model for inference, or for training by hand.
+    """Loads a model, for inference or for your own training loop.
 
     Args:
-        folder: a Hugging Face folder, a checkpoint, or a run folder (its newest checkpoint).
+        folder: a Hugging Face folder, a checkpoint, or a run folder, whose newest checkpoint is used.
+        dtype: dtype of the weights.
+        device: where the weights are.
 
     Returns:
         ``model(tokens, positions=None, cu_seqlens=None) -> logits``, in evaluation mode.
 
     Raises:
-        UsageError, CheckpointError: as ``open_source``.
+        UsageError, CheckpointError: if the folder cannot be used. The message names the folder or file, and the architecture if
+            that is the reason.
     """
     source = open_source(Path(folder))
     with torch.device("meta"):

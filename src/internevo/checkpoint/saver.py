@@ -75,14 +75,14 @@ class Saver:
             shutil.rmtree(temporary, ignore_errors=True)
         dist.barrier(group=self.group)
 
-        def finished(entries: dict[str, TensorEntry], files: dict[str, FileEntry]) -> None:
+        def on_written(entries: dict[str, TensorEntry], files: dict[str, FileEntry]) -> None:
             versions = {"internevo": __version__, "torch": torch.__version__}
             manifest = Manifest(step, self.layout, versions, files, entries)
             complete(temporary, folder, manifest, extras)
             self._retain()
             self.after(folder)
 
-        writer = SafetensorsWriter(temporary, self.rank, finished)
+        writer = SafetensorsWriter(temporary, self.rank, on_written)
         pending = dcp.async_save(tensors, storage_writer=writer, process_group=self.group)
         assert isinstance(pending, Future)
         self.pending = pending

@@ -1,5 +1,8 @@
-"""Safetensors behind torch.distributed.checkpoint: its planner decides which rank writes or reads which box of which
-tensor; here the boxes are stored and found again. Loading unpickles nothing."""
+"""Safetensors files as the storage of ``torch.distributed.checkpoint`` (DCP).
+
+DCP's planner decides which rank writes or reads which chunk of which tensor. The classes here write the chunks to files, and
+find and read them again. Loading unpickles nothing.
+"""
 
 from __future__ import annotations
 
@@ -28,16 +31,22 @@ from ..errors import CheckpointError
 from .manifest import Chunk, FileEntry, Manifest, TensorEntry, describe_file
 
 KINDS = ("model", "optimizer")
-"""Tensors are named KIND/NAME; each rank writes one file per kind."""
+"""Kinds of tensors. A tensor is named KIND/NAME, and each rank writes one file per kind."""
 
 
 class SafetensorsWriter(StorageWriter):
-    """Writes this rank's boxes to ``KIND-RANK.safetensors``; the coordinator then hands everything to ``finished``."""
+    """Writes this rank's chunks to ``KIND-RANK.safetensors``."""
 
     def __init__(
-        self, folder: Path, rank: int, finished: Callable[[dict[str, TensorEntry], dict[str, FileEntry]], None]
+        self, folder: Path, rank: int, on_written: Callable[[dict[str, TensorEntry], dict[str, FileEntry]], None]
     ) -> None:
-        self.folder, self.rank, self.finished = folder, rank, finished
+        """
+        Args:
+            folder: the folder that is written to.
+            on_written: is called on the coordinator (rank 0) when all ranks have written, with the manifest's entries of all
+                tensors and files.
+        """
+        self.folder, self.rank, self.on_written = folder, rank, on_written
 
     def reset(self, checkpoint_id: Any = None) -> None:
         pass
@@ -78,17 +87,17 @@ class SafetensorsWriter(StorageWriter):
         return [WriteResult(i.index, tensors[_key(i.index)].nbytes, (name, _key(i.index), entry)) for i in items]
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        places = {_key(r.index): r.storage_data for part in results for r in part}
+        written = {_key(r.index): r.storage_data for of_rank in results for r in of_rank}
         tensors = {}
         for fqn, info in metadata.state_dict_metadata.items():
             assert isinstance(info, TensorStorageMetadata)
             chunks = []
             for chunk in info.chunks:
-                file, key, _ = places[_key(MetadataIndex(fqn, chunk.offsets))]
+                file, key, _ = written[_key(MetadataIndex(fqn, chunk.offsets))]
                 chunks.append(Chunk(file, key, list(chunk.offsets), list(chunk.sizes)))
             dtype = str(info.properties.dtype).removeprefix("torch.")
             tensors[fqn] = TensorEntry(dtype, list(info.size), chunks)
-        self.finished(tensors, {file: entry for file, _, entry in places.values()})
+        self.on_written(tensors, {file: entry for file, _, entry in written.values()})
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
@@ -99,13 +108,13 @@ class SafetensorsWriter(StorageWriter):
 
 
 def _key(index: MetadataIndex) -> str:
-    """Name of a box in its file: the tensor's, and where the box begins."""
+    """Returns the name of a chunk in its file: the tensor's name and the offsets of the chunk."""
     offset = ",".join(str(o) for o in index.offset or ())
     return f"{index.fqn.split('/', 1)[1]}@{offset}"
 
 
 class SafetensorsReader(StorageReader):
-    """Reads the boxes that the manifest names."""
+    """Reads the chunks that the manifest lists."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
@@ -115,16 +124,16 @@ class SafetensorsReader(StorageReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         tensors: dict[str, Any] = {}
-        places = {}
+        stored = {}
         for name, entry in self.manifest.tensors.items():
             chunks = [ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes)) for c in entry.chunks]
             properties = TensorProperties(dtype=getattr(torch, entry.dtype))
             tensors[name] = TensorStorageMetadata(properties, torch.Size(entry.shape), chunks)
-            places.update({MetadataIndex(name, c.offsets): (c.file, c.key) for c in entry.chunks})
-        return Metadata(state_dict_metadata=tensors, storage_data=places)
+            stored.update({MetadataIndex(name, c.offsets): (c.file, c.key) for c in entry.chunks})
+        return Metadata(state_dict_metadata=tensors, storage_data=stored)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        self.places = metadata.storage_data
+        self.stored = metadata.storage_data
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         return plan
@@ -135,14 +144,14 @@ class SafetensorsReader(StorageReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         by_file = defaultdict(list)
         for request in plan.items:
-            file, key = self.places[request.storage_index]
+            file, key = self.stored[request.storage_index]
             by_file[file].append((key, request))
         for name, requests in by_file.items():
             with open_file(self.folder / name) as file:
                 for key, request in requests:
-                    stored = file.get_slice(key)
-                    box = tuple(slice(o, o + n) for o, n in zip(request.storage_offsets, request.lengths, strict=True))
-                    part = stored[box] if box else file.get_tensor(key)
+                    chunk = file.get_slice(key)
+                    slices = tuple(slice(o, o + n) for o, n in zip(request.storage_offsets, request.lengths, strict=True))
+                    part = chunk[slices] if slices else file.get_tensor(key)
                     planner.resolve_tensor(request).detach().copy_(part)
         future: Future[None] = Future()
         future.set_result(None)
@@ -154,7 +163,11 @@ class SafetensorsReader(StorageReader):
 
 
 def open_file(path: Path) -> Any:
-    """A safetensors file for reading, or an error that names it."""
+    """Opens a safetensors file for reading.
+
+    Raises:
+        CheckpointError: if it cannot be opened.
+    """
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:

@@ -1,4 +1,4 @@
-"""A checkpoint that holds weights only, written from one process, a few rows at a time."""
+"""Writes a checkpoint with weights only, in one process and a few rows at a time."""
 
 from __future__ import annotations
 
@@ -27,15 +27,16 @@ def write_checkpoint(
     shard_bytes: int = 5 * 10**9,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Writes every parameter into files of about ``shard_bytes``; the folder appears when it is whole.
+    """Writes the weights of ``source`` as a checkpoint. The folder appears only when it is complete.
 
     Args:
-        dtype: of the weights on disk; by default each keeps the source's, so that nothing is lost.
-        progress: is told the bytes written, of how many.
+        dtype: dtype of the weights on disk; None: that of each weight in the source.
+        shard_bytes: maximum size of a file.
+        progress: is called with the number of bytes written and the total.
     """
-    folder = folder.resolve()  # a link's target is written, on the disk that it is on
-    with temporary(folder) as place:
-        files, tensors = _write_weights(source, place, dtype, shard_bytes, progress)
+    folder = folder.resolve()  # if it is a link, its target is written, on the target's disk
+    with temporary(folder) as new:
+        files, tensors = _write_weights(source, new, dtype, shard_bytes, progress)
         versions = {"internevo": __version__, "torch": torch.__version__}
         manifest = Manifest(
             step=0, layout={"world": 1}, versions=versions, files=files, tensors={f"model/{n}": t for n, t in tensors.items()}
@@ -43,24 +44,24 @@ def write_checkpoint(
         values: dict[str, Any] = {"model.json": source.config.to_dict(), "state.json": {"step": 0}}
         if source.hf_config:
             values[HF_CONFIG] = source.hf_config
-        complete(place, folder, manifest, Extras(values, source.tokenizer), durable=False)
+        complete(new, folder, manifest, Extras(values, source.tokenizer), durable=False)
 
 
 def _write_weights(
     source: ParameterSource, folder: Path, dtype: torch.dtype | None, shard_bytes: int, progress: Callable[[int, int], None]
 ) -> tuple[dict[str, FileEntry], dict[str, TensorEntry]]:
-    """What the manifest says of the files, and of the parameters in them."""
-    boxes, tensors = _boxes(source, dtype)
+    """Writes the files. Returns the manifest's entries of the files and of the tensors."""
+    specs, tensors = _chunks(source, dtype)
     sums: dict[str, Checksums] = defaultdict(Checksums)
-    total, done = sum(spec.nbytes for spec in boxes.values()), 0
+    total, done = sum(spec.nbytes for spec in specs.values()), 0
     with ShardWriter(
-        folder, boxes, shard_bytes, lambda number, count: f"model-{number - 1:05d}.safetensors",
+        folder, specs, shard_bytes, lambda number, count: f"model-{number - 1:05d}.safetensors",
         on_bytes=lambda file, data: sums[file].update(data),
     ) as writer:  # fmt: skip
         for name, entry in tensors.items():
             rows_before = 0
             for chunk in entry.chunks:
-                spec = boxes[chunk.key]
+                spec = specs[chunk.key]
                 for row, count in spec.chunks(0, spec.rows):
                     done += write_rows(source, name, rows_before + row, count, spec.dtype, writer)
                     progress(done, total)
@@ -69,19 +70,22 @@ def _write_weights(
     return {file: s.entry() for file, s in sums.items()}, tensors
 
 
-def _boxes(source: ParameterSource, wanted: torch.dtype | None) -> tuple[dict[str, Spec], dict[str, TensorEntry]]:
-    """What is stored under which key, and the boxes of every parameter: one, or one for each expert, so that files can be cut
-    between experts."""
-    boxes: dict[str, Spec] = {}
+def _chunks(source: ParameterSource, dtype_on_disk: torch.dtype | None) -> tuple[dict[str, Spec], dict[str, TensorEntry]]:
+    """Divides every weight into chunks: one, or one per expert, so that the experts of a layer can be in several files.
+
+    Returns:
+        Key of each chunk -> its spec; and name of each weight -> its entry in the manifest, without the names of the files.
+    """
+    specs: dict[str, Spec] = {}
     tensors = {}
     for name, shape in parameter_shapes(source.config).items():
-        dtype = wanted or source.dtype_of(name)
+        dtype = dtype_on_disk or source.dtype_of(name)
         entry = TensorEntry(str(dtype).removeprefix("torch."), list(shape), [])
         parts = shape[0] if len(shape) == 3 else 1
         sizes = [shape[0] // parts, *shape[1:]]
         for part in range(parts):
             key = f"{name}@{part}" if parts > 1 else name
-            boxes[key] = Spec(tuple(sizes), dtype)
+            specs[key] = Spec(tuple(sizes), dtype)
             entry.chunks.append(Chunk("", key, [part * sizes[0], *[0] * (len(shape) - 1)], list(sizes)))
         tensors[name] = entry
-    return boxes, tensors
+    return specs, tensors

@@ -1,1 +1,1 @@
-"""The sub-commands, one file each."""
+"""The sub-commands of ``internevo``, one file each."""

@@ -1,4 +1,4 @@
-"""``internevo config``: the resolved config, and the layout it would have."""
+"""``internevo config``: prints the resolved config, and the layout on a given number of processes."""
 
 from __future__ import annotations
 
@@ -14,17 +14,22 @@ from ..config.schema import Config
 from ..errors import ConfigError
 from ..train.check import missing_features, problems
 
-if TYPE_CHECKING:  # importing PyTorch takes seconds: only where a layout is asked for
+if TYPE_CHECKING:  # these import PyTorch, which takes seconds and is only needed for a layout
     from ..parallel.layout import Layout
     from ..parallel.memory import Memory
     from ..parallel.strategy import Collectives
 
 
 def show(path: Path, overrides: list[str], world_size: int | None, per_node: int = 8) -> None:
-    """Prints the config on standard output; notes and warnings on standard error.
+    """Prints the config on standard output, and notes and warnings on standard error.
+
+    Args:
+        path, overrides: the config file, and KEY.PATH=VALUE overrides.
+        world_size: if it is given, also print the layout on this many processes.
+        per_node: number of processes on each node.
 
     Raises:
-        ConfigError: when the config cannot be trained on ``world_size`` processes, missing files aside.
+        ConfigError: if the config cannot be trained on ``world_size`` processes. Missing files are only warnings.
     """
     config = load_config(path, overrides)
     for line in notices(config):
@@ -40,40 +45,41 @@ def show(path: Path, overrides: list[str], world_size: int | None, per_node: int
 
 
 def layout_lines(config: Config, world_size: int, per_node: int) -> list[str]:
-    """Sizes and groups of every axis, who is in which group, the batch, and a step's memory and collectives."""
+    """Returns lines with the size and the groups of every axis, the groups of every rank, the rows, the memory and the
+    collectives of a step."""
     from ..data.batches import BatchSizes
     from ..models.families.registry import decoder_config
     from ..parallel import plan
     from ..parallel.layout import Layout
     from ..parallel.strategy import Workload
 
-    layout = Layout.of(config, world_size)
+    layout = Layout.from_config(config, world_size)
     lines = [f"layout on {world_size} processes"]
-    lines += [f"  {axis:<10} {size:>6}  {meaning}" for axis, size, meaning in layout.describe()]
+    lines += [f"  {axis:<11} {size:>6}  {meaning}" for axis, size, meaning in layout.describe()]
     groups = layout.groups()
-    lines += [f"  {axis:<10} groups  {_some([_ranks(group) for group in of])}" for axis, of in groups.items()]
+    lines += [f"  {axis:<11} groups  {_some([_ranks(group) for group in of])}" for axis, of in groups.items()]
     if groups:
         lines += _rank_table(groups, world_size, per_node)
-    sizes = BatchSizes.of(config.data, data_size(config, world_size))
+    sizes = BatchSizes.from_config(config.data, data_size(config, world_size))
     rows = sizes.rows(config.data.total_steps)
     lines.append(
-        f"  step       {rows:>6}  rows of {config.data.seq_len} tokens = {rows * config.data.seq_len:,} tokens "
-        f"({sizes.micro_num} micro-batches of {sizes.micro_bsz} on each of {sizes.ranks} data ranks)"
+        f"  step        {rows:>6}  rows of {config.data.seq_len} tokens = {rows * config.data.seq_len:,} tokens "
+        f"({sizes.micro_num} micro-batches of {sizes.micro_bsz} on each of {sizes.data_ranks} data ranks)"
     )
     decoder = decoder_config(config.model_type, config.model)
     if decoder.lora is not None:
-        return [*lines, "  memory and collectives are not stated for model.lora"]
-    work = Workload.of(decoder, config, layout, sizes.micro_num, "cuda")
+        return [*lines, "  memory and collectives are not known for model.lora"]
+    work = Workload.from_config(decoder, config, layout, sizes.micro_num, "cuda")
     return [*lines, *_memory_lines(plan.memory(work)), *_traffic_lines(plan.traffic(work), layout)]
 
 
 def _memory_lines(memory: Memory) -> Iterator[str]:
     parts = ", ".join(f"{name} {getattr(memory, field) / 2**30:.2f}" for field, name in memory.NAMES.items())
-    yield f"  memory     {memory.total / 2**30:>6.2f}  GiB on rank 0, without buffers: {parts}"
+    yield f"  memory      {memory.total / 2**30:>6.2f}  GiB on rank 0, without temporary buffers: {parts}"
 
 
 def _traffic_lines(rows: list[Collectives], layout: Layout) -> Iterator[str]:
-    """What a rank sends and receives in a step, as the strategies state it."""
+    """Formats the collectives of a step as a table. "on the wire" is what a rank sends."""
     if not rows:
         return
     yield f"  {'collectives of a step':24}{'group':>12}{'ranks':>8}{'count':>8}{'GB':>12}{'GB on the wire':>16}"
@@ -84,7 +90,7 @@ def _traffic_lines(rows: list[Collectives], layout: Layout) -> Iterator[str]:
 
 
 def _rank_table(groups: dict[str, list[list[int]]], world_size: int, per_node: int) -> list[str]:
-    """A line for each rank: its node, and which of every axis's groups it is in; of many ranks some."""
+    """Formats a table of all ranks (or of some, if there are many): the node of each, and its group of every axis."""
     number = {(axis, rank): n for axis, of in groups.items() for n, group in enumerate(of) for rank in group}
     shown = [*range(world_size)] if world_size <= 32 else [*range(24), *range(world_size - 4, world_size)]
     lines = ["  rank   node" + "".join(f"{axis:>12}" for axis in groups) + "   (numbers of groups)"]
@@ -96,7 +102,7 @@ def _rank_table(groups: dict[str, list[list[int]]], world_size: int, per_node: i
 
 
 def _ranks(group: list[int]) -> str:
-    """Ranks of a group: "0-7", "0,8,...,56"."""
+    """Formats the ranks of a group: "0-7", or "0,8,...,56"."""
     if len(group) > 1 and group[-1] - group[0] == len(group) - 1:
         return f"{group[0]}-{group[-1]}"
     return ",".join(map(str, group)) if len(group) <= 4 else f"{group[0]},{group[1]},...,{group[-1]}"

@@ -1,4 +1,4 @@
-"""Models in and out: ``load_model``, ``save_hf`` and conversion between checkpoints and Hugging Face folders."""
+"""``internevo convert``: converts models between checkpoints and Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -26,19 +26,25 @@ def convert(
     shard_bytes: int = 5 * 10**9,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Converts a Hugging Face folder or a checkpoint to either; a few rows of one tensor are in memory at a time.
+    """Converts a Hugging Face folder or a checkpoint to either of them. Only a few rows of one tensor are in memory at a time.
 
     Args:
-        to: "hf" or "internevo" (a checkpoint that holds weights only).
-        family: of a source that does not say it.
-        write_as: the family under whose names a Hugging Face folder is written.
-        dtype: of the weights written; by default each keeps the source's.
-        progress: is told the bytes written, of how many.
+        source: a Hugging Face folder, a checkpoint, or a run folder, whose newest checkpoint is used.
+        target: a new or empty folder.
+        to: "hf", or "internevo" for a checkpoint with weights only.
+        family: the family of a source that does not name it.
+        write_as: the family as which a Hugging Face folder is written; None: the model's own.
+        dtype: dtype of the weights in the target; None: that of each weight in the source.
+        shard_bytes: maximum size of a file.
+        progress: is called with the number of bytes written and the total.
+
+    Raises:
+        UsageError: if the target is not empty, or the options contradict each other.
     """
     if target.exists() and any(target.iterdir()):
         raise UsageError(f"target {target} is not empty; give another folder")
     if write_as and to != "hf":
-        raise UsageError("--as is about Hugging Face folders: use it with --to hf")
+        raise UsageError("--as is only for Hugging Face folders: use it with --to hf")
     model = open_source(source, family)
     if to == "hf":
         write_hf(model, target, dtype=dtype, shard_bytes=shard_bytes, write_as=write_as, progress=progress)
@@ -47,7 +53,7 @@ def convert(
 
 
 def convert_with_progress(source: Path, target: Path, to: str, **options: Any) -> None:
-    """``convert`` with the same options under a progress bar, and a closing line."""
+    """Calls ``convert`` with a progress bar, and prints a line at the end."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
     with Progress("converting", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as bar:
@@ -59,6 +65,6 @@ def convert_with_progress(source: Path, target: Path, to: str, **options: Any) -
         file = values["auto_map"]["AutoConfig"].split(".")[0] + ".py"
         if not (target / file).is_file():
             print(
-                f"note: transformers loads {values['architectures'][0]} with the family's own code ({file} and others), which "
-                "the source did not hold; put it into the folder, or see --as"
+                f"note: transformers loads {values['architectures'][0]} with the family's own Python code ({file} and others), "
+                "which is not in the source; copy it into the folder, or use --as"
             )

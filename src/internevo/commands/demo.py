@@ -1,4 +1,4 @@
-"""``internevo demo``: the commands of a first run, one after another, each shown before it runs."""
+"""``internevo demo``: runs the commands of a first training run one after the other, and prints each before it runs."""
 
 from __future__ import annotations
 
@@ -17,17 +17,21 @@ from rich.console import Console
 from ..errors import InternEvoError, UsageError
 from ..observe.metrics import read_rows
 
-NOT_SOURCE = ("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "__pycache__")
+EXCLUDED = ("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "__pycache__")
 
 
 def run(config: Path, folder: Path, steps: int | None) -> None:
-    """Prepares data, trains, generates, exports and checks the export, all below ``folder``.
+    """Prepares data, trains, generates text, exports the model and checks the export. All files are written to ``folder``.
+
+    Args:
+        config: the demo's config file.
+        steps: number of steps to train; None: as in the config.
 
     Raises:
-        InternEvoError: when one of the commands fails.
+        InternEvoError: if one of the commands fails.
     """
     if not config.is_file():
-        raise UsageError(f"{config} does not exist: run this in the repository, or give --config")
+        raise UsageError(f"{config} does not exist: run this command in the repository, or use --config")
     say = Console(highlight=False, soft_wrap=True).print
     data, trained, exported = folder / "data", folder / "run", folder / "hf"
     library = sysconfig.get_paths()["stdlib"]
@@ -40,23 +44,23 @@ def run(config: Path, folder: Path, steps: int | None) -> None:
 
     say("[bold]1. Data: the source code of Python's standard library, and a tokenizer trained on it[/bold]")
     if not (data / "tokenizer.json").is_file() or not (data / "valid").is_dir():
-        exclude = [word for name in NOT_SOURCE for word in ("--exclude", name)]
+        exclude = [word for name in EXCLUDED for word in ("--exclude", name)]
         _internevo(
             "tokenize", library, "--output", str(data), "--format", "text", "--pattern", "*.py", *exclude, "--type", "code",
             "--train-tokenizer", "bpe", "--vocab-size", "4096", "--valid-ratio", "0.02", "--overwrite",
         )  # fmt: skip
     _internevo("inspect", str(data / "train"))
-    say("\n[bold]2. Training[/bold] (Ctrl-C saves and stops; the same command goes on from there)")
+    say("\n[bold]2. Training[/bold] (Ctrl-C saves and stops; the same command continues from there)")
     _internevo("train", str(config), *overrides, "--nproc", str(min(cores, 2)))
-    say("\n[bold]3. What it writes[/bold]")
+    say("\n[bold]3. Text that the model writes[/bold]")
     _internevo("generate", str(trained), "--prompt", "def ", "--max-new-tokens", "80", "--temperature", "0.8", "--seed", "1")
-    say("\n[bold]4. Export to Hugging Face, and the same logits there[/bold]")
+    say("\n[bold]4. Export to Hugging Face, and a comparison of the logits[/bold]")
     shutil.rmtree(exported, ignore_errors=True)
     _internevo("convert", str(trained), str(exported), "--to", "hf")
     difference = compare_with_transformers(exported)
     say(f"transformers loads {exported}; largest difference of the logits: {difference:.1e}")
     if not difference < 1e-3:
-        raise InternEvoError(f"transformers gives other logits for {exported}: they differ by {difference}")
+        raise InternEvoError(f"transformers computes other logits with {exported}: they differ by up to {difference}")
     valid = [r for r in read_rows(trained / "metrics.jsonl") if "valid_loss" in r]
     if valid:
         say(f"\nvalidation perplexity after {valid[-1]['step']} steps: [bold]{valid[-1]['valid_ppl']:.2f}[/bold]")
@@ -64,7 +68,7 @@ def run(config: Path, folder: Path, steps: int | None) -> None:
 
 
 def _dtype(config: Path) -> list[str]:
-    """fp32 where the config's type is slow."""
+    """Returns an override to fp32 if the config's dtype is slow on this device."""
     from ..config import load_config
     from ..ops.precision import is_slow
     from ..parallel.world import pick_device
@@ -74,7 +78,7 @@ def _dtype(config: Path) -> list[str]:
 
 
 def _internevo(*arguments: str) -> None:
-    """Shows a command and runs it."""
+    """Prints a command and runs it."""
     print(f"\n$ internevo {shlex.join(arguments)}", flush=True)
     code = subprocess.run([sys.executable, "-m", "internevo", *arguments]).returncode
     if code:
@@ -82,7 +86,7 @@ def _internevo(*arguments: str) -> None:
 
 
 def compare_with_transformers(folder: Path) -> float:
-    """Largest absolute difference between our logits and transformers' for a folder, over some random tokens."""
+    """Returns the largest absolute difference between the logits of internevo and transformers for some random tokens."""
     try:
         from transformers import AutoModelForCausalLM as auto
         from transformers.utils import logging
@@ -96,9 +100,9 @@ def compare_with_transformers(folder: Path) -> float:
     logging.disable_progress_bar()
     loader: Any = auto
     theirs, info = loader.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    unfit = {kind: sorted(names) for kind, names in info.items() if names}
-    if unfit:
-        raise InternEvoError(f"transformers finds the folder unfit: {json.dumps(unfit, default=str)}")
+    problems = {kind: sorted(names) for kind, names in info.items() if names}
+    if problems:
+        raise InternEvoError(f"transformers cannot load all weights of {folder}: {json.dumps(problems, default=str)}")
     tokens = torch.randint(0, ours.config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         return float((ours(tokens) - theirs(tokens).logits).abs().max())

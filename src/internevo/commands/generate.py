@@ -1,11 +1,11 @@
-"""``internevo generate``: continues a text, or answers a question."""
+"""``internevo generate``: generates text after a prompt, or an answer to a question."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from ..checkpoint.open import load_model, open_source
-from ..data.encoding.formats import END_OF_ANSWER, FormatName
+from ..data.encoding.formats import END_OF_ANSWER, FormatName, encode_prompt
 from ..errors import UsageError
 from ..models.generate import Sampling, generate
 from ..models.source import most_common_dtype
@@ -22,17 +22,24 @@ def continue_text(
     tokenizer: Path | None = None,
     format: FormatName = "text",
 ) -> str:
-    """The text that a model in ``folder`` puts behind ``prompt``.
+    """Generates text after ``prompt`` with the model in ``folder``, and returns the new text.
 
     Args:
         folder: a checkpoint, a run folder or a Hugging Face folder.
-        tokenizer: by default the one that lies with the model.
-        format: what ``prompt`` is: a text to continue, or what the user asks in an Alpaca instruction or in a chat.
+        prompt: a text, or a question.
+        max_new_tokens: maximum number of tokens to generate.
+        sampling: temperature, top-k and top-p.
+        seed: seed of the random numbers.
+        tokenizer: path of the tokenizer; None: the one in ``folder``.
+        format: "text" if the prompt is a text to continue; "alpaca" or "chat" if it is a question in the form of such data.
+
+    Raises:
+        UsageError: if there is no tokenizer.
     """
     source = open_source(folder)
     path = tokenizer or source.tokenizer
     if path is None:
-        raise UsageError(f"{folder} has no tokenizer with it; give --tokenizer PATH")
+        raise UsageError(f"there is no tokenizer in {folder}; use --tokenizer PATH")
     text = load_tokenizer(path)
     device = pick_device(0)
     model = load_model(folder, dtype=most_common_dtype(source), device=device)

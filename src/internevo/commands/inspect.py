@@ -1,4 +1,4 @@
-"""``internevo inspect``: what a folder holds, and whether it is intact."""
+"""``internevo inspect``: describes what a folder contains, and checks that it is intact."""
 
 from __future__ import annotations
 
@@ -15,50 +15,52 @@ from ..models.source import ParameterSource, dtypes
 from ..observe.metrics import read_rows
 
 
-def inspect(path: Path, tokenizer: Path | None = None, decode: int = 0) -> Iterator[str]:
-    """Lines that describe ``path``.
+def describe(path: Path, tokenizer: Path | None = None, decode: int = 0) -> Iterator[str]:
+    """Yields lines of text that describe a checkpoint, a run folder, a Hugging Face model or tokenized data.
 
     Args:
-        tokenizer: for tokenized data, to check the ids with.
-        decode: documents of tokenized data to show as text.
+        tokenizer: for tokenized data: every id must be in its vocabulary.
+        decode: for tokenized data: the number of documents to show as text.
 
     Raises:
-        UsageError: when it is nothing that is known here.
-        CheckpointError, DataError: when it is damaged, naming the file and the place.
+        UsageError: if the folder contains none of these.
+        CheckpointError: if a checkpoint is damaged; the message says which file and where.
+        DataError: if tokenized data is damaged; the message says which file and where.
     """
     if not path.is_dir():
         raise UsageError(f"{path} is not a folder")
     if (path / NAME).is_file() or (path / "state.json").is_file():
-        return _checkpoint(path)
+        return _describe_checkpoint(path)
     if (path / "metrics.jsonl").is_file() or (path / "checkpoints").is_dir():
-        return _run(path)
+        return _describe_run(path)
     if (path / "config.json").is_file():
-        return _hf(path)
+        return _describe_hf(path)
     if any(path.rglob("*.bin")):
         return describe_dataset(path, tokenizer, decode)
-    raise UsageError(f"{path} holds neither a checkpoint, a run, a Hugging Face model nor tokenized data")
+    raise UsageError(f"{path} contains neither a checkpoint, a run, a Hugging Face model nor tokenized data")
 
 
-def _checkpoint(path: Path) -> Iterator[str]:
+def _describe_checkpoint(path: Path) -> Iterator[str]:
     checkpoint = Checkpoint(path)
     manifest = checkpoint.manifest
     yield f"checkpoint {path}: step {manifest.step}"
     yield f"model: {checkpoint.config.family}, {checkpoint.config.parameters():,} parameters, {_dtypes(checkpoint)}"
     kinds = sorted({name.split("/")[0] for name in manifest.tensors})
     size = sum(f.size for f in manifest.files.values())
-    yield f"holds: {', '.join(kinds)}; {len(manifest.tensors)} tensors in {len(manifest.files)} files, {size / 1e6:,.1f} MB"
+    yield f"contains: {', '.join(kinds)}; {len(manifest.tensors)} tensors in {len(manifest.files)} files, {size / 1e6:,.1f} MB"
     axes = ", ".join(f"{axis} {n}" for axis, n in manifest.layout.items())
     yield f"written by: internevo {manifest.versions['internevo']}, torch {manifest.versions['torch']}; layout: {axes}"
     verify(path, sorted(manifest.files), manifest)
-    yield "intact: every file has the size and the checksum that the manifest says"
+    yield "intact: every file has the size and the checksum in the manifest"
 
 
 def _dtypes(source: ParameterSource) -> str:
+    """Returns the dtypes of the weights, the most frequent one first."""
     usual, *others = dtypes(source)
     return f"{usual}" + "".join(f", some {dtype}" for dtype in others)
 
 
-def _run(path: Path) -> Iterator[str]:
+def _describe_run(path: Path) -> Iterator[str]:
     rows = [r for r in read_rows(path / "metrics.jsonl") if "loss" in r]
     yield f"run {path}: {len(rows)} steps"
     if rows:
@@ -67,10 +69,10 @@ def _run(path: Path) -> Iterator[str]:
     if not found:
         yield "no complete checkpoint"
     for folder in found:
-        yield from _checkpoint(folder)
+        yield from _describe_checkpoint(folder)
 
 
-def _hf(path: Path) -> Iterator[str]:
+def _describe_hf(path: Path) -> Iterator[str]:
     folder = HfFolder(path)
     config = folder.config
     yield f"Hugging Face model {path}: {family(config.family).ARCHITECTURE} ({config.family})"
@@ -79,4 +81,4 @@ def _hf(path: Path) -> Iterator[str]:
     for disk in folder.naming.shapes:
         spec = folder.weights.spec(disk)
         read += sum(folder.weights.read(disk, row, count).numel() for row, count in spec.chunks(0, spec.rows))
-    yield f"intact: all {len(folder.naming.shapes)} tensors are there and can be read, {read:,} values"
+    yield f"intact: all {len(folder.naming.shapes)} tensors can be read, {read:,} values"

@@ -1,1 +1,1 @@
-"""From folders of tokens to the batches of a step. The global batch is a function of seed, position and data alone."""
+"""Makes batches from files. The global batch of a step depends only on the seed, the data and the position in the data."""

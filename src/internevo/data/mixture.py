@@ -1,4 +1,4 @@
-"""Several sources in given shares, mixed row by row."""
+"""A source that mixes the rows of several sources in given shares."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from dataclasses import dataclass
 
 from ..errors import DataError
 from .rows import Row
-from .source import Place, Source, Taken
+from .source import NextRows, Position, Source
 
 
 @dataclass(frozen=True)
 class Part:
-    """A source of a mixture."""
+    """One of the sources of a mixture."""
 
     name: str
     source: Source
     weight: float
+    """Its share of the rows, relative to the weights of the other parts."""
 
 
 class Mixture:
-    """Rows of the parts, in proportion to their weights; a part that has ended leaves its share to the others.
+    """Rows of several parts, in proportion to their weights. When a part has ended, the others take its share.
 
-    Stride scheduling (Waldspurger and Weihl 1995): every part has a pass, which grows by 1 / weight with each row that it
-    gives, and the smallest pass is next. After any number of rows each part is within a row of its share. A place holds the
-    parts' places and passes.
+    The next row is chosen by stride scheduling (Waldspurger and Weihl 1995): each part has a *pass*, which grows by 1 / weight
+    with each of its rows, and the part with the smallest pass is next. So after any number of rows, each part is within one row
+    of its share. A position holds the position and the pass of each part.
     """
 
     def __init__(self, parts: list[Part]) -> None:
@@ -35,68 +36,71 @@ class Mixture:
         self.seq_len = parts[0].source.seq_len
 
     def fingerprint(self) -> str:
-        """Of all parts; the weights may change between runs."""
+        """Returns a hash of the fingerprints of all parts. It does not depend on the weights, which may change between runs."""
         text = json.dumps([[part.name, part.source.fingerprint()] for part in self.parts])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def start(self) -> Place:
-        """By name: [place, pass]; the pass of a part that has ended is None."""
-        return {part.name: [part.source.start(), 1 / part.weight] for part in self.parts}
+    def start_position(self) -> Position:
+        """Returns {name: [position, pass]}. Later, the pass of a part that has ended is None."""
+        return {part.name: [part.source.start_position(), 1 / part.weight] for part in self.parts}
 
-    def take(self, place: Place, count: int, mine: Sequence[int]) -> Taken:
-        """
+    def next_rows(self, position: Position, count: int, needed: Sequence[int]) -> NextRows:
+        """Returns the ``count`` rows after ``position``; see ``Source``.
+
         Raises:
-            DataError: when all parts have ended.
+            DataError: if all parts have ended.
         """
-        places = [place[part.name][0] for part in self.parts]
-        passes: list[float | None] = [place[part.name][1] for part in self.parts]
-        bad: list[str] = []
+        positions = [position[part.name][0] for part in self.parts]
+        passes: list[float | None] = [position[part.name][1] for part in self.parts]
+        skipped: list[str] = []
         rows: dict[int, Row] = {}
         missing = list(range(count))
-        wanted = set(mine)
+        wanted = set(needed)
         while missing:
-            if all(turn is None for turn in passes):
-                raise DataError("every source of data.mixture has ended: raise their epochs, or train fewer steps")
-            dealt = self._deal(passes, missing)
+            if all(pass_ is None for pass_ in passes):
+                raise DataError(
+                    "every source of data.mixture has ended: increase their epochs, or train fewer steps (data.total_steps)"
+                )
+            assigned = self._assign_rows(passes, missing)
             missing = []
-            for number, numbers in enumerate(dealt):
+            for number, numbers in enumerate(assigned):
                 if passes[number] is None:
-                    continue  # an ended stream would make its last block again to give nothing
-                asked = [n for n, row in enumerate(numbers) if row in wanted]
-                taken = self.parts[number].source.take(places[number], len(numbers), asked)
-                places[number] = taken.place
-                bad += taken.bad
-                for n, row in zip(asked, taken.rows, strict=False):
+                    continue  # a stream that has ended would make its last block again, for no rows
+                part_needed = [n for n, row in enumerate(numbers) if row in wanted]
+                found = self.parts[number].source.next_rows(positions[number], len(numbers), part_needed)
+                positions[number] = found.position
+                skipped += found.skipped
+                for n, row in zip(part_needed, found.rows, strict=False):
                     row.types[:] = number
                     rows[numbers[n]] = row
-                if taken.count < len(numbers):
-                    missing += numbers[taken.count :]
+                if found.count < len(numbers):
+                    missing += numbers[found.count :]
                     passes[number] = None
             missing.sort()
-        behind = {part.name: [at, turn] for part, at, turn in zip(self.parts, places, passes, strict=True)}
-        return Taken([rows[n] for n in mine], count, behind, bad)
+        after = {part.name: [at, pass_] for part, at, pass_ in zip(self.parts, positions, passes, strict=True)}
+        return NextRows([rows[n] for n in needed], count, after, skipped)
 
-    def _deal(self, passes: list[float | None], rows: list[int]) -> list[list[int]]:
-        """Which part gives each row; passes go on."""
-        dealt: list[list[int]] = [[] for _ in self.parts]
+    def _assign_rows(self, passes: list[float | None], rows: list[int]) -> list[list[int]]:
+        """Decides which part each row comes from. Returns the rows of each part, and updates ``passes``."""
+        assigned: list[list[int]] = [[] for _ in self.parts]
         for row in rows:
-            _, number = min((turn, n) for n, turn in enumerate(passes) if turn is not None)
-            dealt[number].append(row)
+            _, number = min((pass_, n) for n, pass_ in enumerate(passes) if pass_ is not None)
+            assigned[number].append(row)
             passes[number] += 1 / self.parts[number].weight  # type: ignore[operator]
-        return dealt
+        return assigned
 
-    def after_change(self, place: Place) -> Place:
-        """Parts that are still there go on; new ones begin level with them."""
-        old = place if isinstance(place, dict) else {}
-        level = min((turn for _, turn in old.values() if turn is not None), default=0.0)
+    def position_after_change(self, position: Position) -> Position:
+        """Returns a position at which parts that remain continue, and new parts start with the smallest pass of the others."""
+        old = position if isinstance(position, dict) else {}
+        smallest = min((pass_ for _, pass_ in old.values() if pass_ is not None), default=0.0)
         return {
-            part.name: [part.source.after_change(old[part.name][0]), old[part.name][1]]
+            part.name: [part.source.position_after_change(old[part.name][0]), old[part.name][1]]
             if part.name in old
-            else [part.source.start(), level + 1 / part.weight]
+            else [part.source.start_position(), smallest + 1 / part.weight]
             for part in self.parts
         }
 
     def close(self) -> None:
-        """Ends all sources."""
+        """Closes the sources of all parts."""
         for part in self.parts:
             part.source.close()

@@ -1,7 +1,7 @@
-"""The order of rows: a permutation per epoch that is evaluated at any place without being stored.
+"""The shuffled order of rows: a permutation for each epoch, which is computed at any index and never stored.
 
-The global batch of a step is the rows at ``consumed .. consumed + batch`` of this order. It depends on the seed and the
-data, and on no rank and no history.
+The rows of a global batch are a range of this order. So they depend only on the seed and the data, not on the ranks, and not on
+what the run did before.
 """
 
 from __future__ import annotations
@@ -13,38 +13,40 @@ import numpy as np
 import numpy.typing as npt
 
 ROUNDS = 6
+"""The number of rounds of the Feistel network."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """An endless sequence of row numbers; every epoch has each row once, in an order of its own."""
+    """An endless sequence of row numbers. Every epoch has each row once, in a different order."""
 
     rows: int
     seed: int
 
-    def __call__(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Row numbers at ``places`` (0, 1, 2, ...)."""
-        epochs, within = np.divmod(places, self.rows)
-        out = np.empty_like(places)
+    def __call__(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Returns the row numbers at ``indices`` (0, 1, 2, ...) of the sequence."""
+        epochs, within = np.divmod(indices, self.rows)
+        out = np.empty_like(indices)
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
             out[chosen] = permute(within[chosen], self.rows, f"{self.seed}/{epoch}")
         return out
 
 
-def permute(places: npt.NDArray[np.int64], size: int, key: str) -> npt.NDArray[np.int64]:
-    """A pseudo-random permutation of ``range(size)``, chosen by ``key``, at ``places``.
+def permute(indices: npt.NDArray[np.int64], size: int, key: str) -> npt.NDArray[np.int64]:
+    """Returns the values at ``indices`` of a pseudo-random permutation of ``range(size)``, which ``key`` chooses.
 
-    A Feistel network on the smallest even number of bits that holds ``size``; values outside are sent through again
-    (cycle walking, https://web.cs.ucdavis.edu/~rogaway/papers/subset.pdf), fewer than 4 times on average.
+    The permutation is a Feistel network on the smallest even number of bits that can represent ``size``. Values outside the
+    range go through it again, fewer than 4 times on average (cycle walking,
+    https://web.cs.ucdavis.edu/~rogaway/papers/subset.pdf).
     """
     if size <= 1:
-        return np.zeros_like(places)
+        return np.zeros_like(indices)
     half = (max(int(size - 1).bit_length(), 2) + 1) // 2
     mask = np.uint64((1 << half) - 1)
     digest = hashlib.sha512(key.encode()).digest()
     keys = np.frombuffer(digest[: 8 * ROUNDS], dtype=np.uint64)
-    values = places.astype(np.uint64)
+    values = indices.astype(np.uint64)
     todo = np.ones(len(values), bool)
     while todo.any():
         left, right = values[todo] >> np.uint64(half), values[todo] & mask
@@ -56,7 +58,7 @@ def permute(places: npt.NDArray[np.int64], size: int, key: str) -> npt.NDArray[n
 
 
 def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """splitmix64's finalizer: spreads every bit over the word."""
+    """Mixes the bits of 64-bit integers, so that each bit affects all others (the finalizer of splitmix64)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -1,8 +1,8 @@
-"""Rows of ``seq_len`` tokens, made from documents: packed, or one document each.
+"""Rows of ``seq_len`` tokens, made from documents: packed rows of several documents, or padded rows of one document each.
 
-Row ``i`` is a function of the dataset and ``seq_len`` alone. Packing lays all documents end to end in index order and cuts
-every ``seq_len`` tokens: nothing is dropped, the last row is padded, and a document that goes over the end continues in
-the next row (its last token here still predicts its first token there).
+Row ``i`` depends only on the dataset and ``seq_len``. Packing concatenates all documents in the order of the index, and splits
+the result into rows of ``seq_len`` tokens. Nothing is dropped, and the last row is padded. A document that goes past the end of
+a row continues in the next row; its last token in this row predicts its first token in the next.
 """
 
 from __future__ import annotations
@@ -19,38 +19,44 @@ from .tokenized.files import MASKED_ZERO, Ids
 from .tokenized.index import Index
 
 IGNORE = -100
+"""The label of a token that predicts nothing; it is PyTorch's default ``ignore_index``."""
 
 
 @dataclass
 class Row:
-    """One row of S tokens."""
+    """One row of S = ``seq_len`` tokens."""
 
     tokens: Ids
-    """[S]"""
+    """[S]: the ids, 0 in the padding."""
     labels: Ids
     """[S]: the id to predict at each token, or -100."""
-    borders: list[int]
-    """Where documents begin, 0 first; padding counts as a document."""
+    document_starts: list[int]
+    """Where each document begins in the row. The first value is 0; padding counts as a document."""
     types: npt.NDArray[np.int16]
-    """[S]: dataset type of each token."""
+    """[S]: the number of each token's dataset type."""
 
 
 class Rows(Protocol):
-    """A dataset as numbered rows."""
+    """A dataset of numbered rows (a map-style dataset)."""
 
     seq_len: int
     types: list[str]
+    """The names of the dataset types; ``Row.types`` has their numbers."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, number: int) -> Row: ...
 
     def fingerprint(self) -> str:
-        """Changes when the rows do."""
+        """Returns a text that changes when the rows change."""
 
 
 def tokens_and_labels(raw: Ids) -> tuple[Ids, Ids]:
-    """Ids as stored -> (tokens, labels if predicted): negative ids are masked, ``MASKED_ZERO`` is a masked 0."""
+    """Splits signed ids into tokens and labels.
+
+    Returns:
+        The ids without signs; and the same ids with -100 for masked tokens, as labels that are not shifted yet.
+    """
     masked = raw < 0
     if not masked.any():
         return raw, raw
@@ -59,45 +65,49 @@ def tokens_and_labels(raw: Ids) -> tuple[Ids, Ids]:
 
 
 def empty_row(seq_len: int) -> Row:
-    """Padding alone."""
+    """Returns a row of padding."""
     return Row(np.zeros(seq_len, np.int64), np.full(seq_len, IGNORE), [0], np.zeros(seq_len, np.int16))
 
 
 def make_row(
-    raw: Ids, ends: npt.NDArray[np.int64], types: npt.NDArray[np.int16], seq_len: int, more: bool, borders: bool
+    raw: Ids, ends: npt.NDArray[np.int64], types: npt.NDArray[np.int16], seq_len: int, continues: bool, separate: bool
 ) -> tuple[Row, Ids]:
-    """A row of documents laid end to end, and the ids that it needs, without signs.
+    """Makes a row from the concatenated documents in it.
 
     Args:
-        raw: ids with signs, and one behind the row's if ``more``.
-        ends: [documents] where each ends in the row.
-        types: [documents]
-        more: the last document goes on in the next row.
-        borders: the documents do not see each other.
+        raw: the signed ids of the row; if ``continues``, also the first id of the next row.
+        ends: [documents]: where each document ends in the row.
+        types: [documents]: the number of each document's dataset type.
+        continues: the last document continues in the next row.
+        separate: tokens do not attend to other documents.
+
+    Returns:
+        The row; and the ids in ``raw`` without signs.
     """
     tokens, targets = tokens_and_labels(raw)
-    filled = len(raw) - more
+    filled = len(raw) - continues
     row = empty_row(seq_len)
     row.tokens[:filled] = tokens[:filled]
     row.labels[: len(targets) - 1] = targets[1:]
-    row.labels[(ends[:-1] if more else ends) - 1] = IGNORE
+    row.labels[(ends[:-1] if continues else ends) - 1] = IGNORE
     row.types[:filled] = np.repeat(types, np.diff(ends, prepend=0))
-    if borders:
-        row.borders += [int(end) for end in ends if end < seq_len]
+    if separate:
+        row.document_starts += [int(end) for end in ends if end < seq_len]
     return row, tokens
 
 
 class _IndexRows:
-    """What both kinds of rows share."""
+    """What packed and padded rows have in common."""
 
     def __init__(self, index: Index, seq_len: int, vocab_size: int) -> None:
         self.index, self.seq_len, self.vocab_size = index, seq_len, vocab_size
         self.types = index.types
 
     def fingerprint(self) -> str:
+        """Returns a text that changes when the rows change."""
         return f"{self.index.fingerprint()}-{type(self).__name__}-{self.seq_len}"
 
-    def _check(self, tokens: Ids, first_document: int) -> None:
+    def _check_vocabulary(self, tokens: Ids, first_document: int) -> None:
         if tokens.size and int(tokens.max()) >= self.vocab_size:
             raise DataError(
                 f"{self.index.location(first_document)} or a document after it in its row: token id {int(tokens.max())} is "
@@ -106,10 +116,14 @@ class _IndexRows:
 
 
 class PackedRows(_IndexRows):
-    """Documents end to end, cut every ``seq_len`` tokens."""
+    """Rows of concatenated documents."""
 
     def __init__(self, index: Index, seq_len: int, vocab_size: int, into_one: bool = False) -> None:
-        """``into_one``: a row is one span of attention; tokens see the documents before theirs."""
+        """Makes rows of the documents of ``index``.
+
+        Args:
+            into_one: each row is one span of attention: tokens attend to the documents before theirs in the row.
+        """
         super().__init__(index, seq_len, vocab_size)
         self.into_one = into_one
 
@@ -121,36 +135,40 @@ class PackedRows(_IndexRows):
         start, stop = number * size, min((number + 1) * size, index.tokens)
         first, last = (int(d) for d in np.searchsorted(index.ends, [start, stop - 1], side="right"))
         ends = np.minimum(index.ends[first : last + 1] - start, size)  # where the documents end in this row
-        more = int(index.ends[last]) > stop  # the last document goes on in the next row
-        raw = self._raw(first, last, start, stop + more)
-        row, tokens = make_row(raw, ends, self._types(first, last), size, more, borders=not self.into_one)
-        self._check(tokens, first)
+        continues = int(index.ends[last]) > stop
+        raw = self._read(first, last, start, stop + continues)
+        row, tokens = make_row(raw, ends, self._types(first, last), size, continues, separate=not self.into_one)
+        self._check_vocabulary(tokens, first)
         return row
 
     def _types(self, first: int, last: int) -> npt.NDArray[np.int16]:
+        """Returns the dataset types of documents ``first`` to ``last``, both included."""
         files = np.searchsorted(self.index.first, np.arange(first, last + 1), side="right") - 1
         return np.array(self.index.file_types, dtype=np.int16)[files]
 
-    def _raw(self, first: int, last: int, start: int, stop: int) -> Ids:
-        """Ids ``start`` to ``stop`` of all documents laid end to end; they lie in documents ``first`` to ``last``."""
+    def _read(self, first: int, last: int, start: int, stop: int) -> Ids:
+        """Returns the signed ids ``start`` to ``stop`` of all documents, concatenated. They lie in ``first`` to ``last``."""
         index = self.index
         begin = int(index.ends[first]) - int(index.documents[first, 1])
         pieces, document = [], first
         while document <= last:
             file = index.file(index.file_of(document))
-            run = self._run(document, last, file.itemsize)
-            a, b = max(start - begin, 0), min(stop - begin, int(index.ends[run]) - begin)
-            if run == document:
+            until = self._last_contiguous(document, last, file.itemsize)
+            a, b = max(start - begin, 0), min(stop - begin, int(index.ends[until]) - begin)
+            if until == document:
                 pieces.append(file.read(int(index.documents[document, 0]), a, b))
             else:
                 offset = int(file.meta[int(index.documents[document, 0]), 0])
                 part = file.bytes[offset + a * file.itemsize : offset + b * file.itemsize]
                 pieces.append(part.view(file.dtype).astype(np.int64))
-            begin, document = int(index.ends[run]), run + 1
+            begin, document = int(index.ends[until]), until + 1
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
-    def _run(self, document: int, last: int, itemsize: int) -> int:
-        """The last document up to which the binary file holds all documents without a gap, so that one slice reads them."""
+    def _last_contiguous(self, document: int, last: int, itemsize: int) -> int:
+        """Returns the last document that can be read together with ``document`` as one slice of the file, up to ``last``.
+
+        In the compact form these are the documents that follow each other in the same file; in JSON lines there are none.
+        """
         index = self.index
         if not itemsize:
             return document
@@ -161,11 +179,11 @@ class PackedRows(_IndexRows):
 
 
 class PaddedRows(_IndexRows):
-    """One document per row, padded at the end; longer documents take several rows."""
+    """Rows of one document each, padded at the end. Documents longer than a row take several rows."""
 
     def __init__(self, index: Index, seq_len: int, vocab_size: int) -> None:
         super().__init__(index, seq_len, vocab_size)
-        self.ends = np.cumsum(-(-index.documents[:, 1] // seq_len))
+        self.ends = np.cumsum(-(-index.documents[:, 1] // seq_len))  # [documents]: the cumulative sum of the rows of each
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
@@ -176,14 +194,14 @@ class PaddedRows(_IndexRows):
         start = (number - before) * self.seq_len
         raw = self.index.read(document, start, start + self.seq_len + 1)
         filled = min(len(raw), self.seq_len)
-        kind = np.array([self.index.file_types[self.index.file_of(document)]], np.int16)
-        row, tokens = make_row(raw, np.array([filled]), kind, self.seq_len, len(raw) > filled, borders=False)
-        self._check(tokens, document)
+        type_ = np.array([self.index.file_types[self.index.file_of(document)]], np.int16)
+        row, tokens = make_row(raw, np.array([filled]), type_, self.seq_len, len(raw) > filled, separate=False)
+        self._check_vocabulary(tokens, document)
         return row
 
 
 class RandomRows:
-    """Rows of made-up documents (runs 0, 1, 2, ... repeated), for trying a config without data."""
+    """Rows of random documents (0, 1, 2, ... repeated with a random period), to try a config without data."""
 
     def __init__(self, seq_len: int, vocab_size: int, seed: int, fixed_length: bool = True, rows: int = 100_000) -> None:
         self.seq_len, self.vocab_size, self.seed, self.fixed_length, self.rows = (
@@ -200,22 +218,23 @@ class RandomRows:
 
     def __getitem__(self, number: int) -> Row:
         draw = np.random.default_rng((self.seed, number))
-        borders = [0]
+        starts = [0]
         if not self.fixed_length and self.seq_len > 1:
-            borders += sorted({int(b) for b in draw.integers(1, self.seq_len, size=draw.integers(0, 8))})
+            starts += sorted({int(b) for b in draw.integers(1, self.seq_len, size=draw.integers(0, 8))})
         tokens = np.empty(self.seq_len, np.int64)
-        for a, b in zip(borders, [*borders[1:], self.seq_len], strict=True):
+        for a, b in zip(starts, [*starts[1:], self.seq_len], strict=True):
             tokens[a:b] = np.arange(b - a) % draw.integers(2, min(self.vocab_size, 64) + 1)
         labels = np.r_[tokens[1:], IGNORE]
-        labels[[b - 1 for b in borders[1:]]] = IGNORE
-        return Row(tokens, labels, borders, np.zeros(self.seq_len, np.int16))
+        labels[[start - 1 for start in starts[1:]]] = IGNORE
+        return Row(tokens, labels, starts, np.zeros(self.seq_len, np.int16))
 
     def fingerprint(self) -> str:
+        """Returns a text that changes when the rows change."""
         return f"random-{self.seed}-{self.seq_len}-{self.vocab_size}-{self.fixed_length}"
 
 
-class ListedRows:
-    """Rows in memory."""
+class InMemoryRows:
+    """Rows that are kept in memory."""
 
     def __init__(self, rows: list[Row], types: list[str], seq_len: int) -> None:
         self.rows, self.types, self.seq_len = rows, types, seq_len
@@ -225,8 +244,8 @@ class ListedRows:
 
     def __getitem__(self, number: int) -> Row:
         row = self.rows[number]
-        return Row(row.tokens, row.labels.copy(), row.borders, row.types)  # a repeated row's labels are cleared by its user
+        return Row(row.tokens, row.labels.copy(), row.document_starts, row.types)  # ``valid_batches`` overwrites labels
 
     def fingerprint(self) -> str:
-        """Of the ids."""
+        """Returns a hash of the ids."""
         return hashlib.sha256(b"".join(row.tokens.tobytes() for row in self.rows)).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Where the rows of a step come from: one after another, from a place on that a checkpoint can hold."""
+"""The interface of all sources of rows, and shuffled rows as a source."""
 
 from __future__ import annotations
 
@@ -12,85 +12,92 @@ from ..errors import DataError
 from .order import Order
 from .rows import Row, Rows, empty_row
 
-Place = Any
-"""JSON values."""
+Position = Any
+"""A position in the data: JSON values, which checkpoints hold. Only the source that made them knows what they mean."""
 
 
 @dataclass
-class Taken:
+class NextRows:
     """The next rows of a source."""
 
     rows: list[Row]
-    """Those that were asked for."""
+    """The rows that this rank needs, in the order in which it asked for them."""
     count: int
-    """How many there were in all: fewer than wanted when the source has ended."""
-    place: Place
-    """Behind them."""
-    bad: list[str] = field(default_factory=list)
-    """What could not be read and was left out on this rank."""
+    """The number of all next rows, needed or not. It is less than was asked for if the source has ended."""
+    position: Position
+    """The position after these rows."""
+    skipped: list[str] = field(default_factory=list)
+    """For each document or row that could not be read on this rank and was skipped: a message that says where it is and why."""
 
 
 class Source(Protocol):
-    """Rows in an order that follows from the seed and the data, the same on every rank."""
+    """Rows in an order that depends only on the seed and the data, and is the same on every rank."""
 
     seq_len: int
+    """The number of tokens in a row."""
     types: list[str]
+    """The names of the dataset types; ``Row.types`` has their numbers."""
 
     def fingerprint(self) -> str:
-        """Changes when the rows do."""
+        """Returns a text that changes when the rows or their order change."""
 
-    def start(self) -> Place:
-        """The place before the first row."""
+    def start_position(self) -> Position:
+        """Returns the position before the first row."""
 
-    def take(self, place: Place, count: int, mine: Sequence[int]) -> Taken:
-        """The ``count`` rows behind ``place``; of these, only those at ``mine`` (0 to count - 1) are made."""
+    def next_rows(self, position: Position, count: int, needed: Sequence[int]) -> NextRows:
+        """Returns the ``count`` rows after ``position``.
 
-    def after_change(self, place: Place) -> Place:
-        """Where to go on with other data than ``place`` was made with."""
+        Args:
+            needed: the numbers (0 to ``count - 1``) of the rows that this rank needs. Only these are returned.
+        """
+
+    def position_after_change(self, position: Position) -> Position:
+        """Returns where a run continues after the data has changed; ``position`` is from before the change."""
 
     def close(self) -> None:
-        """Ends what works in the background."""
+        """Ends the threads and processes of the source."""
 
 
-class Shuffled:
-    """Numbered rows in random order, each once per epoch. A place is the number of rows before it."""
+class ShuffledRows:
+    """A source of numbered rows in random order, each once per epoch. A position is the number of rows before it."""
 
-    def __init__(self, rows: Rows, seed: int, skip_bad: bool = False, epochs: float | None = None) -> None:
-        """
+    def __init__(self, rows: Rows, seed: int, skip_errors: bool = False, epochs: float | None = None) -> None:
+        """Makes the source.
+
         Args:
-            skip_bad: a row that cannot be read is replaced by an empty one.
-            epochs: how many there are; None: no end.
+            skip_errors: a row that cannot be read is replaced by an empty one.
+            epochs: the number of epochs after which the source ends; None: it never ends.
         """
-        self.rows, self.skip_bad = rows, skip_bad
+        self.rows, self.skip_errors = rows, skip_errors
         self.order = Order(len(rows), seed)
         self.end = None if epochs is None else int(epochs * len(rows))
         self.seq_len, self.types, self.fingerprint = rows.seq_len, rows.types, rows.fingerprint
 
-    def start(self) -> int:
-        """No rows."""
+    def start_position(self) -> int:
+        """Returns 0."""
         return 0
 
-    def take(self, place: Place, count: int, mine: Sequence[int]) -> Taken:
-        """Rows ``place`` to ``place + count`` of the order."""
+    def next_rows(self, position: Position, count: int, needed: Sequence[int]) -> NextRows:
+        """Returns rows ``position`` to ``position + count - 1`` of the shuffled order."""
         if self.end is not None:
-            count = max(0, min(count, self.end - place))
-        bad: list[str] = []
-        numbers = self.order(place + np.array([n for n in mine if n < count], np.int64))
-        rows = [self._row(int(number), bad) for number in numbers]
-        return Taken(rows, count, place + count, bad)
+            count = max(0, min(count, self.end - position))
+        skipped: list[str] = []
+        numbers = self.order(position + np.array([n for n in needed if n < count], np.int64))
+        rows = [self._row(int(number), skipped) for number in numbers]
+        return NextRows(rows, count, position + count, skipped)
 
-    def _row(self, number: int, bad: list[str]) -> Row:
+    def _row(self, number: int, skipped: list[str]) -> Row:
         try:
             return self.rows[number]
         except DataError as error:
-            if not self.skip_bad:
+            if not self.skip_errors:
                 raise
-            bad.append(f"row {number}: {error}")
+            skipped.append(f"row {number}: {error}")
             return empty_row(self.seq_len)
 
-    def after_change(self, place: Place) -> int:
-        """The same number of rows."""
-        return place if isinstance(place, int) else 0
+    def position_after_change(self, position: Position) -> int:
+        """Returns the same number of rows."""
+        return position if isinstance(position, int) else 0
 
     def close(self) -> None:
-        """Nothing works in the background."""
+        """Does nothing: there are no threads and no processes."""

@@ -1,1 +1,1 @@
-"""What is measured in a step: collectives, memory, a timeline."""
+"""Probes: measurements of one step. They measure its collectives, its memory, and its timeline."""

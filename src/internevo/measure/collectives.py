@@ -1,4 +1,4 @@
-"""Collectives of a step, counted and timed."""
+"""Counts and times the collectives of a step."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ KINDS = {
     "reduce_scatter_tensor_coalesced": "reduce-scatter", "all_reduce": "all-reduce", "allreduce_": "all-reduce",
     "all_to_all_single": "all-to-all", "alltoall_base_": "all-to-all",
 }  # fmt: skip
-INPUT_SECOND = ("_allgather_base_", "_reduce_scatter_base_", "reduce_scatter_")
-"""Collectives whose first argument is their output."""
+"""Name of PyTorch's operator -> kind of collective."""
+OUTPUT_FIRST = ("_allgather_base_", "_reduce_scatter_base_", "reduce_scatter_")
+"""Operators whose first argument is the output, and the second the input."""
 
 
 class Counter(TorchDispatchMode):
-    """Counts the collectives that are called within it, over groups of more than one rank, and times them: each is waited for
-    where it is called, so that its time is its own (slower ranks included)."""
+    """Counts and times the collectives over more than one rank that are called in this context.
+
+    It waits for each collective where it is called, so nothing overlaps with it. The time includes waiting for slower ranks.
+    """
 
     def __init__(self, layout: Layout) -> None:
         super().__init__()
@@ -43,12 +46,12 @@ class Counter(TorchDispatchMode):
             axis = self.layout.axis_of(kind, ranks)
             row = self.found.setdefault((kind, axis), Collectives(kind, axis))
             row.count += 1
-            row.nbytes += _nbytes(args[1] if name in INPUT_SECOND else args[0]) * (len(ranks) if kind == "all-gather" else 1)
+            row.nbytes += _nbytes(args[1] if name in OUTPUT_FIRST else args[0]) * (len(ranks) if kind == "all-gather" else 1)
             row.seconds += time.perf_counter() - begin
         return out
 
     def rows(self) -> list[Collectives]:
-        """What was found, sorted."""
+        """Returns what was counted, sorted by kind and axis."""
         return [self.found[key] for key in sorted(self.found)]
 
 
@@ -57,15 +60,20 @@ def _nbytes(tensors: Any) -> int:
 
 
 def table(rows: list[Collectives], layout: Layout, formula: list[Collectives] | None) -> list[str]:
-    """Lines for people; beside what was counted stands what the strategies state, where it differs."""
+    """Formats the measured collectives as a table.
+
+    Args:
+        rows: what was counted.
+        formula: what the strategies state, if it is known. A line says so where a count or its bytes differ from it.
+    """
     stated = {(row.kind, row.axis): row for row in formula or []}
     groups = layout.groups()
     lines = [f"{'collective':16}{'group':>12}{'ranks':>7}{'count':>8}{'MB':>12}{'MB on the wire':>16}{'ms':>10}"]
     for row in rows:
         ranks = len(groups[row.axis][0]) if row.axis in groups else layout.world
         line = f"{row.kind:16}{row.axis:>12}{ranks:>7}{row.count:>8}{row.nbytes / 1e6:>12.3f}{row.wire(ranks) / 1e6:>16.3f}"
-        wanted = stated.get((row.kind, row.axis), Collectives(row.kind, row.axis))
-        differs = formula is not None and (wanted.count, wanted.nbytes) != (row.count, row.nbytes)
-        note = f"   by formula {wanted.count}, {wanted.nbytes / 1e6:.3f} MB" if differs else ""
+        expected = stated.get((row.kind, row.axis), Collectives(row.kind, row.axis))
+        differs = formula is not None and (expected.count, expected.nbytes) != (row.count, row.nbytes)
+        note = f"   by formula {expected.count}, {expected.nbytes / 1e6:.3f} MB" if differs else ""
         lines.append(f"{line}{row.seconds * 1e3:>10.1f}{note}")
     return lines

@@ -1,4 +1,4 @@
-"""Memory of one rank, as it was in a step."""
+"""Measures the memory of one rank in a step."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from ..parallel.memory import Memory
 
 
 class Meter(TorchDispatchMode):
-    """Bytes of the tensors made within it that are alive before and after each forward pass of a model.
+    """Measures the bytes of all tensors that are made in this context and alive before and after each forward pass of a model.
 
-    (What autograd saves, ``saved_tensors_hooks`` would tell; but not what a recomputed layer holds besides, such as angles, or
-    the outputs of its attention.)
+    (``saved_tensors_hooks`` would show only what autograd saves. A recomputed layer keeps more, for example the angles of its
+    position encoding or the outputs of its attention.)
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.before: list[int] = []
+        """Bytes before each forward pass."""
         self.after: list[int] = []
+        """Bytes after each forward pass."""
         self._made: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._hooks = [
             model.register_forward_pre_hook(lambda *_: self.before.append(self._alive()), prepend=True),
@@ -33,10 +35,10 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        given = {id(tensor.untyped_storage()) for tensor in _tensors((args, kwargs))}
+        inputs = {id(tensor.untyped_storage()) for tensor in _tensors((args, kwargs))}
         for tensor in _tensors(out):
             storage = tensor.untyped_storage()
-            if id(storage) not in given:
+            if id(storage) not in inputs:
                 self._made[id(storage)] = weakref.ref(storage)
         return out
 
@@ -46,21 +48,25 @@ class Meter(TorchDispatchMode):
         super().__exit__(*error)
 
     def memory(self, masters: int, moments: int, weights: int) -> Memory:
-        """Of the last forward pass. Given are bytes that were there before: of masters, moments, and weights that are never
-        gathered."""
+        """Returns the memory at the last forward pass.
+
+        Args:
+            masters, moments: bytes of the master weights and of the moments, which were made before this context.
+            weights: bytes of other weights that were made before this context.
+        """
         return Memory(masters, moments, weights + self.before[-1], self.after[-1] - self.before[-1])
 
     def _alive(self) -> int:
         self._made = {number: reference for number, reference in self._made.items() if reference() is not None}
-        return _settled(self._read)
+        return _stable(self._read)
 
     def _read(self) -> int:
         storages = (reference() for reference in self._made.values())
         return sum(storage.nbytes() for storage in storages if storage is not None)
 
 
-def _settled(read: Callable[[], int]) -> int:
-    """A number once it stays: gloo's thread lets go of a collective's tensors a moment after that is waited for."""
+def _stable(read: Callable[[], int]) -> int:
+    """Reads a number until it no longer changes: gloo's thread frees the tensors of a collective a moment after its end."""
     values = [read()]
     while len(values) < 100 and (len(values) < 4 or len(set(values[-4:])) > 1):
         time.sleep(0.001)
@@ -69,16 +75,16 @@ def _settled(read: Callable[[], int]) -> int:
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
-    """Plain tensors of a tree that have memory."""
+    """Yields the plain tensors in a tree that have memory."""
     for leaf in tree_leaves(tree):
         if type(leaf) in (Tensor, nn.Parameter) and leaf.device.type != "meta":
             yield leaf
 
 
-def table(formula: Memory | None, found: Memory) -> list[str]:
-    """Lines for people."""
+def table(formula: Memory | None, measured: Memory) -> list[str]:
+    """Formats the measured memory as a table, next to that of the formula, if it is known."""
     lines = [f"{'memory of rank 0, MB':28}{'measured':>12}{'by formula':>12}"]
     for field, name in {**Memory.NAMES, "total": "total"}.items():
         by_formula = f"{getattr(formula, field) / 1e6:>12.3f}" if formula else ""
-        lines.append(f"{name:28}{getattr(found, field) / 1e6:>12.3f}{by_formula}")
+        lines.append(f"{name:28}{getattr(measured, field) / 1e6:>12.3f}{by_formula}")
     return lines

@@ -1,4 +1,4 @@
-"""What ``monitor.memory``, ``.comm`` and ``.trace`` ask for: probes of the first, the second and the third step of a run."""
+"""The probes of a run: ``monitor.memory`` in the first step, ``monitor.comm`` in the second, ``monitor.trace`` in the third."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .timeline import record_timeline
 
 
 class Probes:
-    """Measures single steps. Every rank takes part; rank 0 writes files to the run folder, and has lines to show."""
+    """Measures single steps. All ranks take part; rank 0 writes the results to the run folder."""
 
     def __init__(
         self,
@@ -35,32 +35,32 @@ class Probes:
     ) -> None:
         """
         Args:
-            state: fp32 weights (model/NAME) and moments (optimizer/NAME) of this run, as DTensors or plain tensors.
-            formula: memory and collectives of a step as the strategies state them, to be shown beside what is measured.
+            state: master weights (model/NAME) and moments (optimizer/NAME), as DTensors or plain tensors.
+            formula: the memory and the collectives of a step as the strategies state them, if they are known.
         """
         self.monitor, self.layout, self.model, self.state, self.formula = monitor, layout, model, state, formula
         self.folder, self.rank = folder, rank
         self.steps = 0
-        """Steps of this process, whether the run was resumed or not."""
+        """Steps that this process has taken. A resumed run counts from 0 again."""
         self.lines: list[str] = []
-        """For people, about the last step."""
+        """Lines to print about the last step."""
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """Around one step."""
+        """The context of one step."""
         self.steps, self.lines = self.steps + 1, []
         monitor = self.monitor
         if monitor.memory and self.steps == 1:
             with self._memory():
                 yield
-        elif monitor.comm and self.steps == 2:  # the first one also makes connections
+        elif monitor.comm and self.steps == 2:  # not the first step, which also connects the ranks
             with self._collectives():
                 yield
         elif monitor.trace and self.steps == 3:
             path = self.folder / f"trace-rank{self.rank}.json.gz"
             with record_timeline(path):
                 yield
-            self.lines = [f"timeline of step 3: {path} (chrome://tracing, or https://ui.perfetto.dev)"]
+            self.lines = [f"timeline of step 3: {path} (open it in chrome://tracing or https://ui.perfetto.dev)"]
         else:
             yield
 
@@ -68,17 +68,17 @@ class Probes:
     def _memory(self) -> Iterator[None]:
         with memory.Meter(self.model) as meter:
             yield
-        held = {name: local(tensor) for name, tensor in self.state.items()}
-        storages = {tensor.untyped_storage().data_ptr() for tensor in held.values()}
+        state = {name: local(tensor) for name, tensor in self.state.items()}
+        storages = {tensor.untyped_storage().data_ptr() for tensor in state.values()}
         masters, moments = (
-            sum(tensor.nbytes for name, tensor in held.items() if name.startswith(kind)) for kind in ("model/", "optimizer/")
+            sum(tensor.nbytes for name, tensor in state.items() if name.startswith(kind)) for kind in ("model/", "optimizer/")
         )
         weights = [local(weight.detach()) for weight in self.model.parameters()]
-        copies = sum(weight.nbytes for weight in weights if weight.untyped_storage().data_ptr() not in storages)
-        found = meter.memory(masters, moments, copies)
+        copies = sum(w.nbytes for w in weights if w.untyped_storage().data_ptr() not in storages)
+        measured = meter.memory(masters, moments, copies)
         formula = self.formula and self.formula[0]
-        self.lines = memory.table(formula, found)
-        self._write("memory.json", {"formula": formula and asdict(formula), "measured": asdict(found)})
+        self.lines = memory.table(formula, measured)
+        self._write("memory.json", {"formula": formula and asdict(formula), "measured": asdict(measured)})
 
     @contextmanager
     def _collectives(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""A timeline of a step, for chrome://tracing or https://ui.perfetto.dev."""
+"""Records a timeline of a step, which chrome://tracing and https://ui.perfetto.dev can show."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from torch.profiler import ProfilerActivity, profile
 
 @contextmanager
 def record_timeline(path: Path) -> Iterator[None]:
-    """Writes what happens within it to ``path`` (.json.gz): operators on the CPU, kernels on the GPU."""
+    """Records the operators on the CPU and the kernels on the GPU that run in this context, and writes them to ``path``.
+
+    Args:
+        path: a new file, NAME.json.gz.
+    """
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     with profile(activities=activities) as profiler:
         yield

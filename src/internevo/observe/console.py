@@ -1,4 +1,4 @@
-"""The console: a live line for people at a terminal, plain lines otherwise; and a log file per rank."""
+"""The console, with a live line if it is a terminal and plain lines otherwise; and a log file per rank."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ log = logging.getLogger("internevo")
 
 
 def start_log(folder: Path, rank: int, alerts: str | None = None) -> None:
-    """Sends the program's log to ``log/rank-N.log``, and rank 0's warnings to ``alerts`` as well."""
+    """Writes this rank's log to a file.
+
+    Args:
+        folder: the log folder of the run. The file is rank-N.log in it.
+        alerts: file to which rank 0 also writes its warnings.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for handler in list(log.handlers):
         log.removeHandler(handler)
@@ -38,9 +43,10 @@ def start_log(folder: Path, rank: int, alerts: str | None = None) -> None:
 
 
 class Console:
-    """What rank 0 shows."""
+    """The console of rank 0."""
 
     def __init__(self, first_step: int, total_steps: int, every: int, terminal: Terminal | None = None) -> None:
+        """``every``: number of steps between two plain lines (``monitor.log_every``)."""
         self.terminal = terminal or Terminal(soft_wrap=True, highlight=False)
         self.first, self.total, self.every = first_step, total_steps, every
         self.times: list[float] = []
@@ -50,17 +56,17 @@ class Console:
             self.live.start()
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Prints a line that stays, and writes it to the log."""
         self.terminal.print(text, markup=False)
         log.info(text)
 
     def warn(self, text: str) -> None:
-        """The same, as a warning in the log. From any thread."""
+        """Prints a warning, and writes it to the log. May be called from any thread."""
         self.terminal.print(f"warning: {text}", markup=False)
         log.warning(text)
 
     def step(self, record: StepRecord) -> None:
-        """One training step."""
+        """Shows a training step."""
         self.times = [*self.times[-49:], record.step_time + record.data_time]
         line = self._line(record)
         log.info(line)
@@ -75,12 +81,12 @@ class Console:
             log.warning(f"step {record.step} was skipped: its gradients are not finite ({record.skipped_steps} so far)")
 
     def valid(self, record: ValidRecord) -> None:
-        """One evaluation."""
+        """Shows an evaluation."""
         types = "".join(f" | {name} {loss:.4f}" for name, loss in sorted(record.valid_loss_by_type.items()))
         self.say(f"step {record.step}: validation loss {record.valid_loss:.4f}, perplexity {record.valid_ppl:.2f}{types}")
 
     def close(self) -> None:
-        """Leaves the last line in place."""
+        """Ends the live line. Its last content stays."""
         if self.live is not None:
             self.live.stop()
             self.live = None

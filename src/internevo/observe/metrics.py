@@ -1,4 +1,4 @@
-"""metrics.jsonl, samples.jsonl and TensorBoard: every step once, also after a resume."""
+"""metrics.jsonl, samples.jsonl and TensorBoard. Every step is in them once, even after a run has been resumed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from .record import StepRecord, ValidRecord
 
 
 class JsonLines:
-    """A file of one JSON object per line, continued from a step on: rows behind that step give way."""
+    """A file of rows, one JSON object per line. It is continued after a step: rows of later steps are removed."""
 
     def __init__(self, path: Path, last_step: int) -> None:
+        """``last_step``: the last step whose rows are kept, if the file exists."""
         kept = [row for row in read_rows(path) if row["step"] <= last_step]
         temporary = path.with_name(path.name + ".tmp")
         with open(temporary, "w", encoding="utf-8") as file:
@@ -23,7 +24,7 @@ class JsonLines:
         self._file = open(path, "a", encoding="utf-8", buffering=1)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Appends one row; it is in the file when this returns."""
+        """Appends a row. It is in the file when this method returns."""
         self._file.write(to_json(row) + "\n")
 
     def close(self) -> None:
@@ -32,7 +33,7 @@ class JsonLines:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file; a last line cut off by a killed process is left out."""
+    """Reads the rows of a file, up to the first damaged line, which a killed process may have left. No file: no rows."""
     if not path.is_file():
         return []
     rows = []
@@ -45,15 +46,20 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 class TensorBoardLog:
-    """Scalars for TensorBoard."""
+    """Writes scalars for TensorBoard."""
 
     def __init__(self, folder: Path, last_step: int, queue: int) -> None:
+        """
+        Args:
+            last_step: TensorBoard hides what was written for later steps.
+            queue: number of events in memory before they are written.
+        """
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer: Any = SummaryWriter(str(folder), purge_step=last_step + 1, max_queue=queue)
 
     def step(self, record: StepRecord) -> None:
-        """One training step."""
+        """Writes the scalars of a training step."""
         scalars = {
             "train/loss": record.loss, "train/grad_norm": record.grad_norm, "train/lr": record.lr,
             "speed/tgs": record.tgs, "speed/tflops": record.tflops, "speed/step_time": record.step_time,
@@ -67,12 +73,12 @@ class TensorBoardLog:
             self._writer.add_scalar(name, value, record.step)
 
     def valid(self, record: ValidRecord) -> None:
-        """One evaluation."""
+        """Writes the scalars of an evaluation."""
         self._writer.add_scalar("valid/loss", record.valid_loss, record.step)
         self._writer.add_scalar("valid/ppl", record.valid_ppl, record.step)
         for name, loss in record.valid_loss_by_type.items():
             self._writer.add_scalar(f"valid/loss/{name}", loss, record.step)
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Writes what is still in memory, and closes the file."""
         self._writer.close()

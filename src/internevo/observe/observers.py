@@ -1,4 +1,4 @@
-"""Everything that watches a run, told of each finished step in the order written here. Rank 0 only."""
+"""The observers of a run, on rank 0. After each step they are called in the order written here."""
 
 from __future__ import annotations
 
@@ -15,6 +15,13 @@ class Observers:
     """The console, metrics.jsonl, samples.jsonl, TensorBoard and the report of a run folder."""
 
     def __init__(self, run: Path, monitor: Monitor, last_step: int, total_steps: int, tensorboard: bool) -> None:
+        """
+        Args:
+            run: the run folder.
+            last_step: the step that the run continues after; 0 for a new run.
+            total_steps: ``data.total_steps``.
+            tensorboard: whether to write TensorBoard's files.
+        """
         self.run = run
         self.metrics = JsonLines(run / "metrics.jsonl", last_step)
         self.samples = JsonLines(run / "samples.jsonl", last_step)
@@ -23,25 +30,25 @@ class Observers:
         self.console = Console(last_step + 1, total_steps, monitor.log_every)
 
     def step(self, record: StepRecord) -> None:
-        """One training step is done."""
+        """Must be called after each training step."""
         self.metrics.write(record.to_dict())
         self.console.step(record)
         if self.tensorboard is not None:
             self.tensorboard.step(record)
 
     def valid(self, record: ValidRecord) -> None:
-        """One evaluation is done."""
+        """Must be called after each evaluation."""
         self.metrics.write(record.to_dict())
         self.console.valid(record)
         if self.tensorboard is not None:
             self.tensorboard.valid(record)
 
     def sample(self, step: int, prompt: str, text: str) -> None:
-        """The model has continued ``prompt``."""
+        """Writes a sample: the text that the model generated after ``prompt``."""
         self.samples.write({"step": step, "prompt": prompt, "text": text})
 
     def close(self) -> None:
-        """The run ends, for whatever reason: files are closed and the report is written."""
+        """Closes all files and writes the report. Must be called at the end of a run, also after an error."""
         self.console.close()
         self.metrics.close()
         self.samples.close()
@@ -50,5 +57,5 @@ class Observers:
         try:
             self.console.say(f"report: {write_report(self.run)}")
         except OSError as error:
-            # The run itself, or the error that ends it, matters more than its report.
-            self.console.say(f"the report could not be written ({error}); `internevo report {self.run}` tries again")
+            # The result of the run, or the error that ends it, matters more than the report.
+            self.console.say(f"the report could not be written ({error}); try again with: internevo report {self.run}")

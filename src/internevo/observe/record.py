@@ -1,4 +1,4 @@
-"""The value of a finished step, and the speed and memory figures in it."""
+"""The records of finished steps and evaluations, and how speed and memory are determined."""
 
 from __future__ import annotations
 
@@ -18,91 +18,105 @@ PEAK_TFLOPS = {
     "L40S": 362.0, "L40": 181.0, "L20": 119.5, "L4": 121.0, "4090": 165.2, "4090 D": 147.0, "3090": 71.0, "3090 TI": 80.0,
     "V100": 125.0, "V100 PCIE": 112.0, "V100S": 130.0,
 }  # fmt: skip
-"""Dense bf16/fp16 peaks of one device, by words of its name (vendors' data sheets)."""
-PARTS = {"MIG", "LAPTOP", "MAX"}
-"""Words of the names of devices that are a part of one of those, or slower: their peak is not known."""
+"""Words of a device's name -> its peak in TFLOPS for dense bf16 or fp16 (from the vendors' data sheets)."""
+UNKNOWN = {"MIG", "LAPTOP", "MAX"}
+"""Words in the names of devices that are a part of one of these devices, or slower. Their peak is not known."""
 
 
 @dataclass
 class StepRecord:
-    """One line of metrics.jsonl."""
+    """A training step: a row of metrics.jsonl."""
 
     step: int
-    """From 1."""
+    """Number of the step, from 1."""
     loss: float
-    """Mean over the global batch's predicted tokens."""
+    """Mean loss over the predicted tokens of the global batch."""
     grad_norm: float
-    """Before clipping."""
+    """Global L2 norm of the gradient before clipping."""
     lr: float
+    """Learning rate."""
     tokens: int
-    """Of this step, over all ranks."""
+    """Tokens of this step, over all ranks."""
     consumed_tokens: int
+    """Tokens of all steps so far, over all ranks."""
     tgs: float
     """Tokens per device per second."""
     tflops: float
-    """Per device."""
+    """TFLOPS per device."""
     mfu: float | None
-    """Share of the device's peak; None when the peak is unknown."""
+    """Share of the device's peak; None if the peak is unknown."""
     step_time: float
-    """Seconds."""
+    """Seconds, without ``data_time``."""
     data_time: float
-    """Seconds spent waiting for data."""
+    """Seconds of waiting for data."""
     memory_peak: int
-    """Bytes, this rank."""
+    """Peak memory of this rank, in bytes."""
     memory_peak_max: int
-    """Bytes, the largest of all ranks."""
+    """The largest peak memory of all ranks, in bytes."""
     skipped: bool
-    """The gradients were not finite, nothing was updated."""
+    """Whether the gradients were not finite, so that nothing was updated."""
     time: float
     """Unix time at the end of the step."""
     loss_by_type: dict[str, float] = field(default_factory=dict)
+    """Dataset type -> mean loss, if there are several types."""
     loss_scale: float | None = None
-    """fp16 only."""
+    """The loss scale; None except in fp16."""
     skipped_steps: int = 0
-    """Skipped so far."""
+    """Number of steps skipped so far."""
     data_skipped: int = 0
-    """Documents (rows of tokenized data) left out so far, since they could not be read (data.on_error)."""
+    """Documents (or rows of tokenized data) left out so far because they could not be read (``data.on_error``)."""
     moe: dict[str, Any] | None = None
-    """Mixtures of experts: each expert's share of the load (mean over layers), the fullest expert of any layer over its even
-    share (max_load), share of choices dropped, mean entropy of the routers (nats), auxiliary losses."""
+    """For mixtures of experts: each expert's share of the load, as the mean over layers (load); the largest load of any expert
+    in any layer, as a multiple of the mean load (max_load); the share of dropped choices (dropped); the mean entropy of the
+    routers in nats (entropy); the auxiliary losses (auxiliary_loss)."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As a row of metrics.jsonl."""
+        """Returns the row for metrics.jsonl."""
         return asdict(self)
 
 
 @dataclass
 class ValidRecord:
-    """One evaluation."""
+    """An evaluation: a row of metrics.jsonl."""
 
     step: int
+    """The step after which the model was evaluated."""
     valid_loss: float
+    """Mean loss over the predicted tokens of the validation data."""
     valid_ppl: float
+    """Perplexity."""
     time: float
+    """Unix time at the end of the evaluation."""
     valid_loss_by_type: dict[str, float] = field(default_factory=dict)
+    """Dataset type -> mean loss."""
     valid_ppl_by_type: dict[str, float] = field(default_factory=dict)
+    """Dataset type -> perplexity."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As a row of metrics.jsonl."""
+        """Returns the row for metrics.jsonl."""
         return asdict(self)
 
 
 def peak_tflops(device: torch.device, dtype: str, given: float | None) -> float | None:
-    """Peak of one device in TFLOPS, if it is given or known."""
+    """Returns the peak of one device in TFLOPS: ``given``, if it is not None, or a known one, or None."""
     if given is not None or device.type != "cuda" or dtype not in ("bfloat16", "float16"):
         return given
     return known_peak(torch.cuda.get_device_name(device))
 
 
 def known_peak(name: str) -> float | None:
-    """Dense bf16/fp16 peak of a device, in TFLOPS, by its name: what fits most of its words."""
+    """Returns the peak of a device in TFLOPS for dense bf16 or fp16, or None if it is not known.
+
+    Args:
+        name: the device's name as PyTorch gives it. Of the entries whose words are all in it, the one with most words counts.
+    """
     words = set(re.findall(r"\w+", name.upper()))
-    fits = [known for known in PEAK_TFLOPS if words.issuperset(known.split()) and not words & PARTS]
-    return PEAK_TFLOPS[max(fits, key=lambda known: len(known.split()))] if fits else None
+    matches = [known for known in PEAK_TFLOPS if words.issuperset(known.split()) and not words & UNKNOWN]
+    return PEAK_TFLOPS[max(matches, key=lambda known: len(known.split()))] if matches else None
 
 
 def memory_peak(device: torch.device) -> int:
-    """Most memory this process has held, in bytes: the device's, or the process's own on a CPU."""
+    """Returns the peak memory of this process in bytes: of the GPU, or, on a CPU, of the process itself."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""report.html: one self-contained file with plots, figures, the config and samples. It needs no network."""
+"""report.html: one file with plots, figures, the config and samples. It contains everything it needs, so it works offline."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ mark { background: #d6e9ff } @media (max-width: 600px) { .plots { grid-template-
 
 
 def write_report(run: Path) -> Path:
-    """Writes ``run/report.html`` from the run folder's files alone."""
+    """Writes ``run/report.html`` from the files of the run folder. Returns its path."""
     from plotly.offline import get_plotlyjs
 
     rows = read_rows(run / "metrics.jsonl")
@@ -50,7 +50,7 @@ def write_report(run: Path) -> Path:
 
 
 def _figures(train: list[dict[str, Any]], valid: list[dict[str, Any]]) -> str:
-    """The few numbers that one looks for first."""
+    """Returns the most important numbers as HTML."""
     if not train:
         return "<p>No step has been trained yet.</p>"
     last = train[-1]

@@ -1,1 +1,1 @@
-"""How a model is spread over processes: one file per strategy, applied in the order of ``plan.py``."""
+"""Parallelism: one file per strategy. ``plan.py`` applies the strategies to a model, in order."""

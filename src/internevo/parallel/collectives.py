@@ -1,17 +1,17 @@
-"""Collectives as autograd functions: what one does forward, its conjugate does backward.
+"""Collectives as autograd functions: the backward pass of each is the conjugate collective.
 
 | function           | forward                        | backward                       |
 |--------------------|--------------------------------|--------------------------------|
 | ``copy``           | nothing                        | all-reduce                     |
 | ``reduce``         | all-reduce                     | nothing                        |
-| ``gather``         | all-gather of the first axis   | reduce-scatter of it           |
+| ``gather``         | all-gather along dimension 0   | reduce-scatter along it        |
 | ``gather_tokens``  | all-gather of the sequence     | reduce-scatter of the sequence |
 | ``scatter_tokens`` | reduce-scatter of the sequence | all-gather of the sequence     |
 | ``exchange``       | all-to-all                     | all-to-all                     |
 
-They are PyTorch's functional collectives, which a compiler can trace; each returns its result when it is there. Those that are
-started here and waited for elsewhere have names of their own (``start_...``).
-Shapes: B rows, S tokens, t ranks of the group, D anything.
+They use PyTorch's functional collectives, which ``torch.compile`` can trace. All functions but ``start_...`` return when their
+result is complete; the results of ``start_...`` must be passed to ``wait``.
+Shapes: B rows, S tokens, t ranks of the group, D any size.
 """
 
 from __future__ import annotations
@@ -27,58 +27,65 @@ Group = dist.ProcessGroup
 
 
 def wait(x: Tensor) -> Tensor:
-    """What a started collective gives, when it is there."""
+    """Waits for the result of a started collective, and returns it."""
     return functional.wait_tensor(x)
 
 
 def start_all_gather(parts: Sequence[Tensor], group: Group) -> list[Tensor]:
-    """[N, ...] of each rank -> [t * N, ...], several tensors in one call. To be waited for with ``wait``."""
-    given = [_given(part) for part in parts]
-    if len(given) == 1:
-        return [_plain(functional.all_gather_single(given[0], 0, group))]
-    return [_plain(whole) for whole in functional.all_gather_single_coalesced(given, group)]
+    """Starts one all-gather of several tensors: [N, ...] of each rank -> [t * N, ...].
+
+    ``wait`` for each result before its use.
+    """
+    inputs = [_as_input(part) for part in parts]
+    if len(inputs) == 1:
+        return [_unwrap(functional.all_gather_single(inputs[0], 0, group))]
+    return [_unwrap(whole) for whole in functional.all_gather_single_coalesced(inputs, group)]
 
 
 def start_reduce_scatter(wholes: Sequence[Tensor], group: Group) -> list[Tensor]:
-    """[t * N, ...] of each rank -> the sums' [N, ...], several tensors in one call. To be waited for with ``wait``."""
-    given = [_given(whole) for whole in wholes]
-    if len(given) == 1:
-        return [_plain(functional.reduce_scatter_single(given[0], "sum", 0, group))]
-    return [_plain(part) for part in functional.reduce_scatter_single_coalesced(given, "sum", [0] * len(given), group)]
+    """Starts one reduce-scatter of several tensors: [t * N, ...] of each rank -> this rank's [N, ...] of the sum.
+
+    ``wait`` for each result before its use. The tensors must stay alive until then.
+    """
+    inputs = [_as_input(whole) for whole in wholes]
+    if len(inputs) == 1:
+        return [_unwrap(functional.reduce_scatter_single(inputs[0], "sum", 0, group))]
+    return [_unwrap(part) for part in functional.reduce_scatter_single_coalesced(inputs, "sum", [0] * len(inputs), group)]
 
 
-def _given(x: Tensor) -> Tensor:
-    """A collective's input: contiguous, and outside autograd: gloo's threads have it on and would record their copies."""
+def _as_input(x: Tensor) -> Tensor:
+    """Makes a tensor the input of a collective: contiguous, and detached, because autograd is on in gloo's threads, where it
+    would record gloo's copies."""
     return x.detach().contiguous()
 
 
-def _plain(x: Tensor) -> Tensor:
-    """Without the wrapper that waits at first use: it is waited for explicitly."""
+def _unwrap(x: Tensor) -> Tensor:
+    """Removes the wrapper that waits at the first use. The callers here wait explicitly."""
     return x.elem if isinstance(x, functional.AsyncCollectiveTensor) else x
 
 
 def all_gather(x: Tensor, group: Group) -> Tensor:
-    """[N, ...] of each rank -> [t * N, ...]."""
-    return wait(functional.all_gather_single(_given(x), 0, group))
+    """All-gather along dimension 0: [N, ...] of each rank -> [t * N, ...]."""
+    return wait(functional.all_gather_single(_as_input(x), 0, group))
 
 
 def reduce_scatter(x: Tensor, group: Group) -> Tensor:
-    """[t * N, ...] of each rank -> the sum's [N, ...]."""
-    return wait(functional.reduce_scatter_single(_given(x), "sum", 0, group))
+    """Reduce-scatter along dimension 0: [t * N, ...] of each rank -> this rank's [N, ...] of the sum."""
+    return wait(functional.reduce_scatter_single(_as_input(x), "sum", 0, group))
 
 
 def all_reduce(x: Tensor, group: Group) -> Tensor:
-    """The sum over ranks."""
-    return wait(functional.all_reduce(_given(x), "sum", group))
+    """All-reduce: returns the sum over the ranks of the group."""
+    return wait(functional.all_reduce(_as_input(x), "sum", group))
 
 
 def all_to_all(x: Tensor, group: Group) -> Tensor:
-    """[t, ...] of each rank: part r goes to rank r."""
-    return wait(functional.all_to_all_single(_given(x), None, None, group))
+    """All-to-all: x[r] of this rank goes to rank r, and the result's [r] comes from rank r; both are [t, ...]."""
+    return wait(functional.all_to_all_single(_as_input(x), None, None, group))
 
 
 def tokens_first(x_BSD: Tensor) -> Tensor:
-    """[S, B, D]: sequences are gathered and scattered along the first axis. Free of cost for one (packed) row."""
+    """Returns [S, B, D], since collectives work along dimension 0. With one (packed) row it copies nothing."""
     return x_BSD.transpose(0, 1).contiguous()
 
 
@@ -137,30 +144,30 @@ class _Exchange(torch.autograd.Function):
 
 
 def copy(x: Tensor, group: Group) -> Tensor:
-    """The same on every rank; its gradient is the sum of the ranks' parts."""
+    """Returns x, which is the same on all ranks. The gradient of x is summed over the ranks."""
     return _Copy.apply(x, group)
 
 
 def reduce(x: Tensor, group: Group) -> Tensor:
-    """The sum of the ranks' parts; each part has the sum's gradient."""
+    """Returns the sum of x over the ranks. The gradient of each summand is that of the sum."""
     return _Reduce.apply(x, group)
 
 
 def gather(x: Tensor, group: Group) -> Tensor:
-    """[N, ...] of each rank -> [t * N, ...]."""
+    """Gathers along dimension 0: [N, ...] of each rank -> [t * N, ...]."""
     return _Gather.apply(x, group)
 
 
 def gather_tokens(x_BSD: Tensor, group: Group) -> Tensor:
-    """[B, S/t, D] -> [B, S, D]."""
+    """Gathers the tokens of all ranks: [B, S/t, D] of each rank -> [B, S, D]."""
     return gather(tokens_first(x_BSD), group).transpose(0, 1)
 
 
 def scatter_tokens(x_BSD: Tensor, group: Group) -> Tensor:
-    """The sum of the ranks' [B, S, D], of which each keeps its [B, S/t, D]."""
+    """Sums [B, S, D] over the ranks, and returns this rank's tokens of the sum, [B, S/t, D]."""
     return _Scatter.apply(tokens_first(x_BSD), group).transpose(0, 1)
 
 
 def exchange(x_tN: Tensor, group: Group) -> Tensor:
-    """[t, ...]: part r of every rank goes to rank r."""
+    """Exchanges x [t, ...]: x[r] goes to rank r, and the result's [r] comes from rank r."""
     return _Exchange.apply(x_tN, group)

@@ -1,16 +1,17 @@
 """The data axis: ZeRO-1.5, plain data parallel and FSDP, as policies of one ``fully_shard``; and a single process.
 
-Every policy keeps fp32 master weights, which the optimizer updates, and computes on full weights in the model's dtype.
+With every policy, the optimizer updates fp32 master weights, and the model computes with full weights in its own dtype.
 Units are the decoder layers, the embedding, and the last norm with the head. On several ranks, master weights, gradients and
-optimizer state are DTensors sharded over ``zero`` and replicated over ``replicate``:
+optimizer state are DTensors, sharded over ``zero`` and replicated over ``replicate``:
 
-| policy   | weights gathered                      | gradients                                            |
-|----------|---------------------------------------|------------------------------------------------------|
-| ZeRO-1.5 | once per step, at the first forward   | once per step: reduce-scatter over zero,             |
-|          |                                       | all-reduce of the shard over replicate               |
-| FSDP     | per use: each forward, each backward  | the same, per micro-batch                            |
+| policy   | when weights are gathered                    | when gradients are reduced                        |
+|----------|----------------------------------------------|---------------------------------------------------|
+| ZeRO-1.5 | once per step, in the first forward pass     | once per step: reduce-scatter over zero, then     |
+|          |                                              | all-reduce of the shard over replicate            |
+| FSDP     | in each forward pass and each backward pass  | the same, for each micro-batch                    |
 
-Gradients are summed, not averaged: the loss is already divided by the global number of tokens. They are reduced in fp32.
+Gradients are summed and not averaged, because the loss is divided by the number of tokens of the global batch. They are reduced
+in ``hybrid_zero_optimizer.grad_dtype``.
 """
 
 from __future__ import annotations
@@ -33,61 +34,64 @@ from ..ops import foreach
 from .gloo import Gathers, Reductions, wait_for
 from .layout import Meshes
 from .shards import local
-from .strategy import Collectives, Inner, Workload
+from .strategy import AppliedStrategy, Collectives, Workload
 
 Shape = Sequence[int]
 
 
 class DataAxis(Protocol):
-    """Who owns the weights of a run."""
+    """Owns the weights of a run: it keeps the master weights, gathers full weights from them, and reduces their gradients."""
 
     masters: dict[str, nn.Parameter]
-    """fp32 weights by name, with their gradients: what the optimizer updates and checkpoints hold."""
+    """Name -> fp32 master weight, with its gradient. The optimizer updates them, and checkpoints contain them."""
 
     def before_micro_batch(self, last: bool) -> None:
-        """A forward and backward is coming, the ``last`` of its step or not."""
+        """Prepares the forward and backward pass of a micro-batch. ``last``: it is the last one of its step."""
 
     def masters_changed(self) -> None:
-        """The masters have new values."""
+        """Must be called after the master weights have been changed, and before the next forward pass."""
 
     def after_forwards(self) -> None:
-        """Forwards without a backward are over."""
+        """Must be called after forward passes that no backward pass follows. Frees gathered weights."""
 
     def after_backwards(self) -> None:
-        """The last backward of a step is over: now the masters' gradients become whole sums."""
+        """Must be called after the last backward pass of a step. Completes the reduction of the gradients."""
 
-    def copies(self, name: str) -> int:
-        """Ranks of the world that hold the same part of a master."""
+    def replica_count(self, name: str) -> int:
+        """Returns the number of ranks of the world that have the same shard of a master weight."""
 
-    def whole_sequences(self) -> AbstractContextManager[None]:
-        """Within it every rank computes all tokens: for generation, a token at a time."""
+    def unsharded_sequences(self) -> AbstractContextManager[None]:
+        """A context in which every rank computes all tokens. Generation needs it, since it computes one token at a time."""
 
 
 class SingleProcess:
-    """One rank: nothing is sharded. In half precision the model's weights are copies of the masters, refreshed in place, and
-    gradients move to the masters as soon as they are there. (``fully_shard`` on one rank copies every gradient twice more.)"""
+    """The data axis of a single rank, which shards nothing.
+
+    In half precision, the model's weights are copies of the masters and are updated in place; each gradient is added to its
+    master's as soon as it is computed. (``fully_shard`` on one rank would copy every gradient two more times.)
+    """
 
     def __init__(self, model: Decoder, device: torch.device, dtype: torch.dtype) -> None:
         model.materialize(device)
         self.weights = dict(model.named_parameters())
         self.masters = self.weights
-        self.copied: list[str] = []
-        """Weights that have a master apart from them."""
+        self.with_master: list[str] = []
+        """Names of the weights whose master is another tensor."""
         if dtype != torch.float32:
-            # What is frozen needs no finer copy.
-            self.copied = [name for name, weight in self.weights.items() if weight.requires_grad]
-            self.masters = {**self.weights, **{n: nn.Parameter(torch.empty_like(self.weights[n])) for n in self.copied}}
+            # Frozen weights are not updated, so they need no master in fp32.
+            self.with_master = [name for name, weight in self.weights.items() if weight.requires_grad]
+            self.masters = {**self.weights, **{n: nn.Parameter(torch.empty_like(self.weights[n])) for n in self.with_master}}
             model.to(dtype)
-            for name in self.copied:
-                self.weights[name].register_post_accumulate_grad_hook(_Move(self.masters[name]))
+            for name in self.with_master:
+                self.weights[name].register_post_accumulate_grad_hook(_AddToMaster(self.masters[name]))
 
     def before_micro_batch(self, last: bool) -> None:
         pass
 
     @torch.no_grad()
     def masters_changed(self) -> None:
-        if self.copied:
-            foreach.copy([self.weights[n] for n in self.copied], [self.masters[n] for n in self.copied])
+        if self.with_master:
+            foreach.copy([self.weights[n] for n in self.with_master], [self.masters[n] for n in self.with_master])
 
     def after_forwards(self) -> None:
         pass
@@ -95,15 +99,15 @@ class SingleProcess:
     def after_backwards(self) -> None:
         pass
 
-    def copies(self, name: str) -> int:
+    def replica_count(self, name: str) -> int:
         return 1
 
-    def whole_sequences(self) -> AbstractContextManager[None]:
+    def unsharded_sequences(self) -> AbstractContextManager[None]:
         return nullcontext()
 
 
-class _Move:
-    """Adds a weight's gradient to its master's, in fp32."""
+class _AddToMaster:
+    """A hook that adds a weight's gradient to its master's gradient in fp32, and then frees it."""
 
     def __init__(self, master: nn.Parameter) -> None:
         self.master = master
@@ -118,7 +122,7 @@ class _Move:
 
 
 class Sharded:
-    """Several ranks: ``fully_shard`` over the mesh ("replicate", "zero")."""
+    """The data axis of several ranks: ``fully_shard`` over the mesh dimensions ("replicate", "zero")."""
 
     def __init__(
         self,
@@ -127,20 +131,21 @@ class Sharded:
         device: torch.device,
         dtype: torch.dtype,
         fsdp: bool,
-        inner: Inner,
+        inner: AppliedStrategy,
         config: HybridZeroOptimizer,
     ) -> None:
         """
         Args:
-            meshes: the data axis is ("replicate", "zero") of the weights.
-            fsdp: gather per use rather than once per step.
-            inner: what a strategy inside the layers has done.
-            config: how it communicates.
+            meshes: all meshes of the run.
+            dtype: dtype of the full weights with which the model computes.
+            fsdp: whether weights are gathered for each use (FSDP), or once per step (ZeRO-1.5).
+            inner: what ``apply`` of the strategy inside the layers has returned.
+            config: overlap, buckets and the dtype in which gradients are reduced.
         """
         mesh = meshes.weights
         self.model, self.fsdp, self.inner = model, fsdp, inner
         self.ranks = mesh.size() // mesh["stage"].size()
-        """That hold the weights of this stage."""
+        """The number of ranks that share the weights of this stage."""
         replicas = mesh["replicate"].size()
         data_mesh = mesh["replicate", "zero"] if replicas > 1 else mesh["zero"]
         compute = None if dtype == torch.float32 else dtype
@@ -151,11 +156,11 @@ class Sharded:
             fully_shard(modules, mesh=data_mesh, mp_policy=precision, reshard_after_forward=fsdp)
         deferred = config.overlap_sync_grad and not fsdp and replicas == 1
         self.reductions = Reductions(deferred)
-        # In the order of the forward pass, the whole model first.
+        # In the order of the forward pass; the whole model is the first.
         self.units = [module for module in model.modules() if isinstance(module, FSDPModule)]
         for unit, following in itertools.zip_longest(self.units, self.units[1:]):
             unit.set_gradient_divide_factor(1.0)
-            # A divide factor would use PREMUL_SUM, which gloo has not.
+            # Otherwise the divide factor is applied with PREMUL_SUM, which gloo does not have.
             unit.set_force_sum_reduction_for_comms(True)
             if config.overlap_sync_param and following is not None:
                 unit.set_modules_to_forward_prefetch([following])
@@ -175,7 +180,7 @@ class Sharded:
             root.set_reshard_after_backward(last)
 
     def masters_changed(self) -> None:
-        pass  # the next forward gathers them
+        pass  # the next forward pass gathers them
 
     def after_forwards(self) -> None:
         for unit in self.units:
@@ -183,43 +188,47 @@ class Sharded:
 
     @torch.no_grad()
     def after_backwards(self) -> None:
-        """Gradients that are parts of a sum over inner ranks: one all-reduce for all of a group."""
+        """Sums the partial gradients over the groups of the strategy inside the layers, with one all-reduce per group."""
         self.reductions.wait()
-        for group in dict.fromkeys(self.inner.partial.values()):
-            grads = [self.masters[name].grad for name, its in self.inner.partial.items() if its is group]
+        partial = self.inner.partial_gradients
+        for group in dict.fromkeys(partial.values()):
+            grads = [self.masters[name].grad for name, its in partial.items() if its is group]
             parts = [local(grad) for grad in grads if grad is not None]
-            if not parts:  # nothing of the group's is trained (adapters on other linears)
+            if not parts:  # none of these parameters is trained (adapters are on other linears)
                 continue
             joined = torch.cat([part.flatten() for part in parts])
             dist.all_reduce(joined, group=group)
-            for part, whole in zip(parts, joined.split([part.numel() for part in parts]), strict=True):
-                part.copy_(whole.view(part.shape))
+            for part, total in zip(parts, joined.split([part.numel() for part in parts]), strict=True):
+                part.copy_(total.view(part.shape))
 
-    def copies(self, name: str) -> int:
+    def replica_count(self, name: str) -> int:
         master = self.masters[name]
         assert isinstance(master, DTensor)
         shards = [n for n, place in zip(master.device_mesh.shape, master.placements, strict=True) if not place.is_replicate()]
         return self.ranks // math.prod(shards)
 
     @contextmanager
-    def whole_sequences(self) -> Iterator[None]:
+    def unsharded_sequences(self) -> Iterator[None]:
         strategy = self.inner.strategy
-        before = strategy.cut if strategy else False
+        before = strategy.shard_sequence if strategy else False
         try:
             if strategy:
-                strategy.cut = False
+                strategy.shard_sequence = False
             yield
         finally:
             if strategy:
-                strategy.cut = before
+                strategy.shard_sequence = before
 
 
 def units(model: Decoder, bucket: int | None, size: Callable[[nn.Parameter], int]) -> list[list[nn.Module]]:
-    """Modules whose parameters are gathered and whose gradients are reduced together, in the order of the forward pass:
-    consecutive layers up to ``bucket`` elements (None: each by itself), both ends, and last the model with what is left.
+    """Returns the units, in the order of the forward pass: lists of modules whose parameters are gathered together, and whose
+    gradients are reduced together.
+
+    The units are the embedding, layers, the last norm with the head, and at the end the model, with all other parameters.
 
     Args:
-        size: elements of a parameter on this rank, before the data axis shards it.
+        bucket: consecutive layers with up to this many elements form one unit; None: each layer is a unit.
+        size: returns the number of elements that a parameter has on this rank before the data axis shards it.
     """
     joined: list[list[nn.Module]] = []
     space = 0
@@ -231,18 +240,18 @@ def units(model: Decoder, bucket: int | None, size: Callable[[nn.Parameter], int
         joined[-1].append(layer)
         space -= elements
     if model.config.tie_embeddings:
-        return [*joined, [model]]  # one weight cannot be in two units: both ends belong to the whole model's
+        return [*joined, [model]]  # one weight cannot be in two units, so the embedding and the head belong to the model's
     first: list[list[nn.Module]] = [[model.embed]] if model.embed is not None else []
     last: list[list[nn.Module]] = [[model.norm, model.head]] if model.norm is not None and model.head is not None else []
     return [*first, *joined, *last, [model]]
 
 
 def traffic(work: Workload, shapes: Sequence[Sequence[Shape]], partial: Mapping[str, Sequence[Shape]]) -> list[Collectives]:
-    """Collectives of a step: see the table above. Shards that do not come out even are padded.
+    """Returns the collectives of a step (see the table above). Shards of uneven size are padded.
 
     Args:
-        shapes: of each unit's parameters on a rank, before they are sharded here.
-        partial: of those whose gradients are summed over an inner axis in the end, by the axis.
+        shapes: for each unit, the shapes that its parameters have on a rank before the data axis shards them.
+        partial: axis -> such shapes of the parameters whose gradients are summed over that axis at the end of a step.
     """
     layout = work.layout
     passes = work.micro_batches if layout.fsdp else 1
@@ -250,35 +259,35 @@ def traffic(work: Workload, shapes: Sequence[Sequence[Shape]], partial: Mapping[
     gathers = passes * (2 if layout.fsdp else 1)
     elements, count = layout.zero * sum(shards), len(shards)
     rows = [
-        Collectives("all-gather", "zero", count, elements * work.element).times(gathers),
-        Collectives("reduce-scatter", "zero", count, elements * work.gradient).times(passes),
-        Collectives("all-reduce", "replicate", count, sum(shards) * work.gradient).times(passes),
+        Collectives("all-gather", "zero", count, elements * work.element_bytes).times(gathers),
+        Collectives("reduce-scatter", "zero", count, elements * work.gradient_bytes).times(passes),
+        Collectives("all-reduce", "replicate", count, sum(shards) * work.gradient_bytes).times(passes),
     ]
-    for axis, some in partial.items():
-        rows.append(Collectives("all-reduce", axis, 1, 4 * sum(_shard(shape, layout.zero) for shape in some)))
+    for axis, shapes_of_axis in partial.items():
+        rows.append(Collectives("all-reduce", axis, 1, 4 * sum(_shard(shape, layout.zero) for shape in shapes_of_axis)))
     return rows
 
 
 def memory(work: Workload, shapes: Sequence[Shape]) -> tuple[int, int, int]:
-    """Bytes of masters, of moments, and of weights with gradients, on rank 0 (whose shards are the largest).
+    """Returns the bytes of masters, of moments, and of weights with gradients, on rank 0 (whose shards are the largest).
 
-    | policy         | masters | moments | weights                | gradients |
-    |----------------|---------|---------|------------------------|-----------|
-    | ZeRO-1.5       | 4 P / z | 8 P / z | c P                    | g P       |
-    | FSDP           | 4 P / z | 8 P / z | those of units in use  | 4 P / z   |
-    | single process | 4 P     | 8 P     | c P; in fp32 masters   | 4 P       |
+    | policy         | masters | moments | full weights             | gradients |
+    |----------------|---------|---------|--------------------------|-----------|
+    | ZeRO-1.5       | 4 P / z | 8 P / z | c P                      | g P       |
+    | FSDP           | 4 P / z | 8 P / z | those of units in use    | 4 P / z   |
+    | single process | 4 P     | 8 P     | c P; fp32: the masters   | 4 P       |
 
-    P = parameters of a rank before they are sharded here, z = ranks of a ZeRO group; c, g = bytes of an element as it computes,
-    and of a gradient.
+    P = number of parameters on a rank before the data axis shards them, z = ranks of a ZeRO group, c = bytes per element of the
+    weights with which the model computes, g = bytes per element of a gradient. The units in use of FSDP are not counted.
     """
     layout = work.layout
-    whole, shard = sum(math.prod(shape) for shape in shapes), sum(_shard(shape, layout.zero) for shape in shapes)
+    full, shard = sum(math.prod(shape) for shape in shapes), sum(_shard(shape, layout.zero) for shape in shapes)
     alone = layout.world == 1
-    weights = 0 if layout.fsdp or (alone and work.element == 4) else work.element * whole
-    gradients = 4 * shard if layout.fsdp else (4 if alone else work.gradient) * whole
+    weights = 0 if layout.fsdp or (alone and work.element_bytes == 4) else work.element_bytes * full
+    gradients = 4 * shard if layout.fsdp else (4 if alone else work.gradient_bytes) * full
     return 4 * shard, 8 * shard, weights + gradients
 
 
 def _shard(shape: Shape, ranks: int) -> int:
-    """Elements of the largest part, when a tensor is cut along its first axis."""
+    """Returns the number of elements of the largest shard of a tensor that is sharded along dimension 0."""
     return -(-shape[0] // ranks) * math.prod(shape[1:])

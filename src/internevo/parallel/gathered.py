@@ -1,8 +1,8 @@
-"""Weights that are cut over ranks and gathered for use, with the next ones fetched while these are used (isp's prefetch).
+"""Weights that are sharded over ranks and gathered for use, with the prefetch of isp.
 
-Linears that share an input are gathered as one group: q, k and v; o; gate and up; down. Groups stand in the order of the
-forward pass. A gradient of a full weight is reduce-scattered as soon as it is computed, and waited for when the rest of the
-layer's backward pass is over.
+The weights of linears that share an input are gathered together: q, k and v; o; gate and up; down. While they are used, the
+next ones are prefetched. The gradient of a full weight is reduce-scattered as soon as it is computed, and waited for at the end
+of the layer's backward pass.
 """
 
 from __future__ import annotations
@@ -17,166 +17,175 @@ from torch.distributed.fsdp import FSDPModule
 from ..config.parallel import Weight
 from ..models.layers import DecoderLayer
 from .collectives import Group, start_all_gather, start_reduce_scatter, wait
-from .recompute import is_again
+from .recompute import is_recomputing
 from .shards import local
 
 PER_LAYER = ("wqkv", "wo", "w1", "w2")
-"""The groups of a layer."""
+"""Names of the ``GatheredWeights`` of a layer, in the order of the forward pass."""
 
 
 class GatheredWeights:
-    """The weights of linears that are gathered at once."""
+    """The weights of linears that share an input, which are gathered together."""
 
     def __init__(self, layer: DecoderLayer, linears: Sequence[nn.Linear], group: Group) -> None:
-        """``layer``: the decoder layer that the linears belong to."""
+        """
+        Args:
+            layer: the decoder layer that the linears belong to.
+            group: the ranks over which the weights are sharded.
+        """
         self.layer, self.linears, self.group = layer, linears, group
         self.next_forward: list[GatheredWeights] = []
-        """What is fetched while these are used in the forward pass."""
+        """What is prefetched while these weights are used in the forward pass."""
         self.next_backward: list[GatheredWeights] = []
-        """The same in the backward pass."""
+        """What is prefetched while these weights are used in the backward pass."""
         self.overlap = False
-        """Whether weights are fetched ahead, and gradients waited for later."""
+        """Whether weights are prefetched, and gradients are waited for at the end of the layer's backward pass."""
         self.of_layer: list[GatheredWeights] = [self]
-        """All of the layer's, in order."""
+        """All ``GatheredWeights`` of the layer, in the order of the forward pass."""
         self._pending: list[Tensor] | None = None
-        """Full weights on their way."""
+        """Full weights whose gather has been started."""
         self._for_backward: list[Tensor] | None = None
-        """Full weights from a recomputation, whose backward pass is next."""
+        """Full weights that a recomputation has gathered; the backward pass of the same layer is next and uses them."""
         self._backward_is_due = False
-        self._parts: list[Tensor] | None = None
+        self._shards: list[Tensor] | None = None
         self._in_flight: list[Tensor] = []
-        """Gradients of full weights on their way: a collective reads them, and does not hold them."""
+        """Gradients of full weights that a collective still reads. The collective does not keep them alive."""
 
-    def parts(self) -> list[Tensor]:
-        """This rank's parts of the weights, whose gradients may still be on their way when they come here.
+    def shards(self) -> list[Tensor]:
+        """Returns this rank's shards of the weights. With ``overlap``, the autograd node of a shard waits for its gradient.
 
-        Autograd runs what was made last first. The waits for all of a layer's gradients are made with its first group, so they
-        run when the rest of the layer's backward pass is over.
+        Autograd runs the nodes that were made last first. The nodes that wait are made for the whole layer, before anything
+        else of the layer, so they run after everything else in the layer's backward pass.
         """
         if not self.overlap:
             return self._local()
         if self is self.of_layer[0]:
             for weights in self.of_layer:
-                weights._parts = list(_WaitForGradients.apply(weights, *weights._local()))
-        parts, self._parts = self._parts, None
-        assert parts is not None
-        return parts
+                weights._shards = list(_WaitForGradients.apply(weights, *weights._local()))
+        shards, self._shards = self._shards, None
+        assert shards is not None
+        return shards
 
-    def forward(self, parts: Sequence[Tensor], backward_comes: bool) -> list[Tensor]:
-        """The full weights for the forward pass. In a recomputation the layer's own backward is next: it gets the same."""
-        if not is_again(self.layer, self.layer.attn):
-            self._backward_is_due = backward_comes
-            return self._gather(parts, self.next_forward)
-        # Groups of other layers, or that had their backward, would be fetched for nobody.
+    def forward(self, shards: Sequence[Tensor], backward_follows: bool) -> list[Tensor]:
+        """Returns the full weights for the forward pass. Those of a recomputation are kept for the backward pass after it."""
+        if not is_recomputing(self.layer, self.layer.attn):
+            self._backward_is_due = backward_follows
+            return self._gather(shards, self.next_forward)
+        # Nothing would use prefetched weights of other layers, or of linears whose backward pass is over.
         following = [weights for weights in self.next_forward if weights.layer is self.layer and weights._backward_is_due]
-        full = self._gather(parts, following)
-        self._for_backward = full if backward_comes else None
+        full = self._gather(shards, following)
+        self._for_backward = full if backward_follows else None
         return full
 
-    def backward(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """The full weights for the backward pass."""
+    def backward(self, shards: Sequence[Tensor]) -> list[Tensor]:
+        """Returns the full weights for the backward pass."""
         kept, self._for_backward, self._backward_is_due = self._for_backward, None, False
         if kept is not None:
             return kept
-        return self._gather(parts, [weights for weights in self.next_backward if weights._backward_is_due])
+        return self._gather(shards, [weights for weights in self.next_backward if weights._backward_is_due])
 
-    def send(self, gradients: Sequence[Tensor]) -> list[Tensor]:
-        """This rank's parts of the gradients of full weights, on their way."""
+    def start_reducing(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        """Starts to reduce-scatter the gradients of the full weights. Returns the gradients of the shards, not yet complete."""
         return start_reduce_scatter(gradients, self.group)
 
-    def hold(self, gradients: list[Tensor]) -> None:
-        """Keeps what is sent alive until it is received."""
+    def keep_alive(self, gradients: list[Tensor]) -> None:
+        """Keeps the gradients of the full weights alive until ``wait_for_gradients``."""
         self._in_flight = gradients
 
-    def receive(self, gradients: Sequence[Tensor]) -> list[Tensor]:
-        """This rank's parts of the gradients, when they are there."""
-        received = [wait(gradient) for gradient in gradients]
+    def wait_for_gradients(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        """Waits for what ``start_reducing`` has returned."""
+        complete = [wait(gradient) for gradient in gradients]
         self._in_flight = []
-        return received
+        return complete
 
     def _local(self) -> list[Tensor]:
         return [local(linear.weight) for linear in self.linears]
 
-    def _fetch(self) -> None:
-        """Starts to gather, unless that is under way."""
+    def _prefetch(self) -> None:
+        """Starts to gather the weights, unless they are being gathered or have been."""
         if self._pending is None and self._for_backward is None:
             if isinstance(self.layer, FSDPModule):
-                self.layer.unshard()  # the data axis gives a layer its part of the weights: now, not when the layer is called
+                self.layer.unshard()  # so that the data axis has gathered this rank's shards before the layer is called
             self._pending = start_all_gather([local(linear.weight.detach()) for linear in self.linears], self.group)
 
-    def _gather(self, parts: Sequence[Tensor], following: list[GatheredWeights]) -> list[Tensor]:
-        """The full weights; those of ``following`` are started on the way."""
+    def _gather(self, shards: Sequence[Tensor], following: list[GatheredWeights]) -> list[Tensor]:
+        """Gathers the full weights, and prefetches ``following`` before it waits for them."""
         if not self.overlap:
-            return [wait(weight) for weight in start_all_gather(parts, self.group)]
+            return [wait(weight) for weight in start_all_gather(shards, self.group)]
         pending, self._pending = self._pending, None
-        pending = pending if pending is not None else start_all_gather(parts, self.group)
+        pending = pending if pending is not None else start_all_gather(shards, self.group)
         for weights in following:
-            weights._fetch()
+            weights._prefetch()
         return [wait(weight) for weight in pending]
 
 
-def connect(groups: list[GatheredWeights], config: Weight) -> None:
-    """Who is fetched when: the next group ("module"), or all of the next layer's from one place of this layer on ("layer").
+def set_prefetch_order(layers: list[GatheredWeights], config: Weight) -> None:
+    """Decides which weights are prefetched while which others are used.
 
-    ``groups``: of consecutive layers, ``PER_LAYER`` of each.
+    "module": always the next ones. "layer": all weights of the next layer, while those of one place in this layer are used.
+
+    Args:
+        layers: the weights of consecutive layers, ``PER_LAYER`` of each.
+        config: ``parallel.weight``.
     """
     places = {"wqkv": 0, "attn": 1, "wo": 1, "w1": 2}
-    for index, weights in enumerate(groups):
+    for index, weights in enumerate(layers):
         weights.overlap = config.overlap
         place, by_module = index % len(PER_LAYER), config.forward_overlap_per == "module"
-        if by_module or (index < len(PER_LAYER) - 1):  # nothing has fetched the first layer's
-            weights.next_forward = groups[index + 1 : index + 2]
+        if by_module or (index < len(PER_LAYER) - 1):  # no layer before it has prefetched the first layer
+            weights.next_forward = layers[index + 1 : index + 2]
         if not by_module and place == places[config.launch_allgather_before]:
             following = index - place + len(PER_LAYER)
-            weights.next_forward = [*weights.next_forward, *groups[following : following + len(PER_LAYER)]]
-        weights.next_backward = groups[index - 1 : index] if index else []
+            weights.next_forward = [*weights.next_forward, *layers[following : following + len(PER_LAYER)]]
+        weights.next_backward = layers[index - 1 : index] if index else []
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def linears(weights: GatheredWeights, x_BSD: Tensor) -> tuple[Tensor, ...]:
-    """The linears of one input, without biases. Not compiled: a compiler would put the waits next to the gathers."""
-    return _GatheredWeightLinears.apply(weights, x_BSD, *weights.parts())
+    """Computes linears that share an input, without their biases. It is not compiled, because the compiler would move each wait
+    to its gather."""
+    return _GatheredWeightLinears.apply(weights, x_BSD, *weights.shards())
 
 
 class _WaitForGradients(torch.autograd.Function):
-    """Parts of weights as they are; backward waits for their gradients."""
+    """Returns shards of weights unchanged. The backward pass waits for their gradients."""
 
     @staticmethod
-    def forward(ctx, weights: GatheredWeights, *parts: Tensor):  # type: ignore[override, no-untyped-def]
+    def forward(ctx, weights: GatheredWeights, *shards: Tensor):  # type: ignore[override, no-untyped-def]
         ctx.weights = weights
-        return tuple(part.view_as(part) for part in parts)
+        return tuple(shard.view_as(shard) for shard in shards)
 
     @staticmethod
     def backward(ctx, *grads: Tensor):  # type: ignore[override, no-untyped-def]
-        return None, *ctx.weights.receive(grads)
+        return None, *ctx.weights.wait_for_gradients(grads)
 
 
 class _GatheredWeightLinears(torch.autograd.Function):
-    """Linears of one input; only the input and this rank's parts of the weights are kept for backward."""
+    """Linears that share an input. Only the input and this rank's shards of the weights are kept for the backward pass."""
 
     @staticmethod
-    def forward(ctx, weights: GatheredWeights, x_BSD: Tensor, *parts: Tensor):  # type: ignore[override, no-untyped-def]
+    def forward(ctx, weights: GatheredWeights, x_BSD: Tensor, *shards: Tensor):  # type: ignore[override, no-untyped-def]
         ctx.weights = weights
-        ctx.save_for_backward(x_BSD, *parts)
-        # Where nothing before it is trained (adapters beside frozen weights), no gradient comes to the first layer's input.
-        return tuple(F.linear(x_BSD, weight) for weight in weights.forward(parts, any(ctx.needs_input_grad)))
+        ctx.save_for_backward(x_BSD, *shards)
+        # With adapters the weights are frozen, and the first layer's input needs no gradient: then no backward pass follows.
+        return tuple(F.linear(x_BSD, weight) for weight in weights.forward(shards, any(ctx.needs_input_grad)))
 
     @staticmethod
     def backward(ctx, *grads: Tensor):  # type: ignore[override, no-untyped-def]
-        x_BSD, *parts = ctx.saved_tensors
+        x_BSD, *shards = ctx.saved_tensors
         weights: GatheredWeights = ctx.weights
-        full = weights.backward(parts)
+        full = weights.backward(shards)
         rows_TD = x_BSD.flatten(0, 1)
         flat_TF = [grad.flatten(0, 1) for grad in grads]
-        # Weights first: their gradients travel while the rest is computed.
+        # The gradients of the weights first: they are reduced while the gradient of the input is computed.
         trained = any(ctx.needs_input_grad[2:])
         full_grads = [grad.t() @ rows_TD for grad in flat_TF] if trained else []
-        scattered = weights.send(full_grads) if trained else []
+        scattered = weights.start_reducing(full_grads) if trained else []
         grad_TD = flat_TF[0] @ full[0]
         for grad, weight in zip(flat_TF[1:], full[1:], strict=True):
             grad_TD += grad @ weight
         if weights.overlap:
-            weights.hold(full_grads)
+            weights.keep_alive(full_grads)
         else:
-            scattered = weights.receive(scattered)
-        return None, grad_TD.view(x_BSD.shape), *(scattered if trained else [None] * len(parts))
+            scattered = weights.wait_for_gradients(scattered)
+        return None, grad_TD.view(x_BSD.shape), *(scattered if trained else [None] * len(shards))

@@ -1,17 +1,19 @@
-"""The layout: how many ranks each axis has, and who is in which group. Arithmetic only; meshes are made from it in one place.
+"""The layout: the size of every axis, and which ranks are in which group.
 
-There are three views of one world, because weights, activations and experts may be cut over different ranks:
+``Layout`` is arithmetic. ``Meshes``, at the end of this file, makes the process groups of a run from it.
 
-| view        | axes, the slowest first                        | ranks along the last axes                                     |
+The world has three views, because activations, weights and experts may be sharded over different ranks:
+
+| view        | axes                                           | what the ranks along an axis have                             |
 |-------------|------------------------------------------------|---------------------------------------------------------------|
-| activations | stage, data, tensor                            | tensor: share one sample; data: have different samples        |
-| weights     | stage, replicate, zero, inner                  | inner (tensor, or weight in isp): have different parts of a   |
-|             |                                                | layer; zero: share out the optimizer state of each part;      |
-|             |                                                | replicate: have copies of it                                  |
-| experts     | stage, replicate, zero, expert, inner          | expert: have different experts; inner: have different parts   |
-|             |                                                | of each expert                                                |
+| activations | stage, data, tensor                            | data: different rows; tensor: parts of the same rows          |
+| weights     | stage, replicate, zero, inner                  | inner (tensor, or weight in isp): different shards of each    |
+|             |                                                | layer; zero: different shards of the optimizer state of such  |
+|             |                                                | a shard; replicate: replicas of all that                      |
+| experts     | stage, replicate, zero, expert, inner          | expert: different experts; inner: different shards of each    |
+|             |                                                | expert; zero, replicate: as above                             |
 
-The axes that communicate most are the last ones, so that their groups are neighbouring ranks, inside a node.
+Neighbouring ranks differ in the last axis. The axes that communicate most come last, so that their groups are inside a node.
 """
 
 from __future__ import annotations
@@ -26,53 +28,58 @@ from .views import Groups, View
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the axes."""
+    """The sizes of all axes."""
 
     world: int
+    """Number of ranks."""
     tensor: int
+    """Ranks that share the same rows."""
     mode: str
-    """mtp, msp, fsp or isp."""
+    """The tensor mode: mtp, msp, fsp or isp."""
     weight: int
+    """isp: ranks over which each weight is sharded."""
     pipeline: int
+    """Number of stages."""
     zero: int
-    """Ranks that share one optimizer state (and, with fsdp, parameters and gradients)."""
+    """Ranks over which the optimizer state is sharded (with FSDP, parameters and gradients as well)."""
     fsdp: bool
-    kv_copies: int = 1
-    """Ranks of a tensor group that hold the same key/value heads, as there are fewer of them than ranks. (isp has none.)"""
+    """Whether parameters and gradients are sharded over the zero axis, too."""
+    kv_replicas: int = 1
+    """Ranks of a tensor group that have the same key/value head, if there are fewer of these heads than ranks; 1 in isp."""
     expert: int = 1
-    """Ranks that share the experts."""
+    """Ranks that have different experts."""
     expert_inner: int = 1
-    """Ranks that share each expert."""
+    """Ranks over which each expert is sharded."""
     expert_zero: int = 1
-    """Ranks that share the optimizer state of an expert."""
+    """Ranks over which the optimizer state of an expert is sharded."""
 
     @classmethod
-    def of(cls, config: Config, world: int) -> Layout:
-        """From the config and the number of processes; ``check`` has made sure that they fit."""
+    def from_config(cls, config: Config, world: int) -> Layout:
+        """Takes the sizes from a config that ``train.check`` has accepted for this world size."""
         parallel = config.parallel
         tensor, weight, pipeline = parallel.tensor.size, parallel.weight.size, parallel.pipeline.size
         mode = parallel.tensor.mode
         outer = world // ((weight if mode == "isp" else tensor) * pipeline)
         zero = parallel.zero1.size if parallel.zero1.size > 0 else outer
         kv_heads = config.model.num_kv_attention_heads or config.model.num_attention_heads
-        copies = max(1, tensor // kv_heads) if mode != "isp" else 1
-        return cls(world, tensor, mode, weight, pipeline, zero, parallel.zero1.fsdp, copies, expert_zero=zero)
+        kv_replicas = max(1, tensor // kv_heads) if mode != "isp" else 1
+        return cls(world, tensor, mode, weight, pipeline, zero, parallel.zero1.fsdp, kv_replicas, expert_zero=zero)
 
     # The three views -------------------------------------------------------------------------------------------------
 
     @property
     def activations(self) -> View:
-        """Who has which samples, and which part of each."""
+        """Which rows a rank has, and which part of them."""
         return View({"stage": self.pipeline, "data": self.data, "tensor": self.tensor})
 
     @property
     def weights(self) -> View:
-        """Who has which part of the dense weights."""
+        """Which shard of the dense weights a rank has."""
         return View({"stage": self.pipeline, "replicate": self.replicate, "zero": self.zero, "inner": self.inner})
 
     @property
     def experts(self) -> View:
-        """Who has which part of which experts."""
+        """Which experts a rank has, and which shard of each."""
         replicate = self.world // (self.pipeline * self.expert_zero * self.expert * self.expert_inner)
         return View({
             "stage": self.pipeline, "replicate": replicate, "zero": self.expert_zero,
@@ -81,39 +88,39 @@ class Layout:
 
     @property
     def kv_weights(self) -> View:
-        """The weights of keys and values: those of ``heads`` are different, those of ``copies`` the same."""
+        """The weights of keys and values: different shards along ``heads``, replicas along ``kv_replicas``."""
         axes = self.weights.axes
         inner = axes.pop("inner")
-        return View({**axes, "heads": inner // self.kv_copies, "copies": self.kv_copies})
+        return View({**axes, "heads": inner // self.kv_replicas, "kv_replicas": self.kv_replicas})
 
-    # What follows from them ------------------------------------------------------------------------------------------
+    # What follows from the sizes and the views ------------------------------------------------------------------------
 
     @property
     def data(self) -> int:
-        """Ranks that see different rows."""
+        """The number of ranks with different rows."""
         return self.world // (self.tensor * self.pipeline)
 
     @property
     def inner(self) -> int:
-        """Ranks that hold different parts of a layer's weights."""
+        """The number of ranks over which the weights of a layer are sharded by the tensor mode."""
         return self.weight if self.mode == "isp" else self.tensor
 
     @property
     def replicate(self) -> int:
-        """Copies of the optimizer state."""
+        """The number of replicas of the optimizer state."""
         return self.world // (self.pipeline * self.inner * self.zero)
 
     @property
-    def cuts_sequence(self) -> bool:
+    def shards_sequence(self) -> bool:
         """Whether the ranks of a tensor group have different tokens outside attention."""
         return self.tensor > 1 and self.mode != "mtp"
 
     def data_rank(self, rank: int) -> int:
-        """Which rows a rank sees."""
+        """Returns a rank's position along the data axis. Ranks with the same position have the same rows."""
         return self.activations.coordinate(rank)["data"]
 
     def groups(self) -> dict[str, list[list[int]]]:
-        """Ranks of every group of every axis that has more than one, by the axis's name for people."""
+        """Returns axis -> the ranks of each of its groups, for all axes of more than one rank. Messages use these names."""
         weights, activations = self.weights, self.activations
         found = {
             "weight" if self.mode == "isp" else "tensor": weights.groups("inner"),
@@ -121,50 +128,53 @@ class Layout:
             "replicate": weights.groups("replicate"),
         }
         found |= {"tensor": activations.groups("tensor"), "data": activations.groups("data")}
-        found["kv copies"] = self.kv_weights.groups("copies")
+        found["kv replicas"] = self.kv_weights.groups("kv_replicas")
         found["pipeline"] = weights.groups("stage")
         return {axis: groups for axis, groups in found.items() if len(groups[0]) > 1}
 
     def axis_of(self, kind: str, ranks: list[int]) -> str:
-        """The axis that a collective over ``ranks`` belongs to. Two axes may have the same groups: the first one is named (of
-        an all-to-all: tensor). "world" is all ranks, where no axis has them."""
+        """Returns the axis that a collective of a kind over ``ranks`` belongs to.
+
+        If two axes have the same groups, it is the first one (for an all-to-all, tensor). If no axis has this group, it is
+        "world", which is all ranks.
+        """
         axes = [axis for axis, groups in self.groups().items() if ranks in groups] or ["world"]
         return "tensor" if kind == "all-to-all" and "tensor" in axes else axes[0]
 
     def describe(self) -> list[tuple[str, int, str]]:
-        """(axis, size, meaning), for people."""
+        """Returns (axis, size, meaning) of every axis, for printing."""
         kind = "FSDP" if self.fsdp else "ZeRO-1.5" if self.zero > 1 else "plain data parallel"
         return [
             ("world", self.world, "processes"),
             ("data", self.data, "ranks with different rows"),
-            ("tensor", self.tensor, f"ranks that share one sample ({self.mode})"),
-            ("weight", self.weight, "ranks that share one copy of each weight (isp)"),
-            ("zero", self.zero, f"ranks that share one optimizer state ({kind})"),
-            ("replicate", self.replicate, "copies of the optimizer state"),
+            ("tensor", self.tensor, f"ranks that share the same rows ({self.mode})"),
+            ("weight", self.weight, "ranks over which each weight is sharded (isp)"),
+            ("zero", self.zero, f"ranks over which the optimizer state is sharded ({kind})"),
+            ("replicate", self.replicate, "replicas of the optimizer state"),
             ("pipeline", self.pipeline, "stages"),
         ]
 
 
 @dataclass(frozen=True)
 class Meshes:
-    """The views as meshes of real process groups. All of a run's groups are made here."""
+    """The views as meshes with process groups. All process groups of training are made here."""
 
     weights: DeviceMesh
-    """("stage", "replicate", "zero", "inner")"""
+    """Dimensions: stage, replicate, zero, inner."""
     kv_weights: DeviceMesh | None
-    """("stage", "replicate", "zero", "heads", "copies"), where there are copies of key/value heads."""
+    """Dimensions: stage, replicate, zero, heads, kv_replicas. None if no key/value head is on several ranks."""
     activations: DeviceMesh
-    """("stage", "data", "tensor")"""
+    """Dimensions: stage, data, tensor."""
     experts: DeviceMesh
-    """("stage", "replicate", "zero", "expert", "inner")"""
+    """Dimensions: stage, replicate, zero, expert, inner."""
 
     @classmethod
-    def of(cls, layout: Layout, device_type: str) -> Meshes:
-        """Every rank must call it."""
+    def from_layout(cls, layout: Layout, device_type: str) -> Meshes:
+        """Makes the meshes. Every rank must call it."""
         groups = Groups()
         return cls(
             layout.weights.mesh(groups, device_type),
-            layout.kv_weights.mesh(groups, device_type) if layout.kv_copies > 1 else None,
+            layout.kv_weights.mesh(groups, device_type) if layout.kv_replicas > 1 else None,
             layout.activations.mesh(groups, device_type),
             layout.experts.mesh(groups, device_type),
         )

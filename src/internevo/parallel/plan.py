@@ -1,4 +1,4 @@
-"""The order in which strategies are applied to a plain model: one line each, with the reason for its place."""
+"""The order in which strategies are applied to a plain model, with the reason for it; and what they cost together."""
 
 from __future__ import annotations
 
@@ -23,37 +23,41 @@ from .memory import Memory, activations
 from .recompute import recompute
 from .schedule import OneStage, Schedule
 from .shards import initialize
-from .strategy import Collectives, Inner, Workload, add_up
+from .strategy import AppliedStrategy, Collectives, Workload, add_up
 from .tensor import TensorParallel
 
 
 def build(decoder: DecoderConfig, config: Config, layout: Layout, device: torch.device) -> tuple[Decoder, DataAxis, Schedule]:
-    """The model of a run, spread over the ranks, with its initial weights, on ``device``; who owns its weights; and how
-    micro-batches go through it."""
+    """Builds the model of a run, applies all strategies to it, and fills in its initial weights. Every rank must call it.
+
+    Returns:
+        The model on ``device``; the data axis, which owns its weights; and the schedule, which runs micro-batches through it.
+    """
     section = config.model
     with torch.device("meta"):
         model = Decoder(decoder, embed_grad_scale=section.embed_grad_scale)
     layers = [layer for _, layer in model.numbered_layers()]
-    meshes = Meshes.of(layout, device.type) if layout.world > 1 else None
-    # Innermost: the weights of a layer are cut, and its collectives put in.
-    inner = Inner()
+    meshes = Meshes.from_layout(layout, device.type) if layout.world > 1 else None
+    # First what is inside a layer: its weights are sharded, and its collectives added.
+    inner = AppliedStrategy()
     if meshes is not None and layout.mode != "isp" and layout.tensor > 1:
-        kv_mesh = meshes.kv_weights["heads", "copies"] if meshes.kv_weights is not None else None
+        kv_mesh = meshes.kv_weights["heads", "kv_replicas"] if meshes.kv_weights is not None else None
         inner = TensorParallel(meshes.weights["inner"], layout.mode, kv_mesh).apply(model)
     elif meshes is not None and layout.mode == "isp" and max(layout.tensor, layout.weight) > 1:
         tokens = meshes.activations["tensor"]
         inner = InternSequenceParallel(meshes.weights["inner"], tokens, config.parallel.weight).apply(model)
     if decoder.lora is not None:
         freeze_all_but_adapters(model)
-    # What a layer keeps for backward. isp's linears are not compiled, and so no layer as a whole.
-    whole = layout.weight == 1
-    compiled: Literal["no", "inside", "around"] = "no" if not section.compile else "around" if whole else "inside"
+    # Recomputation comes before compilation, so that compiled layers contain it. isp's linears are not compiled, so with them
+    # no layer is compiled as a whole.
+    whole_layers = layout.weight == 1
+    compiled: Literal["no", "inside", "around"] = "no" if not section.compile else "around" if whole_layers else "inside"
     recompute(layers, section.checkpoint, config.selective_checkpoint, compiled)
-    # Compiled with recomputation inside, and before sharding, so that hooks stay outside the compiled code.
+    # Compilation comes before the data axis, so that the hooks of ``fully_shard`` stay outside the compiled code.
     if section.compile:
         for layer in layers:
-            layer.compile(fullgraph=whole)
-    # Outermost: the data axis owns the weights. Only now are there tensors, and only this rank's part of them.
+            layer.compile(fullgraph=whole_layers)
+    # Last the data axis, which owns the weights. It allocates memory, and only for this rank's shards.
     dtype = COMPUTE[section.dtype]
     axis: DataAxis
     if meshes is None:
@@ -65,11 +69,11 @@ def build(decoder: DecoderConfig, config: Config, layout: Layout, device: torch.
     return model, axis, OneStage(model, axis, device)
 
 
-# The same on paper ---------------------------------------------------------------------------------------------------
+# What it costs, by formula -------------------------------------------------------------------------------------------
 
 
 def traffic(work: Workload) -> list[Collectives]:
-    """The collectives of a step, of all strategies together (without the one small all-reduce of losses and counts)."""
+    """Returns the collectives of a step, of all strategies together, without the one of ``train.step.traffic``."""
     on_rank, inner = _on_rank(work), isp if work.layout.mode == "isp" else tensor
     shapes = [[parameter.shape for parameter in unit] for unit in on_rank]
     partial: dict[str, list[Sequence[int]]] = {}
@@ -80,7 +84,7 @@ def traffic(work: Workload) -> list[Collectives]:
 
 
 def memory(work: Workload) -> Memory:
-    """Bytes on rank 0 (where shards that do not come out even are largest)."""
+    """Returns the bytes on rank 0. If shards have uneven sizes, rank 0 has the largest."""
     layout = work.layout
     shapes = [parameter.shape for parameter in itertools.chain(*_on_rank(work))]
     inner = isp if layout.mode == "isp" else tensor
@@ -88,15 +92,15 @@ def memory(work: Workload) -> Memory:
 
 
 class OnRank(NamedTuple):
-    """A parameter on a rank, before the data axis shards it."""
+    """A parameter of one rank before the data axis shards it."""
 
     shape: list[int]
     partial: str | None
-    """Axis over which its gradients are summed after the last backward."""
+    """Axis over which its gradients are summed after the last backward pass of a step."""
 
 
 def _on_rank(work: Workload) -> list[list[OnRank]]:
-    """The parameters of a rank, by the units of the data axis."""
+    """Returns the parameters of a rank, for each unit of the data axis."""
     layout, inner = work.layout, isp if work.layout.mode == "isp" else tensor
     with torch.device("meta"):
         model = Decoder(work.decoder)
@@ -106,6 +110,6 @@ def _on_rank(work: Workload) -> list[list[OnRank]]:
         for name, parameter in module.named_parameters(recurse=False):
             shape = inner.shape_on_rank(parameter.shape, axes, name, layout)
             found[id(parameter)] = OnRank(shape, inner.partial_axis(axes, name, layout))
-    bucket = None if layout.fsdp else work.bucket
+    bucket = None if layout.fsdp else work.bucket_elements
     modules = data_axis.units(model, bucket, lambda parameter: math.prod(found[id(parameter)].shape))
     return [[found.pop(id(p)) for module in unit for p in module.parameters() if id(p) in found] for unit in modules]

@@ -1,13 +1,14 @@
-"""Activation recomputation (https://arxiv.org/abs/1604.06174): what a layer keeps for backward, it computes again there.
+"""Activation recomputation (https://arxiv.org/abs/1604.06174): the backward pass computes activations again instead of keeping
+them.
 
 | ``model.checkpoint`` | recomputed                          | kept                              |
 |----------------------|-------------------------------------|-----------------------------------|
-| a share, or True     | the first ``int(share * n)`` layers | each one's input                  |
+| a share, or True     | the first ``int(share * n)`` layers | the input of each                 |
 | "attention"          | attention of every layer            | its input, and what the MLP keeps |
 
 "attention" is selective recomputation (https://arxiv.org/abs/2205.05198, section 5) of the attention block. With
-``selective_checkpoint`` the outputs of the attention kernel are kept as well, and that kernel does not run again.
-Results do not change.
+``selective_checkpoint``, the outputs of the attention kernel are kept too, and the kernel does not run again.
+Recomputation does not change any result.
 """
 
 from __future__ import annotations
@@ -33,15 +34,15 @@ ATTENTION = (
     "aten::_scaled_dot_product_cudnn_attention",
     "torch_attn::_varlen_attn",
 )
-"""Kernels of attention, on every device."""
+"""Names of the attention kernels on all devices."""
 
 
-class Recomputed:
-    """Where the recomputation of a module is; ``module.recomputed`` of those that are recomputed."""
+class RecomputationState:
+    """Whether a module is being recomputed. Modules with recomputation have it as ``module.recomputation``."""
 
     def __init__(self) -> None:
-        self.again = False
-        """Its second forward pass is running."""
+        self.recomputing = False
+        """Whether the second forward pass, which is part of the backward pass, is running."""
 
 
 def recompute(
@@ -50,13 +51,14 @@ def recompute(
     keep_attention: bool,
     compiled: Literal["no", "inside", "around"],
 ) -> None:
-    """Makes ``layers`` recompute, in place.
+    """Adds recomputation to ``layers``, in place.
 
     Args:
-        share: of the layers, or "attention".
-        keep_attention: whether outputs of the attention kernel are kept.
-        compiled: "around": whole layers are, with their recomputation, later; "inside": what is recomputed is, here (not where
-            attention is kept: its kernel must be seen).
+        share: the share of the layers that is recomputed, or "attention" for the attention of all layers.
+        keep_attention: whether the outputs of the attention kernel are kept.
+        compiled: "no": nothing is compiled; "around": the caller compiles whole layers afterwards, with their recomputation;
+            "inside": this function compiles what is recomputed (except with ``keep_attention``: in compiled code the attention
+            kernel cannot be recognised).
     """
     chosen = [layer.attn for layer in layers] if share == "attention" else layers[: int(len(layers) * share)]
     for module in chosen:
@@ -64,48 +66,49 @@ def recompute(
         if compiled == "around":
             contexts = _selective if keep_attention else None
         else:
-            recomputed = Recomputed()
-            module.recomputed = recomputed  # type: ignore[assignment]
-            contexts = partial(_passes, recomputed, keep_attention)
+            state = RecomputationState()
+            module.recomputation = state  # type: ignore[assignment]
+            contexts = partial(_contexts, state, keep_attention)
         module.forward = _checkpointed(forward, contexts)  # type: ignore[method-assign]
 
 
-def is_again(*modules: nn.Module) -> bool:
-    """Whether one of these is in the second forward pass of its recomputation."""
-    return any(isinstance(found := getattr(module, "recomputed", None), Recomputed) and found.again for module in modules)
+def is_recomputing(*modules: nn.Module) -> bool:
+    """Whether the second forward pass of one of these modules is running."""
+    states = (getattr(module, "recomputation", None) for module in modules)
+    return any(isinstance(state, RecomputationState) and state.recomputing for state in states)
 
 
 def _checkpointed(forward: Callable[..., Any], contexts: Callable[[], Any] | None) -> Callable[..., Any]:
-    """A function of its own, which a compiler can trace (it cannot trace functools.partial)."""
-    more: dict[str, Any] = {"context_fn": contexts} if contexts is not None else {}
+    """Returns ``forward`` with recomputation. It is a function because the compiler cannot trace ``functools.partial``."""
+    options: dict[str, Any] = {"context_fn": contexts} if contexts is not None else {}
 
     def run(*inputs: Any) -> Any:
-        # Nothing in a layer is random, so the generators' states need not be kept.
-        return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, **more)
+        # Nothing in a layer is random, so the states of the random number generators need not be kept.
+        return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
 
     return run
 
 
-def _passes(recomputed: Recomputed, keep: bool) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """Around the first pass, and around the second."""
+def _contexts(state: RecomputationState, keep: bool) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Returns the contexts of the first and of the second forward pass."""
     outputs: deque[Any] = deque()
-    return _Keep(outputs) if keep else nullcontext(), _again(recomputed, outputs, keep)
+    return _KeepAttention(outputs) if keep else nullcontext(), _second_pass(state, outputs, keep)
 
 
 @contextmanager
-def _again(recomputed: Recomputed, outputs: deque[Any], keep: bool) -> Iterator[None]:
+def _second_pass(state: RecomputationState, outputs: deque[Any], keep: bool) -> Iterator[None]:
     with ExitStack() as stack:
         if keep:
-            stack.enter_context(_GiveBack(outputs))
-        recomputed.again = True
+            stack.enter_context(_ReturnKept(outputs))
+        state.recomputing = True
         try:
             yield
         finally:
-            recomputed.again = False
+            state.recomputing = False
 
 
-class _Keep(TorchDispatchMode):
-    """In the first pass: keeps what the attention kernel returns."""
+class _KeepAttention(TorchDispatchMode):
+    """In the first forward pass: keeps what the attention kernel returns."""
 
     def __init__(self, outputs: deque[Any]) -> None:
         super().__init__()
@@ -118,9 +121,12 @@ class _Keep(TorchDispatchMode):
         return out
 
 
-class _GiveBack(TorchDispatchMode):
-    """In the second pass: gives it back. (PyTorch's own mode insists on the same operators in both passes, but a strategy may
-    have fetched a layer's weights during another layer's first pass.)"""
+class _ReturnKept(TorchDispatchMode):
+    """In the second forward pass: returns what was kept, and does not run the attention kernel.
+
+    (PyTorch's own mode demands the same operators in both passes. But in the first pass, a strategy may prefetch the weights of
+    another layer.)
+    """
 
     def __init__(self, outputs: deque[Any]) -> None:
         super().__init__()
@@ -133,10 +139,10 @@ class _GiveBack(TorchDispatchMode):
 
 
 def _selective() -> Any:
-    """The same for layers that are compiled with their recomputation, in the form that the compiler knows."""
+    """Returns the contexts for layers that are compiled with their recomputation, in a form that the compiler knows."""
     return create_selective_checkpoint_contexts(_policy)
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Which results are kept."""
+    """Decides which results are kept: those of the attention kernel."""
     return CheckpointPolicy.MUST_SAVE if operator_name(operator) in ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE

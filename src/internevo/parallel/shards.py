@@ -1,4 +1,4 @@
-"""This rank's part of a tensor that is spread over ranks: where it lies in the full tensor, and how it is filled."""
+"""This rank's shard of a tensor: where it is in the full tensor, and how it is filled."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ from ..models.init import Initializer
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor that may be spread over ranks."""
+    """Returns this rank's shard of a DTensor, and any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def initialize(masters: dict[str, nn.Parameter], initializer: Initializer) -> None:
-    """Fills every weight with this rank's part of its initial value."""
+    """Fills this rank's shard of every weight with its initial values."""
     for name, parameter in masters.items():
         fill_local(parameter, partial(initializer.rows, name, parameter.shape))
 
 
 @torch.no_grad()
 def fill_local(parameter: nn.Parameter, values: Callable[[int, int], Tensor]) -> None:
-    """Fills this rank's part of a weight from ``values(start, stop)``, the full tensor's slices along its first axis."""
+    """Fills this rank's shard of a weight.
+
+    Args:
+        values: ``values(start, stop)`` returns the full tensor's slice [start:stop] along dimension 0.
+    """
     (start, stop), *others = local_box(parameter)
     part = local(parameter)
     if part.numel():
@@ -33,20 +37,21 @@ def fill_local(parameter: nn.Parameter, values: Callable[[int, int], Tensor]) ->
 
 
 def local_box(parameter: Tensor) -> list[tuple[int, int]]:
-    """(start, stop) of this rank's part along every axis of the full tensor.
+    """Returns (start, stop) of this rank's shard along every dimension of the full tensor.
 
-    Inner dimensions of the mesh have cut first, outer ones what was left; each as ``torch.chunk`` does.
+    The last dimension of the mesh shards the tensor first; each dimension before it shards what the ones after it have left.
+    Each of them divides a tensor dimension as ``torch.chunk`` does.
     """
     box = [(0, size) for size in parameter.shape]
     if not isinstance(parameter, DTensor):
         return box
     mesh, coordinate = parameter.device_mesh, parameter.device_mesh.get_coordinate()
     assert coordinate is not None
-    for dim in reversed(range(mesh.ndim)):
-        axis = getattr(parameter.placements[dim], "dim", None)  # of every kind of shard
-        if axis is not None:
-            start, stop = box[axis]
-            step = -(-(stop - start) // mesh.size(dim))
-            first = min(start + coordinate[dim] * step, stop)
-            box[axis] = (first, min(first + step, stop))
+    for mesh_dim in reversed(range(mesh.ndim)):
+        dim = getattr(parameter.placements[mesh_dim], "dim", None)  # all kinds of shards have it
+        if dim is not None:
+            start, stop = box[dim]
+            step = -(-(stop - start) // mesh.size(mesh_dim))
+            first = min(start + coordinate[mesh_dim] * step, stop)
+            box[dim] = (first, min(first + step, stop))
     return box

@@ -1,6 +1,7 @@
-"""What strategies have in common: the values in which each states its collectives and its memory, and what it tells others.
+"""What all strategies share: the values in which a strategy states its collectives and its memory, and what ``apply`` returns.
 
-Each strategy's file has ``traffic(workload)`` and ``memory(workload)``; ``plan.py`` adds them up for a step.
+The file of a strategy has the functions ``traffic(work)`` and ``memory(work)``. ``plan.py`` adds up the results of all
+strategies of a step.
 """
 
 from __future__ import annotations
@@ -18,29 +19,36 @@ from .layout import Layout
 
 @dataclass(frozen=True)
 class Workload:
-    """What a step computes, in numbers: all that its traffic and its memory depend on."""
+    """The sizes of a step. The collectives and the memory of a step follow from them."""
 
     decoder: DecoderConfig
     layout: Layout
     tokens: int
-    """Of a micro-batch, over all ranks of a tensor group."""
+    """Tokens of a micro-batch. The ranks of a tensor group share them."""
     micro_batches: int
-    """Per step, on each data rank."""
-    element: int
-    """Bytes of one element of a weight, as it computes, and of an activation."""
-    gradient: int
-    """Bytes of one element of a gradient, as it is reduced."""
-    share: float | Literal["attention"]
-    """What is recomputed (``model.checkpoint``)."""
+    """Micro-batches per step on each data rank."""
+    element_bytes: int
+    """Bytes per element of activations, and of weights in the dtype of the computation."""
+    gradient_bytes: int
+    """Bytes per element of gradients when they are reduced."""
+    recomputed: float | Literal["attention"]
+    """What is recomputed (``model.checkpoint``): a share of the layers, or "attention"."""
     keeps_attention: bool
-    """Recomputation keeps the outputs of the attention kernel."""
-    bucket: int | None
-    """Elements of consecutive layers that ZeRO gathers and reduces together."""
+    """Whether recomputation keeps the outputs of the attention kernel (``selective_checkpoint``)."""
+    bucket_elements: int | None
+    """Consecutive layers with up to this many elements form one unit of ZeRO; None: each layer is a unit."""
     device: str = "cpu"
 
     @classmethod
-    def of(cls, decoder: DecoderConfig, config: Config, layout: Layout, micro_batches: int, device: str = "cpu") -> Workload:
-        """Of a run."""
+    def from_config(
+        cls, decoder: DecoderConfig, config: Config, layout: Layout, micro_batches: int, device: str = "cpu"
+    ) -> Workload:
+        """Takes the sizes from a run's config.
+
+        Args:
+            micro_batches: micro-batches per step on each data rank.
+            device: type of the device that the run trains on, "cpu" or "cuda".
+        """
         return cls(
             decoder, layout, config.data.seq_len * config.data.micro_bsz, micro_batches,
             4 if config.model.dtype in ("float32", "tf32") else 2,
@@ -50,42 +58,42 @@ class Workload:
 
     @property
     def recomputed_layers(self) -> int:
-        """Layers that are recomputed as a whole."""
-        return 0 if self.share == "attention" else int(self.decoder.num_layers * self.share)
+        """The number of layers that are recomputed as a whole."""
+        return 0 if self.recomputed == "attention" else int(self.decoder.num_layers * self.recomputed)
 
     @property
     def recomputed_attentions(self) -> int:
-        """Layers whose attention runs forward twice."""
-        return self.decoder.num_layers if self.share == "attention" else self.recomputed_layers
+        """The number of layers whose attention is recomputed, alone or with the whole layer."""
+        return self.decoder.num_layers if self.recomputed == "attention" else self.recomputed_layers
 
 
 @dataclass
 class Collectives:
-    """Collectives of one kind over groups of one axis.
-
-    Bytes are those of the full tensor X of a collective (for all-to-all: of this rank's input).
-    """
+    """Collectives of one kind over the groups of one axis."""
 
     kind: str
     axis: str
-    """As in ``Layout.groups``, or "world"."""
+    """A key of ``Layout.groups``, or "world"."""
     count: int = 0
     nbytes: int = 0
+    """Bytes of the full tensor X of each collective, added up (of an all-to-all: of this rank's input)."""
     seconds: float = 0.0
-    """When measured: each waited for by itself, with nothing beside it."""
+    """The measured time, if each collective is waited for before anything else runs."""
 
     def wire(self, ranks: int) -> float:
-        """Bytes that a rank sends, in a group of ``ranks``: X * (n - 1) / n for all-gather, reduce-scatter and all-to-all, and
-        twice that for all-reduce."""
+        """Returns the bytes that a rank sends in groups of ``ranks``: X * (ranks - 1) / ranks, twice that for all-reduce."""
         return self.nbytes * (ranks - 1) / ranks * (2 if self.kind == "all-reduce" else 1)
 
     def times(self, number: int) -> Collectives:
-        """As many times as often."""
+        """Returns ``number`` times these collectives."""
         return Collectives(self.kind, self.axis, self.count * number, self.nbytes * number)
 
 
 def add_up(rows: Iterable[Collectives], layout: Layout) -> list[Collectives]:
-    """One row for each kind and group, sorted; axes with the same groups are one, and those of one rank are left out."""
+    """Adds up collectives of the same kind over the same groups, and sorts them.
+
+    Axes with the same groups become one axis. Collectives over groups of one rank are left out.
+    """
     groups, found = layout.groups(), dict[tuple[str, str], Collectives]()
     for row in rows:
         everyone = list(range(layout.world))
@@ -99,39 +107,40 @@ def add_up(rows: Iterable[Collectives], layout: Layout) -> list[Collectives]:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """How a strategy cuts what a layer keeps for backward: numbers of tokens on a rank, and shares of heads and columns."""
+class KeptActivations:
+    """How many tokens, heads and columns a rank keeps for the backward pass at each place in a layer."""
 
-    outside: int
-    """Tokens at norms and in the residual stream."""
-    inputs: int
-    """Tokens that are kept as the input of q, k and v, and of gate and up."""
-    attention: int
-    """Tokens inside attention."""
+    residual_tokens: int
+    """Tokens in the residual stream and at the norms."""
+    input_tokens: int
+    """Tokens that are kept as the input of q, k and v, and as the input of gate and up."""
+    attention_tokens: int
+    """Tokens in attention."""
     head_ranks: int
-    """Ranks that share the heads."""
+    """Number of ranks that share the heads."""
     normed_heads: int
-    """Tokens times heads of queries and keys, where these are normed."""
-    columns: int
-    """Tokens in the MLP, times this rank's share of its columns."""
-    outputs: int
-    """Times that the output of attention is kept."""
-    loss: int
-    """Tokens at the head."""
+    """Tokens times heads of queries and keys, for models that norm them."""
+    mlp_tokens: int
+    """Tokens in the MLP times this rank's share of its columns."""
+    attention_outputs: int
+    """How many times the output of attention is kept."""
+    loss_tokens: int
+    """Tokens whose loss this rank computes."""
     head_rows: int
-    """Rows of the head's weight whose gradient is here with the loss."""
+    """Rows of the head's weight whose gradient this rank has; it is computed together with the loss."""
 
 
 @dataclass(frozen=True)
-class Inner:
-    """What a strategy inside a layer tells the data axis."""
+class AppliedStrategy:
+    """What the data axis must know about the strategy that was applied inside the layers."""
 
-    partial: Mapping[str, dist.ProcessGroup] = field(default_factory=dict)
-    """Parameters that several inner ranks hold, and the group over which their gradients must still be summed."""
-    strategy: CutsSequences | None = None
+    partial_gradients: Mapping[str, dist.ProcessGroup] = field(default_factory=dict)
+    """Parameters whose gradients must still be summed over a group of ranks -> that group."""
+    strategy: ShardsSequence | None = None
 
 
-class CutsSequences(Protocol):
-    """A strategy that may cut sequences."""
+class ShardsSequence(Protocol):
+    """A strategy that may shard sequences over ranks."""
 
-    cut: bool
+    shard_sequence: bool
+    """Whether it does so now. Generation turns it off."""

@@ -1,7 +1,7 @@
-"""Views: named cuts of one world of ranks, and the process groups and meshes that belong to them.
+"""Views: ways to arrange the ranks of the world into named axes; and the process groups and meshes that belong to them.
 
-A view is arithmetic and can be tested without processes. ``Groups`` makes the process groups, each once, whichever views ask
-for it.
+A view is arithmetic, and can be tested without processes. ``Groups`` makes the process groups. A group that several views have
+is made once.
 """
 
 from __future__ import annotations
@@ -15,38 +15,38 @@ from torch.distributed.device_mesh import DeviceMesh
 
 
 class View:
-    """The world cut into axes, the slowest first: ranks next to each other differ in the last axis.
+    """The ranks of the world as an array with named axes. Neighbouring ranks differ in the last axis.
 
     >>> View({"data": 2, "tensor": 4}).coordinate(6)
     {'data': 1, 'tensor': 2}
     """
 
     def __init__(self, axes: Mapping[str, int]) -> None:
-        """``axes``: number of ranks along each axis, by name."""
+        """``axes``: name -> number of ranks along that axis."""
         self.axes = dict(axes)
 
     @property
     def world(self) -> int:
-        """Number of ranks."""
+        """The number of ranks."""
         return math.prod(self.axes.values())
 
     def stride(self, axis: str) -> int:
-        """Distance between two ranks that are neighbours along ``axis``."""
+        """Returns the difference between the numbers of two ranks that are neighbours along ``axis``."""
         sizes = list(self.axes.values())
         return math.prod(sizes[list(self.axes).index(axis) + 1 :])
 
     def coordinate(self, rank: int) -> dict[str, int]:
-        """Position of a rank along every axis."""
+        """Returns the position of a rank along every axis."""
         return {axis: rank // self.stride(axis) % size for axis, size in self.axes.items()}
 
     def groups(self, axis: str) -> list[list[int]]:
-        """All groups of ranks that differ in ``axis`` alone, by their first rank."""
+        """Returns all groups of ranks that differ only in ``axis``, ordered by their first rank."""
         size, stride = self.axes[axis], self.stride(axis)
         firsts = [rank for rank in range(self.world) if rank // stride % size == 0]
         return [[first + n * stride for n in range(size)] for first in firsts]
 
     def mesh(self, groups: Groups, device_type: str) -> DeviceMesh:
-        """The view as a DeviceMesh. Every rank must call it, since it makes groups."""
+        """Makes a ``DeviceMesh`` with the same dimensions. Every rank must call it, because it makes process groups."""
         ranks = torch.arange(self.world).view(*self.axes.values())
         made = [groups.get(self.groups(axis)) for axis in self.axes]
         return DeviceMesh.from_group(made, device_type, mesh=ranks, mesh_dim_names=tuple(self.axes))
@@ -62,20 +62,24 @@ class View:
 
 
 class Groups:
-    """The process groups of a run. Every rank must ask for the same ones in the same order."""
+    """The process groups of a run. All ranks must ask for the same ones in the same order."""
 
     def __init__(self) -> None:
         self._made: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
     def get(self, partition: Sequence[Sequence[int]]) -> dist.ProcessGroup:
-        """This rank's group among groups that have no rank in common."""
+        """Returns the process group that this rank is in.
+
+        Args:
+            partition: the ranks of each group; every rank of the world is in exactly one of them.
+        """
         rank = dist.get_rank()
         ranks = next(tuple(group) for group in partition if rank in group)
         if len(ranks) == dist.get_world_size():
             assert dist.group.WORLD is not None
             return dist.group.WORLD
         if ranks not in self._made:
-            # Only the ranks of a group meet to make it: with 1,024 ranks, one group to make instead of hundreds.
+            # With local synchronization, only the ranks of a group make it: of 1,024 ranks, each makes one group, not hundreds.
             made = dist.new_group(list(ranks), use_local_synchronization=True)
             assert isinstance(made, dist.ProcessGroup)
             self._made[ranks] = made

@@ -1,1 +1,1 @@
-"""The training loop and what a step is made of."""
+"""Training: the loop, a step, the optimizer, and what else a run needs."""

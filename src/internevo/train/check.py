@@ -1,4 +1,7 @@
-"""Whether a config can be trained: the config's own rules and its family's, before any process starts and without PyTorch."""
+"""Checks whether a config can be trained, by the rules of the config and of its family.
+
+It needs no PyTorch, and runs before any process is started.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,12 @@ from ..models.families import registry
 
 
 def check(config: Config, world_size: int) -> None:
-    """Raises ``ConfigError`` (or ``NotAvailableYet``) unless ``config`` can train on ``world_size`` processes."""
+    """Checks that ``config`` can be trained on ``world_size`` processes.
+
+    Raises:
+        ConfigError: with all problems that were found.
+        NotAvailableYet: if the config is right, but needs a feature that this version does not have.
+    """
     wrong = problems(config, world_size) + rules.missing_paths(config)
     if wrong:
         raise ConfigError("the config cannot be trained:\n" + "\n".join(f"  {line}" for line in wrong))
@@ -19,12 +27,12 @@ def check(config: Config, world_size: int) -> None:
 
 
 def problems(config: Config, world_size: int) -> list[str]:
-    """Contradictions inside the config, with its family, and with the world size."""
+    """Returns what contradicts itself in the config, what its family does not allow, and what does not fit the world size."""
     return [*registry.problems(config.model_type, config.model), *rules.problems(config, world_size)]
 
 
 def missing_features(config: Config) -> list[str]:
-    """What the config asks for that this version does not do."""
+    """Returns the features that the config needs and this version does not have."""
     lines = rules.missing_features(config)
     if config.model_type in registry.LATER:
         lines.append(f"not available yet: models of the family {config.model_type} (model_type)")

@@ -1,4 +1,4 @@
-"""Learning rate and beta2 as functions of the batch number. They have no state."""
+"""The learning rate and beta2, as functions of the number of the batch. They have no state."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ from ..config.training import Adam, Beta2Scheduler, LrScheduler
 
 
 def learning_rate(batch: int, total_steps: int, peak: float, schedule: LrScheduler) -> float:
-    """Learning rate of batch number ``batch`` (from 0).
+    """Returns the learning rate of a batch.
 
-    0 for ``init_steps``; then linear to ``peak`` over ``int(total * warmup_ratio)`` steps; then a cosine that would reach
-    ``eta_min`` at ``total`` (https://arxiv.org/abs/1608.03983, without restarts).
+    It is 0 for ``init_steps`` steps. Then it rises linearly to ``peak`` in ``int(total * warmup_ratio)`` steps. Then it follows
+    a cosine that reaches ``eta_min`` at step ``total`` (https://arxiv.org/abs/1608.03983, without restarts).
+
+    Args:
+        batch: number of the batch, from 0.
+        total_steps: ``total``, if the schedule has no ``total_steps``.
+        peak: the highest learning rate.
     """
     total = schedule.total_steps or total_steps
     warmup = int(total * schedule.warmup_ratio)
@@ -25,9 +30,10 @@ def learning_rate(batch: int, total_steps: int, peak: float, schedule: LrSchedul
 
 
 def beta2(batch: int, adam: Adam, schedule: Beta2Scheduler | None) -> float:
-    """Adam's beta2 of batch number ``batch`` (from 0): max(init_beta2, 1 - iteration ** -c), constant when c <= 0.
+    """Returns Adam's beta2 of batch number ``batch``, from 0.
 
-    The growing form is Adafactor's (https://arxiv.org/abs/1804.04235, section 7.2).
+    With a schedule it is max(init_beta2, 1 - (batch + 1) ** -c), as in Adafactor (https://arxiv.org/abs/1804.04235, section
+    7.2); if c <= 0, it is always init_beta2.
     """
     if schedule is None:
         return adam.adam_beta2

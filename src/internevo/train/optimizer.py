@@ -1,4 +1,4 @@
-"""AdamW over sharded parameters, with its state under the parameters' names."""
+"""AdamW for sharded parameters. Its state is named after the parameters."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ from ..ops import foreach
 from ..parallel.shards import local
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Adam's two moments, by the names that PyTorch gives them."""
 
 
 class Optimizer:
-    """PyTorch's fused AdamW (https://arxiv.org/abs/1711.05101): matrices decay, norms and biases do not.
+    """PyTorch's fused AdamW (https://arxiv.org/abs/1711.05101). Weight decay applies to matrices, not to norms and biases.
 
-    It updates this rank's part of each parameter as a plain tensor, whatever it is sharded over. Its moments exist from the
-    start, so that a checkpoint is loaded into them in place. All parameters share one step count, since a step updates all
-    or none.
+    It updates this rank's shard of each parameter as a plain tensor. The moments exist from the start, so that a checkpoint can
+    be loaded into them in place. All parameters have the same number of updates, since a step updates all of them or none.
     """
 
     def __init__(self, masters: dict[str, nn.Parameter], config: Adam) -> None:
-        """``masters``: all weights; those that require no gradient are left as they are."""
+        """
+        Args:
+            masters: name -> master weight, for all weights. Those that do not require a gradient are never updated.
+            config: ``adam``.
+        """
         self.named, self.config = masters, config
         trained = {name: p for name, p in masters.items() if p.requires_grad}
         self.moments = {name: [torch.zeros_like(p, requires_grad=False) for _ in MOMENTS] for name, p in trained.items()}
@@ -31,7 +35,7 @@ class Optimizer:
 
     @property
     def steps(self) -> int:
-        """Updates so far."""
+        """The number of updates so far."""
         return int(next(iter(self._steps.values())).item())
 
     @steps.setter
@@ -40,21 +44,21 @@ class Optimizer:
             step.fill_(value)
 
     def state(self) -> dict[str, Tensor]:
-        """The moments by name, ``NAME.exp_avg`` and ``NAME.exp_avg_sq``: DTensors like the parameters."""
+        """Returns the moments, which are DTensors like their parameters, as ``NAME.exp_avg`` and ``NAME.exp_avg_sq``."""
         return {f"{name}.{m}": t for name, both in self.moments.items() for m, t in zip(MOMENTS, both, strict=True)}
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
-        """Weights (model/NAME) and moments (optimizer/NAME.exp_avg, ...) as they are named in a checkpoint."""
+        """Returns the weights (model/NAME) and moments (optimizer/NAME.exp_avg, ...) under their names in a checkpoint."""
         weights = {f"model/{name}": tensor.detach() for name, tensor in self.named.items()}
         return {**weights, **{f"optimizer/{name}": tensor for name, tensor in self.state().items()}}
 
     def gradients(self) -> dict[str, Tensor]:
-        """This rank's part of every gradient."""
+        """Returns this rank's shard of every gradient."""
         return {name: local(p.grad) for name, p in self.named.items() if p.grad is not None}
 
     @torch.no_grad()
     def step(self, lr: float, beta2: float) -> None:
-        """One update with the gradients as they are."""
+        """Updates all parameters that have a gradient."""
         gradients = self.gradients()
         for decays in (True, False):
             names = [name for name in gradients if (self.named[name].dim() >= 2) == decays]
@@ -69,7 +73,7 @@ class Optimizer:
 
     @torch.no_grad()
     def scale_gradients(self, factor: float) -> None:
-        """Multiplies every gradient, in place."""
+        """Multiplies every gradient by ``factor``, in place."""
         foreach.scale(list(self.gradients().values()), factor)
 
     def zero_grad(self) -> None:

@@ -1,4 +1,4 @@
-"""What a run is made of, put together for this rank."""
+"""The parts of a run on this rank: data, model, optimizer, counters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..checkpoint.finish import Extras
 from ..config import Config, dump
 from ..config.training import Loss as LossSection
 from ..data.batches import BatchSizes
-from ..data.build import in_memory, train_source, valid_rows
+from ..data.build import load_stream, train_source, valid_rows
 from ..data.rows import Rows
 from ..data.source import Source
 from ..data.streaming.exchange import Exchange
@@ -34,20 +34,20 @@ from .state import RunState
 
 @dataclass
 class Parts:
-    """All that the loop works with, and that ``restore`` fills from a checkpoint."""
+    """Everything that the loop works with. ``restore`` loads a checkpoint into it."""
 
     config: Config
     world: World
     layout: Layout
     source: Source
-    """Of the training data."""
+    """The source of the training data."""
     valid: Rows | None
-    """Validation data."""
+    """The validation data, if there is any."""
     sizes: BatchSizes
     decoder: DecoderConfig
     model: Decoder
     axis: DataAxis
-    """Who owns the weights."""
+    """The data axis, which owns the weights."""
     schedule: Schedule
     optimizer: Optimizer
     scaler: LossScaler
@@ -55,27 +55,27 @@ class Parts:
 
     @classmethod
     def build(cls, config: Config, world: World) -> Parts:
-        """Opens the data and builds the model with its initial weights. Every rank calls it."""
-        layout = Layout.of(config, world.size)
+        """Opens the data, and builds the model with its initial weights. Every rank must call it."""
+        layout = Layout.from_config(config, world.size)
         source, valid = _open_data(config, world)
         decoder = decoder_config(config.model_type, config.model)
         model, axis, schedule = plan.build(decoder, config, layout, world.device)
         optimizer = Optimizer(axis.masters, config.adam)
-        scaler = LossScaler.of(config.grad_scaler, config.model.dtype)
-        sizes = BatchSizes.of(config.data, layout.data)
+        scaler = LossScaler.from_config(config.grad_scaler, config.model.dtype)
+        sizes = BatchSizes.from_config(config.data, layout.data)
         return cls(config, world, layout, source, valid, sizes, decoder, model, axis, schedule, optimizer, scaler, RunState())
 
     @property
     def terms(self) -> LossTerms:
-        """Weights of the loss's terms."""
+        """The weights of the terms of the loss."""
         return _terms(self.config.loss)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Weights and moments, under the names that they have in a checkpoint."""
+        """Returns the weights and the moments under their names in a checkpoint."""
         return self.optimizer.checkpoint_tensors()
 
     def extras(self) -> Extras:
-        """The small files of a checkpoint: counters, the model's shape, the config; and the tokenizer."""
+        """Returns what a checkpoint contains besides tensors: counters, the model's shape, the config, and the tokenizer."""
         path = self.config.data.tokenizer_path
         state = {
             **self.state.to_dict(), "updates": self.optimizer.steps, "scaler": self.scaler.state(),
@@ -94,16 +94,16 @@ def _open_data(config: Config, world: World) -> tuple[Source, Rows | None]:
     streams = [_exchange(world) for _ in range(data.streams)]
     here = ranks_here(os.environ)
     if world.rank > 0:
-        dist.barrier()  # rank 0 makes the index, the others find it
+        dist.barrier()  # rank 0 writes the index files, and then the others read them
     source = train_source(data, vocab, streams.pop, here)
     valid = valid_rows(data, vocab, streams.pop, here)
     if world.rank == 0:
         dist.barrier()
-    return source, in_memory(valid, data.valid_max_rows)
+    return source, load_stream(valid, data.valid_max_rows)
 
 
 def _exchange(world: World) -> Exchange:
-    """Over all ranks, whatever they are to each other: each tokenizes a share of a stream."""
+    """Makes the exchange of a stream, over all ranks: each of them tokenizes a share of the stream."""
     return Exchange(gloo.new_group() if world.size > 1 else None)
 
 

@@ -1,4 +1,4 @@
-"""What a run starts from: its own newest checkpoint, or what ``ckpt.load_ckpt_info`` names, or nothing."""
+"""Loads what a run starts from: its own newest checkpoint, what ``ckpt.load_ckpt_info`` names, or nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,14 @@ from .parts import Parts
 
 
 def restore(parts: Parts, run: Path) -> list[str]:
-    """Loads into the parts of a run that begins or goes on in the folder ``run``. Returns lines for the user."""
+    """Loads a checkpoint or weights into the parts of a run, if there is something to load. Every rank must call it.
+
+    Args:
+        run: the run folder.
+
+    Returns:
+        Lines for the user about what was loaded.
+    """
     ckpt = parts.config.ckpt
     if ckpt.auto_resume and ckpt.enable_save_ckpt and (found := complete_checkpoints(run)):
         return load_checkpoint(parts, found[0], LoadCkptInfo(path=str(found[0])))
@@ -36,11 +43,18 @@ def restore(parts: Parts, run: Path) -> list[str]:
 
 
 def load_checkpoint(parts: Parts, folder: Path, wanted: LoadCkptInfo) -> list[str]:
-    """Loads the parts that ``wanted`` names."""
+    """Loads from a checkpoint what ``wanted`` names. Every rank must call it.
+
+    Returns:
+        Lines for the user about what was loaded.
+
+    Raises:
+        CheckpointError: if the checkpoint is damaged, has no such content, or is not of the same model or the same data.
+    """
     checkpoint = Checkpoint(folder)
     kinds = tuple(f"{kind}/" for kind in KINDS if wanted.has(kind))
     if "optimizer/" in kinds and not any(n.startswith("optimizer/") for n in checkpoint.manifest.tensors):
-        raise CheckpointError(f'{folder} holds weights only; load it with content=("model",) (ckpt.load_ckpt_info)')
+        raise CheckpointError(f'{folder} has weights only; load it with content=("model",) (ckpt.load_ckpt_info)')
     tensors = {n: t for n, t in parts.tensors().items() if n.startswith(kinds)}
     mine, theirs = parts.decoder.lora, checkpoint.config.lora
     if mine and theirs is None and not wanted.has("optimizer"):
@@ -48,9 +62,9 @@ def load_checkpoint(parts: Parts, folder: Path, wanted: LoadCkptInfo) -> list[st
         tensors = {name: tensor for name, tensor in tensors.items() if ADAPTER_INFIX not in name}
     elif theirs != mine:
         raise CheckpointError(
-            f"{folder} has other adapters: model.lora is {theirs} there, and {mine} in the config. To go on without adapters, "
-            "or with new ones, merge these first: internevo convert CHECKPOINT TARGET "
-            '--to internevo; and load it with content=("model",) (ckpt.load_ckpt_info)'
+            f"{folder} has other adapters: model.lora is {theirs} in the checkpoint, and {mine} in the config. To continue "
+            "without adapters, or with new ones, first merge those of the checkpoint (internevo convert CHECKPOINT TARGET --to "
+            'internevo), and then load TARGET with content=("model",) (ckpt.load_ckpt_info)'
         )
     load_tensors(checkpoint, tensors)
     state = checkpoint.json("state.json")
@@ -65,62 +79,70 @@ def load_checkpoint(parts: Parts, folder: Path, wanted: LoadCkptInfo) -> list[st
 
 
 def _compare_data(parts: Parts, data: str, global_rows: int, folder: Path) -> list[str]:
-    """The place in the data means what it meant only with the same data."""
+    """Compares the data of a run with that of its checkpoint: a position in the data is valid only for the same data."""
     lines = []
     if data != parts.source.fingerprint():
         if parts.config.data.on_change == "stop":
             raise CheckpointError(
-                f"the training data is not that of {folder} (other files, lengths, seq_len or packing): the place in it "
-                "means nothing. Give the old data; or set data.on_change=continue to go on at the same number of rows; or load "
-                'with content=("model", "optimizer", "scheduler") to start the data anew'
+                f"the training data is not that of {folder} (other files, lengths, seq_len or packing), so the position in the "
+                "data that the checkpoint has is not valid. Use the old data; or set data.on_change=continue to continue after "
+                'the same number of rows; or load with content=("model", "optimizer", "scheduler") to start at the first row'
             )
         cursor = parts.state.cursor
-        cursor.place = parts.source.after_change(cursor.place)
-        lines.append(f"the training data has changed since {folder}; going on behind {cursor.rows} rows")
+        cursor.position = parts.source.position_after_change(cursor.position)
+        lines.append(f"the training data has changed since {folder} was saved; the run continues after {cursor.rows} rows")
     rows = parts.sizes.rows(parts.state.cursor.batch)
     if rows != global_rows:
         lines.append(
-            f"the global batch has now {rows} rows, and had {global_rows}: no row is lost or repeated, but the batches differ; "
-            f"data.global_batch_size={global_rows} keeps them"
+            f"the global batch has {rows} rows now, and had {global_rows} before: no row is lost or repeated, but the batches "
+            f"differ; with data.global_batch_size={global_rows} they would be the same"
         )
     return lines
 
 
 def load_hf(parts: Parts, folder: Path) -> list[str]:
-    """Weights from a Hugging Face folder; each rank reads the rows that it holds."""
+    """Loads weights from a Hugging Face folder. Each rank reads only the rows of its shards.
+
+    Returns:
+        Lines for the user about what was loaded.
+    """
     source = HfFolder(folder)
     lines = _compare(parts.decoder, source.config, folder)
     for name, parameter in parts.optimizer.named.items():
         if ADAPTER_INFIX in name:
             continue
         shape = parameter.shape
-        per_slice = Spec(tuple(shape), torch.float32).rows // shape[0]
+        rows_per_slice = Spec(tuple(shape), torch.float32).rows // shape[0]  # 1, but for experts
 
-        def values(start: int, stop: int, name: str = name, shape: torch.Size = shape, n: int = per_slice) -> Tensor:
+        def values(start: int, stop: int, name: str = name, shape: torch.Size = shape, n: int = rows_per_slice) -> Tensor:
             return source.read(name, start * n, (stop - start) * n).view(stop - start, *shape[1:])
 
         fill_local(parameter, values)
     return [*lines, f"loaded weights from {folder}"]
 
 
-CHOICES = ("family", "rope", "norm_eps", "max_position_embeddings", "windows", "experts")
-"""What may differ between the folder and the run, since the weights have the same names and shapes."""
+MAY_DIFFER = ("family", "rope", "norm_eps", "max_position_embeddings", "windows", "experts")
+"""Fields that may differ between the folder and the config, because they do not change the names and shapes of the weights."""
 
 
 def _compare(mine: DecoderConfig, theirs: DecoderConfig, folder: Path) -> list[str]:
-    """Lines about what differs between the config's model and the folder's; refuses another network."""
+    """Returns lines about what differs between the models of the config and of a folder.
+
+    Raises:
+        UsageError: if the folder's weights do not fit the config's model.
+    """
     lines, mine = [], replace(mine, lora=None)
     for field in fields(DecoderConfig):
         ours, other = getattr(mine, field.name), getattr(theirs, field.name)
-        if ours != other and field.name not in CHOICES:
-            raise UsageError(f"{folder} holds another model: its {field.name} is {other}, and the config's is {ours}")
+        if ours != other and field.name not in MAY_DIFFER:
+            raise UsageError(f"{folder} has another model: its {field.name} is {other}, and the config's is {ours}")
         if ours != other and field.name not in ("family", "experts"):
             lines.append(f"note: {field.name} is {other} in {folder}, and {ours} in the config")
     shapes, stored = parameter_shapes(mine), parameter_shapes(theirs)
     for name in {**shapes, **stored}:
         if shapes.get(name) != stored.get(name):
             raise UsageError(
-                f"{folder} holds another model: {name} is {_shape(stored, name)}, in the config {_shape(shapes, name)}"
+                f"{folder} has another model: {name} is {_shape(stored, name)}, in the config's model {_shape(shapes, name)}"
             )
     if mine.experts and theirs.experts and mine.experts != theirs.experts:
         lines.append(f"note: the experts are {theirs.experts} in {folder}, and {mine.experts} in the config")

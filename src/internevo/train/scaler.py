@@ -9,24 +9,24 @@ from ..config.training import GradScaler
 
 @dataclass
 class LossScaler:
-    """Grows after clean steps, shrinks after overflows. With other dtypes the scale is 1 and stays so."""
+    """The loss scale. It grows after steps without overflow and shrinks after overflows. In other dtypes it is always 1."""
 
     config: GradScaler
     enabled: bool
     scale: float = 1.0
     clean: int = 0
-    """Clean steps since the last overflow."""
+    """Number of steps since the last overflow."""
     overflows: int = 0
-    """Overflows in a row."""
+    """Number of consecutive overflows until now."""
 
     @classmethod
-    def of(cls, config: GradScaler, dtype: str) -> LossScaler:
-        """For a model of ``dtype``."""
+    def from_config(cls, config: GradScaler, dtype: str) -> LossScaler:
+        """Makes the scaler of a model whose ``model.dtype`` is ``dtype``."""
         enabled = dtype == "float16"
         return cls(config, enabled, config.fp16.initial_scale if enabled else 1.0)
 
     def update(self, overflow: bool) -> None:
-        """After each step: whether its gradients overflowed."""
+        """Updates the scale after a step. ``overflow``: whether the gradients of the step were not finite."""
         if not self.enabled:
             return
         if overflow:
@@ -41,10 +41,10 @@ class LossScaler:
             self.scale = min(self.scale * self.config.growth_factor, ceiling)
 
     def state(self) -> dict[str, float]:
-        """For the checkpoint."""
+        """Returns the state for a checkpoint."""
         return {"enabled": self.enabled, "scale": self.scale, "clean": self.clean, "overflows": self.overflows}
 
     def load(self, state: dict[str, float]) -> None:
-        """From a checkpoint; of a model of another dtype nothing is taken."""
-        if self.enabled and state.get("enabled", state["scale"] != 1.0):  # older checkpoints do not say
+        """Restores the state from a checkpoint. If the checkpoint's model has another dtype, nothing is restored."""
+        if self.enabled and state.get("enabled", state["scale"] != 1.0):  # older checkpoints do not have "enabled"
             self.scale, self.clean, self.overflows = state["scale"], int(state["clean"]), int(state["overflows"])

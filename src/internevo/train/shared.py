@@ -1,4 +1,4 @@
-"""What every rank tells all others with each step, on the way with the losses."""
+"""Numbers that every rank shares with all others in each step, in the same all-reduce as the losses."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from dataclasses import astuple, dataclass
 
 @dataclass
 class Shared:
-    """One rank's numbers; or, after the step, their sums over all ranks."""
+    """The numbers of one rank, and after the all-reduce their sums over all ranks."""
 
     stop_asked: float
-    """1 on a rank that was asked to stop by a signal."""
+    """1 on a rank that a signal has asked to stop, otherwise 0."""
     stop_at: float
-    """Number in the stop file, which rank 0 reads; 0 on the others."""
+    """Number in the stop file, which rank 0 reads; 0 on the other ranks."""
     data_skipped: float
-    """Documents (rows of tokenized data) that a rank has left out since the step before."""
+    """Documents (or rows of tokenized data) that the rank has left out since the previous step."""
     memory_peak: list[float]
-    """Bytes, by rank: each rank fills in its own."""
+    """Bytes, one number per rank. Each rank fills in its own number; the others are 0."""
 
     def pack(self) -> list[float]:
-        """As one list of numbers, to be added up."""
+        """Returns all numbers as one list."""
         *numbers, memory_peak = astuple(self)
         return [*numbers, *memory_peak]
 
     @classmethod
     def unpack(cls, values: list[float]) -> Shared:
-        """The inverse of ``pack``."""
+        """Makes a ``Shared`` from what ``pack`` returns."""
         stop_asked, stop_at, data_skipped, *memory_peak = values
         return cls(stop_asked, stop_at, data_skipped, memory_peak)

@@ -1,4 +1,4 @@
-"""The counters of a run. With weights, moments and loss scale they are all that a resumed run needs."""
+"""The counters of a run. A resumed run needs them, the weights, the moments and the loss scale, and nothing else."""
 
 from __future__ import annotations
 
@@ -11,37 +11,40 @@ from ..data.batches import Cursor
 
 @dataclass
 class RunState:
-    """Counters, the same on every rank."""
+    """Counters, which are the same on every rank."""
 
     cursor: Cursor = field(default_factory=Cursor)
+    """The position in the data."""
     consumed_tokens: int = 0
     skipped_steps: int = 0
+    """Steps without an update, because their gradients were not finite."""
     data_skipped: int = 0
-    """Documents (rows of tokenized data) that could not be read and were left out."""
+    """Documents (or rows of tokenized data) that were left out because they could not be read."""
 
     @property
     def step(self) -> int:
-        """Number of the last step done; steps count from 1, batches from 0."""
+        """The number of the last finished step. Steps are numbered from 1, batches from 0."""
         return self.cursor.batch
 
     def to_dict(self) -> dict[str, Any]:
-        """For the checkpoint."""
+        """Returns the counters for a checkpoint."""
         return {
             "step": self.step,
             "consumed_rows": self.cursor.rows,
-            "place": self.cursor.place,
+            "place": self.cursor.position,
             "consumed_tokens": self.consumed_tokens,
             "skipped_steps": self.skipped_steps,
             "data_skipped": self.data_skipped,
         }
 
     def load(self, values: dict[str, Any], wanted: LoadCkptInfo) -> None:
-        """From a checkpoint: the place in the schedule is the "scheduler", the place in the data the "sampler"."""
+        """Restores from a checkpoint what ``wanted`` names: "scheduler" is the step, "sampler" is the position in the data."""
         if wanted.has("scheduler"):
             self.cursor.batch = values["step"]
             self.skipped_steps = values["skipped_steps"]
         if wanted.has("sampler"):
             self.cursor.rows = values["consumed_rows"]
-            self.cursor.place = values.get("place", self.cursor.rows)  # earlier checkpoints: rows of shuffled data
+            # Older checkpoints have no "place": their data was always shuffled, and its position is the number of rows.
+            self.cursor.position = values.get("place", self.cursor.rows)
             self.data_skipped = values.get("data_skipped", 0)
             self.consumed_tokens = values["consumed_tokens"]

@@ -1,5 +1,5 @@
-"""One optimizer step, the same for every layout: forward and backward of each micro-batch, one reduction of all that every rank
-must know, clipping, update."""
+"""One optimizer step, which is the same for every layout: forward and backward passes of the micro-batches, one all-reduce of
+everything that all ranks must know, clipping, and the update."""
 
 from __future__ import annotations
 
@@ -27,67 +27,71 @@ from .shared import Shared
 
 @dataclass
 class Losses:
-    """Sums over tokens, by dataset type; this rank's until they are reduced."""
+    """Sums of losses by dataset type: those of this rank until they are reduced, and then those of all ranks."""
 
     sums: Tensor
-    """fp64 [types]"""
+    """Sum of the losses of all tokens, fp64 [types]."""
     counts: Tensor
-    """fp64 [types]: predicted tokens."""
+    """Number of predicted tokens, fp64 [types]."""
 
     @classmethod
     def zeros(cls, types: int, device: torch.device) -> Losses:
-        """Nothing yet."""
+        """Makes sums of 0."""
         return cls(*(torch.zeros(types, dtype=torch.float64, device=device) for _ in range(2)))
 
     def add(self, losses: Tensor, batch: MicroBatch) -> None:
-        """Adds a micro-batch's losses [B, S]."""
+        """Adds the losses of a micro-batch, [B, S]."""
         types = batch.types.flatten().long()
         self.sums.index_add_(0, types, losses.detach().flatten().double())
         self.counts.index_add_(0, types, (batch.labels != -100).flatten().double())
 
     def mean(self) -> float:
-        """Mean over all predicted tokens."""
+        """Returns the mean loss over all predicted tokens."""
         return float(self.sums.sum() / self.counts.sum().clamp(min=1))
 
     def by_type(self, names: list[str]) -> dict[str, float]:
-        """Mean of each type that occurred."""
+        """Returns type -> mean loss, for the types that have predicted tokens."""
         sums, counts = self.sums.tolist(), self.counts.tolist()
         return {name: s / c for name, s, c in zip(names, sums, counts, strict=True) if c}
 
 
 @dataclass
 class StepResult:
-    """What a step found, the same on every rank."""
+    """The results of a step, which are the same on every rank."""
 
     losses: Losses
     grad_norm: float
-    """Global L2 norm before clipping, of the gradient of the mean loss."""
+    """Global L2 norm of the gradient of the mean loss, before clipping."""
     skipped: bool
-    """The gradients were not finite; nothing was updated."""
+    """Whether the gradients were not finite, so that nothing was updated."""
     shared: Shared
-    """Sums over all ranks."""
+    """The sums over all ranks."""
     routing: dict[str, Any] | None = None
-    """What the routers did, in a model with experts."""
+    """Statistics of the routers, if the model has experts."""
 
 
 class Stepper:
-    """Takes steps with the parts of a run."""
+    """Takes the steps of a run."""
 
     def __init__(self, parts: Parts) -> None:
         self.parts, self.device = parts, parts.world.device
         self.types, self.terms = len(parts.source.types), parts.terms
         self.clip = parts.config.hybrid_zero_optimizer.clip_grad_norm
-        self.copies = {name: parts.axis.copies(name) for name in parts.axis.masters}
-        """Ranks that hold the same part of each weight."""
+        self.replicas = {name: parts.axis.replica_count(name) for name in parts.axis.masters}
+        """Weight -> number of ranks that have the same shard of it."""
 
-    def __call__(self, batch: StepBatch, lr: float, beta2: float, share: Callable[[], Shared]) -> StepResult:
-        """Trains on one batch. ``share`` is asked for this rank's numbers when the gradients are there."""
+    def __call__(self, batch: StepBatch, lr: float, beta2: float, get_shared: Callable[[], Shared]) -> StepResult:
+        """Trains on one batch.
+
+        Args:
+            get_shared: returns the numbers that this rank shares. It is called after the backward passes.
+        """
         parts = self.parts
-        # Gradients are those of the sum of losses over a fixed number; the true number of predicted tokens is known when
-        # all ranks have been asked, and enters with the clipping.
+        # The loss is first divided by the number of all tokens. The number of predicted tokens is only known after the
+        # all-reduce, so gradients are scaled to it together with clipping.
         expected = float(batch.tokens)
         losses, routed = self._forward_backward(batch, parts.scaler.scale / expected)
-        result, to_mean = self._reduce(losses, routed, expected / parts.scaler.scale, share())
+        result, to_mean = self._reduce(losses, routed, expected / parts.scaler.scale, get_shared())
         if not result.skipped:
             parts.optimizer.scale_gradients(to_mean * clip_factor(result.grad_norm, self.clip))
             parts.optimizer.step(lr, beta2)
@@ -99,65 +103,76 @@ class Stepper:
     def _forward_backward(self, batch: StepBatch, scale: float) -> tuple[Losses, RouterSums]:
         losses, routed = Losses.zeros(self.types, self.device), RouterSums(self.parts.decoder, self.device)
 
-        def done(micro_batch: MicroBatch, loss: Loss) -> None:
+        def on_loss(micro_batch: MicroBatch, loss: Loss) -> None:
             losses.add(loss.losses, micro_batch)
             routed.add(loss)
 
-        self.parts.schedule.train(batch.micro_batches, self.terms, scale, done)
+        self.parts.schedule.train(batch.micro_batches, self.terms, scale, on_loss)
         return losses, routed
 
-    def _reduce(self, losses: Losses, routed: RouterSums, unscale: float, share: Shared) -> tuple[StepResult, float]:
-        """One all-reduce of everything that all ranks must know. Returns the factor from gradients to those of the mean."""
+    def _reduce(self, losses: Losses, routed: RouterSums, unscale: float, shared: Shared) -> tuple[StepResult, float]:
+        """Adds up everything that all ranks must know, in one all-reduce.
+
+        Returns:
+            The result of the step, and the factor that turns the gradients into those of the mean loss.
+        """
         gradients = self.parts.optimizer.gradients()
         norms = foreach.norms(list(gradients.values())).double()
-        # Every part counts once, however many ranks hold it.
-        copies = torch.tensor([self.copies[name] for name in gradients], dtype=torch.float64, device=self.device)
-        squares = (norms.square() / copies).sum()
-        shared = torch.tensor(share.pack(), dtype=torch.float64, device=self.device)
-        square_sum, sums, counts, routing, shared = over_ranks(
-            squares.view(1), losses.sums, losses.counts, routed.values, shared
+        # Each shard must count once in the norm, even if several ranks have it.
+        replicas = torch.tensor([self.replicas[name] for name in gradients], dtype=torch.float64, device=self.device)
+        squares = (norms.square() / replicas).sum()
+        numbers = torch.tensor(shared.pack(), dtype=torch.float64, device=self.device)
+        square_sum, sums, counts, routing, numbers = sum_over_ranks(
+            squares.view(1), losses.sums, losses.counts, routed.values, numbers
         )
-        counts = counts / self.parts.layout.tensor  # the ranks of a tensor group have counted the same tokens
+        counts = counts / self.parts.layout.tensor  # all ranks of a tensor group have counted the same tokens
         predicted = float(counts.sum())
         to_mean = unscale / max(predicted, 1.0)
         norm = float(square_sum.sqrt()) * to_mean
         finite = math.isfinite(norm) and bool(torch.isfinite(sums).all())
         summary = routed.summary(routing, predicted)
-        return StepResult(Losses(sums, counts), norm, not finite, Shared.unpack(shared.tolist()), summary), to_mean
+        return StepResult(Losses(sums, counts), norm, not finite, Shared.unpack(numbers.tolist()), summary), to_mean
 
 
 def formulas(parts: Parts) -> tuple[Memory, list[Collectives]] | None:
-    """Memory of rank 0, and the collectives of a step, as the strategies state them; None with adapters, of which they state
-    nothing."""
+    """Returns the memory of rank 0 and the collectives of a step, as the strategies state them.
+
+    With adapters it returns None, because the strategies do not state what adapters cost.
+    """
     if parts.decoder.lora is not None:
         return None
     micro_batches = parts.sizes.micro_batches(parts.state.cursor.batch)
-    work = Workload.of(parts.decoder, parts.config, parts.layout, micro_batches, parts.world.device.type)
+    work = Workload.from_config(parts.decoder, parts.config, parts.layout, micro_batches, parts.world.device.type)
     rows = [*plan.traffic(work), traffic(parts.decoder, len(parts.source.types), parts.layout)]
     return plan.memory(work), add_up(rows, parts.layout)
 
 
 def traffic(decoder: DecoderConfig, types: int, layout: Layout) -> Collectives:
-    """The one all-reduce of a step: the gradients' norm, losses and counts by dataset type, the routers' sums, ``Shared``."""
-    shared = len(fields(Shared)) - 1 + layout.world
-    return Collectives("all-reduce", "world", 1, 8 * (1 + 2 * types + RouterSums.size(decoder) + shared))
+    """Returns the all-reduce of a step: the norm, losses and counts by dataset type, the sums of the routers, ``Shared``."""
+    numbers = len(fields(Shared)) - 1 + layout.world
+    return Collectives("all-reduce", "world", 1, 8 * (1 + 2 * types + RouterSums.size(decoder) + numbers))
 
 
 def clip_factor(norm: float, limit: float) -> float:
-    """Factor that brings gradients of global L2 norm ``norm`` down to ``limit``, as ``clip_grad_norm_`` does; 0: no limit."""
+    """Returns the factor by which ``clip_grad_norm_`` multiplies gradients.
+
+    Args:
+        norm: global L2 norm of the gradients.
+        limit: the largest norm allowed; 0: no limit.
+    """
     return min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
 
 
-def over_ranks(*parts: Tensor) -> list[Tensor]:
-    """Vectors of fp64 summed over all ranks, in one all-reduce."""
-    packed = torch.cat(parts)
+def sum_over_ranks(*vectors: Tensor) -> list[Tensor]:
+    """Sums vectors (fp64) over all ranks, in one all-reduce."""
+    packed = torch.cat(vectors)
     dist.all_reduce(packed)
-    return list(packed.split([part.numel() for part in parts]))
+    return list(packed.split([vector.numel() for vector in vectors]))
 
 
 def evaluate(parts: Parts, batches: Iterable[MicroBatch], types: int) -> Losses:
-    """Losses over all ranks' validation batches; every rank must have equally many."""
+    """Computes the losses over the validation batches of all ranks. All ranks must have the same number of batches."""
     losses = Losses.zeros(types, parts.world.device)
     parts.schedule.evaluate(batches, lambda micro_batch, loss: losses.add(loss.losses, micro_batch))
-    sums, counts = over_ranks(losses.sums, losses.counts)
+    sums, counts = sum_over_ranks(losses.sums, losses.counts)
     return Losses(sums, counts / parts.layout.tensor)

@@ -1,4 +1,4 @@
-"""A training run, from a checked config to its last checkpoint. ``Trainer.fit`` is the loop."""
+"""A training run, from a checked config to the last checkpoint. ``Trainer.fit`` is the loop."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ..checkpoint.export import Exporter, check_export
 from ..checkpoint.folder import remove_leftovers
 from ..checkpoint.saver import Saver
 from ..config import Config, dump
-from ..data.batches import StepBatch, TrainBatches, parse_skips, valid_batches
-from ..data.build import fitting_tokenizer
+from ..data.batches import StepBatch, TrainBatches, parse_skip_batches, valid_batches
+from ..data.build import checked_tokenizer
 from ..measure.probes import Probes
 from ..models.families.registry import decoder_config
 from ..models.generate import Sampling, generate
@@ -36,7 +36,7 @@ from .watchdog import Watchdog
 
 
 class Trainer:
-    """A run on this rank."""
+    """A training run on this rank."""
 
     def __init__(self, config: Config, world: World, stops: StopRequests, watchdog: Watchdog) -> None:
         self.config, self.world, self.stops, self.watchdog = config, world, stops, watchdog
@@ -45,7 +45,7 @@ class Trainer:
         prepare(config, world.device)
         _prepare_saving(config, world)
         self.parts = Parts.build(config, world)
-        self.first_lines = [*restore(self.parts, self.run), *_warnings(config, world)]
+        self.start_lines = [*restore(self.parts, self.run), *_warnings(config, world)]
         self.parts.axis.masters_changed()
         self.state = self.parts.state
         self.stepper = Stepper(self.parts)
@@ -66,7 +66,7 @@ class Trainer:
     # The loop --------------------------------------------------------------------------------------------------------
 
     def fit(self) -> None:
-        """Trains to the end, or until asked to stop; then saves."""
+        """Trains to the last step, or until a request to stop, and saves a checkpoint at the end."""
         config, data = self.config, self.config.data
         observers = self._observers()
         try:
@@ -92,7 +92,7 @@ class Trainer:
                     break
                 clock = time.perf_counter()
             if config.ckpt.enable_save_ckpt and self.saved_step < self.state.step:
-                self._save(self.state.step)  # batches at the very end were skipped
+                self._save(self.state.step)  # the last batches were skipped (data.skip_batches)
             self.saver.wait()
         finally:
             self.garbage.release()
@@ -100,26 +100,26 @@ class Trainer:
                 observers.close()
 
     def _step(self, batch: StepBatch, data_time: float) -> tuple[StepRecord, bool, bool]:
-        """One step; its record, and whether to stop and to save behind it."""
+        """Takes one step. Returns its record, whether to stop after it, and whether to save after it."""
         config, begin = self.config, time.perf_counter()
         lr = learning_rate(batch.number, config.data.total_steps, config.adam.lr, config.lr_scheduler)
         with self.probes(), self.watchdog.step(batch.tokens):
-            share = partial(self._share, len(batch.bad))
-            result = self.stepper(batch, lr, beta2(batch.number, config.adam, config.beta2_scheduler), share)
-        self.state.cursor = batch.after
+            get_shared = partial(self._shared, len(batch.skipped))
+            result = self.stepper(batch, lr, beta2(batch.number, config.adam, config.beta2_scheduler), get_shared)
+        self.state.cursor = batch.next_cursor
         self.state.consumed_tokens += batch.tokens
         self.state.skipped_steps += result.skipped
         self.state.data_skipped += int(result.shared.data_skipped)
-        for message in batch.bad:
+        for message in batch.skipped:
             log.warning(f"left out: {message}")
         record = self._record(batch, result, lr, time.perf_counter() - begin, data_time)
         return record, *self.stops.decide(record.step, result.shared)
 
-    def _share(self, bad: int) -> Shared:
-        """What this rank tells all others with each step."""
+    def _shared(self, skipped: int) -> Shared:
+        """Returns the numbers that this rank shares. ``skipped``: number of documents that it left out since the last step."""
         memory = [0.0] * self.world.size
         memory[self.world.rank] = float(memory_peak(self.world.device))
-        return Shared(*self.stops.requests(), float(bad), memory)
+        return Shared(*self.stops.requests(), float(skipped), memory)
 
     def _record(self, batch: StepBatch, result: StepResult, lr: float, step_time: float, data_time: float) -> StepRecord:
         tgs = batch.tokens / (step_time + data_time) / self.world.size
@@ -153,7 +153,7 @@ class Trainer:
             observers.valid(ValidRecord(step, loss, _perplexity(loss), time.time(), by_type, ppl))
 
     def _sample(self, step: int, observers: Observers | None) -> None:
-        """Continues the configured prompts. Every rank takes part, since the weights may be spread over all."""
+        """Generates text after ``monitor.sample_prompts``. All ranks take part, because the weights may be sharded over all."""
         monitor, tokenizer, parts = self.config.monitor, self.tokenizer, self.parts
         if tokenizer is None:
             return
@@ -162,7 +162,7 @@ class Trainer:
             ids = tokenizer.with_bos(prompt)
             ends = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
             sampling = Sampling(temperature=0.8, top_p=0.95)
-            with parts.axis.whole_sequences():
+            with parts.axis.unsharded_sequences():
                 out = generate(
                     parts.model, ids, monitor.sample_tokens, sampling, seed=self.config.seed, eos_ids=ends, dtype=dtype
                 )
@@ -176,8 +176,8 @@ class Trainer:
         self.garbage.collect()
 
     def _observers(self) -> Observers | None:
-        """On rank 0, after they have shown the run's first lines."""
-        for line in self.first_lines:
+        """On rank 0, makes the observers, and prints the first lines of the run."""
+        for line in self.start_lines:
             log.info(line)
         if self.world.rank:
             return None
@@ -185,10 +185,10 @@ class Trainer:
         config, total = self.config, self.config.data.total_steps
         observers = Observers(self.run, config.monitor, self.state.step, total, config.enable_tb)
         self.exporter.warn = observers.console.warn
-        for line in [self._title(), *self.first_lines]:
+        for line in [self._title(), *self.start_lines]:
             observers.console.say(line)
         if self.state.step >= total:
-            observers.console.say(f"all {total} steps are trained already")
+            observers.console.say(f"all {total} steps (data.total_steps) have been trained already")
         return observers
 
     def _title(self) -> str:
@@ -204,30 +204,30 @@ class Trainer:
 
 
 def _prepare_saving(config: Config, world: World) -> None:
-    """Says before the first step what can't be exported, and removes what a killed run has left."""
+    """Checks before the first step that the model can be exported, and removes what a killed run has left."""
     if not config.ckpt.enable_save_ckpt:
         return
     if config.ckpt.enable_internevo2hf_ckpt:
         check_export(decoder_config(config.model_type, config.model), config.data.tokenizer_path)
     if world.rank == 0:
         remove_leftovers(config.run_folder)
-    dist.barrier()  # now every rank finds the same checkpoints
+    dist.barrier()  # after it, all ranks find the same checkpoints
 
 
 def _batches(parts: Parts) -> TrainBatches:
-    """This rank's share of the training data."""
+    """Makes the batches of this rank."""
     data, world = parts.config.data, parts.world
     return TrainBatches(
         parts.source, parts.sizes, parts.layout.data_rank(world.rank), data.use_packed_dataset, data.total_steps,
-        parse_skips(data.skip_batches), pin=world.device.type == "cuda",
+        parse_skip_batches(data.skip_batches), pin_memory=world.device.type == "cuda",
     )  # fmt: skip
 
 
 def _sample_tokenizer(config: Config) -> Tokenizer | None:
-    """For samples, where some are asked for."""
+    """Opens the tokenizer for samples, if samples are configured."""
     if not config.monitor.sample_prompts or not config.data.tokenizer_path:
         return None
-    return fitting_tokenizer(config.data.tokenizer_path, config.model.vocab_size)
+    return checked_tokenizer(config.data.tokenizer_path, config.model.vocab_size)
 
 
 def _warnings(config: Config, world: World) -> list[str]:
@@ -235,7 +235,7 @@ def _warnings(config: Config, world: World) -> list[str]:
         return []
     return [
         f"warning: this CPU has no instructions for model.dtype = {config.model.dtype!r}; "
-        "model.dtype=torch.float32 is hundreds of times faster here"
+        "model.dtype=torch.float32 is hundreds of times faster on it"
     ]
 
 

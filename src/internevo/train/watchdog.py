@@ -60,11 +60,13 @@ class Watchdog:
         """The thread to answer for; and what it answers once the run has failed here."""
         self.over, self.ending = threading.Event(), threading.Lock()
         self.roll: RollCall | None = None
+        self.thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
         if self.world.size > 1:
             self.roll = RollCall(self.world.store.clone(), self.world.rank, self.world.size, self.interval)  # type: ignore[attr-defined]
-            threading.Thread(target=self._watch, args=(self.roll,), name="watchdog", daemon=True).start()
+            self.thread = threading.Thread(target=self._watch, args=(self.roll,), name="watchdog", daemon=True)
+            self.thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -75,8 +77,9 @@ class Watchdog:
             self.before_end(LONG)
         with self.ending:
             self.over.set()
-        if self.roll is not None:
+        if self.roll is not None and self.thread is not None:
             self.roll.leave(self.failure)
+            self.thread.join()  # the end of Python in a thread that asks the store would be a crash
 
     @contextmanager
     def step(self, tokens: int) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Exports beside checkpoints: what can't be exported is said at the start, and one that fails later ends no run."""
+"""Exports of checkpoints: a model that cannot be exported is refused at the start; an export that fails later is a warning."""
 
 import base64
 import json
@@ -50,7 +50,7 @@ def test_a_checkpoint_is_exported_and_a_snapshot_is_not(run_folder: Path) -> Non
     exporter = Exporter(run_folder, torch.bfloat16, warnings.append)
     exporter(run_folder / "snapshots" / "0")
     exporter(run_folder / "checkpoints" / "step-00000002")
-    exporter(run_folder / "checkpoints" / "step-00000002")  # again: the new one takes its place
+    exporter(run_folder / "checkpoints" / "step-00000002")  # the second export replaces the first
     assert os.listdir(run_folder / "hf") == ["step-00000002"]
     assert HfFolder(run_folder / "hf" / "step-00000002").dtype_of("norm.weight") == torch.bfloat16
     assert warnings == []
@@ -103,7 +103,7 @@ def test_a_full_disk_is_a_warning(run_folder: Path, monkeypatch: pytest.MonkeyPa
     assert Checkpoint(run_folder / "checkpoints" / "step-00000002").config == TINY
 
 
-def test_what_no_folder_can_hold_is_refused_with_the_key_to_change(tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_exported_is_refused_with_the_key_to_change(tmp_path: Path) -> None:
     check_export(TINY, None)
     check_export(replace(TINY, lora=Lora(2, 4.0, ("q",))), str(tmp_path / "not there"))  # adapters are merged
     said = "its o_bias is False, and in the folder it would be True; .*enable_internevo2hf_ckpt=False"
@@ -117,8 +117,8 @@ def test_what_no_folder_can_hold_is_refused_with_the_key_to_change(tmp_path: Pat
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
-def test_what_is_not_refused_can_be_written(name: str, data: st.DataObject) -> None:
-    """For a model of any family, under the names of any other."""
+def test_a_model_that_is_not_refused_can_be_written(name: str, data: st.DataObject) -> None:
+    """For a model of any family that is written as any other family."""
     hf = data.draw(CONFIGS[data.draw(st.sampled_from(sorted(CONFIGS)))]).to_dict()
     changes: dict[str, Any] = data.draw(
         st.fixed_dictionaries(
@@ -140,7 +140,7 @@ def test_what_is_not_refused_can_be_written(name: str, data: st.DataObject) -> N
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "own.json"])
-def test_a_tokenizer_that_is_one_file_travels_along(tmp_path: Path, name: str) -> None:
+def test_a_tokenizer_that_is_one_file_is_copied(tmp_path: Path, name: str) -> None:
     path = train_bpe(["def f(x): return x"] * 5, 300, tmp_path / "from")
     path = path.rename(path.with_name(name))
     copy_tokenizer(path, tmp_path / "to")
@@ -151,7 +151,7 @@ def test_a_tokenizer_that_is_one_file_travels_along(tmp_path: Path, name: str) -
     assert special_ids(tmp_path / "to") == special_ids(path)
 
 
-def test_a_folder_of_tiktoken_ranks_travels_along(tmp_path: Path) -> None:
+def test_a_folder_of_tiktoken_ranks_is_copied(tmp_path: Path) -> None:
     (tmp_path / "from").mkdir()
     ranks = "".join(f"{base64.b64encode(bytes([n])).decode()} {n}\n" for n in range(256))
     (tmp_path / "from" / "r50k_base.tiktoken").write_text(ranks)

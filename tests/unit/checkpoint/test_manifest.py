@@ -1,4 +1,4 @@
-"""The manifest reads back what was written; whatever is not as it says is found, and named with its place."""
+"""A manifest can be read as it was written. Files that differ from it are found, and the message says where the damage is."""
 
 import json
 import zlib
@@ -44,36 +44,36 @@ SMALL = Manifest(3, {"world": 2}, {"torch": "2.13"}, {"a": FileEntry(1, [5])}, {
 
 
 @given(manifest=manifests)
-def test_it_reads_back_what_was_written(tmp_path_factory: pytest.TempPathFactory, manifest: Manifest) -> None:
+def test_a_manifest_can_be_read_as_it_was_written(tmp_path_factory: pytest.TempPathFactory, manifest: Manifest) -> None:
     folder = tmp_path_factory.mktemp("manifest")
     manifest.write(folder)
     assert Manifest.read(folder) == manifest
     assert [path.name for path in folder.iterdir()] == [NAME]
 
 
-def test_writing_again_replaces_it(tmp_path: Path) -> None:
+def test_writing_again_replaces_the_manifest(tmp_path: Path) -> None:
     SMALL.write(tmp_path)
     later = Manifest(4, {}, {})
     later.write(tmp_path)
     assert Manifest.read(tmp_path) == later
 
 
-def test_a_folder_without_one_is_no_complete_checkpoint(tmp_path: Path) -> None:
+def test_a_folder_without_a_manifest_is_not_a_complete_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=f"is not a complete checkpoint: it has no {NAME}"):
         Manifest.read(tmp_path)
-    (tmp_path / (NAME + ".tmp")).write_text("{}")  # a save that did not end
+    (tmp_path / (NAME + ".tmp")).write_text("{}")  # a save that was killed
     with pytest.raises(CheckpointError, match="is not a complete checkpoint"):
         Manifest.read(tmp_path)
 
 
 def test_another_format_is_named(tmp_path: Path) -> None:
     (tmp_path / NAME).write_text(json.dumps({**asdict(SMALL), "format": FORMAT + 1}))
-    with pytest.raises(CheckpointError, match=rf"{NAME} has format {FORMAT + 1}, and this version reads {FORMAT}"):
+    with pytest.raises(CheckpointError, match=rf"{NAME} has format {FORMAT + 1}, and this version of internevo reads {FORMAT}"):
         Manifest.read(tmp_path)
 
 
 @given(data=st.data())
-def test_a_manifest_that_is_cut_short_is_damaged(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
+def test_a_truncated_manifest_is_damaged(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
     folder = tmp_path_factory.mktemp("manifest")
     SMALL.write(folder)
     content = (folder / NAME).read_bytes()
@@ -103,7 +103,7 @@ CHANGES: list[dict[str, Any]] = [
         *(json.dumps({**asdict(SMALL), **change}).encode() for change in CHANGES),
     ],
 )  # fmt: skip
-def test_json_that_is_no_manifest_is_damaged(tmp_path: Path, content: bytes) -> None:
+def test_json_that_is_not_a_manifest_is_damaged(tmp_path: Path, content: bytes) -> None:
     (tmp_path / NAME).write_bytes(content)
     with pytest.raises(CheckpointError, match=f"{NAME} is damaged"):
         Manifest.read(tmp_path)
@@ -116,7 +116,7 @@ contents = st.binary(max_size=5 * BLOCK)
 
 
 @given(pieces=st.lists(contents, max_size=6), views=st.booleans())
-def test_checksums_are_those_of_each_block_however_the_bytes_come(
+def test_checksums_do_not_depend_on_the_pieces_in_which_the_bytes_come(
     tmp_path_factory: pytest.TempPathFactory, pieces: list[bytes], views: bool
 ) -> None:
     whole = b"".join(pieces)
@@ -144,12 +144,12 @@ def test_a_changed_byte_is_found_and_its_block_is_named(
         verify(folder, ["file"], manifest)
         (folder / "file").write_bytes(changed)
         first = position // BLOCK * BLOCK
-        place = f"in bytes {first} to {min(first + BLOCK, len(content))};"
-        with pytest.raises(CheckpointError, match=f"file is damaged: its checksum differs {place}"):
+        damage = f"in bytes {first} to {min(first + BLOCK, len(content))};"
+        with pytest.raises(CheckpointError, match=f"file is damaged: its checksum differs {damage}"):
             verify(folder, ["file"], manifest)
 
 
-def test_files_that_are_missing_or_of_another_size_are_named_and_others_are_not_looked_at(tmp_path: Path) -> None:
+def test_files_that_are_missing_or_of_another_size_are_named_and_other_files_are_not_read(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         (tmp_path / name).write_bytes(b"12345")
     manifest = Manifest(1, {}, {}, {name: describe_file(tmp_path / name) for name in ("a", "b", "c")})
@@ -162,7 +162,7 @@ def test_files_that_are_missing_or_of_another_size_are_named_and_others_are_not_
         verify(tmp_path, ["c"], manifest)
 
 
-def test_a_manifest_with_too_few_checksums_does_not_vouch_for_a_file(tmp_path: Path) -> None:
+def test_a_file_without_checksums_in_the_manifest_is_damaged(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"12345")
     with pytest.raises(CheckpointError, match="a is damaged: its checksum differs in bytes 0 to 5"):
         verify(tmp_path, ["a"], Manifest(1, {}, {}, {"a": FileEntry(5, [])}))

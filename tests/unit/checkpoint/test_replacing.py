@@ -1,4 +1,4 @@
-"""A save that is killed at any moment leaves exactly one complete checkpoint of its step, or the earlier ones."""
+"""After a save is killed at any moment, either the new checkpoint is complete, or the earlier ones are as before."""
 
 import os
 from pathlib import Path
@@ -21,7 +21,7 @@ def save(folder: Path, step: int, which: str) -> None:
 
 
 def found(run: Path) -> list[tuple[int, str]]:
-    """(step, which save it is of) of every complete checkpoint; each is intact."""
+    """Verifies every complete checkpoint. Returns (step, which save wrote it) of each."""
     result = []
     for folder in complete_checkpoints(run):
         checkpoint = Checkpoint(folder)
@@ -37,7 +37,7 @@ def found(run: Path) -> list[tuple[int, str]]:
         ("checkpoints/step-00000004", 4, 4),
         ("snapshots/0", 3, 5),
     ],
-    ids=["new", "a step again", "a snapshot's turn"],
+    ids=["a new step", "the same step again", "a snapshot is replaced"],
 )
 def test_a_kill_leaves_one_complete_checkpoint(tmp_path: Path, name: str, before: int | None, after: int) -> None:
     seen = set()
@@ -53,9 +53,9 @@ def test_a_kill_leaves_one_complete_checkpoint(tmp_path: Path, name: str, before
         kept = found(run)
         remove_leftovers(run)
         assert found(run) == kept
-        for place in ("checkpoints", "snapshots"):
-            if (run / place).exists():
-                assert not [n for n in os.listdir(run / place) if n.startswith(".") or n.endswith((".tmp", ".old"))]
+        for parent in ("checkpoints", "snapshots"):
+            if (run / parent).exists():
+                assert not [n for n in os.listdir(run / parent) if n.startswith(".") or n.endswith((".tmp", ".old"))]
         seen.add(kept[0][1])
 
     moments = kill_at_every_moment(tmp_path, prepare, lambda run: save(run / name, after, "new"), check)
@@ -63,7 +63,7 @@ def test_a_kill_leaves_one_complete_checkpoint(tmp_path: Path, name: str, before
     assert seen == {"old" if before else "earlier", "new"}
 
 
-def test_folders_under_other_names_are_no_checkpoints(tmp_path: Path) -> None:
+def test_folders_with_other_names_are_not_checkpoints(tmp_path: Path) -> None:
     save(tmp_path / "checkpoints" / "step-00000002", 2, "one")
     for other in ("step-00000003.old", "step-00000003.tmp", "step-00000003b", "backup"):
         save(tmp_path / "checkpoints" / other, 3, other)
@@ -72,7 +72,7 @@ def test_folders_under_other_names_are_no_checkpoints(tmp_path: Path) -> None:
     assert len(os.listdir(tmp_path / "checkpoints")) == 5
 
 
-def test_exports_cut_short_are_removed_and_others_stay(tmp_path: Path) -> None:
+def test_incomplete_exports_are_removed_and_other_folders_stay(tmp_path: Path) -> None:
     for name in ("hf/.step-00000002.01234567.tmp", "hf/step-00000002", "hf/.cache", ".step-00000002.tmp"):
         (tmp_path / name).mkdir(parents=True)
     remove_leftovers(tmp_path)

@@ -1,22 +1,22 @@
-"""The command inspect on data."""
+"""``internevo inspect`` on tokenized data."""
 
 import pytest
 
-from internevo.commands.inspect import inspect
+from internevo.commands.inspect import describe
 from internevo.data.tokenized.files import MASKED_ZERO
 from internevo.errors import DataError, UsageError
 from internevo.text.tokenizer import load_tokenizer, train_bpe
 from tests.unit.data.writers import write_binary
 
 
-def test_inspect_says_what_a_dataset_holds_and_names_all_that_is_broken(tmp_path):
+def test_inspect_describes_a_dataset_and_names_every_broken_file(tmp_path):
     texts = ["def f(x):", "return x", "x = 1\n" * 9]
     tokenizer = load_tokenizer(train_bpe(texts, 280, tmp_path))
     documents = [tokenizer.encode(text) for text in texts]
     documents[1] = [MASKED_ZERO, *(-n for n in documents[1][:2]), *documents[1][2:]]
     for name in ("code", "more"):
         write_binary(tmp_path / "train" / name / "part.bin", documents, None)
-    lines = list(inspect(tmp_path / "train", decode=3))
+    lines = list(describe(tmp_path / "train", decode=3))
     total = sum(map(len, documents))
     assert f": 6 documents, {2 * total:,} tokens in 2 files" in lines[0]
     assert lines[1] == f"type code: 3 documents, {total} tokens"
@@ -35,13 +35,13 @@ def test_inspect_says_what_a_dataset_holds_and_names_all_that_is_broken(tmp_path
 
     small = train_bpe(["a"], 257, tmp_path / "small")
     with pytest.raises(DataError, match=rf"has the token id {largest}, which is outside the vocabulary of 257"):
-        list(inspect(tmp_path / "train", small))
+        list(describe(tmp_path / "train", small))
     for name in ("code", "more"):
         path = tmp_path / "train" / name / "part.bin"
         path.write_bytes(path.read_bytes()[:-4])
     seen = []
     with pytest.raises(DataError, match="2 of 2 files below"):
-        seen.extend(inspect(tmp_path / "train"))
+        seen.extend(describe(tmp_path / "train"))
     with pytest.raises(UsageError, match="--decode needs a tokenizer"):
         write_binary(tmp_path / "a" / "b" / "part.bin", [[1]], None)
-        list(inspect(tmp_path / "a" / "b", decode=1))
+        list(describe(tmp_path / "a" / "b", decode=1))

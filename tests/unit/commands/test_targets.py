@@ -1,4 +1,4 @@
-"""A conversion writes its target, and touches nothing beside it."""
+"""A conversion writes its target, and changes nothing else."""
 
 import os
 from pathlib import Path
@@ -31,7 +31,7 @@ def same(folder: Path, model: Decoder) -> bool:
 
 
 @pytest.mark.parametrize("to", ["hf", "internevo"])
-def test_folders_of_others_beside_the_target_stay(tmp_path: Path, model: Decoder, to: str) -> None:
+def test_other_folders_next_to_the_target_stay_unchanged(tmp_path: Path, model: Decoder, to: str) -> None:
     save_hf(model, tmp_path / "from")
     for name in ("out.tmp", "out.old", ".out.tmp", ".out.0123abcd.tmp"):
         (tmp_path / name).mkdir()
@@ -51,7 +51,7 @@ def test_folders_of_others_beside_the_target_stay(tmp_path: Path, model: Decoder
 
 
 @pytest.mark.parametrize("to", ["hf", "internevo"])
-def test_a_target_that_is_a_link_is_written_where_it_points(tmp_path: Path, model: Decoder, to: str) -> None:
+def test_a_target_that_is_a_link_is_written_to_the_folder_it_points_to(tmp_path: Path, model: Decoder, to: str) -> None:
     save_hf(model, tmp_path / "from")
     (tmp_path / "disk" / "out").mkdir(parents=True)
     (tmp_path / "out").symlink_to(tmp_path / "disk" / "out")

@@ -1,14 +1,14 @@
-"""Data: rows that lose nothing, and an order that knows no rank."""
+"""Rows and batches: no token is lost, and the order does not depend on the ranks."""
 
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from internevo.data.batches import BatchSizes, Cursor, TrainBatches, parse_skips, valid_batches
+from internevo.data.batches import BatchSizes, Cursor, TrainBatches, parse_skip_batches, valid_batches
 from internevo.data.order import Order
 from internevo.data.rows import IGNORE, PackedRows, PaddedRows, RandomRows
-from internevo.data.source import Shuffled
+from internevo.data.source import ShuffledRows
 from internevo.data.tokenized.files import MASKED_ZERO
 from internevo.data.tokenized.index import open_index
 from internevo.errors import DataError
@@ -21,15 +21,15 @@ from tests.unit.data.writers import DOCUMENTS, write_binary, write_json
     seq_len=st.integers(2, 50),
     minimum=st.integers(0, 9),
     files=st.integers(1, 3),
-    form=st.booleans(),
+    as_json=st.booleans(),
 )
-def test_packing_keeps_every_token_and_predicts_within_documents_only(
-    tmp_path_factory, documents, seq_len, minimum, files, form
+def test_packing_keeps_every_token_and_predicts_only_within_documents(
+    tmp_path_factory, documents, seq_len, minimum, files, as_json
 ):
     folder = tmp_path_factory.mktemp("packing")
     for n in range(files):
         part = documents[n::files]
-        write = write_json if form else (lambda path, d: write_binary(path, d, 501))
+        write = write_json if as_json else (lambda path, d: write_binary(path, d, 501))
         write(folder / f"type{n}" / "a.bin", part)
     kept = [d for n in range(files) for d in documents[n::files] if len(d) >= minimum]
     assume(kept)
@@ -44,10 +44,10 @@ def test_packing_keeps_every_token_and_predicts_within_documents_only(
     starts = np.cumsum([0, *map(len, kept)])
     for n, row in enumerate(found):
         wanted = {int(s) - n * seq_len for s in starts if n * seq_len < s < (n + 1) * seq_len} | {0}
-        assert set(row.borders) == wanted
+        assert set(row.document_starts) == wanted
 
 
-def test_masked_tokens_are_context_and_no_target(tmp_path):
+def test_masked_tokens_are_context_and_are_not_predicted(tmp_path):
     write_binary(tmp_path / "en" / "a.bin", [[5, -7, MASKED_ZERO, 0, 9]], 10**6)
     row = PackedRows(open_index(tmp_path), 8, 100)[0]
     assert row.tokens.tolist() == [5, 7, 0, 0, 9, 0, 0, 0]
@@ -89,27 +89,29 @@ def test_the_global_batch_is_the_same_for_any_number_of_ranks(ranks, bsz, seed, 
     rows = RandomRows(8, 50, seed, rows=100)
 
     def batches(count, rank):
-        return TrainBatches(Shuffled(rows, seed), BatchSizes.of(data, count), rank, True, 12, parse_skips(data.skip_batches))
+        return TrainBatches(
+            ShuffledRows(rows, seed), BatchSizes.from_config(data, count), rank, True, 12, parse_skip_batches(data.skip_batches)
+        )
 
-    reference = {b.number: b for b in batches(1, 0).make(Cursor())}
-    begin = reference[start].after if start in reference else Cursor()
-    parts = [list(batches(ranks, rank).make(begin)) for rank in range(ranks)]
+    reference = {b.number: b for b in batches(1, 0).iterate(Cursor())}
+    begin = reference[start].next_cursor if start in reference else Cursor()
+    parts = [list(batches(ranks, rank).iterate(begin)) for rank in range(ranks)]
     assert [batch.number for batch in parts[0]] == [number for number in reference if number >= begin.batch] != []
     for together in zip(*parts, strict=True):
         wanted = reference[together[0].number]
         tokens = [row.tolist() for part in together for m in part.micro_batches for row in m.tokens.view(-1, 8)]
         assert sorted(tokens) == sorted(row.tolist() for m in wanted.micro_batches for row in m.tokens.view(-1, 8))
-        assert together[0].after == wanted.after
+        assert together[0].next_cursor == wanted.next_cursor
     assert {b.number for b in parts[0]}.isdisjoint({2, 5, 6})
 
 
-def test_ramp_up_counts_micro_batches():
-    sizes = BatchSizes(micro_bsz=2, micro_num=10, ranks=3, start=2, increment=4, every=5)
+def test_ramp_up_increases_the_number_of_micro_batches():
+    sizes = BatchSizes(micro_bsz=2, micro_num=10, data_ranks=3, rampup_start=2, rampup_increment=4, rampup_steps=5)
     assert [sizes.micro_batches(b) for b in (0, 4, 5, 9, 10, 99)] == [2, 2, 6, 6, 10, 10]
     assert sizes.rows(5) == 6 * 2 * 3
 
 
-def test_validation_gives_each_row_once_whatever_the_ranks():
+def test_validation_has_each_row_once_on_any_number_of_ranks():
     rows = RandomRows(8, 50, 1, rows=11)
     for ranks in (1, 2, 4):
         batches = [list(valid_batches(rows, 2, rank, ranks, False, None)) for rank in range(ranks)]
@@ -120,9 +122,9 @@ def test_validation_gives_each_row_once_whatever_the_ranks():
         assert sorted(labelled) == sorted(rows[n].tokens.tolist() for n in range(11))
 
 
-def test_an_error_in_the_loader_thread_reaches_the_loop(tmp_path):
+def test_an_error_in_the_prefetch_thread_is_raised_in_the_training_loop(tmp_path):
     write_binary(tmp_path / "en" / "a.bin", [[1, 2, 3, 600]], 10**6)
     rows = PackedRows(open_index(tmp_path), 4, 501)
-    batches = TrainBatches(Shuffled(rows, 0), BatchSizes(1, 1, 1), 0, True, 5)
+    batches = TrainBatches(ShuffledRows(rows, 0), BatchSizes(1, 1, 1), 0, True, 5)
     with pytest.raises(DataError, match=r"a\.bin, document 0.*token id 600 is outside the vocabulary of 501"):
         next(batches.prefetch(Cursor()))

@@ -1,4 +1,4 @@
-"""A file of rows that goes on over stops and kills: every step once, and no row is lost that counts."""
+"""A file of rows that is continued after stops and kills: every step is in it once, and no row is lost that should be kept."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ def row(step: int, **more: Any) -> dict[str, Any]:
 
 
 def write(path: Path, last_step: int, rows: list[dict[str, Any]]) -> None:
-    """A run that goes on after ``last_step``."""
+    """Writes the rows of a run that continues after ``last_step``."""
     lines = JsonLines(path, last_step)
     for one in rows:
         lines.write(one)
@@ -24,26 +24,26 @@ def write(path: Path, last_step: int, rows: list[dict[str, Any]]) -> None:
 
 
 @given(runs=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20), st.integers(0, 200)), max_size=6))
-def test_every_step_is_there_once_whatever_was_killed_when(
+def test_every_step_is_in_the_file_once_after_any_kills(
     tmp_path_factory: pytest.TempPathFactory, runs: list[tuple[int, int, int]]
 ) -> None:
-    """Each run goes on from a checkpoint of any step that it has, trains on, and is killed, perhaps within a line."""
+    """Each run continues from a checkpoint of an earlier step, takes some steps, and is killed, perhaps within a line."""
     path = tmp_path_factory.mktemp("metrics") / "metrics.jsonl"
-    there = 0
+    steps_in_file = 0
     for number, (back, steps, cut) in enumerate(runs):
-        first = max(0, there - back)
+        first = max(0, steps_in_file - back)
         write(path, first, [row(step, run=number) for step in range(first + 1, first + steps + 1)])
         content = path.read_bytes()
         lines = content.splitlines(keepends=True)
-        last = min(cut, len(lines[-1])) if lines and steps else 0
-        path.write_bytes(content[: len(content) - last])
-        there = first + steps - (last > 1)  # without its line end alone, a row is whole
-    assert [one["step"] for one in read_rows(path)] == list(range(1, there + 1))
-    write(path, there, [row(there + 1)])
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == list(range(1, there + 2))
+        missing = min(cut, len(lines[-1])) if lines and steps else 0
+        path.write_bytes(content[: len(content) - missing])
+        steps_in_file = first + steps - (missing > 1)  # a row that lacks only its newline is complete
+    assert [one["step"] for one in read_rows(path)] == list(range(1, steps_in_file + 1))
+    write(path, steps_in_file, [row(steps_in_file + 1)])
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == list(range(1, steps_in_file + 2))
 
 
-def test_rows_after_the_step_give_way_and_those_before_stay_as_they_are(tmp_path: Path) -> None:
+def test_rows_after_the_step_are_removed_and_rows_before_it_stay_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     first = [row(1), row(2), {"step": 2, "valid_loss": 3.0}, row(3), {"step": 4, "valid_loss": 2.0}]
     write(path, 0, first)
@@ -52,7 +52,7 @@ def test_rows_after_the_step_give_way_and_those_before_stay_as_they_are(tmp_path
     assert [one.name for one in tmp_path.iterdir()] == [path.name]
 
 
-def test_a_new_run_in_an_old_folder_begins_the_file_again(tmp_path: Path) -> None:
+def test_a_new_run_in_an_old_folder_starts_an_empty_file(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     write(path, 0, [row(1), row(2)])
     write(path, 0, [row(1, later=True)])
@@ -67,14 +67,14 @@ def test_a_row_is_in_the_file_as_soon_as_it_is_written(tmp_path: Path) -> None:
     lines.close()
 
 
-def test_a_file_that_is_not_there_has_no_rows(tmp_path: Path) -> None:
+def test_a_missing_file_has_no_rows(tmp_path: Path) -> None:
     assert read_rows(tmp_path / "metrics.jsonl") == []
     write(tmp_path / "metrics.jsonl", 5, [])
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
 @pytest.mark.parametrize("tail", [b"\x00" * 30, b'{"step": 3, "loss', b"{}}\n", b'{"step": 3'])
-def test_what_follows_a_damaged_line_is_left_out(tmp_path: Path, tail: bytes) -> None:
+def test_a_damaged_line_and_those_after_it_are_left_out(tmp_path: Path, tail: bytes) -> None:
     path = tmp_path / "metrics.jsonl"
     write(path, 0, [row(1), row(2)])
     path.write_bytes(path.read_bytes() + tail)

@@ -1,4 +1,4 @@
-"""The peak of a device is that of its own name, not of one whose name is a part of it."""
+"""The peak of a device is found by its whole name, not by another device's name that is a part of it."""
 
 import pytest
 
@@ -39,5 +39,5 @@ from internevo.observe.record import known_peak
         ("NVIDIA GeForce GTX 1080", None),
     ],
 )
-def test_known_devices(name: str, peak: float | None) -> None:
+def test_known_peak(name: str, peak: float | None) -> None:
     assert known_peak(name) == peak

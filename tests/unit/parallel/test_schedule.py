@@ -1,4 +1,4 @@
-"""A schedule takes micro-batches through the model: what it tells, and what is in the masters afterwards."""
+"""A schedule runs micro-batches through the model: what it passes to ``on_loss``, and which gradients the masters have."""
 
 import torch
 
@@ -22,7 +22,7 @@ def micro_batches(count: int) -> list[MicroBatch]:
     return made
 
 
-def run(dtype: torch.dtype) -> tuple[OneStage, SingleProcess, Decoder]:
+def make(dtype: torch.dtype) -> tuple[OneStage, SingleProcess, Decoder]:
     torch.manual_seed(0)
     with torch.device("meta"):
         model = Decoder(CONFIG)
@@ -34,10 +34,10 @@ def run(dtype: torch.dtype) -> tuple[OneStage, SingleProcess, Decoder]:
 
 
 def test_training_adds_up_the_gradients_of_all_micro_batches() -> None:
-    schedule, axis, model = run(torch.float32)
-    told: list[tuple[MicroBatch, Loss]] = []
-    schedule.train(micro_batches(3), LossTerms(), 0.5, lambda micro_batch, loss: told.append((micro_batch, loss)))
-    assert [micro_batch.tokens.tolist() for micro_batch, _ in told] == [m.tokens.tolist() for m in micro_batches(3)]
+    schedule, axis, model = make(torch.float32)
+    passed: list[tuple[MicroBatch, Loss]] = []
+    schedule.train(micro_batches(3), LossTerms(), 0.5, lambda micro_batch, loss: passed.append((micro_batch, loss)))
+    assert [micro_batch.tokens.tolist() for micro_batch, _ in passed] == [m.tokens.tolist() for m in micro_batches(3)]
     found = {name: master.grad.clone() for name, master in axis.masters.items() if master.grad is not None}
     model.zero_grad()
     total = sum(model(m.tokens, cu_seqlens=m.cu_seqlens, labels=m.labels).total for m in micro_batches(3))
@@ -48,14 +48,14 @@ def test_training_adds_up_the_gradients_of_all_micro_batches() -> None:
 
 
 def test_masters_get_the_gradients_of_half_precision_weights() -> None:
-    schedule, axis, model = run(torch.bfloat16)
+    schedule, axis, model = make(torch.bfloat16)
     schedule.train(micro_batches(2), LossTerms(), 1.0, lambda micro_batch, loss: None)
     assert all(weight.grad is None and weight.dtype == torch.bfloat16 for weight in model.parameters())
     assert all(master.grad is not None and master.grad.dtype == torch.float32 for master in axis.masters.values())
 
 
-def test_evaluation_leaves_no_gradient_and_the_model_in_training_mode() -> None:
-    schedule, axis, model = run(torch.float32)
+def test_after_evaluation_there_is_no_gradient_and_the_model_is_in_training_mode() -> None:
+    schedule, axis, model = make(torch.float32)
     losses: list[Loss] = []
     schedule.evaluate(iter(micro_batches(2)), lambda micro_batch, loss: losses.append(loss))
     assert len(losses) == 2 and model.training

@@ -1,4 +1,4 @@
-"""Views: arithmetic over ranks, and the process groups that are made from it."""
+"""Views: their arithmetic, and the process groups that are made from it."""
 
 import itertools
 import time
@@ -20,7 +20,7 @@ def view_of(sizes: list[int]) -> View:
 
 
 @given(SIZES)
-def test_every_axis_cuts_the_world_into_groups_of_its_size(sizes: list[int]) -> None:
+def test_every_axis_divides_the_world_into_groups_of_its_size(sizes: list[int]) -> None:
     view = view_of(sizes)
     for axis, size in view.axes.items():
         groups = view.groups(axis)
@@ -29,25 +29,25 @@ def test_every_axis_cuts_the_world_into_groups_of_its_size(sizes: list[int]) -> 
 
 
 @given(SIZES)
-def test_the_ranks_of_a_group_differ_in_its_axis_alone(sizes: list[int]) -> None:
+def test_the_ranks_of_a_group_differ_only_in_its_axis(sizes: list[int]) -> None:
     view = view_of(sizes)
     for axis in view.axes:
         for group in view.groups(axis):
-            places = [view.coordinate(rank) for rank in group]
-            assert [place.pop(axis) for place in places] == list(range(len(group)))
-            assert all(place == places[0] for place in places)
+            coordinates = [view.coordinate(rank) for rank in group]
+            assert [coordinate.pop(axis) for coordinate in coordinates] == list(range(len(group)))
+            assert all(coordinate == coordinates[0] for coordinate in coordinates)
 
 
 @given(SIZES)
 def test_no_two_ranks_have_the_same_coordinate(sizes: list[int]) -> None:
     view = view_of(sizes)
-    places = {tuple(view.coordinate(rank).values()) for rank in range(view.world)}
-    assert len(places) == view.world and places == set(itertools.product(*(range(size) for size in sizes)))
+    found = {tuple(view.coordinate(rank).values()) for rank in range(view.world)}
+    assert len(found) == view.world and found == set(itertools.product(*(range(size) for size in sizes)))
 
 
 @st.composite
 def layouts(draw: st.DrawFn) -> Layout:
-    """Of every kind, experts over ranks included."""
+    """Layouts of every kind, including experts on several ranks."""
     mode = draw(st.sampled_from(["mtp", "msp", "fsp", "isp"]))
     stage, tensor, weight = (draw(st.sampled_from([1, 2, 4])) for _ in range(3))
     weight = weight if mode == "isp" else 1
@@ -56,15 +56,15 @@ def layouts(draw: st.DrawFn) -> Layout:
     per_stage = max(tensor, weight, expert * expert_inner) * draw(st.sampled_from([4, 8]))
     zero = draw(st.sampled_from([n for n in (1, 2, 4) if per_stage // inner % n == 0]))
     expert_zero = draw(st.sampled_from([n for n in (1, 2) if per_stage // (expert * expert_inner) % n == 0]))
-    copies = draw(st.sampled_from([1, 2])) if mode != "isp" and tensor > 1 else 1
-    return Layout(stage * per_stage, tensor, mode, weight, stage, zero, False, copies, expert, expert_inner, expert_zero)
+    kv_replicas = draw(st.sampled_from([1, 2])) if mode != "isp" and tensor > 1 else 1
+    return Layout(stage * per_stage, tensor, mode, weight, stage, zero, False, kv_replicas, expert, expert_inner, expert_zero)
 
 
 @given(layouts())
-def test_three_views_cut_the_same_world(layout: Layout) -> None:
+def test_all_views_arrange_the_same_world(layout: Layout) -> None:
     for view in (layout.activations, layout.weights, layout.experts, layout.kv_weights):
         assert view.world == layout.world
-        # The stage is the slowest axis of each: no group of another axis leaves its stage.
+        # The stage is the first axis of each view, so that all groups of other axes are within a stage.
         assert view.groups("stage") == layout.weights.groups("stage")
     assert layout.data * layout.tensor == layout.replicate * layout.zero * layout.inner == layout.world // layout.pipeline
     for group in layout.activations.groups("tensor"):
@@ -79,25 +79,25 @@ def test_the_named_groups_are_those_of_the_views(layout: Layout) -> None:
     assert layout.axis_of("all-reduce", list(range(layout.world))) in {*layout.groups(), "world"}
 
 
-def test_the_groups_of_a_thousand_ranks_are_arithmetic() -> None:
+def test_the_groups_of_a_thousand_ranks_are_computed_quickly() -> None:
     layout = Layout(1024, 8, "isp", 16, 8, 8, False, 1, 8, 2, 4)
     begin = time.process_time()
     groups = layout.groups()
     assert groups["weight"][0] == list(range(16)) and groups["pipeline"][0] == list(range(0, 1024, 128))
-    assert time.process_time() - begin < 10  # seconds, where a loop over pairs of ranks would take minutes
+    assert time.process_time() - begin < 10  # seconds; a loop over pairs of ranks would take minutes
 
 
-def _made(world: World, layout: Layout) -> dict[str, Any]:
+def _shapes_of_meshes(world: World, layout: Layout) -> dict[str, Any]:
     import torch.distributed as dist
 
-    meshes = Meshes.of(layout, world.device.type)
+    meshes = Meshes.from_layout(layout, world.device.type)
     found: dict[str, Any] = {}
     views = {"weights": layout.weights, "activations": layout.activations, "experts": layout.experts}
     for name, view in views.items():
         mesh = getattr(meshes, name)
         for axis in view.axes:
-            mine = next(group for group in view.groups(axis) if world.rank in group)
-            assert dist.get_process_group_ranks(mesh.get_group(axis)) == mine
+            ranks = next(group for group in view.groups(axis) if world.rank in group)
+            assert dist.get_process_group_ranks(mesh.get_group(axis)) == ranks
             assert mesh.get_local_rank(axis) == view.coordinate(world.rank)[axis]
         found[name] = tuple(mesh.shape)
     groups = Groups()
@@ -108,4 +108,7 @@ def _made(world: World, layout: Layout) -> dict[str, Any]:
 
 def test_meshes_have_the_groups_of_their_views(pool: Pool) -> None:
     layout = Layout(4, 2, "mtp", 1, 1, 2, False, 1, 2, 1, 2)
-    assert pool.run(_made, 4, layout) == [{"weights": (1, 1, 2, 2), "activations": (1, 2, 2), "experts": (1, 1, 2, 2, 1)}] * 4
+    assert (
+        pool.run(_shapes_of_meshes, 4, layout)
+        == [{"weights": (1, 1, 2, 2), "activations": (1, 2, 2), "experts": (1, 1, 2, 2, 1)}] * 4
+    )

@@ -1,4 +1,4 @@
-"""The learning rate and beta2 of every batch: PyTorch's schedulers, and closed forms."""
+"""The learning rate and beta2 of every batch, compared with PyTorch's schedulers and with closed forms."""
 
 import itertools
 import math
@@ -28,7 +28,7 @@ def total_of(schedule: LrScheduler) -> int:
 
 
 def warm_up(schedule: LrScheduler) -> int:
-    """Steps of warm-up."""
+    """Returns the number of warm-up steps."""
     return int(total_of(schedule) * schedule.warmup_ratio)
 
 
@@ -37,7 +37,7 @@ def rates_of(schedule: LrScheduler, peak: float, batches: int) -> list[float]:
 
 
 def steps_of(scheduler: LRScheduler, count: int) -> list[float]:
-    """What one of PyTorch's schedulers gives in ``count`` steps."""
+    """Returns the learning rates of ``count`` steps of one of PyTorch's schedulers."""
     found = []
     for _ in range(count):
         found.append(float(scheduler.get_last_lr()[0]))
@@ -47,14 +47,14 @@ def steps_of(scheduler: LRScheduler, count: int) -> list[float]:
 
 
 @given(schedule=schedules, peak=rates)
-def test_it_is_pytorchs_linear_warm_up_and_then_its_cosine(schedule: LrScheduler, peak: float) -> None:
+def test_the_learning_rate_is_pytorchs_linear_warm_up_and_then_its_cosine(schedule: LrScheduler, peak: float) -> None:
     def optimizer() -> torch.optim.Optimizer:
         return torch.optim.SGD([torch.zeros(1)], lr=peak)
 
     total, first = total_of(schedule), schedule.init_steps
     wanted, steps = [0.0] * first, warm_up(schedule)
     if steps == 1:
-        wanted += [peak]  # nothing to interpolate, which LinearLR divides by
+        wanted += [peak]  # LinearLR would divide by 0
     elif steps > 1:
         wanted += steps_of(LinearLR(optimizer(), start_factor=1 / steps, end_factor=1.0, total_iters=steps - 1), steps)
     left = total - len(wanted)
@@ -64,7 +64,7 @@ def test_it_is_pytorchs_linear_warm_up_and_then_its_cosine(schedule: LrScheduler
 
 
 @given(schedule=schedules, peak=rates)
-def test_it_is_0_first_then_rises_to_the_peak_then_falls_to_eta_min_and_stays_there(schedule: LrScheduler, peak: float) -> None:
+def test_it_is_0_rises_to_the_peak_falls_to_eta_min_and_then_stays_constant(schedule: LrScheduler, peak: float) -> None:
     first = schedule.init_steps
     top = first + warm_up(schedule)
     end = max(total_of(schedule), top + 1)
@@ -80,20 +80,20 @@ def test_it_is_0_first_then_rises_to_the_peak_then_falls_to_eta_min_and_stays_th
 
 
 @given(schedule=schedules, peak=rates, batch=st.integers(0, 400))
-def test_without_total_steps_of_its_own_it_ends_with_the_data(schedule: LrScheduler, peak: float, batch: int) -> None:
+def test_without_its_own_total_steps_the_schedule_ends_with_the_data(schedule: LrScheduler, peak: float, batch: int) -> None:
     unnamed = schedule.model_copy(update={"total_steps": None})
     assert learning_rate(batch, total_of(schedule), peak, unnamed) == learning_rate(batch, 10**6, peak, schedule)
 
 
 def test_half_way_between_warm_up_and_end_it_is_half_way_between_peak_and_eta_min() -> None:
     schedule = LrScheduler(total_steps=110, init_steps=4, warmup_ratio=0.1, eta_min=0.2)
-    # 4 steps of nothing and 11 of warm-up; the cosine's middle is in the middle of the other 95.
+    # 4 steps of 0 and 11 of warm-up; the middle of the cosine is in the middle of the other 95.
     before, after = (learning_rate(batch, 1, 1.0, schedule) for batch in (62, 63))
     assert (before + after) / 2 == pytest.approx(0.6)
 
 
 @given(steps=st.integers(1, 10**6), c=st.floats(0.01, 2), least=st.floats(0, 0.999))
-def test_beta2_is_adafactors_from_its_least_value_on(steps: int, c: float, least: float) -> None:
+def test_beta2_is_adafactors_but_not_less_than_its_smallest_value(steps: int, c: float, least: float) -> None:
     schedule = Beta2Scheduler(init_beta2=least, c=c)
     found = beta2(steps - 1, Adam(lr=1), schedule)
     assert found == pytest.approx(max(least, 1 - math.exp(-c * math.log(steps))), abs=1e-12)

@@ -1,4 +1,4 @@
-"""AdamW's step against PyTorch's plain AdamW with two groups; names of its state; frozen parameters."""
+"""The optimizer compared with PyTorch's plain AdamW with two parameter groups; the names of its state; frozen parameters."""
 
 import copy
 
@@ -15,14 +15,14 @@ FROZEN = "frozen"
 
 
 def parameters(seed: int, dtype: torch.dtype) -> dict[str, nn.Parameter]:
-    """One of every number of axes, and a frozen one."""
+    """Makes a parameter for each number of dimensions, and a frozen one."""
     draw = torch.Generator().manual_seed(seed)
     named = {name: nn.Parameter(torch.randn(shape, generator=draw, dtype=dtype)) for name, shape in SHAPES.items()}
     return {**named, FROZEN: nn.Parameter(torch.randn(3, 3, generator=draw, dtype=dtype), requires_grad=False)}
 
 
 def reference(named: dict[str, nn.Parameter], config: Adam) -> torch.optim.AdamW:
-    """PyTorch's own, neither fused nor in groups of tensors: what has two axes or more decays."""
+    """Makes PyTorch's AdamW, neither fused nor foreach, with weight decay for parameters of two or more dimensions."""
     trained = [parameter for parameter in named.values() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
@@ -32,7 +32,7 @@ def reference(named: dict[str, nn.Parameter], config: Adam) -> torch.optim.AdamW
 
 
 def give_gradients(*models: dict[str, nn.Parameter], draw: torch.Generator) -> None:
-    """The same random ones to all."""
+    """Gives all models the same random gradients."""
     for name, shape in SHAPES.items():
         gradient = torch.randn(shape, generator=draw, dtype=models[0][name].dtype)
         for model in models:
@@ -68,7 +68,7 @@ def test_50_steps_are_those_of_pytorchs_adamw(
             torch.testing.assert_close(optimizer.state()[f"{name}.{moment}"], wanted.state[parameter][moment])
 
 
-def test_fp32_steps_stay_close_too() -> None:
+def test_steps_in_fp32_stay_close_to_pytorchs() -> None:
     config = Adam(lr=1, weight_decay=0.1)
     mine, theirs = parameters(0, torch.float32), parameters(0, torch.float32)
     optimizer, wanted = Optimizer(mine, config), reference(theirs, config)
@@ -83,7 +83,7 @@ def test_fp32_steps_stay_close_too() -> None:
         torch.testing.assert_close(mine[name], parameter, rtol=1e-5, atol=1e-6)
 
 
-def test_only_what_has_two_axes_or_more_decays() -> None:
+def test_weight_decay_applies_only_to_parameters_of_two_or_more_dimensions() -> None:
     mine = parameters(1, torch.float64)
     before = copy.deepcopy(mine)
     optimizer = Optimizer(mine, Adam(lr=1, weight_decay=0.5))
@@ -94,7 +94,7 @@ def test_only_what_has_two_axes_or_more_decays() -> None:
         torch.testing.assert_close(mine[name], before[name] * (0.95 if len(shape) >= 2 else 1.0))
 
 
-def test_state_has_the_parameters_names_and_shapes_and_none_of_what_is_frozen() -> None:
+def test_the_state_has_the_names_and_shapes_of_the_trained_parameters_only() -> None:
     mine = parameters(0, torch.float32)
     optimizer = Optimizer(mine, Adam(lr=1))
     shapes = {f"{name}.{moment}": torch.Size(shape) for name, shape in SHAPES.items() for moment in ("exp_avg", "exp_avg_sq")}
@@ -105,7 +105,7 @@ def test_state_has_the_parameters_names_and_shapes_and_none_of_what_is_frozen() 
     assert not any(tensor.requires_grad for tensor in stored.values())
 
 
-def test_what_is_frozen_stays_as_it_is() -> None:
+def test_frozen_parameters_do_not_change() -> None:
     mine = parameters(0, torch.float32)
     before = mine[FROZEN].clone()
     optimizer = Optimizer(mine, Adam(lr=1, weight_decay=0.5))
@@ -126,7 +126,7 @@ def test_gradients_are_scaled_in_place_and_freed() -> None:
     assert not optimizer.gradients() and all(parameter.grad is None for parameter in mine.values())
 
 
-def test_a_loaded_optimizer_goes_on_to_the_same_bits() -> None:
+def test_a_loaded_optimizer_continues_bit_for_bit() -> None:
     config = Adam(lr=1, weight_decay=0.1)
     whole, halves = parameters(2, torch.float32), parameters(2, torch.float32)
 

@@ -1,4 +1,4 @@
-"""A step against PyTorch's own parts: the mean loss of all micro-batches, ``clip_grad_norm_``, AdamW; and skipped steps."""
+"""A step compared with PyTorch: the mean loss of all micro-batches, ``clip_grad_norm_``, AdamW; and skipped steps."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -38,7 +38,7 @@ def world() -> Iterator[World]:
 
 @pytest.fixture
 def make(world: World) -> Make:
-    """Makes a stepper on a small model; ``scale``: with the loss scale of fp16."""
+    """A function that makes a stepper of a small model; ``scale``: a loss scale as in fp16."""
 
     def stepper(clip: float = 0.0, scale: float | None = None) -> Stepper:
         config = validate(tiny(
@@ -58,7 +58,7 @@ def shared(stop_asked: float, stop_at: float, data_skipped: float) -> Shared:
 
 
 def micro_batch(draw: torch.Generator, masked: float, packed: bool) -> MicroBatch:
-    """Two rows of 16 tokens, of random types; a share of the labels masked."""
+    """Makes two rows of 16 tokens with random types. ``masked``: share of the labels that are masked."""
     tokens, labels = (torch.randint(0, 97, (2, 16), generator=draw) for _ in range(2))
     labels[torch.rand(2, 16, generator=draw) < masked] = -100
     types = torch.randint(0, len(TYPES), (2, 16), generator=draw)
@@ -69,14 +69,14 @@ def micro_batch(draw: torch.Generator, masked: float, packed: bool) -> MicroBatc
 
 
 def step_batch(seed: int, masked: list[float], packed: bool = False) -> StepBatch:
-    """One micro-batch for each share of masked labels."""
+    """Makes one micro-batch for each share of masked labels."""
     draw = torch.Generator().manual_seed(seed)
     made = [micro_batch(draw, share, packed) for share in masked]
     return StepBatch(made, 0, Cursor(), 32 * len(made))
 
 
 class Reference:
-    """PyTorch's own step, in one graph over all micro-batches."""
+    """A step with PyTorch alone, in one graph over all micro-batches."""
 
     def __init__(self, stepper: Stepper, clip: float) -> None:
         parts = stepper.parts
@@ -90,7 +90,7 @@ class Reference:
         self.optimizer = torch.optim.AdamW(groups, lr=LR, betas=(BETA1, BETA2), eps=EPS)
 
     def losses(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
-        """Losses of all predicted tokens of a step, and their types."""
+        """Returns the losses of all predicted tokens of a step, and their types."""
         found, types = [], []
         for micro in batch.micro_batches:
             logits = self.model(micro.tokens, cu_seqlens=micro.cu_seqlens).flatten(0, 1)
@@ -100,7 +100,7 @@ class Reference:
         return torch.cat(found), torch.cat(types)
 
     def step(self, batch: StepBatch) -> tuple[float, float]:
-        """Mean loss, and the norm before clipping."""
+        """Takes a step. Returns the mean loss, and the norm before clipping."""
         loss = self.losses(batch)[0].mean()
         self.optimizer.zero_grad()
         loss.backward()
@@ -117,10 +117,10 @@ def take(stepper: Stepper, batch: StepBatch) -> StepResult:
     ("clip", "scale", "packed"),
     [(0.0, None, False), (0.05, None, False), (0.05, 2.0**12, True), (1e3, 2.0**12, False)],
 )
-def test_steps_are_pytorchs_clip_grad_norm_and_adamw_on_the_mean_of_all_predicted_tokens(
+def test_a_step_is_pytorchs_clipping_and_adamw_for_the_mean_loss_of_all_predicted_tokens(
     make: Make, clip: float, scale: float | None, packed: bool
 ) -> None:
-    """However many micro-batches there are, and however the predicted tokens are spread over them."""
+    """For any number of micro-batches, with any number of predicted tokens in each."""
     stepper = make(clip, scale)
     reference = Reference(stepper, clip)
     for seed, masked in enumerate([[0.0], [0.1, 0.9, 0.5], [1.0, 0.3]]):
@@ -130,7 +130,7 @@ def test_steps_are_pytorchs_clip_grad_norm_and_adamw_on_the_mean_of_all_predicte
         assert not result.skipped
         assert result.losses.mean() == pytest.approx(loss, rel=1e-5)
         assert result.grad_norm == pytest.approx(norm, rel=1e-4)
-        assert (clip < norm) == (clip < 1e3)  # so that both sides of the limit are tested
+        assert (clip < norm) == (clip < 1e3)  # norms above and below the limit are tested
         for name, parameter in reference.model.named_parameters():
             for moment, wanted in ((m, reference.optimizer.state[parameter][m]) for m in ("exp_avg", "exp_avg_sq")):
                 mine = stepper.parts.optimizer.state()[f"{name}.{moment}"]
@@ -140,7 +140,7 @@ def test_steps_are_pytorchs_clip_grad_norm_and_adamw_on_the_mean_of_all_predicte
 
 
 @given(norms=st.lists(st.floats(0, 1e6, width=32), min_size=1, max_size=4), limit=st.floats(1e-3, 1e3))
-def test_the_factor_of_clipping_is_that_of_clip_grad_norm_(norms: list[float], limit: float) -> None:
+def test_the_clip_factor_is_that_of_clip_grad_norm_(norms: list[float], limit: float) -> None:
     gradients = [torch.tensor([norm, 0.0], dtype=torch.float64) for norm in norms]
     parameters = [nn.Parameter(torch.zeros_like(gradient)) for gradient in gradients]
     for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -152,7 +152,7 @@ def test_the_factor_of_clipping_is_that_of_clip_grad_norm_(norms: list[float], l
     assert clip_factor(norm, 0.0) == 1.0
 
 
-def test_the_result_says_the_mean_of_each_type_and_what_was_shared(make: Make) -> None:
+def test_the_result_has_the_mean_loss_of_each_type_and_the_shared_numbers(make: Make) -> None:
     stepper = make()
     batch = step_batch(3, [0.2, 0.6])
     losses, types = Reference(stepper, 0.0).losses(batch)
@@ -163,7 +163,7 @@ def test_the_result_says_the_mean_of_each_type_and_what_was_shared(make: Make) -
     assert result.shared == shared(1.0, -4.0, 3.0)
 
 
-def test_a_step_that_predicts_nothing_changes_nothing_but_by_decay(make: Make) -> None:
+def test_a_step_without_predicted_tokens_only_applies_weight_decay(make: Make) -> None:
     stepper = make(clip=1.0)
     before = {name: master.detach().clone() for name, master in stepper.parts.axis.masters.items()}
     result = take(stepper, step_batch(0, [1.0, 1.0]))
@@ -173,7 +173,7 @@ def test_a_step_that_predicts_nothing_changes_nothing_but_by_decay(make: Make) -
 
 
 def test_a_step_with_gradients_that_are_not_finite_changes_nothing(make: Make) -> None:
-    """A loss scale beyond fp32 overflows; smaller by half, the same batch trains as if nothing had been."""
+    """A loss scale above the range of fp32 overflows. With a smaller one, the same batch trains as if it were the first."""
     stepper, other = make(clip=1.0, scale=2.0**128), make(clip=1.0)
     before = {name: tensor.detach().clone() for name, tensor in stepper.parts.tensors().items()}
     batch = step_batch(1, [0.3, 0.3])
@@ -200,7 +200,7 @@ def test_a_step_with_a_loss_that_is_not_finite_is_skipped(make: Make) -> None:
     assert stepper.parts.optimizer.steps == 0
 
 
-def test_evaluation_is_the_mean_over_all_batches_and_leaves_no_trace(make: Make) -> None:
+def test_evaluation_is_the_mean_over_all_batches_and_changes_nothing(make: Make) -> None:
     stepper = make()
     batch = step_batch(5, [0.1, 0.8, 0.4])
     losses, types = Reference(stepper, 0.0).losses(batch)

@@ -1,1 +1,1 @@
-"""Documents that become token ids while training goes on."""
+"""Streaming data: raw files that are tokenized while the model trains."""

@@ -1,9 +1,10 @@
-"""A streaming dataset as blocks: a bounded number of documents, tokenized by all ranks together and shuffled.
+"""The blocks of a streaming dataset: documents that all ranks encode together, and that are shuffled together.
 
-The files are cut into shards: about a megabyte of lines, some rows of a parquet file, or a whole file where it can only be
-read from its beginning. An epoch has the shards in an order of its own. ``SHARDS`` of them are under way at a time; a block is
-the next piece of each, its documents shuffled. All of it follows from the seed and the position, so every rank has the same
-blocks, whatever the number of ranks and workers; and a position is small, and is found again without reading what was before.
+The files are split into shards: about a megabyte of lines, some rows of a parquet file, or a whole file if it can only be read
+from its beginning. Each epoch has the shards in a different order. Up to ``MAX_SHARDS`` shards are read at a time; a block is
+the next chunks of each of them, with the documents shuffled. Everything follows from the seed and the position. So all ranks
+have the same blocks, for any number of ranks and workers; and a run can resume at a position, which is a few numbers, without
+reading what came before it.
 """
 
 from __future__ import annotations
@@ -24,235 +25,258 @@ from ...text.tokenizer import tokenizer_fingerprint
 from ..encoding.encode import Encoded, EncoderPool
 from ..order import permute
 from ..raw.inputs import InputChunk, is_sequential, split_file, split_files
-from .exchange import Exchange, Numbers
+from .exchange import Exchange, Int32Array
 
-SHARDS = 16
-"""Shards under way: documents of so many places in the data are shuffled together."""
+MAX_SHARDS = 16
+"""How many shards are read at a time: the documents of a block come from that many parts of the data."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A part of the input that is taken up at once."""
+    """A part of the input files that one rank reads and encodes."""
 
     kind: str
+    """The kind of the file, a key of ``raw.inputs.SUFFIXES``."""
     path: Path
     type: int
-    """Dataset type of its documents."""
-    minimum: int
-    """Shorter documents are left out."""
+    """The number of its documents' dataset type."""
+    min_length: int
+    """Documents with fewer tokens are left out."""
     chunk: InputChunk | None
-    """None: the pieces of the file come one after another."""
+    """The chunk that is the shard. None: the shard is a whole file that can only be read from its beginning, in many chunks."""
 
 
-def make_shards(files: list[tuple[str, Path]], type: int, minimum: int) -> Iterator[Shard]:
-    """The shards of files; small texts share one."""
+def make_shards(files: list[tuple[str, Path]], type: int, min_length: int) -> Iterator[Shard]:
+    """Splits files, given as (kind, path), into shards. Small text files share a shard."""
     for sequential, group in groupby(files, lambda file: is_sequential(*file)):
         if sequential:
-            yield from (Shard(kind, path, type, minimum, None) for kind, path in group)
+            yield from (Shard(kind, path, type, min_length, None) for kind, path in group)
         else:
-            yield from (Shard(chunk.kind, Path(chunk.files[0]), type, minimum, chunk) for chunk in split_files(list(group)))
+            yield from (Shard(chunk.kind, Path(chunk.files[0]), type, min_length, chunk) for chunk in split_files(list(group)))
 
 
 @dataclass(frozen=True)
-class Position:
-    """Where a block begins."""
+class BlockPosition:
+    """Where a block begins in the data."""
 
     epoch: int = 0
     block: int = 0
-    """Of the epoch."""
-    taken: int = 0
-    """Shards of the epoch that were taken up."""
-    under_way: tuple[tuple[int, int], ...] = ()
-    """(place in the epoch's order, pieces read) of each shard under way."""
+    """The number of the block in the epoch."""
+    started: int = 0
+    """The number of shards of the epoch that have been started."""
+    active: tuple[tuple[int, int], ...] = ()
+    """(index in the epoch's order, chunks read) of each shard that is being read."""
 
     def to_list(self) -> list[Any]:
-        """As JSON values."""
-        return [self.epoch, self.block, self.taken, [list(pair) for pair in self.under_way]]
+        """Returns the position as JSON values."""
+        return [self.epoch, self.block, self.started, [list(pair) for pair in self.active]]
 
     @classmethod
-    def of(cls, values: list[Any]) -> Position:
-        """From JSON values."""
-        epoch, block, taken, under_way = values
-        return cls(epoch, block, taken, tuple((place, piece) for place, piece in under_way))
+    def from_list(cls, values: list[Any]) -> BlockPosition:
+        """Makes a position from what ``to_list`` returned."""
+        epoch, block, started, active = values
+        return cls(epoch, block, started, tuple((index, chunks_read) for index, chunks_read in active))
 
 
 @dataclass
 class Block:
-    """Whole documents, one after another."""
+    """A block of shuffled documents."""
 
-    position: Position
+    position: BlockPosition
+    """Where the block begins."""
     ids: npt.NDArray[np.int32]
-    """With signs."""
+    """The signed ids of all documents, concatenated."""
     ends: npt.NDArray[np.int64]
-    """[documents]: where each ends in ``ids``."""
+    """[documents]: where each document ends in ``ids``."""
     types: npt.NDArray[np.int16]
-    """[documents]"""
-    bad: list[str] = field(default_factory=list)
-    """What this rank has left out."""
+    """[documents]: the number of each document's dataset type."""
+    skipped: list[str] = field(default_factory=list)
+    """For each document that could not be read on this rank and was skipped: a message."""
 
 
 @dataclass
-class _Piece:
-    """What was read of one shard."""
+class _ShardPart:
+    """The part of one shard that is in a block."""
 
-    place: int
-    read: int
-    """Pieces of it up to here."""
+    index: int
+    """The shard's index in the epoch's order."""
+    chunks_read: int
+    """The number of the shard's chunks up to the end of this part."""
     ended: bool
-    ids: Numbers
-    counts: Numbers
+    """Nothing is left of the shard."""
+    ids: Int32Array
+    """The signed ids of all documents, concatenated."""
+    counts: Int32Array
+    """[documents]: the number of tokens of each document."""
 
 
-class Blocks:
-    """All blocks behind a position."""
+class BlockReader:
+    """Reads the blocks of a streaming dataset, on all ranks together."""
 
     def __init__(
         self, shards: list[Shard], seed: int, pool: EncoderPool, exchange: Exchange, epochs: int | None = None
     ) -> None:
-        """``epochs``: how many there are; None: no end."""
-        self.shards, self.seed, self.pool, self.exchange, self.epochs = shards, seed, pool, exchange, epochs
-        self.open: dict[int, tuple[int, Iterator[InputChunk]]] = {}
-        """By place in the order: pieces read, and those to come, of files that are read from their beginning."""
-        self.flow: Iterator[Encoded] | None = None
-        """This rank's pieces of this block and those behind it, where it is known beforehand which these are."""
-        self._fingerprint = self._describe()
+        """Makes a reader.
 
-    def __call__(self, position: Position) -> Generator[Block, None, None]:
+        Args:
+            shards: the shards of the dataset, the same on every rank.
+            epochs: the number of epochs after which the blocks end; None: they never end.
         """
+        self.shards, self.seed, self.pool, self.exchange, self.epochs = shards, seed, pool, exchange, epochs
+        self.open_files: dict[int, tuple[int, Iterator[InputChunk]]] = {}
+        """For active shards that are whole files, by their index in the order: (chunks read, iterator over the next chunks)."""
+        self.encoded: Iterator[Encoded] | None = None
+        """This rank's chunks of this block and of all later ones, encoded ahead of time. None if a shard is a whole file: then
+        it is not known in advance in which block it ends."""
+        self._fingerprint = self._hash()
+
+    def iterate(self, position: BlockPosition) -> Generator[Block, None, None]:
+        """Yields the blocks, beginning at ``position``. Ends the workers at the end.
+
         Raises:
-            DataError: on every rank, when one of them cannot read its part, or an epoch holds no token.
+            DataError: on every rank, if one rank cannot read its share, or an epoch has no tokens.
         """
-        empty, self.exchange.over = position.block == 0, False
+        empty, self.exchange.ended = position.block == 0, False
         known = all(shard.chunk is not None for shard in self.shards)
-        self.flow = self.pool.encode(self._known_chunks(position)) if known else None
+        self.encoded = self.pool.encode(self._known_chunks(position)) if known else None
         try:
-            while (following := self._begin(position)) is not None:
+            while (following := self._start_shards(position)) is not None:
                 if following.epoch > position.epoch:
                     if empty:
-                        raise DataError("the streaming data holds no document to train on")
+                        raise DataError("the streaming data contains no document to train on")
                     empty = True
-                position, bad = following, list[str]()
-                pieces = [piece for numbers in self.exchange(self._encode(position, bad)) for piece in _unpack(numbers)]
-                block = self._block(position, sorted(pieces, key=lambda piece: piece.place), bad)
+                position, skipped = following, list[str]()
+                shares = self.exchange.all_gather(self._encode_share(position, skipped))
+                parts = [part for share in shares for part in _from_array(share)]
+                block = self._shuffle(position, sorted(parts, key=lambda part: part.index), skipped)
                 empty = empty and not len(block.ids)
                 yield block
-                ended = {piece.place: piece.read for piece in pieces if not piece.ended}
-                position = replace(position, block=position.block + 1, under_way=tuple(sorted(ended.items())))
+                active = {part.index: part.chunks_read for part in parts if not part.ended}
+                position = replace(position, block=position.block + 1, active=tuple(sorted(active.items())))
         finally:
             self.exchange.leave()
             self.pool.close()
 
     def fingerprint(self) -> str:
-        """Says whether two datasets hold the same documents in the same order, as far as names, sizes and options tell."""
+        """Returns a hash of names, sizes and options. It changes when the documents or their order change."""
         return self._fingerprint
 
-    def _describe(self) -> str:
+    def _hash(self) -> str:
         shards = [
-            (s.kind, s.path.name, s.chunk.size if s.chunk else s.path.stat().st_size, s.type, s.minimum) for s in self.shards
+            (s.kind, s.path.name, s.chunk.size if s.chunk else s.path.stat().st_size, s.type, s.min_length) for s in self.shards
         ]
         encoder = self.pool.encoder
-        options = [SHARDS, self.seed, encoder.format, encoder.key, tokenizer_fingerprint(encoder.tokenizer)]
+        options = [MAX_SHARDS, self.seed, encoder.format, encoder.key, tokenizer_fingerprint(encoder.tokenizer)]
         return hashlib.sha256(json.dumps([shards, options]).encode()).hexdigest()[:16]
 
-    def _order(self, position: Position, place: int) -> Shard:
+    def _shard(self, position: BlockPosition, index: int) -> Shard:
+        """Returns the shard at ``index`` in the order of the epoch."""
         key = f"{self.seed}/{position.epoch}/shards"
-        return self.shards[int(permute(np.array([place]), len(self.shards), key)[0])]
+        return self.shards[int(permute(np.array([index]), len(self.shards), key)[0])]
 
-    def _begin(self, position: Position) -> Position | None:
-        """The position with as many shards under way as there may be, in the next epoch when none is left; None at the end."""
+    def _start_shards(self, position: BlockPosition) -> BlockPosition | None:
+        """Returns the position with as many active shards as allowed, in the next epoch if this one has no shards left.
+
+        Returns None after the last epoch.
+        """
         while self.epochs is None or position.epoch < self.epochs:
-            taken = min(position.taken + _limit(position) - len(position.under_way), len(self.shards))
-            new = tuple((place, 0) for place in range(position.taken, taken))
-            if position.under_way or new:
-                return replace(position, taken=taken, under_way=position.under_way + new)
+            started = min(position.started + _max_shards(position) - len(position.active), len(self.shards))
+            new = tuple((index, 0) for index in range(position.started, started))
+            if position.active or new:
+                return replace(position, started=started, active=position.active + new)
             if not self.shards:
-                raise DataError("the streaming data holds no document to train on")
-            position = Position(position.epoch + 1)
+                raise DataError("the streaming data contains no document to train on")
+            position = BlockPosition(position.epoch + 1)
         return None
 
-    def _known_chunks(self, position: Position) -> Iterator[InputChunk]:
-        """This rank's chunks behind a position, where each shard is one chunk: workers go on while a block is put together."""
-        while (following := self._begin(position)) is not None:
-            for place, _ in self._mine(following):
-                yield from self._chunks(following, place, 0, 1)
-            position = replace(following, block=following.block + 1, under_way=())
+    def _known_chunks(self, position: BlockPosition) -> Iterator[InputChunk]:
+        """Yields this rank's chunks after a position, if each shard is one chunk. Workers encode them ahead of time."""
+        while (following := self._start_shards(position)) is not None:
+            for index, _ in self._rank_shards(following):
+                yield from self._next_chunks(following, index, 0, 1)
+            position = replace(following, block=following.block + 1, active=())
 
-    def _mine(self, position: Position) -> list[tuple[int, int]]:
-        """The shards under way that fall to this rank, by their place."""
-        return [pair for pair in position.under_way if pair[0] % self.exchange.size == self.exchange.rank]
+    def _rank_shards(self, position: BlockPosition) -> list[tuple[int, int]]:
+        """Returns (index, chunks read) of the active shards that this rank encodes."""
+        return [pair for pair in position.active if pair[0] % self.exchange.size == self.exchange.rank]
 
-    def _encode(self, position: Position, bad: list[str]) -> Numbers | DataError:
-        """This rank's pieces."""
-        most, mine, pieces = max(1, _limit(position) // len(position.under_way)), self._mine(position), []
+    def _encode_share(self, position: BlockPosition, skipped: list[str]) -> Int32Array | DataError:
+        """Encodes this rank's parts of a block. Returns them as one array, or the error because of which there are none."""
+        max_chunks = max(1, _max_shards(position) // len(position.active))
+        shards, parts = self._rank_shards(position), []
         try:
-            if self.flow is not None:
-                counts, encoded = [1] * len(mine), self.flow
+            if self.encoded is not None:
+                counts, encoded = [1] * len(shards), self.encoded
             else:
-                chunks = [self._chunks(position, place, read, most) for place, read in mine]
+                chunks = [self._next_chunks(position, index, chunks_read, max_chunks) for index, chunks_read in shards]
                 counts, encoded = [len(found) for found in chunks], self.pool.encode(chain.from_iterable(chunks))
-            for (place, read), count in zip(mine, counts, strict=True):
-                parts = list(islice(encoded, count))
-                bad += [message for part in parts for message in part.skipped]
-                pieces.append(_Piece(place, read + len(parts), place not in self.open, *_joined(parts)))
+            for (index, chunks_read), count in zip(shards, counts, strict=True):
+                results = list(islice(encoded, count))
+                skipped += [message for result in results for message in result.skipped]
+                ended = index not in self.open_files
+                parts.append(_ShardPart(index, chunks_read + len(results), ended, *_concatenate(results)))
         except InternEvoError as error:
             return DataError(str(error))
-        return _pack(pieces)
+        return _to_array(parts)
 
-    def _chunks(self, position: Position, place: int, read: int, most: int) -> list[InputChunk]:
-        """The next piece of a shard, or up to ``most`` of a file that is read from its beginning, which then stays open."""
-        shard = self._order(position, place)
+    def _next_chunks(self, position: BlockPosition, index: int, chunks_read: int, max_chunks: int) -> list[InputChunk]:
+        """Returns the chunk of a shard; or up to ``max_chunks`` next chunks of a file, which stays open if more may follow."""
+        shard = self._shard(position, index)
         if shard.chunk is not None:
             return [shard.chunk]
-        before, rest = self.open.pop(place, (0, None))
-        if rest is None or before != read:
-            rest = islice(split_file(shard.kind, shard.path), read, None)
-        found = list(islice(rest, most))
-        if len(found) == most:
-            self.open[place] = (read + most, rest)
+        before, rest = self.open_files.pop(index, (0, None))
+        if rest is None or before != chunks_read:
+            rest = islice(split_file(shard.kind, shard.path), chunks_read, None)
+        found = list(islice(rest, max_chunks))
+        if len(found) == max_chunks:
+            self.open_files[index] = (chunks_read + max_chunks, rest)
         return found
 
-    def _block(self, position: Position, pieces: list[_Piece], bad: list[str]) -> Block:
-        """Documents of all pieces, shuffled."""
-        ids = np.concatenate([piece.ids for piece in pieces])
-        counts = np.concatenate([piece.counts for piece in pieces]).astype(np.int64)
-        shards = [self._order(position, piece.place) for piece in pieces]
-        lengths = [len(piece.counts) for piece in pieces]
-        types = np.repeat(np.array([shard.type for shard in shards], np.int16), lengths)
-        minimums = np.repeat([shard.minimum for shard in shards], lengths)
+    def _shuffle(self, position: BlockPosition, parts: list[_ShardPart], skipped: list[str]) -> Block:
+        """Makes a block of the documents of all parts, without those that are too short."""
+        ids = np.concatenate([part.ids for part in parts])
+        counts = np.concatenate([part.counts for part in parts]).astype(np.int64)
+        shards = [self._shard(position, part.index) for part in parts]
+        documents = [len(part.counts) for part in parts]
+        types = np.repeat(np.array([shard.type for shard in shards], np.int16), documents)
+        min_lengths = np.repeat([shard.min_length for shard in shards], documents)
         starts = np.cumsum(counts) - counts
-        kept = np.flatnonzero(counts >= minimums)
+        kept = np.flatnonzero(counts >= min_lengths)
         digest = hashlib.sha256(f"{self.seed}/{position.epoch}/{position.block}".encode()).digest()
         shuffled = np.random.default_rng(list(digest)).permutation(kept)
         sizes = counts[shuffled]
         ends = np.cumsum(sizes)
-        where = np.arange(int(sizes.sum())) + np.repeat(starts[shuffled] - (ends - sizes), sizes)
-        return Block(position, ids[where], ends, types[shuffled], bad)
+        indices = np.arange(int(sizes.sum())) + np.repeat(starts[shuffled] - (ends - sizes), sizes)
+        return Block(position, ids[indices], ends, types[shuffled], skipped)
 
 
-def _limit(position: Position) -> int:
-    """Shards under way: few at first, so that a run begins soon."""
-    return SHARDS if position.epoch or position.block > 2 else min(SHARDS, 2 << position.block)
+def _max_shards(position: BlockPosition) -> int:
+    """Returns how many shards may be active: few at first, so that a run starts quickly."""
+    return MAX_SHARDS if position.epoch or position.block > 2 else min(MAX_SHARDS, 2 << position.block)
 
 
-def _joined(parts: list[Encoded]) -> tuple[Numbers, Numbers]:
+def _concatenate(results: list[Encoded]) -> tuple[Int32Array, Int32Array]:
+    """Returns the ids and the counts of all results."""
     empty = np.empty(0, np.int32)
-    return np.concatenate([empty, *(p.ids for p in parts)]), np.concatenate([empty, *(p.counts for p in parts)])
+    return np.concatenate([empty, *(r.ids for r in results)]), np.concatenate([empty, *(r.counts for r in results)])
 
 
-HEADER = 5
+HEADER_SIZE = 5
+"""The number of values before the counts and ids of each part in an array of ``_to_array``."""
 
 
-def _pack(pieces: list[_Piece]) -> Numbers:
-    """All pieces in one array: for each a header, the counts and the ids."""
+def _to_array(parts: list[_ShardPart]) -> Int32Array:
+    """Returns parts as one array: for each part a header, the counts and the ids."""
     arrays = [np.empty(0, np.int32)]
-    for piece in pieces:
-        header = [piece.place, piece.read, piece.ended, len(piece.counts), len(piece.ids)]
-        arrays += [np.array(header, np.int32), piece.counts, piece.ids]
+    for part in parts:
+        header = [part.index, part.chunks_read, part.ended, len(part.counts), len(part.ids)]
+        arrays += [np.array(header, np.int32), part.counts, part.ids]
     return np.concatenate(arrays)
 
 
-def _unpack(numbers: Numbers) -> Iterator[_Piece]:
-    while len(numbers):
-        place, read, ended, documents, tokens = (int(n) for n in numbers[:HEADER])
-        counts, ids, numbers = np.split(numbers[HEADER:], [documents, documents + tokens])
-        yield _Piece(place, read, bool(ended), ids, counts)
+def _from_array(array: Int32Array) -> Iterator[_ShardPart]:
+    """Yields the parts that ``_to_array`` made an array of."""
+    while len(array):
+        index, chunks_read, ended, documents, tokens = (int(n) for n in array[:HEADER_SIZE])
+        counts, ids, array = np.split(array[HEADER_SIZE:], [documents, documents + tokens])
+        yield _ShardPart(index, chunks_read, bool(ended), ids, counts)

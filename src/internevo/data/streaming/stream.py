@@ -1,4 +1,4 @@
-"""Rows cut from a streaming dataset's blocks."""
+"""The rows of a streaming dataset, as a source."""
 
 from __future__ import annotations
 
@@ -7,122 +7,142 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from ...errors import DataError
-from ..ahead import Ahead
+from ..prefetch import Prefetcher
 from ..rows import Row, make_row
-from ..source import Place, Taken
-from .blocks import Block, Blocks, Position
+from ..source import NextRows, Position
+from .blocks import Block, BlockPosition, BlockReader
 
 
 class Stream:
-    """A source of rows. A place is a block's position and the tokens of it that lie before."""
+    """A source of rows, made from the documents of blocks. A position consists of a block and the number of a token in it."""
 
-    def __init__(self, blocks: Blocks, seq_len: int, types: list[str], *, packed: bool, into_one: bool) -> None:
-        """
+    def __init__(self, blocks: BlockReader, seq_len: int, types: list[str], *, packed: bool, into_one: bool) -> None:
+        """Makes the source.
+
         Args:
-            packed: documents end to end, cut every ``seq_len`` tokens; otherwise each begins a row.
-            into_one: a row is one span of attention; tokens see the documents before theirs.
+            packed: documents are concatenated and split into rows; otherwise each document begins a new row, which is padded.
+            into_one: each row is one span of attention: tokens attend to the documents before theirs in the row.
         """
         self.blocks, self.seq_len, self.types = blocks, seq_len, types
         self.packed, self.into_one = packed, into_one
-        self.source: Ahead[Block] | None = None
+        self.prefetcher: Prefetcher[Block] | None = None
         self._clear()
 
     def _clear(self) -> None:
-        self.begun: list[tuple[int, Position]] = []
-        """Where blocks begin, counted from the first token in memory."""
-        self.at, self.ended = 0, False
-        self.ids, self.ends, self.kinds = np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0, np.int16)
-        self.bad: list[str] = []
+        self.block_starts: list[tuple[int, BlockPosition]] = []
+        """(number of its first token, position) of each block in memory; tokens are counted from the first one in ``ids``."""
+        self.next_token = 0
+        """The number of the token that the next row begins with."""
+        self.exhausted = False
+        """There are no more blocks."""
+        self.ids, self.ends, self.doc_types = np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0, np.int16)
+        """The signed ids in memory; where each of their documents ends in them, and its dataset type."""
+        self.skipped: list[str] = []
 
     def fingerprint(self) -> str:
-        """Of the files, the tokenizer and the cut."""
+        """Returns a text that changes when the files, the tokenizer or the way to make rows change."""
         return f"{self.blocks.fingerprint()}-{self.seq_len}-{self.packed}"
 
-    def start(self) -> Place:
-        """The first token of the first block."""
-        return [Position().to_list(), 0]
+    def start_position(self) -> Position:
+        """Returns the position of the first token of the first block."""
+        return [BlockPosition().to_list(), 0]
 
-    def take(self, place: Place, count: int, mine: Sequence[int]) -> Taken:
-        """The next rows. Places other than the one behind the rows before are found by making their block anew."""
-        if self.source is None or place != self._place():
-            self._seek(place)
-        wanted, rows, taken = set(mine), {}, 0
-        while taken < count and (span := self._next()):
-            if taken in wanted:
-                rows[taken] = self._row(*span)
-            taken += 1
-        bad, self.bad = self.bad, []
-        return Taken([rows[number] for number in mine if number in rows], taken, self._place(), bad)
+    def next_rows(self, position: Position, count: int, needed: Sequence[int]) -> NextRows:
+        """Returns the ``count`` rows after ``position``; see ``Source``.
 
-    def after_change(self, place: Place) -> Place:
-        """The next epoch, from its beginning: what of this one was seen cannot be told."""
-        epoch = place[0][0] + 1 if isinstance(place, list) and isinstance(place[0], list) else 0
-        return [Position(epoch).to_list(), 0]
+        If ``position`` is not where the last call ended, its block is made again.
+        """
+        if self.prefetcher is None or position != self._position():
+            self._seek(position)
+        wanted, rows, number = set(needed), {}, 0
+        while number < count and (span := self._next_span()):
+            if number in wanted:
+                rows[number] = self._row(*span)
+            number += 1
+        skipped, self.skipped = self.skipped, []
+        return NextRows([rows[n] for n in needed if n in rows], number, self._position(), skipped)
+
+    def position_after_change(self, position: Position) -> Position:
+        """Returns the start of the next epoch, because it is not known which of the changed documents the run has seen."""
+        epoch = position[0][0] + 1 if isinstance(position, list) and isinstance(position[0], list) else 0
+        return [BlockPosition(epoch).to_list(), 0]
 
     def close(self) -> None:
-        """Ends the tokenizing in the background."""
-        if self.source is not None:
-            self.source.close()
-            self.source = None
+        """Ends the thread and the processes that tokenize."""
+        if self.prefetcher is not None:
+            self.prefetcher.close()
+            self.prefetcher = None
 
-    def _seek(self, place: Place) -> None:
+    def _seek(self, position: Position) -> None:
+        """Starts reading at a position."""
         self.close()
         self._clear()
-        position, token = Position.of(place[0]), place[1]
-        self.source = Ahead(self.blocks(position), 1, "blocks")
-        self.begun = [(0, position)]
-        self._fill(token)
-        self.at = token
+        block, token = BlockPosition.from_list(position[0]), position[1]
+        self.prefetcher = Prefetcher(self.blocks.iterate(block), 1, "blocks")
+        self.block_starts = [(0, block)]
+        self._load(token)
+        self.next_token = token
 
-    def _place(self) -> Place:
-        start, position = next(pair for pair in reversed(self.begun) if pair[0] <= self.at)
-        return [position.to_list(), self.at - start]
+    def _position(self) -> Position:
+        """Returns the position of the next token."""
+        start, block = next(pair for pair in reversed(self.block_starts) if pair[0] <= self.next_token)
+        return [block.to_list(), self.next_token - start]
 
-    def _fill(self, tokens: int) -> None:
-        """Has that many tokens behind ``at`` in memory, unless there are no more."""
-        assert self.source is not None
-        while len(self.ids) - self.at < tokens and not self.ended:
-            block = next(self.source, None)
+    def _load(self, tokens: int) -> None:
+        """Loads blocks until there are ``tokens`` tokens from the next one on in memory, or no more blocks."""
+        assert self.prefetcher is not None
+        while len(self.ids) - self.next_token < tokens and not self.exhausted:
+            block = next(self.prefetcher, None)
             if block is None:
-                self.ended = True
+                self.exhausted = True
                 return
-            first = int(np.searchsorted(self.ends, self.at, side="right"))  # the document that ``at`` is in
-            kept = len(self.ids) - self.at
-            self.begun = [(start - self.at, position) for start, position in self.begun] + [(kept, block.position)]
-            self.ids = np.concatenate([self.ids[self.at :], block.ids])
-            self.ends = np.concatenate([self.ends[first:] - self.at, block.ends + kept])
-            self.kinds = np.concatenate([self.kinds[first:], block.types])
-            self.bad += block.bad
-            self.at = 0
+            first = int(np.searchsorted(self.ends, self.next_token, side="right"))  # the document of the next token
+            kept = len(self.ids) - self.next_token
+            self.block_starts = [(start - self.next_token, position) for start, position in self.block_starts]
+            self.block_starts.append((kept, block.position))
+            self.ids = np.concatenate([self.ids[self.next_token :], block.ids])
+            self.ends = np.concatenate([self.ends[first:] - self.next_token, block.ends + kept])
+            self.doc_types = np.concatenate([self.doc_types[first:], block.types])
+            self.skipped += block.skipped
+            self.next_token = 0
 
-    def _next(self) -> tuple[int, int, int] | None:
-        """Goes over the next row. Returns where it is in memory, and its first document; None when there is none."""
-        self._fill(self.seq_len)
-        if self.at >= len(self.ids):
+    def _next_span(self) -> tuple[int, int, int] | None:
+        """Moves past the next row.
+
+        Returns:
+            Where the row starts and stops in ``ids``, and the number of its first document; None if there are no more rows.
+        """
+        self._load(self.seq_len)
+        if self.next_token >= len(self.ids):
             return None
-        first = int(np.searchsorted(self.ends, self.at, side="right"))
+        first = int(np.searchsorted(self.ends, self.next_token, side="right"))
         end = len(self.ids) if self.packed else int(self.ends[first])
-        start, self.at = self.at, min(self.at + self.seq_len, end)
-        return start, self.at, first
+        start, self.next_token = self.next_token, min(self.next_token + self.seq_len, end)
+        return start, self.next_token, first
 
     def _row(self, start: int, stop: int, first: int) -> Row:
+        """Makes the row of a span that ``_next_span`` returned."""
         last = int(np.searchsorted(self.ends, stop - 1, side="right"))
-        more = int(self.ends[last]) > stop  # the last document goes on in the next row
+        continues = int(self.ends[last]) > stop  # in the next row
         ends = np.minimum(self.ends[first : last + 1], stop) - start
-        raw = self.ids[start : stop + more].astype(np.int64)
-        borders = self.packed and not self.into_one
-        return make_row(raw, ends, self.kinds[first : last + 1], self.seq_len, more, borders)[0]
+        raw = self.ids[start : stop + continues].astype(np.int64)
+        separate = self.packed and not self.into_one
+        return make_row(raw, ends, self.doc_types[first : last + 1], self.seq_len, continues, separate)[0]
 
 
 def all_rows(stream: Stream, limit: int | None) -> Iterator[Row]:
-    """The rows of a stream that ends, for validation."""
-    place, number = stream.start(), 0
+    """Yields the rows of a stream that ends, or the first ``limit`` of them; for validation.
+
+    Raises:
+        DataError: if a document cannot be read, also if ``data.on_error`` is "skip".
+    """
+    position, number = stream.start_position(), 0
     while limit is None or number < limit:
-        taken = stream.take(place, 1, [0])
-        if not taken.count:
+        found = stream.next_rows(position, 1, [0])
+        if not found.count:
             break
-        if taken.bad:
-            raise DataError(taken.bad[0])
-        yield taken.rows[0]
-        place, number = taken.place, number + 1
+        if found.skipped:
+            raise DataError(found.skipped[0])
+        yield found.rows[0]
+        position, number = found.position, number + 1
     stream.close()

@@ -186,11 +186,12 @@ def test_tokenized_rows_that_cannot_be_read_are_an_error_or_are_left_out(tmp_pat
     folder = write_dataset(tmp_path / "data")
     data = load_config(write_config(tmp_path, folder), []).data
     with pytest.raises(DataError, match="outside the vocabulary of 50"):
-        (source := train_source(data, 50)).take(source.start(), 40, range(40))
+        (source := train_source(data, 50)).next_rows(source.start_position(), 40, range(40))
     source = train_source(data.model_copy(update={"on_error": "skip"}), 96)
-    taken = source.take(source.start(), len(source.rows), range(len(source.rows)))
-    assert 0 < len(taken.bad) < taken.count and all("token id 96 is outside" in message for message in taken.bad)
-    assert sum(not (row.labels >= 0).any() for row in taken.rows) == len(taken.bad)
+    found = source.next_rows(source.start_position(), len(source.rows), range(len(source.rows)))
+    assert 0 < len(found.skipped) < found.count
+    assert all("token id 96 is outside" in message for message in found.skipped)
+    assert sum(not (row.labels >= 0).any() for row in found.rows) == len(found.skipped)
 
 
 def test_files_of_any_suffix_are_read_as_text_if_asked_for(tmp_path, run):

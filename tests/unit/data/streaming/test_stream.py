@@ -1,4 +1,4 @@
-"""Streaming data: every document once per epoch and the same global batches, whatever the ranks, the workers and the stops."""
+"""Streaming data: each epoch has every document once, and the batches are the same for any ranks, workers and stops."""
 
 import gzip
 import json
@@ -16,7 +16,7 @@ from pyarrow import parquet
 
 from internevo.config.data import Data
 from internevo.data.batches import BatchSizes, Cursor, TrainBatches
-from internevo.data.build import in_memory, train_source, valid_rows
+from internevo.data.build import load_stream, train_source, valid_rows
 from internevo.data.raw import inputs
 from internevo.data.streaming import blocks
 from internevo.data.streaming.exchange import Exchange
@@ -27,32 +27,32 @@ VOCAB = 300
 
 
 class Meeting:
-    """Where threads that play the ranks meet."""
+    """What threads that act as ranks share: a barrier, and a table with a value of each."""
 
     def __init__(self, size):
         self.size, self.barrier, self.table = size, threading.Barrier(size, timeout=60), [None] * size
 
 
 class Ranks(Exchange):
-    """An exchange between threads."""
+    """An exchange between threads that act as ranks."""
 
     def __init__(self, meeting, rank):
         super().__init__()
         self.meeting, self.rank, self.size = meeting, rank, meeting.size
 
-    def _show(self, value):
+    def _gather(self, value):
         self.meeting.table[self.rank] = value
         self.meeting.barrier.wait()
         seen = list(self.meeting.table)
         self.meeting.barrier.wait()
         return seen
 
-    def _announce(self, code, length, patience=None):
-        seen = self._show((code, length))
-        return [code for code, _ in seen], [length for _, length in seen]
+    def _gather_status(self, status, length, timeout=None):
+        seen = self._gather((status, length))
+        return [status for status, _ in seen], [length for _, length in seen]
 
-    def _from(self, rank, mine, length):
-        return self._show(mine[:length])[rank].copy()
+    def _broadcast(self, rank, share, length):
+        return self._gather(share[:length])[rank].copy()
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(inputs, "CHUNK_BYTES", 150)
-    monkeypatch.setattr(blocks, "SHARDS", 3)
+    monkeypatch.setattr(blocks, "MAX_SHARDS", 3)
 
 
 def corpus_of(draw, documents):
@@ -90,7 +90,7 @@ def write(folder, corpus, kinds, draw):
 
 
 def train(data, ranks, cursor, batches):
-    """The rows of each global batch, and the cursors behind them; the ranks are threads."""
+    """Returns the rows of each global batch, and the cursors after them. The ranks are threads."""
     meeting = Meeting(ranks)
     made = [[] for _ in range(ranks)]
     errors = []
@@ -98,7 +98,9 @@ def train(data, ranks, cursor, batches):
     def work(rank):
         try:
             source = train_source(data, VOCAB, partial(Ranks, meeting, rank))
-            batches_ = TrainBatches(source, BatchSizes.of(data, ranks), rank, data.use_packed_dataset, data.total_steps)
+            batches_ = TrainBatches(
+                source, BatchSizes.from_config(data, ranks), rank, data.use_packed_dataset, data.total_steps
+            )
             steps = batches_.prefetch(cursor)
             made[rank] = [step for step, _ in zip(steps, range(batches), strict=False)]
             steps.close()
@@ -113,17 +115,17 @@ def train(data, ranks, cursor, batches):
         raise errors[0]
     rows = []
     for steps in zip(*made, strict=True):
-        assert len({json.dumps(step.after.place) for step in steps}) == 1
+        assert len({json.dumps(step.next_cursor.position) for step in steps}) == 1
         micro = [m for n in range(len(steps[0].micro_batches)) for m in (step.micro_batches[n] for step in steps)]
         rows.append([
             list(zip(*(getattr(m, k).view(-1, data.seq_len)[n].tolist() for k in ("tokens", "labels", "types")), strict=True))
             for m in micro for n in range(data.micro_bsz)
         ])  # fmt: skip
-    return rows, [step.after for step in made[0]]
+    return rows, [step.next_cursor for step in made[0]]
 
 
 def documents(rows, tokenizer):
-    """The texts of packed rows laid end to end; the last may be cut off."""
+    """Returns the texts of packed rows, without a last one that may not be complete."""
     ids = [token for batch in rows for row in batch for token, _, _ in row]
     eos = tokenizer.eos_id
     ends = [n for n, i in enumerate(ids) if i == eos]
@@ -137,7 +139,7 @@ def documents(rows, tokenizer):
     kinds=st.tuples(st.sampled_from(["jsonl", "jsonl.gz", "parquet", "arrow"]), st.integers(1, 3)).map(lambda k: [k[0]] * k[1]),
     ranks=st.lists(st.sampled_from([1, 2, 3, 4, 6, 8]), min_size=1, max_size=3), stops=st.lists(st.integers(1, 4), max_size=2),
 )  # fmt: skip
-def test_every_document_once_per_epoch_and_the_same_batches(
+def test_each_epoch_has_every_document_and_batches_do_not_depend_on_ranks_and_stops(
     tmp_path_factory, small, tokenizer, seed, count, seq_len, kinds, ranks, stops
 ):
     draw = random.Random(seed)
@@ -168,12 +170,12 @@ def test_every_document_once_per_epoch_and_the_same_batches(
 
 
 def json_round(cursor):
-    return Cursor(cursor.batch, cursor.rows, json.loads(json.dumps(cursor.place)))
+    return Cursor(cursor.batch, cursor.rows, json.loads(json.dumps(cursor.position)))
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("packed", [True, False])
-def test_worker_processes_change_nothing(tmp_path, small, tokenizer, workers, packed):
+def test_batches_do_not_depend_on_the_worker_processes(tmp_path, small, tokenizer, workers, packed):
     draw = random.Random(1)
     write(tmp_path / "data", corpus_of(draw, 70), ["jsonl", "jsonl"], draw)
     data = Data(
@@ -184,7 +186,7 @@ def test_worker_processes_change_nothing(tmp_path, small, tokenizer, workers, pa
     assert train(data.model_copy(update={"num_worker": workers}), 2, json_round(after[3]), 16)[0] == wanted[4:]
 
 
-def test_the_order_follows_the_seed_and_the_epoch(tmp_path, small, tokenizer):
+def test_every_seed_and_every_epoch_has_another_order(tmp_path, small, tokenizer):
     draw = random.Random(1)
     corpus = [f"{n} " + "x" * 20 for n in range(40)]
     write(tmp_path / "data", corpus, ["jsonl"], draw)
@@ -198,7 +200,7 @@ def test_the_order_follows_the_seed_and_the_epoch(tmp_path, small, tokenizer):
     assert sorted(one[:40]) == sorted(one[40:80]) == sorted(two[:40]) == sorted(corpus)
 
 
-def test_what_cannot_be_read_stops_every_rank_or_is_left_out_and_counted(tmp_path, small, tokenizer):
+def test_a_document_that_cannot_be_read_stops_every_rank_or_is_left_out(tmp_path, small, tokenizer):
     draw = random.Random(1)
     corpus = [f"{n} " + "x" * 30 for n in range(60)]
     write(tmp_path / "data", corpus, ["jsonl"], draw)
@@ -215,23 +217,23 @@ def test_what_cannot_be_read_stops_every_rank_or_is_left_out_and_counted(tmp_pat
     skipping = data.model_copy(update={"on_error": "skip"})
     source = train_source(skipping, VOCAB)
     steps = TrainBatches(source, BatchSizes(1, 6, 1), 0, True, 1000).prefetch(Cursor())
-    bad = []
-    while len(bad) < 3:
-        bad += next(steps).bad
+    skipped = []
+    while len(skipped) < 3:
+        skipped += next(steps).skipped
     steps.close()
-    assert all("0.jsonl" in message for message in bad)
+    assert all("0.jsonl" in message for message in skipped)
     left = documents(train(skipping, 2, Cursor(), 40)[0], load_tokenizer(tokenizer))
     assert sorted(left[:57]) == sorted(text for n, text in enumerate(corpus) if n not in (7, 23, 41))
 
 
-def test_validation_reads_the_stream_once(tmp_path, small, tokenizer):
+def test_validation_has_each_document_of_its_split_once(tmp_path, small, tokenizer):
     for name, texts in (("train", ["a", "b"]), ("validation", ["cc", "dd", "ee"])):
         parquet.write_table(pyarrow.table({"text": texts}), tmp_path / f"{name}-00000-of-00001.parquet")
     data = Data(
         type="streaming", train_folder=str(tmp_path), valid_folder=str(tmp_path), tokenizer_path=str(tokenizer), seq_len=4,
         micro_bsz=1, total_steps=10, num_worker=0, valid_every=1,
     )  # fmt: skip
-    rows = in_memory(valid_rows(data, VOCAB), None)
+    rows = load_stream(valid_rows(data, VOCAB), None)
     text = load_tokenizer(tokenizer)
     tokens = np.concatenate([row.tokens for row in (rows[n] for n in range(len(rows)))])
     assert sorted(text.decode(tokens.tolist()).replace("!", "").split("<|endoftext|>"))[-3:] == ["cc", "dd", "ee"]
@@ -239,13 +241,13 @@ def test_validation_reads_the_stream_once(tmp_path, small, tokenizer):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz"])
-def test_data_with_nothing_to_train_on_is_an_error_and_no_endless_loop(tmp_path, small, tokenizer, kind):
+def test_data_with_nothing_to_train_on_is_an_error(tmp_path, small, tokenizer, kind):
     write(tmp_path / "data", [""] * 40, [kind], random.Random(1))
     data = Data(
         type="streaming", train_folder=str(tmp_path / "data"), tokenizer_path=str(tokenizer), seq_len=4, micro_bsz=1,
         total_steps=10, num_worker=0,
     )  # fmt: skip
-    with pytest.raises(DataError, match="holds no document to train on"):
+    with pytest.raises(DataError, match="contains no document to train on"):
         train(data, 1, Cursor(), 1)
-    with pytest.raises(DataError, match="holds no document to train on"):
+    with pytest.raises(DataError, match="contains no document to train on"):
         train(data.model_copy(update={"min_length": 10**6}), 2, Cursor(), 1)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from internevo import load_model, save_hf
 from internevo.checkpoint import Checkpoint
 from internevo.commands.convert import convert
-from internevo.commands.inspect import inspect
+from internevo.commands.inspect import describe
 from internevo.models.config import DecoderConfig, Lora
 from internevo.models.decoder import Decoder
 from internevo.models.huggingface.folder import HfFolder, write_hf
@@ -103,9 +103,9 @@ def test_a_model_in_memory_keeps_its_dtypes(tmp_path):
         assert torch.equal(rows.view_as(parameter), parameter)
     assert most_common_dtype(source) == torch.bfloat16
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["torch_dtype"] == "bfloat16"
-    assert "torch.bfloat16, some torch.float16, some torch.float32;" in "\n".join(inspect(tmp_path / "saved"))
+    assert "torch.bfloat16, some torch.float16, some torch.float32;" in "\n".join(describe(tmp_path / "saved"))
     convert(tmp_path / "saved", tmp_path / "ours", "internevo")
-    assert "torch.bfloat16, some torch.float16, some torch.float32\n" in "\n".join(inspect(tmp_path / "ours"))
+    assert "torch.bfloat16, some torch.float16, some torch.float32\n" in "\n".join(describe(tmp_path / "ours"))
 
 
 def test_older_bin_folders_are_read_by_tensor_too(tmp_path):

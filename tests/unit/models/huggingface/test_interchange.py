@@ -97,7 +97,7 @@ def test_a_folder_that_does_not_fit_is_refused_by_name(llama_folder, tmp_path):
     (llama_folder / "model.safetensors").write_bytes((llama_folder / "model.safetensors").read_bytes()[:-50])
     with pytest.raises(UsageError, match=r"model.safetensors is not a safetensors file: tensor .* does not fit into the file"):
         load_model(llama_folder)
-    with pytest.raises(UsageError, match="nor is it a Hugging Face folder"):
+    with pytest.raises(UsageError, match="it is not a Hugging Face folder either"):
         load_model(tmp_path)
 
 
@@ -221,4 +221,4 @@ def test_training_starts_from_a_hugging_face_folder(tmp_path, config, run, famil
     assert all(torch.equal(a, b) for a, b in zip(load_model(tmp_path / "tuned").parameters(), wanted.parameters(), strict=True))
     assert len(metrics(tmp_path / "tuned")) == 1
     failed = run("train", path, "model.num_layers=1", "ckpt.auto_resume=false", code=2)
-    assert "holds another model: its num_layers is 2, and the config's is 1" in failed.stderr
+    assert "has another model: its num_layers is 2, and the config's is 1" in failed.stderr
