@@ -1,7 +1,7 @@
-"""InternLM, InternLM2 and Baichuan2 from their published descriptions, straight from tensors under their names on disk.
+"""References: InternLM, InternLM2 and Baichuan2, which transformers does not have, and attention by its definition.
 
-transformers has no class for them. Nothing here is shared with the package: one token at a time where that is clearer, dense
-masks, full logits, everything in fp32. And attention by its definition, for its kernels.
+They are written from the published descriptions, for tensors with their names on disk, and share no code with the package. They
+use dense masks, full logits and fp32, and compute one token after the other where that is clearer.
 """
 
 import itertools
@@ -15,8 +15,8 @@ def rms(x, gain, eps):
     return gain * (x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps))
 
 
-def turn(x, base):
-    """Rotary positions of x [heads, length, size], half-split."""
+def rotate(x, base):
+    """The rotary embedding of x [heads, length, size], half-split."""
     _, length, size = x.shape
     out = torch.empty_like(x)
     half = size // 2
@@ -29,7 +29,7 @@ def turn(x, base):
 
 
 def slopes(heads):
-    """ALiBi, as its authors' code has it."""
+    """ALiBi's slopes, as its authors' code computes them."""
 
     def power_of_two(n):
         start = 2 ** (-(2 ** -(math.log2(n) - 3)))
@@ -42,7 +42,7 @@ def slopes(heads):
 
 
 def attend(q, k, v, alibi):
-    """[heads, length, size] each -> [length, heads * size]."""
+    """Attention of one document: q, k and v [heads, length, size] -> [length, heads * size]."""
     heads, length, size = q.shape
     group = heads // k.shape[0]
     out = []
@@ -56,7 +56,14 @@ def attend(q, k, v, alibi):
 
 
 def plain_attention(q, k, v, borders, window, slopes):
-    """A document after the other, one score for each pair of tokens: q [1, T, H, N]; k, v [1, T, K, N]; ALiBi's slopes [H]."""
+    """Attention by its definition, for one document after the other, with a score for each pair of tokens.
+
+    Args:
+        q: [1, T, H, N].
+        k, v: [1, T, K, N].
+        borders: where the documents begin and end.
+        slopes: ALiBi's slopes [H].
+    """
     out = torch.zeros_like(q)
     k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
     for a, b in itertools.pairwise(borders):
@@ -64,8 +71,8 @@ def plain_attention(q, k, v, borders, window, slopes):
         scores = torch.einsum("qhn,khn->hqk", q[0, a:b], k[0, a:b]) / q.shape[3] ** 0.5
         if slopes is not None:
             scores = scores - slopes.to(q.dtype).view(-1, 1, 1) * distance
-        seen = (distance >= 0) & (distance < (window or b - a))
-        out[0, a:b] = torch.einsum("hqk,khn->qhn", scores.masked_fill(~seen, -torch.inf).softmax(-1), v[0, a:b])
+        visible = (distance >= 0) & (distance < (window or b - a))
+        out[0, a:b] = torch.einsum("hqk,khn->qhn", scores.masked_fill(~visible, -torch.inf).softmax(-1), v[0, a:b])
     return out
 
 
@@ -78,7 +85,7 @@ def heads_of(x, heads):
 
 
 def internlm(disk, config, tokens):
-    """Logits of one document."""
+    """InternLM: returns the logits of one document."""
     x, n, eps = disk["model.embed_tokens.weight"][tokens], config["num_attention_heads"], config["rms_norm_eps"]
     for layer in range(config["num_hidden_layers"]):
         at = f"model.layers.{layer}"
@@ -88,7 +95,7 @@ def internlm(disk, config, tokens):
         longest, size = config["max_position_embeddings"], q.shape[-1]
         if config["rotary"]["type"] == "dynamic" and len(tokens) > longest:
             base = base * (len(tokens) / longest) ** (size / (size - 2))
-        x = x + linear(disk, f"{at}.self_attn.o_proj", attend(turn(q, base), turn(k, base), v, alibi=False))
+        x = x + linear(disk, f"{at}.self_attn.o_proj", attend(rotate(q, base), rotate(k, base), v, alibi=False))
         y = rms(x, disk[f"{at}.post_attention_layernorm.weight"], eps)
         y = F.silu(linear(disk, f"{at}.mlp.gate_proj", y)) * linear(disk, f"{at}.mlp.up_proj", y)
         x = x + linear(disk, f"{at}.mlp.down_proj", y)
@@ -96,7 +103,7 @@ def internlm(disk, config, tokens):
 
 
 def internlm2(disk, config, tokens):
-    """wqkv gives, for each key/value head: its queries, its key, its value."""
+    """InternLM2: returns the logits of one document. The rows of wqkv are, for each key/value head: queries, key, value."""
     x, groups, eps = disk["model.tok_embeddings.weight"][tokens], config["num_key_value_heads"], config["rms_norm_eps"]
     per_group = config["num_attention_heads"] // groups
     for layer in range(config["num_hidden_layers"]):
@@ -107,7 +114,7 @@ def internlm2(disk, config, tokens):
         k = torch.stack([qkv[:, g, per_group] for g in range(groups)])
         v = torch.stack([qkv[:, g, per_group + 1] for g in range(groups)])
         base = config["rope_theta"]
-        x = x + linear(disk, f"{at}.attention.wo", attend(turn(q, base), turn(k, base), v, alibi=False))
+        x = x + linear(disk, f"{at}.attention.wo", attend(rotate(q, base), rotate(k, base), v, alibi=False))
         y = rms(x, disk[f"{at}.ffn_norm.weight"], eps)
         y = F.silu(linear(disk, f"{at}.feed_forward.w1", y)) * linear(disk, f"{at}.feed_forward.w3", y)
         x = x + linear(disk, f"{at}.feed_forward.w2", y)
@@ -115,7 +122,8 @@ def internlm2(disk, config, tokens):
 
 
 def baichuan2(disk, config, tokens):
-    """W_pack gives all queries, all keys, all values; the head's rows are brought to length 1."""
+    """Baichuan2: returns the logits of one document. The rows of W_pack are all queries, all keys, all values; each row of the
+    head is divided by its norm."""
     x, n, eps = disk["model.embed_tokens.weight"][tokens], config["num_attention_heads"], config["rms_norm_eps"]
     alibi = "max_position_embeddings" not in config
     for layer in range(config["num_hidden_layers"]):
@@ -123,7 +131,7 @@ def baichuan2(disk, config, tokens):
         y = rms(x, disk[f"{at}.input_layernorm.weight"], eps)
         q, k, v = (heads_of(part, n) for part in linear(disk, f"{at}.self_attn.W_pack", y).chunk(3, dim=-1))
         if not alibi:
-            q, k = turn(q, 10000.0), turn(k, 10000.0)
+            q, k = rotate(q, 10000.0), rotate(k, 10000.0)
         x = x + linear(disk, f"{at}.self_attn.o_proj", attend(q, k, v, alibi))
         y = rms(x, disk[f"{at}.post_attention_layernorm.weight"], eps)
         y = F.silu(linear(disk, f"{at}.mlp.gate_proj", y)) * linear(disk, f"{at}.mlp.up_proj", y)
@@ -137,7 +145,7 @@ REFERENCES = {"INTERNLM": internlm, "INTERNLM2": internlm2, "BAICHUAN2": baichua
 
 
 def random_folder(family, draw):
-    """A random config.json and tensors of a family. ``draw(sampled values)`` picks one."""
+    """Returns a random ``config.json`` and random tensors of a family. ``draw(values)`` returns one of the values."""
     kv = draw([1, 2, 3]) if family == "INTERNLM2" else draw([2, 4, 6])
     heads = kv * draw([1, 2]) if family == "INTERNLM2" else kv
     size, layers, width, vocab = draw([4, 8]), draw([1, 2]), draw([17, 40]), draw([67, 128])
@@ -189,6 +197,6 @@ def random_folder(family, draw):
 
 
 def assert_close_to_scale(mine, reference, tolerance=1e-5):
-    """On the scale of the largest element, where that is more than 1."""
+    """Compares tensors; the tolerance is relative to the largest element of the reference if that is greater than 1."""
     error, scale = (mine - reference).abs().max(), max(1.0, reference.abs().max())
     assert error <= tolerance * scale, f"differs by {error} at a scale of {scale}"

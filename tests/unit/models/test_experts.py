@@ -1,4 +1,4 @@
-"""Experts: routing under capacity, against plain loops."""
+"""Compares experts with a capacity with loops over tokens."""
 
 import math
 
@@ -27,14 +27,14 @@ def make(experts, seed):
 
 
 def expert(layer, number, x):
-    """One expert of a layer on one token."""
+    """Applies one expert of a layer to one token."""
     gate, up, down = (getattr(layer.experts, part).weight[number] for part in ("gate", "up", "down"))
     return down @ (F.silu(gate @ x) * (up @ x))
 
 
 def gshard(layer, experts, tokens, factor):
-    """The paper's algorithm, a token at a time: all first choices before all second ones; who comes too late gets nothing.
-    Returns the output and the number of choices left out."""
+    """The algorithm of the paper, one token after the other: all first choices come before all second ones, and a full expert
+    takes no more tokens. Returns the output and the number of dropped choices."""
     probs = (tokens @ layer.router.weight.T).softmax(-1)
     chosen, which = probs.topk(experts.top_k)
     weights = chosen / chosen.sum(1, keepdim=True) if experts.normalize else chosen
@@ -81,7 +81,7 @@ def test_experts_equal_the_paper_token_by_token(seed, count, k, normalize, facto
         assert_close_to_scale(mine, reference)
 
 
-def test_router_sums_are_what_they_say():
+def test_sums_of_the_router_equal_their_definitions():
     layer = make(Experts(4, 2, 8), 0)
     x = torch.randn(1, 30, 16)
     _, routing = layer(x)
@@ -93,7 +93,7 @@ def test_router_sums_are_what_they_say():
     assert torch.equal(routing.first, torch.bincount(probs.argmax(-1), minlength=4).float())
 
 
-def test_a_config_survives_json():
+def test_a_decoder_config_is_the_same_after_json():
     import json
 
     config = DecoderConfig("QWEN2MOE", 50, 16, 8, 3, 2, 2, 8, windows=(0, 5, 5), experts=Experts(4, 2, 8, dense_layers=(1,)))

@@ -1,4 +1,4 @@
-"""Models equal transformers', and packed documents equal separate ones."""
+"""Compares models with transformers' models, and packed documents with separate ones."""
 
 import itertools
 
@@ -20,7 +20,7 @@ def is_sparse(model):
 
 
 def clear_choice(theirs, ours, tokens):
-    """Whether no router stands between two experts, where rounding decides."""
+    """Whether no rounding error could change which experts a router chooses."""
     if not is_sparse(ours):
         return True
     k = theirs.config.num_experts_per_tok
@@ -89,9 +89,10 @@ def test_documents_without_borders_see_each_other(family, data, seed, sizes):
 def test_generation_with_the_cache_equals_transformers(family, data, seed):
     theirs, ours = pair(data.draw(CONFIGS[family]), seed)
     prompt = torch.randint(1, theirs.config.vocab_size, (1, 7))
-    tokens, caches = prompt[0].tolist(), 9  # transformers keeps dynamic scaling's longest table: stay below its length
-    wanted = theirs.generate(prompt, max_new_tokens=caches, do_sample=False, eos_token_id=None, pad_token_id=0)
-    assert generate(ours, tokens, caches, Sampling(temperature=0)) == wanted[0, 7:].tolist()
+    # Together at most max_position_embeddings. Beyond it, transformers uses the dynamic scaling of the longest text so far.
+    tokens, count = prompt[0].tolist(), 9
+    wanted = theirs.generate(prompt, max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert generate(ours, tokens, count, Sampling(temperature=0)) == wanted[0, 7:].tolist()
 
 
 @settings(max_examples=20, deadline=None)

@@ -1,4 +1,4 @@
-"""InternLM, InternLM2 and Baichuan2 equal references written from their published descriptions, and Llama where they are it."""
+"""Compares InternLM, InternLM2 and Baichuan2 with references from their published descriptions, and with Llama."""
 
 import itertools
 
@@ -41,7 +41,7 @@ def test_logits_and_gradients_equal_the_reference(family, data, seed, sizes):
     loss.total.backward()
     expected.backward()
     mine = to_disk(model, {k: v.grad for k, v in model.named_parameters()})
-    # Some gradients are zero but for rounding (those of q where documents have one token): it goes with the largest of all.
+    # Some gradients are zero except for rounding errors (q, if documents have one token), which depend on the largest gradient.
     noise = 1e-7 * max(1.0, *(float(tensor.grad.abs().max()) for tensor in disk.values()))
     for name, tensor in disk.items():
         assert (mine[name] - tensor.grad).abs().max() <= 1e-4 * tensor.grad.abs().max() + noise, name
@@ -50,9 +50,9 @@ def test_logits_and_gradients_equal_the_reference(family, data, seed, sizes):
 @pytest.mark.parametrize("family", REFERENCES)
 @settings(max_examples=5, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 10**6))
-def test_with_llamas_layout_on_disk_they_are_llama(family, data, seed):
+def test_with_llamas_names_on_disk_they_equal_llama(family, data, seed):
     _, _, model = build(family, data, seed)
-    assume(model.config.rope is not None)  # ALiBi is none of Llama's kinds
+    assume(model.config.rope is not None)  # Llama does not have ALiBi
     c, rope = model.config, model.config.rope
     llama = tf.LlamaConfig(
         vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,

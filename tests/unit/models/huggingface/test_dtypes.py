@@ -1,4 +1,4 @@
-"""Folders whose tensors have different dtypes: each is read by its own, and nothing is lost."""
+"""Folders whose tensors have different dtypes: each tensor is read in its own dtype, and no value is rounded."""
 
 import json
 from dataclasses import replace
@@ -59,8 +59,8 @@ def test_every_tensor_is_read_and_kept_in_its_own_dtype(family, data, seed):
         torch.manual_seed(seed)
         config, tensors = random_folder(family, lambda values: data.draw(st.sampled_from(values)))
     mixed = {name: tensor.to(data.draw(st.sampled_from(KINDS))) for name, tensor in tensors.items()}
-    with TemporaryDirectory() as place:
-        there, ours, back, narrow, wide = (Path(place) / name for name in ("there", "ours", "back", "narrow", "wide"))
+    with TemporaryDirectory() as temporary:
+        there, ours, back, narrow, wide = (Path(temporary) / name for name in ("there", "ours", "back", "narrow", "wide"))
         write(there, config, mixed)
         convert(there, ours, "internevo", shard_bytes=20_000)
         convert(ours, back, "hf", shard_bytes=20_000)
@@ -81,7 +81,7 @@ def test_every_tensor_is_read_and_kept_in_its_own_dtype(family, data, seed):
 
 
 def mixed_model():
-    """bf16, with norms in fp32, and one matrix in fp16."""
+    """Returns a model in bf16, but with norms in fp32 and one matrix in fp16."""
     torch.manual_seed(0)
     with torch.device("meta"):
         model = Decoder(TINY)
@@ -108,7 +108,7 @@ def test_a_model_in_memory_keeps_its_dtypes(tmp_path):
     assert "torch.bfloat16, some torch.float16, some torch.float32\n" in "\n".join(describe(tmp_path / "ours"))
 
 
-def test_older_bin_folders_are_read_by_tensor_too(tmp_path):
+def test_tensors_of_older_bin_files_keep_their_dtypes_too(tmp_path):
     save_hf(mixed_model(), tmp_path / "saved")
     old = tmp_path / "old"
     old.mkdir()
@@ -136,7 +136,7 @@ def test_merged_adapters_do_not_change_the_dtype_of_a_weight(tmp_path):
     assert torch.equal(found.read("layers.0.attn.q.weight", 0, 8), source.read("layers.0.attn.q.weight", 0, 8))
 
 
-def test_what_is_joined_from_parts_holds_every_value_of_theirs():
+def test_the_dtype_of_joined_tensors_holds_every_value_of_each():
     f8, f16, b16, f32, f64 = torch.float8_e4m3fn, torch.float16, torch.bfloat16, torch.float32, torch.float64
     assert joint_dtype([b16, b16]) == b16
     assert joint_dtype([f16, b16]) == joint_dtype([f8, b16]) == joint_dtype([f32, f16]) == f32

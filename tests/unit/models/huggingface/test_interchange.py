@@ -1,4 +1,4 @@
-"""Interchange with Hugging Face."""
+"""Conversion from and to Hugging Face folders, compared with transformers."""
 
 import json
 from pathlib import Path
@@ -54,7 +54,7 @@ class Evil:
         return (Path.touch, (Path("was-run"),))
 
 
-def test_older_bin_folders_load_and_code_in_them_does_not_run(llama_folder, tmp_path, monkeypatch):
+def test_older_bin_files_load_and_code_in_them_does_not_run(llama_folder, tmp_path, monkeypatch):
     weights = load_file(llama_folder / "model.safetensors")
     old = tmp_path / "old"
     old.mkdir()
@@ -102,7 +102,7 @@ def test_a_folder_that_does_not_fit_is_refused_by_name(llama_folder, tmp_path):
 
 
 def disk(folder):
-    """Every tensor of a folder."""
+    """Returns all tensors of a folder."""
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
         found.update(load_file(path))
@@ -120,8 +120,8 @@ def same(a, b):
 def test_every_family_goes_both_ways_with_transformers(family, data, seed, dtype):
     theirs, _ = pair(data.draw(CONFIGS[family]), seed)
     theirs.to(dtype)
-    with TemporaryDirectory() as place:
-        there, ours, back = (Path(place) / name for name in ("there", "ours", "back"))
+    with TemporaryDirectory() as temporary:
+        there, ours, back = (Path(temporary) / name for name in ("there", "ours", "back"))
         theirs.save_pretrained(there)
         convert(there, ours, "internevo")
         convert(ours, back, "hf", shard_bytes=20_000)
@@ -142,8 +142,8 @@ def test_every_family_goes_both_ways_with_transformers(family, data, seed, dtype
 def test_families_without_a_class_in_transformers_go_both_ways(family, data, seed):
     torch.manual_seed(seed)
     config, tensors = random_folder(family, lambda values: data.draw(st.sampled_from(values)))
-    with TemporaryDirectory() as place:
-        there, ours, back = (Path(place) / name for name in ("there", "ours", "back"))
+    with TemporaryDirectory() as temporary:
+        there, ours, back = (Path(temporary) / name for name in ("there", "ours", "back"))
         there.mkdir()
         (there / "config.json").write_text(json.dumps(config))
         save_file(tensors, there / "model.safetensors", metadata={"format": "pt"})
@@ -174,7 +174,7 @@ def test_an_internlm2_model_is_written_as_llama_for_transformers(tmp_path, run):
     )
 
 
-def test_what_lies_beside_the_weights_goes_along(llama_folder, tmp_path):
+def test_other_files_of_the_folder_are_copied(llama_folder, tmp_path):
     beside = {
         "generation_config.json": '{"temperature": 0.5}', "chat_template.jinja": "{{ messages }}",
         "tokenizer_config.json": '{"bos_token": "<s>"}', "configuration_own.py": "x = 1",
@@ -194,7 +194,7 @@ def test_what_lies_beside_the_weights_goes_along(llama_folder, tmp_path):
 
 @pytest.mark.parametrize(("family", "processes"), [("LLAMA2", 2), ("MIXTRALMOE", 3), ("INTERNLM2", 2)])
 def test_training_starts_from_a_hugging_face_folder(tmp_path, config, run, family, processes):
-    """Any layout; fused and expert tensors too. With a learning rate of 0 the folder's weights come out again."""
+    """With several layouts and families. The learning rate is 0, so that the run's weights equal the folder's."""
     torch.manual_seed(0)
     shape = dict(
         vocab_size=300, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
