@@ -6,16 +6,19 @@ use dense masks, full logits and fp32, and compute one token after the other whe
 
 import itertools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
-def rms(x, gain, eps):
+def rms(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     return gain * (x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps))
 
 
-def rotate(x, base):
+def rotate(x: Tensor, base: float) -> Tensor:
     """The rotary embedding of x [heads, length, size], half-split."""
     _, length, size = x.shape
     out = torch.empty_like(x)
@@ -28,10 +31,10 @@ def rotate(x, base):
     return out
 
 
-def slopes(heads):
+def slopes(heads: int) -> list[float]:
     """ALiBi's slopes, as its authors' code computes them."""
 
-    def power_of_two(n):
+    def power_of_two(n: int) -> list[float]:
         start = 2 ** (-(2 ** -(math.log2(n) - 3)))
         return [start * start**i for i in range(n)]
 
@@ -41,7 +44,7 @@ def slopes(heads):
     return power_of_two(closest) + slopes(2 * closest)[0::2][: heads - closest]
 
 
-def attend(q, k, v, alibi):
+def attend(q: Tensor, k: Tensor, v: Tensor, alibi: bool) -> Tensor:
     """Attention of one document: q, k and v [heads, length, size] -> [length, heads * size]."""
     heads, length, size = q.shape
     group = heads // k.shape[0]
@@ -55,7 +58,7 @@ def attend(q, k, v, alibi):
     return torch.cat(out, dim=-1)
 
 
-def plain_attention(q, k, v, borders, window, slopes):
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, borders: list[int], window: int, slopes: Tensor | None) -> Tensor:
     """Attention by its definition, for one document after the other, with a score for each pair of tokens.
 
     Args:
@@ -76,15 +79,15 @@ def plain_attention(q, k, v, borders, window, slopes):
     return out
 
 
-def linear(disk, name, x):
+def linear(disk: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
     return F.linear(x, disk[f"{name}.weight"], disk.get(f"{name}.bias"))
 
 
-def heads_of(x, heads):
+def heads_of(x: Tensor, heads: int) -> Tensor:
     return x.view(x.shape[0], heads, -1).transpose(0, 1)
 
 
-def internlm(disk, config, tokens):
+def internlm(disk: dict[str, Tensor], config: dict[str, Any], tokens: Tensor) -> Tensor:
     """InternLM: returns the logits of one document."""
     x, n, eps = disk["model.embed_tokens.weight"][tokens], config["num_attention_heads"], config["rms_norm_eps"]
     for layer in range(config["num_hidden_layers"]):
@@ -102,7 +105,7 @@ def internlm(disk, config, tokens):
     return rms(x, disk["model.norm.weight"], eps) @ disk["lm_head.weight"].T
 
 
-def internlm2(disk, config, tokens):
+def internlm2(disk: dict[str, Tensor], config: dict[str, Any], tokens: Tensor) -> Tensor:
     """InternLM2: returns the logits of one document. The rows of wqkv are, for each key/value head: queries, key, value."""
     x, groups, eps = disk["model.tok_embeddings.weight"][tokens], config["num_key_value_heads"], config["rms_norm_eps"]
     per_group = config["num_attention_heads"] // groups
@@ -121,7 +124,7 @@ def internlm2(disk, config, tokens):
     return rms(x, disk["model.norm.weight"], eps) @ disk["output.weight"].T
 
 
-def baichuan2(disk, config, tokens):
+def baichuan2(disk: dict[str, Tensor], config: dict[str, Any], tokens: Tensor) -> Tensor:
     """Baichuan2: returns the logits of one document. The rows of W_pack are all queries, all keys, all values; each row of the
     head is divided by its norm."""
     x, n, eps = disk["model.embed_tokens.weight"][tokens], config["num_attention_heads"], config["rms_norm_eps"]
@@ -144,7 +147,7 @@ def baichuan2(disk, config, tokens):
 REFERENCES = {"INTERNLM": internlm, "INTERNLM2": internlm2, "BAICHUAN2": baichuan2}
 
 
-def random_folder(family, draw):
+def random_folder(family: str, draw: Callable[[list[Any]], Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Returns a random ``config.json`` and random tensors of a family. ``draw(values)`` returns one of the values."""
     kv = draw([1, 2, 3]) if family == "INTERNLM2" else draw([2, 4, 6])
     heads = kv * draw([1, 2]) if family == "INTERNLM2" else kv
@@ -155,7 +158,7 @@ def random_folder(family, draw):
         "vocab_size": vocab, "rms_norm_eps": draw([1e-3, 1e-6]), "hidden_act": "silu", "tie_word_embeddings": False,
     }  # fmt: skip
     bias = draw([True, False])
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     if family == "INTERNLM":
         rotary = {"base": draw([100, 10000]), "type": draw(["dynamic", "origin"])}
         config |= {"model_type": "internlm", "architectures": ["InternLMForCausalLM"], "bias": bias,
@@ -196,7 +199,7 @@ def random_folder(family, draw):
     return config, tensors
 
 
-def assert_close_to_scale(mine, reference, tolerance=1e-5):
+def assert_close_to_scale(mine: Tensor, reference: Tensor, tolerance: float = 1e-5) -> None:
     """Compares tensors; the tolerance is relative to the largest element of the reference if that is greater than 1."""
-    error, scale = (mine - reference).abs().max(), max(1.0, reference.abs().max())
+    error, scale = (mine - reference).abs().max(), max(1.0, float(reference.abs().max()))
     assert error <= tolerance * scale, f"differs by {error} at a scale of {scale}"

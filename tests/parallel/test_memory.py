@@ -1,11 +1,13 @@
 """The measured memory of rank 0 is that of the formula, within 2 percent."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from tests.conftest import write_config, write_dataset
 from tests.parallel.layouts import EXPERTS, layout
+from tests.pool import Pool
 
 SHAPE = {
     "model__num_layers": 3, "model__hidden_size": 128, "model__num_attention_heads": 8, "model__num_kv_attention_heads": 2,
@@ -46,7 +48,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_memory_is_that_of_the_formula(pool, tmp_path, name):
+def test_memory_is_that_of_the_formula(pool: Pool, tmp_path: Path, name: str) -> None:
     processes, changes = CASES[name]
     ranks = processes // changes["parallel__tensor"]["size"]
     sizes = {"data__micro_bsz": 2, "data__global_batch_size": 4 * ranks}

@@ -5,9 +5,9 @@ import threading
 from collections.abc import Generator
 
 import pytest
+from internevo.data.ahead import Ahead
 
 from internevo.data import ahead
-from internevo.data.ahead import Ahead
 
 
 def test_items_come_in_order_and_an_error_comes_after_them() -> None:
