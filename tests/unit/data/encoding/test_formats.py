@@ -106,6 +106,13 @@ def test_instructions_have_internevos_template_and_the_output_is_predicted(tmp_p
         assert text.backend.token_id("<eoh>") in tokens and text.backend.token_id("<eoa>") in tokens
 
 
+def test_the_error_for_an_instruction_without_output_does_not_advise_an_option_without_effect(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path / "tokenizer", CHATML)
+    (tmp_path / "a.json").write_text(json.dumps([{"instruction": "Say hi."}]))
+    with pytest.raises(DataError, match=r"item 0 has no instruction and output under .* \(it has 'instruction' \(str\)\)$"):
+        tokenized(tmp_path, tmp_path / "a.json", folder, "alpaca")
+
+
 def test_valid_ratio_also_splits_instructions(tmp_path: Path) -> None:
     folder = folder_with(tmp_path / "tokenizer", CHATML)
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"instruction": f"{n}", "output": "x"}) + "\n" for n in range(200)))
