@@ -23,7 +23,7 @@ from ..config.run import Ckpt
 from ..errors import CheckpointError, InternEvoError
 from ..storage.folders import shared_temporary
 from .finish import Extras, complete
-from .folder import CHECKPOINTS, SNAPSHOTS
+from .folder import CHECKPOINTS, SNAPSHOTS, checkpoint_name
 from .manifest import NAME, FileEntry, Manifest, TensorEntry
 from .storage import SafetensorsWriter
 
@@ -60,7 +60,7 @@ class Saver:
 
     def save(self, step: int, tensors: dict[str, Tensor], extras: Extras) -> None:
         """Copies ``tensors`` (KIND/NAME -> DTensor) to host memory and goes on in the background."""
-        self._start(self.run / CHECKPOINTS / f"step-{step:08d}", step, tensors, extras)
+        self._start(self.run / CHECKPOINTS / checkpoint_name(step), step, tensors, extras)
 
     def snapshot(self, step: int, tensors: dict[str, Tensor], extras: Extras) -> None:
         """The same into one of two folders in turn."""
