@@ -27,9 +27,9 @@ def already_launched() -> bool:
 
 def default_processes() -> int:
     """One per GPU, or one."""
-    from ..parallel.world import pick_device
+    from ..parallel.world import has_gpu
 
-    if pick_device(0).type == "cpu":
+    if not has_gpu():
         return 1
     import torch
 

@@ -2,6 +2,7 @@
 
 import math
 import threading
+import time
 
 import pytest
 import torch
@@ -107,3 +108,21 @@ def test_what_is_under_way_is_finished_after_a_failure_and_not_after_ctrl_c(erro
         dog.before_end = given.append
         raise error
     assert bool(given) == called
+
+
+def test_what_comes_between_steps_does_not_count_as_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation or a checkpoint may take longer than a step."""
+    ended: list[str] = []
+    monkeypatch.setattr(Watchdog, "_end", lambda self, roll: ended.append("ended"))
+    world = World(0, 2, 0, torch.device("cpu"), dist.HashStore())
+    with Watchdog(world, limit=1.5, interval=0.05) as dog:
+        for _ in range(2):
+            with dog.step(1):
+                time.sleep(0.01)
+        time.sleep(2.2)
+        with dog.step(1):
+            time.sleep(0.1)
+        assert not ended
+        with dog.step(1):
+            time.sleep(2.6)
+        assert ended
