@@ -1,16 +1,29 @@
 """Shared by all tests: a tiny config, a tiny dataset, and a way to run the commands as a user does."""
 
+from __future__ import annotations
+
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from hypothesis import settings
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tests.pool import Pool
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+"""The fixture ``run``."""
+WriteConfig = Callable[..., Path]
+"""The fixture ``config``: ``write_config`` for this test's folder and dataset."""
 settings.register_profile("internevo", deadline=None)  # no test depends on how fast a machine is
 settings.load_profile("internevo")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -30,7 +43,13 @@ TINY = {
 }  # fmt: skip
 
 
-def run(*arguments, code=0, env=None, timeout=600, command=None):
+def run(
+    *arguments: object,
+    code: int | None = 0,
+    env: dict[str, str] | None = None,
+    timeout: float = 600,
+    command: list[str] | None = None,
+) -> subprocess.CompletedProcess[str]:
     """Runs ``internevo ARGUMENTS`` and returns the finished process; fails with its output on another exit code."""
     command = command or [sys.executable, "-m", "internevo"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "INTERNEVO_DEVICE": "cpu", **(env or {})}
@@ -40,12 +59,12 @@ def run(*arguments, code=0, env=None, timeout=600, command=None):
 
 
 @pytest.fixture(name="run")
-def run_fixture():
+def run_fixture() -> Run:
     return run
 
 
 @pytest.fixture(scope="session")
-def pool():
+def pool() -> Iterator[Pool]:
     """Processes for training runs, kept over tests."""
     from tests.pool import Pool
 
@@ -54,7 +73,7 @@ def pool():
     pool.stop(patience=10)
 
 
-def write_dataset(folder):
+def write_dataset(folder: Path) -> Path:
     """Two types of documents, random lengths, some masked tokens (token 0 among them)."""
     from internevo.data.tokenized.files import MASKED_ZERO, TokenWriter
 
@@ -69,7 +88,7 @@ def write_dataset(folder):
     return folder
 
 
-def tiny(**changes):
+def tiny(**changes: Any) -> dict[str, Any]:
     """The tiny config as plain values, with changes (``section__key=value``)."""
     values = json.loads(json.dumps(TINY))
     for key, value in changes.items():
@@ -81,7 +100,7 @@ def tiny(**changes):
     return values
 
 
-def write_config(folder, dataset, name="run", **changes):
+def write_config(folder: Path, dataset: Path | str | None, name: str = "run", **changes: Any) -> Path:
     """Writes the tiny config with changes to a file; its run folder is ``folder/NAME``."""
     places = {"data__train_folder": str(dataset), "ckpt": {"save_ckpt_folder": str(folder / name)}}
     path = folder / f"{name}.json"
@@ -90,30 +109,30 @@ def write_config(folder, dataset, name="run", **changes):
 
 
 @pytest.fixture
-def dataset(tmp_path):
+def dataset(tmp_path: Path) -> Path:
     return write_dataset(tmp_path / "data")
 
 
 @pytest.fixture
-def config(tmp_path, dataset):
+def config(tmp_path: Path, dataset: Path) -> WriteConfig:
     return partial(write_config, tmp_path, dataset)
 
 
-def rows_so_far(folder):
+def rows_so_far(folder: Path | str) -> list[dict[str, Any]]:
     """Training rows of a run folder, as far as there are any."""
     path = Path(folder) / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     return [row for row in rows if "loss" in row]
 
 
-def metrics(folder):
+def metrics(folder: Path | str) -> list[dict[str, Any]]:
     """Training rows of a run folder that has trained: comparisons of nothing with nothing would pass."""
     rows = rows_so_far(folder)
     assert rows, f"{folder} has trained no step"
     return rows
 
 
-def tensors(folder, step):
+def tensors(folder: Path | str, step: int) -> dict[str, Tensor]:
     """Every tensor of a checkpoint of a run folder, in full."""
     from internevo.checkpoint import Checkpoint
 

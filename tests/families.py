@@ -1,8 +1,12 @@
 """Random small models of every family that transformers has: transformers' model and ours, with the same weights."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import transformers as tf
 from hypothesis import strategies as st
+from torch import Tensor
 
 from internevo.models.decoder import Decoder, parameter_shapes
 from internevo.models.families.registry import decoder_from_hf
@@ -19,7 +23,7 @@ SCALINGS = [
 
 
 @st.composite
-def common(draw, head_dims=(4, 8, 16)):
+def common(draw: st.DrawFn, head_dims: Sequence[int] = (4, 8, 16)) -> dict[str, Any]:
     kv = draw(st.sampled_from([1, 2, 3]))
     return dict(
         num_attention_heads=kv * draw(st.sampled_from([1, 2, 4])),
@@ -38,56 +42,56 @@ def common(draw, head_dims=(4, 8, 16)):
 
 
 @st.composite
-def sparse(draw):
+def sparse(draw: st.DrawFn) -> dict[str, Any]:
     count = draw(st.sampled_from([2, 4, 7]))
     return dict(count=count, top_k=draw(st.integers(1, min(count, 3))), size=draw(st.sampled_from([12, 20])))
 
 
 @st.composite
-def llama(draw):
+def llama(draw: st.DrawFn) -> Any:
     return tf.LlamaConfig(**draw(common()), attention_bias=draw(st.booleans()), mlp_bias=draw(st.booleans()))
 
 
 @st.composite
-def internlm3(draw):
+def internlm3(draw: st.DrawFn) -> Any:
     bias = draw(st.booleans())
     shape = draw(common())
     shape["hidden_size"] = shape["num_attention_heads"] * 8  # transformers insists on a multiple
-    return tf.models.internlm3.configuration_internlm3.InternLM3Config(
-        **shape, qkv_bias=bias, bias=bias, pad_token_id=None
-    )  # fmt: skip  (the embedding of a padding token would have no gradient)
+    shape |= {"qkv_bias": bias, "bias": bias}
+    # The embedding of a padding token would have no gradient.
+    return tf.models.internlm3.configuration_internlm3.InternLM3Config(**shape, pad_token_id=None)
 
 
-def no_head_dim(shape):
+def no_head_dim(shape: dict[str, Any]) -> dict[str, Any]:
     """Changes a shape for families whose head size is hidden_size / num_attention_heads."""
     shape["hidden_size"] = shape["num_attention_heads"] * shape.pop("head_dim")
     return shape
 
 
 @st.composite
-def windows(draw, layers):
+def windows(draw: st.DrawFn, layers: int) -> dict[str, Any]:
     return dict(use_sliding_window=draw(st.booleans()), sliding_window=5, max_window_layers=draw(st.integers(0, layers)))
 
 
 @st.composite
-def qwen2(draw):
+def qwen2(draw: st.DrawFn) -> Any:
     shape = no_head_dim(draw(common()))
     return tf.Qwen2Config(**shape, **draw(windows(shape["num_hidden_layers"])))
 
 
 @st.composite
-def gemma(draw):
+def gemma(draw: st.DrawFn) -> Any:
     return tf.GemmaConfig(**draw(common()))
 
 
 @st.composite
-def qwen3(draw):
+def qwen3(draw: st.DrawFn) -> Any:
     shape = draw(common())
     return tf.Qwen3Config(**shape, **draw(windows(shape["num_hidden_layers"])), attention_bias=draw(st.booleans()))
 
 
 @st.composite
-def mixtral(draw):
+def mixtral(draw: st.DrawFn) -> Any:
     moe = draw(sparse())
     return tf.MixtralConfig(
         **draw(common()), num_local_experts=moe["count"], num_experts_per_tok=moe["top_k"],
@@ -96,7 +100,7 @@ def mixtral(draw):
 
 
 @st.composite
-def qwen2moe(draw):
+def qwen2moe(draw: st.DrawFn) -> Any:
     moe, shape = draw(sparse()), no_head_dim(draw(common()))
     return tf.Qwen2MoeConfig(
         **shape, **draw(windows(shape["num_hidden_layers"])), num_experts=moe["count"], num_experts_per_tok=moe["top_k"],
@@ -107,7 +111,7 @@ def qwen2moe(draw):
 
 
 @st.composite
-def qwen3moe(draw):
+def qwen3moe(draw: st.DrawFn) -> Any:
     moe = draw(sparse())
     return tf.Qwen3MoeConfig(
         **draw(common()), num_experts=moe["count"], num_experts_per_tok=moe["top_k"], moe_intermediate_size=moe["size"],
@@ -122,7 +126,7 @@ CONFIGS = {
 }  # fmt: skip
 
 
-def pair(config, seed):
+def pair(config: Any, seed: int) -> tuple[Any, Decoder]:
     """Returns transformers' model and ours with the same random weights. No weight is 1 or 0, so that a lost one is noticed."""
     torch.manual_seed(seed)
     config._attn_implementation = config._experts_implementation = "eager"
@@ -138,7 +142,7 @@ def pair(config, seed):
     return theirs, ours_of(theirs)
 
 
-def disk_tensors(theirs, gradients=False):
+def disk_tensors(theirs: Any, gradients: bool = False) -> dict[str, Tensor]:
     """Returns transformers' weights or their gradients by their names on disk, where experts are not fused as in memory."""
     found = {}
     for name, parameter in theirs.named_parameters():
@@ -160,7 +164,7 @@ def disk_tensors(theirs, gradients=False):
     return found
 
 
-def ours_of(theirs):
+def ours_of(theirs: Any) -> Decoder:
     """Returns our model with the weights of transformers' model."""
     values = theirs.config.to_dict()
     values["architectures"] = [type(theirs).__name__]
@@ -171,7 +175,7 @@ def ours_of(theirs):
 
 
 @torch.no_grad()
-def load_disk_tensors(model, disk):
+def load_disk_tensors(model: Decoder, disk: dict[str, Tensor]) -> None:
     """Copies tensors, given by their names on disk, into a model."""
     mappings = naming(model.config).by_parameter
     for name, parameter in model.named_parameters():
@@ -180,7 +184,7 @@ def load_disk_tensors(model, disk):
             rows[m.row : m.row + m.count] = disk[m.disk][m.disk_row : m.disk_row + m.count]
 
 
-def to_disk(model, tensors):
+def to_disk(model: Decoder, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Converts tensors by parameter name to tensors by name on disk."""
     names = naming(model.config)
     found = {disk: torch.empty(shape) for disk, shape in names.shapes.items()}

@@ -2,12 +2,16 @@
 
 import os
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 CHANGES = {"open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink", "shutil.rmtree"}
 """Python's audit events before such changes (https://docs.python.org/3/library/audit_events.html)."""
 
 
-def kill_at_every_moment(folder, prepare, act, check):
+def kill_at_every_moment(
+    folder: Path, prepare: Callable[[Path], object], act: Callable[[Path], object], check: Callable[[Path], object]
+) -> int:
     """Kills a process before each of its changes, and checks what it leaves.
 
     For every n, in a new folder below ``folder``: calls ``prepare(path)``; runs ``act(path)`` in a new process, which is killed
@@ -28,13 +32,13 @@ def kill_at_every_moment(folder, prepare, act, check):
     return moment
 
 
-def _run(act, path, moment):
+def _run(act: Callable[[Path], object], path: Path, moment: int) -> int:
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     remaining = moment
 
-    def hook(event, _):
+    def hook(event: str, _: object) -> None:
         nonlocal remaining
         if event in CHANGES:
             if remaining == 0:

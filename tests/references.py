@@ -1,22 +1,25 @@
-"""InternLM, InternLM2 and Baichuan2 from their published descriptions, straight from tensors under their names on disk.
+"""References: InternLM, InternLM2 and Baichuan2, which transformers does not have, and attention by its definition.
 
-transformers has no class for them. Nothing here is shared with the package: one token at a time where that is clearer, dense
-masks, full logits, everything in fp32. And attention by its definition, for its kernels.
+They are written from the published descriptions, for tensors with their names on disk, and share no code with the package. They
+use dense masks, full logits and fp32, and compute one token after the other where that is clearer.
 """
 
 import itertools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
-def rms(x, gain, eps):
+def rms(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     return gain * (x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps))
 
 
-def turn(x, base):
-    """Rotary positions of x [heads, length, size], half-split."""
+def rotate(x: Tensor, base: float) -> Tensor:
+    """The rotary embedding of x [heads, length, size], half-split."""
     _, length, size = x.shape
     out = torch.empty_like(x)
     half = size // 2
@@ -28,10 +31,10 @@ def turn(x, base):
     return out
 
 
-def slopes(heads):
-    """ALiBi, as its authors' code has it."""
+def slopes(heads: int) -> list[float]:
+    """ALiBi's slopes, as its authors' code computes them."""
 
-    def power_of_two(n):
+    def power_of_two(n: int) -> list[float]:
         start = 2 ** (-(2 ** -(math.log2(n) - 3)))
         return [start * start**i for i in range(n)]
 
@@ -41,8 +44,8 @@ def slopes(heads):
     return power_of_two(closest) + slopes(2 * closest)[0::2][: heads - closest]
 
 
-def attend(q, k, v, alibi):
-    """[heads, length, size] each -> [length, heads * size]."""
+def attend(q: Tensor, k: Tensor, v: Tensor, alibi: bool) -> Tensor:
+    """Attention of one document: q, k and v [heads, length, size] -> [length, heads * size]."""
     heads, length, size = q.shape
     group = heads // k.shape[0]
     out = []
@@ -55,8 +58,15 @@ def attend(q, k, v, alibi):
     return torch.cat(out, dim=-1)
 
 
-def plain_attention(q, k, v, borders, window, slopes):
-    """A document after the other, one score for each pair of tokens: q [1, T, H, N]; k, v [1, T, K, N]; ALiBi's slopes [H]."""
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, borders: list[int], window: int, slopes: Tensor | None) -> Tensor:
+    """Attention by its definition, for one document after the other, with a score for each pair of tokens.
+
+    Args:
+        q: [1, T, H, N].
+        k, v: [1, T, K, N].
+        borders: where the documents begin and end.
+        slopes: ALiBi's slopes [H].
+    """
     out = torch.zeros_like(q)
     k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
     for a, b in itertools.pairwise(borders):
@@ -64,21 +74,21 @@ def plain_attention(q, k, v, borders, window, slopes):
         scores = torch.einsum("qhn,khn->hqk", q[0, a:b], k[0, a:b]) / q.shape[3] ** 0.5
         if slopes is not None:
             scores = scores - slopes.to(q.dtype).view(-1, 1, 1) * distance
-        seen = (distance >= 0) & (distance < (window or b - a))
-        out[0, a:b] = torch.einsum("hqk,khn->qhn", scores.masked_fill(~seen, -torch.inf).softmax(-1), v[0, a:b])
+        visible = (distance >= 0) & (distance < (window or b - a))
+        out[0, a:b] = torch.einsum("hqk,khn->qhn", scores.masked_fill(~visible, -torch.inf).softmax(-1), v[0, a:b])
     return out
 
 
-def linear(disk, name, x):
+def linear(disk: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
     return F.linear(x, disk[f"{name}.weight"], disk.get(f"{name}.bias"))
 
 
-def heads_of(x, heads):
+def heads_of(x: Tensor, heads: int) -> Tensor:
     return x.view(x.shape[0], heads, -1).transpose(0, 1)
 
 
-def internlm(disk, config, tokens):
-    """Logits of one document."""
+def internlm(disk: dict[str, Tensor], config: dict[str, Any], tokens: Tensor) -> Tensor:
+    """InternLM: returns the logits of one document."""
     x, n, eps = disk["model.embed_tokens.weight"][tokens], config["num_attention_heads"], config["rms_norm_eps"]
     for layer in range(config["num_hidden_layers"]):
         at = f"model.layers.{layer}"
@@ -88,15 +98,15 @@ def internlm(disk, config, tokens):
         longest, size = config["max_position_embeddings"], q.shape[-1]
         if config["rotary"]["type"] == "dynamic" and len(tokens) > longest:
             base = base * (len(tokens) / longest) ** (size / (size - 2))
-        x = x + linear(disk, f"{at}.self_attn.o_proj", attend(turn(q, base), turn(k, base), v, alibi=False))
+        x = x + linear(disk, f"{at}.self_attn.o_proj", attend(rotate(q, base), rotate(k, base), v, alibi=False))
         y = rms(x, disk[f"{at}.post_attention_layernorm.weight"], eps)
         y = F.silu(linear(disk, f"{at}.mlp.gate_proj", y)) * linear(disk, f"{at}.mlp.up_proj", y)
         x = x + linear(disk, f"{at}.mlp.down_proj", y)
     return rms(x, disk["model.norm.weight"], eps) @ disk["lm_head.weight"].T
 
 
-def internlm2(disk, config, tokens):
-    """wqkv gives, for each key/value head: its queries, its key, its value."""
+def internlm2(disk: dict[str, Tensor], config: dict[str, Any], tokens: Tensor) -> Tensor:
+    """InternLM2: returns the logits of one document. The rows of wqkv are, for each key/value head: queries, key, value."""
     x, groups, eps = disk["model.tok_embeddings.weight"][tokens], config["num_key_value_heads"], config["rms_norm_eps"]
     per_group = config["num_attention_heads"] // groups
     for layer in range(config["num_hidden_layers"]):
@@ -107,15 +117,16 @@ def internlm2(disk, config, tokens):
         k = torch.stack([qkv[:, g, per_group] for g in range(groups)])
         v = torch.stack([qkv[:, g, per_group + 1] for g in range(groups)])
         base = config["rope_theta"]
-        x = x + linear(disk, f"{at}.attention.wo", attend(turn(q, base), turn(k, base), v, alibi=False))
+        x = x + linear(disk, f"{at}.attention.wo", attend(rotate(q, base), rotate(k, base), v, alibi=False))
         y = rms(x, disk[f"{at}.ffn_norm.weight"], eps)
         y = F.silu(linear(disk, f"{at}.feed_forward.w1", y)) * linear(disk, f"{at}.feed_forward.w3", y)
         x = x + linear(disk, f"{at}.feed_forward.w2", y)
     return rms(x, disk["model.norm.weight"], eps) @ disk["output.weight"].T
 
 
-def baichuan2(disk, config, tokens):
-    """W_pack gives all queries, all keys, all values; the head's rows are brought to length 1."""
+def baichuan2(disk: dict[str, Tensor], config: dict[str, Any], tokens: Tensor) -> Tensor:
+    """Baichuan2: returns the logits of one document. The rows of W_pack are all queries, all keys, all values; each row of the
+    head is divided by its norm."""
     x, n, eps = disk["model.embed_tokens.weight"][tokens], config["num_attention_heads"], config["rms_norm_eps"]
     alibi = "max_position_embeddings" not in config
     for layer in range(config["num_hidden_layers"]):
@@ -123,7 +134,7 @@ def baichuan2(disk, config, tokens):
         y = rms(x, disk[f"{at}.input_layernorm.weight"], eps)
         q, k, v = (heads_of(part, n) for part in linear(disk, f"{at}.self_attn.W_pack", y).chunk(3, dim=-1))
         if not alibi:
-            q, k = turn(q, 10000.0), turn(k, 10000.0)
+            q, k = rotate(q, 10000.0), rotate(k, 10000.0)
         x = x + linear(disk, f"{at}.self_attn.o_proj", attend(q, k, v, alibi))
         y = rms(x, disk[f"{at}.post_attention_layernorm.weight"], eps)
         y = F.silu(linear(disk, f"{at}.mlp.gate_proj", y)) * linear(disk, f"{at}.mlp.up_proj", y)
@@ -136,8 +147,8 @@ def baichuan2(disk, config, tokens):
 REFERENCES = {"INTERNLM": internlm, "INTERNLM2": internlm2, "BAICHUAN2": baichuan2}
 
 
-def random_folder(family, draw):
-    """A random config.json and tensors of a family. ``draw(sampled values)`` picks one."""
+def random_folder(family: str, draw: Callable[[list[Any]], Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Returns a random ``config.json`` and random tensors of a family. ``draw(values)`` returns one of the values."""
     kv = draw([1, 2, 3]) if family == "INTERNLM2" else draw([2, 4, 6])
     heads = kv * draw([1, 2]) if family == "INTERNLM2" else kv
     size, layers, width, vocab = draw([4, 8]), draw([1, 2]), draw([17, 40]), draw([67, 128])
@@ -147,7 +158,7 @@ def random_folder(family, draw):
         "vocab_size": vocab, "rms_norm_eps": draw([1e-3, 1e-6]), "hidden_act": "silu", "tie_word_embeddings": False,
     }  # fmt: skip
     bias = draw([True, False])
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     if family == "INTERNLM":
         rotary = {"base": draw([100, 10000]), "type": draw(["dynamic", "origin"])}
         config |= {"model_type": "internlm", "architectures": ["InternLMForCausalLM"], "bias": bias,
@@ -188,7 +199,7 @@ def random_folder(family, draw):
     return config, tensors
 
 
-def assert_close_to_scale(mine, reference, tolerance=1e-5):
-    """On the scale of the largest element, where that is more than 1."""
-    error, scale = (mine - reference).abs().max(), max(1.0, reference.abs().max())
+def assert_close_to_scale(mine: Tensor, reference: Tensor, tolerance: float = 1e-5) -> None:
+    """Compares tensors; the tolerance is relative to the largest element of the reference if that is greater than 1."""
+    error, scale = (mine - reference).abs().max(), max(1.0, float(reference.abs().max()))
     assert error <= tolerance * scale, f"differs by {error} at a scale of {scale}"

@@ -19,7 +19,7 @@ class ConfigError(UsageError):
     """A config that cannot be used. The message has one line per problem, with the key and what to change."""
 
 
-class NotAvailableYet(ConfigError):
+class NotAvailableYet(ConfigError):  # noqa: N818
     """A valid config that asks for a feature that this version does not have yet."""
 
 

@@ -4,17 +4,18 @@ import json
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from tests.conftest import metrics, run, tensors
+from tests.conftest import WriteConfig, metrics, run, tensors
 
 
-def tokenize(*arguments, code=0):
+def tokenize(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
     return run("tokenize", *arguments, "--train-tokenizer", "bpe", "--vocab-size", 300, code=code)
 
 
-def test_text_that_is_not_utf8_is_named_and_leaves_nothing(tmp_path):
+def test_text_that_is_not_utf8_is_named_and_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.txt").write_text("fine")
     (tmp_path / "in" / "b.txt").write_bytes(b"12345\xff67")
@@ -33,13 +34,13 @@ def test_text_that_is_not_utf8_is_named_and_leaves_nothing(tmp_path):
         ),
     ],
 )
-def test_a_bad_json_line_is_named(tmp_path, line, message):
+def test_a_bad_json_line_is_named(tmp_path: Path, line: str, message: str) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "abc"}\n' + line + "\n")
     done = tokenize(tmp_path / "a.jsonl", "--output", tmp_path / "out", code=1)
     assert "a.jsonl, " + message in done.stderr
 
 
-def test_tokenizing_keeps_order_and_content_whatever_the_workers(tmp_path):
+def test_tokenizing_keeps_order_and_content_whatever_the_workers(tmp_path: Path) -> None:
     from internevo.data.tokenized.index import open_index
     from internevo.text.tokenizer import load_tokenizer
 
@@ -64,7 +65,7 @@ def test_tokenizing_keeps_order_and_content_whatever_the_workers(tmp_path):
     assert "already contains tokenized data" in tokenize(tmp_path / "a.jsonl", "--output", tmp_path / "one", code=2).stderr
 
 
-def test_wrong_usage_of_tokenize(tmp_path):
+def test_wrong_usage_of_tokenize(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x")
     assert "give either --tokenizer" in run("tokenize", tmp_path / "a.txt", "--output", tmp_path / "o", code=2).stderr
     assert "does not exist" in tokenize(tmp_path / "b.txt", "--output", tmp_path / "o", code=2).stderr
@@ -72,25 +73,25 @@ def test_wrong_usage_of_tokenize(tmp_path):
     assert "neither a folder" in done.stderr
 
 
-def test_an_id_outside_the_vocabulary_stops_the_run_by_name(tmp_path, config):
+def test_an_id_outside_the_vocabulary_stops_the_run_by_name(tmp_path: Path, config: WriteConfig) -> None:
     done = run("train", config("small", model__vocab_size=50), code=1)
     assert "part.bin, document" in done.stderr and "outside the vocabulary of 50" in done.stderr
 
 
-def test_an_unknown_command_and_a_config_with_a_typo_exit_2(tmp_path, config):
+def test_an_unknown_command_and_a_config_with_a_typo_exit_2(tmp_path: Path, config: WriteConfig) -> None:
     run("trian", code=2)
     done = run("train", config("typo"), "model.hiden_size=3", code=2)
     assert "did you mean model.hidden_size" in done.stderr and "Traceback" not in done.stderr
     assert "Traceback" in run("train", config("typo"), "model.hiden_size=3", "--debug", code=2).stderr
 
 
-def test_a_full_disk_while_saving_loses_nothing(tmp_path, config):
+def test_a_full_disk_while_saving_loses_nothing(tmp_path: Path, config: WriteConfig) -> None:
     """A limit on the size of files stands in for a full disk: both make a write fail half-way."""
     path = config("full", ckpt__checkpoint_every=3)
     run("train", path, "data.total_steps=3")
     before = tensors(tmp_path / "full", 3)
 
-    def limit():
+    def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 
     done = subprocess.run(
@@ -106,7 +107,7 @@ def test_a_full_disk_while_saving_loses_nothing(tmp_path, config):
     assert [row["step"] for row in metrics(tmp_path / "full")] == list(range(1, 9))
 
 
-def test_a_damaged_checkpoint_stops_the_resume_on_every_process(tmp_path, config):
+def test_a_damaged_checkpoint_stops_the_resume_on_every_process(tmp_path: Path, config: WriteConfig) -> None:
     path = config("damaged")
     run("train", path, "data.total_steps=3")
     file = tmp_path / "damaged" / "checkpoints" / "step-00000003" / "optimizer-00000.safetensors"
@@ -117,7 +118,7 @@ def test_a_damaged_checkpoint_stops_the_resume_on_every_process(tmp_path, config
     assert "optimizer-00000.safetensors is damaged: its checksum differs in bytes" in done.stderr
 
 
-def test_other_data_or_another_model_is_refused_on_resume(tmp_path, config):
+def test_other_data_or_another_model_is_refused_on_resume(tmp_path: Path, config: WriteConfig) -> None:
     path = config("changed")
     run("train", path, "data.total_steps=3")
     done = run("train", path, "data.seq_len=16", code=1)

@@ -3,6 +3,7 @@
 import gzip
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -11,13 +12,13 @@ from tests.conftest import ROOT
 
 
 @pytest.fixture(autouse=True)
-def as_a_script(monkeypatch):
+def as_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
     """The scripts import each other by name."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     monkeypatch.setenv("INTERNEVO_DEVICE", "cpu")
 
 
-def test_training_and_checkpoints(tmp_path):
+def test_training_and_checkpoints(tmp_path: Path) -> None:
     import checkpoint
     import ours
     import vs_transformers
@@ -29,13 +30,13 @@ def test_training_and_checkpoints(tmp_path):
     assert len(vs_transformers.theirs(tiny, "bf16", 3)) == 3
 
 
-def test_strategies_of_pytorch():
+def test_strategies_of_pytorch() -> None:
     import parallel
 
     assert parallel.measure("msp", "theirs", "tiny", 3) > 0
 
 
-def test_data(tmp_path, monkeypatch, capsys):
+def test_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import data
 
     monkeypatch.setattr(data, "library_texts", lambda: ["def f(x):\n    return x\n" * n for n in range(1, 60)])
@@ -46,7 +47,7 @@ def test_data(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("family", ["LLAMA2", "INTERNLM2", "MIXTRALMOE"])
-def test_conversion(tmp_path, capsys, family):
+def test_conversion(tmp_path: Path, capsys: pytest.CaptureFixture[str], family: str) -> None:
     import convert
 
     convert.make(tmp_path / "source", family, 0.08, width=512)
@@ -55,7 +56,7 @@ def test_conversion(tmp_path, capsys, family):
     shutil.rmtree(tmp_path / "source")
 
 
-def test_timeline(tmp_path, monkeypatch):
+def test_timeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import timeline
 
     events = [
@@ -70,6 +71,6 @@ def test_timeline(tmp_path, monkeypatch):
     assert picture.read_text().count("<title>") == 3
 
 
-def test_every_script_is_run_here():
+def test_every_script_is_run_here() -> None:
     names = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
     assert names == {"checkpoint", "convert", "data", "gpu", "ours", "parallel", "timeline", "vs_transformers"}

@@ -1,13 +1,17 @@
 """Fine-tuning: streamed chats in the tokenizer's template; only the adapters are trained, and exports merge them."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import internevo
 from internevo.checkpoint import Checkpoint
-from tests.conftest import metrics, tensors, write_config
+from internevo.models.decoder import Decoder
+from tests.conftest import Run, metrics, tensors, write_config
+from tests.pool import Pool
 from tests.unit.data.encoding.test_formats import CHATML, folder_with
 
 LORA = {"rank": 4, "alpha": 8, "targets": ["wqkv", "down"]}
@@ -15,7 +19,7 @@ BASE = {"model__vocab_size": 304, "data__total_steps": 3, "data__num_worker": 0}
 
 
 @pytest.fixture(scope="module")
-def chats(tmp_path_factory):
+def chats(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Returns the config changes for a run on a file of chats, with a tokenizer that has a chat template."""
     folder = tmp_path_factory.mktemp("chats")
     tokenizer = folder_with(folder / "tokenizer", CHATML)
@@ -30,7 +34,9 @@ def chats(tmp_path_factory):
     }  # fmt: skip
 
 
-def test_adapters_are_trained_on_chats_and_merged_on_export(tmp_path, pool, run, chats, dataset):
+def test_adapters_are_trained_on_chats_and_merged_on_export(
+    tmp_path: Path, pool: Pool, run: Run, chats: dict[str, Any], dataset: Path
+) -> None:
     pool.train(write_config(tmp_path, dataset, "base", **BASE))
     info = {"path": str(tmp_path / "base"), "content": ["model"], "ckpt_type": "internevo"}
     tuned = {**chats, "model__lora": LORA, "ckpt__load_ckpt_info": info, "adam__lr": 0.05, "ckpt__checkpoint_every": 2}
@@ -69,7 +75,7 @@ def test_adapters_are_trained_on_chats_and_merged_on_export(tmp_path, pool, run,
     assert metrics(tmp_path / "again")[0]["loss"] < losses[0]
 
 
-def _unmerged(folder):
+def _unmerged(folder: Path) -> Decoder:
     from internevo.models.decoder import Decoder
 
     checkpoint = Checkpoint(folder)
@@ -79,7 +85,7 @@ def _unmerged(folder):
     return model
 
 
-def test_a_bf16_run_keeps_only_one_copy_of_frozen_weights(tmp_path, pool, chats):
+def test_a_bf16_run_keeps_only_one_copy_of_frozen_weights(tmp_path: Path, pool: Pool, chats: dict[str, Any]) -> None:
     changes = {**chats, "model__lora": LORA, "model__dtype": "torch.bfloat16"}
     pool.train(write_config(tmp_path, None, "half", **changes), 1, "data.total_steps=1")
     stored = tensors(tmp_path / "half", 1)
@@ -89,7 +95,7 @@ def test_a_bf16_run_keeps_only_one_copy_of_frozen_weights(tmp_path, pool, chats)
     assert len(metrics(tmp_path / "half")) == 2
 
 
-def test_a_checkpoint_with_other_adapters_is_refused(tmp_path, pool, chats):
+def test_a_checkpoint_with_other_adapters_is_refused(tmp_path: Path, pool: Pool, chats: dict[str, Any]) -> None:
     pool.train(write_config(tmp_path, None, "one", **chats, model__lora=LORA), 1, "data.total_steps=1")
     info = {"path": str(tmp_path / "one"), "content": ["model"], "ckpt_type": "internevo"}
     for name, lora in (("other", {**LORA, "rank": 2}), ("none", None)):

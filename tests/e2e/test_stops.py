@@ -8,7 +8,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,25 +19,29 @@ import torch.multiprocessing as multiprocessing
 
 from internevo.checkpoint import storage
 from internevo.cli import main
+from internevo.data.batches import StepBatch
 from internevo.errors import DataError
 from internevo.train import watchdog
-from internevo.train.step import Stepper
-from tests.conftest import metrics
+from internevo.train.step import Stepper, StepResult
+from tests.conftest import metrics, rows_so_far
 from tests.e2e.test_training import start
 from tests.pool import free_port, place
 
+Fault = Callable[[int], None]
+"""Prepares, on every rank, what goes wrong on some."""
+WriteConfig = Callable[..., Path]
 STEP = 3
 """The step in which something happens."""
 
 
-def _rank(rank, size, port, config, fault, folder):
+def _rank(rank: int, size: int, port: int, config: Path, fault: Fault, folder: Path) -> None:
     """One rank of a run, with ``fault(rank)`` to prepare what goes wrong; its output goes to a file."""
     output = os.open(folder / f"{rank}.txt", os.O_CREAT | os.O_WRONLY)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.update(place(rank, size, port), INTERNEVO_DEVICE="cpu")
     torch.set_num_threads(1)
-    watchdog.Watchdog = partial(watchdog.Watchdog, interval=0.5)
+    watchdog.Watchdog = partial(watchdog.Watchdog, interval=0.5)  # type: ignore[misc, assignment]
     fault(rank)
     main(["train", str(config)])
 
@@ -42,7 +49,7 @@ def _rank(rank, size, port, config, fault, folder):
 class Ranks:
     """A run of several processes with a fault: what became of it."""
 
-    def __init__(self, size, config, fault, folder, seconds=300):
+    def __init__(self, size: int, config: Path, fault: Fault, folder: Path, seconds: float = 300) -> None:
         # The processes are forks of one that has imported everything, and is nothing else.
         context, port = multiprocessing.get_context("forkserver"), free_port()
         context.set_forkserver_preload([__name__, "internevo.train.trainer"])
@@ -58,24 +65,24 @@ class Ranks:
         self.said = [(folder / f"{rank}.txt").read_text() for rank in range(size)]
 
 
-def _in_step(number, act):
+def _in_step(number: int, act: Callable[[], None]) -> None:
     """Lets ``act`` happen at the beginning of a step."""
     original = Stepper.__call__
 
-    def call(self, batch, *arguments):
+    def call(self: Stepper, batch: StepBatch, *arguments: Any) -> StepResult:
         if batch.number + 1 == number:
             act()
         return original(self, batch, *arguments)
 
-    Stepper.__call__ = call
+    Stepper.__call__ = call  # type: ignore[method-assign, assignment]
 
 
-def _hang(rank):
+def _hang(rank: int) -> None:
     if rank == 1:
         _in_step(STEP, lambda: time.sleep(3600))
 
 
-def test_a_rank_that_hangs_ends_the_run_and_is_named(config, tmp_path):
+def test_a_rank_that_hangs_ends_the_run_and_is_named(config: WriteConfig, tmp_path: Path) -> None:
     path = config("hanging", monitor__timeout=2, ckpt__enable_save_ckpt=False)
     ended = Ranks(3, path, _hang, tmp_path)
     assert ended.codes == [1, 1, 1]
@@ -86,20 +93,20 @@ def test_a_rank_that_hangs_ends_the_run_and_is_named(config, tmp_path):
         assert "most recent call first" in said  # every thread's stack
 
 
-def _fail(rank):
-    def act():
+def _fail(rank: int) -> None:
+    def act() -> None:
         raise DataError("there is no more data")
 
     if rank == 1:
         _in_step(STEP, act)
 
 
-def _vanish(rank):
+def _vanish(rank: int) -> None:
     if rank == 1:
         _in_step(STEP, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
-def test_a_rank_that_fails_tells_the_others_why(config, tmp_path):
+def test_a_rank_that_fails_tells_the_others_why(config: WriteConfig, tmp_path: Path) -> None:
     ended = Ranks(3, config("failing"), _fail, tmp_path)
     assert ended.codes == [1, 1, 1]
     assert "error: there is no more data" in ended.said[1]
@@ -107,28 +114,28 @@ def test_a_rank_that_fails_tells_the_others_why(config, tmp_path):
         assert "rank 1: has failed: DataError: there is no more data" in ended.said[rank]
 
 
-def test_a_rank_that_is_gone_is_named(config, tmp_path):
+def test_a_rank_that_is_gone_is_named(config: WriteConfig, tmp_path: Path) -> None:
     ended = Ranks(3, config("vanishing"), _vanish, tmp_path)
     assert ended.codes == [1, -signal.SIGKILL, 1]
     for rank in (0, 2):
         assert "rank 1: no answer: it is gone" in ended.said[rank]
 
 
-def _slow_saving(rank, then):
+def _slow_saving(rank: int, then: Fault) -> None:
     """Rank 0 takes its time to write, so that what comes next comes while a checkpoint is under way."""
     original = storage.SafetensorsWriter.write_data
 
-    def write(self, *arguments):
+    def write(self: storage.SafetensorsWriter, *arguments: Any) -> Any:
         time.sleep(3)
         return original(self, *arguments)
 
     if rank == 0:
-        storage.SafetensorsWriter.write_data = write
+        storage.SafetensorsWriter.write_data = write  # type: ignore[method-assign, assignment]
     then(rank)
 
 
 @pytest.mark.parametrize("fault", [_fail, _hang], ids=["fails", "hangs"])
-def test_a_checkpoint_under_way_is_finished_when_a_rank(config, tmp_path, fault):
+def test_a_checkpoint_under_way_is_finished_when_a_rank(config: WriteConfig, tmp_path: Path, fault: Fault) -> None:
     path = config("saving", monitor__timeout=1, ckpt__checkpoint_every=STEP - 1)
     ended = Ranks(2, path, partial(_slow_saving, then=fault), tmp_path)
     assert ended.codes == [1, 1]
@@ -136,7 +143,7 @@ def test_a_checkpoint_under_way_is_finished_when_a_rank(config, tmp_path, fault)
     assert len(metrics(tmp_path / "saving")) == STEP - 1
 
 
-def test_a_checkpoint_whose_rank_is_gone_is_given_up(config, tmp_path):
+def test_a_checkpoint_whose_rank_is_gone_is_given_up(config: WriteConfig, tmp_path: Path) -> None:
     path = config("saving", ckpt__checkpoint_every=STEP - 1)
     ended = Ranks(2, path, partial(_slow_saving, then=_vanish), tmp_path)
     assert ended.codes == [1, -signal.SIGKILL]
@@ -150,7 +157,7 @@ PATIENCE = 900 if STRESS else 300
 """Seconds after which a run is taken to hang."""
 
 
-def _ends_well(process, folder):
+def _ends_well(process: "subprocess.Popen[str]", folder: Path) -> None:
     """Waits for a run. Where it hangs, all its processes show where each of their threads is."""
     try:
         output, _ = process.communicate(timeout=PATIENCE)
@@ -164,7 +171,11 @@ def _ends_well(process, folder):
     assert process.returncode == 0, output
 
 
-def _wait_until(there, process):
+def _has_come_to(step: int, folder: Path) -> bool:
+    return len(rows_so_far(folder)) >= step
+
+
+def _wait_until(there: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
     deadline = time.monotonic() + PATIENCE
     while not there():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
@@ -172,7 +183,7 @@ def _wait_until(there, process):
 
 
 @pytest.fixture
-def busy():
+def busy() -> Iterator[None]:
     """Processes that compute beside a test."""
     processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(BUSY)]
     yield
@@ -181,14 +192,14 @@ def busy():
 
 
 @pytest.mark.timeout(STOPS * 1800)
-def test_stops_at_random_steps(config, tmp_path, busy):
+def test_stops_at_random_steps(config: WriteConfig, tmp_path: Path, busy: None) -> None:
     """Each in a run of its own, then one process goes on; a save may be under way or not."""
     draw = random.Random(1)
     for number in range(STOPS):
         path = config(f"run{number}", data__total_steps=400, lr_scheduler__total_steps=400, ckpt__checkpoint_every=4)
         folder, step = tmp_path / f"run{number}", draw.randint(1, 14)
         process = start(path, "--nproc", RANKS)
-        _wait_until(lambda f=folder, s=step: (f / "metrics.jsonl").is_file() and len(metrics(f)) >= s, process)
+        _wait_until(partial(_has_come_to, step, folder), process)
         time.sleep(0.3 * draw.random())
         process.send_signal(signal.SIGTERM)
         _ends_well(process, folder)
@@ -200,7 +211,7 @@ def test_stops_at_random_steps(config, tmp_path, busy):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_while_the_ranks_start_stops_the_run_after_its_first_step(config, tmp_path, number):
+def test_a_signal_while_ranks_start_stops_after_the_first_step(config: WriteConfig, tmp_path: Path, number: int) -> None:
     """It comes when no rank can have heard of it yet, and kills none."""
     process = start(config("early"), "--nproc", 2)
     _wait_until((tmp_path / "early" / "log" / "rank-00001.stderr").exists, process)

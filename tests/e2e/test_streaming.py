@@ -5,18 +5,21 @@ import os
 import random
 import signal
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from internevo.text.tokenizer import train_bpe
 from tests.conftest import metrics, write_config, write_dataset
 from tests.e2e.test_training import start, wait_for_step
+from tests.pool import Pool
 
 STREAM = {"model__vocab_size": 300, "data__num_worker": 0, "ckpt__checkpoint_every": 3, "data__seq_len": 24}
 
 
 @pytest.fixture(scope="module")
-def texts(tmp_path_factory):
+def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("texts")
     draw = random.Random(0)
     for name in ("cn", "en"):
@@ -27,12 +30,14 @@ def texts(tmp_path_factory):
     return folder, train_bpe(["the cat sat"] * 3, 300, folder / "tokenizer")
 
 
-def test_a_stream_gives_the_same_losses_on_any_number_of_processes_and_after_a_stop(tmp_path, pool, texts):
+def test_a_stream_gives_the_same_losses_on_any_number_of_processes_and_after_a_stop(
+    tmp_path: Path, pool: Pool, texts: tuple[Path, Path]
+) -> None:
     folder, tokenizer = texts
     changes = {**STREAM, "data__type": "streaming", "data__tokenizer_path": str(tokenizer)}
     changes |= {"data__valid_folder": str(folder / "raw")}
 
-    def run(name, processes, steps=8, **more):
+    def run(name: str, processes: int, steps: int = 8, **more: Any) -> list[Any]:
         config = write_config(tmp_path, folder / "raw", name, **changes, **more)
         pool.train(config, processes, f"data.total_steps={steps}", "data.valid_every=8" if steps == 8 else "data.valid_every=0")
         return [(row["step"], row["loss"], row["loss_by_type"]) for row in metrics(tmp_path / name)]
@@ -49,7 +54,7 @@ def test_a_stream_gives_the_same_losses_on_any_number_of_processes_and_after_a_s
     assert valid[0] == pytest.approx(valid[1], rel=1e-5) and len(valid[0]) == 1
 
 
-def test_what_asks_a_run_to_stop_does_not_end_its_tokenizing_processes(tmp_path, texts):
+def test_what_asks_a_run_to_stop_does_not_end_its_tokenizing_processes(tmp_path: Path, texts: tuple[Path, Path]) -> None:
     """Slurm sends a signal to all processes of a job."""
     folder, tokenizer = texts
     changes = {**STREAM, "data__type": "streaming", "data__tokenizer_path": str(tokenizer), "data__num_worker": 1}
@@ -64,14 +69,16 @@ def test_what_asks_a_run_to_stop_does_not_end_its_tokenizing_processes(tmp_path,
     assert "died" not in output
 
 
-def test_a_mixture_reports_the_losses_of_each_part_and_resumes_where_it_stopped(tmp_path, pool, texts):
+def test_a_mixture_reports_the_losses_of_each_part_and_resumes_where_it_stopped(
+    tmp_path: Path, pool: Pool, texts: tuple[Path, Path]
+) -> None:
     folder, tokenizer = texts
     parts = [
         {"folder": str(folder / "raw" / "en" / "0.jsonl"), "kind": "streaming", "weight": 2, "epochs": 1, "name": "web"},
         {"folder": str(write_dataset(tmp_path / "books")), "weight": 1},
     ]
     changes = {**STREAM, "data__mixture": parts, "data__tokenizer_path": str(tokenizer)}
-    wanted = []
+    wanted: list[Any] = []
     for name, sizes in (("whole", [1]), ("parts", [2, 3])):
         config = write_config(tmp_path, None, name, **changes)
         for number, size in enumerate(sizes, start=1):
@@ -84,7 +91,7 @@ def test_a_mixture_reports_the_losses_of_each_part_and_resumes_where_it_stopped(
     assert seen["books"] == 8 and 1 <= seen["web"] < 8  # its only epoch ends
 
 
-def test_documents_that_are_left_out_are_counted_and_named(tmp_path, pool, texts):
+def test_documents_that_are_left_out_are_counted_and_named(tmp_path: Path, pool: Pool, texts: tuple[Path, Path]) -> None:
     folder, tokenizer = texts
     (tmp_path / "raw").mkdir()
     lines = (folder / "raw" / "en" / "0.jsonl").read_text().splitlines()

@@ -7,20 +7,26 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from tests.conftest import metrics, rows_so_far, run, tensors, write_config, write_dataset
+from tests.conftest import WriteConfig, metrics, rows_so_far, run, tensors, write_config, write_dataset
+from tests.pool import Pool
 
+Reference = Callable[[str], Path]
+"""The fixture ``reference``."""
 SAME = ("step", "loss", "grad_norm", "lr", "tokens", "consumed_tokens", "skipped", "loss_by_type")
 
 
-def comparable(rows):
+def comparable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: row[key] for key in SAME} for row in rows]
 
 
-def assert_close(rows, reference, tolerance=1e-5):
+def assert_close(rows: list[dict[str, Any]], reference: list[dict[str, Any]], tolerance: float = 1e-5) -> None:
     assert [r["step"] for r in rows] == [r["step"] for r in reference]
     for row, wanted in zip(rows, reference, strict=True):
         for key in ("loss", "grad_norm"):
@@ -32,7 +38,7 @@ def assert_close(rows, reference, tolerance=1e-5):
             )
 
 
-LAYOUTS = {
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "zero over all of 2": (2, {}),
     "plain data parallel on 2": (2, {"parallel__zero1": 1}),
     "zero in groups of 2 on 4": (4, {"parallel__zero1": 2}),
@@ -45,7 +51,7 @@ LAYOUTS = {
 }
 
 
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "packed": {},
     "padded": {"data__use_packed_dataset": False},
     "tied": {"model__tie_word_embeddings": True},
@@ -64,12 +70,12 @@ KINDS = {
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory, pool):
+def reference(tmp_path_factory: pytest.TempPathFactory, pool: Pool) -> Reference:
     """The run folder of one process, for each kind of data or model, trained once."""
     folder = tmp_path_factory.mktemp("reference")
     dataset = write_dataset(folder / "data")
 
-    def train(kind):
+    def train(kind: str) -> Path:
         if not (folder / kind).exists():
             pool.train(write_config(folder, dataset, kind, **KINDS[kind]))
         return folder / kind
@@ -83,7 +89,9 @@ PAIRS += [("recompute on 2", "gshard"), ("uneven: 3", "dropless")]
 
 
 @pytest.mark.parametrize(("name", "kind"), PAIRS)
-def test_every_layout_trains_the_same_model(pool, config, tmp_path, reference, name, kind):
+def test_every_layout_trains_the_same_model(
+    pool: Pool, config: WriteConfig, tmp_path: Path, reference: Reference, name: str, kind: str
+) -> None:
     processes, changes = LAYOUTS[name]
     one = reference(kind)
     pool.train(config("many", **{**KINDS[kind], **changes}), processes)
@@ -95,17 +103,17 @@ def test_every_layout_trains_the_same_model(pool, config, tmp_path, reference, n
     mine, wanted = tensors(tmp_path / "many", 8), tensors(one, 8)
     assert mine.keys() == wanted.keys()
     for key, tensor in wanted.items():
-        assert (mine[key] - tensor).abs().max() <= 1e-5 * max(1.0, tensor.abs().max()), key
+        assert (mine[key] - tensor).abs().max() <= 1e-5 * max(1.0, float(tensor.abs().max())), key
 
 
 @pytest.mark.parametrize("kind", ["packed", "gshard"])
-def test_recomputation_changes_no_bit(pool, config, tmp_path, reference, kind):
+def test_recomputation_changes_no_bit(pool: Pool, config: WriteConfig, tmp_path: Path, reference: Reference, kind: str) -> None:
     pool.train(config("recomputed", **KINDS[kind], model__checkpoint=True))
     assert comparable(metrics(tmp_path / "recomputed")) == comparable(metrics(reference(kind)))
 
 
 @pytest.mark.parametrize("dtype", ["torch.float32", "torch.bfloat16"])
-def test_resume_is_bit_identical(pool, config, tmp_path, dtype):
+def test_resume_is_bit_identical(pool: Pool, config: WriteConfig, tmp_path: Path, dtype: str) -> None:
     changes = {"model__dtype": dtype, "ckpt__checkpoint_every": 3, "data__rampup_batch_size": "4 4 2"}
     pool.train(config("whole", **changes))
     half = config("halves", **changes)
@@ -117,7 +125,9 @@ def test_resume_is_bit_identical(pool, config, tmp_path, dtype):
 
 
 @pytest.mark.parametrize("kind", ["packed", "gshard"])
-def test_resume_on_another_number_of_processes(pool, config, tmp_path, reference, kind):
+def test_resume_on_another_number_of_processes(
+    pool: Pool, config: WriteConfig, tmp_path: Path, reference: Reference, kind: str
+) -> None:
     parts = config("parts", **KINDS[kind])
     pool.train(parts, 2, "data.total_steps=2")
     pool.train(parts, 3, "data.total_steps=4", "parallel.zero1.fsdp=true")
@@ -125,10 +135,10 @@ def test_resume_on_another_number_of_processes(pool, config, tmp_path, reference
     pool.train(parts)
     assert_close(metrics(tmp_path / "parts"), metrics(reference(kind)))
     mine, wanted = tensors(tmp_path / "parts", 8), tensors(reference(kind), 8)
-    assert all((mine[k] - wanted[k]).abs().max() <= 1e-5 * max(1.0, wanted[k].abs().max()) for k in wanted)
+    assert all((mine[k] - wanted[k]).abs().max() <= 1e-5 * max(1.0, float(wanted[k].abs().max())) for k in wanted)
 
 
-def start(path, *arguments, **options):
+def start(path: Path, *arguments: object, **options: Any) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "INTERNEVO_DEVICE": "cpu"}
     return subprocess.Popen(
         [sys.executable, "-m", "internevo", "train", str(path), *map(str, arguments)],
@@ -136,18 +146,21 @@ def start(path, *arguments, **options):
     )  # fmt: skip
 
 
-def wait_for_step(folder, step, process, seconds=90):
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str], seconds: float = 90) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and process.poll() is None:
         if len(rows_so_far(folder)) >= step:
             return
         time.sleep(0.02)
-    raise AssertionError(f"step {step} was not reached: {process.stdout.read() if process.poll() is not None else ''}")
+    said = process.stdout.read() if process.stdout and process.poll() is not None else ""
+    raise AssertionError(f"step {step} was not reached: {said}")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_signal_finishes_the_step_saves_and_exits_0(config, tmp_path, number, processes):
+def test_a_signal_finishes_the_step_saves_and_exits_0(
+    config: WriteConfig, tmp_path: Path, number: signal.Signals, processes: int
+) -> None:
     steps = {"data__total_steps": 400, "lr_scheduler__total_steps": 400}
     path = config("stopped", **steps)
     process = start(path, "--nproc", processes)
@@ -162,7 +175,7 @@ def test_a_signal_finishes_the_step_saves_and_exits_0(config, tmp_path, number, 
     assert [row["step"] for row in metrics(tmp_path / "stopped")] == list(range(1, last + 4))
 
 
-def test_a_killed_run_goes_on_to_bit_identical_weights(config, tmp_path):
+def test_a_killed_run_goes_on_to_bit_identical_weights(config: WriteConfig, tmp_path: Path) -> None:
     changes = {"ckpt__checkpoint_every": 4, "ckpt__oss_snapshot_freq": 3, "ckpt__keep_last": 2, "data__total_steps": 40,
                "lr_scheduler__total_steps": 40}  # fmt: skip
     run("train", config("whole", **changes), "--nproc", 2)
@@ -183,7 +196,7 @@ def test_a_killed_run_goes_on_to_bit_identical_weights(config, tmp_path):
     assert kept == ["step-00000036", "step-00000040"]
 
 
-def test_a_process_that_fails_ends_the_run_with_its_message(config, tmp_path):
+def test_a_process_that_fails_ends_the_run_with_its_message(config: WriteConfig, tmp_path: Path) -> None:
     path = config("failing")
     process = start(path, "--nproc", 2, "data.total_steps=400", "lr_scheduler.total_steps=400")
     wait_for_step(tmp_path / "failing", 3, process)
@@ -191,10 +204,10 @@ def test_a_process_that_fails_ends_the_run_with_its_message(config, tmp_path):
     os.kill(int(children[1]), signal.SIGKILL)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 1
-    assert "of 2 failed" in output
+    assert "rank 1 of 2 failed:\nkilled by SIGKILL" in output
 
 
-def test_half_precision_follows_fp32(pool, config, tmp_path, reference):
+def test_half_precision_follows_fp32(pool: Pool, config: WriteConfig, tmp_path: Path, reference: Reference) -> None:
     for dtype in ("torch.bfloat16", "torch.float16"):
         pool.train(config("half", model__dtype=dtype, ckpt__enable_save_ckpt=False))
         for row, wanted in zip(metrics(tmp_path / "half"), metrics(reference("packed")), strict=True):
@@ -202,13 +215,15 @@ def test_half_precision_follows_fp32(pool, config, tmp_path, reference):
 
 
 @pytest.mark.parametrize(("kind", "recomputed"), [("packed", False), ("packed", True), ("gshard", True), ("alibi", False)])
-def test_compiled_layers_train_the_same(pool, config, tmp_path, reference, kind, recomputed):
+def test_compiled_layers_train_the_same(
+    pool: Pool, config: WriteConfig, tmp_path: Path, reference: Reference, kind: str, recomputed: bool
+) -> None:
     changes = {**KINDS[kind], "model__compile": True, "model__checkpoint": recomputed}
     pool.train(config("compiled", **changes), 1, "data.total_steps=3", timeout=600)
     assert_close(metrics(tmp_path / "compiled"), metrics(reference(kind))[:3])
 
 
-def test_overflow_is_skipped_counted_and_backed_off(config, tmp_path):
+def test_overflow_is_skipped_counted_and_backed_off(config: WriteConfig, tmp_path: Path) -> None:
     scaler = {"fp16": {"initial_scale": 2.0**40, "growth_interval": 3}, "hysteresis": 1}
     run(
         "train",
@@ -224,7 +239,7 @@ def test_overflow_is_skipped_counted_and_backed_off(config, tmp_path):
     assert rows[-1]["skipped_steps"] == sum(row["skipped"] for row in rows)
 
 
-def test_validation_stop_file_skips_and_export(config, tmp_path, dataset):
+def test_validation_stop_file_skips_and_export(config: WriteConfig, tmp_path: Path, dataset: Path) -> None:
     stop = tmp_path / "stop"
     path = config(
         "full", data__valid_folder=str(dataset), data__valid_every=2, data__skip_batches="1,3-4",
@@ -248,7 +263,7 @@ def test_validation_stop_file_skips_and_export(config, tmp_path, dataset):
     assert not re.search("<(script|link|img)[^>]*(src|href)=.?http", (tmp_path / "full" / "report.html").read_text())
 
 
-def test_a_new_run_loads_the_parts_it_names(config, tmp_path):
+def test_a_new_run_loads_the_parts_it_names(config: WriteConfig, tmp_path: Path) -> None:
     first = config("first", ckpt__checkpoint_every=2, ckpt__keep_last=1, ckpt__keep_every=4)
     run("train", first, "data.total_steps=6")
     kept = sorted(p.name for p in (tmp_path / "first" / "checkpoints").iterdir())

@@ -1,15 +1,16 @@
 """What a run leaves in its folder: strict JSON, exports that end no run, and nothing of saves that were killed."""
 
 import os
+from pathlib import Path
 
 import pytest
 
 from internevo.checkpoint import complete_checkpoints
-from tests.conftest import metrics, run
+from tests.conftest import WriteConfig, metrics, run
 from tests.strict_json import strict
 
 
-def test_a_failed_export_ends_no_run_and_is_said(tmp_path, config):
+def test_a_failed_export_ends_no_run_and_is_said(tmp_path: Path, config: WriteConfig) -> None:
     path = config("run", ckpt__checkpoint_every=4, ckpt__enable_internevo2hf_ckpt=True)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "hf").write_text("in the way")
@@ -23,7 +24,7 @@ def test_a_failed_export_ends_no_run_and_is_said(tmp_path, config):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_what_cannot_be_exported_is_said_before_the_first_step(tmp_path, config, processes):
+def test_what_cannot_be_exported_is_said_before_the_first_step(tmp_path: Path, config: WriteConfig, processes: int) -> None:
     path = config("run", model__qkv_bias=True, model__o_bias=False, ckpt__enable_internevo2hf_ckpt=True)
     done = run("train", path, "--nproc", processes, code=2)
     assert "a Hugging Face folder of LlamaForCausalLM cannot describe this model: its o_bias is False" in done.stderr
@@ -32,7 +33,7 @@ def test_what_cannot_be_exported_is_said_before_the_first_step(tmp_path, config,
     run("train", path, "ckpt.enable_save_ckpt=False", "data.total_steps=1")  # nothing is saved, so nothing is exported
 
 
-def test_a_run_that_diverges_leaves_strict_json(tmp_path, config, dataset):
+def test_a_run_that_diverges_leaves_strict_json(tmp_path: Path, config: WriteConfig, dataset: Path) -> None:
     experts = {"model__num_experts": 4, "model__top_k": 2, "model__moe_type": "Dropless"}
     path = config(
         "run", model_type="MIXTRALMOE", **experts, model__out_head_init_std=1e38, data__total_steps=3,
@@ -49,7 +50,7 @@ def test_a_run_that_diverges_leaves_strict_json(tmp_path, config, dataset):
     run("report", folder)
 
 
-def test_leftovers_of_killed_saves_are_removed_at_the_next_start(tmp_path, config):
+def test_leftovers_of_killed_saves_are_removed_at_the_next_start(tmp_path: Path, config: WriteConfig) -> None:
     path = config("run", ckpt__checkpoint_every=1, data__total_steps=3)
     run("train", path, "data.total_steps=2")
     places = [tmp_path / "run" / place for place in ("checkpoints", "snapshots", "hf")]

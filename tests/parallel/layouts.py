@@ -3,16 +3,18 @@
 import itertools
 import os
 import random
+from collections.abc import Iterator
+from typing import Any
 
 DRAWN = int(os.environ.get("INTERNEVO_TEST_COMPOSITIONS", "8"))
 """Number of random compositions."""
 ROWS = 24
 """Rows of a global batch."""
-COMMON = {
+COMMON: dict[str, Any] = {
     "model__vocab_size": 104, "adam__lr": 2e-3, "adam__adam_eps": 1e-6, "data__total_steps": 10,
     "data__global_batch_size": ROWS, "lr_scheduler__total_steps": 20,
 }  # fmt: skip
-MODELS = {
+MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
     "biased, one key/value head": {"model__no_bias": False, "model__mlp_bias": True, "model__num_kv_attention_heads": 1},
     "gemma": {"model_type": "GEMMA", "model__head_dim": 16, "loss__label_smoothing": 0.1},
@@ -32,11 +34,24 @@ MODELS = {
     },
     "internlm2, tied": {"model_type": "INTERNLM2", "model__tie_word_embeddings": True},
 }
-PADDED = {"data__use_packed_dataset": False}
-RECOMPUTED = {"model__checkpoint": True}
+PADDED: dict[str, Any] = {"data__use_packed_dataset": False}
+RECOMPUTED: dict[str, Any] = {"model__checkpoint": True}
 
 
-def layout(processes, mode="mtp", tensor=1, weight=1, zero=-1, fsdp=False, weights=None, **more):
+Case = tuple[int, dict[str, Any]]
+"""Processes, and changes to the config."""
+
+
+def layout(
+    processes: int,
+    mode: str = "mtp",
+    tensor: int = 1,
+    weight: int = 1,
+    zero: int = -1,
+    fsdp: bool = False,
+    weights: dict[str, Any] | None = None,
+    **more: Any,
+) -> Case:
     """Returns (processes, changes to the config). A step has two micro-batches if there are enough rows."""
     rows = max(1, ROWS // 2 // (processes // tensor))
     return processes, {
@@ -45,11 +60,11 @@ def layout(processes, mode="mtp", tensor=1, weight=1, zero=-1, fsdp=False, weigh
     }  # fmt: skip
 
 
-EXPERTS = {
+EXPERTS: dict[str, Any] = {
     "model_type": "QWEN2MOE", "model__num_experts": 4, "model__top_k": 2, "model__num_shared_experts": 1,
     "model__moe_intermediate_size": 24,
 }  # fmt: skip
-PREFETCH = {"overlap": True, "forward_overlap_per": "module"}
+PREFETCH: dict[str, Any] = {"overlap": True, "forward_overlap_per": "module"}
 NAMED = {
     "mtp 2": layout(2, "mtp", 2),
     "mtp 4, recomputed": layout(4, "mtp", 4, **RECOMPUTED),
@@ -70,16 +85,16 @@ NAMED = {
 }
 
 
-def full_table():
+def full_table() -> Iterator[tuple[str, Case]]:
     """Yields (name, layout) of each mode x {ZeRO over 1, 2, all; FSDP} x {packed, padded} x {recomputed or not}."""
     inner = [("mtp", 1, 1), ("mtp", 2, 1), ("msp", 2, 1), ("fsp", 2, 1), ("isp", 2, 1), ("isp", 1, 2), ("isp", 2, 2)]
-    data = [{"zero": 1}, {"zero": 2}, {"zero": -1}, {"fsdp": True}]
+    data: list[dict[str, Any]] = [{"zero": 1}, {"zero": 2}, {"zero": -1}, {"fsdp": True}]
     for (mode, t, w), kind, form, memory in itertools.product(inner, data, ({}, PADDED), ({}, RECOMPUTED)):
         name = ", ".join([f"{mode} {t} {w}", *(f"{k} {v}" for k, v in kind.items()), *form, *memory])
         yield name, layout(4, mode, t, w, **kind, **form, **memory)
 
 
-def composition(seed):
+def composition(seed: int) -> tuple[int, dict[str, Any], str]:
     """Draws everything that a layout can have at random. Returns (processes, changes to the config, name of the model)."""
     draw = random.Random(seed)
     processes, mode = draw.choice([2, 4, 4, 8]), draw.choice(["mtp", "msp", "fsp", "isp", "isp"])
@@ -91,7 +106,7 @@ def composition(seed):
         "overlap": draw.random() < 0.7, "forward_overlap_per": draw.choice(["module", "layer"]),
         "launch_allgather_before": draw.choice(["wqkv", "attn", "wo", "w1"]),
     }  # fmt: skip
-    more = {
+    more: dict[str, Any] = {
         "model__checkpoint": draw.choice([False, False, True, 0.5, "attention"]),
         "selective_checkpoint": draw.random() < 0.3,
         "data__use_packed_dataset": draw.random() < 0.7,

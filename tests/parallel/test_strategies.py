@@ -2,21 +2,27 @@
 
 import json
 import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from internevo.text.tokenizer import train_bpe
 from tests.conftest import metrics, tensors, write_config, write_dataset
-from tests.parallel.layouts import COMMON, DRAWN, MODELS, NAMED, PADDED, composition, full_table, layout
+from tests.parallel.layouts import COMMON, DRAWN, MODELS, NAMED, PADDED, Case, composition, full_table, layout
+from tests.pool import Pool
+
+Runs = tuple[Path, Path, Callable[..., Path]]
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, pool):
+def world(tmp_path_factory: pytest.TempPathFactory, pool: Pool) -> Runs:
     """A folder, a dataset, and a function that returns the run folder of one process; each model is trained once."""
     folder = tmp_path_factory.mktemp("strategies")
     dataset = write_dataset(folder / "data")
 
-    def one(model, packed=True):
+    def one(model: str, packed: bool = True) -> Path:
         path = folder / f"one-{list(MODELS).index(model)}-{packed}"
         if not path.exists():
             changes = {**COMMON, **layout(1)[1], **MODELS[model], **({} if packed else PADDED)}
@@ -26,7 +32,7 @@ def world(tmp_path_factory, pool):
     return folder, dataset, one
 
 
-def assert_same_rows(many, one, steps):
+def assert_same_rows(many: Path, one: Path, steps: int) -> None:
     """Compares the metrics of the first steps. ``one`` may have more steps."""
     rows, wanted = metrics(many), metrics(one)
     assert [row["step"] for row in rows] == [row["step"] for row in wanted[:steps]] == list(range(1, steps + 1))
@@ -35,22 +41,22 @@ def assert_same_rows(many, one, steps):
             assert abs(row[key] - reference[key]) <= 1e-5 * reference[key], (row["step"], key, row[key], reference[key])
 
 
-def assert_same(many, one, steps=10):
+def assert_same(many: Path, one: Path, steps: int = 10) -> None:
     assert_same_rows(many, one, steps)
     mine, theirs = tensors(many, steps), tensors(one, steps)
     assert mine.keys() == theirs.keys()
     for name, tensor in theirs.items():
-        assert (mine[name] - tensor).abs().max() <= 1e-5 * max(1.0, tensor.abs().max()), name
+        assert (mine[name] - tensor).abs().max() <= 1e-5 * max(1.0, float(tensor.abs().max())), name
 
 
-def compare(pool, world, tmp_path, processes, changes, model="llama"):
+def compare(pool: Pool, world: Runs, tmp_path: Path, processes: int, changes: dict[str, Any], model: str = "llama") -> None:
     _, dataset, one = world
     pool.train(write_config(tmp_path, dataset, "many", **{**COMMON, **MODELS[model], **changes}), processes)
     assert_same(tmp_path / "many", one(model, changes.get("data__use_packed_dataset", True)))
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_a_strategy_trains_the_same_model_as_one_process(pool, world, tmp_path, name):
+def test_a_strategy_trains_the_same_model_as_one_process(pool: Pool, world: Runs, tmp_path: Path, name: str) -> None:
     compare(pool, world, tmp_path, *NAMED[name])
 
 
@@ -58,7 +64,7 @@ ADAPTED = ["mtp 2", "msp 2, fsdp, recomputed", "fsp 4", "isp 2, weights over 2, 
 
 
 @pytest.mark.parametrize("name", NAMED if "INTERNEVO_TEST_FULL_TABLE" in os.environ else ADAPTED)
-def test_adapters_are_trained_the_same_in_every_layout(pool, world, tmp_path, name):
+def test_adapters_are_trained_the_same_in_every_layout(pool: Pool, world: Runs, tmp_path: Path, name: str) -> None:
     compare(pool, world, tmp_path, *NAMED[name], model="adapters")
     mine = tensors(tmp_path / "many", 10)
     adapters = [key for key in mine if ".lora." in key and key.startswith("model/")]
@@ -69,23 +75,25 @@ def test_adapters_are_trained_the_same_in_every_layout(pool, world, tmp_path, na
 
 
 @pytest.mark.parametrize("mode", ["mtp", "msp"])
-def test_replicated_key_value_heads_need_no_adapters(pool, world, tmp_path, mode):
+def test_replicated_key_value_heads_need_no_adapters(pool: Pool, world: Runs, tmp_path: Path, mode: str) -> None:
     """Two ranks have replicas of the one key/value head. Without adapters on k and v there is no gradient to sum over them."""
     compare(pool, world, tmp_path, *layout(2, mode, 2), model="adapters on q and o only")
 
 
 @pytest.mark.parametrize("seed", range(DRAWN))
-def test_compositions_train_the_same_model_as_one_process(pool, world, tmp_path, seed):
+def test_compositions_train_the_same_model_as_one_process(pool: Pool, world: Runs, tmp_path: Path, seed: int) -> None:
     compare(pool, world, tmp_path, *composition(seed))
 
 
 @pytest.mark.skipif("INTERNEVO_TEST_FULL_TABLE" not in os.environ, reason="takes minutes: INTERNEVO_TEST_FULL_TABLE=1 runs it")
 @pytest.mark.parametrize("case", full_table(), ids=lambda case: case[0])
-def test_the_full_table_trains_the_same_model_as_one_process(pool, world, tmp_path, case):
+def test_the_full_table_trains_the_same_model_as_one_process(
+    pool: Pool, world: Runs, tmp_path: Path, case: tuple[str, Case]
+) -> None:
     compare(pool, world, tmp_path, *case[1])
 
 
-def test_a_run_continues_in_other_layouts(pool, world, tmp_path):
+def test_a_run_continues_in_other_layouts(pool: Pool, world: Runs, tmp_path: Path) -> None:
     """msp over 4, isp 2 x 4, FSDP over 3, one process, fsp: weights, moments and the position in the data are restored."""
     _, dataset, one = world
     parts = [layout(4, "msp", 4), layout(4, "isp", 2, 4), layout(3, fsdp=True), layout(1), layout(2, "fsp", 2)]
@@ -98,7 +106,7 @@ def test_a_run_continues_in_other_layouts(pool, world, tmp_path):
 @pytest.mark.parametrize(
     "name", ["mtp 2", "fsp 2, zero 2", "isp: weights over 2", "isp 2, weights over 2, zero 2, half recomputed"]
 )
-def test_compiled_layers_train_the_same_in_every_mode(pool, world, tmp_path, name):
+def test_compiled_layers_train_the_same_in_every_mode(pool: Pool, world: Runs, tmp_path: Path, name: str) -> None:
     _, dataset, one = world
     processes, changes = NAMED[name]
     path = write_config(tmp_path, dataset, "many", **{**COMMON, **changes, "model__compile": True, "data__total_steps": 3,
@@ -108,7 +116,7 @@ def test_compiled_layers_train_the_same_in_every_mode(pool, world, tmp_path, nam
 
 
 @pytest.mark.parametrize("name", ["isp 2, weights over 2, zero 2, half recomputed", "msp 2, fsdp, recomputed", "fsp 2, zero 2"])
-def test_overlap_and_buckets_change_no_bit(pool, world, tmp_path, name):
+def test_overlap_and_buckets_change_no_bit(pool: Pool, world: Runs, tmp_path: Path, name: str) -> None:
     _, dataset, _ = world
     processes, changes = NAMED[name]
     without_overlap = {
@@ -132,7 +140,9 @@ def test_overlap_and_buckets_change_no_bit(pool, world, tmp_path, name):
 
 @pytest.mark.parametrize(("dtype", "grad_dtype"), [("float16", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")])
 @pytest.mark.parametrize("name", ["msp 2, fsdp, recomputed", "isp 2, weights over 2, zero 2, half recomputed", "mtp 2"])
-def test_half_precision_follows_one_process(pool, world, tmp_path, name, dtype, grad_dtype):
+def test_half_precision_follows_one_process(
+    pool: Pool, world: Runs, tmp_path: Path, name: str, dtype: str, grad_dtype: str
+) -> None:
     """This includes the loss scale of fp16: in the first step it overflows, and every rank must notice that."""
     _, dataset, _ = world
     processes, changes = NAMED[name]
@@ -153,7 +163,7 @@ def test_half_precision_follows_one_process(pool, world, tmp_path, name, dtype, 
 
 
 @pytest.mark.parametrize("mode", ["msp", "isp"])
-def test_samples_are_the_text_of_one_process(pool, world, tmp_path, mode):
+def test_samples_are_the_text_of_one_process(pool: Pool, world: Runs, tmp_path: Path, mode: str) -> None:
     """Generation computes one token at a time, so sequences cannot be sharded."""
     _, dataset, _ = world
     train_bpe(["def f(x): return x"] * 5, 300, tmp_path / "tokenizer")

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,12 +15,15 @@ from internevo.parallel.strategy import Workload, add_up
 from internevo.train import step
 from tests.conftest import run, write_config, write_dataset
 from tests.parallel.layouts import DRAWN, EXPERTS, MODELS, NAMED, PREFETCH, composition, layout
-from tests.pool import DEVICE
+from tests.pool import DEVICE, Pool
 
 MICRO_BATCHES = 3
 
 
-def counted(pool, tmp_path, processes, changes, model="llama"):
+Counts = dict[tuple[str, str], tuple[int, int]]
+
+
+def counted(pool: Pool, tmp_path: Path, processes: int, changes: dict[str, Any], model: str = "llama") -> tuple[Counts, Counts]:
     """Returns (kind, axis) -> (count, bytes) twice: as counted in a real step, and as the strategies state it."""
     dataset = write_dataset(tmp_path / "data")
     ranks = processes // changes["parallel__tensor"]["size"]
@@ -53,24 +58,24 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_step_has_exactly_the_collectives_that_its_strategies_state(pool, tmp_path, name):
+def test_a_step_has_exactly_the_collectives_that_its_strategies_state(pool: Pool, tmp_path: Path, name: str) -> None:
     found, stated = counted(pool, tmp_path, *CASES[name])
     assert found == stated
 
 
 @pytest.mark.parametrize("seed", range(100, 100 + DRAWN))
-def test_compositions_have_exactly_the_collectives_that_their_strategies_state(pool, tmp_path, seed):
+def test_compositions_have_exactly_the_collectives_that_their_strategies_state(pool: Pool, tmp_path: Path, seed: int) -> None:
     processes, changes, model = composition(seed)
     found, stated = counted(pool, tmp_path, processes, changes, "llama" if "adapters" in model else model)
     assert found == stated
 
 
-def test_experts_have_the_collectives_of_other_weights(pool, tmp_path):
+def test_experts_have_the_collectives_of_other_weights(pool: Pool, tmp_path: Path) -> None:
     found, stated = counted(pool, tmp_path, *layout(4, zero=2, **EXPERTS))
     assert found == stated
 
 
-def test_the_console_shows_the_table_of_collectives(tmp_path):
+def test_the_console_shows_the_table_of_collectives(tmp_path: Path) -> None:
     path = write_config(tmp_path, write_dataset(tmp_path / "data"), **layout(2, "msp", 2)[1], model__vocab_size=100,
                         data__total_steps=2, monitor__comm=True)  # fmt: skip
     lines = run("train", path, "--nproc", 2).stdout.splitlines()
@@ -87,7 +92,7 @@ def test_the_console_shows_the_table_of_collectives(tmp_path):
         ("layer", False, True),
     ],
 )
-def test_isp_gathers_weights_before_they_are_needed(pool, tmp_path, unit, fsdp, compiled):
+def test_isp_gathers_weights_before_they_are_needed(pool: Pool, tmp_path: Path, unit: str, fsdp: bool, compiled: bool) -> None:
     """Also in the first forward pass of a step, in which the data axis gathers the weights, too."""
     weights = {"overlap": True, "forward_overlap_per": unit}
     processes, changes = layout(4, "isp", 1, 2, fsdp=fsdp, weights=weights, model__num_layers=4, monitor__trace=True)

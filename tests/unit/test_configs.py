@@ -21,7 +21,7 @@ CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if not pa
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_ready_config_has_the_published_size_and_goes_to_hugging_face(name):
+def test_a_ready_config_has_the_published_size_and_goes_to_hugging_face(name: str) -> None:
     config = load_config(ROOT / "configs" / f"{name}.py")
     assert not problems(config, 64)
     assert not missing_features(config)
@@ -33,5 +33,5 @@ def test_a_ready_config_has_the_published_size_and_goes_to_hugging_face(name):
     assert family(decoder.family).names(decoder).keys() == shapes.keys()
 
 
-def test_every_ready_config_has_a_published_size():
+def test_every_ready_config_has_a_published_size() -> None:
     assert set(PUBLISHED) == set(CONFIGS)

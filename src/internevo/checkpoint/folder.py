@@ -24,6 +24,11 @@ HF_CONFIG = "hf_config.json"
 """File with the ``config.json`` of the Hugging Face folder that a checkpoint was converted from."""
 
 
+def checkpoint_name(step: int) -> str:
+    """Returns the name of a checkpoint's folder."""
+    return f"step-{step:08d}"
+
+
 class Checkpoint:
     """A complete checkpoint folder."""
 

@@ -23,7 +23,7 @@ from ..config.run import Ckpt
 from ..errors import CheckpointError, InternEvoError
 from ..storage.folders import shared_temporary
 from .finish import Extras, complete
-from .folder import CHECKPOINTS, SNAPSHOTS
+from .folder import CHECKPOINTS, SNAPSHOTS, checkpoint_name
 from .manifest import NAME, FileEntry, Manifest, TensorEntry
 from .storage import SafetensorsWriter
 
@@ -60,7 +60,7 @@ class Saver:
 
     def save(self, step: int, tensors: dict[str, Tensor], extras: Extras) -> None:
         """Copies ``tensors`` (KIND/NAME -> DTensor) to host memory and goes on in the background."""
-        self._start(self.run / CHECKPOINTS / f"step-{step:08d}", step, tensors, extras)
+        self._start(self.run / CHECKPOINTS / checkpoint_name(step), step, tensors, extras)
 
     def snapshot(self, step: int, tensors: dict[str, Tensor], extras: Extras) -> None:
         """The same into one of two folders in turn."""
@@ -107,15 +107,17 @@ class Saver:
     def finish(self, patience: float = PATIENCE) -> None:
         """After the run has failed on this rank: waits for the save under way, which may still become a good checkpoint.
 
-        Not for ever, since the ranks that it needs may be gone; and without an error of its own, since the run has one already.
+        It waits at most ``patience`` seconds, because ranks that the save needs may be gone. It only logs errors, because the
+        run has already failed.
         """
-        if self.pending is None:
+        pending = self.pending  # read once: another thread may be in wait()
+        if pending is None:
             return
         log = logging.getLogger("internevo")
         log.info(f"waiting up to {patience:.0f} s for the checkpoint under way")
-        if not wait([self.pending], patience).done:
+        if not wait([pending], patience).done:
             log.warning(f"the checkpoint under way was given up after {patience:.0f} s")
-        elif (error := self.pending.exception()) is not None:
+        elif (error := pending.exception()) is not None:
             log.warning(f"the checkpoint under way failed as well: {_reason(error)}")
 
     def _retain(self) -> None:

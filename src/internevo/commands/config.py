@@ -87,6 +87,7 @@ def _traffic_lines(rows: list[Collectives], layout: Layout) -> Iterator[str]:
     for row in rows:
         ranks = len(groups[row.axis][0]) if row.axis in groups else layout.world
         yield f"  {row.kind:24}{row.axis:>12}{ranks:>8}{row.count:>8}{row.nbytes / 1e9:>12.3f}{row.wire(ranks) / 1e9:>16.3f}"
+    yield "  and one small all-reduce over all ranks, of the losses, token counts, gradient norm and requests to stop"
 
 
 def _rank_table(groups: dict[str, list[list[int]]], world_size: int, per_node: int) -> list[str]:

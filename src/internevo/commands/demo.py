@@ -88,7 +88,7 @@ def _internevo(*arguments: str) -> None:
 def compare_with_transformers(folder: Path) -> float:
     """Returns the largest absolute difference between the logits of internevo and transformers for some random tokens."""
     try:
-        from transformers import AutoModelForCausalLM as auto
+        import transformers
         from transformers.utils import logging
     except ImportError:
         raise UsageError('the check needs transformers: pip install "internevo[hf]"') from None
@@ -98,7 +98,7 @@ def compare_with_transformers(folder: Path) -> float:
 
     ours = load_model(folder)
     logging.disable_progress_bar()
-    loader: Any = auto
+    loader: Any = transformers.AutoModelForCausalLM
     theirs, info = loader.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     problems = {kind: sorted(names) for kind, names in info.items() if names}
     if problems:

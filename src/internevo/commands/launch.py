@@ -14,6 +14,8 @@ from pathlib import Path
 from types import FrameType
 
 PARENT = "INTERNEVO_PARENT"
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""They ask a run to stop, as in ``train.stop``, which needs PyTorch."""
 GRACE = 60.0
 """Seconds that the other processes have to end by themselves when one has failed: a checkpoint may be under way."""
 
@@ -25,9 +27,9 @@ def already_launched() -> bool:
 
 def default_processes() -> int:
     """One per GPU, or one."""
-    from ..parallel.world import pick_device
+    from ..parallel.world import has_gpu
 
-    if pick_device(0).type == "cpu":
+    if not has_gpu():
         return 1
     import torch
 
@@ -45,8 +47,6 @@ def launch(arguments: list[str], processes: int, log: Path) -> int:
     """
     import torch.distributed as dist
 
-    from ..train.stop import SIGNALS
-
     # The store lives here and the processes are its clients, so that no port has to be guessed.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -57,19 +57,19 @@ def launch(arguments: list[str], processes: int, log: Path) -> int:
     environment = {"OMP_NUM_THREADS": str(max(1, cores // processes)), **os.environ, **shared}
     log.mkdir(parents=True, exist_ok=True)
     errors = [log / f"rank-{rank:05d}.stderr" for rank in range(processes)]
-    children = []
-    with _held(SIGNALS):
-        for rank in range(processes):
-            with open(errors[rank], "w") as stderr:
-                children.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", "internevo", *arguments],
-                        stderr=stderr,
-                        stdin=subprocess.DEVNULL,
-                        env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    )
-                )
-        _forward(SIGNALS, children)
+    children: list[subprocess.Popen[bytes]] = []
+    asked = _forward_signals(children)
+    for rank in range(processes):
+        with open(errors[rank], "w") as stderr, _blocked(SIGNALS):
+            child = subprocess.Popen(
+                [sys.executable, "-m", "internevo", *arguments],
+                stderr=stderr,
+                stdin=subprocess.DEVNULL,
+                env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            )
+        children.append(child)
+        for number in asked:
+            child.send_signal(number)
     failed = _wait(children, lambda rank: print(_failure(rank, children[rank], errors[rank], processes), file=sys.stderr))
     if failed is None:
         return 0
@@ -78,9 +78,8 @@ def launch(arguments: list[str], processes: int, log: Path) -> int:
 
 
 @contextmanager
-def _held(signals: tuple[int, ...]) -> Iterator[None]:
-    """A request to stop waits until all processes are there: none is left without it. They start with it blocked as well, until
-    they listen (``StopRequests``): none is killed by it."""
+def _blocked(signals: tuple[int, ...]) -> Iterator[None]:
+    """Processes that are started meanwhile have these signals blocked, until they listen to them (``StopRequests``)."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
@@ -88,8 +87,12 @@ def _held(signals: tuple[int, ...]) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _forward(signals: tuple[int, ...], children: list[subprocess.Popen[bytes]]) -> None:
+def _forward_signals(children: list[subprocess.Popen[bytes]]) -> list[int]:
+    """Sends signals on to all processes there are. Returns a list of those that have come, for processes started later."""
+    asked: list[int] = []
+
     def forward(number: int, _frame: FrameType | None) -> None:
+        asked.append(number)
         for child in children:
             if child.poll() is None:
                 child.send_signal(number)
@@ -102,9 +105,10 @@ def _forward(signals: tuple[int, ...], children: list[subprocess.Popen[bytes]]) 
         if len(interrupts) > 1:
             forward(signal.SIGKILL, None)
 
-    for number in signals:
+    for number in SIGNALS:
         signal.signal(number, forward)
     signal.signal(signal.SIGINT, interrupt)
+    return asked
 
 
 def _wait(children: list[subprocess.Popen[bytes]], tell: Callable[[int], None]) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 from ..config import Config, load_config, notices
@@ -32,6 +33,13 @@ def train(path: Path, overrides: list[str], processes: int | None, port: int = 8
     return _train_here(config, port, launcher)
 
 
+def _collective_timeout(step: float) -> timedelta:
+    """Returns the time-out of a collective of training, longer than that of a step, so that the watchdog can say more first."""
+    from ..parallel.world import TIMEOUT
+
+    return max(TIMEOUT, timedelta(seconds=2 * step)) if step else timedelta(days=30)
+
+
 def _train_here(config: Config, port: int, launcher: str | None) -> int:
     from ..parallel.world import find_place, join
     from ..train.stop import StopRequests
@@ -46,7 +54,8 @@ def _train_here(config: Config, port: int, launcher: str | None) -> int:
     if place.rank == 0 and "INTERNEVO_PARENT" not in os.environ:
         _say(config)
     stops = StopRequests()
-    with stops.listening(), join(port, launcher) as world, Watchdog(world, config.monitor.timeout) as watchdog:
+    limit = _collective_timeout(config.monitor.timeout)
+    with stops.listening(), join(port, launcher, limit) as world, Watchdog(world, config.monitor.timeout) as watchdog:
         Trainer(config, world, stops, watchdog).fit()
     return 0
 

@@ -75,18 +75,21 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> Any:
+    """Reads a YAML file, without making Python objects from tags."""
     import yaml
 
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 def read_toml(path: Path) -> Any:
+    """Reads a TOML file."""
     import tomllib
 
     return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
 def read_json(path: Path) -> Any:
+    """Reads a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 

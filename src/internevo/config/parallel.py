@@ -114,7 +114,7 @@ class Parallel(Section):
     expert: Expert = option(Expert(), "The expert axis.")
     expert_weight: Weight = option(Weight(), "The weight axis of experts (isp).")
     expert_zero1: Zero1 = option(Zero1(), "The data axis of experts.")
-    sequence_2D: Sequence2D = option(Sequence2D(), "2D sequence parallelism.")
+    sequence_2D: Sequence2D = option(Sequence2D(), "2D sequence parallelism.")  # noqa: N815 (InternEvo's name)
     sequence_parallel: bool | None = option(
         None, "InternEvo's older switch for sequence parallelism.", ignored="parallel.tensor.mode decides"
     )

@@ -21,6 +21,7 @@ class Order:
     """An endless sequence of row numbers. Every epoch has each row once, in a different order."""
 
     rows: int
+    """The number of rows in an epoch."""
     seed: int
 
     def __call__(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -147,7 +147,7 @@ class PackedRows(_IndexRows):
         return np.array(self.index.file_types, dtype=np.int16)[files]
 
     def _read(self, first: int, last: int, start: int, stop: int) -> Ids:
-        """Returns the signed ids ``start`` to ``stop`` of all documents, concatenated. They lie in ``first`` to ``last``."""
+        """Returns the signed ids ``start`` to ``stop`` of all documents, concatenated, which are in ``first`` to ``last``."""
         index = self.index
         begin = int(index.ends[first]) - int(index.documents[first, 1])
         pieces, document = [], first

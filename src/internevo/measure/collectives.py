@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..ops.dispatch import TorchDispatchMode, collective_name, group_ranks, tree_leaves, wait
+from ..ops.dispatch import TorchDispatchMode, collective_name, group_ranks, synchronize, tree_leaves, wait
 from ..parallel.layout import Layout
 from ..parallel.strategy import Collectives
 
@@ -39,6 +39,7 @@ class Counter(TorchDispatchMode):
         if name is None or kind is None:
             return func(*args, **(kwargs or {}))
         ranks = group_ranks([*args, *(kwargs or {}).values()])
+        synchronize(args)
         begin = time.perf_counter()
         out = func(*args, **(kwargs or {}))
         wait(out)

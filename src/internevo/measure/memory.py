@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..ops.dispatch import TorchDispatchMode, tree_leaves
 from ..parallel.memory import Memory
+from ..parallel.shards import local
 
 
 class Meter(TorchDispatchMode):
@@ -23,10 +24,11 @@ class Meter(TorchDispatchMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.before: list[int] = []
-        """Bytes before each forward pass."""
-        self.after: list[int] = []
-        """Bytes after each forward pass."""
+        self.model = model
+        self.before: list[tuple[int, int]] = []
+        """Before each forward pass: bytes of full weights that were made in this context, and of everything else."""
+        self.after: list[tuple[int, int]] = []
+        """The same after each forward pass."""
         self._made: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._hooks = [
             model.register_forward_pre_hook(lambda *_: self.before.append(self._alive()), prepend=True),
@@ -54,11 +56,16 @@ class Meter(TorchDispatchMode):
             masters, moments: bytes of the master weights and of the moments, which were made before this context.
             weights: bytes of other weights that were made before this context.
         """
-        return Memory(masters, moments, weights + self.before[-1], self.after[-1] - self.before[-1])
+        (_, others_before), (full_weights, others_after) = self.before[-1], self.after[-1]
+        # Weights that the pass itself has gathered are no activations. (What was there before, beside weights: gradients.)
+        return Memory(masters, moments, weights + full_weights + others_before, others_after - others_before)
 
-    def _alive(self) -> int:
+    def _alive(self) -> tuple[int, int]:
         self._made = {number: reference for number, reference in self._made.items() if reference() is not None}
-        return _stable(self._read)
+        everything = _stable(self._read)
+        storages = {id(s): s for p in self.model.parameters() if id(s := local(p.detach()).untyped_storage()) in self._made}
+        full_weights = sum(storage.nbytes() for storage in storages.values())
+        return full_weights, everything - full_weights
 
     def _read(self) -> int:
         storages = (reference() for reference in self._made.values())

@@ -1,1 +1,1 @@
-"""Models: single-device mathematics, without process groups or config machinery."""
+"""Models: the mathematics on a single device. No file here uses process groups."""

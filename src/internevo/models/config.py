@@ -1,4 +1,4 @@
-"""What a decoder is, as one frozen value. Families make it from a config section or from a Hugging Face config."""
+"""The shape of a decoder, as one value. A family makes it from a config's ``model`` section or from a Hugging Face config."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary embedding: base and scaling (names as in Hugging Face's ``rope_parameters``)."""
+    """The base and the scaling of the rotary embedding, with the names of Hugging Face's ``rope_parameters``."""
 
     base: float = 10000.0
     kind: str = "default"
-    """default, linear, dynamic, llama3 or yarn."""
+    """The kind of scaling: default (none), linear, dynamic, llama3 or yarn."""
     factor: float = 1.0
     options: dict[str, float] = field(default_factory=dict)
-    """The kind's other numbers: low_freq_factor, beta_fast, attention_factor, ..."""
+    """Other numbers that the kind needs: low_freq_factor, beta_fast, attention_factor, ..."""
 
 
 @dataclass(frozen=True)
@@ -23,52 +23,58 @@ class Experts:
     """A mixture of experts in place of the MLP (https://arxiv.org/abs/2006.16668)."""
 
     count: int
+    """Number of experts in a layer."""
     top_k: int
+    """Number of experts that each token chooses."""
     size: int
     """Width of an expert."""
     normalize: bool = True
-    """The chosen experts' weights add up to 1; otherwise they are their probabilities among all."""
+    """Whether the weights of a token's experts are divided by their sum. Otherwise they are the router's probabilities."""
     shared_size: int = 0
-    """Width of the expert that sees every token, behind a sigmoid gate; 0: none."""
+    """Width of the shared expert, which sees every token and has a sigmoid gate; 0: there is none."""
     dense_layers: tuple[int, ...] = ()
-    """Layers with a plain MLP."""
+    """Numbers of the layers that have an MLP in place of experts."""
     capacity_factor: float = 0.0
-    """Tokens that an expert takes, over its even share; 0: all that choose it (dropless)."""
+    """Capacity in training: the maximum number of tokens that an expert takes, divided by the number if all experts took the
+    same. 0: no maximum (dropless)."""
     eval_capacity_factor: float = 0.0
+    """The same in evaluation and generation."""
     min_capacity: int = 4
+    """Smallest capacity, in tokens."""
     drop_policy: str = "position"
-    """Who is left out of a full expert: the last in the batch ("position") or the least likely ("probs")."""
+    """The tokens that a full expert drops: the last in the batch ("position"), or those with the smallest probability
+    ("probs")."""
 
     def dropless(self) -> Experts:
-        """The same experts, which take all that choose them."""
+        """Returns the same experts without a capacity."""
         return replace(self, capacity_factor=0.0, eval_capacity_factor=0.0, min_capacity=4, drop_policy="position")
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Adapters beside the linears of every layer (``models.lora``)."""
+    """LoRA adapters of linears in every layer (``models.lora``)."""
 
     rank: int
     alpha: float
     targets: tuple[str, ...]
-    """Names of linears: q, k, v, o, gate, up, down."""
+    """The linears that have an adapter: some of q, k, v, o, gate, up, down."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """The part of a decoder that one rank builds; without a pipeline, all of it."""
+    """The part of a decoder that one pipeline rank builds. Without a pipeline it is the whole decoder."""
 
     layers: range
-    """Numbers of its layers."""
+    """The numbers of its layers."""
     embeds: bool = True
-    """It begins with the embedding."""
+    """Whether it begins with the embedding."""
     heads: bool = True
-    """It ends with the norm and the head."""
+    """Whether it ends with the norm and the head."""
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The shape of a decoder and the few choices that families differ in."""
+    """The shape of a decoder, and the options in which families differ."""
 
     family: str
     vocab_size: int
@@ -80,34 +86,34 @@ class DecoderConfig:
     head_dim: int
     norm_eps: float = 1e-5
     rope: Rope | None = Rope()
-    """None: attention with linear biases (ALiBi)."""
+    """The rotary embedding. None: attention with linear biases (ALiBi)."""
     max_position_embeddings: int = 2048
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
     tie_embeddings: bool = False
     activation: str = "silu"
-    """Of the MLP's gate: silu or gelu_tanh."""
+    """The activation of the MLP's gate: silu or gelu_tanh."""
     norm_unit_offset: bool = False
-    """Norms multiply by 1 + weight."""
+    """Norms multiply by 1 + weight in place of weight."""
     qk_norm: bool = False
-    """Queries and keys are normed, head by head, before they are turned."""
+    """Each head's queries and keys go through a norm before the rotary embedding."""
     scale_embedding: bool = False
     """Embeddings are multiplied by sqrt(hidden_size)."""
     norm_head: bool = False
-    """The head's rows have length 1."""
+    """Each row of the head's weight is divided by its L2 norm."""
     windows: tuple[int, ...] = ()
-    """Tokens that each layer looks back, itself included; 0: all. Empty: all in every layer."""
+    """For each layer, the number of tokens that a token attends to, including itself; 0: all. Empty: all, in every layer."""
     experts: Experts | None = None
     lora: Lora | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """Returns the shape as JSON values."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DecoderConfig:
-        """The inverse of ``to_dict``, also when it has been through JSON."""
+        """Returns the shape from ``to_dict``'s values, also if they have been written as JSON and read again."""
         rope, experts = values["rope"], values.get("experts")
         if experts:
             experts = Experts(**{**experts, "dense_layers": tuple(experts["dense_layers"])})
@@ -121,11 +127,15 @@ class DecoderConfig:
         return self.experts is not None and layer not in self.experts.dense_layers
 
     def window(self, layer: int) -> int:
-        """How far a layer looks back; 0: to the beginning."""
+        """Returns the number of tokens that a token attends to in a layer, including itself; 0: all."""
         return self.windows[layer] if self.windows else 0
 
     def parameters(self, active: bool = False) -> int:
-        """Number of parameters; a tied head counts once. ``active``: of those that one token meets."""
+        """Returns the number of parameters. A tied head is not counted again.
+
+        Args:
+            active: count only the parameters that one token uses, which is less than all in a model with experts.
+        """
         d, heads, kv = self.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         attention = d * (heads + 2 * kv) + heads * d + self.qkv_bias * (heads + 2 * kv) + self.o_bias * d
         attention += 2 * self.head_dim * self.qk_norm
@@ -142,13 +152,16 @@ class DecoderConfig:
         return total
 
     def flops_per_token(self, seq_len: int) -> float:
-        """Training FLOPs of one token in a row of ``seq_len``: 6 per matrix weight that it meets, and 12 * heads * head size
-        per layer for each token that it looks back to, on average (PaLM, https://arxiv.org/abs/2204.02311, appendix B).
-        Beside adapters the weights get no gradients: 4 per weight."""
+        """Returns the FLOPs of training on one token in a row of ``seq_len`` tokens.
+
+        They are 6 for each weight that the token is multiplied by, and in each layer 12 * heads * head size for each token that
+        it attends to, on average (PaLM, https://arxiv.org/abs/2204.02311, appendix B). With adapters the other weights have no
+        gradients; then they are 4 for each weight.
+        """
         embedding = 0 if self.tie_embeddings else self.vocab_size * self.hidden_size
-        seen = 0.0
+        attended = 0.0
         for layer in range(self.num_layers):
             width = min(self.window(layer) or seq_len, seq_len)
-            seen += width - width * width / (2 * seq_len)
+            attended += width - width * width / (2 * seq_len)
         per_weight = 6.0 if self.lora is None else 4.0
-        return per_weight * (self.parameters(active=True) - embedding) + 12.0 * self.num_heads * self.head_dim * seen
+        return per_weight * (self.parameters(active=True) - embedding) + 12.0 * self.num_heads * self.head_dim * attended

@@ -17,14 +17,18 @@ from .rotary import tables
 
 
 class Decoder(nn.Module):
-    """``model(tokens, positions=None, cu_seqlens=None) -> logits``.
+    """A decoder, or one pipeline stage of it: ``model(tokens, positions=None, cu_seqlens=None) -> logits``.
 
-    A ``Stage`` of it has the same parameter names as the whole. With tied embeddings the last stage has the embedding's weight
-    too, as its head.
+    The parameters of a stage have the same names as in the whole decoder. If the head is tied to the embedding, the last stage
+    has the embedding's weight too.
     """
 
     def __init__(self, config: DecoderConfig, stage: Stage | None = None, embed_grad_scale: float = 1.0) -> None:
-        """``stage``: the part to build; by default all of it."""
+        """
+        Args:
+            stage: the part to build. None: the whole decoder.
+            embed_grad_scale: the gradients of the embedding and the head are multiplied by this.
+        """
         super().__init__()
         self.config = config
         self.stage = stage = stage or Stage(range(config.num_layers))
@@ -45,16 +49,19 @@ class Decoder(nn.Module):
             add_adapters(self, config.lora)
 
     def numbered_layers(self) -> list[tuple[int, DecoderLayer]]:
-        """The layers of this stage, with their numbers in the whole model."""
+        """Returns the layers of this stage, with their numbers in the whole decoder."""
         return [(int(number), cast(DecoderLayer, layer)) for number, layer in self.layers.items()]
 
     def tie(self) -> None:
-        """Makes the head the embedding's weight, where the model has it so. After anything that makes new parameters."""
+        """Makes the head use the embedding's weight, if the model has tied embeddings.
+
+        Call this after everything that replaces parameters.
+        """
         if self.config.tie_embeddings and self.head is not None and self.embed is not None:
             self.head.weight = self.embed.weight
 
     def materialize(self, device: str | torch.device) -> None:
-        """Gives a model made on the meta device uninitialised weights on ``device``; a tied head stays tied."""
+        """Gives a model that was made on the meta device uninitialised weights on ``device``. A tied head stays tied."""
         self.to_empty(device=device)
         self.tie()
 
@@ -68,25 +75,26 @@ class Decoder(nn.Module):
         caches: list[Cache] | None = None,
         hidden: Tensor | None = None,
     ) -> Tensor | Loss:
-        """Logits of the next token; or, with ``labels``, the loss, without holding all logits.
+        """Computes the logits of the next token, or with ``labels`` the loss, for which the logits never exist all at once.
 
         Args:
             tokens: ids, int64 [B, S].
-            positions: each token's position in its document [B, S]; by default counted from the row's or document's start.
-            cu_seqlens: int32 [documents + 1], borders of the documents packed into one row (then B = 1). It may be on the
-                host, which spares a wait for the device.
-            labels: the id to be predicted at each token, or -100 [B, S].
-            terms: weights of the loss's terms.
-            caches: one for each layer, for generation; the keys and values of ``tokens`` are added to them.
-            hidden: for a stage that does not embed, the residual stream of the stage before [B, S, D].
+            positions: the position of each token in its document [B, S]. None: counted from the start of the row or document.
+            cu_seqlens: for one packed row (B = 1): where its documents begin and end, int32 [documents + 1]. If it is on the
+                host, the host need not wait for the device.
+            labels: the id to be predicted at each token, or -100, int64 [B, S].
+            terms: the weights of the terms of the loss.
+            caches: for generation: one for each layer. The keys and values of ``tokens`` are added to them.
+            hidden: for a stage without the embedding: the residual stream of the stage before [B, S, D].
 
         Returns:
-            [B, S, V]; the loss, with ``labels``; or, of a stage without a head, the residual stream [B, S, D].
+            The logits [B, S, V]; or the loss, if there are labels; or the residual stream [B, S, D], if this is a stage without
+            a head.
         """
         if self.stage.embeds:
             assert self.embed is not None
             hidden = self.embed(tokens)
-        assert hidden is not None, "a stage that does not embed needs the residual stream of the stage before"
+        assert hidden is not None, "a stage without the embedding needs the residual stream of the stage before (hidden)"
         x_BSD = hidden
         context = self._context(tokens, positions, cu_seqlens, caches, x_BSD.dtype)
         routing = []
@@ -110,11 +118,11 @@ class Decoder(nn.Module):
         caches: list[Cache] | None,
         dtype: torch.dtype,
     ) -> Context:
-        """Angles and document borders, made once for all layers."""
+        """Computes once what all layers need: the rotary embedding of all positions, and where documents begin and end."""
         past = caches[0].length if caches else 0
         max_seqlen = 0
         if cu_seqlens is not None:
-            # A power of two, so that a compiled layer meets few different values.
+            # Rounded up to a power of two, so that a compiled layer is compiled for few different values.
             max_seqlen = 1 << int((cu_seqlens[1:] - cu_seqlens[:-1]).max() - 1).bit_length()
             cu_seqlens = cu_seqlens.to(tokens.device, non_blocking=True)
             mark_dynamic(cu_seqlens, 0)
@@ -133,7 +141,7 @@ class Decoder(nn.Module):
 
 
 def _lengths(positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Length of each token's document [B, S]."""
+    """Returns the length of each token's document [B, S]."""
     if cu_seqlens is None:
         return (positions.amax(-1, keepdim=True) + 1).expand(positions.shape)
     sizes = cu_seqlens.diff()
@@ -141,6 +149,6 @@ def _lengths(positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 
 def parameter_shapes(config: DecoderConfig) -> dict[str, torch.Size]:
-    """Name and shape of every parameter; a tied head is none of its own."""
+    """Returns the name and shape of every parameter. A tied head is not among them."""
     with torch.device("meta"):
         return {name: p.shape for name, p in Decoder(config).named_parameters()}

@@ -1,4 +1,4 @@
-"""Text generation with a key-value cache."""
+"""Generates text with a key/value cache."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ class Sampling:
     """How the next token is chosen."""
 
     temperature: float = 1.0
-    """0: the likeliest token."""
+    """The logits are divided by this. 0: always the most likely token."""
     top_k: int = 0
-    """Among so many likeliest tokens; 0: all."""
+    """Draw only from this many most likely tokens. 0: from all."""
     top_p: float = 1.0
-    """Among the fewest likeliest tokens whose probability reaches this (https://arxiv.org/abs/1904.09751)."""
+    """Draw only from the smallest set of most likely tokens whose probabilities add up to at least this
+    (https://arxiv.org/abs/1904.09751)."""
 
 
 @torch.no_grad()
@@ -34,10 +35,18 @@ def generate(
     eos_ids: tuple[int, ...] = (),
     dtype: torch.dtype | None = None,
 ) -> list[int]:
-    """The ids that follow ``prompt`` (at least one id), ended by an id of ``eos_ids`` (included) or the length.
+    """Generates the ids that follow ``prompt``.
 
     Args:
-        dtype: in which the model computes; by default that of its weights (a sharded model casts them).
+        prompt: ids of the prompt, at least one.
+        max_new_tokens: the maximum number of ids to generate.
+        seed: seed of the random draws.
+        eos_ids: generation ends after one of these ids.
+        dtype: dtype of the cache, which must be that of the computation. None: the weights' dtype, which is right unless a
+            sharded model casts its weights.
+
+    Returns:
+        The generated ids, including the id that ended them.
     """
     weight = next(model.parameters())
     device = weight.device
@@ -45,7 +54,7 @@ def generate(
     caches = empty_caches(model, len(prompt) + max_new_tokens, dtype or weight.dtype, device)
     tokens = torch.tensor([prompt], device=device)
     out: list[int] = []
-    # Compiled layers are made for training's shapes; generation has a new shape for every token.
+    # Layers are compiled for the shapes of training; generation has a new shape for every token.
     training = model.training
     model.eval()
     with torch.compiler.set_stance("force_eager"):
@@ -62,7 +71,7 @@ def generate(
 
 
 def empty_caches(model: Decoder, capacity: int, dtype: torch.dtype, device: torch.device) -> list[Cache]:
-    """Room for ``capacity`` tokens in every layer."""
+    """Returns an empty cache for ``capacity`` tokens for each layer."""
     caches = []
     for _, layer in model.numbered_layers():
         shape = (1, capacity, layer.attn.kv_heads, layer.attn.head_dim)
@@ -72,7 +81,7 @@ def empty_caches(model: Decoder, capacity: int, dtype: torch.dtype, device: torc
 
 
 def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Draws one id from a row of fp32 logits."""
+    """Draws one id from fp32 logits [V]."""
     if sampling.temperature == 0:
         return int(logits_V.argmax())
     logits_V = logits_V / sampling.temperature

@@ -1,7 +1,7 @@
-"""Initial weights: each parameter is drawn from (seed, its name) for the full tensor's rows.
+"""Initial weights, which do not depend on the layout.
 
-The draw knows no rank and no layout: rows come in blocks with a seed each, so that a rank that holds some rows makes
-only those blocks, and every layout starts from the same weights.
+The random numbers of a parameter depend only on the seed and the parameter's name. Its rows are divided into blocks, and each
+block has its own seed. A rank draws only the blocks of the rows that it has, and every layout starts with the same weights.
 """
 
 from __future__ import annotations
@@ -17,23 +17,24 @@ from torch import Tensor
 from ..config.model import Model
 
 BLOCK = 1 << 20
-"""Elements drawn from one seed (rounded down to whole rows, at least one)."""
+"""Number of elements in a block, rounded down to whole rows (at least one row)."""
 
 
 @dataclass(frozen=True)
 class Initializer:
-    """Initial values of every parameter of a decoder."""
+    """Draws the initial values of the parameters of a decoder."""
 
     seed: int
     std: Callable[[str], float | None]
-    """Parameter name -> standard deviation, or None for norms (identity) and biases (zeros)."""
+    """Name of a parameter -> standard deviation; None for parameters that are not random (norms, biases)."""
     uniform: bool = False
+    """Whether the distribution is uniform, and not normal."""
     norm_unit_offset: bool = False
-    """Norms multiply by 1 + weight, so that 0 is the identity."""
+    """Whether norms multiply by 1 + weight. Their initial weights are then 0, and not 1."""
 
     @classmethod
     def of(cls, model: Model, seed: int, norm_unit_offset: bool = False) -> Initializer:
-        """As the config's ``model`` section says."""
+        """Makes an initializer with the options of a config's ``model`` section."""
         stds = {
             "embed": model.embedding_init_std,
             "head": model.out_head_init_std,
@@ -58,8 +59,12 @@ class Initializer:
         return cls(seed, std, model.init_type == "uniform", norm_unit_offset)
 
     def rows(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
-        """Rows ``start`` to ``stop`` of the full tensor of ``shape``, in fp32 on the host."""
-        # Adapters: as Kaiming's uniform draw with a = sqrt(5) has it, and zeros.
+        """Returns rows ``start`` to ``stop`` of the parameter ``name``, in fp32 on the host.
+
+        Args:
+            shape: the shape of the full parameter. Here, rows are along its first dimension.
+        """
+        # An adapter's A has the standard deviation of torch.nn.init.kaiming_uniform_ with a = sqrt(5); its B is zero.
         std = 1 / math.sqrt(3 * shape[1]) if name.endswith(".lora.a.weight") else self.std(name)
         if std is None:
             zero = name.endswith(("bias", ".lora.b.weight")) or self.norm_unit_offset

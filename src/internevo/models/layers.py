@@ -1,7 +1,7 @@
-"""The layers that every family is made of: plain single-device mathematics.
+"""The layers that all families consist of, as mathematics on a single device.
 
-Each weight names its axes (``vocab``, ``embed``, ``heads``, ``kv_heads``, ``mlp``, ``expert``), by which a strategy knows what
-may be cut.
+Each weight names its axes (``vocab``, ``embed``, ``heads``, ``kv_heads``, ``mlp``, ``expert``). They tell a strategy along
+which dimensions the weight may be sharded.
 
 Shapes: B rows, S tokens, D hidden, H query heads, K key/value heads, N head size, F width of the MLP, V vocabulary.
 """
@@ -24,65 +24,65 @@ from .rotary import rotate
 
 
 class Context(NamedTuple):
-    """What every layer of one forward pass shares."""
+    """What all layers share in one forward pass."""
 
     cos: Tensor | None
-    """[B, S, 1, N/2]; None without rotary positions."""
+    """cos of the angles of the rotary embedding [B, S, 1, N/2]; None without a rotary embedding."""
     sin: Tensor | None
     cu_seqlens: Tensor | None = None
-    """int32 [documents + 1]: borders of the documents in one packed row."""
+    """Where the documents of one packed row begin and end, int32 [documents + 1]."""
     max_seqlen: int = 0
-    """An upper bound of a document's length."""
+    """An upper bound of the length of a document."""
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens before, one layer's: [B, capacity, K, N], of which ``length`` are filled."""
+    """The keys and values of earlier tokens in one layer, each [B, capacity, K, N]. The first ``length`` tokens are filled."""
 
     keys: Tensor
     values: Tensor
     length: int
 
 
-# What a strategy may exchange: each layer calls one of these, and a strategy puts another in its place. -------------------
+# The functions that a strategy may replace. Each layer holds one as an attribute and calls it. -----------------------------
 
 
 def project(x_BSD: Tensor, linears: Sequence[Linear]) -> list[Tensor]:
-    """Linears that share one input: q, k and v; gate and up."""
+    """Computes the linears that have the same input: q, k and v, or gate and up."""
     return [linear(x_BSD) for linear in linears]
 
 
 def finish(x_BSF: Tensor, linear: Linear) -> Tensor:
-    """The linear at the end of a block: o, down."""
+    """Computes the linear at the end of attention (o) or MLP (down)."""
     return linear(x_BSF)
 
 
 def split_heads(q_BSHN: Tensor, k_BSKN: Tensor, v_BSKN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Before attention: all tokens of the heads that are attended to here."""
+    """Before attention: returns all tokens of the heads whose attention this rank computes; here, these are all heads."""
     return q_BSHN, k_BSKN, v_BSKN
 
 
 def join_heads(out_BSHN: Tensor) -> Tensor:
-    """Behind attention: the inverse of ``split_heads``."""
+    """After attention: the inverse of ``split_heads``."""
     return out_BSHN
 
 
 def own_heads(values: list[float]) -> list[float]:
-    """Of values per head, those of the heads that are attended to here."""
+    """Selects, from one value per head, those of the heads whose attention this rank computes; here, these are all heads."""
     return values
 
 
 def look_up(tokens_BS: Tensor, weight_VD: Tensor) -> Tensor:
-    """Rows of the embedding."""
+    """Returns the tokens' rows of the embedding [B, S, D]."""
     return F.embedding(tokens_BS, weight_VD)
 
 
 def logits(x_BSD: Tensor, weight_VD: Tensor) -> Tensor:
-    """[B, S, V]"""
+    """Computes the logits [B, S, V]."""
     return F.linear(x_BSD, weight_VD)
 
 
 def loss(x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-    """The sum of the losses, and each token's [B, S]."""
+    """Computes the sum of the losses, and the loss of each token [B, S]. Arguments as for ``ops.linear_cross_entropy``."""
     total, losses = ops.linear_cross_entropy(x_BSD.flatten(0, 1), weight_VD, labels_BS.flatten(), smoothing)
     return total, losses.view(labels_BS.shape)
 
@@ -91,7 +91,7 @@ def loss(x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor, smoothing: float) 
 
 
 class RMSNorm(nn.Module):
-    """y = x / rms(x) * weight, or * (1 + weight) with ``unit_offset``."""
+    """y = x / rms(x) * weight, or x / rms(x) * (1 + weight) with ``unit_offset``."""
 
     def __init__(self, size: int, eps: float, unit_offset: bool = False, axis: str = "embed") -> None:
         super().__init__()
@@ -104,12 +104,13 @@ class RMSNorm(nn.Module):
 
 
 def scale_gradient(x: Tensor, scale: float) -> Tensor:
-    """x, whose gradient is multiplied by ``scale`` (https://arxiv.org/abs/2210.02414, section 3.2)."""
+    """Returns x. In the backward pass, its gradient is multiplied by ``scale`` (https://arxiv.org/abs/2210.02414, section
+    3.2)."""
     return x if scale == 1.0 else x * scale + x.detach() * (1 - scale)
 
 
 class Embedding(nn.Module):
-    """Rows of a table, times ``scale``."""
+    """The embedding of tokens, multiplied by ``scale``; its gradient is multiplied by ``grad_scale``."""
 
     def __init__(self, vocab_size: int, size: int, scale: float = 1.0, grad_scale: float = 1.0) -> None:
         super().__init__()
@@ -120,12 +121,12 @@ class Embedding(nn.Module):
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
         x_BSD = scale_gradient(self.look_up(tokens_BS, self.weight), self.grad_scale)
-        # The factor is rounded to the weight's dtype, as on the Hugging Face side: 55.5 for sqrt(3072) in bf16.
+        # The factor is rounded to the weight's dtype, as in Hugging Face's models: 55.5 for sqrt(3072) in bf16.
         return x_BSD if self.scale == 1.0 else x_BSD * torch.tensor(self.scale, dtype=x_BSD.dtype, device=x_BSD.device)
 
 
 class Head(nn.Module):
-    """Logits of the next token, or the loss against labels without ever holding all logits."""
+    """Computes the logits of the next token, or with labels the loss, for which the logits never exist all at once."""
 
     def __init__(self, vocab_size: int, size: int, normalized: bool = False, grad_scale: float = 1.0) -> None:
         super().__init__()
@@ -135,8 +136,8 @@ class Head(nn.Module):
         self.logits, self.loss, self.whole_rows = logits, loss, lambda weight: weight
 
     def forward(self, x_BSD: Tensor, labels_BS: Tensor | None = None, smoothing: float = 0.0) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits [B, S, V]; or, with labels, the sum of the losses (differentiable) and each token's loss [B, S] (fp32, 0 where
-        the label is -100)."""
+        """Returns the logits [B, S, V]; or with labels the sum of the losses (differentiable) and the loss of each token (fp32
+        [B, S], 0 where the label is -100)."""
         weight = scale_gradient(self.whole_rows(self.weight), self.grad_scale)
         if self.normalized:  # NormHead, section 2.4 of https://arxiv.org/abs/2309.10305
             weight = F.normalize(weight.float(), dim=1).to(weight.dtype)
@@ -146,13 +147,13 @@ class Head(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions or ALiBi."""
+    """Grouped-query attention with a rotary embedding or ALiBi."""
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         self.head_dim, self.window = config.head_dim, config.window(layer)
         self.kv_heads = config.num_kv_heads
-        """Key/value heads that are attended to here, for a cache."""
+        """Number of the key/value heads whose attention this rank computes; a cache has this many."""
         d, heads, kv = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q = Linear("heads", heads, "embed", d, bias=config.qkv_bias)
         self.k = Linear("kv_heads", kv, "embed", d, bias=config.qkv_bias)
@@ -185,15 +186,18 @@ class Attention(nn.Module):
 
 
 def alibi_slopes(heads: int) -> list[float]:
-    """Each head's slope (https://arxiv.org/abs/2108.12409): a geometric series for a power of two; other numbers of heads take
-    the rest from every second slope of the next power."""
+    """Returns the slope of each head in ALiBi (https://arxiv.org/abs/2108.12409).
+
+    The slopes of 2^n heads are a geometric series. For another number of heads, they are the slopes for the next smaller power
+    of two, followed by every second slope for the next larger power of two.
+    """
     power = 2 ** math.floor(math.log2(heads))
     slopes = [2.0 ** (-8 * (i + 1) / power) for i in range(power)]
     return slopes + [2.0 ** (-4 * (2 * j + 1) / power) for j in range(heads - power)]
 
 
 class GatedMLP(nn.Module):
-    """down(act(gate(x)) * up(x))."""
+    """The gated MLP: down(activation(gate(x)) * up(x))."""
 
     def __init__(self, config: DecoderConfig, width: int) -> None:
         super().__init__()
@@ -209,7 +213,7 @@ class GatedMLP(nn.Module):
 
 
 def make_mlp(config: DecoderConfig, layer: int) -> GatedMLP | MoE:
-    """A layer's MLP, or its experts."""
+    """Makes a layer's MLP or its experts."""
     experts = config.experts
     if experts is None or not config.is_sparse(layer):
         return GatedMLP(config, config.intermediate_size)
@@ -219,7 +223,7 @@ def make_mlp(config: DecoderConfig, layer: int) -> GatedMLP | MoE:
 
 
 class DecoderLayer(nn.Module):
-    """x += attention(norm(x)); x += mlp(norm(x))."""
+    """A decoder layer: x += attention(norm(x)), and then x += mlp(norm(x))."""
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
@@ -229,7 +233,7 @@ class DecoderLayer(nn.Module):
         self.mlp = make_mlp(config, layer)
 
     def forward(self, x_BSD: Tensor, context: Context, cache: Cache | None = None) -> tuple[Tensor, Routing | None]:
-        """The new residual stream; and what the router did, in a layer with experts."""
+        """Returns the new residual stream, and in a layer with experts the sums of the router."""
         x_BSD = x_BSD + self.attn(self.attn_norm(x_BSD), context, cache)
         out = self.mlp(self.mlp_norm(x_BSD))
         out_BSD, routing = out if isinstance(out, tuple) else (out, None)

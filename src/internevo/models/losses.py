@@ -1,7 +1,8 @@
-"""What a model is trained on: cross-entropy, and for mixtures of experts the balance of the load and the router's z-loss.
+"""The loss of training: cross-entropy, and with experts the load-balancing loss and the z-loss of the routers.
 
-Auxiliary losses are of one forward pass, over all of its tokens; they enter weighted by the number of its predicted tokens, so
-that the sum over a step, divided by all predicted tokens, is the mean. That does not depend on how many ranks share the step.
+The losses of the routers are computed from all tokens of a micro-batch, and multiplied by the number of its predicted tokens.
+Then the sum over all micro-batches of a step, divided by the number of all predicted tokens, is a mean that does not depend on
+how many ranks share the step.
 
 Shapes: B rows, S tokens, T = B * S, E experts, L layers with experts.
 """
@@ -17,37 +18,43 @@ from .moe import Routing
 
 
 class LossTerms(NamedTuple):
-    """Weights of the terms."""
+    """The weights of the terms of the loss."""
 
     smoothing: float = 0.0
-    """Share of the uniform distribution in the target."""
+    """Label smoothing: the weight of the uniform distribution in the target."""
     balance: float = 0.0
-    """Of the load-balancing loss."""
+    """The weight of the load-balancing loss."""
     balance_kind: str = "gshard"
-    """gshard: each layer for itself, first choices only, summed over layers (https://arxiv.org/abs/2006.16668, section 2.2).
-    pooled: all choices of all layers' tokens as one pool, as Hugging Face's models have it."""
+    """gshard: for each layer, from first choices only, and summed over layers (https://arxiv.org/abs/2006.16668, section 2.2).
+    pooled: once, from all choices in all layers, as in Hugging Face's models."""
     router_z: float = 0.0
-    """Of the router's z-loss, summed over layers (https://arxiv.org/abs/2202.08906, equation 5)."""
+    """The weight of the routers' z-loss, which is summed over layers (https://arxiv.org/abs/2202.08906, equation 5)."""
 
 
 class Loss(NamedTuple):
     """The loss of one forward pass."""
 
     total: Tensor
-    """Sum over predicted tokens of all terms: what is differentiated."""
+    """The sum of all terms over the predicted tokens. It is differentiable."""
     losses: Tensor
-    """Cross-entropy of each token, fp32 [B, S]; 0 where nothing is predicted."""
+    """The cross-entropy of each token, fp32 [B, S]; 0 where nothing is predicted."""
     routing: list[Routing]
-    """Of each layer with experts."""
+    """The sums of the router of each layer with experts."""
 
 
 def pool(routing: Routing) -> Routing:
-    """The sums over all tokens of the micro-batch; a strategy that has cut it puts its own function in place of this."""
+    """Returns a router's sums over all tokens of the micro-batch. A strategy that shards the tokens replaces this function."""
     return routing
 
 
 def add_router_losses(cross_entropy: Tensor, labels: Tensor, routing: list[Routing], terms: LossTerms) -> Tensor:
-    """The sum of the losses with the routers' terms in it."""
+    """Adds the losses of the routers to the sum of the cross-entropy.
+
+    Args:
+        cross_entropy: the sum over the predicted tokens.
+        labels: ids to be predicted, or -100.
+        routing: the sums of the router of each layer with experts, over all tokens of the micro-batch.
+    """
     if not routing or terms.balance == terms.router_z == 0:
         return cross_entropy
     predicted = (labels != -100).sum()
@@ -57,7 +64,10 @@ def add_router_losses(cross_entropy: Tensor, labels: Tensor, routing: list[Routi
 
 
 def balance(routing: list[Routing], tokens: int, kind: str) -> Tensor:
-    """E * sum over experts of (share of tokens) * (mean probability): 1 (for pooled: k) when the load is even."""
+    """Computes the load-balancing loss: E * the sum over experts of (share of the tokens) * (mean probability).
+
+    It is 1 (pooled: k) if all experts have the same load.
+    """
     probs_LE = torch.stack([r.probs for r in routing]) / tokens
     experts = probs_LE.shape[1]
     if kind == "gshard":

@@ -1,7 +1,7 @@
-"""Mixture of experts: a router gives each token ``k`` of ``E`` experts (https://arxiv.org/abs/2006.16668).
+"""Mixture of experts: a router chooses ``k`` of ``E`` experts for each token (https://arxiv.org/abs/2006.16668).
 
-Tokens are sorted by expert and each expert's rows go through it as one group. Experts take all that choose them (dropless),
-or up to a capacity; who comes too late is left out, and its share of the output is zero.
+Tokens are sorted by expert, and the rows of each expert go through it as one group. An expert takes all tokens that choose it
+(dropless), or only as many as its capacity; the others are dropped, which means that its part of their output is zero.
 
 Shapes: T tokens, D hidden, E experts, k choices per token, F width of an expert.
 """
@@ -20,37 +20,37 @@ from .config import DecoderConfig, Experts
 
 
 class Routing(NamedTuple):
-    """Sums over the tokens of one layer, in fp32, for losses and statistics. ``probs`` and ``z`` have gradients."""
+    """Sums over the tokens in the router of one layer, in fp32, for losses and metrics. ``probs`` and ``z`` have gradients."""
 
     load: Tensor
-    """[E] choices of each expert, before any is dropped."""
+    """How many times each expert was chosen [E], before choices are dropped."""
     first: Tensor
-    """[E] first choices."""
+    """How many times each expert was the first choice [E]."""
     probs: Tensor
-    """[E] probabilities."""
+    """The sum of the probabilities of each expert [E]."""
     z: Tensor
-    """log-sum-exp of the logits, squared."""
+    """The sum of the squared log-sum-exp of the logits."""
     entropy: Tensor
-    """Of each token's probabilities, in nats."""
+    """The sum of the entropy of the probabilities, in nats."""
     dropped: Tensor
-    """Choices left out."""
+    """How many choices were dropped."""
 
 
-# What a strategy may exchange, where the ranks that share a micro-batch have different tokens of it. -----------------------
+# The functions that a strategy may replace, because ranks have different tokens of a micro-batch, or different experts. -----
 
 
-def all_tokens(own: Tensor) -> Tensor:
-    """Of values of the tokens here [T, ...], those of the whole micro-batch, in its order. Without gradients."""
-    return own
+def all_tokens(values: Tensor) -> Tensor:
+    """Gathers values of this rank's tokens [T, ...] into those of the whole micro-batch, in its order, without gradients."""
+    return values
 
 
 def own_tokens(values: Tensor) -> Tensor:
-    """The inverse: of values of the whole micro-batch, those of the tokens here."""
+    """Selects this rank's tokens from values of the whole micro-batch: the inverse of ``all_tokens``."""
     return values
 
 
 def run_experts(experts: ExpertMLPs, rows_RD: Tensor, ends_E: Tensor, complete: bool) -> Tensor:
-    """Rows sorted by expert through their experts, wherever these are. Arguments as of ``ops.grouped_linear``."""
+    """Sends rows, which are sorted by expert, through their experts. Arguments as for ``ops.grouped_linear``."""
     return experts(rows_RD, ends_E, complete)
 
 
@@ -58,7 +58,7 @@ def run_experts(experts: ExpertMLPs, rows_RD: Tensor, ends_E: Tensor, complete: 
 
 
 class Router(nn.Module):
-    """Which experts each token goes to, and with which weight; computed in fp32."""
+    """Chooses the experts of each token and their weights. It computes in fp32."""
 
     def __init__(self, config: DecoderConfig, experts: Experts) -> None:
         super().__init__()
@@ -68,7 +68,11 @@ class Router(nn.Module):
         self.all_tokens, self.own_tokens = all_tokens, own_tokens
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Routing]:
-        """Experts [T, k] (int64), weights [T, k] (fp32), which of the choices are kept [T, k] (bool), and the sums."""
+        """
+        Returns:
+            The experts of each token (int64 [T, k]), their weights (fp32 [T, k]), whether each choice is kept and not dropped
+            (bool [T, k]), and the sums over the tokens.
+        """
         logits_TE = F.linear(x_TD.float(), self.weight.float())
         probs_TE = logits_TE.softmax(-1)
         chosen_Tk, experts_Tk = probs_TE.topk(self.experts.top_k)
@@ -87,25 +91,27 @@ class Router(nn.Module):
         return experts_Tk, weights_Tk, kept_Tk, routing
 
     def _kept(self, probs_Tk: Tensor, experts_Tk: Tensor) -> Tensor:
-        """Every expert keeps up to its capacity: first choices before second ones; among equals by the drop policy."""
+        """Returns which choices are kept: each expert keeps as many as its capacity. First choices come before second ones; the
+        drop policy decides between equal ones."""
         e, (tokens, k) = self.experts, experts_Tk.shape
         factor = e.capacity_factor if self.training else e.eval_capacity_factor
         if factor == 0:
             return torch.ones_like(experts_Tk, dtype=torch.bool)
         capacity = max(e.min_capacity, math.ceil(tokens * k / e.count * factor))
-        # One row per choice, in the order of their right: all first choices, then all second ones, ...
+        # Choices in the order in which experts take them: all first choices, then all second ones, and so on.
         if e.drop_policy == "probs":
             order_kT = probs_Tk.t().argsort(dim=1, descending=True, stable=True)
         else:
             order_kT = torch.arange(tokens, device=probs_Tk.device).expand(k, tokens)
         wanted_kT = experts_Tk.t().gather(1, order_kT)
+        # The number of each choice, from 1, among those of the same expert.
         numbers = F.one_hot(wanted_kT.flatten(), e.count).cumsum(0).gather(1, wanted_kT.reshape(-1, 1))
         fits_kT = (numbers <= capacity).view(k, tokens)
         return torch.zeros_like(fits_kT).scatter(1, order_kT, fits_kT).t()
 
 
 class ExpertMLPs(nn.Module):
-    """E gated MLPs, each on its own rows."""
+    """E gated MLPs, each of which is applied to its own rows."""
 
     def __init__(self, config: DecoderConfig, experts: Experts) -> None:
         super().__init__()
@@ -116,13 +122,13 @@ class ExpertMLPs(nn.Module):
         self.activation = config.activation
 
     def forward(self, rows_RD: Tensor, ends_E: Tensor, complete: bool) -> Tensor:
-        """Args as ``ops.grouped_linear``."""
+        """Applies each expert to its rows. Arguments as for ``ops.grouped_linear``."""
         gate, up = self.gate(rows_RD, ends_E, complete), self.up(rows_RD, ends_E, complete)
         return self.down(ops.gated(gate, up, self.activation), ends_E, complete)
 
 
 class ExpertLinear(nn.Module):
-    """One weight [out, in] per expert."""
+    """One linear per expert. Their weights [out, in] are one parameter [E, out, in]."""
 
     def __init__(self, out_axis: str, in_axis: str, count: int, out_size: int, in_size: int) -> None:
         super().__init__()
@@ -134,12 +140,16 @@ class ExpertLinear(nn.Module):
 
 
 class MoE(nn.Module):
-    """The weighted sum of the chosen experts, and of the shared one."""
+    """The weighted sum of the outputs of a token's experts, plus that of the shared expert, if there is one."""
 
     def __init__(
         self, config: DecoderConfig, experts: Experts, shared: nn.Module | None, shared_gate: nn.Module | None
     ) -> None:
-        """``shared`` and ``shared_gate``: the MLP that sees every token, and the [1, D] linear that weighs it."""
+        """
+        Args:
+            shared: the shared expert, an MLP that sees every token.
+            shared_gate: the linear [1, D] whose sigmoid is the weight of the shared expert.
+        """
         super().__init__()
         self.top_k, self.dropless = experts.top_k, experts.capacity_factor == experts.eval_capacity_factor == 0
         self.router = Router(config, experts)
@@ -150,7 +160,7 @@ class MoE(nn.Module):
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, Routing]:
         x_TD = x_BSD.flatten(0, 1)
         experts_Tk, weights_Tk, kept_Tk, routing = self.router(x_TD)
-        # Rows that no expert takes go to the end, as if to an expert behind the last.
+        # Rows that no expert takes are sorted to the end, as if they had chosen one more expert after the last.
         count = routing.load.shape[0]
         targets_R = torch.where(kept_Tk, experts_Tk, count).flatten()
         order_R = targets_R.argsort(stable=True)

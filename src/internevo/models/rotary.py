@@ -1,4 +1,4 @@
-"""Rotary position embedding (https://arxiv.org/abs/2104.09864), half-split, with the scalings that configs name.
+"""Rotary position embedding (https://arxiv.org/abs/2104.09864), half-split, with the kinds of scaling of ``Rope``.
 
 Shapes: B rows, S tokens, H heads, N head size.
 """
@@ -14,7 +14,7 @@ from .config import Rope
 
 
 def rotate(x_BSHN: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns each pair (x_i, x_{i + N/2}) by its angle.
+    """Rotates each pair (x_i, x_{i + N/2}) by its angle.
 
     Args:
         x_BSHN: queries or keys.
@@ -27,11 +27,13 @@ def rotate(x_BSHN: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def tables(
     rope: Rope, head_dim: int, max_positions: int, positions_BS: Tensor, lengths_BS: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin [B, S, 1, N/2] of every token's angles, computed in fp32 and cast to ``dtype``.
+    """Returns cos and sin of the angles of every token, [B, S, 1, N/2], computed in fp32 and cast to ``dtype``.
 
     Args:
-        positions_BS: position of each token in its document.
-        lengths_BS: length of each token's document; needed by dynamic scaling only.
+        head_dim: N.
+        max_positions: the document length for which the rotary embedding is made.
+        positions_BS: the position of each token in its document.
+        lengths_BS: the length of each token's document; only dynamic scaling needs it.
     """
     device = positions_BS.device
     frequencies, scale = inverse_frequencies(rope, head_dim, max_positions, device)
@@ -44,7 +46,7 @@ def tables(
 
 
 def inverse_frequencies(rope: Rope, head_dim: int, max_positions: int, device: torch.device) -> tuple[Tensor, float]:
-    """1 / wave length (in radians per position) of each pair [N/2], and the factor of cos and sin (yarn's)."""
+    """Returns the angle per position of each pair, in radians [N/2], and the factor of cos and sin (1 except for yarn)."""
     plain = rope.base ** -(torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
     if rope.kind in ("default", "dynamic"):
         return plain, 1.0
@@ -56,7 +58,7 @@ def inverse_frequencies(rope: Rope, head_dim: int, max_positions: int, device: t
 
 
 def _dynamic(rope: Rope, head_dim: int, max_positions: int, lengths_BS: Tensor) -> Tensor:
-    """NTK scaling: the base grows with the document's length once it passes ``max_positions``. Returns [B, S, N/2]."""
+    """Dynamic NTK scaling: for documents longer than ``max_positions``, the base grows with the length. Returns [B, S, N/2]."""
     stretch = (rope.factor * lengths_BS.float() / max_positions - (rope.factor - 1)).clamp(min=1.0)
     base = torch.where(lengths_BS > max_positions, rope.base * stretch ** (head_dim / (head_dim - 2)), rope.base)
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=lengths_BS.device) / head_dim
@@ -64,7 +66,7 @@ def _dynamic(rope: Rope, head_dim: int, max_positions: int, lengths_BS: Tensor) 
 
 
 def _llama3(plain: Tensor, rope: Rope, max_positions: int) -> Tensor:
-    """Llama 3.1: long waves are divided by the factor, short ones kept, those between mixed."""
+    """Scaling of Llama 3.1: low frequencies are divided by the factor, high ones are kept, and those between are mixed."""
     original = rope.options.get("original_max_position_embeddings", max_positions)
     low, high = rope.options["low_freq_factor"], rope.options["high_freq_factor"]
     wave = 2 * math.pi / plain
@@ -74,12 +76,13 @@ def _llama3(plain: Tensor, rope: Rope, max_positions: int) -> Tensor:
 
 
 def _yarn(plain: Tensor, rope: Rope, head_dim: int, max_positions: int) -> tuple[Tensor, float]:
-    """YaRN (https://arxiv.org/abs/2309.00071): a ramp over the pairs between kept and divided frequencies."""
+    """YaRN (https://arxiv.org/abs/2309.00071): high frequencies are kept, low ones are divided by the factor, and between them
+    the change is linear in the number of the pair."""
     options, factor = rope.options, rope.factor
     original = options.get("original_max_position_embeddings", max_positions)
 
     def pair(rotations: float) -> float:
-        """The pair that turns ``rotations`` times within the original length."""
+        """Returns the number of the pair that rotates ``rotations`` times within the original length."""
         return head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope.base))
 
     low, high = pair(options.get("beta_fast", 32.0)), pair(options.get("beta_slow", 1.0))

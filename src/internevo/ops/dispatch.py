@@ -9,7 +9,16 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["TorchDispatchMode", "collective_name", "group_ranks", "operator_name", "tree_leaves", "tree_map", "wait"]
+__all__ = [
+    "TorchDispatchMode",
+    "collective_name",
+    "group_ranks",
+    "operator_name",
+    "synchronize",
+    "tree_leaves",
+    "tree_map",
+    "wait",
+]
 
 
 def operator_name(operator: Any) -> str:
@@ -31,6 +40,12 @@ def group_ranks(arguments: list[Any]) -> list[int]:
         if _is(value, "ProcessGroup"):
             return dist.get_process_group_ranks(dist.ProcessGroup.unbox(value))
     raise AssertionError("a collective without a group")
+
+
+def synchronize(arguments: Any) -> None:
+    """Waits for what a GPU still has to do, if there are tensors of one among the arguments."""
+    if any(isinstance(leaf, torch.Tensor) and leaf.is_cuda for leaf in tree_leaves(arguments)):
+        torch.cuda.synchronize()
 
 
 def wait(result: Any) -> None:

@@ -1,1 +1,15 @@
-"""Parallelism: one file per strategy. ``plan.py`` applies the strategies to a model, in order."""
+"""Parallelism: one file per strategy. ``plan.py`` applies the strategies to a model, in order.
+
+| file                              | owns                                                                                |
+|-----------------------------------|-------------------------------------------------------------------------------------|
+| ``data_axis.py``                  | ZeRO-1.5 and FSDP: where gradients are reduced over the data ranks, and weights are |
+|                                   | gathered                                                                            |
+| ``tensor.py``                     | mtp, msp, fsp: heads and columns over the tensor ranks                              |
+| ``isp.py``, ``gathered.py``       | isp: sequences over the tensor ranks, weights over the weight ranks; its prefetch   |
+| ``recompute.py``                  | activation recomputation                                                            |
+| ``schedule.py``                   | how micro-batches go through the model                                              |
+| ``layout.py``, ``views.py``       | which ranks belong together                                                         |
+| ``collectives.py``, ``shards.py`` | collectives as autograd functions; this rank's part of a tensor                     |
+| ``memory.py``, ``strategy.py``    | memory and collectives of a step by formula                                         |
+| ``world.py``, ``gloo.py``         | joining the processes of a run                                                      |
+"""

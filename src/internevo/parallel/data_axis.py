@@ -278,13 +278,15 @@ def memory(work: Workload, shapes: Sequence[Shape]) -> tuple[int, int, int]:
     | single process | 4 P     | 8 P     | c P; fp32: the masters   | 4 P       |
 
     P = number of parameters on a rank before the data axis shards them, z = ranks of a ZeRO group, c = bytes per element of the
-    weights with which the model computes, g = bytes per element of a gradient. The units in use of FSDP are not counted.
+    weights with which the model computes, g = bytes per element of a gradient. The units in use of FSDP are not counted. With
+    one micro-batch per step there are no gradients yet when its backward pass begins.
     """
     layout = work.layout
     full, shard = sum(math.prod(shape) for shape in shapes), sum(_shard(shape, layout.zero) for shape in shapes)
     alone = layout.world == 1
     weights = 0 if layout.fsdp or (alone and work.element_bytes == 4) else work.element_bytes * full
     gradients = 4 * shard if layout.fsdp else (4 if alone else work.gradient_bytes) * full
+    gradients *= work.micro_batches > 1
     return 4 * shard, 8 * shard, weights + gradients
 
 

@@ -1,4 +1,4 @@
-"""Weights that are sharded over ranks and gathered for use, with the prefetch of isp.
+"""The weights of isp: sharded over ranks and gathered for use, the next ones ahead (``set_prefetch_order`` says which).
 
 The weights of linears that share an input are gathered together: q, k and v; o; gate and up; down. While they are used, the
 next ones are prefetched. The gradient of a full weight is reduce-scattered as soon as it is computed, and waited for at the end

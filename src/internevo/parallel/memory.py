@@ -1,4 +1,7 @@
-"""The memory of one rank by formula, above all what a forward pass keeps for the backward pass.
+"""The memory of one rank by formula: here, what a forward pass keeps for the backward pass (``activations``).
+
+Weights, gradients and optimizer state are ``data_axis.memory``; how many tokens and heads a strategy keeps on a rank are
+``tensor.memory`` and ``isp.memory``; ``plan.memory`` puts all of it together.
 
 For each token, a dense layer keeps the inputs of both norms, the input of q, k and v, and the input of gate and up (D elements
 each); q, k, v and the output of attention; gate, up and their product. A layer with experts keeps the same for each of the k

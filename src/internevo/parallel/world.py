@@ -17,10 +17,10 @@ from ..errors import UsageError
 from . import gloo
 
 TIMEOUT = timedelta(minutes=30)
-"""Of every collective of training: the first ones come after loading, compiling and connecting. A later one that waits for a
-rank which does not come is ended sooner, by ``train.watchdog``."""
+"""Longest time that a collective of training may take, by default. The first ones wait for ranks that load, compile and
+connect; a later one that waits for a rank which does not come is ended sooner, by ``train.watchdog``."""
 
-LOST = re.compile(r"gloo/transport/|Operation timed out|NCCL")
+LOST = re.compile(r"gloo/transport/|Operation timed out!|NCCL")
 """In the message of a collective that failed."""
 
 
@@ -85,8 +85,10 @@ def ranks_here(env: Mapping[str, str]) -> int:
 
 
 @contextmanager
-def join(port: int = 8888, launcher: str | None = None) -> Iterator[World]:
+def join(port: int = 8888, launcher: str | None = None, timeout: timedelta = TIMEOUT) -> Iterator[World]:
     """Joins the run's process group, and leaves it at the end. NCCL on GPUs, gloo elsewhere.
+
+    ``timeout``: longest time that a collective of training may take.
 
     After an error the groups stay: one whose collective is under way cannot be freed before that ends, and the other ranks may
     never come to it. Such a process must end without freeing anything, as ``cli.main`` ends it.
@@ -102,7 +104,7 @@ def join(port: int = 8888, launcher: str | None = None) -> Iterator[World]:
         store=dist.PrefixStore("groups", store),
         rank=place.rank,
         world_size=place.size,
-        timeout=TIMEOUT,
+        timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
     try:
@@ -133,9 +135,14 @@ def _is_local(env: Mapping[str, str]) -> bool:
     return env.get("MASTER_ADDR") in ("127.0.0.1", "localhost") and any(n == "lo" for _, n in socket.if_nameindex())
 
 
+def has_gpu() -> bool:
+    """Whether runs use GPUs: there is one, and INTERNEVO_DEVICE is not "cpu"."""
+    return os.environ.get("INTERNEVO_DEVICE") != "cpu" and torch.cuda.is_available()
+
+
 def pick_device(local_rank: int) -> torch.device:
     """This process's GPU, or the CPU (also when INTERNEVO_DEVICE=cpu)."""
-    if os.environ.get("INTERNEVO_DEVICE") == "cpu" or not torch.cuda.is_available():
+    if not has_gpu():
         return torch.device("cpu")
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)

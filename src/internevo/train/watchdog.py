@@ -52,19 +52,21 @@ class Watchdog:
         self.world, self.limit, self.interval = world, limit, interval
         self.before_end: Callable[[float], None] = lambda patience: None
         """What must be done before a run that has failed ends on this rank; it is given the seconds that it may take."""
-        self.steps, self.pace = 0, 0.0
-        """Steps done; seconds per token of the slowest, without the first, which also compiles and connects."""
+        self.started, self.steps, self.pace = 0, 0, 0.0
+        """Steps started; steps done; seconds per token of the slowest, without the first, which also compiles and connects."""
         self.allowed: float | None = None
         """Seconds that the step under way may take; None between steps."""
         self.main, self.failure = threading.get_ident(), ""
         """The thread to answer for; and what it answers once the run has failed here."""
         self.over, self.ending = threading.Event(), threading.Lock()
         self.roll: RollCall | None = None
+        self.thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
         if self.world.size > 1:
             self.roll = RollCall(self.world.store.clone(), self.world.rank, self.world.size, self.interval)  # type: ignore[attr-defined]
-            threading.Thread(target=self._watch, args=(self.roll,), name="watchdog", daemon=True).start()
+            self.thread = threading.Thread(target=self._watch, args=(self.roll,), name="watchdog", daemon=True)
+            self.thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -73,15 +75,19 @@ class Watchdog:
         if isinstance(error, Exception):
             self.failure = _explain(error)  # the thread goes on meanwhile
             self.before_end(LONG)
+        elif error is not None:
+            self.failure = "was interrupted"
         with self.ending:
             self.over.set()
-        if self.roll is not None:
+        if self.roll is not None and self.thread is not None:
             self.roll.leave(self.failure)
+            self.thread.join()  # the end of Python in a thread that asks the store would be a crash
 
     @contextmanager
     def step(self, tokens: int) -> Iterator[None]:
         """Around a step that trains on this many tokens."""
         begin = time.monotonic()
+        self.started += 1
         self.allowed = max(self.limit, SLACK * tokens * self.pace) if self.limit and self.steps else float("inf")
         try:
             yield
@@ -98,9 +104,11 @@ class Watchdog:
         """The thread."""
         step, waited, unanswered = -1, 0.0, 0
         while not self.over.wait(self.interval):
-            # Counted in looks, not by the clock: nobody is late while the whole job is suspended.
-            step, waited = self.steps, waited + self.interval if step == self.steps else 0.0
             allowed = self.allowed
+            # Time is counted in intervals, not by the clock: no rank is late while the whole job is suspended. What comes
+            # between steps (evaluation, samples, checkpoints) does not count.
+            waited = waited + self.interval if allowed is not None and step == self.started else 0.0
+            step = self.started
             try:
                 if allowed is not None and waited > allowed:
                     roll.alarm(f"a step has taken more than {allowed:.0f} s (monitor.timeout) on rank {self.world.rank}")
@@ -117,13 +125,15 @@ class Watchdog:
         with self.ending:
             if self.over.is_set():
                 return  # the main thread ends it, or all is well
-            report = roll.report(self.failure or f"at {_line(self._main_stack())}")
-            with suppress(Exception):  # there may be no real standard error
-                faulthandler.dump_traceback(all_threads=True)
-            log.error(report)
-            print(f"error: {report}", file=sys.stderr, flush=True)
-            self.before_end(SHORT if SILENT in report else LONG)
-            os._exit(1)
+            try:
+                report = roll.report(self.failure or f"at {_line(self._main_stack())}")
+                with suppress(Exception):  # there may be no real standard error
+                    faulthandler.dump_traceback(all_threads=True)
+                log.error(report)
+                print(f"error: {report}", file=sys.stderr, flush=True)
+                self.before_end(SHORT if roll.lost_a_rank else LONG)
+            finally:
+                os._exit(1)  # also when this has failed: the main thread may wait for ever
 
     def _lost_another(self, error: BaseException, roll: RollCall) -> None:
         """Raises an error that says more than that of the collective."""
@@ -131,7 +141,7 @@ class Watchdog:
             self.over.set()
         roll.alarm(f"rank {self.world.rank} has lost another rank in a collective")
         report = roll.report(_explain(error))
-        self.before_end(SHORT if SILENT in report else LONG)
+        self.before_end(SHORT if roll.lost_a_rank else LONG)
         raise InternEvoError(report) from error
 
     def _main_stack(self) -> traceback.StackSummary:
@@ -145,6 +155,8 @@ class RollCall:
         """``interval``: the longest that a rank needs to see an alarm."""
         self.store, self.rank, self.size = dist.PrefixStore("watchdog", store), rank, size
         self.patience = 3 * interval
+        self.lost_a_rank = False
+        """Whether, by the last report, a rank is gone, or the store with the rank that had it."""
         self.store.set_timeout(timedelta(seconds=3 * self.patience))
 
     def alarm(self, reason: str) -> None:
@@ -171,9 +183,11 @@ class RollCall:
             if self.store.compare_set("writer", "", writer.decode()) == writer:
                 self.store.set("report", self._collect())
             report = self.store.get("report").decode()
+            self.lost_a_rank = SILENT in report
             self._part()
             return report
         except RuntimeError as error:
+            self.lost_a_rank = True
             return f"{answer}; and the other ranks cannot be asked, since the run's store does not answer: {error}"
 
     def _answer(self, text: str) -> None:

@@ -3,7 +3,10 @@
 import base64
 import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +32,7 @@ TINY = DecoderConfig(
 
 
 @pytest.fixture
-def run_folder(tmp_path):
+def run_folder(tmp_path: Path) -> Path:
     """A run folder with one checkpoint."""
     with torch.device("meta"):
         model = Decoder(TINY)
@@ -42,8 +45,8 @@ def run_folder(tmp_path):
     return tmp_path / "run"
 
 
-def test_a_checkpoint_is_exported_and_a_snapshot_is_not(run_folder):
-    warnings = []
+def test_a_checkpoint_is_exported_and_a_snapshot_is_not(run_folder: Path) -> None:
+    warnings: list[str] = []
     exporter = Exporter(run_folder, torch.bfloat16, warnings.append)
     exporter(run_folder / "snapshots" / "0")
     exporter(run_folder / "checkpoints" / "step-00000002")
@@ -53,15 +56,15 @@ def test_a_checkpoint_is_exported_and_a_snapshot_is_not(run_folder):
     assert warnings == []
 
 
-def broken_weights(run):
+def broken_weights(run: Path) -> None:
     (run / "checkpoints" / "step-00000002" / "model-00000.safetensors").unlink()
 
 
-def no_folder(run):
+def no_folder(run: Path) -> None:
     (run / "hf").write_text("in the way")
 
 
-def broken_tokenizer(run):
+def broken_tokenizer(run: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (run / "checkpoints" / "step-00000002" / "tokenizer" / name).write_text("{")
 
@@ -74,9 +77,11 @@ def broken_tokenizer(run):
         (broken_tokenizer, "tokenizer"),
     ],
 )
-def test_a_failed_export_is_a_warning_that_names_folder_and_reason(run_folder, damage, reason):
+def test_a_failed_export_is_a_warning_that_names_folder_and_reason(
+    run_folder: Path, damage: Callable[[Path], None], reason: str
+) -> None:
     damage(run_folder)
-    warnings = []
+    warnings: list[str] = []
     Exporter(run_folder, torch.float32, warnings.append)(run_folder / "checkpoints" / "step-00000002")
     (warning,) = warnings
     assert warning.startswith(f"the export to {run_folder}/hf/step-00000002 failed: ")
@@ -86,19 +91,19 @@ def test_a_failed_export_is_a_warning_that_names_folder_and_reason(run_folder, d
         assert os.listdir(run_folder / "hf") == []
 
 
-def test_a_full_disk_is_a_warning(run_folder, monkeypatch):
-    def full(*_):
+def test_a_full_disk_is_a_warning(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    warnings = []
+    warnings: list[str] = []
     Exporter(run_folder, torch.float32, warnings.append)(run_folder / "checkpoints" / "step-00000002")
     assert "No space left on device" in warnings[0]
     assert os.listdir(run_folder / "hf") == []
     assert Checkpoint(run_folder / "checkpoints" / "step-00000002").config == TINY
 
 
-def test_a_model_that_cannot_be_exported_is_refused_with_the_key_to_change(tmp_path):
+def test_a_model_that_cannot_be_exported_is_refused_with_the_key_to_change(tmp_path: Path) -> None:
     check_export(TINY, None)
     check_export(replace(TINY, lora=Lora(2, 4.0, ("q",))), str(tmp_path / "not there"))  # adapters are merged
     said = "its o_bias is False, and in the folder it would be True; .*enable_internevo2hf_ckpt=False"
@@ -112,10 +117,10 @@ def test_a_model_that_cannot_be_exported_is_refused_with_the_key_to_change(tmp_p
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
-def test_a_model_that_is_not_refused_can_be_written(name, data):
+def test_a_model_that_is_not_refused_can_be_written(name: str, data: st.DataObject) -> None:
     """For a model of any family that is written as any other family."""
     hf = data.draw(CONFIGS[data.draw(st.sampled_from(sorted(CONFIGS)))]).to_dict()
-    changes = data.draw(
+    changes: dict[str, Any] = data.draw(
         st.fixed_dictionaries(
             {},
             optional={
@@ -135,7 +140,7 @@ def test_a_model_that_is_not_refused_can_be_written(name, data):
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "own.json"])
-def test_a_tokenizer_that_is_one_file_is_copied(tmp_path, name):
+def test_a_tokenizer_that_is_one_file_is_copied(tmp_path: Path, name: str) -> None:
     path = train_bpe(["def f(x): return x"] * 5, 300, tmp_path / "from")
     path = path.rename(path.with_name(name))
     copy_tokenizer(path, tmp_path / "to")
@@ -146,7 +151,7 @@ def test_a_tokenizer_that_is_one_file_is_copied(tmp_path, name):
     assert special_ids(tmp_path / "to") == special_ids(path)
 
 
-def test_a_folder_of_tiktoken_ranks_is_copied(tmp_path):
+def test_a_folder_of_tiktoken_ranks_is_copied(tmp_path: Path) -> None:
     (tmp_path / "from").mkdir()
     ranks = "".join(f"{base64.b64encode(bytes([n])).decode()} {n}\n" for n in range(256))
     (tmp_path / "from" / "r50k_base.tiktoken").write_text(ranks)

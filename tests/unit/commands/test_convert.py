@@ -1,5 +1,7 @@
 """The commands convert, generate and inspect with models."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,9 +9,10 @@ from internevo.checkpoint import Checkpoint
 from internevo.commands.convert import convert
 from internevo.errors import CheckpointError
 from internevo.models.source import dtypes
+from tests.conftest import Run
 
 
-def test_a_damaged_file_of_a_checkpoint_is_named_with_the_damaged_bytes(llama_folder, tmp_path, run):
+def test_a_damaged_file_of_a_checkpoint_is_named_with_the_damaged_bytes(llama_folder: Path, tmp_path: Path, run: Run) -> None:
     convert(llama_folder, tmp_path / "ours", "internevo")
     assert "intact" in run("inspect", tmp_path / "ours").stdout
     path = tmp_path / "ours" / "model-00000.safetensors"
@@ -27,7 +30,7 @@ def test_a_damaged_file_of_a_checkpoint_is_named_with_the_damaged_bytes(llama_fo
         Checkpoint(tmp_path / "ours")
 
 
-def test_generate_and_convert(llama_folder, tmp_path, run):
+def test_generate_and_convert(llama_folder: Path, tmp_path: Path, run: Run) -> None:
     done = run("generate", llama_folder, "--prompt", "def ", "--max-new-tokens", 5, "--seed", 3)
     assert done.stdout.startswith("def ")
     assert done.stdout == run("generate", llama_folder, "--prompt", "def ", "--max-new-tokens", 5, "--seed", 3).stdout

@@ -1,5 +1,7 @@
 """``internevo inspect`` on tokenized data."""
 
+from pathlib import Path
+
 import pytest
 
 from internevo.commands.inspect import describe
@@ -9,7 +11,7 @@ from internevo.text.tokenizer import load_tokenizer, train_bpe
 from tests.unit.data.writers import write_binary
 
 
-def test_inspect_describes_a_dataset_and_names_every_broken_file(tmp_path):
+def test_inspect_describes_a_dataset_and_names_every_broken_file(tmp_path: Path) -> None:
     texts = ["def f(x):", "return x", "x = 1\n" * 9]
     tokenizer = load_tokenizer(train_bpe(texts, 280, tmp_path))
     documents = [tokenizer.encode(text) for text in texts]
@@ -39,7 +41,7 @@ def test_inspect_describes_a_dataset_and_names_every_broken_file(tmp_path):
     for name in ("code", "more"):
         path = tmp_path / "train" / name / "part.bin"
         path.write_bytes(path.read_bytes()[:-4])
-    seen = []
+    seen: list[str] = []
     with pytest.raises(DataError, match="2 of 2 files below"):
         seen.extend(describe(tmp_path / "train"))
     with pytest.raises(UsageError, match="--decode needs a tokenizer"):

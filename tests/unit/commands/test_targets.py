@@ -1,6 +1,7 @@
 """A conversion writes its target, and changes nothing else."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ TINY = DecoderConfig(
 
 
 @pytest.fixture
-def model():
+def model() -> Decoder:
     with torch.device("meta"):
         made = Decoder(TINY)
     made.materialize("cpu")
@@ -25,19 +26,19 @@ def model():
     return made
 
 
-def same(folder, model):
+def same(folder: Path, model: Decoder) -> bool:
     return all(torch.equal(a, b) for a, b in zip(load_model(folder).parameters(), model.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("to", ["hf", "internevo"])
-def test_other_folders_next_to_the_target_stay_unchanged(tmp_path, model, to):
+def test_other_folders_next_to_the_target_stay_unchanged(tmp_path: Path, model: Decoder, to: str) -> None:
     save_hf(model, tmp_path / "from")
     for name in ("out.tmp", "out.old", ".out.tmp", ".out.0123abcd.tmp"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "notes").write_text(name)
     before = sorted(os.listdir(tmp_path))
 
-    def stop(done, total):
+    def stop(done: int, total: int | None) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -50,7 +51,7 @@ def test_other_folders_next_to_the_target_stay_unchanged(tmp_path, model, to):
 
 
 @pytest.mark.parametrize("to", ["hf", "internevo"])
-def test_a_target_that_is_a_link_is_written_to_the_folder_it_points_to(tmp_path, model, to):
+def test_a_target_that_is_a_link_is_written_to_the_folder_it_points_to(tmp_path: Path, model: Decoder, to: str) -> None:
     save_hf(model, tmp_path / "from")
     (tmp_path / "disk" / "out").mkdir(parents=True)
     (tmp_path / "out").symlink_to(tmp_path / "disk" / "out")

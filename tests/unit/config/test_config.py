@@ -2,10 +2,12 @@
 
 import json
 import textwrap
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from internevo.config import load_config, notices, validate
+from internevo.config import Config, load_config, notices, validate
 from internevo.config.check import smallest_world
 from internevo.config.option import walk
 from internevo.errors import ConfigError, NotAvailableYet
@@ -80,11 +82,11 @@ generation = dict(ckpt_folder="/path/to/saved/ckpt", output_folder="/path/to/sav
 """
 
 
-def tiny(**changes):
+def tiny(**changes: Any) -> Config:
     return validate(conftest.tiny(**changes))
 
 
-def test_an_internevo_file_works_unchanged(tmp_path):
+def test_an_internevo_file_works_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "7B_sft.py"
     path.write_text(INTERNEVO)
     config = load_config(path)
@@ -98,7 +100,7 @@ def test_an_internevo_file_works_unchanged(tmp_path):
     assert "parallel.weight.layer_fuse_isp_comm" in silent - said  # the file does not set it, so there is no notice
 
 
-def test_read_base_works_from_any_directory(tmp_path, monkeypatch):
+def test_read_base_works_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = tmp_path / "configs" / "_base_"
     base.mkdir(parents=True)
     (base / "shape.py").write_text("model_type = 'LLAMA2'\nmodel = " + repr(TINY["model"]) + "\n")
@@ -121,12 +123,12 @@ def test_read_base_works_from_any_directory(tmp_path, monkeypatch):
         ({"beta2_scheduler": {"init_beta": 0.9}}, "beta2_scheduler.init_beta2"),
     ],
 )
-def test_an_unknown_key_is_an_error_that_names_what_was_meant(change, meant):
+def test_an_unknown_key_is_an_error_that_names_what_was_meant(change: dict[str, Any], meant: str) -> None:
     with pytest.raises(ConfigError, match=f"unknown key; did you mean {meant}"):
         tiny(**change)
 
 
-def test_all_problems_are_reported_together():
+def test_all_problems_are_reported_together() -> None:
     with pytest.raises(ConfigError) as caught:
         tiny(data__micro_nun=2, adam__lr=-1, model__dtype="torch.int3")
     assert all(key in str(caught.value) for key in ("data.micro_nun", "adam.lr", "model.dtype", "3 problem(s)"))
@@ -186,7 +188,7 @@ def test_all_problems_are_reported_together():
         (1, {"monitor__sample_prompts": ["a"]}, "needs data.tokenizer_path"),
     ],
 )
-def test_contradictions_are_found_before_anything_starts(world, changes, message):
+def test_contradictions_are_found_before_anything_starts(world: int, changes: dict[str, Any], message: str) -> None:
     assert any(message in line for line in problems(tiny(**changes), world)), problems(tiny(**changes), world)
 
 
@@ -200,7 +202,7 @@ def test_contradictions_are_found_before_anything_starts(world, changes, message
         ({"parallel__tensor": 2, "parallel__pipeline": 2}, 4),
     ],
 )
-def test_without_a_world_size_a_config_is_checked_on_the_smallest_that_fits(changes, smallest):
+def test_without_a_world_size_a_config_is_checked_on_the_smallest_that_fits(changes: dict[str, Any], smallest: int) -> None:
     config = tiny(
         **changes, model__vocab_size=96, model__num_layers=4, data__global_batch_size=48, model__num_kv_attention_heads=4
     )
@@ -220,22 +222,22 @@ def test_without_a_world_size_a_config_is_checked_on_the_smallest_that_fits(chan
         {"parallel__sequence_2D": {"enable": True}},
     ],
 )
-def test_a_feature_that_is_not_available_yet_validates_but_does_not_train(changes):
+def test_a_feature_that_is_not_available_yet_validates_but_does_not_train(changes: dict[str, Any]) -> None:
     config = tiny(**changes)
     assert missing_features(config)
     with pytest.raises(NotAvailableYet, match="not available yet"):
         check(config, 4)
 
 
-def test_missing_folders_are_named():
+def test_missing_folders_are_named() -> None:
     with pytest.raises(ConfigError, match="data.train_folder = '/no/such' does not exist"):
         check(tiny(data__train_folder="/no/such"), 1)
 
 
-def test_yaml_toml_json_and_python_give_the_same_config(tmp_path):
+def test_yaml_toml_json_and_python_give_the_same_config(tmp_path: Path) -> None:
     import yaml
 
-    body = {"model_type": "LLAMA2", "model": TINY["model"], "data": TINY["data"], "adam": {"lr": 0.5}}
+    body: dict[str, Any] = {"model_type": "LLAMA2", "model": TINY["model"], "data": TINY["data"], "adam": {"lr": 0.5}}
     toml = "model_type = 'LLAMA2'\n" + "".join(
         f"[{name}]\n" + "".join(f"{k} = {v!r}\n" for k, v in body[name].items()) for name in ("model", "data", "adam")
     )
@@ -253,18 +255,18 @@ def test_yaml_toml_json_and_python_give_the_same_config(tmp_path):
     assert found[0].data.seq_len == 4096 and found[0].parallel.tensor.size == 2
 
 
-def test_every_field_has_a_description():
+def test_every_field_has_a_description() -> None:
     for key, field, _, _ in walk(tiny()):
         assert field.description and field.description.endswith((".", ":", '".')), key
 
 
-def test_the_demo_is_small():
+def test_the_demo_is_small() -> None:
     config = load_config(ROOT / "configs" / "demo.py")
     assert not problems(config, 2) and not missing_features(config)
     assert 5e6 <= decoder_config(config.model_type, config.model).parameters() <= 15e6
 
 
-def test_config_command(tmp_path):
+def test_config_command(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(
         textwrap.dedent("""
@@ -285,8 +287,9 @@ def test_config_command(tmp_path):
     assert "does not exist" in run("train", path, code=2).stderr
 
 
-def test_targets_of_adapters_have_several_names_and_are_checked():
+def test_targets_of_adapters_have_several_names_and_are_checked() -> None:
     config = tiny(model__lora={"rank": 2, "targets": ["w1", "wqkv", "o_proj"]})
+    assert config.model.lora is not None
     assert config.model.lora.targets == ("q", "k", "v", "o", "gate") and not problems(config, 1)
     with pytest.raises(ConfigError, match="must be some of q, k, v, o, gate, up, down, not 'w9'"):
         tiny(model__lora={"targets": ["w9"]})

@@ -1,5 +1,7 @@
 """Rows and batches: no token is lost, and the order does not depend on the ranks."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -24,8 +26,8 @@ from tests.unit.data.writers import DOCUMENTS, write_binary, write_json
     as_json=st.booleans(),
 )
 def test_packing_keeps_every_token_and_predicts_only_within_documents(
-    tmp_path_factory, documents, seq_len, minimum, files, as_json
-):
+    tmp_path_factory: pytest.TempPathFactory, documents: list[list[int]], seq_len: int, minimum: int, files: int, as_json: bool
+) -> None:
     folder = tmp_path_factory.mktemp("packing")
     for n in range(files):
         part = documents[n::files]
@@ -47,14 +49,14 @@ def test_packing_keeps_every_token_and_predicts_only_within_documents(
         assert set(row.document_starts) == wanted
 
 
-def test_masked_tokens_are_context_and_are_not_predicted(tmp_path):
+def test_masked_tokens_are_context_and_are_not_predicted(tmp_path: Path) -> None:
     write_binary(tmp_path / "en" / "a.bin", [[5, -7, MASKED_ZERO, 0, 9]], 10**6)
     row = PackedRows(open_index(tmp_path), 8, 100)[0]
     assert row.tokens.tolist() == [5, 7, 0, 0, 9, 0, 0, 0]
     assert row.labels.tolist() == [IGNORE, IGNORE, 0, 9, IGNORE, IGNORE, IGNORE, IGNORE]
 
 
-def test_padded_rows_hold_one_document_each(tmp_path):
+def test_padded_rows_hold_one_document_each(tmp_path: Path) -> None:
     write_binary(tmp_path / "en" / "a.bin", [[1, 2, 3], list(range(10))], 501)
     rows = PaddedRows(open_index(tmp_path), 4, 501)
     assert [rows[n].tokens.tolist() for n in range(len(rows))] == [
@@ -68,7 +70,7 @@ def test_padded_rows_hold_one_document_each(tmp_path):
 
 @settings(max_examples=60, deadline=None)
 @given(rows=st.integers(1, 3000), seed=st.integers(0, 10**6))
-def test_every_epoch_has_each_row_once(rows, seed):
+def test_every_epoch_has_each_row_once(rows: int, seed: int) -> None:
     order = Order(rows, seed)
     first, second = order(np.arange(rows)), order(np.arange(rows, 2 * rows))
     assert sorted(first) == sorted(second) == list(range(rows))
@@ -82,13 +84,15 @@ def test_every_epoch_has_each_row_once(rows, seed):
     ranks=st.sampled_from([1, 2, 3, 4, 6]), bsz=st.sampled_from([1, 2]), seed=st.integers(0, 99), start=st.integers(0, 9),
     ramp=st.sampled_from([None, "1 1 2"]),
 )  # fmt: skip
-def test_the_global_batch_is_the_same_for_any_number_of_ranks(ranks, bsz, seed, start, ramp):
+def test_the_global_batch_is_the_same_for_any_number_of_ranks(
+    ranks: int, bsz: int, seed: int, start: int, ramp: str | None
+) -> None:
     from internevo.config.data import Data
 
     data = Data(seq_len=8, micro_bsz=bsz, global_batch_size=24, total_steps=12, rampup_batch_size=None, skip_batches="2,5-6")
     rows = RandomRows(8, 50, seed, rows=100)
 
-    def batches(count, rank):
+    def batches(count: int, rank: int) -> TrainBatches:
         return TrainBatches(
             ShuffledRows(rows, seed), BatchSizes.from_config(data, count), rank, True, 12, parse_skip_batches(data.skip_batches)
         )
@@ -105,13 +109,13 @@ def test_the_global_batch_is_the_same_for_any_number_of_ranks(ranks, bsz, seed, 
     assert {b.number for b in parts[0]}.isdisjoint({2, 5, 6})
 
 
-def test_ramp_up_increases_the_number_of_micro_batches():
+def test_ramp_up_increases_the_number_of_micro_batches() -> None:
     sizes = BatchSizes(micro_bsz=2, micro_num=10, data_ranks=3, rampup_start=2, rampup_increment=4, rampup_steps=5)
     assert [sizes.micro_batches(b) for b in (0, 4, 5, 9, 10, 99)] == [2, 2, 6, 6, 10, 10]
     assert sizes.rows(5) == 6 * 2 * 3
 
 
-def test_validation_has_each_row_once_on_any_number_of_ranks():
+def test_validation_has_each_row_once_on_any_number_of_ranks() -> None:
     rows = RandomRows(8, 50, 1, rows=11)
     for ranks in (1, 2, 4):
         batches = [list(valid_batches(rows, 2, rank, ranks, False, None)) for rank in range(ranks)]
@@ -122,7 +126,7 @@ def test_validation_has_each_row_once_on_any_number_of_ranks():
         assert sorted(labelled) == sorted(rows[n].tokens.tolist() for n in range(11))
 
 
-def test_an_error_in_the_prefetch_thread_is_raised_in_the_training_loop(tmp_path):
+def test_an_error_in_the_prefetch_thread_is_raised_in_the_training_loop(tmp_path: Path) -> None:
     write_binary(tmp_path / "en" / "a.bin", [[1, 2, 3, 600]], 10**6)
     rows = PackedRows(open_index(tmp_path), 4, 501)
     batches = TrainBatches(ShuffledRows(rows, 0), BatchSizes(1, 1, 1), 0, True, 5)

@@ -2,6 +2,8 @@
 
 import json
 import struct
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
@@ -12,7 +14,7 @@ DOCUMENTS = st.lists(st.lists(st.integers(0, 500), min_size=1, max_size=40), min
 """Random token ids of documents."""
 
 
-def write_json(path, documents, dtype=np.int64):
+def write_json(path: Path, documents: Any, dtype: Any = np.int64) -> None:
     """Writes JSON lines, as the original InternEvo does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     meta, offset = [], 0
@@ -26,15 +28,15 @@ def write_json(path, documents, dtype=np.int64):
         np.save(file, np.array(meta, dtype=dtype).reshape(-1, 2))
 
 
-def write_binary(path, documents, vocab_size):
+def write_binary(path: Path, documents: Any, vocab_size: int | None) -> None:
     """Writes the compact form."""
     writer = TokenWriter(path, vocab_size)
     for ids in documents:
-        writer.write(np.array(ids), [len(ids)])
+        writer.write(np.array(ids), np.array([len(ids)]))
     writer.close()
 
 
-def write_megatron(path, documents, dtype, code):
+def write_megatron(path: Path, documents: Any, dtype: Any, code: int) -> None:
     """Writes what Megatron-LM's IndexedDatasetBuilder writes; a document is a list of sequences."""
     lengths = [len(sequence) for document in documents for sequence in document]
     flat = [token for document in documents for sequence in document for token in sequence]

@@ -1,4 +1,4 @@
-"""What a strategy exchanges in a mixture of experts: two ranks with half of the tokens each route as one with all of them."""
+"""The functions of experts that a strategy replaces: two ranks with half of the tokens each equal one with all of them."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def make(policy: str, capacity: float) -> tuple[MoE, Tensor]:
 
 
 def backward(out: Tensor, routing: Routing) -> Tensor:
-    """A loss that needs the output and the balance of the load, both of all tokens."""
+    """Returns a loss that depends on the output and on the load-balancing loss, both for all tokens."""
     return out.square().sum() + 7.0 * balance([routing], 20, "gshard") + 3.0 * balance([routing], 20, "pooled")
 
 
@@ -39,12 +39,12 @@ def _half(world: World, policy: str, capacity: float) -> tuple[Tensor, list[Tens
         calls.append(rows_RD.shape[0])
         return experts(rows_RD, ends_E, complete)
 
-    moe.router.all_tokens = lambda own: all_gather(own, group)
+    moe.router.all_tokens = lambda values: all_gather(values, group)
     moe.router.own_tokens = lambda values: values[mine]
     moe.run_experts = run_experts
     out, routing = moe(x[:, mine])
     pooled = Routing(*(reduce(value, group) for value in routing))
-    # Each rank's gradients are those of its own tokens' part: of the balance too, which every rank computes in full.
+    # The gradients of each rank come from its own tokens only, although every rank computes the full load-balancing loss.
     (out.square().sum() + backward(out.detach() * 0, pooled)).backward()
     assert calls == [20]
     gradients = [p.grad for p in moe.parameters() if p.grad is not None]
@@ -54,7 +54,7 @@ def _half(world: World, policy: str, capacity: float) -> tuple[Tensor, list[Tens
 
 
 @pytest.mark.parametrize(("policy", "capacity"), [("position", 0.0), ("position", 0.7), ("probs", 0.7)])
-def test_ranks_with_parts_of_the_tokens_route_as_one_with_all(pool: Pool, policy: str, capacity: float) -> None:
+def test_ranks_with_half_of_the_tokens_equal_one_with_all(pool: Pool, policy: str, capacity: float) -> None:
     moe, x = make(policy, capacity)
     out, routing = moe(x)
     backward(out, routing).backward()

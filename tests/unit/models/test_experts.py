@@ -1,4 +1,4 @@
-"""Experts: routing under capacity, against plain loops."""
+"""Compares experts with a capacity with loops over tokens."""
 
 import math
 
@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from internevo.models.config import DecoderConfig, Experts
 from internevo.models.decoder import Decoder
@@ -13,11 +14,11 @@ from internevo.models.moe import MoE
 from tests.references import assert_close_to_scale
 
 
-def tiny(experts):
+def tiny(experts: Experts) -> DecoderConfig:
     return DecoderConfig("MIXTRALMOE", 50, 16, experts.size, 1, 2, 2, 8, experts=experts)
 
 
-def make(experts, seed):
+def make(experts: Experts, seed: int) -> MoE:
     torch.manual_seed(seed)
     layer = MoE(tiny(experts), experts, None, None)
     with torch.no_grad():
@@ -26,15 +27,15 @@ def make(experts, seed):
     return layer
 
 
-def expert(layer, number, x):
-    """One expert of a layer on one token."""
+def expert(layer: MoE, number: int, x: Tensor) -> Tensor:
+    """Applies one expert of a layer to one token."""
     gate, up, down = (getattr(layer.experts, part).weight[number] for part in ("gate", "up", "down"))
     return down @ (F.silu(gate @ x) * (up @ x))
 
 
-def gshard(layer, experts, tokens, factor):
-    """The paper's algorithm, a token at a time: all first choices before all second ones; who comes too late gets nothing.
-    Returns the output and the number of choices left out."""
+def gshard(layer: MoE, experts: Experts, tokens: Tensor, factor: float) -> tuple[Tensor, int]:
+    """The algorithm of the paper, one token after the other: all first choices come before all second ones, and a full expert
+    takes no more tokens. Returns the output and the number of dropped choices."""
     probs = (tokens @ layer.router.weight.T).softmax(-1)
     chosen, which = probs.topk(experts.top_k)
     weights = chosen / chosen.sum(1, keepdim=True) if experts.normalize else chosen
@@ -42,7 +43,7 @@ def gshard(layer, experts, tokens, factor):
     room = [capacity if factor else len(tokens) * experts.top_k] * experts.count
     out, dropped = [torch.zeros_like(t) for t in tokens], 0
     for choice in range(experts.top_k):
-        order = range(len(tokens))
+        order = list(range(len(tokens)))
         if experts.drop_policy == "probs":
             order = sorted(order, key=lambda t: -chosen[t, choice])
         for t in order:
@@ -61,7 +62,9 @@ def gshard(layer, experts, tokens, factor):
     factor=st.sampled_from([0.0, 0.5, 1.0, 2.0]), policy=st.sampled_from(["position", "probs"]), size=st.sampled_from([12, 20]),
     least=st.integers(0, 3), training=st.booleans(),
 )  # fmt: skip
-def test_experts_equal_the_paper_token_by_token(seed, count, k, normalize, factor, policy, size, least, training):
+def test_experts_equal_the_paper_token_by_token(
+    seed: int, count: int, k: int, normalize: bool, factor: float, policy: str, size: int, least: int, training: bool
+) -> None:
     other = 0.0 if factor else 1.0
     factors = (factor, other) if training else (other, factor)
     experts = Experts(count, k, size, normalize, 0, (), *factors, min_capacity=least, drop_policy=policy)
@@ -81,7 +84,7 @@ def test_experts_equal_the_paper_token_by_token(seed, count, k, normalize, facto
         assert_close_to_scale(mine, reference)
 
 
-def test_router_sums_are_what_they_say():
+def test_sums_of_the_router_equal_their_definitions() -> None:
     layer = make(Experts(4, 2, 8), 0)
     x = torch.randn(1, 30, 16)
     _, routing = layer(x)
@@ -93,7 +96,7 @@ def test_router_sums_are_what_they_say():
     assert torch.equal(routing.first, torch.bincount(probs.argmax(-1), minlength=4).float())
 
 
-def test_a_config_survives_json():
+def test_a_decoder_config_is_the_same_after_json() -> None:
     import json
 
     config = DecoderConfig("QWEN2MOE", 50, 16, 8, 3, 2, 2, 8, windows=(0, 5, 5), experts=Experts(4, 2, 8, dense_layers=(1,)))

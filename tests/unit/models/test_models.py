@@ -1,13 +1,16 @@
-"""Models equal transformers', and packed documents equal separate ones."""
+"""Compares models with transformers' models, and packed documents with separate ones."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+from internevo.models.decoder import Decoder
 from internevo.models.generate import Sampling, generate
 from internevo.models.losses import LossTerms, balance
 from tests.families import CONFIGS, disk_tensors, pair, to_disk
@@ -15,12 +18,12 @@ from tests.families import CONFIGS, disk_tensors, pair, to_disk
 FAMILIES = sorted(CONFIGS)
 
 
-def is_sparse(model):
+def is_sparse(model: Decoder) -> bool:
     return any(model.config.is_sparse(layer) for layer in range(model.config.num_layers))
 
 
-def clear_choice(theirs, ours, tokens):
-    """Whether no router stands between two experts, where rounding decides."""
+def clear_choice(theirs: Any, ours: Decoder, tokens: Tensor) -> bool:
+    """Whether no rounding error could change which experts a router chooses."""
     if not is_sparse(ours):
         return True
     k = theirs.config.num_experts_per_tok
@@ -34,7 +37,7 @@ def clear_choice(theirs, ours, tokens):
 @pytest.mark.parametrize("family", FAMILIES)
 @settings(max_examples=15, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 10**6), length=st.sampled_from([5, 24]))
-def test_logits_loss_and_gradients_equal_transformers(family, data, seed, length):
+def test_logits_loss_and_gradients_equal_transformers(family: str, data: st.DataObject, seed: int, length: int) -> None:
     theirs, ours = pair(data.draw(CONFIGS[family]), seed)
     assert ours.config.family == family
     tokens = torch.randint(1, theirs.config.vocab_size, (2, length))
@@ -62,7 +65,7 @@ def test_logits_loss_and_gradients_equal_transformers(family, data, seed, length
 @pytest.mark.parametrize("family", FAMILIES)
 @settings(max_examples=10, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 10**6), sizes=st.lists(st.integers(1, 24), min_size=1, max_size=5))
-def test_packed_documents_equal_separate_ones(family, data, seed, sizes):
+def test_packed_documents_equal_separate_ones(family: str, data: st.DataObject, seed: int, sizes: list[int]) -> None:
     theirs, model = pair(data.draw(CONFIGS[family]), seed)
     documents = [torch.randint(1, model.config.vocab_size, (1, n)) for n in sizes]
     assume(all(clear_choice(theirs, model, d) for d in documents))
@@ -75,7 +78,7 @@ def test_packed_documents_equal_separate_ones(family, data, seed, sizes):
 @pytest.mark.parametrize("family", FAMILIES)
 @settings(max_examples=3, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 10**6), sizes=st.lists(st.integers(4, 24), min_size=2, max_size=5))
-def test_documents_without_borders_see_each_other(family, data, seed, sizes):
+def test_documents_without_borders_see_each_other(family: str, data: st.DataObject, seed: int, sizes: list[int]) -> None:
     """So that the comparison above can fail."""
     _, model = pair(data.draw(CONFIGS[family]), seed)
     documents = [torch.randint(1, model.config.vocab_size, (1, n)) for n in sizes]
@@ -86,28 +89,30 @@ def test_documents_without_borders_see_each_other(family, data, seed, sizes):
 @pytest.mark.parametrize("family", FAMILIES)
 @settings(max_examples=5, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 10**6))
-def test_generation_with_the_cache_equals_transformers(family, data, seed):
+def test_generation_with_the_cache_equals_transformers(family: str, data: st.DataObject, seed: int) -> None:
     theirs, ours = pair(data.draw(CONFIGS[family]), seed)
     prompt = torch.randint(1, theirs.config.vocab_size, (1, 7))
-    tokens, caches = prompt[0].tolist(), 9  # transformers keeps dynamic scaling's longest table: stay below its length
-    wanted = theirs.generate(prompt, max_new_tokens=caches, do_sample=False, eos_token_id=None, pad_token_id=0)
-    assert generate(ours, tokens, caches, Sampling(temperature=0)) == wanted[0, 7:].tolist()
+    # Together at most max_position_embeddings. Beyond it, transformers uses the dynamic scaling of the longest text so far.
+    tokens, count = prompt[0].tolist(), 9
+    wanted = theirs.generate(prompt, max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert generate(ours, tokens, count, Sampling(temperature=0)) == wanted[0, 7:].tolist()
 
 
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10**6), layers=st.integers(1, 3), experts=st.sampled_from([2, 5]), k=st.integers(1, 2))
-def test_the_pooled_balance_loss_is_that_of_transformers(seed, layers, experts, k):
+def test_the_pooled_balance_loss_is_that_of_transformers(seed: int, layers: int, experts: int, k: int) -> None:
     torch.manual_seed(seed)
     logits = [torch.randn(30, experts, requires_grad=True) for _ in range(layers)]
-    wanted = load_balancing_loss_func(tuple(logits), experts, k)
+    wanted = load_balancing_loss_func(tuple(logits), experts, k)  # type: ignore[arg-type]
 
     class Sums:
-        def __init__(self, logits):
+        def __init__(self, logits: Tensor) -> None:
             probs = logits.softmax(-1)
             self.probs = probs.sum(0)
             self.load = torch.zeros(experts).index_add_(0, probs.topk(k).indices.flatten(), torch.ones(30 * k))
 
-    mine = balance([Sums(x) for x in logits], 30, "pooled")
+    mine = balance([Sums(x) for x in logits], 30, "pooled")  # type: ignore[misc]
+    assert isinstance(wanted, Tensor)
     torch.testing.assert_close(mine, wanted)
     for a, b in zip(torch.autograd.grad(mine, logits), torch.autograd.grad(wanted, logits), strict=True):
         torch.testing.assert_close(a, b)

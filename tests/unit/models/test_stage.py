@@ -1,4 +1,4 @@
-"""A stage is a part of a model under the same names, and stages one after another are the model."""
+"""A stage is a part of a model with the same names of parameters, and the stages one after the other equal the model."""
 
 import re
 
@@ -12,10 +12,10 @@ from internevo.models.losses import Loss
 
 SPLITS = {
     "two": [Stage(range(2), heads=False), Stage(range(2, 4), embeds=False)],
-    "three, the middle bare": [
+    "three, the middle one only layers": [
         Stage(range(1), heads=False), Stage(range(1, 3), embeds=False, heads=False), Stage(range(3, 4), embeds=False),
     ],
-    "ends by themselves": [
+    "embedding and head without layers": [
         Stage(range(0), heads=False), Stage(range(4), embeds=False, heads=False), Stage(range(4, 4), embeds=False),
     ],
 }  # fmt: skip
@@ -29,8 +29,8 @@ def config_of(tied: bool, rope: Rope | None) -> DecoderConfig:
 
 @pytest.mark.parametrize("name", SPLITS)
 @pytest.mark.parametrize(("tied", "rope"), [(False, Rope()), (True, Rope()), (False, None)])
-def test_stages_one_after_another_are_the_model(name: str, tied: bool, rope: Rope | None) -> None:
-    """Loss and gradients; packed documents; a tied embedding's gradient comes in two parts."""
+def test_stages_one_after_the_other_equal_the_model(name: str, tied: bool, rope: Rope | None) -> None:
+    """Compares losses and gradients of packed documents. The gradient of a tied embedding is the sum of those of two stages."""
     torch.manual_seed(0)
     config = config_of(tied, rope)
     whole = Decoder(config)
@@ -71,6 +71,6 @@ def test_a_stage_has_only_its_own_parameters() -> None:
     assert first == {"embed", "layers.0", "layers.1"} and last == {"layers.2", "layers.3", "norm", "head"}
 
 
-def test_a_stage_that_does_not_embed_insists_on_its_input() -> None:
+def test_a_stage_without_the_embedding_needs_the_residual_stream() -> None:
     with pytest.raises(AssertionError, match="residual stream"):
         Decoder(config_of(False, Rope()), Stage(range(2, 4), embeds=False))(torch.zeros(1, 3, dtype=torch.long))

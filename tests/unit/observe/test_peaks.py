@@ -39,5 +39,5 @@ from internevo.observe.record import known_peak
         ("NVIDIA GeForce GTX 1080", None),
     ],
 )
-def test_known_peak(name, peak):
+def test_known_peak(name: str, peak: float | None) -> None:
     assert known_peak(name) == peak

@@ -11,7 +11,7 @@ from tests.references import assert_close_to_scale, plain_attention
 
 @pytest.mark.parametrize("window", [0, 1, 7, 300])
 @pytest.mark.parametrize("alibi", [False, True])
-def test_attention_with_windows_and_alibi_equals_the_definition(window, alibi):
+def test_attention_with_windows_and_alibi_equals_the_definition(window: int, alibi: bool) -> None:
     torch.manual_seed(window)
     sizes = [5, 0, 400, 1, 194]  # one is longer than a block of queries, and none is a multiple of a block or of the padding
     borders = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)
@@ -24,10 +24,11 @@ def test_attention_with_windows_and_alibi_equals_the_definition(window, alibi):
     for mine, reference in zip(*(torch.autograd.grad(y, (q, k, v), direction) for y in (out, wanted)), strict=True):
         assert_close_to_scale(mine, reference, 1e-4)
     # Whole rows, and then the last tokens with all keys and values, as with a cache.
-    halves = [x.detach().view(2, 300, -1, 8) for x in (q, k, v)]
-    rows = ops.attention(*halves, window=window, slopes_H=slopes)
+    q, k, v = (x.detach().view(2, 300, -1, 8) for x in (q, k, v))
+    rows = ops.attention(q, k, v, window=window, slopes_H=slopes)
     for row in range(2):
-        wanted = plain_attention(*(x[row : row + 1] for x in halves), [0, 300], window, slopes)
+        one = slice(row, row + 1)
+        wanted = plain_attention(q[one], k[one], v[one], [0, 300], window, slopes)
         assert (rows[row] - wanted[0]).abs().max() < 1e-5
-    last = ops.attention(halves[0][:, -3:], *halves[1:], window=window, slopes_H=slopes)
+    last = ops.attention(q[:, -3:], k, v, window=window, slopes_H=slopes)
     assert (last - rows[:, -3:]).abs().max() < 1e-5

@@ -8,7 +8,7 @@ from internevo.ops import cross_entropy
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("chunk_tokens", [1, 3, 100])
-def test_chunked_loss_equals_pytorch(monkeypatch, smoothing, chunk_tokens):
+def test_chunked_loss_equals_pytorch(monkeypatch: pytest.MonkeyPatch, smoothing: float, chunk_tokens: int) -> None:
     monkeypatch.setitem(cross_entropy.CHUNK_BYTES, "cpu", 4 * 31 * chunk_tokens)
     monkeypatch.setattr(cross_entropy, "BLOCK", 7)
     torch.manual_seed(0)

@@ -15,7 +15,7 @@ from internevo import ops
     extra=st.integers(0, 3),
     sizes=st.sampled_from([(16, 8), (12, 20)]),
 )
-def test_grouped_products_equal_one_product_per_group(counts, extra, sizes):
+def test_grouped_products_equal_one_product_per_group(counts: list[int], extra: int, sizes: tuple[int, int]) -> None:
     rows, (d, f) = sum(counts) + extra, sizes
     x = torch.randn(rows, d, requires_grad=True)
     weight = torch.randn(len(counts), f, d, requires_grad=True)

@@ -1,12 +1,15 @@
 """Compares the kernels of this machine's devices with formulas in fp64: attention, experts, norm, activation, loss."""
 
 import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from internevo import ops
 from tests.references import plain_attention
@@ -17,12 +20,14 @@ EXACT, HALF = 1e-5, 2e-2
 KINDS = [(device, dtype) for device in DEVICES for dtype in (torch.float32, torch.bfloat16)]
 
 
-def assert_close(mine, reference, dtype):
-    error, scale = ((x.square().mean() ** 0.5) for x in (mine.detach().cpu().double() - reference, reference))
+def assert_close(mine: Tensor, reference: Tensor, dtype: torch.dtype) -> None:
+    error, scale = (float(x.detach().square().mean() ** 0.5) for x in (mine.detach().cpu().double() - reference, reference))
     assert error <= (EXACT if dtype == torch.float32 else HALF) * max(scale, 0.3)
 
 
-def compare(function, plain, inputs, device, dtype):
+def compare(
+    function: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: Sequence[Tensor], device: str, dtype: torch.dtype
+) -> None:
     """Compares outputs and gradients of ``function`` on the device with those of ``plain`` in fp64, for the same inputs."""
     mine = [x.to(device, dtype).requires_grad_() for x in inputs]
     exact = [x.detach().cpu().double().requires_grad_() for x in mine]
@@ -33,6 +38,8 @@ def compare(function, plain, inputs, device, dtype):
     out.backward(outer.to(device, dtype))
     wanted.backward(outer.to(dtype).double())
     for x, reference in zip(mine, exact, strict=True):
+        assert x.grad is not None
+        assert reference.grad is not None
         assert_close(x.grad, reference.grad, dtype)
 
 
@@ -47,20 +54,31 @@ def compare(function, plain, inputs, device, dtype):
     alibi=st.booleans(),
     packed=st.booleans(),
 )
-def test_attention(device, dtype, seed, lengths, heads, size, window, alibi, packed):
+def test_attention(
+    device: str,
+    dtype: torch.dtype,
+    seed: int,
+    lengths: list[int],
+    heads: tuple[int, int],
+    size: int,
+    window: int,
+    alibi: bool,
+    packed: bool,
+) -> None:
     torch.manual_seed(seed)
     count, kv_count = heads
     rows, total = (1, sum(lengths)) if packed else (len(lengths), lengths[0])
     q, k, v = (torch.randn(1, rows * total, n, size) for n in (count, kv_count, kv_count))
     slopes = torch.rand(count) if alibi else None
     borders = list(itertools.accumulate(lengths, initial=0)) if packed else [total * row for row in range(rows + 1)]
-    on_device = {"window": window, "slopes_H": None if slopes is None else slopes.to(device)}
+    on_device: dict[str, Any] = {"window": window, "slopes_H": None if slopes is None else slopes.to(device)}
 
-    def attention(q, k, v):
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if packed:
             cu_seqlens = torch.tensor(borders, dtype=torch.int32, device=device)
             return ops.attention(q, k, v, cu_seqlens, max(lengths), **on_device)
-        return ops.attention(*(x.view(rows, total, *x.shape[2:]) for x in (q, k, v)), **on_device).reshape(q.shape)
+        q_rows, k_rows, v_rows = (x.view(rows, total, *x.shape[2:]) for x in (q, k, v))
+        return ops.attention(q_rows, k_rows, v_rows, **on_device).reshape(q.shape)
 
     compare(attention, lambda q, k, v: plain_attention(q, k, v, borders, window, slopes), (q, k, v), device, dtype)
 
@@ -73,14 +91,16 @@ def test_attention(device, dtype, seed, lengths, heads, size, window, alibi, pac
     left=st.sampled_from([0, 7]),
     sizes=st.sampled_from([(16, 32), (24, 8), (9, 5)]),
 )
-def test_products_of_experts(device, dtype, seed, counts, left, sizes):
+def test_products_of_experts(
+    device: str, dtype: torch.dtype, seed: int, counts: list[int], left: int, sizes: tuple[int, int]
+) -> None:
     """``left``: the number of rows at the end that belong to no expert."""
     torch.manual_seed(seed)
     ends = list(itertools.accumulate(counts))
     x, weight = torch.randn(ends[-1] + left, sizes[0]), torch.randn(len(counts), sizes[1], sizes[0])
     on_device = torch.tensor(ends, dtype=torch.int32, device=device)
 
-    def plain(x, weight):
+    def plain(x: Tensor, weight: Tensor) -> Tensor:
         parts = [x[a:b] @ w.t() for w, (a, b) in zip(weight, itertools.pairwise([0, *ends]), strict=True)]
         return torch.cat([*parts, x[ends[-1] :] @ weight[0].t() * 0])
 
@@ -90,10 +110,10 @@ def test_products_of_experts(device, dtype, seed, counts, left, sizes):
 
 @pytest.mark.parametrize(("device", "dtype"), KINDS)
 @pytest.mark.parametrize("unit_offset", [False, True])
-def test_norm(device, dtype, unit_offset):
+def test_norm(device: str, dtype: torch.dtype, unit_offset: bool) -> None:
     x, weight = torch.randn(3, 50, 96), torch.randn(96)
 
-    def plain(x, weight):
+    def plain(x: Tensor, weight: Tensor) -> Tensor:
         return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * (weight + unit_offset)
 
     compare(lambda x, w: ops.rms_norm(x, w, 1e-6, unit_offset), plain, (x, weight), device, dtype)
@@ -101,24 +121,26 @@ def test_norm(device, dtype, unit_offset):
 
 @pytest.mark.parametrize(("device", "dtype"), KINDS)
 @pytest.mark.parametrize(("activation", "plain"), [("silu", F.silu), ("gelu_tanh", lambda x: F.gelu(x, approximate="tanh"))])
-def test_gated(device, dtype, activation, plain):
+def test_gated(device: str, dtype: torch.dtype, activation: str, plain: Callable[..., Tensor]) -> None:
     inputs = torch.randn(4, 33), torch.randn(4, 33)
     compare(lambda g, u: ops.gated(g, u, activation), lambda g, u: plain(g) * u, inputs, device, dtype)
 
 
 @pytest.mark.parametrize(("device", "dtype"), KINDS)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_loss(device, dtype, smoothing):
+def test_loss(device: str, dtype: torch.dtype, smoothing: float) -> None:
     hidden, weight, labels = torch.randn(70, 32), torch.randn(131, 32) / 5, torch.randint(0, 131, (70,))
     labels[::5] = -100
     rounded = [x.to(dtype) for x in (hidden, weight)]
     exact = [x.double().requires_grad_() for x in rounded]
     mine = [x.to(device).requires_grad_() for x in rounded]
-    total, losses = ops.linear_cross_entropy(*mine, labels.to(device), smoothing)
+    total, losses = ops.linear_cross_entropy(mine[0], mine[1], labels.to(device), smoothing)
     wanted = F.cross_entropy(exact[0] @ exact[1].t(), labels, reduction="none", label_smoothing=smoothing)
     assert_close(losses, wanted, dtype)
     assert_close(total, wanted.sum(), dtype)
     (total / 56).backward()
     (wanted.sum() / 56).backward()
     for x, reference in zip(mine, exact, strict=True):
+        assert x.grad is not None
+        assert reference.grad is not None
         assert_close(x.grad, reference.grad, dtype)

@@ -14,7 +14,7 @@ from internevo.storage.jsonfile import to_json, write_json
 from tests.strict_json import strict
 
 
-def test_nan_and_infinity_become_null_at_any_depth(tmp_path):
+def test_nan_and_infinity_become_null_at_any_depth(tmp_path: Path) -> None:
     values = {"a": [1, math.nan, {"b": (math.inf, 2.5)}], "c": {"d": {"e": -math.inf}}, "f": "NaN", "g": True, "h": None}
     wanted = {"a": [1, None, {"b": [None, 2.5]}], "c": {"d": {"e": None}}, "f": "NaN", "g": True, "h": None}
     assert strict(to_json(values)) == wanted
@@ -22,7 +22,7 @@ def test_nan_and_infinity_become_null_at_any_depth(tmp_path):
     assert strict((tmp_path / "a.json").read_text()) == wanted
 
 
-def test_rows_of_metrics_are_strict_json_also_those_from_earlier_versions(tmp_path):
+def test_rows_of_metrics_are_strict_json_also_those_from_earlier_versions(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "moe": {"entropy": NaN, "load": [0.5, Infinity]}}\n')
     rows = JsonLines(path, last_step=1)
@@ -45,7 +45,7 @@ def test_rows_of_metrics_are_strict_json_also_those_from_earlier_versions(tmp_pa
 
 
 @pytest.mark.parametrize("room", ["checkpoint", "measure", "observe", "train"])
-def test_files_of_a_run_are_written_only_by_the_strict_writer(room):
+def test_files_of_a_run_are_written_only_by_the_strict_writer(room: str) -> None:
     paths = list((Path(internevo.__file__).parent / room).rglob("*.py"))
     assert paths
     for path in paths:
@@ -54,7 +54,7 @@ def test_files_of_a_run_are_written_only_by_the_strict_writer(room):
                 assert node.attr not in ("dump", "dumps"), f"{path.name}: storage.jsonfile writes JSON"
 
 
-def test_the_strict_reader_is_strict():
+def test_the_strict_reader_is_strict() -> None:
     for text in ("NaN", '{"a": Infinity}', "[-Infinity]"):
         assert json.loads(text) is not None
         with pytest.raises(ValueError, match="not JSON"):

@@ -2,6 +2,7 @@
 
 import os
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from internevo.storage.tensors import ShardWriter, Spec, TensorFile
 
 
 @pytest.fixture
-def short_reads(monkeypatch):
+def short_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every read returns at most 7 bytes, and the operating system copies no file."""
     pread, preadv = os.pread, os.preadv
     monkeypatch.setattr(os, "pread", lambda file, count, offset: pread(file, min(count, 7), offset))
@@ -20,7 +21,7 @@ def short_reads(monkeypatch):
     monkeypatch.setattr(os, "copy_file_range", lambda *_: 0)
 
 
-def test_tensors_are_read_and_copied_in_full(tmp_path, short_reads):
+def test_tensors_are_read_and_copied_in_full(tmp_path: Path, short_reads: None) -> None:
     wanted = {"a": torch.randn(5, 3), "b": torch.randn(11).bfloat16()}
     save_file(wanted, tmp_path / "in.safetensors")
     file = TensorFile(tmp_path / "in.safetensors")
@@ -33,7 +34,7 @@ def test_tensors_are_read_and_copied_in_full(tmp_path, short_reads):
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
 
-def test_the_error_names_a_file_that_ends_inside_a_tensor(tmp_path):
+def test_the_error_names_a_file_that_ends_inside_a_tensor(tmp_path: Path) -> None:
     save_file({"a": torch.randn(50)}, tmp_path / "in.safetensors")
     file = TensorFile(tmp_path / "in.safetensors")
     rows = file.byte_range("a", 0, 50)
@@ -42,8 +43,8 @@ def test_the_error_names_a_file_that_ends_inside_a_tensor(tmp_path):
         rows.read()
 
 
-def test_an_error_of_the_caller_stops_the_writers_thread(tmp_path):
-    def fail():
+def test_an_error_of_the_caller_stops_the_writers_thread(tmp_path: Path) -> None:
+    def fail() -> None:
         specs = {"a": Spec((50,), torch.float32)}
         with ShardWriter(tmp_path, specs, 10**9, lambda number, count: "out.safetensors") as writer:
             writer.add(torch.randn(5))

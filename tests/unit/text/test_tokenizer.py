@@ -5,6 +5,7 @@ import json
 import random
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -19,7 +20,7 @@ WORDS = ["the", "quick", "brown", "fox", "jumps", "über", "den", "faulen", "Hun
 TEXTS = [" ".join(random.Random(n).choices(WORDS, k=40)) for n in range(99)]
 
 
-def test_a_sentencepiece_model_gives_the_ids_of_the_sentencepiece_library(tmp_path):
+def test_a_sentencepiece_model_gives_the_ids_of_the_sentencepiece_library(tmp_path: Path) -> None:
     (tmp_path / "corpus.txt").write_text("\n".join(TEXTS))
     sentencepiece.SentencePieceTrainer.train(
         input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=40, minloglevel=2,
@@ -38,7 +39,7 @@ ADDED = {"<|im_start|>": (40, False), "<|im_end|>": (41, True), "<s>": (1, False
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path: Path) -> Path:
     """A SentencePiece model of 40 pieces, with Hugging Face files that add tokens to it."""
     (tmp_path / "corpus.txt").write_text("\n".join(TEXTS))
     sentencepiece.SentencePieceTrainer.train(
@@ -53,7 +54,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("legacy", [True, False])
-def test_a_folder_with_only_a_sentencepiece_model_gives_the_ids_of_its_settings(folder, legacy):
+def test_a_folder_with_only_a_sentencepiece_model_gives_the_ids_of_its_settings(folder: Path, legacy: bool) -> None:
     """Compares with transformers' own SentencePiece code, on random texts full of added tokens, spaces and unknown letters."""
     table = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**table, "legacy": legacy}))
@@ -77,7 +78,7 @@ def test_a_folder_with_only_a_sentencepiece_model_gives_the_ids_of_its_settings(
     assert ours.decode(ours.encode("the fox<|im_end|>jumps[X] over")).startswith("the fox<|im_end|>")
 
 
-def test_a_trained_bpe_loads_in_transformers_with_the_same_ids(tmp_path):
+def test_a_trained_bpe_loads_in_transformers_with_the_same_ids(tmp_path: Path) -> None:
     path = train_bpe(iter(TEXTS), 400, tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     for ours in (load_tokenizer(path), load_tokenizer(tmp_path)):
@@ -86,7 +87,7 @@ def test_a_trained_bpe_loads_in_transformers_with_the_same_ids(tmp_path):
         assert ours.decode(ours.encode(TEXTS[3])) == TEXTS[3]
 
 
-def test_the_folder_names_the_tokens_that_begin_and_end_a_document(tmp_path):
+def test_the_folder_names_the_tokens_that_begin_and_end_a_document(tmp_path: Path) -> None:
     train_bpe(iter(TEXTS), 400, tmp_path)
     table = {"bos_token": {"content": "a", "lstrip": False}, "eos_token": "b"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(table))
@@ -94,7 +95,7 @@ def test_the_folder_names_the_tokens_that_begin_and_end_a_document(tmp_path):
     assert (tokenizer.bos_id, tokenizer.eos_id) == (tokenizer.encode("a")[0], tokenizer.encode("b")[0])
 
 
-def test_the_error_names_what_is_not_a_tokenizer(tmp_path):
+def test_the_error_names_what_is_not_a_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UsageError, match=r"tokenizer\.json is not a tokenizer\.json"):
         load_tokenizer(tmp_path)
@@ -104,7 +105,7 @@ def test_the_error_names_what_is_not_a_tokenizer(tmp_path):
         train_bpe(iter(TEXTS), 100, tmp_path)
 
 
-def ranks_of(texts, size):
+def ranks_of(texts: list[str], size: int) -> dict[bytes, int]:
     """Trains a byte-pair vocabulary in the simplest way. Returns the rank of each token."""
     words = [[bytes([b]) for b in text.encode()] for text in texts]
     ranks = {bytes([b]): b for b in range(256)}
@@ -123,7 +124,7 @@ def ranks_of(texts, size):
 
 
 @pytest.mark.parametrize("name", ENCODINGS)
-def test_a_tiktoken_file_gives_the_ids_of_the_tiktoken_library(tmp_path, name):
+def test_a_tiktoken_file_gives_the_ids_of_the_tiktoken_library(tmp_path: Path, name: str) -> None:
     tiktoken = pytest.importorskip("tiktoken")
     ranks = ranks_of(["the cat's mat, I'LL see 123 cats ", " 春眠不觉晓 春眠", "def f(x):\n\n    return  x\n", "aaaaaaa"], 300)
     path = tmp_path / f"{name}.tiktoken"
@@ -139,7 +140,7 @@ def test_a_tiktoken_file_gives_the_ids_of_the_tiktoken_library(tmp_path, name):
     assert load_tokenizer(tmp_path).encode("the cat") == ours.encode("the cat")
 
 
-def test_the_error_names_unknown_or_damaged_tiktoken_files_and_code(tmp_path):
+def test_the_error_names_unknown_or_damaged_tiktoken_files_and_code(tmp_path: Path) -> None:
     path = tmp_path / "other.tiktoken"
     path.write_text("YQ== 0\n")
     with pytest.raises(

@@ -158,7 +158,7 @@ def test_the_result_has_the_mean_loss_of_each_type_and_the_shared_numbers(make: 
     losses, types = Reference(stepper, 0.0).losses(batch)
     result = stepper(batch, LR, BETA2, lambda: shared(1.0, -4.0, 3.0))
     found = result.losses.by_type(TYPES)
-    assert found == {name: pytest.approx(float(losses[types == n].mean()), rel=1e-5) for n, name in enumerate(TYPES)}
+    assert found == {name: pytest.approx(losses[types == n].mean().item(), rel=1e-5) for n, name in enumerate(TYPES)}
     assert result.losses.counts.tolist() == torch.bincount(types).tolist()
     assert result.shared == shared(1.0, -4.0, 3.0)
 
@@ -205,6 +205,6 @@ def test_evaluation_is_the_mean_over_all_batches_and_changes_nothing(make: Make)
     batch = step_batch(5, [0.1, 0.8, 0.4])
     losses, types = Reference(stepper, 0.0).losses(batch)
     found = evaluate(stepper.parts, batch.micro_batches, len(TYPES))
-    assert found.mean() == pytest.approx(float(losses.mean()), rel=1e-5)
+    assert found.mean() == pytest.approx(losses.mean().item(), rel=1e-5)
     assert found.counts.tolist() == torch.bincount(types).tolist()
     assert stepper.parts.model.training and not stepper.parts.optimizer.gradients()

@@ -2,24 +2,30 @@
 
 import math
 import threading
+import time
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from internevo.parallel.world import World
 from internevo.train import watchdog
 from internevo.train.watchdog import SILENT, RollCall, Watchdog
 
+ALONE = World(0, 1, 0, torch.device("cpu"), dist.HashStore())
 
-def roll_calls(size):
+
+def roll_calls(size: int, interval: float = 20.0) -> list[RollCall]:
+    """One for each rank."""
     store = dist.HashStore()
-    return [RollCall(store, rank, size, interval=0.1) for rank in range(size)]
+    return [RollCall(store, rank, size, interval) for rank in range(size)]
 
 
-def answer(calls, answers):
+def answer(calls: list[RollCall], answers: dict[int, str]) -> dict[int, str]:
     """The report that each rank with an answer gets."""
-    reports = {}
+    reports: dict[int, str] = {}
 
-    def ask(rank):
+    def ask(rank: int) -> None:
         reports[rank] = calls[rank].report(answers[rank])
 
     threads = [threading.Thread(target=ask, args=(rank,)) for rank in answers]
@@ -30,7 +36,7 @@ def answer(calls, answers):
     return reports
 
 
-def test_all_ranks_give_the_same_report_and_the_exception_comes_first():
+def test_all_ranks_give_the_same_report_and_the_exception_comes_first() -> None:
     calls = roll_calls(5)
     assert not any(call.alarmed() for call in calls)
     calls[2].alarm("a step is slow")
@@ -41,14 +47,15 @@ def test_all_ranks_give_the_same_report_and_the_exception_comes_first():
     assert set(reports.values()) == {"the run does not go on: a step is slow\n  rank 3: at b\n  ranks 0-2, 4: at a"}
 
 
-def test_a_rank_without_an_answer_is_named_first():
-    calls = roll_calls(4)
+def test_a_rank_without_an_answer_is_named_first() -> None:
+    calls = roll_calls(4, interval=0.1)
     calls[0].alarm("a step is slow")
-    reports = answer(calls, {0: "at a", 1: "at b", 2: "at b"})
-    assert reports[2].splitlines()[1:] == [f"  rank 3: {SILENT}", "  rank 0: at a", "  ranks 1-2: at b"]
+    for call in calls[1:3]:
+        call._answer("at b")
+    assert calls[0].report("at a").splitlines()[1:] == [f"  rank 3: {SILENT}", "  rank 0: at a", "  ranks 1-2: at b"]
 
 
-def test_the_failure_of_a_rank_that_has_left_is_known_to_the_others():
+def test_the_failure_of_a_rank_that_has_left_is_known_to_the_others() -> None:
     calls = roll_calls(3)
     calls[1].leave("has failed: DataError: no more data")
     assert calls[0].alarmed()
@@ -56,7 +63,7 @@ def test_the_failure_of_a_rank_that_has_left_is_known_to_the_others():
     assert "rank 1 has failed\n  rank 1: has failed: DataError: no more data\n" in reports[0]
 
 
-def test_a_rank_that_is_done_asks_nobody():
+def test_a_rank_that_is_done_asks_nobody() -> None:
     calls = roll_calls(2)
     calls[0].leave("")
     assert not calls[1].alarmed()
@@ -64,10 +71,10 @@ def test_a_rank_that_is_done_asks_nobody():
     assert "rank 0: has finished" in calls[1].report("at a")
 
 
-def test_a_step_may_take_the_limit_or_several_times_the_slowest_before_it(monkeypatch):
+def test_a_step_may_take_the_limit_or_several_times_the_slowest_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
-    dog = Watchdog(None, limit=100)
+    dog = Watchdog(ALONE, limit=100)
     allowed = []
     for seconds, tokens in ((1000, 10), (5, 10), (400, 10), (5, 10), (5, 20)):
         with dog.step(tokens):
@@ -78,17 +85,44 @@ def test_a_step_may_take_the_limit_or_several_times_the_slowest_before_it(monkey
     assert allowed == [math.inf, 5000, 100, 2000, 4000]
 
 
-def test_without_a_limit_a_step_may_take_any_time():
-    dog = Watchdog(None, limit=0)
+def test_without_a_limit_a_step_may_take_any_time() -> None:
+    dog = Watchdog(ALONE, limit=0)
     for _ in range(3):
         with dog.step(1):
             assert dog.allowed == math.inf
 
 
-def test_a_step_that_fails_is_no_longer_timed():
-    dog = Watchdog(None, limit=100)
+def test_a_step_that_fails_is_no_longer_timed() -> None:
+    dog = Watchdog(ALONE, limit=100)
     with dog.step(1):
         pass
     with pytest.raises(ValueError, match="boom"), dog.step(1):
         raise ValueError("boom")
     assert dog.allowed is None
+
+
+@pytest.mark.parametrize(("error", "called"), [(ValueError, True), (KeyboardInterrupt, False)])
+def test_what_is_under_way_is_finished_after_a_failure_and_not_after_ctrl_c(error: type[BaseException], called: bool) -> None:
+    given: list[float] = []
+    with pytest.raises(error), Watchdog(ALONE, limit=100) as dog:
+        dog.before_end = given.append
+        raise error
+    assert bool(given) == called
+
+
+def test_what_comes_between_steps_does_not_count_as_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation or a checkpoint may take longer than a step."""
+    ended: list[str] = []
+    monkeypatch.setattr(Watchdog, "_end", lambda self, roll: ended.append("ended"))
+    world = World(0, 2, 0, torch.device("cpu"), dist.HashStore())
+    with Watchdog(world, limit=1.5, interval=0.05) as dog:
+        for _ in range(2):
+            with dog.step(1):
+                time.sleep(0.01)
+        time.sleep(2.2)
+        with dog.step(1):
+            time.sleep(0.1)
+        assert not ended
+        with dog.step(1):
+            time.sleep(2.6)
+        assert ended

@@ -131,10 +131,8 @@ def _missing_field(document: Document, what: str, fields: tuple[str, ...]) -> Da
     has = type(value).__name__
     if isinstance(value, dict):
         has = ", ".join(f"{k!r} ({type(v).__name__})" if k in fields else repr(k) for k, v in value.items())
-    return DataError(
-        f"{document.where} has no {what} under {' or '.join(map(repr, fields))} (it has {has}); give the field's "
-        "name with --text-key (in a config: data.content_name)"
-    )
+    advice = "; give the field's name with --text-key (in a config: data.content_name)" if fields != ALPACA_FIELDS else ""
+    return DataError(f"{document.where} has no {what} under {' or '.join(map(repr, fields))} (it has {has}){advice}")
 
 
 # Alpaca --------------------------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def open_input(path: str) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
 
 
 class _ZstdReader(io.RawIOBase):
-    """Decompresses the frames of a .zst file. (The library's own reader does not notice that a file is truncated.)"""
+    """Decompresses the frames of a .zst file. Unlike the library's own reader, it notices that a file is truncated."""
 
     def __init__(self, raw: BinaryIO) -> None:
         self.raw, self.decompressor = raw, zstandard.ZstdDecompressor()

@@ -201,7 +201,7 @@ class BlockReader:
         return [pair for pair in position.active if pair[0] % self.exchange.size == self.exchange.rank]
 
     def _encode_share(self, position: BlockPosition, skipped: list[str]) -> Int32Array | DataError:
-        """Encodes this rank's parts of a block. Returns them as one array, or the error because of which there are none."""
+        """Encodes this rank's parts of a block. Returns them as one array, or the error if they cannot be read."""
         max_chunks = max(1, _max_shards(position) // len(position.active))
         shards, parts = self._rank_shards(position), []
         try:

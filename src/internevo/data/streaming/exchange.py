@@ -40,7 +40,7 @@ class Exchange:
         """Gathers the arrays of all ranks.
 
         Args:
-            share: this rank's array, or the error because of which it has none.
+            share: this rank's array, or an error if it has none.
 
         Raises:
             DataError: on every rank, if a rank gives an error.

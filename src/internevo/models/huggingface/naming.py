@@ -1,4 +1,4 @@
-"""Maps rows of parameters to rows of tensors on disk.
+"""Maps rows of parameters to rows of tensors on disk. The names themselves are in ``families/FAMILY.py``, ``names()``.
 
 In every family, a tensor on disk and a parameter share whole rows. For example, q, k and v may be rows of one tensor on disk,
 and the tensors of single experts are rows of one parameter. ``storage.tensors`` says what the rows of a tensor are.

@@ -1,6 +1,9 @@
 """Formats of documents: the ids are those of the templates, and the loss is only on what the assistant says."""
 
 import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -26,14 +29,16 @@ LLAMA2 = (
     "{% generation %}{{ ' ' + message['content'] + ' ' + eos_token }}{% endgeneration %}"
     "{% else %}{{ raise_exception('no role ' + message['role']) }}{% endif %}{% endfor %}"
 )
-CHATS = [
+Chat = list[tuple[str, str]]
+"""Role and content of each message."""
+CHATS: list[Chat] = [
     [("user", "What is a cat?"), ("assistant", "An animal.\n\nIt purrs.")],
     [("user", "a"), ("assistant", ""), ("user", "b c"), ("assistant", "春眠 <|im_end|> d")],
     [("user", "x" * 50), ("assistant", "\n y")],
 ]
 
 
-def folder_with(path, template, special=("<|im_start|>", "<|im_end|>", "<s>")):
+def folder_with(path: Path, template: str | None, special: Sequence[str] = ("<|im_start|>", "<|im_end|>", "<s>")) -> Path:
     train_bpe(["the cat sat on the mat, and purred. <|User|>:"] * 5, 300, path)
     fast = Fast.from_file(str(path / "tokenizer.json"))
     fast.add_special_tokens([AddedToken(name, special=True) for name in special])
@@ -43,14 +48,14 @@ def folder_with(path, template, special=("<|im_start|>", "<|im_end|>", "<s>")):
     return path
 
 
-def tokenized(tmp_path, source, folder, format, **options):
+def tokenized(tmp_path: Path, source: Path, folder: Path, format: Any, **options: Any) -> list[tuple[Any, Any]]:
     tokenize([source], tmp_path / "out", tokenizer=folder, format=format, workers=1, **options)
     index = open_index(tmp_path / "out")
     return [tokens_and_labels(index.read(n)) for n in range(len(index))]
 
 
-def write_chats(path, chats, sharegpt=False):
-    rows = []
+def write_chats(path: Path, chats: list[Chat], sharegpt: bool = False) -> Path:
+    rows: list[dict[str, Any]] = []
     for chat in chats:
         if sharegpt:
             names = {"user": "human", "assistant": "gpt"}
@@ -66,7 +71,9 @@ def write_chats(path, chats, sharegpt=False):
 
 @pytest.mark.parametrize("template", [CHATML, LLAMA2], ids=["chatml", "llama2"])
 @pytest.mark.parametrize(("name", "sharegpt"), [("a.jsonl", False), ("a.parquet", False), ("a.jsonl", True)])
-def test_chats_have_the_ids_of_transformers_and_the_assistant_is_predicted(tmp_path, template, name, sharegpt):
+def test_chats_have_the_ids_of_transformers_and_the_assistant_is_predicted(
+    tmp_path: Path, template: str | None, name: str, sharegpt: bool
+) -> None:
     transformers = pytest.importorskip("transformers")
     folder = folder_with(tmp_path / "tokenizer", template)
     made = tokenized(tmp_path, write_chats(tmp_path / name, CHATS, sharegpt), folder, "chat")
@@ -81,7 +88,7 @@ def test_chats_have_the_ids_of_transformers_and_the_assistant_is_predicted(tmp_p
         assert said == "".join(f"{ends[0]}{text}{ends[1]}" for role, text in chat if role == "assistant")
 
 
-def test_instructions_have_internevos_template_and_the_output_is_predicted(tmp_path):
+def test_instructions_have_internevos_template_and_the_output_is_predicted(tmp_path: Path) -> None:
     folder = folder_with(tmp_path / "tokenizer", CHATML, special=("<eoh>", "<eoa>", "<s>"))
     rows = [
         {"instruction": "Say hi.", "input": "", "output": "Hi."},
@@ -99,7 +106,14 @@ def test_instructions_have_internevos_template_and_the_output_is_predicted(tmp_p
         assert text.backend.token_id("<eoh>") in tokens and text.backend.token_id("<eoa>") in tokens
 
 
-def test_valid_ratio_also_splits_instructions(tmp_path):
+def test_the_error_for_an_instruction_without_output_does_not_advise_an_option_without_effect(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path / "tokenizer", CHATML)
+    (tmp_path / "a.json").write_text(json.dumps([{"instruction": "Say hi."}]))
+    with pytest.raises(DataError, match=r"item 0 has no instruction and output under .* \(it has 'instruction' \(str\)\)$"):
+        tokenized(tmp_path, tmp_path / "a.json", folder, "alpaca")
+
+
+def test_valid_ratio_also_splits_instructions(tmp_path: Path) -> None:
     folder = folder_with(tmp_path / "tokenizer", CHATML)
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"instruction": f"{n}", "output": "x"}) + "\n" for n in range(200)))
     tokenize([tmp_path / "a.jsonl"], tmp_path / "out", tokenizer=folder, format="alpaca", valid_ratio=0.1)
@@ -117,18 +131,18 @@ def test_valid_ratio_also_splits_instructions(tmp_path):
         ({"messages": [{"role": "tool", "content": "a"}, {"role": "gpt", "content": "b"}]}, "cannot render .*no role tool"),
     ],
 )  # fmt: skip
-def test_the_error_says_what_is_wrong_with_a_chat(tmp_path, row, message):
+def test_the_error_says_what_is_wrong_with_a_chat(tmp_path: Path, row: dict[str, Any], message: str) -> None:
     folder = folder_with(tmp_path / "tokenizer", LLAMA2)
     good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     (tmp_path / "a.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(row) + "\n")
     with pytest.raises(DataError, match=message):
         tokenized(tmp_path, tmp_path / "a.jsonl", folder, "chat")
-    said = []
+    said: list[str] = []
     assert len(tokenized(tmp_path, tmp_path / "a.jsonl", folder, "chat", on_error="skip", status=said.append)) == 1
     assert sum(line.startswith("left out: ") for line in said) == 1
 
 
-def test_a_template_that_renders_a_message_differently_when_others_follow_is_refused(tmp_path):
+def test_a_template_that_renders_a_message_differently_when_others_follow_is_refused(tmp_path: Path) -> None:
     template = CHATML.replace("message['content'] +", "(message['content'] if loop.last else '') +")
     folder = folder_with(tmp_path / "tokenizer", template)
     source = write_chats(tmp_path / "a.jsonl", [[("user", "a"), ("assistant", "b"), ("user", "c")]])
@@ -136,7 +150,7 @@ def test_a_template_that_renders_a_message_differently_when_others_follow_is_ref
         tokenized(tmp_path, source, folder, "chat")
 
 
-def test_a_template_may_drop_the_reasoning_of_earlier_messages(tmp_path):
+def test_a_template_may_drop_the_reasoning_of_earlier_messages(tmp_path: Path) -> None:
     said = "message['content']"
     reasoning = "('<think>ok</think>' if loop.last and message['role'] == 'assistant' else '')"
     folder = folder_with(tmp_path / "tokenizer", CHATML.replace(f"{said} +", f"{reasoning} + {said} +"))
@@ -145,7 +159,7 @@ def test_a_template_may_drop_the_reasoning_of_earlier_messages(tmp_path):
     assert load_tokenizer(folder).decode(tokens[labels >= 0].tolist()) == "b<|im_end|>\n<think>ok</think>d<|im_end|>\n"
 
 
-def test_the_error_names_a_tokenizer_without_a_chat_template(tmp_path):
+def test_the_error_names_a_tokenizer_without_a_chat_template(tmp_path: Path) -> None:
     folder = folder_with(tmp_path / "tokenizer", None)
     with pytest.raises(UsageError, match="has no chat template"):
         tokenized(tmp_path, write_chats(tmp_path / "a.jsonl", CHATS), folder, "chat")
@@ -153,7 +167,7 @@ def test_the_error_names_a_tokenizer_without_a_chat_template(tmp_path):
     assert len(tokenized(tmp_path, tmp_path / "a.jsonl", folder, "chat")) == 3
 
 
-def test_a_template_has_no_access_to_anything_outside_its_sandbox(tmp_path):
+def test_a_template_has_no_access_to_anything_outside_its_sandbox(tmp_path: Path) -> None:
     template = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
     folder = folder_with(tmp_path / "tokenizer", template)
     with pytest.raises(DataError, match="unsafe"):
@@ -161,7 +175,7 @@ def test_a_template_has_no_access_to_anything_outside_its_sandbox(tmp_path):
 
 
 @pytest.mark.parametrize("format", ["text", "chat"])
-def test_a_killed_command_resumes_with_the_same_result(tmp_path, monkeypatch, format):
+def test_a_killed_command_resumes_with_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str) -> None:
     from internevo.data.encoding import tokenize as module
     from internevo.data.raw import inputs
 
@@ -174,17 +188,17 @@ def test_a_killed_command_resumes_with_the_same_result(tmp_path, monkeypatch, fo
         write_chats(source, CHATS * 30)
     else:
         source.write_text("".join(json.dumps({"text": f"{n} " * (n % 30)}) + "\n" for n in range(200)))
-    options = dict(tokenizer=folder, format=format, valid_ratio=0.2)
+    options: dict[str, Any] = dict(tokenizer=folder, format=format, valid_ratio=0.2)
     tokenize([source], tmp_path / "whole", **options, workers=2)
 
     class Killed(BaseException):
         pass
 
-    said = []
+    said: list[str] = []
     for kill in (1, 3, 9):
         calls = iter(range(100))
 
-        def progress(done, total, calls=calls, kill=kill):
+        def progress(done: int, total: int, calls: Iterator[int] = calls, kill: int = kill) -> None:
             if next(calls) == kill:
                 raise Killed
 
@@ -201,7 +215,7 @@ def test_a_killed_command_resumes_with_the_same_result(tmp_path, monkeypatch, fo
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
 
 
-def test_with_other_options_a_killed_command_starts_again(tmp_path):
+def test_with_other_options_a_killed_command_starts_again(tmp_path: Path) -> None:
     folder = folder_with(tmp_path / "tokenizer", CHATML)
     (tmp_path / "a.jsonl").write_text('{"text": "good"}\n{"body": 1}\n')
     with pytest.raises(DataError):

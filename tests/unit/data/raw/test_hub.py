@@ -1,6 +1,8 @@
 """Which files of a dataset in the Hugging Face layout belong to a split."""
 
 import gzip
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,14 +13,14 @@ from internevo.train.check import check
 from tests.conftest import write_config
 
 
-def write_files(root, *names):
+def write_files(root: Path, *names: str) -> Path:
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(gzip.compress(b"{}") if name.endswith(".gz") else b"{}")
     return root
 
 
-def chosen(root, split, subset=None):
+def chosen(root: Path | str, split: str, subset: str | None = None) -> list[str]:
     home, files = dataset_files(str(root), subset, split)
     return [path.relative_to(home).as_posix() for _, path in files]
 
@@ -42,7 +44,9 @@ def chosen(root, split, subset=None):
         (["latest/a.json", "contest/b.json"], ["contest/b.json", "latest/a.json"], ["contest/b.json", "latest/a.json"]),
     ],
 )  # fmt: skip
-def test_the_files_of_a_split_are_found_by_their_names(tmp_path, names, train, valid):
+def test_the_files_of_a_split_are_found_by_their_names(
+    tmp_path: Path, names: list[str], train: list[str], valid: list[str] | None
+) -> None:
     write_files(tmp_path, *names)
     assert chosen(tmp_path, "train") == train
     if valid is None:
@@ -52,7 +56,7 @@ def test_the_files_of_a_split_are_found_by_their_names(tmp_path, names, train, v
         assert chosen(tmp_path, "valid") == valid
 
 
-def test_a_split_with_files_of_several_formats_is_refused(tmp_path):
+def test_a_split_with_files_of_several_formats_is_refused(tmp_path: Path) -> None:
     write_files(tmp_path, "a.parquet", "b.jsonl", "c.jsonl.gz")
     with pytest.raises(
         DataError, match=r"several formats for the split train \(1 parquet, 2 jsonl\), which may be the same rows twice"
@@ -60,7 +64,7 @@ def test_a_split_with_files_of_several_formats_is_refused(tmp_path):
         chosen(tmp_path, "train")
 
 
-def test_a_subset_is_a_folder_of_the_dataset(tmp_path):
+def test_a_subset_is_a_folder_of_the_dataset(tmp_path: Path) -> None:
     write_files(tmp_path, "en/train.jsonl", "de/train.jsonl")
     assert chosen(tmp_path, "train", "de") == ["train.jsonl"]
     with pytest.raises(DataError, match=r"fr does not exist \(see data.subset_name\)"):
@@ -69,12 +73,12 @@ def test_a_subset_is_a_folder_of_the_dataset(tmp_path):
         dataset_files(str(write_files(tmp_path / "none", "README.md")), None, "train")
 
 
-def test_a_name_that_is_not_a_folder_is_downloaded_from_the_hub(tmp_path, monkeypatch):
+def test_a_name_that_is_not_a_folder_is_downloaded_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = pytest.importorskip("huggingface_hub")
     asked = []
     write_files(tmp_path / "cache", "train.parquet")
 
-    def download(name, repo_type):
+    def download(name: str, repo_type: str) -> str:
         asked.append((name, repo_type))
         if name == "some/thing":
             return str(tmp_path / "cache")
@@ -88,11 +92,11 @@ def test_a_name_that_is_not_a_folder_is_downloaded_from_the_hub(tmp_path, monkey
         chosen("other/thing", "train")
 
 
-def test_the_data_section_is_checked_before_anything_is_read(tmp_path):
+def test_the_data_section_is_checked_before_anything_is_read(tmp_path: Path) -> None:
     (tmp_path / "tokenizer").mkdir()
     stream = {"data__type": "streaming", "data__tokenizer_path": str(tmp_path / "tokenizer")}
 
-    def problems(folder, **changes):
+    def problems(folder: str | None, **changes: Any) -> str:
         with pytest.raises(ConfigError) as error:
             check(load_config(write_config(tmp_path, folder, **{**stream, **changes}), []), 1)
         return str(error.value)

@@ -5,6 +5,8 @@ import gzip
 import io
 import json
 import random
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -21,11 +23,12 @@ from internevo.data.raw import inputs
 from internevo.data.raw.documents import read_documents
 from internevo.data.raw.inputs import find_files, is_sequential, split_file, split_files
 from internevo.data.rows import RandomRows
+from internevo.data.source import ShuffledRows
 from internevo.data.tokenized.index import open_index
 from internevo.errors import DataError
 from internevo.text.tokenizer import train_bpe
 from internevo.train.check import check
-from tests.conftest import write_config, write_dataset
+from tests.conftest import Run, write_config, write_dataset
 
 LINES = ("jsonl", "ndjson")
 COMPRESS = {
@@ -36,21 +39,21 @@ COMPRESS = {
 
 
 @pytest.fixture
-def corpus():
+def corpus() -> list[str]:
     """Texts with everything that a reader could take for the end of a field or row: quotes, commas, tabs, all line breaks."""
     draw = random.Random(3)
     pieces = ["word ", '"', '""', ",", "\t", "\n", "\r\n", "\r", "春眠不觉晓", "é", "\u2028", "🙂", "{", "\\"]
     return ["".join(draw.choices(pieces, k=draw.randint(1, 60))) for _ in range(150)]
 
 
-def rows_of(corpus, delimiter):
+def rows_of(corpus: list[str], delimiter: str) -> bytes:
     out = io.StringIO(newline="")
     writer = csv.writer(out, delimiter=delimiter)
     writer.writerows([["id", "text"], *enumerate(corpus)])
     return out.getvalue().encode()
 
 
-def write(folder, corpus, suffix, compression=""):
+def write(folder: Path, corpus: list[str], suffix: str, compression: str = "") -> Path:
     """Writes one file with all texts, or for txt one file for each text."""
     folder.mkdir(exist_ok=True)
     path = folder / f"corpus.{suffix}{compression}"
@@ -71,7 +74,7 @@ def write(folder, corpus, suffix, compression=""):
     return path
 
 
-def read(path, key=None):
+def read(path: Path, key: str | None = None) -> list[str]:
     texts = []
     for chunk in split_files(find_files([path], None, None, ())):
         for found in read_documents(chunk, format_fields("text", key)):
@@ -85,7 +88,9 @@ def read(path, key=None):
 @pytest.mark.parametrize("size", [100, 1 << 20])
 @pytest.mark.parametrize("compression", COMPRESS)
 @pytest.mark.parametrize("suffix", ["txt", "json", *LINES, "csv", "tsv"])
-def test_every_format_gives_the_same_texts_for_any_chunk_size(tmp_path, monkeypatch, corpus, suffix, compression, size):
+def test_every_format_gives_the_same_texts_for_any_chunk_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corpus: list[str], suffix: str, compression: str, size: int
+) -> None:
     monkeypatch.setattr(inputs, "CHUNK_BYTES", size)
     path = write(tmp_path / "in", corpus, suffix, compression)
     assert read(path) == corpus and read(path.parent) == corpus
@@ -95,7 +100,7 @@ def test_every_format_gives_the_same_texts_for_any_chunk_size(tmp_path, monkeypa
     assert len(chunks) > 1 or size > 100 or suffix == "json" or compression
 
 
-def test_parquet_is_split_by_row_groups(tmp_path, corpus):
+def test_parquet_is_split_by_row_groups(tmp_path: Path, corpus: list[str]) -> None:
     path = write(tmp_path, corpus, "parquet")
     chunks = list(split_files(find_files([tmp_path], None, None, ())))
     assert len(chunks) == 4 and sum(chunk.size for chunk in chunks) == path.stat().st_size
@@ -103,14 +108,16 @@ def test_parquet_is_split_by_row_groups(tmp_path, corpus):
 
 
 @pytest.mark.parametrize(("suffix", "compression"), [("jsonl", ".zst"), ("csv", ".gz"), ("parquet", "")])
-def test_tokens_do_not_depend_on_format_or_number_of_workers(tmp_path, monkeypatch, corpus, suffix, compression):
+def test_tokens_do_not_depend_on_format_or_number_of_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corpus: list[str], suffix: str, compression: str
+) -> None:
     monkeypatch.setattr(inputs, "CHUNK_BYTES", 700)
     tokenizer = train_bpe(corpus, 300, tmp_path / "tokenizer")
     for name, source, workers in (
         ("plain", write(tmp_path / "a", corpus, "jsonl"), 1),
         ("other", write(tmp_path / "b", corpus, suffix, compression), 3),
     ):
-        seen = []
+        seen: list[Any] = []
         result = tokenize(
             [source], tmp_path / name, tokenizer=tokenizer, workers=workers, progress=lambda *p, s=seen: s.append(p)
         )
@@ -122,7 +129,7 @@ def test_tokens_do_not_depend_on_format_or_number_of_workers(tmp_path, monkeypat
 
 @pytest.mark.parametrize("suffix", ["jsonl.gz", "csv.zst", "txt.gz", "parquet"])
 @pytest.mark.parametrize("damage", ["truncated", "noise"])
-def test_the_error_names_a_damaged_file(tmp_path, corpus, suffix, damage):
+def test_the_error_names_a_damaged_file(tmp_path: Path, corpus: list[str], suffix: str, damage: str) -> None:
     kind, _, compression = suffix.partition(".")
     path = write(tmp_path / "in", corpus, kind, "." + compression if compression else "")
     path = sorted(path.iterdir())[0] if path.is_dir() else path
@@ -136,7 +143,7 @@ def test_the_error_names_a_damaged_file(tmp_path, corpus, suffix, damage):
         read(path)
 
 
-def test_the_error_names_a_row_without_text(tmp_path):
+def test_the_error_names_a_row_without_text(tmp_path: Path) -> None:
     bad = tmp_path / "bad.csv"
     bad.write_text("id,text\n1,good\n2\n")
     with pytest.raises(DataError, match=r"bad\.csv, line 2 after byte 8: the row has 1 field\(s\), but the header has 2"):
@@ -150,13 +157,16 @@ def test_the_error_names_a_row_without_text(tmp_path):
         read(tmp_path / "bad.parquet")
 
 
-def test_mocked_data_is_random_and_ignores_the_folders(tmp_path):
+def test_mocked_data_is_random_and_ignores_the_folders(tmp_path: Path) -> None:
     config = load_config(write_config(tmp_path, tmp_path / "nothing", data__type="mocked", data__valid_every=2), [])
     check(config, 1)
-    assert isinstance(train_source(config.data, 97).rows, RandomRows) and isinstance(valid_rows(config.data, 97), RandomRows)
+    source = train_source(config.data, 97)
+    assert isinstance(source, ShuffledRows)
+    assert isinstance(source.rows, RandomRows)
+    assert isinstance(valid_rows(config.data, 97), RandomRows)
 
 
-def test_links_are_followed_and_the_error_names_a_loop_of_links(tmp_path):
+def test_links_are_followed_and_the_error_names_a_loop_of_links(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "a.txt").write_text("a")
@@ -171,7 +181,7 @@ def test_links_are_followed_and_the_error_names_a_loop_of_links(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.json", "a.txt", "a.parquet"])
-def test_the_error_names_a_file_that_was_removed(tmp_path, corpus, name):
+def test_the_error_names_a_file_that_was_removed(tmp_path: Path, corpus: list[str], name: str) -> None:
     kind, _, compression = name[2:].partition(".")
     path = write(tmp_path / "in", corpus[:1], kind, "." + compression if compression else "")
     path = next(path.iterdir()) if path.is_dir() else path
@@ -182,19 +192,20 @@ def test_the_error_names_a_file_that_was_removed(tmp_path, corpus, name):
     assert len(found) == 1 and isinstance(found[0], DataError) and path.name in str(found[0])
 
 
-def test_tokenized_rows_that_cannot_be_read_are_an_error_or_are_left_out(tmp_path):
+def test_tokenized_rows_that_cannot_be_read_are_an_error_or_are_left_out(tmp_path: Path) -> None:
     folder = write_dataset(tmp_path / "data")
     data = load_config(write_config(tmp_path, folder), []).data
     with pytest.raises(DataError, match="outside the vocabulary of 50"):
         (source := train_source(data, 50)).next_rows(source.start_position(), 40, range(40))
     source = train_source(data.model_copy(update={"on_error": "skip"}), 96)
+    assert isinstance(source, ShuffledRows)
     found = source.next_rows(source.start_position(), len(source.rows), range(len(source.rows)))
     assert 0 < len(found.skipped) < found.count
     assert all("token id 96 is outside" in message for message in found.skipped)
     assert sum(not (row.labels >= 0).any() for row in found.rows) == len(found.skipped)
 
 
-def test_files_of_any_suffix_are_read_as_text_if_asked_for(tmp_path, run):
+def test_files_of_any_suffix_are_read_as_text_if_asked_for(tmp_path: Path, run: Run) -> None:
     (tmp_path / "a.py").write_text("x = 1\n" * 99)
     run(
         "tokenize", tmp_path, "--format", "text", "--pattern", "*.py", "--train-tokenizer", "bpe", "--vocab-size", 270,
@@ -203,7 +214,7 @@ def test_files_of_any_suffix_are_read_as_text_if_asked_for(tmp_path, run):
     assert len(open_index(tmp_path / "out")) == 1
 
 
-def test_the_error_names_a_document_that_is_too_long(tmp_path, monkeypatch):
+def test_the_error_names_a_document_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encode, "MAX_CHARACTERS", 5000)
     lines = [json.dumps({"text": text}) for text in ("small", "x" * 6000, "small")]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))

@@ -1,11 +1,14 @@
 """Streaming data: each epoch has every document once, and the batches are the same for any ranks, workers and stops."""
 
 import gzip
+import itertools
 import json
 import random
 import threading
 from collections import Counter
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -15,13 +18,13 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from internevo.config.data import Data
-from internevo.data.batches import BatchSizes, Cursor, TrainBatches
+from internevo.data.batches import BatchSizes, Cursor, StepBatch, TrainBatches
 from internevo.data.build import load_stream, train_source, valid_rows
 from internevo.data.raw import inputs
 from internevo.data.streaming import blocks
 from internevo.data.streaming.exchange import Exchange
 from internevo.errors import DataError
-from internevo.text.tokenizer import load_tokenizer, train_bpe
+from internevo.text.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
 VOCAB = 300
 
@@ -29,48 +32,48 @@ VOCAB = 300
 class Meeting:
     """What threads that act as ranks share: a barrier, and a table with a value of each."""
 
-    def __init__(self, size):
+    def __init__(self, size: int) -> None:
         self.size, self.barrier, self.table = size, threading.Barrier(size, timeout=60), [None] * size
 
 
 class Ranks(Exchange):
     """An exchange between threads that act as ranks."""
 
-    def __init__(self, meeting, rank):
+    def __init__(self, meeting: Meeting, rank: int) -> None:
         super().__init__()
         self.meeting, self.rank, self.size = meeting, rank, meeting.size
 
-    def _gather(self, value):
+    def _gather(self, value: Any) -> list[Any]:
         self.meeting.table[self.rank] = value
         self.meeting.barrier.wait()
         seen = list(self.meeting.table)
         self.meeting.barrier.wait()
         return seen
 
-    def _gather_status(self, status, length, timeout=None):
+    def _gather_status(self, status: Any, length: int, timeout: Any = None) -> tuple[list[Any], list[int]]:
         seen = self._gather((status, length))
         return [status for status, _ in seen], [length for _, length in seen]
 
-    def _broadcast(self, rank, share, length):
+    def _broadcast(self, rank: int, share: Any, length: int) -> Any:
         return self._gather(share[:length])[rank].copy()
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_bpe(["the cat sat"] * 3, VOCAB, tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture
-def small(monkeypatch):
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inputs, "CHUNK_BYTES", 150)
     monkeypatch.setattr(blocks, "MAX_SHARDS", 3)
 
 
-def corpus_of(draw, documents):
+def corpus_of(draw: random.Random, documents: int) -> list[str]:
     return [f"{n} " + "".join(draw.choices("abc 春🙂\n", k=draw.choice([0, 5, 40, 200]))) for n in range(documents)]
 
 
-def write(folder, corpus, kinds, draw):
+def write(folder: Path, corpus: list[str], kinds: list[str], draw: random.Random) -> None:
     """The corpus, dealt over files of several kinds and two types."""
     parts = [corpus[n :: len(kinds)] for n in range(len(kinds))]
     for number, (kind, part) in enumerate(zip(kinds, parts, strict=True)):
@@ -89,28 +92,30 @@ def write(folder, corpus, kinds, draw):
                 writer.write_table(table, max_chunksize=3)
 
 
-def train(data, ranks, cursor, batches):
+def train(data: Data, ranks: int, cursor: Cursor, batches: int) -> tuple[Any, list[Cursor]]:
     """Returns the rows of each global batch, and the cursors after them. The ranks are threads."""
     meeting = Meeting(ranks)
-    made = [[] for _ in range(ranks)]
-    errors = []
+    made: list[list[StepBatch]] = [[] for _ in range(ranks)]
+    errors: list[BaseException] = []
 
-    def work(rank):
+    def work(rank: int) -> None:
         try:
             source = train_source(data, VOCAB, partial(Ranks, meeting, rank))
             batches_ = TrainBatches(
                 source, BatchSizes.from_config(data, ranks), rank, data.use_packed_dataset, data.total_steps
             )
-            steps = batches_.prefetch(cursor)
-            made[rank] = [step for step, _ in zip(steps, range(batches), strict=False)]
+            steps: Any = batches_.prefetch(cursor)
+            made[rank] = list(itertools.islice(steps, batches))
             steps.close()
         except BaseException as error:
             errors.append(error)
             meeting.barrier.abort()
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(ranks)]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     if errors:
         raise errors[0]
     rows = []
@@ -124,7 +129,7 @@ def train(data, ranks, cursor, batches):
     return rows, [step.next_cursor for step in made[0]]
 
 
-def documents(rows, tokenizer):
+def documents(rows: Any, tokenizer: Tokenizer) -> list[str]:
     """Returns the texts of packed rows, without a last one that may not be complete."""
     ids = [token for batch in rows for row in batch for token, _, _ in row]
     eos = tokenizer.eos_id
@@ -140,8 +145,16 @@ def documents(rows, tokenizer):
     ranks=st.lists(st.sampled_from([1, 2, 3, 4, 6, 8]), min_size=1, max_size=3), stops=st.lists(st.integers(1, 4), max_size=2),
 )  # fmt: skip
 def test_each_epoch_has_every_document_and_batches_do_not_depend_on_ranks_and_stops(
-    tmp_path_factory, small, tokenizer, seed, count, seq_len, kinds, ranks, stops
-):
+    tmp_path_factory: pytest.TempPathFactory,
+    small: None,
+    tokenizer: Path,
+    seed: int,
+    count: int,
+    seq_len: int,
+    kinds: list[str],
+    ranks: list[int],
+    stops: list[int],
+) -> None:
     draw = random.Random(seed)
     corpus = corpus_of(draw, count)
     folder = tmp_path_factory.mktemp("stream")
@@ -159,7 +172,8 @@ def test_each_epoch_has_every_document_and_batches_do_not_depend_on_ranks_and_st
         assert Counter(found[epoch * count : (epoch + 1) * count]) == Counter(corpus)
     assert not Counter(found[len(found) // count * count :]) - Counter(corpus)
 
-    cursor, rows = Cursor(), []
+    cursor = Cursor()
+    rows: list[Any] = []
     for number, size in enumerate(ranks):
         stop = stops[number] if number < len(stops) and number + 1 < len(ranks) else steps - len(rows)
         more, after = train(data, size, cursor, min(stop, steps - len(rows)))
@@ -169,13 +183,15 @@ def test_each_epoch_has_every_document_and_batches_do_not_depend_on_ranks_and_st
     assert rows == wanted
 
 
-def json_round(cursor):
+def json_round(cursor: Cursor) -> Cursor:
     return Cursor(cursor.batch, cursor.rows, json.loads(json.dumps(cursor.position)))
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("packed", [True, False])
-def test_batches_do_not_depend_on_the_worker_processes(tmp_path, small, tokenizer, workers, packed):
+def test_batches_do_not_depend_on_the_worker_processes(
+    tmp_path: Path, small: None, tokenizer: Path, workers: int, packed: bool
+) -> None:
     draw = random.Random(1)
     write(tmp_path / "data", corpus_of(draw, 70), ["jsonl", "jsonl"], draw)
     data = Data(
@@ -186,7 +202,7 @@ def test_batches_do_not_depend_on_the_worker_processes(tmp_path, small, tokenize
     assert train(data.model_copy(update={"num_worker": workers}), 2, json_round(after[3]), 16)[0] == wanted[4:]
 
 
-def test_every_seed_and_every_epoch_has_another_order(tmp_path, small, tokenizer):
+def test_every_seed_and_every_epoch_has_another_order(tmp_path: Path, small: None, tokenizer: Path) -> None:
     draw = random.Random(1)
     corpus = [f"{n} " + "x" * 20 for n in range(40)]
     write(tmp_path / "data", corpus, ["jsonl"], draw)
@@ -200,7 +216,7 @@ def test_every_seed_and_every_epoch_has_another_order(tmp_path, small, tokenizer
     assert sorted(one[:40]) == sorted(one[40:80]) == sorted(two[:40]) == sorted(corpus)
 
 
-def test_a_document_that_cannot_be_read_stops_every_rank_or_is_left_out(tmp_path, small, tokenizer):
+def test_a_document_that_cannot_be_read_stops_every_rank_or_is_left_out(tmp_path: Path, small: None, tokenizer: Path) -> None:
     draw = random.Random(1)
     corpus = [f"{n} " + "x" * 30 for n in range(60)]
     write(tmp_path / "data", corpus, ["jsonl"], draw)
@@ -216,8 +232,8 @@ def test_a_document_that_cannot_be_read_stops_every_rank_or_is_left_out(tmp_path
         train(data, 3, Cursor(), 20)
     skipping = data.model_copy(update={"on_error": "skip"})
     source = train_source(skipping, VOCAB)
-    steps = TrainBatches(source, BatchSizes(1, 6, 1), 0, True, 1000).prefetch(Cursor())
-    skipped = []
+    steps: Any = TrainBatches(source, BatchSizes(1, 6, 1), 0, True, 1000).prefetch(Cursor())
+    skipped: list[str] = []
     while len(skipped) < 3:
         skipped += next(steps).skipped
     steps.close()
@@ -226,7 +242,7 @@ def test_a_document_that_cannot_be_read_stops_every_rank_or_is_left_out(tmp_path
     assert sorted(left[:57]) == sorted(text for n, text in enumerate(corpus) if n not in (7, 23, 41))
 
 
-def test_validation_has_each_document_of_its_split_once(tmp_path, small, tokenizer):
+def test_validation_has_each_document_of_its_split_once(tmp_path: Path, small: None, tokenizer: Path) -> None:
     for name, texts in (("train", ["a", "b"]), ("validation", ["cc", "dd", "ee"])):
         parquet.write_table(pyarrow.table({"text": texts}), tmp_path / f"{name}-00000-of-00001.parquet")
     data = Data(
@@ -234,6 +250,7 @@ def test_validation_has_each_document_of_its_split_once(tmp_path, small, tokeniz
         micro_bsz=1, total_steps=10, num_worker=0, valid_every=1,
     )  # fmt: skip
     rows = load_stream(valid_rows(data, VOCAB), None)
+    assert rows is not None
     text = load_tokenizer(tokenizer)
     tokens = np.concatenate([row.tokens for row in (rows[n] for n in range(len(rows)))])
     assert sorted(text.decode(tokens.tolist()).replace("!", "").split("<|endoftext|>"))[-3:] == ["cc", "dd", "ee"]
@@ -241,7 +258,7 @@ def test_validation_has_each_document_of_its_split_once(tmp_path, small, tokeniz
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz"])
-def test_data_with_nothing_to_train_on_is_an_error(tmp_path, small, tokenizer, kind):
+def test_data_with_nothing_to_train_on_is_an_error(tmp_path: Path, small: None, tokenizer: Path, kind: str) -> None:
     write(tmp_path / "data", [""] * 40, [kind], random.Random(1))
     data = Data(
         type="streaming", train_folder=str(tmp_path / "data"), tokenizer_path=str(tokenizer), seq_len=4, micro_bsz=1,

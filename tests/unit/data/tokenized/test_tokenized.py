@@ -1,5 +1,8 @@
 """Tokenized files in every format: what is read is what was written, and errors say where a file is damaged."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -14,7 +17,9 @@ from tests.unit.data.writers import DOCUMENTS, write_binary, write_json, write_m
 
 @settings(max_examples=60, deadline=None)
 @given(documents=DOCUMENTS, masks=st.booleans(), seed=st.integers(0, 99))
-def test_json_lines_and_the_compact_form_read_back_what_was_written(tmp_path_factory, documents, masks, seed):
+def test_json_lines_and_the_compact_form_read_back_what_was_written(
+    tmp_path_factory: pytest.TempPathFactory, documents: Any, masks: bool, seed: int
+) -> None:
     folder = tmp_path_factory.mktemp("formats")
     draw = np.random.default_rng(seed)
     stored = [np.array(d) for d in documents]
@@ -31,7 +36,7 @@ def test_json_lines_and_the_compact_form_read_back_what_was_written(tmp_path_fac
         assert np.array_equal(file.read(0, 1, 3), stored[0][1:3])
 
 
-def test_the_index_is_cached_and_made_again_when_files_change(tmp_path):
+def test_the_index_is_cached_and_made_again_when_files_change(tmp_path: Path) -> None:
     write_binary(tmp_path / "en" / "a.bin", [[1, 2]], 501)
     assert open_index(tmp_path).fingerprint() == open_index(tmp_path).fingerprint()
     assert len(list((tmp_path / ".internevo").iterdir())) == 1
@@ -40,7 +45,7 @@ def test_the_index_is_cached_and_made_again_when_files_change(tmp_path):
     assert index.types == ["cn", "en"] and index.tokens == 5
 
 
-def test_the_error_says_where_a_truncated_binary_file_ends(tmp_path):
+def test_the_error_says_where_a_truncated_binary_file_ends(tmp_path: Path) -> None:
     path = tmp_path / "en" / "a.bin"
     write_binary(path, [[1, 2, 3], [4, 5, 6]], 501)
     path.write_bytes(path.read_bytes()[:-3])
@@ -48,7 +53,7 @@ def test_the_error_says_where_a_truncated_binary_file_ends(tmp_path):
         open_index(tmp_path)
 
 
-def test_the_error_says_where_a_truncated_json_file_ends(tmp_path):
+def test_the_error_says_where_a_truncated_json_file_ends(tmp_path: Path) -> None:
     path = tmp_path / "en" / "a.bin"
     write_json(path, [[1, 2, 3], [4, 5, 6]])
     path.write_bytes(path.read_bytes()[:-8])
@@ -56,7 +61,7 @@ def test_the_error_says_where_a_truncated_json_file_ends(tmp_path):
         open_index(tmp_path)
 
 
-def test_the_error_names_a_meta_that_does_not_match(tmp_path):
+def test_the_error_names_a_meta_that_does_not_match(tmp_path: Path) -> None:
     path = tmp_path / "en" / "a.bin"
     write_binary(path, [[1, 2, 3], [4, 5, 6]], 501)
     np.save(open(f"{path}.meta", "wb"), np.array([[0, 3], [6, 2]]))
@@ -74,12 +79,12 @@ def test_the_error_names_a_meta_that_does_not_match(tmp_path):
         open_index(tmp_path)
 
 
-def test_a_folder_without_bin_files_is_refused(tmp_path):
+def test_a_folder_without_bin_files_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="contains no .bin file"):
         open_index(tmp_path)
 
 
-def test_int32_offsets_beyond_2_gib_are_repaired(tmp_path):
+def test_int32_offsets_beyond_2_gib_are_repaired(tmp_path: Path) -> None:
     offsets = np.array([0, 2**31 - 5, 2**31 + 10, 2**32 - 1, 2**32 + 7], dtype=np.int64)
     meta = np.stack([offsets, np.full(5, 3)], axis=1)
     np.save(open(tmp_path / "a.bin.meta", "wb"), meta.astype(np.int32))
@@ -90,7 +95,9 @@ def test_int32_offsets_beyond_2_gib_are_repaired(tmp_path):
 @example([[[]], [[0]]])  # here offsets alone do not tell how many bytes an id has
 @given(st.lists(st.lists(st.lists(st.integers(0, 65535), max_size=9), min_size=1, max_size=3), min_size=1, max_size=30))
 @settings(max_examples=30, deadline=None)
-def test_a_megatron_dataset_has_the_rows_of_the_tokenized_one(tmp_path_factory, dtype, code, documents):
+def test_a_megatron_dataset_has_the_rows_of_the_tokenized_one(
+    tmp_path_factory: pytest.TempPathFactory, dtype: str, code: int, documents: Any
+) -> None:
     folder, again = tmp_path_factory.mktemp("megatron"), tmp_path_factory.mktemp("again")
     joined = [[token for sequence in document for token in sequence] for document in documents]
     (folder / "en").mkdir()
@@ -101,7 +108,7 @@ def test_a_megatron_dataset_has_the_rows_of_the_tokenized_one(tmp_path_factory, 
     assert [prefix.read(n).tolist() for n in range(len(prefix))] == [ids for ids in joined if ids]
     if index.tokens:
         writer = TokenWriter(again / "en" / "part.bin")
-        writer.write(np.array([t for ids in joined for t in ids]), [len(ids) for ids in joined])
+        writer.write(np.array([t for ids in joined for t in ids]), np.array([len(ids) for ids in joined]))
         writer.close()
         ours, theirs = (PackedRows(open_index(root), 8, 65536) for root in (again, folder))
         assert len(ours) == len(theirs) > 0
@@ -109,7 +116,7 @@ def test_a_megatron_dataset_has_the_rows_of_the_tokenized_one(tmp_path_factory, 
             assert row.tokens.tolist() == other.tokens.tolist() and row.labels.tolist() == other.labels.tolist()
 
 
-def test_the_error_names_a_damaged_megatron_index(tmp_path):
+def test_the_error_names_a_damaged_megatron_index(tmp_path: Path) -> None:
     write_megatron(tmp_path / "part", [[[1, 2]], [[3]]], "<i4", 4)
     content = (tmp_path / "part.idx").read_bytes()
     for broken, message in (

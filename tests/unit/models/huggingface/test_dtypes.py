@@ -1,15 +1,17 @@
-"""Folders whose tensors have different dtypes: each is read by its own, and nothing is lost."""
+"""Folders whose tensors have different dtypes: each tensor is read in its own dtype, and no value is rounded."""
 
 import json
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from internevo import load_model, save_hf
 from internevo.checkpoint import Checkpoint
@@ -30,26 +32,26 @@ TINY = DecoderConfig(
 )
 
 
-def write(folder, config, tensors):
+def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
 
 
-def disk(folder):
+def disk(folder: Path) -> dict[str, Tensor]:
     found = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
     assert found
     return found
 
 
-def parameters(folder):
+def parameters(folder: Path) -> list[Tensor]:
     return [parameter.double() for parameter in load_model(folder).parameters()]
 
 
 @pytest.mark.parametrize("family", [*sorted(CONFIGS), *REFERENCES])
 @settings(max_examples=3, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 10**6))
-def test_every_tensor_is_read_and_kept_in_its_own_dtype(family, data, seed):
+def test_every_tensor_is_read_and_kept_in_its_own_dtype(family: str, data: st.DataObject, seed: int) -> None:
     if family in CONFIGS:
         theirs, _ = pair(data.draw(CONFIGS[family]), seed)
         config, tensors = {**theirs.config.to_dict(), "architectures": [type(theirs).__name__]}, disk_tensors(theirs)
@@ -59,8 +61,8 @@ def test_every_tensor_is_read_and_kept_in_its_own_dtype(family, data, seed):
         torch.manual_seed(seed)
         config, tensors = random_folder(family, lambda values: data.draw(st.sampled_from(values)))
     mixed = {name: tensor.to(data.draw(st.sampled_from(KINDS))) for name, tensor in tensors.items()}
-    with TemporaryDirectory() as place:
-        there, ours, back, narrow, wide = (Path(place) / name for name in ("there", "ours", "back", "narrow", "wide"))
+    with TemporaryDirectory() as temporary:
+        there, ours, back, narrow, wide = (Path(temporary) / name for name in ("there", "ours", "back", "narrow", "wide"))
         write(there, config, mixed)
         convert(there, ours, "internevo", shard_bytes=20_000)
         convert(ours, back, "hf", shard_bytes=20_000)
@@ -80,8 +82,8 @@ def test_every_tensor_is_read_and_kept_in_its_own_dtype(family, data, seed):
             assert all(torch.equal(a, b) for a, b in zip(parameters(folder), wanted, strict=True))
 
 
-def mixed_model():
-    """bf16, with norms in fp32, and one matrix in fp16."""
+def mixed_model() -> Decoder:
+    """Returns a model in bf16, but with norms in fp32 and one matrix in fp16."""
     torch.manual_seed(0)
     with torch.device("meta"):
         model = Decoder(TINY)
@@ -93,7 +95,7 @@ def mixed_model():
     return model
 
 
-def test_a_model_in_memory_keeps_its_dtypes(tmp_path):
+def test_a_model_in_memory_keeps_its_dtypes(tmp_path: Path) -> None:
     model = mixed_model()
     save_hf(model, tmp_path / "saved")
     source = HfFolder(tmp_path / "saved")
@@ -108,7 +110,7 @@ def test_a_model_in_memory_keeps_its_dtypes(tmp_path):
     assert "torch.bfloat16, some torch.float16, some torch.float32\n" in "\n".join(describe(tmp_path / "ours"))
 
 
-def test_older_bin_folders_are_read_by_tensor_too(tmp_path):
+def test_tensors_of_older_bin_files_keep_their_dtypes_too(tmp_path: Path) -> None:
     save_hf(mixed_model(), tmp_path / "saved")
     old = tmp_path / "old"
     old.mkdir()
@@ -119,7 +121,7 @@ def test_older_bin_folders_are_read_by_tensor_too(tmp_path):
     assert all(found[name].dtype == tensor.dtype and torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
 
-def test_merged_adapters_do_not_change_the_dtype_of_a_weight(tmp_path):
+def test_merged_adapters_do_not_change_the_dtype_of_a_weight(tmp_path: Path) -> None:
     config = replace(TINY, lora=Lora(2, 4.0, ("q",)))
     with torch.device("meta"):
         model = Decoder(config)
@@ -136,7 +138,7 @@ def test_merged_adapters_do_not_change_the_dtype_of_a_weight(tmp_path):
     assert torch.equal(found.read("layers.0.attn.q.weight", 0, 8), source.read("layers.0.attn.q.weight", 0, 8))
 
 
-def test_what_is_joined_from_parts_holds_every_value_of_theirs():
+def test_the_dtype_of_joined_tensors_holds_every_value_of_each() -> None:
     f8, f16, b16, f32, f64 = torch.float8_e4m3fn, torch.float16, torch.bfloat16, torch.float32, torch.float64
     assert joint_dtype([b16, b16]) == b16
     assert joint_dtype([f16, b16]) == joint_dtype([f8, b16]) == joint_dtype([f32, f16]) == f32

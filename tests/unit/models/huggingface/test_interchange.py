@@ -1,14 +1,16 @@
-"""Interchange with Hugging Face."""
+"""Conversion from and to Hugging Face folders, compared with transformers."""
 
 import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from internevo import load_model, save_hf
@@ -16,12 +18,12 @@ from internevo.checkpoint import Checkpoint
 from internevo.commands.convert import convert
 from internevo.errors import UsageError
 from internevo.models.huggingface.folder import HfFolder, write_hf
-from tests.conftest import metrics
+from tests.conftest import Run, WriteConfig, metrics
 from tests.families import CONFIGS, pair
 from tests.references import REFERENCES, random_folder
 
 
-def test_a_round_trip_is_bit_exact_and_loads_in_transformers(llama_folder, tmp_path):
+def test_a_round_trip_is_bit_exact_and_loads_in_transformers(llama_folder: Path, tmp_path: Path) -> None:
     convert(llama_folder, tmp_path / "ours", "internevo")
     convert(tmp_path / "ours", tmp_path / "back", "hf", shard_bytes=20_000)
     assert (tmp_path / "back" / "model.safetensors.index.json").is_file()
@@ -31,7 +33,8 @@ def test_a_round_trip_is_bit_exact_and_loads_in_transformers(llama_folder, tmp_p
         found.update(load_file(path))
         assert path.stat().st_size < 60_000
     assert found.keys() == wanted.keys() and all(torch.equal(found[k], wanted[k]) for k in wanted)
-    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "back", output_loading_info=True)
+    auto: Any = AutoModelForCausalLM  # typed as if it returned a model alone
+    model, info = auto.from_pretrained(tmp_path / "back", output_loading_info=True)
     assert not any(info.values())
     tokens = torch.randint(0, 300, (2, 9))
     for folder in (llama_folder, tmp_path / "ours", tmp_path / "back"):
@@ -40,7 +43,7 @@ def test_a_round_trip_is_bit_exact_and_loads_in_transformers(llama_folder, tmp_p
     assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] == 2
 
 
-def test_save_hf_writes_what_transformers_reads(llama_folder, tmp_path):
+def test_save_hf_writes_what_transformers_reads(llama_folder: Path, tmp_path: Path) -> None:
     model = load_model(llama_folder, dtype=torch.bfloat16)
     save_hf(model, tmp_path / "saved")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="auto")
@@ -50,11 +53,13 @@ def test_save_hf_writes_what_transformers_reads(llama_folder, tmp_path):
 
 
 class Evil:
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return (Path.touch, (Path("was-run"),))
 
 
-def test_older_bin_folders_load_and_code_in_them_does_not_run(llama_folder, tmp_path, monkeypatch):
+def test_older_bin_files_load_and_code_in_them_does_not_run(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weights = load_file(llama_folder / "model.safetensors")
     old = tmp_path / "old"
     old.mkdir()
@@ -69,11 +74,11 @@ def test_older_bin_folders_load_and_code_in_them_does_not_run(llama_folder, tmp_
     assert not (tmp_path / "was-run").exists()
 
 
-def test_a_folder_that_does_not_fit_is_refused_by_name(llama_folder, tmp_path):
+def test_a_folder_that_does_not_fit_is_refused_by_name(llama_folder: Path, tmp_path: Path) -> None:
     path = llama_folder / "config.json"
     good = json.loads(path.read_text())
 
-    def refused(match, **changes):
+    def refused(match: str, **changes: Any) -> None:
         path.write_text(json.dumps({**good, **changes}))
         with pytest.raises(UsageError, match=match):
             load_model(llama_folder)
@@ -101,8 +106,8 @@ def test_a_folder_that_does_not_fit_is_refused_by_name(llama_folder, tmp_path):
         load_model(tmp_path)
 
 
-def disk(folder):
-    """Every tensor of a folder."""
+def disk(folder: Path) -> dict[str, Tensor]:
+    """Returns all tensors of a folder."""
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
         found.update(load_file(path))
@@ -110,23 +115,24 @@ def disk(folder):
     return found
 
 
-def same(a, b):
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.mark.parametrize("family", sorted(CONFIGS))
 @settings(max_examples=3, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 10**6), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
-def test_every_family_goes_both_ways_with_transformers(family, data, seed, dtype):
+def test_every_family_goes_both_ways_with_transformers(family: str, data: st.DataObject, seed: int, dtype: torch.dtype) -> None:
     theirs, _ = pair(data.draw(CONFIGS[family]), seed)
     theirs.to(dtype)
-    with TemporaryDirectory() as place:
-        there, ours, back = (Path(place) / name for name in ("there", "ours", "back"))
+    with TemporaryDirectory() as temporary:
+        there, ours, back = (Path(temporary) / name for name in ("there", "ours", "back"))
         theirs.save_pretrained(there)
         convert(there, ours, "internevo")
         convert(ours, back, "hf", shard_bytes=20_000)
         assert same(disk(back), disk(there))
-        loaded, info = AutoModelForCausalLM.from_pretrained(back, output_loading_info=True, experts_implementation="eager")
+        auto: Any = AutoModelForCausalLM  # typed as if it returned a model alone
+        loaded, info = auto.from_pretrained(back, output_loading_info=True, experts_implementation="eager")
         assert not any(info.values()), info
         assert loaded.dtype == dtype
         tokens = torch.randint(1, theirs.config.vocab_size, (1, 9))
@@ -139,11 +145,11 @@ def test_every_family_goes_both_ways_with_transformers(family, data, seed, dtype
 @pytest.mark.parametrize("family", REFERENCES)
 @settings(max_examples=5, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 10**6))
-def test_families_without_a_class_in_transformers_go_both_ways(family, data, seed):
+def test_families_without_a_class_in_transformers_go_both_ways(family: str, data: st.DataObject, seed: int) -> None:
     torch.manual_seed(seed)
     config, tensors = random_folder(family, lambda values: data.draw(st.sampled_from(values)))
-    with TemporaryDirectory() as place:
-        there, ours, back = (Path(place) / name for name in ("there", "ours", "back"))
+    with TemporaryDirectory() as temporary:
+        there, ours, back = (Path(temporary) / name for name in ("there", "ours", "back"))
         there.mkdir()
         (there / "config.json").write_text(json.dumps(config))
         save_file(tensors, there / "model.safetensors", metadata={"format": "pt"})
@@ -157,7 +163,7 @@ def test_families_without_a_class_in_transformers_go_both_ways(family, data, see
         assert ("max_position_embeddings" in written) == ("max_position_embeddings" in config)
 
 
-def test_an_internlm2_model_is_written_as_llama_for_transformers(tmp_path, run):
+def test_an_internlm2_model_is_written_as_llama_for_transformers(tmp_path: Path, run: Run) -> None:
     torch.manual_seed(0)
     config, tensors = random_folder("INTERNLM2", lambda values: values[-1])
     folder = tmp_path / "internlm2"
@@ -174,7 +180,7 @@ def test_an_internlm2_model_is_written_as_llama_for_transformers(tmp_path, run):
     )
 
 
-def test_what_lies_beside_the_weights_goes_along(llama_folder, tmp_path):
+def test_other_files_of_the_folder_are_copied(llama_folder: Path, tmp_path: Path) -> None:
     beside = {
         "generation_config.json": '{"temperature": 0.5}', "chat_template.jinja": "{{ messages }}",
         "tokenizer_config.json": '{"bos_token": "<s>"}', "configuration_own.py": "x = 1",
@@ -193,14 +199,17 @@ def test_what_lies_beside_the_weights_goes_along(llama_folder, tmp_path):
 
 
 @pytest.mark.parametrize(("family", "processes"), [("LLAMA2", 2), ("MIXTRALMOE", 3), ("INTERNLM2", 2)])
-def test_training_starts_from_a_hugging_face_folder(tmp_path, config, run, family, processes):
-    """Any layout; fused and expert tensors too. With a learning rate of 0 the folder's weights come out again."""
+def test_training_starts_from_a_hugging_face_folder(
+    tmp_path: Path, config: WriteConfig, run: Run, family: str, processes: int
+) -> None:
+    """With several layouts and families. The learning rate is 0, so that the run's weights equal the folder's."""
     torch.manual_seed(0)
-    shape = dict(
+    shape: dict[str, Any] = dict(
         vocab_size=300, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         rope_theta=500.0, rms_norm_eps=1e-6, max_position_embeddings=64,
     )  # fmt: skip
-    folder, experts = tmp_path / "hf", {}
+    folder = tmp_path / "hf"
+    experts: dict[str, Any] = {}
     if family == "MIXTRALMOE":
         experts = {"model__num_experts": 4, "model__top_k": 2, "model__moe_type": "Dropless"}
         MixtralForCausalLM(MixtralConfig(**shape, num_local_experts=4)).save_pretrained(folder)
