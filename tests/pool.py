@@ -1,4 +1,4 @@
-"""Processes that stay: a test's training run or function goes to some of them, which have Python and PyTorch loaded already."""
+"""Processes that are started once and reused: tests run trainings and functions in them without importing PyTorch each time."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from pathlib import Path
 from typing import Any
 
 DEVICE = os.environ.get("INTERNEVO_TEST_DEVICE", "cpu")
-"""Where the runs train: "cuda" for GPUs, as many or as few as there are."""
+"""Device of the runs: "cpu", or "cuda" for any number of GPUs."""
 PATIENCE = 5.0
-"""Seconds that the other ranks have to end after one has failed."""
+"""Seconds in which the other ranks must end after one has failed."""
 
 
 def _work(rank: int, pipe: Connection) -> None:
-    """Does one job after another: (environment, function, arguments)."""
-    os.environ.update(place(rank, 1, 0), INTERNEVO_PARENT=str(os.getppid()))
+    """Runs jobs one after the other. A job is (environment, function, arguments)."""
+    os.environ.update(launcher_env(rank, 1, 0), INTERNEVO_PARENT=str(os.getppid()))
     import torch
 
-    faulthandler.enable()  # a crash shows where
+    faulthandler.enable()  # prints the stacks after a crash
     torch.set_num_threads(1)
     pipe.send_bytes(b"ready")
     while True:
@@ -59,14 +59,14 @@ def _join_and_call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> 
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """Returns a port of this machine on which nothing listens."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
 
 
-def place(rank: int, size: int, port: int, device: str = DEVICE) -> dict[str, str]:
-    """The variables of a launcher, for one process on this machine."""
+def launcher_env(rank: int, size: int, port: int, device: str = DEVICE) -> dict[str, str]:
+    """Returns the environment variables that a launcher sets for one process on this machine."""
     return {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "INTERNEVO_DEVICE": device, **shared_gpu(rank),
@@ -74,7 +74,7 @@ def place(rank: int, size: int, port: int, device: str = DEVICE) -> dict[str, st
 
 
 def shared_gpu(rank: int) -> dict[str, str]:
-    """NCCL refuses two ranks of one host on one GPU; as ranks of several hosts they meet over sockets."""
+    """Returns what lets several ranks share a GPU: NCCL refuses that for ranks of one host, so each gets its own host id."""
     if DEVICE == "cpu":
         return {}
     import torch
@@ -84,7 +84,7 @@ def shared_gpu(rank: int) -> dict[str, str]:
 
 @contextmanager
 def _measured(measured: bool) -> Iterator[None]:
-    """Whether coverage follows the processes that are started within it: two ranks run what all run, and tracing takes time."""
+    """Decides whether coverage measures the processes started in this context. (Two ranks suffice; measuring takes time.)"""
     config = None if measured else os.environ.pop("COVERAGE_PROCESS_CONFIG", None)
     try:
         yield
@@ -94,28 +94,32 @@ def _measured(measured: bool) -> Iterator[None]:
 
 
 class Pool:
-    """Processes, started when first needed."""
+    """A pool of processes. They are started when they are first needed."""
 
     def __init__(self) -> None:
         self.workers: list[tuple[BaseProcess, Connection]] = []
         atexit.register(self.stop)
 
     def train(self, path: Path, processes: int = 1, *overrides: str, timeout: float = 400) -> None:
-        """``internevo train PATH OVERRIDES`` on ``processes``; fails with the traceback of the first rank that failed."""
+        """Runs ``internevo train PATH OVERRIDES`` on several processes.
+
+        Raises:
+            AssertionError: with the tracebacks, in the order in which the ranks have failed.
+        """
         self._do(_train, (path, overrides), processes, timeout, DEVICE)
 
     def run(
         self, function: Callable[..., Any], processes: int, *arguments: Any, timeout: float = 120, device: str = DEVICE
     ) -> list[Any]:
-        """``function(world, *arguments)`` on every rank of a process group of ``processes``; what each rank returned.
+        """Runs ``function(world, *arguments)`` on every rank of several processes. Returns what each rank has returned.
 
         Args:
-            function: of a module, so that the processes can import it. It and its arguments and results are pickled.
+            function: a function of a module, since the processes must import it. Arguments and results are pickled.
             timeout: seconds for all ranks together.
-            device: "cpu" keeps it off the GPUs.
+            device: "cpu" if GPUs must not be used.
 
         Raises:
-            AssertionError: with the tracebacks, the first rank that failed first.
+            AssertionError: with the tracebacks, in the order in which the ranks have failed.
         """
         return self._do(_join_and_call, (function, arguments), processes, timeout, device)
 
@@ -128,7 +132,7 @@ class Pool:
         # The pool has the store, as torchrun does, so that no other program gets its port.
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank, (_, pipe) in enumerate(self.workers[:processes]):
-            environment = {**place(rank, processes, store.port, device), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+            environment = {**launcher_env(rank, processes, store.port, device), "TORCHELASTIC_USE_AGENT_STORE": "True"}
             pipe.send_bytes(pickle.dumps((environment, function, arguments)))
         results, failures = self._answers(processes, timeout)
         if failures:
@@ -143,13 +147,13 @@ class Pool:
             process = context.Process(target=_work, args=(rank, theirs), daemon=True)
             with _measured(rank < 2):
                 process.start()
-            theirs.close()  # so that the end of the process is the end of the pipe
+            theirs.close()  # so that the pipe is closed when the process ends
             self.workers.append((process, mine))
         for _, pipe in self.workers[running:]:
-            assert pipe.recv_bytes() == b"ready"  # no job pays for the start
+            assert pipe.recv_bytes() == b"ready"  # so that the start does not count as time of a job
 
     def _answers(self, processes: int, timeout: float) -> tuple[list[Any], list[str]]:
-        """The result of each rank, and what went wrong, in the order in which it did."""
+        """Returns the result of each rank, and the failures in the order in which they happened."""
         results: list[Any] = [None] * processes
         failures: list[str] = []
         waiting = {pipe: rank for rank, (_, pipe) in enumerate(self.workers[:processes])}
@@ -170,7 +174,11 @@ class Pool:
         return results, failures + [f"rank {rank} did not finish" for rank in waiting.values()]
 
     def stop(self, patience: float = 0.0) -> None:
-        """Ends all processes; the next job starts new ones. An idle one has ``patience`` seconds to write what it measured."""
+        """Ends all processes. The next job starts new ones.
+
+        Args:
+            patience: seconds in which an idle process may write its coverage before it is killed.
+        """
         for _, pipe in self.workers:
             pipe.close()
         for process, _ in self.workers:

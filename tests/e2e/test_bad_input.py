@@ -1,4 +1,4 @@
-"""Bad input: one clear message with file and position, a non-zero exit, and nothing that was safe is lost."""
+"""Bad input gives one clear message with the file and the position, and a non-zero exit code. Existing files stay intact."""
 
 import json
 import resource
@@ -15,7 +15,7 @@ def tokenize(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[s
     return run("tokenize", *arguments, "--train-tokenizer", "bpe", "--vocab-size", 300, code=code)
 
 
-def test_text_that_is_not_utf8_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_file_that_is_not_utf8_is_named_and_no_output_is_left(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.txt").write_text("fine")
     (tmp_path / "in" / "b.txt").write_bytes(b"12345\xff67")
@@ -34,13 +34,13 @@ def test_text_that_is_not_utf8_is_named_and_leaves_nothing(tmp_path: Path) -> No
         ),
     ],
 )
-def test_a_bad_json_line_is_named(tmp_path: Path, line: str, message: str) -> None:
+def test_the_position_of_a_bad_json_line_is_named(tmp_path: Path, line: str, message: str) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "abc"}\n' + line + "\n")
     done = tokenize(tmp_path / "a.jsonl", "--output", tmp_path / "out", code=1)
     assert "a.jsonl, " + message in done.stderr
 
 
-def test_tokenizing_keeps_order_and_content_whatever_the_workers(tmp_path: Path) -> None:
+def test_order_and_content_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
     from internevo.data.tokenized.index import open_index
     from internevo.text.tokenizer import load_tokenizer
 
@@ -73,7 +73,7 @@ def test_wrong_usage_of_tokenize(tmp_path: Path) -> None:
     assert "neither a folder" in done.stderr
 
 
-def test_an_id_outside_the_vocabulary_stops_the_run_by_name(tmp_path: Path, config: WriteConfig) -> None:
+def test_an_id_outside_the_vocabulary_stops_the_run_and_its_document_is_named(tmp_path: Path, config: WriteConfig) -> None:
     done = run("train", config("small", model__vocab_size=50), code=1)
     assert "part.bin, document" in done.stderr and "outside the vocabulary of 50" in done.stderr
 
@@ -85,8 +85,8 @@ def test_an_unknown_command_and_a_config_with_a_typo_exit_2(tmp_path: Path, conf
     assert "Traceback" in run("train", config("typo"), "model.hiden_size=3", "--debug", code=2).stderr
 
 
-def test_a_full_disk_while_saving_loses_nothing(tmp_path: Path, config: WriteConfig) -> None:
-    """A limit on the size of files stands in for a full disk: both make a write fail half-way."""
+def test_a_full_disk_while_saving_keeps_earlier_checkpoints(tmp_path: Path, config: WriteConfig) -> None:
+    """A limit of the file size is used instead of a full disk: with both, a write fails in the middle of a file."""
     path = config("full", ckpt__checkpoint_every=3)
     run("train", path, "data.total_steps=3")
     before = tensors(tmp_path / "full", 3)
@@ -107,7 +107,7 @@ def test_a_full_disk_while_saving_loses_nothing(tmp_path: Path, config: WriteCon
     assert [row["step"] for row in metrics(tmp_path / "full")] == list(range(1, 9))
 
 
-def test_a_damaged_checkpoint_stops_the_resume_on_every_process(tmp_path: Path, config: WriteConfig) -> None:
+def test_a_damaged_checkpoint_is_refused_on_every_process(tmp_path: Path, config: WriteConfig) -> None:
     path = config("damaged")
     run("train", path, "data.total_steps=3")
     file = tmp_path / "damaged" / "checkpoints" / "step-00000003" / "optimizer-00000.safetensors"

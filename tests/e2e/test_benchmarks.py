@@ -1,4 +1,4 @@
-"""Every script in benchmarks/ runs, in its smallest form. What they measure is not looked at."""
+"""Every script in benchmarks/ runs, in its smallest form. What they measure is not checked."""
 
 import gzip
 import json
@@ -71,6 +71,6 @@ def test_timeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert picture.read_text().count("<title>") == 3
 
 
-def test_every_script_is_run_here() -> None:
+def test_no_script_is_missing_in_this_file() -> None:
     names = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
     assert names == {"checkpoint", "convert", "data", "gpu", "ours", "parallel", "timeline", "vs_transformers"}

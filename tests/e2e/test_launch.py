@@ -1,4 +1,4 @@
-"""Starting a run on several machines, by the scripts in deploy/: it is the run of one process."""
+"""A run that the scripts in deploy/ start on several machines trains the same model as one process."""
 
 import os
 import stat

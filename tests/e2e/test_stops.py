@@ -1,4 +1,4 @@
-"""Runs that end early: asked to, because a rank fails, or because one hangs. None waits for ever, none loses a save."""
+"""Runs that end early, because of a request, or because a rank fails, hangs or is killed. None hangs, and none loses a save."""
 
 import os
 import random
@@ -25,21 +25,21 @@ from internevo.train import watchdog
 from internevo.train.step import Stepper, StepResult
 from tests.conftest import metrics, rows_so_far
 from tests.e2e.test_training import start
-from tests.pool import free_port, place
+from tests.pool import free_port, launcher_env
 
 Fault = Callable[[int], None]
-"""Prepares, on every rank, what goes wrong on some."""
+"""A function that is called with each rank and prepares what goes wrong on it."""
 WriteConfig = Callable[..., Path]
 STEP = 3
-"""The step in which something happens."""
+"""The step in which it goes wrong."""
 
 
 def _rank(rank: int, size: int, port: int, config: Path, fault: Fault, folder: Path) -> None:
-    """One rank of a run, with ``fault(rank)`` to prepare what goes wrong; its output goes to a file."""
+    """Runs one rank, after ``fault(rank)``. Its output is written to a file."""
     output = os.open(folder / f"{rank}.txt", os.O_CREAT | os.O_WRONLY)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    os.environ.update(place(rank, size, port), INTERNEVO_DEVICE="cpu")
+    os.environ.update(launcher_env(rank, size, port), INTERNEVO_DEVICE="cpu")
     torch.set_num_threads(1)
     watchdog.Watchdog = partial(watchdog.Watchdog, interval=0.5)  # type: ignore[misc, assignment]
     fault(rank)
@@ -47,10 +47,10 @@ def _rank(rank: int, size: int, port: int, config: Path, fault: Fault, folder: P
 
 
 class Ranks:
-    """A run of several processes with a fault: what became of it."""
+    """A run of several processes with a fault: the exit codes and the output of all ranks."""
 
     def __init__(self, size: int, config: Path, fault: Fault, folder: Path, seconds: float = 300) -> None:
-        # The processes are forks of one that has imported everything, and is nothing else.
+        # The processes are forks of a server that has imported everything and does nothing else.
         context, port = multiprocessing.get_context("forkserver"), free_port()
         context.set_forkserver_preload([__name__, "internevo.train.trainer"])
         self.processes = [context.Process(target=_rank, args=(rank, size, port, config, fault, folder)) for rank in range(size)]
@@ -62,11 +62,11 @@ class Ranks:
         self.codes = [process.exitcode for process in self.processes]
         for process in self.processes:
             process.kill()
-        self.said = [(folder / f"{rank}.txt").read_text() for rank in range(size)]
+        self.output = [(folder / f"{rank}.txt").read_text() for rank in range(size)]
 
 
 def _in_step(number: int, act: Callable[[], None]) -> None:
-    """Lets ``act`` happen at the beginning of a step."""
+    """Calls ``act`` at the beginning of a step."""
     original = Stepper.__call__
 
     def call(self: Stepper, batch: StepBatch, *arguments: Any) -> StepResult:
@@ -86,11 +86,11 @@ def test_a_rank_that_hangs_ends_the_run_and_is_named(config: WriteConfig, tmp_pa
     path = config("hanging", monitor__timeout=2, ckpt__enable_save_ckpt=False)
     ended = Ranks(3, path, _hang, tmp_path)
     assert ended.codes == [1, 1, 1]
-    for said in ended.said:
-        assert re.search(r"a step has taken more than \d+ s \(monitor.timeout\) on rank \d\n", said)
-        assert "rank 1: at train/trainer.py" in said  # it sleeps before the step begins
-        assert "ranks 0, 2: at " in said
-        assert "most recent call first" in said  # every thread's stack
+    for output in ended.output:
+        assert re.search(r"a step has taken more than \d+ s \(monitor.timeout\) on rank \d\n", output)
+        assert "rank 1: at train/trainer.py" in output  # it sleeps before the step begins
+        assert "ranks 0, 2: at " in output
+        assert "most recent call first" in output  # the stacks of all threads
 
 
 def _fail(rank: int) -> None:
@@ -101,28 +101,28 @@ def _fail(rank: int) -> None:
         _in_step(STEP, act)
 
 
-def _vanish(rank: int) -> None:
+def _kill(rank: int) -> None:
     if rank == 1:
         _in_step(STEP, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
-def test_a_rank_that_fails_tells_the_others_why(config: WriteConfig, tmp_path: Path) -> None:
+def test_all_ranks_report_the_error_of_a_rank_that_fails(config: WriteConfig, tmp_path: Path) -> None:
     ended = Ranks(3, config("failing"), _fail, tmp_path)
     assert ended.codes == [1, 1, 1]
-    assert "error: there is no more data" in ended.said[1]
+    assert "error: there is no more data" in ended.output[1]
     for rank in (0, 2):
-        assert "rank 1: has failed: DataError: there is no more data" in ended.said[rank]
+        assert "rank 1: has failed: DataError: there is no more data" in ended.output[rank]
 
 
-def test_a_rank_that_is_gone_is_named(config: WriteConfig, tmp_path: Path) -> None:
-    ended = Ranks(3, config("vanishing"), _vanish, tmp_path)
+def test_a_rank_that_is_killed_is_named(config: WriteConfig, tmp_path: Path) -> None:
+    ended = Ranks(3, config("killed"), _kill, tmp_path)
     assert ended.codes == [1, -signal.SIGKILL, 1]
     for rank in (0, 2):
-        assert "rank 1: no answer: it is gone" in ended.said[rank]
+        assert "rank 1: no answer: the process has ended" in ended.output[rank]
 
 
 def _slow_saving(rank: int, then: Fault) -> None:
-    """Rank 0 takes its time to write, so that what comes next comes while a checkpoint is under way."""
+    """Makes rank 0 write slowly, so that the fault ``then`` happens while a checkpoint is being saved."""
     original = storage.SafetensorsWriter.write_data
 
     def write(self: storage.SafetensorsWriter, *arguments: Any) -> Any:
@@ -135,7 +135,7 @@ def _slow_saving(rank: int, then: Fault) -> None:
 
 
 @pytest.mark.parametrize("fault", [_fail, _hang], ids=["fails", "hangs"])
-def test_a_checkpoint_under_way_is_finished_when_a_rank(config: WriteConfig, tmp_path: Path, fault: Fault) -> None:
+def test_a_checkpoint_that_is_being_saved_is_completed_when_a_rank(config: WriteConfig, tmp_path: Path, fault: Fault) -> None:
     path = config("saving", monitor__timeout=1, ckpt__checkpoint_every=STEP - 1)
     ended = Ranks(2, path, partial(_slow_saving, then=fault), tmp_path)
     assert ended.codes == [1, 1]
@@ -143,22 +143,22 @@ def test_a_checkpoint_under_way_is_finished_when_a_rank(config: WriteConfig, tmp
     assert len(metrics(tmp_path / "saving")) == STEP - 1
 
 
-def test_a_checkpoint_whose_rank_is_gone_is_given_up(config: WriteConfig, tmp_path: Path) -> None:
+def test_a_checkpoint_that_needs_a_killed_rank_is_abandoned(config: WriteConfig, tmp_path: Path) -> None:
     path = config("saving", ckpt__checkpoint_every=STEP - 1)
-    ended = Ranks(2, path, partial(_slow_saving, then=_vanish), tmp_path)
+    ended = Ranks(2, path, partial(_slow_saving, then=_kill), tmp_path)
     assert ended.codes == [1, -signal.SIGKILL]
-    assert "rank 1: no answer: it is gone" in ended.said[0]
+    assert "rank 1: no answer: the process has ended" in ended.output[0]
 
 
 STRESS = bool(os.environ.get("INTERNEVO_TEST_STRESS"))
-"""Many stops, beside busy processes: an hour on a small machine."""
+"""Whether to test many stops, next to processes that keep the CPU busy. It takes an hour on a small machine."""
 STOPS, RANKS, BUSY = (40, 4, 2) if STRESS else (2, 2, 0)
 PATIENCE = 900 if STRESS else 300
-"""Seconds after which a run is taken to hang."""
+"""Seconds after which a run counts as hanging."""
 
 
-def _ends_well(process: "subprocess.Popen[str]", folder: Path) -> None:
-    """Waits for a run. Where it hangs, all its processes show where each of their threads is."""
+def _assert_success(process: "subprocess.Popen[str]", folder: Path) -> None:
+    """Waits for a run. If it hangs, the error has the stacks of all threads of all processes."""
     try:
         output, _ = process.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired:
@@ -171,20 +171,20 @@ def _ends_well(process: "subprocess.Popen[str]", folder: Path) -> None:
     assert process.returncode == 0, output
 
 
-def _has_come_to(step: int, folder: Path) -> bool:
+def _has_reached(step: int, folder: Path) -> bool:
     return len(rows_so_far(folder)) >= step
 
 
-def _wait_until(there: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
+def _wait_until(condition: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
     deadline = time.monotonic() + PATIENCE
-    while not there():
+    while not condition():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.02)
 
 
 @pytest.fixture
 def busy() -> Iterator[None]:
-    """Processes that compute beside a test."""
+    """Processes that keep the CPU busy during a test."""
     processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(BUSY)]
     yield
     for process in processes:
@@ -193,29 +193,29 @@ def busy() -> Iterator[None]:
 
 @pytest.mark.timeout(STOPS * 1800)
 def test_stops_at_random_steps(config: WriteConfig, tmp_path: Path, busy: None) -> None:
-    """Each in a run of its own, then one process goes on; a save may be under way or not."""
+    """Each run is stopped once, perhaps while a checkpoint is being saved, and then continued by one process."""
     draw = random.Random(1)
     for number in range(STOPS):
         path = config(f"run{number}", data__total_steps=400, lr_scheduler__total_steps=400, ckpt__checkpoint_every=4)
         folder, step = tmp_path / f"run{number}", draw.randint(1, 14)
         process = start(path, "--nproc", RANKS)
-        _wait_until(partial(_has_come_to, step, folder), process)
+        _wait_until(partial(_has_reached, step, folder), process)
         time.sleep(0.3 * draw.random())
         process.send_signal(signal.SIGTERM)
-        _ends_well(process, folder)
+        _assert_success(process, folder)
         last = metrics(folder)[-1]["step"]
         assert (folder / "checkpoints" / f"step-{last:08d}" / "manifest.json").is_file()
-        _ends_well(start(path, f"data.total_steps={last + 2}", "--nproc", 1), folder)
+        _assert_success(start(path, f"data.total_steps={last + 2}", "--nproc", 1), folder)
         assert [row["step"] for row in metrics(folder)] == list(range(1, last + 3))
         shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_while_ranks_start_stops_after_the_first_step(config: WriteConfig, tmp_path: Path, number: int) -> None:
-    """It comes when no rank can have heard of it yet, and kills none."""
+    """The signal comes before any rank listens to signals. It must not kill any of them."""
     process = start(config("early"), "--nproc", 2)
     _wait_until((tmp_path / "early" / "log" / "rank-00001.stderr").exists, process)
     process.send_signal(number)
-    _ends_well(process, tmp_path / "early")
+    _assert_success(process, tmp_path / "early")
     assert [row["step"] for row in metrics(tmp_path / "early")] == [1]
     assert (tmp_path / "early" / "checkpoints" / "step-00000001" / "manifest.json").is_file()

@@ -1,4 +1,4 @@
-"""Training through the command: the same on any number of processes, exact on resume, safe when it is killed."""
+"""Training with the command: the same on any number of processes, exact after a resume, and safe when it is killed."""
 
 import os
 import random
@@ -89,7 +89,7 @@ PAIRS += [("recompute on 2", "gshard"), ("uneven: 3", "dropless")]
 
 
 @pytest.mark.parametrize(("name", "kind"), PAIRS)
-def test_every_layout_trains_the_same_model(
+def test_every_layout_trains_the_same_model_as_one_process(
     pool: Pool, config: WriteConfig, tmp_path: Path, reference: Reference, name: str, kind: str
 ) -> None:
     processes, changes = LAYOUTS[name]
@@ -175,7 +175,7 @@ def test_a_signal_finishes_the_step_saves_and_exits_0(
     assert [row["step"] for row in metrics(tmp_path / "stopped")] == list(range(1, last + 4))
 
 
-def test_a_killed_run_goes_on_to_bit_identical_weights(config: WriteConfig, tmp_path: Path) -> None:
+def test_a_killed_run_is_resumed_to_bit_identical_weights(config: WriteConfig, tmp_path: Path) -> None:
     changes = {"ckpt__checkpoint_every": 4, "ckpt__oss_snapshot_freq": 3, "ckpt__keep_last": 2, "data__total_steps": 40,
                "lr_scheduler__total_steps": 40}  # fmt: skip
     run("train", config("whole", **changes), "--nproc", 2)
@@ -196,7 +196,7 @@ def test_a_killed_run_goes_on_to_bit_identical_weights(config: WriteConfig, tmp_
     assert kept == ["step-00000036", "step-00000040"]
 
 
-def test_a_process_that_fails_ends_the_run_with_its_message(config: WriteConfig, tmp_path: Path) -> None:
+def test_a_process_that_is_killed_ends_the_run_and_is_named(config: WriteConfig, tmp_path: Path) -> None:
     path = config("failing")
     process = start(path, "--nproc", 2, "data.total_steps=400", "lr_scheduler.total_steps=400")
     wait_for_step(tmp_path / "failing", 3, process)
@@ -223,7 +223,7 @@ def test_compiled_layers_train_the_same(
     assert_close(metrics(tmp_path / "compiled"), metrics(reference(kind))[:3])
 
 
-def test_overflow_is_skipped_counted_and_backed_off(config: WriteConfig, tmp_path: Path) -> None:
+def test_steps_with_overflow_are_skipped_and_counted_and_the_loss_scale_shrinks(config: WriteConfig, tmp_path: Path) -> None:
     scaler = {"fp16": {"initial_scale": 2.0**40, "growth_interval": 3}, "hysteresis": 1}
     run(
         "train",
@@ -263,7 +263,7 @@ def test_validation_stop_file_skips_and_export(config: WriteConfig, tmp_path: Pa
     assert not re.search("<(script|link|img)[^>]*(src|href)=.?http", (tmp_path / "full" / "report.html").read_text())
 
 
-def test_a_new_run_loads_the_parts_it_names(config: WriteConfig, tmp_path: Path) -> None:
+def test_a_new_run_loads_the_content_that_it_names(config: WriteConfig, tmp_path: Path) -> None:
     first = config("first", ckpt__checkpoint_every=2, ckpt__keep_last=1, ckpt__keep_every=4)
     run("train", first, "data.total_steps=6")
     kept = sorted(p.name for p in (tmp_path / "first" / "checkpoints").iterdir())

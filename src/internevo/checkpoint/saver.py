@@ -1,7 +1,7 @@
-"""Saving in the background: a copy in host memory, then files, then the manifest, then the folder's name.
+"""Saves checkpoints in the background: copies tensors to host memory, writes files, then the manifest, and renames the folder.
 
-A checkpoint is written to ``.NAME.tmp`` and renamed when it is whole, so that a process killed at any moment leaves at
-most a folder that nobody takes for a checkpoint.
+A checkpoint is written to ``.NAME.tmp`` and renamed when it is complete. If a process is killed meanwhile, the folder that it
+leaves is not used as a checkpoint.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from .manifest import NAME, FileEntry, Manifest, TensorEntry
 from .storage import SafetensorsWriter
 
 PATIENCE = 600.0
-"""Seconds that a run which has failed waits for the save under way."""
+"""Seconds that a failed run waits for a save that has been started."""
 
 
 class Saver:
-    """Saves checkpoints of a run, one at a time. Every rank calls every method alike, ``finish`` excepted.
+    """Saves the checkpoints of a run, one at a time. All ranks must call its methods in the same order, except ``finish``.
 
-    Two threads use the group: the background thread of a save, and the one that starts the next save. They take turns, in the
-    same order on every rank: a save only starts when the one before has ended here, that is, when all of its collectives have.
+    Two threads use the group: the background thread of a save, and the thread that starts the next save. Their collectives do
+    not mix: on each rank a save starts only after the previous one, with all its collectives, has ended.
     """
 
     def __init__(
@@ -49,9 +49,11 @@ class Saver:
     ) -> None:
         """
         Args:
-            layout: sizes of the axes, for the manifest.
-            group: all ranks, on the CPU, and used for nothing else.
-            after: called on rank 0, in the background, with each checkpoint that is complete.
+            run: the run folder.
+            config: ``ckpt``.
+            layout: axis -> size, for the manifest.
+            group: a group of all ranks for CPU tensors that nothing else uses.
+            after: is called with each complete checkpoint, on rank 0 and in the background.
         """
         self.run, self.config, self.rank, self.layout, self.group, self.after = run, config, rank, layout, group, after
         self.pending: Future[Any] | None = None
@@ -59,11 +61,11 @@ class Saver:
         self.snapshots = 0
 
     def save(self, step: int, tensors: dict[str, Tensor], extras: Extras) -> None:
-        """Copies ``tensors`` (KIND/NAME -> DTensor) to host memory and goes on in the background."""
+        """Copies ``tensors`` (KIND/NAME -> DTensor) to host memory, and writes them in the background."""
         self._start(self.run / CHECKPOINTS / checkpoint_name(step), step, tensors, extras)
 
     def snapshot(self, step: int, tensors: dict[str, Tensor], extras: Extras) -> None:
-        """The same into one of two folders in turn."""
+        """Does the same with one of the two snapshot folders, alternately."""
         folder = self.run / SNAPSHOTS / str(self.snapshots % 2)
         self.snapshots += 1
         self._start(folder, step, tensors, extras)
@@ -88,12 +90,12 @@ class Saver:
         self.pending = pending
 
     def check(self) -> None:
-        """Raises the error of a background save that has failed, without waiting for one under way."""
+        """Raises the error of a background save if it has failed. Does not wait for one that is running."""
         if self.pending is not None and self.pending.done():
             self.wait()
 
     def wait(self) -> None:
-        """Waits for the save under way; raises its error. Ctrl-C ends the waiting, not the save."""
+        """Waits for the save that is running, and raises its error if it fails. Ctrl-C ends the waiting, but not the save."""
         if self.pending is None:
             return
         wait([self.pending])
@@ -105,36 +107,36 @@ class Saver:
             raise CheckpointError(f"saving a checkpoint failed; earlier ones are untouched: {_reason(error)}") from error
 
     def finish(self, patience: float = PATIENCE) -> None:
-        """After the run has failed on this rank: waits for the save under way, which may still become a good checkpoint.
+        """Waits for the save that is running after the run has failed on this rank. It may still become a complete checkpoint.
 
-        It waits at most ``patience`` seconds, because ranks that the save needs may be gone. It only logs errors, because the
-        run has already failed.
+        It waits at most ``patience`` seconds, because ranks that the save needs may have ended. It only logs errors, because
+        the run has already failed.
         """
         pending = self.pending  # read once: another thread may be in wait()
         if pending is None:
             return
         log = logging.getLogger("internevo")
-        log.info(f"waiting up to {patience:.0f} s for the checkpoint under way")
+        log.info(f"waiting up to {patience:.0f} s for the checkpoint that is being saved")
         if not wait([pending], patience).done:
-            log.warning(f"the checkpoint under way was given up after {patience:.0f} s")
+            log.warning(f"the checkpoint that was being saved is not complete after {patience:.0f} s, and is abandoned")
         elif (error := pending.exception()) is not None:
-            log.warning(f"the checkpoint under way failed as well: {_reason(error)}")
+            log.warning(f"saving the checkpoint failed as well: {_reason(error)}")
 
     def _retain(self) -> None:
-        """Deletes checkpoints that ``keep_last`` and ``keep_every`` do not keep, on rank 0 after a new one is complete."""
+        """Deletes the checkpoints that ``keep_last`` and ``keep_every`` do not keep. Called on rank 0 after each save."""
         if self.config.keep_last is None:
             return
         folders = sorted((self.run / CHECKPOINTS).glob("step-????????"))
         every = self.config.keep_every
         for folder in folders[: -self.config.keep_last]:
             if not (every and int(folder.name.removeprefix("step-")) % every == 0):
-                # The manifest goes first: a half-deleted folder must not look whole.
+                # The manifest is deleted first, so that a folder that is only partly deleted is not a complete checkpoint.
                 (folder / NAME).unlink(missing_ok=True)
                 shutil.rmtree(folder, ignore_errors=True)
 
 
 def _reason(error: BaseException) -> str:
-    """The message of our own error inside DCP's wrapping, when there is one."""
+    """Returns the message of the error that DCP has wrapped in its own, if it is one of ours."""
     failures = getattr(error, "failures", None) or {}
     for inner, *_ in failures.values():
         if isinstance(inner, InternEvoError | OSError):

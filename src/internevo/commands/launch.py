@@ -1,4 +1,4 @@
-"""Starting the processes of a run on this machine, when neither torchrun nor Slurm has."""
+"""Starts the processes of a run on this machine, if neither torchrun nor Slurm has started them."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from pathlib import Path
 from types import FrameType
 
 PARENT = "INTERNEVO_PARENT"
+"""Environment variable with the process id of the launcher."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""They ask a run to stop, as in ``train.stop``, which needs PyTorch."""
+"""Signals that ask a run to stop. They are the same as in ``train.stop``, which cannot be imported without PyTorch."""
 GRACE = 60.0
-"""Seconds that the other processes have to end by themselves when one has failed: a checkpoint may be under way."""
+"""Seconds after a process has failed, in which the others may end by themselves; they may be saving a checkpoint."""
 
 
 def already_launched() -> bool:
-    """Whether torchrun, srun or ``launch`` has started this process as one of several."""
+    """Whether torchrun, srun or ``launch`` has started this process."""
     return "RANK" in os.environ or "SLURM_STEP_ID" in os.environ
 
 
 def default_processes() -> int:
-    """One per GPU, or one."""
+    """Returns the default number of processes: one per GPU, or 1 without GPUs."""
     from ..parallel.world import has_gpu
 
     if not has_gpu():
@@ -37,17 +38,19 @@ def default_processes() -> int:
 
 
 def launch(arguments: list[str], processes: int, log: Path) -> int:
-    """Runs ``python -m internevo ARGUMENTS`` in ``processes`` processes and waits for them.
+    """Runs ``python -m internevo ARGUMENTS`` in ``processes`` processes, and waits for them.
 
-    Signals go on to the processes. Their error output is in ``log``/rank-N.stderr, and that of the first process that
-    failed is shown.
+    Signals are forwarded to the processes. If a process fails, its standard error is printed.
+
+    Args:
+        log: folder to which the standard error of each process is written, as rank-N.stderr.
 
     Returns:
-        The first failing process's exit code, or 0.
+        0, or the exit code of the first process that failed.
     """
     import torch.distributed as dist
 
-    # The store lives here and the processes are its clients, so that no port has to be guessed.
+    # This process has the store, and the others are its clients. So the system can choose a free port.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     shared = {
@@ -58,7 +61,7 @@ def launch(arguments: list[str], processes: int, log: Path) -> int:
     log.mkdir(parents=True, exist_ok=True)
     errors = [log / f"rank-{rank:05d}.stderr" for rank in range(processes)]
     children: list[subprocess.Popen[bytes]] = []
-    asked = _forward_signals(children)
+    received = _forward_signals(children)
     for rank in range(processes):
         with open(errors[rank], "w") as stderr, _blocked(SIGNALS):
             child = subprocess.Popen(
@@ -68,7 +71,7 @@ def launch(arguments: list[str], processes: int, log: Path) -> int:
                 env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             )
         children.append(child)
-        for number in asked:
+        for number in received:
             child.send_signal(number)
     failed = _wait(children, lambda rank: print(_failure(rank, children[rank], errors[rank], processes), file=sys.stderr))
     if failed is None:
@@ -79,7 +82,7 @@ def launch(arguments: list[str], processes: int, log: Path) -> int:
 
 @contextmanager
 def _blocked(signals: tuple[int, ...]) -> Iterator[None]:
-    """Processes that are started meanwhile have these signals blocked, until they listen to them (``StopRequests``)."""
+    """Processes that are started in this context have these signals blocked until ``StopRequests`` unblocks them."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
@@ -88,11 +91,11 @@ def _blocked(signals: tuple[int, ...]) -> Iterator[None]:
 
 
 def _forward_signals(children: list[subprocess.Popen[bytes]]) -> list[int]:
-    """Sends signals on to all processes there are. Returns a list of those that have come, for processes started later."""
-    asked: list[int] = []
+    """Forwards signals to all ``children``. Returns a list with the signals received, for processes that are started later."""
+    received: list[int] = []
 
     def forward(number: int, _frame: FrameType | None) -> None:
-        asked.append(number)
+        received.append(number)
         for child in children:
             if child.poll() is None:
                 child.send_signal(number)
@@ -100,7 +103,7 @@ def _forward_signals(children: list[subprocess.Popen[bytes]]) -> list[int]:
     interrupts: list[int] = []
 
     def interrupt(number: int, _frame: FrameType | None) -> None:
-        # A terminal sends Ctrl-C to the processes as well; they finish their step and save. The second time they end at once.
+        # A terminal sends Ctrl-C to the processes as well. After the first, they finish their step and save.
         interrupts.append(number)
         if len(interrupts) > 1:
             forward(signal.SIGKILL, None)
@@ -108,18 +111,24 @@ def _forward_signals(children: list[subprocess.Popen[bytes]]) -> list[int]:
     for number in SIGNALS:
         signal.signal(number, forward)
     signal.signal(signal.SIGINT, interrupt)
-    return asked
+    return received
 
 
-def _wait(children: list[subprocess.Popen[bytes]], tell: Callable[[int], None]) -> int | None:
-    """Waits for all. Returns the rank that failed first, after ending those that wait for it in vain; ``tell`` has been called
-    with it as soon as it had failed."""
+def _wait(children: list[subprocess.Popen[bytes]], on_failure: Callable[[int], None]) -> int | None:
+    """Waits for all processes. After one has failed, ends those that have not ended within ``GRACE`` seconds.
+
+    Args:
+        on_failure: is called with the rank that failed first, as soon as it has failed.
+
+    Returns:
+        The rank that failed first, or None.
+    """
     failed, deadline = None, float("inf")
     while True:
         codes = [child.poll() for child in children]
         if failed is None and any(codes):
             failed = next(rank for rank, code in enumerate(codes) if code)
-            tell(failed)
+            on_failure(failed)
             deadline = time.monotonic() + GRACE
         if None not in codes:
             return failed
@@ -131,7 +140,7 @@ def _wait(children: list[subprocess.Popen[bytes]], tell: Callable[[int], None]) 
 
 
 def _failure(rank: int, child: subprocess.Popen[bytes], errors: Path, processes: int) -> str:
-    """What there is to say about a rank that has failed."""
+    """Returns a message about a rank that has failed: its standard error, and the signal that killed it."""
     text = errors.read_text(errors="replace").rstrip()[-4000:]
     if child.returncode < 0:
         text += f"\nkilled by {signal.Signals(-child.returncode).name}"
@@ -140,7 +149,7 @@ def _failure(rank: int, child: subprocess.Popen[bytes], errors: Path, processes:
 
 
 def die_with_parent() -> None:
-    """Ends this process when the launcher is killed, so that nothing goes on training behind the user's back (Linux)."""
+    """On Linux, lets the kernel kill this process when its launcher is killed, so that no process keeps training unnoticed."""
     parent = os.environ.get(PARENT)
     if parent is None or not sys.platform.startswith("linux"):
         return

@@ -1,4 +1,4 @@
-"""``internevo train``: checks the config, finds or starts the processes, and trains."""
+"""``internevo train``: checks the config, starts the processes if no launcher has, and trains."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from .launch import already_launched, default_processes, die_with_parent, launch
 
 
 def train(path: Path, overrides: list[str], processes: int | None, port: int = 8888, launcher: str | None = None) -> int:
-    """Trains with ``path``.
+    """Trains with the config ``path``.
 
     Args:
-        processes: to start here, unless torchrun or srun has started this one.
-        launcher: "torch" or "slurm" insists on having been started so.
+        overrides: KEY.PATH=VALUE overrides of the config.
+        processes: number of processes to start, if torchrun or srun has not started this one; None: one per GPU, or 1.
+        port: port of the first host, under Slurm.
+        launcher: "torch" or "slurm" if this process must have been started by it; None: found from the environment.
 
     Returns:
         The exit code.
@@ -28,7 +30,7 @@ def train(path: Path, overrides: list[str], processes: int | None, port: int = 8
         processes = processes or default_processes()
         check(config, processes)
         if processes > 1:
-            _say(config)
+            _print_notices(config)
             return launch(["train", str(path), *overrides], processes, _log_folder(config))
     return _train_here(config, port, launcher)
 
@@ -41,18 +43,18 @@ def _collective_timeout(step: float) -> timedelta:
 
 
 def _train_here(config: Config, port: int, launcher: str | None) -> int:
-    from ..parallel.world import find_place, join
+    from ..parallel.world import join, read_launcher
     from ..train.stop import StopRequests
     from ..train.trainer import Trainer
     from ..train.watchdog import Watchdog
 
     die_with_parent()
     if already_launched():
-        faulthandler.enable()  # a crash, or an abort from outside, shows where every thread was
-    place = find_place(os.environ, port, launcher)
-    check(config, place.size)
-    if place.rank == 0 and "INTERNEVO_PARENT" not in os.environ:
-        _say(config)
+        faulthandler.enable()  # after a crash or SIGABRT, prints the stacks of all threads
+    info = read_launcher(os.environ, port, launcher)
+    check(config, info.size)
+    if info.rank == 0 and "INTERNEVO_PARENT" not in os.environ:
+        _print_notices(config)
     stops = StopRequests()
     limit = _collective_timeout(config.monitor.timeout)
     with stops.listening(), join(port, launcher, limit) as world, Watchdog(world, config.monitor.timeout) as watchdog:
@@ -60,8 +62,8 @@ def _train_here(config: Config, port: int, launcher: str | None) -> int:
     return 0
 
 
-def _say(config: Config) -> None:
-    """Keys that have no effect, a line each; nothing is ignored in silence."""
+def _print_notices(config: Config) -> None:
+    """Prints a line for each config key that has no effect."""
     for line in notices(config):
         print(f"note: {line}", file=sys.stderr)
 

@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor
 from ..config.training import HybridZeroOptimizer
 from ..models.decoder import Decoder
 from ..ops import foreach
-from .gloo import Gathers, Reductions, wait_for
+from .gloo import AllGather, ReduceScatter, wait_for_reduction
 from .layout import Meshes
 from .shards import local
 from .strategy import AppliedStrategy, Collectives, Workload
@@ -155,7 +155,7 @@ class Sharded:
         for modules in units(model, None if fsdp else config.reduce_bucket_size, lambda parameter: local(parameter).numel()):
             fully_shard(modules, mesh=data_mesh, mp_policy=precision, reshard_after_forward=fsdp)
         deferred = config.overlap_sync_grad and not fsdp and replicas == 1
-        self.reductions = Reductions(deferred)
+        self.reduce_scatter = ReduceScatter(deferred)
         # In the order of the forward pass; the whole model is the first.
         self.units = [module for module in model.modules() if isinstance(module, FSDPModule)]
         for unit, following in itertools.zip_longest(self.units, self.units[1:]):
@@ -165,11 +165,11 @@ class Sharded:
             if config.overlap_sync_param and following is not None:
                 unit.set_modules_to_forward_prefetch([following])
             if not config.overlap_sync_grad:
-                unit.set_all_reduce_hook(wait_for)
+                unit.set_all_reduce_hook(wait_for_reduction)
             if device.type == "cpu" and config.grad_dtype == "float32":
-                unit.set_custom_reduce_scatter(cast(Any, self.reductions))
+                unit.set_custom_reduce_scatter(cast(Any, self.reduce_scatter))
             if device.type == "cpu" and config.overlap_sync_param:
-                unit.set_custom_all_gather(cast(Any, Gathers()))
+                unit.set_custom_all_gather(cast(Any, AllGather()))
         model.to_empty(device=device)
         self.masters = dict(model.named_parameters())
 
@@ -189,7 +189,7 @@ class Sharded:
     @torch.no_grad()
     def after_backwards(self) -> None:
         """Sums the partial gradients over the groups of the strategy inside the layers, with one all-reduce per group."""
-        self.reductions.wait()
+        self.reduce_scatter.wait()
         partial = self.inner.partial_gradients
         for group in dict.fromkeys(partial.values()):
             grads = [self.masters[name].grad for name, its in partial.items() if its is group]

@@ -1,10 +1,10 @@
-"""gloo with one thread per group: for runs on CPUs, and for what goes on beside training on GPUs as well.
+"""gloo with one thread per group. Runs on CPUs use it, and so do the background threads of runs on GPUs.
 
-PyTorch 2.13 gives a gloo group two threads. When two collectives end at once, both threads write the name of the last one
-into the same ``std::string`` (``ProcessGroupGloo::runLoop``, ``lastCompletedWorkName``) without a lock. A name of more than 15
-letters lies on the heap, and ALLGATHER_COALESCED, which every functional all-gather is, has 19: the heap is damaged, and the
-process dies with "malloc(): unaligned tcache chunk detected" or a segmentation fault, rarely in training, within seconds when
-nothing else is done. One thread works off a group's collectives in the order in which all ranks call them.
+PyTorch 2.13 gives each gloo group two threads. If two collectives end at the same time, both threads write the name of the last
+one into the same ``std::string`` (``ProcessGroupGloo::runLoop``, ``lastCompletedWorkName``) without a lock. A name of more than
+15 characters is on the heap, and that of every functional all-gather, ALLGATHER_COALESCED, has 19: the heap is damaged, and the
+process dies with "malloc(): unaligned tcache chunk detected" or a segmentation fault. That is rare in training, and happens
+within seconds if there is nothing but collectives. With one thread, the collectives of a group run one after the other.
 """
 
 from __future__ import annotations
@@ -18,21 +18,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 BACKEND = "gloo_one_thread"
-BACKGROUND = timedelta(hours=2)
-"""Time-out of what goes on beside training: a checkpoint is written and exported, or documents are tokenized, meanwhile."""
+BACKGROUND_TIMEOUT = timedelta(hours=2)
+"""Time-out of the collectives of background threads. Between them, a checkpoint may be written and exported, or documents may
+be tokenized."""
 
 
 def register() -> str:
-    """Makes the backend known to PyTorch; its name."""
-    # As PyTorch's gloo: a group that was asked for while the run's own is bound to a GPU must have a backend for GPUs.
+    """Registers the backend with PyTorch. Returns its name."""
+    # For "cuda" as well, as PyTorch's gloo: if the default group is bound to a GPU, every group needs a backend for GPUs.
     dist.Backend.register_backend(BACKEND, _create, devices=["cpu", "cuda"])
     return BACKEND
 
 
-def new_group(timeout: timedelta = BACKGROUND) -> dist.ProcessGroup:
-    """A group of all ranks for a thread beside training, whose collectives must not meet those of training.
+def new_group(timeout: timedelta = BACKGROUND_TIMEOUT) -> dist.ProcessGroup:
+    """Makes a group of all ranks for a background thread, so that its collectives do not mix with those of training.
 
-    Every rank must call it. While a collective is under way, the group cannot be freed: see ``world.join``.
+    Every rank must call it. The group cannot be freed while a collective is running: see ``world.join``.
     """
     group = dist.new_group(timeout=timeout, backend=register())
     assert isinstance(group, dist.ProcessGroup)
@@ -48,17 +49,19 @@ def _create(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist
     return group
 
 
-class _Allocates:
-    """Where FSDP's collectives get their buffers."""
+class _Allocator:
+    """Allocates the buffers of the collectives of ``fully_shard``."""
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An uninitialised buffer."""
+        """Returns an uninitialised buffer."""
         return torch.empty(*size, dtype=dtype, device=device)
 
 
-class Gathers(_Allocates):
-    """All-gathers for ``fully_shard`` that never wait where they are called: there are no streams on a CPU, so what is gathered
-    ahead goes on in gloo's thread until it is needed."""
+class AllGather(_Allocator):
+    """The all-gather of ``fully_shard`` on CPUs.
+
+    It does not wait where it is called. A CPU has no streams, so prefetched weights are gathered in gloo's thread.
+    """
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
@@ -66,14 +69,18 @@ class Gathers(_Allocates):
         return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=True)
 
 
-class Reductions(_Allocates):
-    """gloo's own reduce-scatter for ``fully_shard``, which takes a list: that of one tensor is an all-reduce of a copy.
+class ReduceScatter(_Allocator):
+    """The reduce-scatter of ``fully_shard`` on CPUs.
 
-    Deferred, reductions go on in gloo's thread (there are no streams) while backward computes, until somebody waits. That is
-    right where nothing else happens to their results before: one reduction per step, and no replicas.
+    It calls gloo's reduce-scatter of a list of tensors. (That of a single tensor would be an all-reduce of a copy.)
     """
 
     def __init__(self, deferred: bool) -> None:
+        """
+        Args:
+            deferred: do not wait where it is called but in ``wait``. Meanwhile gloo's thread reduces while the backward pass
+                computes. Nothing may use the results before: this is right for one reduction per step without replicas.
+        """
         self.deferred = deferred
         self.works: list[dist.Work] = []
 
@@ -94,13 +101,13 @@ class Reductions(_Allocates):
         return work
 
     def wait(self) -> None:
-        """For all of them."""
+        """Waits for all deferred reductions."""
         for work in self.works:
             work.wait()
         self.works = []
 
 
-def wait_for(reduced: Tensor) -> None:
-    """Before backward goes on."""
+def wait_for_reduction(reduced: Tensor) -> None:
+    """Waits for a reduction, so that the backward pass does not continue before it is complete."""
     if reduced.is_cuda:
         torch.cuda.current_stream().synchronize()

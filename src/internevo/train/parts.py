@@ -26,7 +26,7 @@ from ..parallel import gloo, plan
 from ..parallel.data_axis import DataAxis
 from ..parallel.layout import Layout
 from ..parallel.schedule import Schedule
-from ..parallel.world import World, ranks_here
+from ..parallel.world import World, local_world_size
 from .optimizer import Optimizer
 from .scaler import LossScaler
 from .state import RunState
@@ -92,11 +92,11 @@ class Parts:
 def _open_data(config: Config, world: World) -> tuple[Source, Rows | None]:
     data, vocab = config.data, config.model.vocab_size
     streams = [_exchange(world) for _ in range(data.streams)]
-    here = ranks_here(os.environ)
+    local_size = local_world_size(os.environ)
     if world.rank > 0:
         dist.barrier()  # rank 0 writes the index files, and then the others read them
-    source = train_source(data, vocab, streams.pop, here)
-    valid = valid_rows(data, vocab, streams.pop, here)
+    source = train_source(data, vocab, streams.pop, local_size)
+    valid = valid_rows(data, vocab, streams.pop, local_size)
     if world.rank == 0:
         dist.barrier()
     return source, load_stream(valid, data.valid_max_rows)

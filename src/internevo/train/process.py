@@ -1,4 +1,4 @@
-"""How this process is set up for training: its memory allocator, its garbage collector and PyTorch's switches."""
+"""Sets up this process for training: PyTorch's switches, the memory allocator and the garbage collector."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ..config import Config
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 KEPT = 32 << 20
-"""Bytes up to which a tensor's memory is kept: the most that glibc allows. Kept memory fragments; larger ones go back."""
+"""Largest allocation whose freed memory glibc keeps, in bytes; the most that glibc allows. Larger ones are returned."""
 
 
 def prepare(config: Config, device: torch.device) -> None:
-    """Sets what is the process's own, before anything is allocated."""
+    """Sets up the process. Must be called before tensors are allocated."""
     if device.type == "cpu":
         keep_freed_memory()
     torch.backends.cudnn.deterministic = config.cudnn_deterministic
@@ -26,10 +26,10 @@ def prepare(config: Config, device: torch.device) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc keep freed memory and give it out again.
+    """Makes glibc keep freed memory for later allocations.
 
-    By default large tensors are mapped anew and unmapped when freed, and the kernel clears each of their pages at first
-    touch, which takes a fifth of a training step on a CPU. Has no effect where the C library is another one.
+    By default, glibc maps new memory for each large tensor and unmaps it when the tensor is freed. The kernel clears each new
+    page at its first use, which takes a fifth of a training step on a CPU. With another C library this has no effect.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -40,21 +40,23 @@ def keep_freed_memory() -> None:
 
 
 class GarbageCollector:
-    """Python's garbage collector, at the same steps on every rank.
+    """Runs Python's garbage collector after the same steps on every rank.
 
-    Left alone it runs when a rank has made enough objects: at another moment on each, and all others wait for that rank in
-    their next collective. What is there after the first step (the model, compiled code) stays, and is not looked at again.
+    By default it runs when a process has made enough objects, which is at a different time on each rank; then all other ranks
+    wait for that rank in their next collective. Objects that exist after the first step (the model, compiled code) are kept for
+    the whole run, and are not visited again.
     """
 
     EVERY = 50
+    """Number of steps between two collections."""
 
     def __init__(self) -> None:
-        self.held = False
+        self.active = False
 
     def after_step(self, step: int) -> None:
-        """Takes over after the first step; from then on collects every ``EVERY`` steps."""
-        if not self.held:
-            self.held = True
+        """Must be called after each step. After the first, automatic collection is turned off."""
+        if not self.active:
+            self.active = True
             gc.collect()
             gc.freeze()
             gc.disable()
@@ -62,11 +64,11 @@ class GarbageCollector:
             gc.collect()
 
     def collect(self) -> None:
-        """After other work of all ranks."""
+        """Collects now. Called after work between steps, in which all ranks take part."""
         gc.collect()
 
     def release(self) -> None:
-        """Python collects by itself again."""
-        if self.held:
+        """Turns automatic collection on again."""
+        if self.active:
             gc.unfreeze()
             gc.enable()

@@ -11,33 +11,36 @@ from ..observe.console import log
 from .shared import Shared
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""With Ctrl-C, what asks a run to stop."""
+"""These signals and Ctrl-C ask a run to stop."""
 
 
 class StopRequests:
-    """Collects requests on this rank; all ranks learn of them with the losses of a step, and decide alike."""
+    """Receives requests on this rank. They are shared with all ranks in each step, and all ranks make the same decision."""
 
     def __init__(self) -> None:
         self.asked = ""
-        """Name of the signal that has come."""
+        """Name of the signal that this rank has received; empty if none."""
         self.file: Path | None = None
 
     def watch(self, file: str) -> None:
-        """Rank 0 also reads a file at each step. It begins as "0"; "N" means save and stop at step N, "-N" save and go on."""
+        """Reads a stop file in each step. Only rank 0 does so.
+
+        At the start, "0" is written to it. "N" means: save and stop at step N. "-N" means: save at step N and continue.
+        """
         self.file = Path(file)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.file.write_text("0")
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Turns the signals into requests. A second Ctrl-C interrupts at once.
+        """A context in which signals become requests. A second Ctrl-C interrupts the process immediately.
 
-        The launcher starts its processes with SIGTERM and SIGUSR1 blocked: one that comes before they listen waits until they
-        do. When the run is over, such a process ignores them. So none is killed by what asks all of them to stop.
+        The launcher starts processes with SIGTERM and SIGUSR1 blocked. A signal that comes before this context is delivered
+        when the context begins. After the context, such a process ignores them. Thus a request to stop kills no process.
         """
 
         def ask(number: int, _frame: object) -> None:
-            # Nothing else here: the main thread may be anywhere, also in the middle of a line of the log.
+            # Nothing more may be done here: the main thread may be anywhere, even in the middle of writing to the log.
             self.asked = signal.Signals(number).name
             if number == signal.SIGINT:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -52,11 +55,16 @@ class StopRequests:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
     def requests(self) -> tuple[float, float]:
-        """This rank's: 1 when it was asked by a signal, and the number in the stop file; to be summed over all ranks."""
+        """Returns the requests of this rank, which are summed over all ranks: 1 after a signal, otherwise 0; and the number in
+        the stop file."""
         return float(bool(self.asked)), self._read()
 
     def decide(self, step: int, shared: Shared) -> tuple[bool, bool]:
-        """(stop, save) after ``step``, from the sums over all ranks."""
+        """Decides what to do after ``step``. Returns (whether to stop, whether to save).
+
+        Args:
+            shared: the sums over all ranks.
+        """
         at = int(shared.stop_at)
         stop = shared.stop_asked > 0 or 0 < at <= step
         if stop and self.asked:
@@ -67,4 +75,4 @@ class StopRequests:
         try:
             return float(int(self.file.read_text().strip() or 0)) if self.file else 0.0
         except (OSError, ValueError, OverflowError):
-            return 0.0  # half-written, gone or nonsense: the next step looks again
+            return 0.0  # it is missing, incomplete or not a number; the next step reads it again

@@ -1,64 +1,64 @@
-"""A process's place among all, as each launcher's environment says it."""
+"""What a process reads from the environment of each launcher."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from internevo.errors import UsageError
-from internevo.parallel.world import Place, find_place, first_host, ranks_here
+from internevo.parallel.world import LauncherInfo, first_host, local_world_size, read_launcher
 
 TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "gpu7", "MASTER_PORT": "1234"}
 SLURM = {
     "SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "SLURM_JOB_NODELIST": "gpu[7-8]",
 }  # fmt: skip
-UNDER_TORCHRUN = Place(5, 8, 1, "env://")
-UNDER_SLURM = Place(5, 8, 1, "tcp://gpu7:8888")
-ALONE = Place(0, 1, 0, None)
+UNDER_TORCHRUN = LauncherInfo(5, 8, 1, "env://")
+UNDER_SLURM = LauncherInfo(5, 8, 1, "tcp://gpu7:8888")
+ALONE = LauncherInfo(0, 1, 0, None)
 
 
 @pytest.mark.parametrize("launcher", [None, "torch"])
 def test_under_torchrun(launcher: str | None) -> None:
-    assert find_place(TORCHRUN, launcher=launcher) == UNDER_TORCHRUN
+    assert read_launcher(TORCHRUN, launcher=launcher) == UNDER_TORCHRUN
 
 
 @pytest.mark.parametrize("launcher", [None, "slurm"])
 def test_under_slurm(launcher: str | None) -> None:
-    assert find_place(SLURM, launcher=launcher) == UNDER_SLURM
+    assert read_launcher(SLURM, launcher=launcher) == UNDER_SLURM
 
 
 def test_under_slurm_the_first_host_and_the_port_can_be_given() -> None:
-    assert find_place({**SLURM, "MASTER_ADDR": "10.0.0.1"}, 99).address == "tcp://10.0.0.1:99"
+    assert read_launcher({**SLURM, "MASTER_ADDR": "10.0.0.1"}, 99).address == "tcp://10.0.0.1:99"
 
 
-def test_under_slurm_the_number_of_tasks_has_an_older_name_too() -> None:
+def test_under_slurm_the_older_name_of_the_number_of_tasks_is_read() -> None:
     older = {("SLURM_NPROCS" if name == "SLURM_NTASKS" else name): value for name, value in SLURM.items()}
-    assert find_place(older) == UNDER_SLURM
+    assert read_launcher(older) == UNDER_SLURM
 
 
-def test_torchrun_inside_a_slurm_job_counts() -> None:
+def test_in_a_slurm_job_torchrun_comes_first() -> None:
     both = {**SLURM, **TORCHRUN, "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}
-    assert find_place(both) == UNDER_TORCHRUN
-    assert find_place({**SLURM, **TORCHRUN}, launcher="slurm") == UNDER_SLURM
+    assert read_launcher(both) == UNDER_TORCHRUN
+    assert read_launcher({**SLURM, **TORCHRUN}, launcher="slurm") == UNDER_SLURM
 
 
-def test_alone_without_a_launcher() -> None:
-    assert find_place({}) == ALONE
-    # In the shell of a Slurm job, not started with srun.
-    assert find_place({name: value for name, value in SLURM.items() if name != "SLURM_STEP_ID"}) == ALONE
+def test_without_a_launcher_the_process_is_alone() -> None:
+    assert read_launcher({}) == ALONE
+    # In the shell of a Slurm job, but not started with srun.
+    assert read_launcher({name: value for name, value in SLURM.items() if name != "SLURM_STEP_ID"}) == ALONE
 
 
 @pytest.mark.parametrize("missing", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
 def test_a_missing_variable_of_torchrun_is_named(missing: str) -> None:
     env = {name: value for name, value in TORCHRUN.items() if name != missing}
     with pytest.raises(UsageError, match=rf"^{missing} is not set: start this command with torchrun"):
-        find_place(env, launcher="torch")
+        read_launcher(env, launcher="torch")
 
 
 @pytest.mark.parametrize("missing", ["SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_NODELIST"])
 def test_a_missing_variable_of_slurm_is_named(missing: str) -> None:
     env = {name: value for name, value in SLURM.items() if name != missing}
     with pytest.raises(UsageError, match=rf"^{missing} is not set: start this command with srun"):
-        find_place(env, launcher="slurm")
+        read_launcher(env, launcher="slurm")
 
 
 names = st.from_regex(r"[a-z][a-z0-9-]{0,8}", fullmatch=True)
@@ -70,7 +70,7 @@ hosts = st.one_of(
         lambda part: (f"{part[0]}[{','.join(part[1])}]", part[0] + part[1][0].split("-")[0])
     ),
 )
-"""A part of a node list, and the first host in it."""
+"""(part of a node list, first host in it)."""
 
 
 @given(parts=st.lists(hosts, min_size=1, max_size=4))
@@ -100,5 +100,5 @@ def test_a_node_list_that_cannot_be_read_is_shown(nodes: str) -> None:
         ({"SLURM_STEP_TASKS_PER_NODE": ""}, 1),
     ],
 )  # fmt: skip
-def test_ranks_of_this_machine(env: dict[str, str], ranks: int) -> None:
-    assert ranks_here(env) == ranks
+def test_the_number_of_ranks_on_this_node(env: dict[str, str], ranks: int) -> None:
+    assert local_world_size(env) == ranks

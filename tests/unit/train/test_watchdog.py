@@ -1,4 +1,4 @@
-"""Who is asked, who answers, and what is said when a run does not go on."""
+"""The watchdog: alarms, the answers of the ranks, the report, and how long a step may take."""
 
 import math
 import threading
@@ -10,19 +10,19 @@ import torch.distributed as dist
 
 from internevo.parallel.world import World
 from internevo.train import watchdog
-from internevo.train.watchdog import SILENT, RollCall, Watchdog
+from internevo.train.watchdog import NO_ANSWER, RollCall, Watchdog
 
 ALONE = World(0, 1, 0, torch.device("cpu"), dist.HashStore())
 
 
 def roll_calls(size: int, interval: float = 20.0) -> list[RollCall]:
-    """One for each rank."""
+    """Makes the roll calls of all ranks, with one store."""
     store = dist.HashStore()
     return [RollCall(store, rank, size, interval) for rank in range(size)]
 
 
 def answer(calls: list[RollCall], answers: dict[int, str]) -> dict[int, str]:
-    """The report that each rank with an answer gets."""
+    """Lets ranks answer at the same time. Returns the report that each of them gets."""
     reports: dict[int, str] = {}
 
     def ask(rank: int) -> None:
@@ -36,7 +36,7 @@ def answer(calls: list[RollCall], answers: dict[int, str]) -> dict[int, str]:
     return reports
 
 
-def test_all_ranks_give_the_same_report_and_the_exception_comes_first() -> None:
+def test_all_ranks_get_the_same_report_and_the_rarest_answer_comes_first() -> None:
     calls = roll_calls(5)
     assert not any(call.alarmed() for call in calls)
     calls[2].alarm("a step is slow")
@@ -44,7 +44,7 @@ def test_all_ranks_give_the_same_report_and_the_exception_comes_first() -> None:
     assert all(call.alarmed() for call in calls)
     reports = answer(calls, {0: "at a", 1: "at a", 2: "at a", 3: "at b", 4: "at a"})
     assert len(reports) == 5
-    assert set(reports.values()) == {"the run does not go on: a step is slow\n  rank 3: at b\n  ranks 0-2, 4: at a"}
+    assert set(reports.values()) == {"the run cannot continue: a step is slow\n  rank 3: at b\n  ranks 0-2, 4: at a"}
 
 
 def test_a_rank_without_an_answer_is_named_first() -> None:
@@ -52,10 +52,10 @@ def test_a_rank_without_an_answer_is_named_first() -> None:
     calls[0].alarm("a step is slow")
     for call in calls[1:3]:
         call._answer("at b")
-    assert calls[0].report("at a").splitlines()[1:] == [f"  rank 3: {SILENT}", "  rank 0: at a", "  ranks 1-2: at b"]
+    assert calls[0].report("at a").splitlines()[1:] == [f"  rank 3: {NO_ANSWER}", "  rank 0: at a", "  ranks 1-2: at b"]
 
 
-def test_the_failure_of_a_rank_that_has_left_is_known_to_the_others() -> None:
+def test_the_failure_of_a_rank_that_has_ended_is_in_the_report() -> None:
     calls = roll_calls(3)
     calls[1].leave("has failed: DataError: no more data")
     assert calls[0].alarmed()
@@ -63,7 +63,7 @@ def test_the_failure_of_a_rank_that_has_left_is_known_to_the_others() -> None:
     assert "rank 1 has failed\n  rank 1: has failed: DataError: no more data\n" in reports[0]
 
 
-def test_a_rank_that_is_done_asks_nobody() -> None:
+def test_a_rank_that_has_finished_raises_no_alarm() -> None:
     calls = roll_calls(2)
     calls[0].leave("")
     assert not calls[1].alarmed()
@@ -81,7 +81,7 @@ def test_a_step_may_take_the_limit_or_several_times_the_slowest_before_it(monkey
             allowed.append(dog.allowed)
             now[0] += seconds
         assert dog.allowed is None
-    # The first step is free, and is the only one to go by for the second; then it is forgotten.
+    # The first step has no limit. It counts as the slowest only for the second step.
     assert allowed == [math.inf, 5000, 100, 2000, 4000]
 
 
@@ -102,7 +102,7 @@ def test_a_step_that_fails_is_no_longer_timed() -> None:
 
 
 @pytest.mark.parametrize(("error", "called"), [(ValueError, True), (KeyboardInterrupt, False)])
-def test_what_is_under_way_is_finished_after_a_failure_and_not_after_ctrl_c(error: type[BaseException], called: bool) -> None:
+def test_before_end_is_called_after_a_failure_and_not_after_ctrl_c(error: type[BaseException], called: bool) -> None:
     given: list[float] = []
     with pytest.raises(error), Watchdog(ALONE, limit=100) as dog:
         dog.before_end = given.append
@@ -110,7 +110,7 @@ def test_what_is_under_way_is_finished_after_a_failure_and_not_after_ctrl_c(erro
     assert bool(given) == called
 
 
-def test_what_comes_between_steps_does_not_count_as_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_between_steps_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """An evaluation or a checkpoint may take longer than a step."""
     ended: list[str] = []
     monkeypatch.setattr(Watchdog, "_end", lambda self, roll: ended.append("ended"))
