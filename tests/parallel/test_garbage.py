@@ -1,4 +1,4 @@
-"""What a step leaves for Python's garbage collector, which the loop runs only now and then."""
+"""A step leaves no tensors for Python's garbage collector, which the loop runs only every few steps."""
 
 import gc
 from pathlib import Path
@@ -17,8 +17,8 @@ from tests.conftest import write_config, write_dataset
 from tests.pool import Pool
 
 
-def tensors_in_circles(world: World, path: Path) -> int:
-    """After the third step of a run."""
+def tensors_in_cycles(world: World, path: Path) -> int:
+    """Returns the number of tensors that only the garbage collector can free after the third step of a run."""
     config = load_config(path, [])
     check(config, world.size)
     with Watchdog(world, 0) as watchdog:
@@ -55,7 +55,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_step_leaves_no_tensor_in_a_circle(pool: Pool, tmp_path: Path, kind: str) -> None:
-    """It would stay until the next collection, many steps later."""
+def test_a_step_leaves_no_tensor_in_a_reference_cycle(pool: Pool, tmp_path: Path, kind: str) -> None:
+    """Its memory would be kept until the next collection, many steps later."""
     path = write_config(tmp_path, write_dataset(tmp_path / "data"), **KINDS[kind])
-    assert pool.run(tensors_in_circles, 2, path) == [0, 0]
+    assert pool.run(tensors_in_cycles, 2, path) == [0, 0]

@@ -1,4 +1,4 @@
-"""gloo's groups: one thread each, and collectives that end at once in one of them."""
+"""gloo groups: each has one thread, and many collectives may end at the same time in one group."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def test_many_gathers_at_once_do_not_damage_the_heap(pool: Pool) -> None:
 
 
 def threads_of_groups() -> list[int]:
-    """Threads of every gloo group of this process."""
+    """Returns the number of threads of every gloo group of this process."""
     groups = list(dist.distributed_c10d._world.pg_map)
     backends = {group._get_backend(device) for group in groups for device in group._device_types}
     made: list[Any] = [backend for backend in backends if isinstance(backend, dist.ProcessGroupGloo)]
@@ -50,7 +50,7 @@ def train_and_count(world: World, path: Path) -> list[int]:
 
 
 def test_every_group_of_a_run_has_one_thread(pool: Pool, tmp_path: Path) -> None:
-    """Those of training, of each stream and of the saver."""
+    """Groups of training, of each stream and of the saver."""
     texts = tmp_path / "texts"
     texts.mkdir()
     (texts / "a.jsonl").write_text("\n".join(json.dumps({"text": "the cat sat " * 9}) for _ in range(40)))
@@ -59,15 +59,16 @@ def test_every_group_of_a_run_has_one_thread(pool: Pool, tmp_path: Path) -> None
         tmp_path, texts, data__type="streaming", data__tokenizer_path=str(tokenizer), data__num_worker=0, model__vocab_size=300,
         data__total_steps=2, parallel__zero1=2, ckpt__checkpoint_every=1,
     )  # fmt: skip
-    # The world's; one for the zero axis, one for its replicas, and one for axes of a single rank; the saver's; the stream's.
+    # Groups of the world, of the zero axis, of the replicate axis, of axes with a single rank, of the saver, and of the stream.
     assert [sorted(threads) for threads in pool.run(train_and_count, 4, path, device="cpu")] == [[1] * 6] * 4
 
 
-def count_pytorchs_own(world: World) -> list[int]:
+def threads_with_a_group_of_pytorch(world: World) -> list[int]:
     dist.new_group(backend="gloo")
     gloo.new_group()
     return sorted(threads_of_groups())
 
 
-def test_pytorchs_own_group_would_be_seen(pool: Pool) -> None:
-    assert pool.run(count_pytorchs_own, 1, device="cpu") == [[1, 1, 2]]
+def test_a_group_with_two_threads_would_be_found(pool: Pool) -> None:
+    """PyTorch's own gloo group has two threads."""
+    assert pool.run(threads_with_a_group_of_pytorch, 1, device="cpu") == [[1, 1, 2]]

@@ -57,7 +57,7 @@ class Meter(TorchDispatchMode):
             weights: bytes of other weights that were made before this context.
         """
         (_, others_before), (full_weights, others_after) = self.before[-1], self.after[-1]
-        # Weights that the pass itself has gathered are no activations. (What was there before, beside weights: gradients.)
+        # Full weights that the forward pass has gathered do not count as activations. (Other bytes before it are gradients.)
         return Memory(masters, moments, weights + full_weights + others_before, others_after - others_before)
 
     def _alive(self) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""When Python's garbage collector runs."""
+"""When the garbage collector runs during training."""
 
 import gc
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from internevo.train.process import GarbageCollector
 
 @pytest.fixture
 def collections() -> Iterator[list[int]]:
-    """Generations that are collected, one after another."""
+    """The generation of each garbage collection so far."""
     found: list[int] = []
 
     def note(phase: str, info: dict[str, int]) -> None:
@@ -23,17 +23,17 @@ def collections() -> Iterator[list[int]]:
 
 
 def make_garbage() -> None:
-    """More objects in circles than Python lets be."""
+    """Makes reference cycles, enough for Python to start a collection."""
     for _ in range(20_000):
-        circle: list[object] = []
-        circle.append(circle)
+        cycle: list[object] = []
+        cycle.append(cycle)
 
 
-def test_collections_come_after_the_first_step_and_at_set_steps_alone(collections: list[int]) -> None:
+def test_collections_run_after_the_first_step_and_then_only_every_few_steps(collections: list[int]) -> None:
     garbage = GarbageCollector()
     try:
         make_garbage()
-        assert collections  # by itself
+        assert collections  # automatic collection is on
         first, seen = 7, {}
         for step in range(first, 2 * garbage.EVERY + 1):
             collections.clear()
@@ -42,14 +42,14 @@ def test_collections_come_after_the_first_step_and_at_set_steps_alone(collection
             garbage.after_step(step)
             seen[step] = list(collections[len(seen[step]) :])
             if step > first:
-                assert len(collections) == len(seen[step])  # none while the step made its garbage
+                assert len(collections) == len(seen[step])  # none during the step
         assert [step for step, found in seen.items() if found] == [first, garbage.EVERY, 2 * garbage.EVERY]
         assert {generation for found in seen.values() for generation in found} == {2}
     finally:
         garbage.release()
 
 
-def test_what_is_there_after_the_first_step_is_not_looked_at_again() -> None:
+def test_objects_that_exist_after_the_first_step_are_not_visited_again() -> None:
     garbage = GarbageCollector()
     kept = [[n] for n in range(1000)]
     try:
@@ -60,6 +60,6 @@ def test_what_is_there_after_the_first_step_is_not_looked_at_again() -> None:
     assert gc.isenabled() and gc.get_freeze_count() == 0
 
 
-def test_without_a_step_nothing_is_changed() -> None:
+def test_release_without_a_step_changes_nothing() -> None:
     GarbageCollector().release()
     assert gc.isenabled()
