@@ -65,22 +65,22 @@ def _unwrap(x: Tensor) -> Tensor:
 
 
 def all_gather(x: Tensor, group: Group) -> Tensor:
-    """All-gather along dimension 0: [N, ...] of each rank -> [t * N, ...]."""
+    """Gathers along dimension 0, without autograd: [N, ...] of each rank -> [t * N, ...]."""
     return wait(functional.all_gather_single(_as_input(x), 0, group))
 
 
 def reduce_scatter(x: Tensor, group: Group) -> Tensor:
-    """Reduce-scatter along dimension 0: [t * N, ...] of each rank -> this rank's [N, ...] of the sum."""
+    """Sums over the ranks and scatters along dimension 0, without autograd: [t * N, ...] -> this rank's [N, ...] of the sum."""
     return wait(functional.reduce_scatter_single(_as_input(x), "sum", 0, group))
 
 
 def all_reduce(x: Tensor, group: Group) -> Tensor:
-    """All-reduce: returns the sum over the ranks of the group."""
+    """Returns the sum over the ranks of the group, without autograd."""
     return wait(functional.all_reduce(_as_input(x), "sum", group))
 
 
 def all_to_all(x: Tensor, group: Group) -> Tensor:
-    """All-to-all: x[r] of this rank goes to rank r, and the result's [r] comes from rank r; both are [t, ...]."""
+    """Sends x[r] to rank r, and receives the result's [r] from rank r, without autograd; both are [t, ...]."""
     return wait(functional.all_to_all_single(_as_input(x), None, None, group))
 
 
@@ -169,5 +169,5 @@ def scatter_tokens(x_BSD: Tensor, group: Group) -> Tensor:
 
 
 def exchange(x_tN: Tensor, group: Group) -> Tensor:
-    """Exchanges x [t, ...]: x[r] goes to rank r, and the result's [r] comes from rank r."""
+    """Sends x[r] to rank r, and receives the result's [r] from rank r; both are [t, ...]."""
     return _Exchange.apply(x_tN, group)

@@ -59,15 +59,13 @@ def traffic(work: Workload) -> list[Collectives]:
     activation = work.tokens * decoder.hidden_size * work.element_bytes
     chunks = -(-work.tokens // ops.chunk_tokens(work.tokens, decoder.vocab_size // ranks, work.device))
     statistics = Collectives("all-gather", "tensor", chunks, 3 * 4 * work.tokens * ranks)
-    # In the forward pass: the outputs of attention, the MLP and the embedding. (Backward: the inputs of attention, MLP and
-    # head.)
+    # Forward: outputs of attention, MLP and embedding. (2 * layers + 1 more backward: inputs of attention, MLP and head.)
     outputs = 2 * layers + 1 + again
     if mode == "mtp":
         count = outputs + 2 * layers + 1
         rows = [Collectives("all-reduce", "tensor", count, count * activation), statistics]
     else:
-        # In the forward pass: the inputs of attention, the MLP and the head. (Backward: outputs of attention, MLP and
-        # embedding.)
+        # Forward: inputs of attention, MLP and head. (2 * layers + 1 more backward: outputs of attention, MLP and embedding.)
         inputs = 2 * layers + 1 + work.recomputed_attentions + again
         gathers = inputs + 2 * layers + 1 + (2 * layers if mode == "fsp" else 0)
         scatters = outputs + 2 * layers + 1

@@ -58,7 +58,7 @@ def load_checkpoint(parts: Parts, folder: Path, wanted: LoadCkptInfo) -> list[st
     tensors = {n: t for n, t in parts.tensors().items() if n.startswith(kinds)}
     mine, theirs = parts.decoder.lora, checkpoint.config.lora
     if mine and theirs is None and not wanted.has("optimizer"):
-        # The folder has no adapters; they keep their initial values.
+        # The checkpoint has no adapters, so the new ones keep their initial values.
         tensors = {name: tensor for name, tensor in tensors.items() if ADAPTER_INFIX not in name}
     elif theirs != mine:
         raise CheckpointError(
