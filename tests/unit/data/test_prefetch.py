@@ -5,9 +5,9 @@ import threading
 from collections.abc import Generator
 
 import pytest
-from internevo.data.ahead import Ahead
 
-from internevo.data import ahead
+from internevo.data import prefetch
+from internevo.data.prefetch import Prefetcher
 
 
 def test_items_come_in_order_and_an_error_comes_after_them() -> None:
@@ -15,7 +15,7 @@ def test_items_come_in_order_and_an_error_comes_after_them() -> None:
         yield from range(3)
         raise ValueError("no more")
 
-    items = Ahead(make(), 2, "test")
+    items = Prefetcher(make(), 2, "test")
     assert [next(items) for _ in range(3)] == [0, 1, 2]
     for _ in range(2):  # whoever asks again gets it again
         with pytest.raises(ValueError, match="no more"):
@@ -33,7 +33,7 @@ def test_closing_ends_the_generator_in_its_thread() -> None:
         finally:
             closed_in.append(threading.current_thread().name)
 
-    items = Ahead(make(), 1, "test")
+    items = Prefetcher(make(), 1, "test")
     next(items)
     items.close()
     assert closed_in == ["test"]
@@ -41,7 +41,7 @@ def test_closing_ends_the_generator_in_its_thread() -> None:
 
 def test_closing_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     """The generator may wait for other ranks, which wait for this one."""
-    monkeypatch.setattr(ahead, "PATIENCE", 0.05)
+    monkeypatch.setattr(prefetch, "CLOSE_TIMEOUT", 0.05)
     begun, other = threading.Event(), threading.Event()
 
     def make() -> Generator[int, None, None]:
@@ -49,7 +49,7 @@ def test_closing_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None
         other.wait()
         yield 0
 
-    items = Ahead(make(), 1, "test")
+    items = Prefetcher(make(), 1, "test")
     begun.wait()
     items.close()
     other.set()
@@ -60,7 +60,7 @@ def test_what_the_thread_starts_does_not_hear_of_requests_to_stop() -> None:
         yield signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    items = Ahead(make(), 1, "test")
+    items = Prefetcher(make(), 1, "test")
     assert {signal.SIGINT, signal.SIGUSR1} <= next(items)
     items.close()
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
