@@ -201,5 +201,6 @@ def random_folder(family: str, draw: Callable[[list[Any]], Any]) -> tuple[dict[s
 
 def assert_close_to_scale(mine: Tensor, reference: Tensor, tolerance: float = 1e-5) -> None:
     """Compares tensors; the tolerance is relative to the largest element of the reference if that is greater than 1."""
+    mine, reference = mine.detach(), reference.detach()
     error, scale = (mine - reference).abs().max(), max(1.0, float(reference.abs().max()))
     assert error <= tolerance * scale, f"differs by {error} at a scale of {scale}"
