@@ -10,7 +10,8 @@ from pathlib import Path
 
 from ours import SHAPES, build
 
-from internevo.checkpoint.saver import Extras, Saver
+from internevo.checkpoint.finish import Extras
+from internevo.checkpoint.saver import Saver
 from internevo.parallel import gloo
 from internevo.parallel.world import World, join
 

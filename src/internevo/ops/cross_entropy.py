@@ -70,7 +70,7 @@ def linear_cross_entropy(
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float, shard: VocabShard | None):  # type: ignore[override, no-untyped-def]
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float, shard: VocabShard | None):  # type: ignore[no-untyped-def]
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
@@ -92,7 +92,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return losses.sum(), losses
 
     @staticmethod
-    def backward(ctx, grad_sum: Tensor, _grad_losses: Tensor):  # type: ignore[override, no-untyped-def]
+    def backward(ctx, grad_sum: Tensor, _grad_losses: Tensor):  # type: ignore[no-untyped-def]
         saved = iter(ctx.saved_tensors)
         grads = [next(saved) if wanted else None for wanted in ctx.wants]
         return (*(g if g is None else g.mul_(grad_sum.to(g.dtype)) for g in grads), None, None, None)

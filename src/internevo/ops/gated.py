@@ -22,13 +22,13 @@ def _act(x: Tensor, activation: str) -> Tensor:
 
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor, activation: str) -> Tensor:  # type: ignore[override, no-untyped-def]
+    def forward(ctx, gate: Tensor, up: Tensor, activation: str) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
         return _act(gate, activation) * up
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override, no-untyped-def]
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         gate, up = ctx.saved_tensors
         if ctx.activation == "silu":
             grad_gate = torch.ops.aten.silu_backward(grad * up, gate)

@@ -54,13 +54,13 @@ def take_rows(x_ID: Tensor, rows_R: Tensor, inverse_R: Tensor, copies: int = 1) 
 
 class _TakeRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, rows: Tensor, inverse: Tensor, copies: int) -> Tensor:  # type: ignore[override, no-untyped-def]
+    def forward(ctx, x: Tensor, rows: Tensor, inverse: Tensor, copies: int) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(inverse)
         ctx.copies = copies
         return x[rows]
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override, no-untyped-def]
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         (inverse,) = ctx.saved_tensors
         grad = grad[inverse]
         return (grad if ctx.copies == 1 else grad.view(-1, ctx.copies, grad.shape[1]).sum(1)), None, None, None

@@ -27,7 +27,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tensor:  # type: ignore[override, no-untyped-def]
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tensor:  # type: ignore[no-untyped-def]
         x32 = x.float()
         scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, scale)
@@ -37,7 +37,7 @@ class _RmsNorm(torch.autograd.Function):
         return (x32 * scale).to(x.dtype) * weight
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override, no-untyped-def]
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         x, weight, scale = ctx.saved_tensors
         unit = x.float() * scale
         grad32 = grad.float()

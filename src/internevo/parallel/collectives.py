@@ -91,55 +91,55 @@ def tokens_first(x_BSD: Tensor) -> Tensor:
 
 class _Copy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, group: Group) -> Tensor:  # type: ignore[override, no-untyped-def]
+    def forward(ctx, x: Tensor, group: Group) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.group = group
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override, no-untyped-def]
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         return all_reduce(grad, ctx.group), None
 
 
 class _Reduce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, group: Group) -> Tensor:  # type: ignore[override, no-untyped-def]
+    def forward(ctx, x: Tensor, group: Group) -> Tensor:  # type: ignore[no-untyped-def]
         return all_reduce(x, group)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override, no-untyped-def]
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         return grad, None
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, group: Group) -> Tensor:  # type: ignore[override, no-untyped-def]
+    def forward(ctx, x: Tensor, group: Group) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.group = group
         return all_gather(x, group)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override, no-untyped-def]
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         return reduce_scatter(grad, ctx.group), None
 
 
 class _Scatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, group: Group) -> Tensor:  # type: ignore[override, no-untyped-def]
+    def forward(ctx, x: Tensor, group: Group) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.group = group
         return reduce_scatter(x, group)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override, no-untyped-def]
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         return all_gather(grad, ctx.group), None
 
 
 class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, group: Group) -> Tensor:  # type: ignore[override, no-untyped-def]
+    def forward(ctx, x: Tensor, group: Group) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.group = group
         return all_to_all(x, group)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override, no-untyped-def]
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         return all_to_all(grad, ctx.group), None
 
 

@@ -151,12 +151,12 @@ class _WaitForGradients(torch.autograd.Function):
     """Returns shards of weights unchanged. The backward pass waits for their gradients."""
 
     @staticmethod
-    def forward(ctx, weights: GatheredWeights, *shards: Tensor):  # type: ignore[override, no-untyped-def]
+    def forward(ctx, weights: GatheredWeights, *shards: Tensor):  # type: ignore[no-untyped-def]
         ctx.weights = weights
         return tuple(shard.view_as(shard) for shard in shards)
 
     @staticmethod
-    def backward(ctx, *grads: Tensor):  # type: ignore[override, no-untyped-def]
+    def backward(ctx, *grads: Tensor):  # type: ignore[no-untyped-def]
         return None, *ctx.weights.wait_for_gradients(grads)
 
 
@@ -164,14 +164,14 @@ class _GatheredWeightLinears(torch.autograd.Function):
     """Linears that share an input. Only the input and this rank's shards of the weights are kept for the backward pass."""
 
     @staticmethod
-    def forward(ctx, weights: GatheredWeights, x_BSD: Tensor, *shards: Tensor):  # type: ignore[override, no-untyped-def]
+    def forward(ctx, weights: GatheredWeights, x_BSD: Tensor, *shards: Tensor):  # type: ignore[no-untyped-def]
         ctx.weights = weights
         ctx.save_for_backward(x_BSD, *shards)
         # With adapters the weights are frozen, and the first layer's input needs no gradient: then no backward pass follows.
         return tuple(F.linear(x_BSD, weight) for weight in weights.forward(shards, any(ctx.needs_input_grad)))
 
     @staticmethod
-    def backward(ctx, *grads: Tensor):  # type: ignore[override, no-untyped-def]
+    def backward(ctx, *grads: Tensor):  # type: ignore[no-untyped-def]
         x_BSD, *shards = ctx.saved_tensors
         weights: GatheredWeights = ctx.weights
         full = weights.backward(shards)

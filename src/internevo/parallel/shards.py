@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from ..models.init import Initializer
 
@@ -39,19 +39,22 @@ def fill_local(parameter: nn.Parameter, values: Callable[[int, int], Tensor]) ->
 def local_box(parameter: Tensor) -> list[tuple[int, int]]:
     """Returns (start, stop) of this rank's shard along every dimension of the full tensor.
 
-    The last dimension of the mesh shards the tensor first; each dimension before it shards what the ones after it have left.
-    Each of them divides a tensor dimension as ``torch.chunk`` does.
+    Each dimension of the mesh divides a dimension of the tensor as ``torch.chunk`` does. If several divide the same one, the
+    first dimension of the mesh does so first, unless its shards are strided: those divide what the later ones have left
+    (``fully_shard`` shards what a tensor mode has sharded before).
     """
     box = [(0, size) for size in parameter.shape]
     if not isinstance(parameter, DTensor):
         return box
     mesh, coordinate = parameter.device_mesh, parameter.device_mesh.get_coordinate()
     assert coordinate is not None
-    for mesh_dim in reversed(range(mesh.ndim)):
-        dim = getattr(parameter.placements[mesh_dim], "dim", None)  # all kinds of shards have it
-        if dim is not None:
-            start, stop = box[dim]
-            step = -(-(stop - start) // mesh.size(mesh_dim))
-            first = min(start + coordinate[mesh_dim] * step, stop)
-            box[dim] = (first, min(first + step, stop))
+    sharded = {n: placement for n, placement in enumerate(parameter.placements) if hasattr(placement, "dim")}
+    plain = [n for n, placement in sharded.items() if type(placement) is Shard]
+    strided = [n for n in reversed(sharded) if n not in plain]
+    for mesh_dim in plain + strided:
+        dim = sharded[mesh_dim].dim
+        start, stop = box[dim]
+        step = -(-(stop - start) // mesh.size(mesh_dim))
+        first = min(start + coordinate[mesh_dim] * step, stop)
+        box[dim] = (first, min(first + step, stop))
     return box

@@ -234,14 +234,14 @@ class _GatheredInputLinears(torch.autograd.Function):
     """fsp: linears that share a gathered input, of which only this rank's tokens are kept for the backward pass."""
 
     @staticmethod
-    def forward(ctx, x_BSD: Tensor, group: Group, *weights: Tensor):  # type: ignore[override, no-untyped-def]
+    def forward(ctx, x_BSD: Tensor, group: Group, *weights: Tensor):  # type: ignore[no-untyped-def]
         ctx.group = group
         ctx.save_for_backward(x_BSD, *weights)
         all_SBD = all_gather(tokens_first(x_BSD), group)
         return tuple(F.linear(all_SBD, weight).transpose(0, 1) for weight in weights)
 
     @staticmethod
-    def backward(ctx, *grads: Tensor):  # type: ignore[override, no-untyped-def]
+    def backward(ctx, *grads: Tensor):  # type: ignore[no-untyped-def]
         x_BSD, *weights = ctx.saved_tensors
         # The input is gathered while its gradient is computed, which is scattered while the weights' gradients are computed.
         gathering = start_all_gather([tokens_first(x_BSD)], ctx.group)

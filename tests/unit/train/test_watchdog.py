@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 
 from internevo.parallel.world import World
-from internevo.train import watchdog
 from internevo.train.watchdog import NO_ANSWER, RollCall, Watchdog
 
 ALONE = World(0, 1, 0, torch.device("cpu"), dist.HashStore())
@@ -73,7 +72,7 @@ def test_a_rank_that_has_finished_raises_no_alarm() -> None:
 
 def test_a_step_may_take_the_limit_or_several_times_the_slowest_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("internevo.train.watchdog.time.monotonic", lambda: now[0])
     dog = Watchdog(ALONE, limit=100)
     allowed = []
     for seconds, tokens in ((1000, 10), (5, 10), (400, 10), (5, 10), (5, 20)):
