@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..storage.jsonfile import read_object
-from .special_tokens import token_text
+from .special_tokens import added_tokens, token_text
 
 SPACE = "\u2581"
 """The character that SentencePiece uses for a space."""
-SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 @dataclass(frozen=True)
@@ -36,11 +34,12 @@ class AddedToken:
 class SentencePieceBackend:
     """A model of the ``sentencepiece`` library with the added tokens and settings of its folder."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         """Opens a model.
 
         Args:
-            path: the ``.model`` file. Settings are read from the same folder, if there are any.
+            path: the ``.model`` file.
+            settings: the settings of its folder.
         """
         import sentencepiece
 
@@ -48,7 +47,6 @@ class SentencePieceBackend:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except Exception as error:  # the library raises several types of errors
             raise UsageError(f"{path} is not a SentencePiece model: {error}") from error
-        settings = _settings(path.parent)
         self.added = self._added(path.parent, settings)
         self.names = {token.id: name for name, token in self.added.items()}
         longest_first = sorted(self.added, key=len, reverse=True)
@@ -64,18 +62,13 @@ class SentencePieceBackend:
     def _added(self, folder: Path, settings: dict[str, Any]) -> dict[str, AddedToken]:
         """Returns the added tokens of the folder's files by their text."""
         found: dict[str, AddedToken] = {}
-        for number, entry in settings.get("added_tokens_decoder", {}).items():
-            flags = {key: bool(entry.get(key)) for key in ("special", "lstrip", "rstrip")}
-            found[entry["content"]] = AddedToken(int(number), **flags)
-        for name, number in _object(folder / "added_tokens.json").items():
-            found.setdefault(name, AddedToken(int(number)))
-        more = settings.get("additional_special_tokens") or []
-        for entry in [*(settings.get(key) for key in SPECIAL), *more]:
-            text = token_text(entry)
-            if text and text not in found:
-                next_id = max([self.model.get_piece_size() - 1, *(token.id for token in found.values())]) + 1
-                known_id = self._piece_id(text)
-                found[text] = AddedToken(next_id if known_id is None else known_id, special=True)
+        for number, entry in added_tokens(folder, settings):
+            text, flags = entry["content"], {key: bool(entry.get(key)) for key in ("special", "lstrip", "rstrip")}
+            if number is None:
+                number = self._piece_id(text)
+            if number is None:
+                number = max([self.model.get_piece_size() - 1, *(token.id for token in found.values())]) + 1
+            found[text] = AddedToken(number, **flags)
         return found
 
     def _piece_id(self, piece: str) -> int | None:
@@ -149,22 +142,17 @@ class SentencePieceBackend:
         """Returns the size of the vocabulary, added tokens included: the largest id plus 1."""
         return max([self.model.get_piece_size(), *(token.id + 1 for token in self.added.values())])
 
+    def bos_eos(self) -> dict[str, str | None]:
+        """Returns the tokens that begin and end a text, "bos_token" and "eos_token", as the model itself names them."""
+        ids = {"bos_token": self.model.bos_id(), "eos_token": self.model.eos_id()}
+        return {key: self.model.id_to_piece(number) if number >= 0 else None for key, number in ids.items()}
+
     def token_id(self, token: str) -> int | None:
         """Returns the id of an added token or of a piece of the model; None if there is no such token."""
         if token in self.added:
             return self.added[token].id
         found = self._piece_id(token)
         return None if found == self.model.unk_id() else found
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    """Returns the settings in ``special_tokens_map.json`` and ``tokenizer_config.json``; the latter take precedence."""
-    return {**_object(folder / "special_tokens_map.json"), **_object(folder / "tokenizer_config.json")}
-
-
-def _object(path: Path) -> dict[str, Any]:
-    """Returns the JSON object in a file; an empty one if the file does not exist."""
-    return read_object(path) if path.is_file() else {}
 
 
 def _without_prefix(model: Any) -> Any:

@@ -7,20 +7,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import UsageError
-from ..storage.jsonfile import read_object
 from .sentencepieces import SentencePieceBackend
-from .special_tokens import token_text
+from .special_tokens import END_OF_TEXT, SETTINGS, added_tokens, class_tokens, model_eos_ids, read_settings, token_text
 from .tiktokens import is_tiktoken, read_tiktoken
 
 FILES = ("tokenizer.json", "tokenizer.model")
 """The files that a tokenizer is read from; the first one that is in the folder is used."""
-SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
-"""The files that name the special tokens; the first one that is in the folder is used."""
+TEMPLATE = "chat_template.jinja"
+"""The file of a chat template."""
+OTHER_FILES = ("vocab.json", "merges.txt", "vocab.txt")
+"""Files of tokenizers that only transformers can read."""
+USUAL_TOKENS = (
+    (None, END_OF_TEXT), ("<s>", "</s>"), ("<bos>", "<eos>"), ("<|begin_of_text|>", "<|end_of_text|>"),
+)  # fmt: skip
+"""The tokens that begin and end a document if no file names them: the first whose end token the vocabulary has."""
 
 
 class Backend(Protocol):
@@ -48,6 +53,18 @@ class Tokenizer:
     """The file or folder that it was read from."""
     bos_id: int | None = None
     eos_id: int | None = None
+    special_tokens: dict[str, str] = field(default_factory=dict)
+    """The special tokens by their names in transformers, {"bos_token": "<s>", ...}, which chat templates use."""
+
+    @property
+    def bos(self) -> list[int]:
+        """What begins a document: one id or none. A token that begins and ends documents, as GPT-2's, is only their end."""
+        return [] if self.bos_id is None or self.bos_id == self.eos_id else [self.bos_id]
+
+    @property
+    def eos(self) -> list[int]:
+        """What ends a document: one id or none."""
+        return [] if self.eos_id is None else [self.eos_id]
 
     @property
     def vocab_size(self) -> int:
@@ -60,9 +77,7 @@ class Tokenizer:
 
     def with_bos(self, text: str) -> list[int]:
         """Returns the ids of a text that begins a document. There is at least one id, also if the text is empty."""
-        begin = self.bos_id if self.bos_id is not None else self.eos_id
-        ids = self.encode(text)
-        return [begin, *ids] if begin is not None and (self.bos_id is not None or not ids) else ids or [0]
+        return [*self.bos, *self.encode(text)] or self.eos or [0]
 
     def decode(self, ids: list[int]) -> str:
         """Returns the text of ids."""
@@ -72,18 +87,32 @@ class Tokenizer:
 class _TokenizersBackend:
     """A tokenizer of Hugging Face's ``tokenizers`` library."""
 
-    def __init__(self, fast: Any) -> None:
+    def __init__(self, fast: Any, folder: Path, settings: dict[str, Any]) -> None:
+        """Adds the folder's special tokens, and switches off what would change the ids of a text."""
+        from tokenizers import AddedToken
+
+        fast.no_truncation()
+        fast.no_padding()
+        if getattr(fast.model, "dropout", None):
+            fast.model.dropout = None
+        known = {token.content for token in fast.get_added_tokens_decoder().values()}
+        entries = [entry for _, entry in added_tokens(folder, settings) if entry["content"] not in known]
+        try:
+            fast.add_tokens([AddedToken(**entry) for entry in entries])
+        except TypeError as error:
+            raise UsageError(f"the added tokens in {folder} ({', '.join(SETTINGS)}) cannot be read: {error}") from error
         self.fast = fast
 
     @classmethod
-    def read(cls, path: Path) -> _TokenizersBackend:
+    def read(cls, path: Path, settings: dict[str, Any]) -> _TokenizersBackend:
         """Reads a tokenizer.json."""
         from tokenizers import Tokenizer as Fast
 
         try:
-            return cls(Fast.from_file(str(path)))
+            fast = Fast.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
             raise UsageError(f"{path} is not a tokenizer.json: {error}") from error
+        return cls(fast, path.parent, settings)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [e.ids for e in self.fast.encode_batch_fast(texts, add_special_tokens=False)]
@@ -92,7 +121,7 @@ class _TokenizersBackend:
         return self.fast.decode(ids, skip_special_tokens=False)
 
     def size(self) -> int:
-        return max(self.fast.get_vocab().values()) + 1  # ids may have gaps
+        return max(self.fast.get_vocab().values(), default=-1) + 1  # ids may have gaps
 
     def token_id(self, token: str) -> int | None:
         return self.fast.token_to_id(token)
@@ -126,11 +155,10 @@ class _TransformersBackend:
         return self.tokenizer.decode(ids)
 
     def size(self) -> int:
-        return len(self.tokenizer)
+        return max(self.tokenizer.get_vocab().values(), default=-1) + 1  # ids may have gaps
 
     def token_id(self, token: str) -> int | None:
-        found = self.tokenizer.convert_tokens_to_ids(token)
-        return None if found == self.tokenizer.unk_token_id else found
+        return self.tokenizer.get_vocab().get(token)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -149,53 +177,56 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if path.is_dir():
         found = [*(path / n for n in FILES if (path / n).is_file()), *sorted(path.glob("*.tiktoken"))]
         path = found[0] if found else path
+    settings = read_settings(folder)
+    usual: dict[str, str | None] = {}
     backend: Backend
     if path.suffix == ".json":
-        backend = _TokenizersBackend.read(path)
+        backend = _TokenizersBackend.read(path, settings)
     elif path.suffix == ".tiktoken" or (path.suffix == ".model" and is_tiktoken(path)):
         fast, encoding = read_tiktoken(path)
-        backend = _TokenizersBackend(fast)
-        bos = backend.token_id(encoding.bos) if encoding.bos else None
-        return Tokenizer(backend, path, bos, backend.token_id(encoding.eos))
+        backend = _TokenizersBackend(fast, folder, settings)
+        usual = {"bos_token": encoding.bos, "eos_token": encoding.eos}
     elif path.suffix == ".model":
-        backend = SentencePieceBackend(path)
+        backend = SentencePieceBackend(path, settings)
+        usual = backend.bos_eos()
     elif path.is_dir():
         backend = _TransformersBackend(path)
+        settings = backend.tokenizer.special_tokens_map
     else:
         raise UsageError(f"the tokenizer {path} is neither a folder nor a .json, .model or .tiktoken file")
-    return Tokenizer(backend, path, *_bos_eos_ids(folder, backend))
+    return _with_special_tokens(backend, path, folder, settings, usual)
 
 
 def tokenizer_fingerprint(path: Path) -> str:
-    """Returns a hash of the files that decide which ids a text has."""
-    names = (*FILES, *SETTINGS)
-    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.name in names or f.suffix == ".tiktoken")
+    """Returns a hash of the files that decide which ids a text or a chat has."""
+    settings = (*SETTINGS, TEMPLATE)
+    if path.is_dir():
+        names = (*FILES, *OTHER_FILES, *settings)
+        files = sorted(file for file in path.iterdir() if file.name in names or file.suffix == ".tiktoken")
+    else:
+        files = [path, *(file for name in settings if (file := path.with_name(name)).is_file())]
     return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()[:16]
 
 
-def _bos_eos_ids(folder: Path, backend: Backend) -> tuple[int | None, int | None]:
-    """Returns the ids that begin and end a document: those of the tokens that the folder's files name, else of usual names."""
-    if isinstance(backend, SentencePieceBackend) and not (folder / "tokenizer_config.json").is_file():
-        ids = (backend.model.bos_id(), backend.model.eos_id())
-        return tuple(i if i >= 0 else None for i in ids)  # type: ignore[return-value]
-    for name in SETTINGS:
-        if (folder / name).is_file():
-            table = read_object(folder / name)
-            return _id_of(table.get("bos_token"), backend), _id_of(table.get("eos_token"), backend)
-    for eos in ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>"):
-        if backend.token_id(eos) is not None:
-            bos = {"</s>": "<s>", "<eos>": "<bos>", "<|end_of_text|>": "<|begin_of_text|>"}.get(eos)
-            return (backend.token_id(bos) if bos else None), backend.token_id(eos)
-    return None, None
+def _with_special_tokens(
+    backend: Backend, path: Path, folder: Path, settings: dict[str, Any], usual: dict[str, str | None]
+) -> Tokenizer:
+    """Returns the tokenizer with its special tokens.
 
-
-def _id_of(token: Any, backend: Backend) -> int | None:
-    text = token_text(token)
-    return None if text is None else backend.token_id(text)
-
-
-END_OF_TEXT = "<|endoftext|>"
-"""The token that ends a document, in the tokenizers that are trained here."""
+    Each is the token that the folder's files name (null: there is none), else that of the folder's class of tokenizers in
+    transformers, else the one in ``usual``. If all this names no end token, it is the model's, or one with a usual name.
+    """
+    tokens = {key: text for key, token in settings.items() if key.endswith("_token") and (text := token_text(token))}
+    for table in (class_tokens(folder, settings), usual):
+        for key, text in table.items():
+            if key not in settings and key not in tokens and text and backend.token_id(text) is not None:
+                tokens[key] = text
+    if "eos_token" not in settings and "eos_token" not in tokens:
+        models = [(None, backend.decode([number])) for number in model_eos_ids(folder)[:1] if 0 <= number < backend.size()]
+        bos, eos = next(((b, e) for b, e in (*models, *USUAL_TOKENS) if backend.token_id(e) is not None), (None, None))
+        tokens |= {key: text for key, text in (("bos_token", bos), ("eos_token", eos)) if text and key not in tokens}
+    bos_id, eos_id = (backend.token_id(tokens[key]) if key in tokens else None for key in ("bos_token", "eos_token"))
+    return Tokenizer(backend, path, bos_id, eos_id, tokens)
 
 
 def train_bpe(texts: Any, vocab_size: int, folder: Path) -> Path:

@@ -4,17 +4,23 @@ import base64
 import json
 import random
 from collections import Counter
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import sentencepiece
+from tokenizers import AddedToken as FastToken
+from tokenizers import Tokenizer as Fast
+from tokenizers.processors import TemplateProcessing
 from transformers import AddedToken, AutoTokenizer
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
+from internevo.data.encoding.formats import encode_documents
+from internevo.data.raw.documents import Document
 from internevo.errors import UsageError
 from internevo.text.tiktokens import ENCODINGS
-from internevo.text.tokenizer import load_tokenizer, train_bpe
+from internevo.text.tokenizer import load_tokenizer, tokenizer_fingerprint, train_bpe
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "über", "den", "faulen", "Hund", "文本", "def", "return"]
 TEXTS = [" ".join(random.Random(n).choices(WORDS, k=40)) for n in range(99)]
@@ -156,3 +162,208 @@ def test_the_error_names_unknown_or_damaged_tiktoken_files_and_code(tmp_path: Pa
         UsageError, match=r"exists only as code \(tokenization_chatglm\.py\), and code from a model's folder is not run"
     ):
         load_tokenizer(tmp_path / "code")
+
+
+def write_json(path: Path, values: object) -> None:
+    path.write_text(json.dumps(values))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer.json of byte-level BPE, and a SentencePiece model of 40 pieces."""
+    folder = tmp_path_factory.mktemp("models")
+    train_bpe(iter(TEXTS), 300, folder)
+    (folder / "corpus.txt").write_text("\n".join(TEXTS))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "corpus.txt"), model_prefix=str(folder / "tokenizer"), vocab_size=40, minloglevel=2,
+    )  # fmt: skip
+    return folder
+
+
+def bpe(models: Path, folder: Path, special: Sequence[str] = (), without: str | None = None) -> Fast:
+    """Writes the byte-level tokenizer.json, with these special tokens, and without the one that it has."""
+    values = json.loads((models / "tokenizer.json").read_text())
+    values["added_tokens"] = [token for token in values["added_tokens"] if token["content"] != without]
+    if without:
+        values["model"]["vocab"] = {piece: n for piece, n in values["model"]["vocab"].items() if piece != without}
+    fast = Fast.from_str(json.dumps(values))
+    fast.add_special_tokens([FastToken(name, special=True) for name in special])
+    fast.save(str(folder / "tokenizer.json"))
+    return fast
+
+
+def token(content: str, **more: object) -> dict[str, object]:
+    return {"content": content, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, **more}
+
+
+LLAMA3 = ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>")
+FORMS: dict[str, tuple[tuple[str, ...], dict[str, dict[str, object]]]] = {
+    "gpt2": ((), {
+        "config.json": {"model_type": "gpt2", "bos_token_id": 256, "eos_token_id": 256},
+        "tokenizer_config.json": {"model_max_length": 1024},
+    }),
+    "llama3": (LLAMA3, {
+        "config.json": {"model_type": "llama", "eos_token_id": [1, 2]},
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": LLAMA3[0], "eos_token": LLAMA3[2],
+            "added_tokens_decoder": {str(300 + n): token(name, special=True) for n, name in enumerate(LLAMA3)},
+        },
+        "special_tokens_map.json": {"bos_token": token(LLAMA3[0]), "eos_token": token(LLAMA3[2])},
+    }),
+    "qwen2": (("<|im_start|>", "<|im_end|>"), {
+        "config.json": {"model_type": "qwen2", "bos_token_id": 256},
+        "tokenizer_config.json": {
+            "tokenizer_class": "Qwen2Tokenizer", "bos_token": None, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
+            "added_tokens_decoder": {
+                "0": token("<|endoftext|>", special=True), "300": token("<|im_start|>", special=True),
+                "301": token("<|im_end|>", special=True),
+            },
+        },
+    }),
+    "qwen2 without names": ((), {
+        "config.json": {"model_type": "qwen2"}, "tokenizer_config.json": {"tokenizer_class": "Qwen2Tokenizer"},
+    }),
+    "gemma": (("<pad>", "<eos>", "<bos>", "<unk>"), {
+        "config.json": {"model_type": "gemma"},
+        "tokenizer_config.json": {"tokenizer_class": "GemmaTokenizer"},
+    }),
+    "mistral": (("<s>", "</s>", "[INST]"), {
+        "config.json": {"model_type": "llama"},
+        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": token("<s>", __type="AddedToken"),
+                                  "eos_token": token("</s>", __type="AddedToken"), "add_bos_token": True},
+    }),
+    "named only in special_tokens_map.json": (("<s>", "</s>"), {
+        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"},
+        "special_tokens_map.json": {"bos_token": token("<s>"), "eos_token": token("</s>")},
+    }),
+    "the map takes precedence": (("<s>", "</s>", "<e>"), {
+        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"},
+        "special_tokens_map.json": {"bos_token": "<s>", "eos_token": "<e>"},
+    }),
+    "added_tokens.json": ((), {
+        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"},
+        "added_tokens.json": {"<|im_end|>": 300, "[X]": 301},
+    }),
+    "tokens that only the settings have": ((), {
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<e>", "pad_token": "[PAD]", "image_token": "<img>",
+            "additional_special_tokens": ["<|im_start|>", token("<|im_end|>", __type="AddedToken")],
+        },
+    }),
+    "the map beside added_tokens_decoder": (("<s>", "</s>"), {
+        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>",
+                                  "added_tokens_decoder": {"300": token("<s>", special=True)}},
+        "special_tokens_map.json": {"eos_token": "<s>"},
+    }),
+    "a tokenizer without an end token": ((), {
+        "config.json": {"model_type": "qwen2", "eos_token_id": 256},
+        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": None},
+    }),
+}  # fmt: skip
+"""Folders in the forms of published ones: the special tokens in tokenizer.json, and the other files."""
+SAID = [
+    "the quick fox",
+    " [INST] the</s><s> fox<|im_end|>",
+    "<|endoftext|>  [X]<e>[PAD]<img>",
+    "über <|im_start|>den\n<bos><eos>",
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_special_tokens_and_ids_are_those_of_transformers(tmp_path: Path, models: Path, form: str) -> None:
+    special, files = FORMS[form]
+    bpe(models, tmp_path, special)
+    for name, values in files.items():
+        write_json(tmp_path / name, values)
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    assert (ours.bos_id, ours.eos_id) == (theirs.bos_token_id, theirs.eos_token_id)
+    assert {k: v for k, v in theirs.special_tokens_map.items() if k in ours.special_tokens} == {
+        k: v for k, v in ours.special_tokens.items() if k in theirs.special_tokens_map
+    }
+    if form != "gemma":  # transformers builds Gemma's from the pieces, not from tokenizer.json
+        assert [ours.encode(text) for text in SAID] == theirs(SAID, add_special_tokens=False)["input_ids"]
+        assert ours.vocab_size == len(theirs)
+
+
+@pytest.mark.parametrize(
+    ("files", "wanted"),
+    [
+        ({}, (1, 2)),
+        ({"config.json": {"model_type": "llama"}, "tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer"}}, (1, 2)),
+        ({"tokenizer_config.json": {"tokenizer_class": "InternLM2Tokenizer", "bos_token": "<s>"},
+          "special_tokens_map.json": {"eos_token": "</s>"}}, (1, 2)),
+        ({"tokenizer_config.json": {"tokenizer_class": "BaichuanTokenizer", "bos_token": token("<s>", __type="AddedToken"),
+                                    "eos_token": token("</s>", __type="AddedToken")}}, (1, 2)),
+        ({"special_tokens_map.json": {"eos_token": "<s>"}}, (1, 1)),
+        ({"tokenizer_config.json": {"eos_token": "<|im_end|>"}, "added_tokens.json": {"<|im_end|>": 45}}, (1, 45)),
+    ],
+    ids=["model alone", "Llama 2", "InternLM2", "Baichuan2", "only the map", "added_tokens.json"],
+)  # fmt: skip
+def test_special_tokens_of_folders_with_a_sentencepiece_model(
+    tmp_path: Path, models: Path, files: dict[str, object], wanted: tuple[int, int]
+) -> None:
+    (tmp_path / "tokenizer.model").write_bytes((models / "tokenizer.model").read_bytes())
+    for name, values in files.items():
+        write_json(tmp_path / name, values)
+    ours = load_tokenizer(tmp_path)
+    assert (ours.bos_id, ours.eos_id) == wanted
+    if "config.json" in files:
+        theirs = AutoTokenizer.from_pretrained(tmp_path)
+        assert (theirs.bos_token_id, theirs.eos_token_id) == wanted
+
+
+def test_a_tokenizer_json_alone_ends_documents_with_a_usual_token(tmp_path: Path, models: Path) -> None:
+    bpe(models, tmp_path)
+    assert load_tokenizer(tmp_path / "tokenizer.json").eos_id == 0
+    bpe(models, tmp_path, ("<s>", "</s>"), without="<|endoftext|>")
+    found = load_tokenizer(tmp_path)
+    assert (found.bos_id, found.eos_id) == (found.backend.token_id("<s>"), found.backend.token_id("</s>"))
+    write_json(tmp_path / "tokenizer_config.json", {"model_max_length": 1024})
+    assert load_tokenizer(tmp_path).eos_id == found.eos_id
+    write_json(tmp_path / "generation_config.json", {"eos_token_id": [5, 6]})
+    assert load_tokenizer(tmp_path).eos_id == 5
+
+
+def test_truncation_padding_dropout_and_post_processors_leave_a_texts_own_ids(tmp_path: Path, models: Path) -> None:
+    fast = bpe(models, tmp_path, ("<s>", "</s>"))
+    wanted = [fast.encode(text).ids for text in TEXTS]
+    fast.enable_truncation(8)
+    fast.enable_padding(length=500)
+    begin, end = (fast.token_to_id(name) for name in ("<s>", "</s>"))
+    fast.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", begin), ("</s>", end)])
+    fast.model.dropout = 0.5
+    fast.save(str(tmp_path / "tokenizer.json"))
+    write_json(tmp_path / "tokenizer_config.json", {"bos_token": "<s>", "eos_token": "</s>"})
+    ours = load_tokenizer(tmp_path)
+    assert ours.backend.encode_batch(TEXTS) == wanted
+    for text, ids in zip(TEXTS, encode_documents("text", [Document(t, "") for t in TEXTS], None, ours), strict=True):
+        assert not isinstance(ids, Exception) and ids.tolist() == [begin, *ours.encode(text), end]
+
+
+def test_a_token_that_begins_and_ends_documents_is_in_each_once(tmp_path: Path, models: Path) -> None:
+    bpe(models, tmp_path)
+    write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer"})
+    ours = load_tokenizer(tmp_path)
+    (ids,) = encode_documents("text", [Document("the", "")], None, ours)
+    assert ours.bos_id == ours.eos_id and not isinstance(ids, Exception)
+    assert ids.tolist() == [*ours.encode("the"), ours.eos_id] and ours.with_bos("") == [ours.eos_id]
+
+
+def test_the_fingerprint_changes_with_every_file_that_decides_the_ids(tmp_path: Path, models: Path) -> None:
+    bpe(models, tmp_path)
+    found = {tokenizer_fingerprint(tmp_path), tokenizer_fingerprint(tmp_path / "tokenizer.json")}
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"):
+        write_json(tmp_path / name, {"eos_token": name})
+        found |= {tokenizer_fingerprint(tmp_path), tokenizer_fingerprint(tmp_path / "tokenizer.json")}
+    assert len(found) >= 5
+    before = tokenizer_fingerprint(tmp_path)
+    write_json(tmp_path / "config.json", {})
+    assert tokenizer_fingerprint(tmp_path) == before
+
+
+@pytest.mark.parametrize("decoder", [[1], {"x": {"content": "a"}}, {"1": {}}, {"1": {"content": "a", "lstrip": "x"}}])
+def test_the_error_names_the_folder_of_damaged_settings(tmp_path: Path, models: Path, decoder: object) -> None:
+    bpe(models, tmp_path)
+    write_json(tmp_path / "tokenizer_config.json", {"added_tokens_decoder": decoder})
+    with pytest.raises(UsageError, match="the added tokens in .* cannot be read"):
+        load_tokenizer(tmp_path)

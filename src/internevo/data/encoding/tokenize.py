@@ -137,7 +137,10 @@ def tokenize(
         if not (saved.chunks and tokenizer.is_file()):
             status(f"training a byte-level BPE tokenizer of {train_vocab_size:,} entries")
             train_bpe(_texts(files, text_key, on_error), train_vocab_size, output)
-    saved.result.vocab_size = load_tokenizer(tokenizer).vocab_size
+    loaded = load_tokenizer(tokenizer)
+    saved.result.vocab_size = loaded.vocab_size
+    if loaded.eos_id is None:
+        status(f"the tokenizer {tokenizer} names no end token (eos_token), so none is written after a document")
     writers = _Writers(output, dataset_type, valid_ratio, saved, may_mask=format != "text")
     total, saved_at = sum(path.stat().st_size for _, path in files), time.monotonic()
     chunks = split_files(files)
