@@ -14,12 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import jinja2.meta
+import jinja2.nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..errors import DataError, UsageError
-from ..storage.jsonfile import read_object
-from .special_tokens import token_text
-from .tokenizer import Tokenizer
+from .special_tokens import read_optional
+from .tokenizer import TEMPLATE, Tokenizer
+
+Messages = list[dict[str, Any]]
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""The names of a message's reasoning. As in transformers, templates find it under the first two."""
 
 
 @dataclass
@@ -31,57 +36,83 @@ class ChatTemplate:
     """The special tokens that the template may use: {"bos_token": "<s>", ...}."""
     path: Path
     """The tokenizer's folder, for error messages."""
+    variables: frozenset[str]
+    """The variables that the template reads: "messages", "tools", ..."""
+    fields: frozenset[str]
+    """The names of fields that the template reads: "role", "content", "tool_calls", ..."""
 
     @classmethod
-    def load(cls, tokenizer: Tokenizer) -> ChatTemplate:
+    def load(cls, tokenizer: Tokenizer, name: str = "default") -> ChatTemplate:
         """Reads a tokenizer's template from ``chat_template.jinja``, or from ``chat_template`` in ``tokenizer_config.json``.
+
+        Args:
+            name: which template, if the folder has several: "tool_use" is for chats with tools. If there is no template of
+                this name, the one that is called "default".
 
         Raises:
             UsageError: if the tokenizer has no template, or it cannot be compiled.
         """
         folder = tokenizer.path if tokenizer.path.is_dir() else tokenizer.path.parent
-        settings = folder / "tokenizer_config.json"
-        table = read_object(settings) if settings.is_file() else {}
-        path = folder / "chat_template.jinja"
-        text = path.read_text(encoding="utf-8") if path.is_file() else _default(table.get("chat_template"))
+        templates = _templates(folder)
+        text = templates.get(name) or templates.get("default")
         if not text:
+            names = f" called default (it has {', '.join(sorted(templates))})" if templates else ""
             raise UsageError(
-                f"{folder} has no chat template, so it cannot be used for chats: add chat_template.jinja, or chat_template in "
+                f"{folder} has no chat template{names}, so it cannot be used for chats: add {TEMPLATE}, or chat_template in "
                 "tokenizer_config.json"
             )
-        tokens = {key: token_text(value) for key, value in table.items() if key.endswith("_token")}
         # transformers adds a tag to Jinja that marks what the assistant says. It is removed, because data/encoding/formats.py
         # finds these parts by rendering prompts.
         text = re.sub(
             r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})", lambda m: f"{m[1]}{'endif' if m[2] else 'if true'}{m[3]}", text
         )
+        environment = _environment()
         try:
-            template = _environment().from_string(text)
+            template, tree = environment.from_string(text), environment.parse(text)
         except jinja2.TemplateError as error:
             raise UsageError(f"the chat template of {folder} cannot be read: {error}") from error
-        return cls(template, {key: value for key, value in tokens.items() if value}, folder)
+        variables = frozenset(jinja2.meta.find_undeclared_variables(tree)) - set(environment.globals)
+        return cls(template, tokenizer.special_tokens, folder, variables, _field_names(tree))
 
-    def render(self, messages: list[dict[str, Any]], prompt: bool = False) -> str:
+    def render(self, messages: Messages, values: dict[str, Any] | None = None, prompt: bool = False) -> str:
         """Returns the text of a chat.
 
         Args:
             messages: {"role": ..., "content": ...} of each message.
+            values: other variables of the template: {"tools": [...], ...}.
             prompt: end the text with the beginning of an answer of the assistant (``add_generation_prompt``).
 
         Raises:
             DataError: if the template cannot render the messages.
         """
+        values = {"tools": None, "documents": None, **self.tokens, **(values or {}), "add_generation_prompt": prompt}
         try:
-            return self.template.render(messages=messages, add_generation_prompt=prompt, **self.tokens)
-        except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
+            try:
+                return self.template.render({**values, "messages": messages})
+            except jinja2.UndefinedError:  # templates differ in whether they take a message without content, as with tool calls
+                if all("content" in message for message in messages):
+                    raise
+                return self.template.render({**values, "messages": [{"content": "", **message} for message in messages]})
+        except (jinja2.TemplateError, TypeError, KeyError, IndexError, AttributeError, ValueError, ArithmeticError) as error:
             raise DataError(f"the chat template of {self.path} cannot render {_short(messages)}: {error}") from error
 
 
-def _default(value: Any) -> str | None:
-    """Returns the template from the value of ``chat_template``: a text, or a list of templates, one of them named "default"."""
+def _templates(folder: Path) -> dict[str, str]:
+    """Returns the templates of a folder by their names; if there is only one, its name is "default"."""
+    files = {"default": folder / TEMPLATE, **{path.stem: path for path in folder.glob("additional_chat_templates/*.jinja")}}
+    found = {name: path.read_text(encoding="utf-8") for name, path in files.items() if path.is_file()}
+    value = found or read_optional(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(value, list):
-        value = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}.get("default")
-    return value if isinstance(value, str) else None
+        value = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
+    if isinstance(value, str):
+        value = {"default": value}
+    return {str(name): text for name, text in (value or {}).items() if isinstance(text, str) and text}
+
+
+def _field_names(tree: jinja2.nodes.Template) -> frozenset[str]:
+    """Returns the attributes and the texts in a template, among which are the names of the fields of messages that it reads."""
+    names = {node.attr for node in tree.find_all(jinja2.nodes.Getattr)}
+    return frozenset(names | {node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)})
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
@@ -90,8 +121,10 @@ def _environment() -> ImmutableSandboxedEnvironment:
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    def to_json(value: Any, indent: int | None = None, **_: Any) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent)
+    def to_json(
+        value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+    ) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = to_json
@@ -100,6 +133,6 @@ def _environment() -> ImmutableSandboxedEnvironment:
     return environment
 
 
-def _short(messages: list[dict[str, Any]]) -> str:
+def _short(messages: Messages) -> str:
     text = json.dumps(messages, ensure_ascii=False, default=str)
     return text if len(text) <= 80 else text[:77] + "..."

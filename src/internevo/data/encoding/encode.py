@@ -21,7 +21,7 @@ from ...errors import DataError, InternEvoError
 from ...text.tokenizer import Tokenizer, load_tokenizer
 from ..raw.documents import Document, read_documents
 from ..raw.inputs import InputChunk
-from .formats import FormatName, encode_documents, format_fields
+from .formats import FormatName, encode_documents, read_fields
 
 OnError = Literal["stop", "skip"]
 """What to do with a document that cannot be read: raise its error, or skip it."""
@@ -76,7 +76,7 @@ class Encoder:
         """Reads documents, and yields lists of them that have about ``BATCH_CHARACTERS`` characters."""
         batch: list[Document] = []
         size = 0
-        for found in read_documents(chunk, format_fields(self.format, self.key)):
+        for found in read_documents(chunk, read_fields(self.format, self.key)):
             if isinstance(found, DataError):
                 self._skip(found, skipped)
                 continue

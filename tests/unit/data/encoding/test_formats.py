@@ -113,6 +113,23 @@ def test_the_error_for_an_instruction_without_output_does_not_advise_an_option_w
         tokenized(tmp_path, tmp_path / "a.json", folder, "alpaca")
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"instruction": "", "output": "a"}, "item 0: 'instruction' is empty$"),
+        ({"instruction": "a", "input": "", "output": ""}, "item 0: 'output' is empty$"),
+        ({"instruction": "a", "input": 5, "output": "b"}, "has no texts under .*'input' \\(int\\)"),
+        ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "the format alpaca does not use 'history'"),
+        ({"instruction": "a", "output": "b", "system": "c"}, "the format alpaca does not use 'system'"),
+    ],
+)
+def test_the_error_says_what_is_wrong_with_an_instruction(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    folder = folder_with(tmp_path / "tokenizer", CHATML)
+    (tmp_path / "a.json").write_text(json.dumps([row]))
+    with pytest.raises(DataError, match=message):
+        tokenized(tmp_path, tmp_path / "a.json", folder, "alpaca")
+
+
 def test_valid_ratio_also_splits_instructions(tmp_path: Path) -> None:
     folder = folder_with(tmp_path / "tokenizer", CHATML)
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"instruction": f"{n}", "output": "x"}) + "\n" for n in range(200)))

@@ -1,0 +1,245 @@
+"""Chats: their messages become one text by the tokenizer's chat template, and what the assistant says in it is predicted.
+
+A chat is {"messages": [{"role": ..., "content": ...}, ...]} or {"conversations": [{"from": ..., "value": ...}, ...]}. It may
+also have the fields of ``CHAT_VALUES``, and its messages those that the template reads ("tool_calls", ...).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import takewhile
+from typing import Any
+
+import numpy as np
+
+from ...errors import DataError
+from ...text.chat import REASONING, ChatTemplate, Messages
+from ...text.tokenizer import Tokenizer
+from ..raw.documents import Document
+from .shared import IdsOrError, mask, missing_field
+
+CHAT_FIELDS = ("messages", "conversations")
+"""The fields that are looked for in a document, in this order."""
+CHAT_VALUES = ("system", "tools", "functions", "history", "documents", "enable_thinking", "chat_template_kwargs")
+"""Fields next to the messages. They are variables of the chat template; ``system`` may also be its first message."""
+ROLES = {
+    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant", "system": "system",
+    "observation": "tool", "tool": "tool", "developer": "developer",
+}  # fmt: skip
+"""Names of roles in chats, and the name that chat templates have for each."""
+MARK = "\ufdd0answer\ufdd1"
+"""Stands for an answer, to find where a template puts it. Its first and last characters are none of Unicode's."""
+
+Render = Callable[..., str]
+"""``ChatTemplate.render`` with the values of a chat."""
+
+
+def encode_chats(documents: list[Document], key: str | None, tokenizer: Tokenizer) -> list[IdsOrError]:
+    """Encodes chats with the tokenizer's chat template.
+
+    What the template adds for a message of the assistant after its prompt is predicted: the message and the token that ends it.
+    Messages with ``weight`` 0 are not predicted.
+    """
+    templates = {name: ChatTemplate.load(tokenizer, name) for name in ("default", "tool_use")}
+    return [_encode_chat(document, key, tokenizer, templates) for document in documents]
+
+
+def encode_question(text: str, tokenizer: Tokenizer) -> tuple[list[int], int | None]:
+    """Returns the ids of a question up to where the answer begins, and the id that ends the answer, if there is one."""
+    template = ChatTemplate.load(tokenizer)
+    question = [{"role": "user", "content": text}]
+    after_answer = tokenizer.encode(template.render([*question, _marked()]).partition(MARK)[2])
+    end = next((id_ for id_ in after_answer if tokenizer.decode([id_]).strip()), None)
+    return tokenizer.encode(template.render(question, prompt=True)), end
+
+
+def _encode_chat(document: Document, key: str | None, tokenizer: Tokenizer, templates: dict[str, ChatTemplate]) -> IdsOrError:
+    try:
+        values = _values(document)
+        template = templates["tool_use" if "tools" in values else "default"]
+        messages = _messages(document, key)
+        weights = [_weight(message, number, document.where) for number, message in enumerate(messages)]
+        messages = _with_system(messages, values, template, document.where)
+        weights = [0] * (len(messages) - len(weights)) + weights
+        turns = [number for number, message in enumerate(messages) if message["role"] == "assistant" and weights[number]]
+        if not turns:
+            raise DataError(f"{document.where} has no message of the assistant (of weight 1), so there is nothing to predict")
+        render: Render = partial(template.render, values=values)
+        text = render(messages)
+        _check_used(text, messages, values, template, document.where)
+        spans = [_assistant_span(text, messages, turn, render, document.where) for turn in turns]
+    except DataError as error:
+        return error
+    whole, *prefixes = tokenizer.backend.encode_batch([text, *(text[:end] for span in spans for end in span)])
+    ids = mask(whole)
+    for up_to_start, up_to_end in zip(prefixes[::2], prefixes[1::2], strict=True):
+        start, stop = _common_length(whole, up_to_start), _common_length(whole, up_to_end)
+        ids[start:stop] = whole[start:stop]
+    return np.array(ids, np.int32)
+
+
+def _values(document: Document) -> dict[str, Any]:
+    """Returns the fields of a chat next to its messages that have a meaning for the template. Lists may be given as JSON."""
+    found: dict[str, Any] = {}
+    for field in CHAT_VALUES:
+        value: Any = document.value.get(field) if isinstance(document.value, dict) else None
+        if isinstance(value, str) and field != "system" and value.strip():
+            try:
+                value = json.loads(value)
+            except ValueError as error:
+                raise DataError(f"{document.where}: {field!r} is not JSON: {error}") from error
+        if value in (None, "", [], {}):
+            continue
+        wanted: type = {"system": str, "enable_thinking": bool, "chat_template_kwargs": dict}.get(field, list)
+        if not isinstance(value, wanted):
+            raise DataError(f"{document.where}: {field!r} must be a {wanted.__name__}, and is a {type(value).__name__}")
+        found |= value if field == "chat_template_kwargs" else {field: value}
+    return found
+
+
+def _weight(message: dict[str, Any], number: int, where: str) -> int:
+    """Removes the weight of a message, and returns it: 0 if it is not to be predicted, else 1."""
+    weight = message.pop("weight", None)
+    if weight is not None and weight not in (0, 1):
+        raise DataError(f"{where}: message {number} has weight {weight!r}; a weight must be 0 or 1")
+    if weight and message["role"] != "assistant":
+        raise DataError(f"{where}: message {number} has weight 1, but only messages of the assistant are predicted")
+    return 0 if weight == 0 and weight is not None else 1
+
+
+def _with_system(messages: Messages, values: dict[str, Any], template: ChatTemplate, where: str) -> Messages:
+    """Returns the messages, the first of which is ``values["system"]`` if the template has no variable for it."""
+    if "system" not in values or "system" in template.variables:
+        return messages
+    system = {"role": "system", "content": values.pop("system")}
+    if messages[0]["role"] != "system":
+        return [system, *messages]
+    if messages[0] != system:
+        raise DataError(f"{where}: the field 'system' and the first message, which is a system message too, differ")
+    return messages
+
+
+def _check_used(text: str, messages: Messages, values: dict[str, Any], template: ChatTemplate, where: str) -> None:
+    """Checks that the template uses all that a chat says.
+
+    Raises:
+        DataError: if the text is the same without a message, a field of a message or a field of the chat.
+    """
+
+    def refuse(what: str) -> DataError:
+        return DataError(f"{where}: the chat template of {template.path} does not use {what}")
+
+    for name in values:
+        if name not in template.variables:
+            raise refuse(f"the field {name!r}")
+    for number, message in enumerate(messages):
+        others = [*messages[:number], *messages[number + 1 :]]
+        content = message.get("content", "").strip()
+        if message["role"] != "assistant" and content and content not in text and _is_text(text, others, values, template):
+            raise refuse(f"message {number} (of the role {message['role']!r})")
+        for names in (("tool_calls",), ("function_call",), REASONING):
+            present = [name for name in names if message.get(name)]
+            if present and not template.fields & set(names):
+                less = {key: value for key, value in message.items() if key not in names}
+                if _is_text(text, [*messages[:number], less, *messages[number + 1 :]], values, template):
+                    raise refuse(f"the field {present[0]!r} of message {number}")
+
+
+def _is_text(text: str, messages: Messages, values: dict[str, Any], template: ChatTemplate) -> bool:
+    """Whether the template makes this text of the messages."""
+    try:
+        return template.render(messages, values) == text
+    except DataError:
+        return False
+
+
+def _assistant_span(text: str, messages: Messages, turn: int, render: Render, where: str) -> tuple[int, int]:
+    """Returns the start and end of a message of the assistant in the text of a chat, with the token that ends the message.
+
+    Args:
+        text: the text of all messages.
+        turn: the number of the message.
+    """
+    start = None
+    try:
+        before, prompt, up_to_here = render(messages[:turn]), render(messages[:turn], prompt=True), render(messages[: turn + 1])
+    except DataError:
+        pass  # some templates refuse the beginning of a chat, for example one without a question
+    else:
+        if text.startswith(before):
+            start = len(prompt) if text.startswith(prompt) else _common_length(text, prompt)
+            if text.startswith(up_to_here):
+                return start, len(up_to_here)
+    begin, end = _span_of_what_remains(text, messages, turn, render, where)
+    return begin if start is None else min(start, begin), end
+
+
+def _span_of_what_remains(text: str, messages: Messages, turn: int, render: Render, where: str) -> tuple[int, int]:
+    """Returns the start and end of a message in a template that drops parts of it (the reasoning) when other messages follow.
+
+    The message is what stands where the template puts another message in its place.
+    """
+    head, mark, tail = render([*messages[:turn], _marked(), *messages[turn + 1 :]]).partition(MARK)
+    if not (mark and text.startswith(head) and text.endswith(tail) and len(head) + len(tail) <= len(text)):
+        raise DataError(
+            f"{where}: the chat template renders message {turn} differently when other messages follow, so it is not known "
+            "which tokens to predict"
+        )
+    ending = render([*messages[:turn], _marked()]).partition(MARK)[2]
+    return len(head), len(text) - len(tail) + _common_length(tail, ending)
+
+
+def _marked() -> dict[str, Any]:
+    return {"role": "assistant", "content": MARK}
+
+
+def _common_length(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """Returns the length of the longest common prefix."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+
+
+def _messages(document: Document, key: str | None) -> Messages:
+    """Returns the messages of a chat in the form that chat templates expect."""
+    fields = (key,) if key else CHAT_FIELDS
+    value = document.value
+    if isinstance(value, dict):
+        value = next((value[field] for field in fields if value.get(field)), None)
+    if not isinstance(value, list) or not value:
+        raise missing_field(document, "messages", fields)
+    return [_message(entry, f"{document.where}: message {number}") for number, entry in enumerate(value)]
+
+
+def _message(entry: Any, where: str) -> dict[str, Any]:
+    """Returns {"role": ..., "content": ...} for a message in this form or in the form {"from": ..., "value": ...}.
+
+    As in transformers, fields that are null are left out, so a message that only calls tools has no content.
+    """
+    if not isinstance(entry, dict):
+        raise DataError(f"{where} must be an object, and is a {type(entry).__name__}")
+    role, content = entry.get("role", entry.get("from")), entry.get("content", entry.get("value"))
+    if isinstance(content, list):
+        content = "".join(_part_text(part, where) for part in content)
+    calls = content is None and (entry.get("tool_calls") or entry.get("function_call"))
+    if not isinstance(role, str) or not (isinstance(content, str) or calls):
+        raise DataError(
+            f"{where}: a message must have a role and a content (or from and value, or tool_calls), and this one has "
+            f"{', '.join(f'{k} ({type(v).__name__})' for k, v in entry.items()) or 'nothing'}"
+        )
+    if "role" not in entry and role not in ROLES:
+        raise DataError(f"{where} is from {role!r}; known are {', '.join(ROLES)}")
+    message = {k: v for k, v in entry.items() if k not in ("role", "from", "content", "value") and v is not None}
+    reasoning = next((message[name] for name in REASONING if name in message), None)
+    if reasoning is not None:
+        message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
+    return {"role": ROLES.get(role, role), **({} if content is None else {"content": content}), **message}
+
+
+def _part_text(part: Any, where: str) -> str:
+    """Returns the text of one of the parts that a content is a list of: a text, or {"type": "text", "text": ...}."""
+    text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
+    if not isinstance(text, str):
+        kind = repr(part.get("type")) if isinstance(part, dict) else type(part).__name__
+        raise DataError(f"{where} has a part that is not text ({kind}); only text can be used")
+    return text
