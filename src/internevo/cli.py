@@ -131,13 +131,14 @@ def convert(
 def generate(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint, run folder or Hugging Face folder.")],
     prompt: Annotated[str, typer.Option(help="Text to continue, or a question (see --format).")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens to generate.")] = 100,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=2**31, help="Maximum number of tokens to generate.")] = 100,
     temperature: Annotated[float, typer.Option(min=0, help="Divides the logits; 0: always the most likely token.")] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="Sample from the K most likely tokens; 0: from all.")] = 0,
     top_p: Annotated[
-        float, typer.Option(min=0, max=1, help="Sample from the most likely tokens with this total probability.")
+        float,
+        typer.Option(min=0, max=1, help="Sample from the most likely tokens with this total probability; 0: only the first."),
     ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the random numbers.")] = 0,
+    seed: Annotated[int, typer.Option(min=-(2**63), max=2**64 - 1, help="Seed of the random numbers.")] = 0,
     tokenizer: Annotated[Path | None, typer.Option(help="Path of the tokenizer (default: the one of the model).")] = None,
     format: Annotated[
         Literal["text", "alpaca", "chat"],

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..errors import InternEvoError, UsageError
+from .config import DecoderConfig
 from .decoder import Decoder
 from .layers import Cache
+
+GREEDY = 1e-6
+"""Below this temperature, the most likely token is always chosen."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen."""
+    """How the next token is chosen.
+
+    Raises:
+        UsageError: if a value is not in its range.
+    """
 
     temperature: float = 1.0
     """The logits are divided by this. 0: always the most likely token."""
@@ -21,7 +31,15 @@ class Sampling:
     """Draw only from this many most likely tokens. 0: from all."""
     top_p: float = 1.0
     """Draw only from the smallest set of most likely tokens whose probabilities add up to at least this
-    (https://arxiv.org/abs/1904.09751)."""
+    (https://arxiv.org/abs/1904.09751). The most likely token is always in it."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise UsageError(f"temperature = {self.temperature} must be a finite number of at least 0")
+        if self.top_k < 0:
+            raise UsageError(f"top_k = {self.top_k} must be at least 0")
+        if not 0 <= self.top_p <= 1:
+            raise UsageError(f"top_p = {self.top_p} must be a number from 0 to 1")
 
 
 @torch.no_grad()
@@ -33,6 +51,7 @@ def generate(
     *,
     seed: int = 0,
     eos_ids: tuple[int, ...] = (),
+    vocab_size: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> list[int]:
     """Generates the ids that follow ``prompt``.
@@ -42,11 +61,15 @@ def generate(
         max_new_tokens: the maximum number of ids to generate.
         seed: seed of the random draws.
         eos_ids: generation ends after one of these ids.
+        vocab_size: only ids below this are drawn: those that the tokenizer has. None: all of the model.
         dtype: dtype of the cache, which must be that of the computation. None: the weights' dtype, which is right unless a
             sharded model casts its weights.
 
     Returns:
         The generated ids, including the id that ended them.
+
+    Raises:
+        InternEvoError: if there is not enough memory for the cache, or the model computes logits that are not finite.
     """
     weight = next(model.parameters())
     device = weight.device
@@ -61,7 +84,7 @@ def generate(
         for _ in range(max_new_tokens):
             logits = model(tokens, caches=caches)
             caches = [Cache(c.keys, c.values, c.length + tokens.shape[1]) for c in caches]
-            chosen = choose(logits[0, -1].float(), sampling, generator)
+            chosen = choose(logits[0, -1, :vocab_size].float(), sampling, generator)
             out.append(chosen)
             if chosen in eos_ids:
                 break
@@ -71,26 +94,51 @@ def generate(
 
 
 def empty_caches(model: Decoder, capacity: int, dtype: torch.dtype, device: torch.device) -> list[Cache]:
-    """Returns an empty cache for ``capacity`` tokens for each layer."""
+    """Returns an empty cache for ``capacity`` tokens for each layer.
+
+    Raises:
+        InternEvoError: if there is not enough memory.
+    """
     caches = []
     for _, layer in model.numbered_layers():
         shape = (1, capacity, layer.attn.kv_heads, layer.attn.head_dim)
-        keys, values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        try:
+            keys, values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        except RuntimeError as error:
+            raise InternEvoError(
+                f"there is not enough memory to keep the keys and values of {capacity:,} tokens; generate fewer: {error}"
+            ) from error
         caches.append(Cache(keys, values, 0))
     return caches
 
 
 def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Draws one id from fp32 logits [V]."""
-    if sampling.temperature == 0:
+    """Draws one id from fp32 logits [V].
+
+    Raises:
+        InternEvoError: if a logit is NaN or infinite.
+    """
+    if not logits_V.isfinite().all():
+        raise InternEvoError("the model computes logits that are not finite: its weights have diverged or are damaged")
+    if sampling.temperature < GREEDY:
         return int(logits_V.argmax())
-    logits_V = logits_V / sampling.temperature
+    logits_V = (logits_V - logits_V.max()) / sampling.temperature
     if 0 < sampling.top_k < logits_V.numel():
         smallest = logits_V.topk(sampling.top_k).values[-1]
         logits_V = logits_V.masked_fill(logits_V < smallest, -torch.inf)
     probabilities = logits_V.softmax(-1)
     if sampling.top_p < 1:
         ordered, order = probabilities.sort(descending=True)
-        ordered[ordered.cumsum(0) - ordered >= sampling.top_p] = 0
+        before = ordered.cumsum(0) - ordered
+        ordered[1:][before[1:] >= sampling.top_p] = 0
         probabilities = torch.zeros_like(probabilities).scatter_(0, order, ordered)
     return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+def longest_text(config: DecoderConfig) -> int | None:
+    """Returns the largest number of tokens for which the model's positions are made; None if there is no such limit."""
+    rope = config.rope
+    if rope is None or rope.kind == "dynamic":
+        return None
+    original = rope.options.get("original_max_position_embeddings", config.max_position_embeddings)
+    return max(config.max_position_embeddings, int(original * rope.factor))

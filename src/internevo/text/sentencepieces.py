@@ -124,11 +124,11 @@ class SentencePieceBackend:
         return [ids[self.unknown_length :] if guard else ids for ids, guard in zip(encoded, guarded, strict=True)]
 
     def decode(self, ids: list[int]) -> str:
-        """Returns the text of ids, with the text of the added tokens."""
-        text, run = "", list[int]()
+        """Returns the text of ids, with the text of the added tokens. Ids that no token has are left out."""
+        text, run, pieces = "", list[int](), self.model.get_piece_size()
         for number in [*ids, None]:
             if number is not None and number not in self.names:
-                run.append(number)
+                run += [number] if number < pieces else []
                 continue
             if run:
                 # The model drops a space at the beginning, which is right only at the beginning of the whole text.

@@ -164,8 +164,9 @@ class Trainer:
             sampling = Sampling(temperature=0.8, top_p=0.95)
             with parts.axis.unsharded_sequences():
                 out = generate(
-                    parts.model, ids, monitor.sample_tokens, sampling, seed=self.config.seed, eos_ids=ends, dtype=dtype
-                )
+                    parts.model, ids, monitor.sample_tokens, sampling, seed=self.config.seed, eos_ids=ends,
+                    vocab_size=tokenizer.vocab_size, dtype=dtype,
+                )  # fmt: skip
             if observers:
                 observers.sample(step, prompt, tokenizer.decode([i for i in out if i not in ends]))
         parts.axis.after_forwards()
