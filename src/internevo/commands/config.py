@@ -12,7 +12,7 @@ from ..config.load import dump, load_config
 from ..config.option import notices
 from ..config.schema import Config
 from ..errors import ConfigError
-from ..train.check import missing_features, problems
+from ..train.check import check_data, missing_features, problems
 
 if TYPE_CHECKING:  # these import PyTorch, which takes seconds and is only needed for a layout
     from ..parallel.layout import Layout
@@ -30,6 +30,7 @@ def show(path: Path, overrides: list[str], world_size: int | None, per_node: int
 
     Raises:
         ConfigError: if the config cannot be trained on ``world_size`` processes. Missing files are only warnings.
+        DataError: if the tokenized data has ids outside the model's vocabulary, or cannot be read.
     """
     config = load_config(path, overrides)
     for line in notices(config):
@@ -39,6 +40,7 @@ def show(path: Path, overrides: list[str], world_size: int | None, per_node: int
     wrong = problems(config, world_size or smallest_world(config))
     if wrong:
         raise ConfigError("the config cannot be trained:\n" + "\n".join(f"  {line}" for line in wrong))
+    check_data(config)
     print(dump(config), end="")
     if world_size:
         print("\n" + "\n".join(layout_lines(config, world_size, per_node)))

@@ -5,10 +5,16 @@ It needs no PyTorch, and runs before any process is started.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 from ..config import Config
 from ..config import check as rules
-from ..errors import ConfigError, NotAvailableYet
+from ..config.data import STREAMS
+from ..data.tokenized.vocabulary import check_ids, find_tokenizer
+from ..errors import ConfigError, NotAvailableYet, UsageError
 from ..models.families import registry
+from ..text.tokenizer import Tokenizer, load_tokenizer
 
 
 def check(config: Config, world_size: int) -> None:
@@ -17,6 +23,7 @@ def check(config: Config, world_size: int) -> None:
     Raises:
         ConfigError: with all problems that were found.
         NotAvailableYet: if the config is right, but needs a feature that this version does not have.
+        DataError: if the tokenized data has ids outside the model's vocabulary, or cannot be read.
     """
     wrong = problems(config, world_size) + rules.missing_paths(config)
     if wrong:
@@ -24,11 +31,57 @@ def check(config: Config, world_size: int) -> None:
     later = missing_features(config)
     if later:
         raise NotAvailableYet("\n".join(later))
+    check_data(config)
 
 
 def problems(config: Config, world_size: int) -> list[str]:
     """Returns what contradicts itself in the config, what its family does not allow, and what does not fit the world size."""
-    return [*registry.problems(config.model_type, config.model), *rules.problems(config, world_size)]
+    wrong = [*registry.problems(config.model_type, config.model), *rules.problems(config, world_size)]
+    return [*wrong, *_vocabulary_problems(config)]
+
+
+def check_data(config: Config) -> None:
+    """Looks for ids outside the model's vocabulary in samples of the tokenized data that the config names and that exists.
+
+    Raises:
+        DataError: if there is one, or a file is broken.
+    """
+    if config.data.on_error != "skip":  # documents with such ids are left out
+        for folder in _tokenized_folders(config).values():
+            check_ids(folder, config.model.vocab_size)
+
+
+def _vocabulary_problems(config: Config) -> Iterator[str]:
+    """Yields a line for each tokenizer, of the config or stored with its data, that is larger than the model's vocabulary."""
+    found: dict[str, Tokenizer] = {}
+    path = config.data.tokenizer_path
+    try:
+        if path and Path(path).exists():
+            found[f"data.tokenizer_path = {path!r}"] = load_tokenizer(path)
+        for key, folder in _tokenized_folders(config).items():
+            if (tokenizer := find_tokenizer(folder)) is not None:
+                found[f"the tokenizer ({tokenizer.path}) of {key}"] = tokenizer
+    except UsageError as error:
+        yield str(error)
+    for what, tokenizer in found.items():
+        if tokenizer.vocab_size > config.model.vocab_size:
+            yield (
+                f"model.vocab_size = {config.model.vocab_size} is smaller than the vocabulary of {what}, which has "
+                f"{tokenizer.vocab_size} entries"
+            )
+
+
+def _tokenized_folders(config: Config) -> dict[str, Path]:
+    """Returns the existing folders of tokenized data that the run reads, by their keys in the config."""
+    data = config.data
+    train, valid = data.folders
+    named = {"data.train_folder": None if data.mixture else train, "data.valid_folder": valid if data.valid_every else None}
+    folders = {key: folder for key, folder in named.items() if folder and data.type not in STREAMS}
+    for number, part in enumerate(data.mixture or []):
+        if part.folder and part.kind not in (*STREAMS, "mocked"):
+            folders[f"data.mixture.{number}.folder"] = part.folder
+    paths = {key: Path(folder) for key, folder in folders.items()}
+    return {key: path for key, path in paths.items() if path.is_dir() or Path(f"{path}.bin").is_file()}
 
 
 def missing_features(config: Config) -> list[str]:

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import DataError, UsageError
-from ...text.tokenizer import FILES, Tokenizer, load_tokenizer
+from ...text.tokenizer import Tokenizer, load_tokenizer
 from ..rows import tokens_and_labels
 from .files import Ids, TokenFile
 from .index import Index, list_files, open_index
+from .vocabulary import find_tokenizer
 
 BAR = 40
 """The width of the longest bar of the histogram, in characters."""
@@ -37,7 +38,7 @@ def describe_dataset(root: Path, tokenizer: Path | None, decode: int) -> Iterato
     yield f"tokenized data {root}: {len(index):,} documents, {index.tokens:,} tokens in {len(index.files):,} files"
     yield from _describe_types(index)
     yield from _describe_lengths(index)
-    found = load_tokenizer(tokenizer) if tokenizer else _find_tokenizer(root)
+    found = load_tokenizer(tokenizer) if tokenizer else find_tokenizer(root, above=True)
     yield from _describe_ids(index, found)
     if decode and found is None:
         raise UsageError("--decode needs a tokenizer: give --tokenizer PATH")
@@ -76,11 +77,6 @@ def _describe_lengths(index: Index) -> Iterator[str]:
     for power in range(int(np.flatnonzero(counts)[0]), len(counts)):
         span = f"{2**power:,}-{2 ** (power + 1) - 1:,}"
         yield f"  {span:>21} {counts[power]:>12,} {'█' * math.ceil(BAR * counts[power] / counts.max())}"
-
-
-def _find_tokenizer(root: Path) -> Tokenizer | None:
-    folders = (root, root.resolve().parent)
-    return next((load_tokenizer(folder) for folder in folders if any((folder / n).is_file() for n in FILES)), None)
 
 
 def _describe_ids(index: Index, tokenizer: Tokenizer | None) -> Iterator[str]:
