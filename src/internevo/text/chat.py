@@ -20,7 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..errors import DataError, UsageError
 from .special_tokens import read_optional
-from .tokenizer import TEMPLATE, Tokenizer
+from .tokenizer import TEMPLATE, TEMPLATES, Tokenizer
 
 Messages = list[dict[str, Any]]
 REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -99,7 +99,7 @@ class ChatTemplate:
 
 def _templates(folder: Path) -> dict[str, str]:
     """Returns the templates of a folder by their names; if there is only one, its name is "default"."""
-    files = {"default": folder / TEMPLATE, **{path.stem: path for path in folder.glob("additional_chat_templates/*.jinja")}}
+    files = {"default": folder / TEMPLATE, **{path.stem: path for path in folder.glob(TEMPLATES)}}
     found = {name: path.read_text(encoding="utf-8") for name, path in files.items() if path.is_file()}
     value = found or read_optional(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(value, list):

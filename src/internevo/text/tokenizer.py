@@ -20,6 +20,8 @@ FILES = ("tokenizer.json", "tokenizer.model")
 """The files that a tokenizer is read from; the first one that is in the folder is used."""
 TEMPLATE = "chat_template.jinja"
 """The file of a chat template."""
+TEMPLATES = "additional_chat_templates/*.jinja"
+"""The files of chat templates that have other names than "default"."""
 OTHER_FILES = ("vocab.json", "merges.txt", "vocab.txt")
 """Files of tokenizers that only transformers can read."""
 USUAL_TOKENS = (
@@ -199,12 +201,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def tokenizer_fingerprint(path: Path) -> str:
     """Returns a hash of the files that decide which ids a text or a chat has."""
-    settings = (*SETTINGS, TEMPLATE)
-    if path.is_dir():
-        names = (*FILES, *OTHER_FILES, *settings)
-        files = sorted(file for file in path.iterdir() if file.name in names or file.suffix == ".tiktoken")
-    else:
-        files = [path, *(file for name in settings if (file := path.with_name(name)).is_file())]
+    home, names, one = (path, (*FILES, *OTHER_FILES, "*.tiktoken"), set()) if path.is_dir() else (path.parent, (), {path})
+    files = sorted({file for name in (*names, *SETTINGS, TEMPLATE, TEMPLATES) for file in home.glob(name)} | one)
     return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()[:16]
 
 

@@ -146,6 +146,17 @@ def test_a_tiktoken_file_gives_the_ids_of_the_tiktoken_library(tmp_path: Path, n
     assert load_tokenizer(tmp_path).encode("the cat") == ours.encode("the cat")
 
 
+def test_a_folder_with_a_tiktoken_file_may_name_its_tokens(tmp_path: Path) -> None:
+    ranks = {bytes([b]): b for b in range(256)}
+    lines = "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
+    (tmp_path / "qwen.tiktoken").write_text(lines)
+    write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "QWenTokenizer"})
+    special = ENCODINGS["qwen"].special
+    assert load_tokenizer(tmp_path).eos_id == special["<|endoftext|>"]
+    write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "QWenTokenizer", "eos_token": "<|im_end|>"})
+    assert load_tokenizer(tmp_path).eos_id == special["<|im_end|>"]
+
+
 def test_the_error_names_unknown_or_damaged_tiktoken_files_and_code(tmp_path: Path) -> None:
     path = tmp_path / "other.tiktoken"
     path.write_text("YQ== 0\n")
@@ -352,10 +363,12 @@ def test_a_token_that_begins_and_ends_documents_is_in_each_once(tmp_path: Path, 
 def test_the_fingerprint_changes_with_every_file_that_decides_the_ids(tmp_path: Path, models: Path) -> None:
     bpe(models, tmp_path)
     found = {tokenizer_fingerprint(tmp_path), tokenizer_fingerprint(tmp_path / "tokenizer.json")}
-    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"):
+    (tmp_path / "additional_chat_templates").mkdir()
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+                 "additional_chat_templates/tool_use.jinja"):  # fmt: skip
         write_json(tmp_path / name, {"eos_token": name})
         found |= {tokenizer_fingerprint(tmp_path), tokenizer_fingerprint(tmp_path / "tokenizer.json")}
-    assert len(found) >= 5
+    assert len(found) >= 6
     before = tokenizer_fingerprint(tmp_path)
     write_json(tmp_path / "config.json", {})
     assert tokenizer_fingerprint(tmp_path) == before

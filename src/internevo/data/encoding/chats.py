@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import DataError
+from ...errors import DataError, UsageError
 from ...text.chat import REASONING, ChatTemplate, Messages
 from ...text.tokenizer import Tokenizer
 from ..raw.documents import Document
@@ -47,12 +47,20 @@ def encode_chats(documents: list[Document], key: str | None, tokenizer: Tokenize
 
 
 def encode_question(text: str, tokenizer: Tokenizer) -> tuple[list[int], int | None]:
-    """Returns the ids of a question up to where the answer begins, and the id that ends the answer, if there is one."""
+    """Returns the ids of a question up to where the answer begins, and the id that ends the answer, if there is one.
+
+    Raises:
+        DataError: if the chat template cannot render the question.
+        UsageError: if there is no chat template, or it makes no text of the question.
+    """
     template = ChatTemplate.load(tokenizer)
     question = [{"role": "user", "content": text}]
     after_answer = tokenizer.encode(template.render([*question, _marked()]).partition(MARK)[2])
     end = next((id_ for id_ in after_answer if tokenizer.decode([id_]).strip()), None)
-    return tokenizer.encode(template.render(question, prompt=True)), end
+    ids = tokenizer.encode(template.render(question, prompt=True))
+    if not ids:
+        raise UsageError(f"the chat template of {template.path} makes no text of the question {text!r}")
+    return ids, end
 
 
 def _encode_chat(document: Document, key: str | None, tokenizer: Tokenizer, templates: dict[str, ChatTemplate]) -> IdsOrError:
@@ -92,7 +100,7 @@ def _values(document: Document) -> dict[str, Any]:
                 raise DataError(f"{document.where}: {field!r} is not JSON: {error}") from error
         if value in (None, "", [], {}):
             continue
-        wanted: type = {"system": str, "enable_thinking": bool, "chat_template_kwargs": dict}.get(field, list)
+        wanted: type[Any] = {"system": str, "enable_thinking": bool, "chat_template_kwargs": dict}.get(field, list)
         if not isinstance(value, wanted):
             raise DataError(f"{document.where}: {field!r} must be a {wanted.__name__}, and is a {type(value).__name__}")
         found |= value if field == "chat_template_kwargs" else {field: value}

@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-from ...text.tokenizer import FILES, SETTINGS, load_tokenizer
+from ...text.tokenizer import FILES, SETTINGS, TEMPLATES, load_tokenizer
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -34,11 +34,13 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     whole = source.is_dir() or source.name in TOKENIZER_FILES
     paths = {home / name: name for name in (TOKENIZER_FILES if whole else SETTINGS)}
     if source.is_dir():
-        paths |= {path: path.name for pattern in (RANK_FILES, *CODE_FILES) for path in home.glob(pattern)}
+        patterns = (RANK_FILES, TEMPLATES, *CODE_FILES)
+        paths |= {path: str(path.relative_to(home)) for pattern in patterns for path in home.glob(pattern)}
     elif not whole:  # a tokenizer in a folder is found by these names
         paths[source] = f"tokenizer{source.suffix}" if source.suffix in (".json", ".model") else source.name
     for path, name in paths.items():
         if path.is_file():
+            (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, folder / name)
 
 

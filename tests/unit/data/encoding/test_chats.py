@@ -15,6 +15,7 @@ from internevo.data.raw.documents import Document
 from internevo.data.rows import tokens_and_labels
 from internevo.data.tokenized.index import open_index
 from internevo.errors import DataError, UsageError
+from internevo.models.huggingface.tokenizer import copy_tokenizer
 from internevo.text.tokenizer import Tokenizer, load_tokenizer
 
 from .test_formats import CHATML, folder_with
@@ -216,6 +217,9 @@ def test_chats_with_tools_have_their_own_template(tmp_path: Path, form: str) -> 
     tokenizer = load_tokenizer(folder)
     assert encoded({"messages": [ASK, ANSWER], "tools": TOOLS}, tokenizer)[0].startswith("<|im_start|>tools")
     assert encoded([ASK, ANSWER], tokenizer)[0].startswith("<|im_start|>user")
+    copy_tokenizer(folder, tmp_path / "copy")
+    copy = load_tokenizer(tmp_path / "copy")
+    assert encoded({"messages": [ASK, ANSWER], "tools": TOOLS}, copy)[0].startswith("<|im_start|>tools")
     write_templates(folder, {"rag": CHATML}, "list")
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     for path in folder.glob("additional_chat_templates/*"):
@@ -237,6 +241,11 @@ def test_generation_ends_at_the_token_that_ends_an_answer(tmp_path: Path) -> Non
     tokenizer = tokenizer_with(tmp_path, ALTERNATES.replace("eos_token", "'<|im_end|><|endoftext|>'"))
     _, stop_ids = encode_prompt("chat", "the cat?", tokenizer)
     assert stop_ids == {tokenizer.eos_id, tokenizer.backend.token_id("<|im_end|>")}
+
+
+def test_a_template_that_makes_nothing_of_a_question_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="makes no text of the question 'the cat"):
+        encode_prompt("chat", "the cat?", tokenizer_with(tmp_path, "{{ '' }}"))
 
 
 @pytest.mark.parametrize("format", ["text", "alpaca", "chat"])
