@@ -201,8 +201,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def tokenizer_fingerprint(path: Path) -> str:
     """Returns a hash of the files that decide which ids a text or a chat has."""
-    home, names, one = (path, (*FILES, *OTHER_FILES, "*.tiktoken"), set()) if path.is_dir() else (path.parent, (), {path})
-    files = sorted({file for name in (*names, *SETTINGS, TEMPLATE, TEMPLATES) for file in home.glob(name)} | one)
+    home, patterns = (path, [*FILES, *OTHER_FILES, "*.tiktoken"]) if path.is_dir() else (path.parent, [])
+    found = {file for pattern in (*patterns, *SETTINGS, TEMPLATE, TEMPLATES) for file in home.glob(pattern)}
+    files = sorted(found if path.is_dir() else {*found, path})
     return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()[:16]
 
 

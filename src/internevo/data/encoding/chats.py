@@ -78,8 +78,8 @@ def _encode_chat(document: Document, key: str | None, tokenizer: Tokenizer, temp
         text = render(messages)
         _check_used(text, messages, values, template, document.where)
         spans = [_assistant_span(text, messages, turn, render, document.where) for turn in turns]
-    except DataError as error:
-        return error
+    except DataError as error:  # the template does not know where the chat is
+        return error if document.where in str(error) else DataError(f"{document.where}: {error}")
     whole, *prefixes = tokenizer.backend.encode_batch([text, *(text[:end] for span in spans for end in span)])
     ids = mask(whole)
     for up_to_start, up_to_end in zip(prefixes[::2], prefixes[1::2], strict=True):

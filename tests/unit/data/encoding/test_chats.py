@@ -118,7 +118,7 @@ def test_a_template_that_needs_a_content_takes_calls_without_one(tmp_path: Path)
         (USERS_ONLY, [ASK, {"role": "tool", "content": "hiss"}, ANSWER], r"does not use message 1 \(of the role 'tool'\)"),
         (AGENT, {"messages": [ASK, ANSWER], "tools": "look"}, "'tools' is not JSON"),
         (AGENT, {"messages": [ASK, ANSWER], "tools": {"name": "look"}}, "'tools' must be a list, and is a dict"),
-        (ALTERNATES, [ASK, ASK, ANSWER], "cannot render .*roles must alternate"),
+        (ALTERNATES, [ASK, ASK, ANSWER], r"^a\.jsonl: the chat template of .* cannot render .*roles must alternate"),
         (CHATML, {"messages": []}, "'messages' is empty"),
         (CHATML, [ASK, {"role": "assistant", "content": None}], r"message 1: .*has role \(str\), content \(NoneType\)"),
         (CHATML, [ASK, {"from": "narrator", "value": "b"}], "message 1 is from 'narrator'; known are human"),
@@ -130,8 +130,9 @@ def test_a_template_that_needs_a_content_takes_calls_without_one(tmp_path: Path)
     ],
 )  # fmt: skip
 def test_what_would_be_dropped_or_is_wrong_is_refused_by_name(tmp_path: Path, template: str, chat: Any, message: str) -> None:
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=message) as raised:
         encoded(chat, tokenizer_with(tmp_path, template))
+    assert "a.jsonl" in str(raised.value)
 
 
 def test_empty_fields_are_as_none(tmp_path: Path) -> None:

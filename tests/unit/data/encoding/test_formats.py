@@ -130,6 +130,15 @@ def test_the_error_says_what_is_wrong_with_an_instruction(tmp_path: Path, row: d
         tokenized(tmp_path, tmp_path / "a.json", folder, "alpaca")
 
 
+def test_a_tokenizer_without_an_end_token_is_mentioned(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path / "tokenizer", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": None}))
+    (tmp_path / "a.txt").write_text("the cat")
+    said: list[str] = []
+    tokenize([tmp_path / "a.txt"], tmp_path / "out", tokenizer=folder, status=said.append)
+    assert any("names no end token (eos_token)" in line for line in said)
+
+
 def test_valid_ratio_also_splits_instructions(tmp_path: Path) -> None:
     folder = folder_with(tmp_path / "tokenizer", CHATML)
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"instruction": f"{n}", "output": "x"}) + "\n" for n in range(200)))
