@@ -11,10 +11,10 @@ from pathlib import Path
 from ..config import Config
 from ..config import check as rules
 from ..config.data import STREAMS
-from ..data.tokenized.vocabulary import check_ids, find_tokenizer
+from ..data.tokenized.vocabulary import check_ids, find_tokenizer, open_tokenizer
 from ..errors import ConfigError, NotAvailableYet, UsageError
 from ..models.families import registry
-from ..text.tokenizer import Tokenizer, load_tokenizer
+from ..text.tokenizer import Tokenizer
 
 
 def check(config: Config, world_size: int) -> None:
@@ -56,8 +56,8 @@ def _vocabulary_problems(config: Config) -> Iterator[str]:
     found: dict[str, Tokenizer] = {}
     path = config.data.tokenizer_path
     try:
-        if path and Path(path).exists():
-            found[f"data.tokenizer_path = {path!r}"] = load_tokenizer(path)
+        if path and (tokenizer := open_tokenizer(Path(path))) is not None:
+            found[f"data.tokenizer_path = {path!r}"] = tokenizer
         for key, folder in _tokenized_folders(config).items():
             if (tokenizer := find_tokenizer(folder)) is not None:
                 found[f"the tokenizer ({tokenizer.path}) of {key}"] = tokenizer

@@ -29,7 +29,13 @@ def find_tokenizer(root: Path, above: bool = False) -> Tokenizer | None:
         above: also look in the folder above, whatever ``root`` is called.
     """
     folders = [root, *([root.resolve().parent] if above or root.resolve().name in SPLITS else [])]
-    return next((load_tokenizer(folder) for folder in folders if any((folder / n).is_file() for n in FILES)), None)
+    return next((found for folder in folders if (found := open_tokenizer(folder)) is not None), None)
+
+
+def open_tokenizer(path: Path) -> Tokenizer | None:
+    """Opens a tokenizer, unless it is a folder without the files that can be read quickly (without transformers)."""
+    quick = path.is_file() or any((path / name).is_file() for name in FILES) or any(path.glob("*.tiktoken"))
+    return load_tokenizer(path) if quick else None
 
 
 def check_ids(root: Path, vocab_size: int) -> None:
