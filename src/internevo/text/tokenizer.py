@@ -227,10 +227,23 @@ def train_bpe(texts: Any, vocab_size: int, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "tokenizer.json"
     fast.save(str(path))
-    table = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": END_OF_TEXT,
-        "clean_up_tokenization_spaces": False,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(table, indent=2) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(TRAINED_SETTINGS, indent=2) + "\n")
     return path
+
+
+TRAINED = ("tokenizer.json", "tokenizer_config.json")
+"""The files of a tokenizer that was trained here."""
+TRAINED_SETTINGS = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "eos_token": END_OF_TEXT,
+    "clean_up_tokenization_spaces": False,
+}
+"""What is in the second of them. By it, such a tokenizer is recognised."""
+
+
+def is_trained_here(folder: Path) -> bool:
+    """Returns whether the tokenizer in a folder, if there is one, was made by ``train_bpe``."""
+    try:
+        return (folder / TRAINED[0]).is_file() and read_object(folder / TRAINED[1]) == TRAINED_SETTINGS
+    except (OSError, UsageError):
+        return False

@@ -200,7 +200,10 @@ class TokenWriter:
 
     def _open(self, content: str, size: int) -> BinaryIO:
         """Opens a temporary file, and keeps its first ``size`` bytes."""
-        file = open(self._temporary(content), "r+b" if size else "wb")
+        path = self._temporary(content)
+        if size and not (path.is_file() and path.stat().st_size >= size):
+            raise DataError(f"{path}, which a run that was killed has left, is damaged: remove {path.parent} and start again")
+        file = open(path, "r+b" if size else "wb")
         file.truncate(size)
         file.seek(size)
         return file

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -22,8 +23,12 @@ from ..raw.files import walk_files
 from .files import Ids, TokenFile, meta_path
 
 VERSION = 1
+WORK = ".tokenizing"
+"""A folder in the output folder of ``internevo tokenize`` until the command is done. The new data is in it."""
 UNFINISHED = "unfinished.json"
-"""A file in the output folder of ``internevo tokenize`` until the command is done."""
+"""A file in ``WORK``: how far the command has come."""
+REPLACING = "replacing.json"
+"""A file in ``WORK`` while new data replaces old data."""
 
 
 @dataclass
@@ -108,15 +113,12 @@ def list_files(root: Path) -> list[tuple[str, int, int, int, int]]:
     Raises:
         DataError: if there is no ``.bin`` file, one has no ``.meta``, or ``internevo tokenize`` has not finished writing them.
     """
+    _check_finished(root, REPLACING)
     single = root.with_name(root.name + ".bin")
     if not root.is_dir() and not single.is_file():
+        _check_finished(root)
         raise DataError(f"{root} is neither a folder of tokenized data nor the path of a .bin file without its suffix")
     home, paths = (root, walk_files(root)) if root.is_dir() else (root.parent, [single])
-    for folder in (root, root.resolve().parent):
-        if (folder / UNFINISHED).is_file():
-            raise DataError(
-                f"{folder} is unfinished: run its `internevo tokenize` command again, which continues where it stopped"
-            )
     found = []
     for path in paths:
         if path.suffix == ".bin":
@@ -127,8 +129,21 @@ def list_files(root: Path) -> list[tuple[str, int, int, int, int]]:
                 raise DataError(f"{path} has no {path.name}.meta next to it") from None
             found.append((os.path.relpath(path, home), stat.st_size, stat.st_mtime_ns, meta.st_size, meta.st_mtime_ns))
     if not found:
+        _check_finished(root)
         raise DataError(f"{root} contains no .bin file: make tokenized data with `internevo tokenize`")
     return sorted(found)
+
+
+def _check_finished(root: Path, marker: str = "") -> None:
+    """Raises an error if there is a ``WORK`` with the file ``marker`` in ``root`` or a folder above it.
+
+    ``WORK`` alone does not mean that data is incomplete: the complete data of an earlier command stays until it is replaced.
+    """
+    for folder in (root, *root.resolve().parents[:2]):
+        if (folder / WORK / marker).exists():
+            raise DataError(
+                f"{folder} is unfinished: run its `internevo tokenize` command again, which continues where it stopped"
+            )
 
 
 def minimum_length(name: str, default: int, overrides: dict[str, int] | None) -> int:
@@ -161,6 +176,13 @@ def _cache_folders(root: Path) -> list[Path]:
     """Returns the folders that may have the cache, in the order in which they are tried."""
     home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     return [root / ".internevo", home / "internevo" / hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]]
+
+
+def remove_cache(root: Path) -> None:
+    """Removes the indexes in ``root`` of files that do not exist any more."""
+    for path in (root / ".internevo").glob("*"):
+        if re.fullmatch("[0-9a-f]{24}", path.name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _store(root: Path, key: str, files: list[str], parts: list[npt.NDArray[np.int64]]) -> Index:
