@@ -17,8 +17,8 @@ def read_object(path: Path) -> dict[str, Any]:
         UsageError: if the file is not JSON, or its top level is not an object.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))  # a byte order mark is left out
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise UsageError(f"{path} is JSON, but not an object ({{...}}) at its top level")
