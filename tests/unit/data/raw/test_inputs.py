@@ -229,6 +229,8 @@ def test_tokenized_rows_that_cannot_be_read_are_an_error_or_are_left_out(tmp_pat
     assert 0 < len(found.skipped) < found.count
     assert all("token id 96 is outside" in message for message in found.skipped)
     assert sum(not (row.labels >= 0).any() for row in found.rows) == len(found.skipped)
+    other = train_source(data.model_copy(update={"on_error": "skip"}), 96, reports=False)  # a rank with the same rows
+    assert other.next_rows(0, found.count, range(found.count)).skipped == []
 
 
 def test_files_of_any_suffix_are_read_as_text_if_asked_for(tmp_path: Path, run: Run) -> None:
