@@ -82,9 +82,11 @@ def test_rows_that_are_skipped_are_counted_once(tmp_path: Path, config: WriteCon
     """Also if several ranks have the same rows. Validation skips them as well."""
     skipped = []
     for nproc in (1, 2):
-        path = config(f"on{nproc}", model__vocab_size=96, data__on_error="skip", parallel__tensor={"size": nproc, "mode": "mtp"})
+        path = config(
+            f"on{nproc}", model__vocab_size=96, data__on_error="skip", parallel__tensor={"size": nproc, "mode": "mtp"}
+        )
         run("train", path, "--nproc", nproc)
-        skipped.append([row.get("data_skipped") for row in metrics(tmp_path / f"on{nproc}")])
+        skipped.append([row["data_skipped"] for row in metrics(tmp_path / f"on{nproc}")])
     assert skipped[0] == skipped[1] and skipped[0][-1] > 0
 
 

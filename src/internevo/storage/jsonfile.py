@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from .naming import naming
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -32,7 +33,8 @@ def to_json(values: Any, indent: int | None = None) -> str:
 
 def write_json(path: Path, values: Any, indent: int | None = None) -> None:
     """Writes ``values`` to a file as JSON; NaN and infinity become null."""
-    path.write_text(to_json(values, indent) + "\n", encoding="utf-8")
+    with naming(path):
+        path.write_text(to_json(values, indent) + "\n", encoding="utf-8")
 
 
 def _finite(value: Any) -> Any:

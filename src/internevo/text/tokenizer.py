@@ -6,13 +6,12 @@ Python code in a tokenizer's folder is never run.
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..errors import UsageError
-from ..storage.jsonfile import read_object
+from ..errors import InternEvoError, UsageError
+from ..storage.jsonfile import read_object, write_json
 from .sentencepieces import SentencePieceBackend
 from .special_tokens import token_text
 from .tiktokens import is_tiktoken, read_tiktoken
@@ -226,8 +225,11 @@ def train_bpe(texts: Any, vocab_size: int, folder: Path) -> Path:
     fast.train_from_iterator(texts, trainer)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "tokenizer.json"
-    fast.save(str(path))
-    (folder / "tokenizer_config.json").write_text(json.dumps(TRAINED_SETTINGS, indent=2) + "\n")
+    try:
+        fast.save(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise InternEvoError(f"{path} cannot be written: {error}") from error
+    write_json(folder / "tokenizer_config.json", TRAINED_SETTINGS, indent=2)
     return path
 
 

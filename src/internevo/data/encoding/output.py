@@ -6,7 +6,6 @@ was in the output folder stays as it is. If the command is killed while it moves
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -17,7 +16,7 @@ from typing import Any
 
 from ...errors import UsageError
 from ...storage.folders import sync
-from ...storage.jsonfile import read_object
+from ...storage.jsonfile import read_object, write_json
 from ...storage.lock import hold
 from ...text.tokenizer import TRAINED, is_trained_here
 from ..raw.files import walk_files
@@ -117,7 +116,7 @@ class Output:
             sync(self.new / path)
         plan = self.work / "plan.tmp"
         lists = {"old": [str(path) for path in old], "new": [str(path) for path in new]}
-        plan.write_text(json.dumps({**lists, "progress": progress}))
+        write_json(plan, {**lists, "progress": progress})
         sync(plan)
         plan.replace(self.work / REPLACING)
         self.continue_replacing()

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import DataError, UsageError
-from ...storage.jsonfile import read_object
+from ...storage.jsonfile import read_object, write_json
 from ...text.tokenizer import load_tokenizer, tokenizer_fingerprint, train_bpe
 from ..raw.documents import read_documents
 from ..raw.inputs import find_files, split_files
@@ -85,7 +85,7 @@ class SavedProgress:
     def write(self, work: Path) -> None:
         """Replaces the file at once, so that it is complete at every moment."""
         temporary = work / f"{UNFINISHED}.tmp"
-        temporary.write_text(json.dumps(asdict(self)))
+        write_json(temporary, asdict(self))
         temporary.replace(work / UNFINISHED)
 
     @property

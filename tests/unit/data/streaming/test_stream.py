@@ -244,7 +244,7 @@ def test_a_document_that_cannot_be_read_stops_every_rank_or_is_left_out(tmp_path
 
 
 @pytest.mark.parametrize("kind", ["streaming", "tokenized"])
-def test_validation_skips_what_cannot_be_read_if_training_does(tmp_path: Path, tokenizer: Path, kind: str) -> None:
+def test_validation_skips_what_cannot_be_read_if_training_does(tmp_path: Path, tokenizer: Path, kind: Any) -> None:
     write_binary(tmp_path / "tokens" / "en" / "a.bin", [[65] * 4, [VOCAB] * 4, [66] * 4], 10**6)
     (tmp_path / "validation.jsonl").write_text('{"text": "aaa"}\n{"text": "cut\n{"text": "bbb"}\n')
     folder = str(tmp_path if kind == "streaming" else tmp_path / "tokens")
