@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from ...errors import UsageError
 from ...storage.folders import sync
 from ...storage.jsonfile import read_object, write_json
-from ...storage.lock import hold
+from ...storage.lock import FileLock
 from ...text.tokenizer import TRAINED, is_trained_here
 from ..raw.files import walk_files
 from ..tokenized.files import meta_path
@@ -48,8 +48,11 @@ class Output:
         """The folders of training and of validation data, relative to ``folder``."""
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self, status: Callable[[str], None]) -> Iterator[None]:
         """Makes ``work``, and keeps other commands out of it. At the end it is removed, unless it has progress to resume from.
+
+        Args:
+            status: is called with messages for the user.
 
         Raises:
             UsageError: if another command writes to the folder, or there cannot be such a folder.
@@ -62,7 +65,7 @@ class Output:
                 raise UsageError(f"output {path} is a file, and must be a folder: give another --output")
         existed = self.folder.exists()
         self.work.mkdir(parents=True, exist_ok=True)
-        with hold(self.work / "lock", self.folder):
+        with FileLock.acquire(self.work / "lock", status):
             try:
                 yield
             finally:

@@ -149,7 +149,7 @@ def tokenize(
     }  # fmt: skip
     vocab_size = load_tokenizer(tokenizer).vocab_size if tokenizer else 0
     started = SavedProgress(options, _hash(files, tokenizer), result=TokenizeResult(vocab_size=vocab_size))
-    with target.lock():
+    with target.lock(status):
         replaced = target.continue_replacing()
         if replaced and (done := SavedProgress.from_values(replaced)).same_command(started):
             return done.result

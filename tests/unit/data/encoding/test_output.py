@@ -12,7 +12,7 @@ from internevo.data.encoding.tokenize import TokenizeResult, tokenize
 from internevo.data.raw import inputs
 from internevo.data.tokenized.index import open_index
 from internevo.errors import DataError, InternEvoError, UsageError
-from internevo.storage.lock import hold
+from internevo.storage.lock import FileLock
 from internevo.text.tokenizer import load_tokenizer, train_bpe
 
 TEXTS = [f"document {n} " * (n % 7 + 1) for n in range(40)]
@@ -150,8 +150,8 @@ def test_a_second_command_on_the_same_folder_is_refused(tmp_path: Path, tokenize
     out = tmp_path / "out"
     (out / ".tokenizing").mkdir(parents=True)
     with (
-        hold(out / ".tokenizing" / "lock", out),
-        pytest.raises(UsageError, match=rf"process {os.getpid()} on .* \(since .*\) is writing to .*out"),
+        FileLock.acquire(out / ".tokenizing" / "lock", print),
+        pytest.raises(UsageError, match=rf"out/\.tokenizing is in use by process {os.getpid()} on host .*, since "),
     ):
         tokenize([source], out, tokenizer=tokenizer, overwrite=True)
     tokenize([source], out, tokenizer=tokenizer)  # a lock file without a process is no obstacle
