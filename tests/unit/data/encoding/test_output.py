@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from internevo.commands.inspect import describe
 from internevo.data.encoding import tokenize as module
 from internevo.data.encoding.tokenize import TokenizeResult, tokenize
 from internevo.data.raw import inputs
@@ -239,6 +240,8 @@ def test_work_of_a_command_with_other_options_is_kept(
 ) -> None:
     out = tmp_path / "out"
     stop_early(source, out, monkeypatch, tokenizer=tokenizer)
+    with pytest.raises(DataError, match="is unfinished"):
+        list(describe(out))
     with pytest.raises(UsageError, match=r"documents of a command with type 'en' that was stopped: give that command again"):
         tokenize([source], out, tokenizer=tokenizer, dataset_type="cn")
     said: list[str] = []
