@@ -201,7 +201,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _run(arguments: list[str], debug: bool) -> int:
     try:
-        return int(app(arguments, standalone_mode=False) or 0)
+        return _call(arguments)
     except typer.TyperException as error:  # wrong usage: typer's message says what to do
         error.show()  # type: ignore[attr-defined]
         return 2
@@ -216,6 +216,15 @@ def _run(arguments: list[str], debug: bool) -> int:
         else:
             print(f"error: {type(error).__name__}: {error} (--debug prints the traceback)", file=sys.stderr)
         return error.exit_code if isinstance(error, InternEvoError) else 1
+
+
+def _call(arguments: list[str]) -> int:
+    try:
+        return int(app(arguments, standalone_mode=False) or 0)
+    except typer.Abort as abort:
+        if isinstance(abort.__cause__, EOFError):  # typer takes it for the end of standard input; it may be that of any file
+            raise abort.__cause__ from None
+        raise
 
 
 def _exit(code: int) -> NoReturn:

@@ -78,6 +78,18 @@ def test_an_id_outside_the_vocabulary_stops_the_run_and_its_document_is_named(tm
     assert "part.bin, document" in done.stderr and "outside the vocabulary of 50" in done.stderr
 
 
+def test_rows_that_are_skipped_are_counted_once(tmp_path: Path, config: WriteConfig) -> None:
+    """Also if several ranks have the same rows. Validation skips them as well."""
+    skipped = []
+    for nproc in (1, 2):
+        path = config(
+            f"on{nproc}", model__vocab_size=96, data__on_error="skip", parallel__tensor={"size": nproc, "mode": "mtp"}
+        )
+        run("train", path, "--nproc", nproc)
+        skipped.append([row.get("data_skipped", 0) for row in metrics(tmp_path / f"on{nproc}")])
+    assert skipped[0] == skipped[1] and skipped[0][-1] > 0
+
+
 def test_an_unknown_command_and_a_config_with_a_typo_exit_2(tmp_path: Path, config: WriteConfig) -> None:
     run("trian", code=2)
     done = run("train", config("typo"), "model.hiden_size=3", code=2)

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..storage.jsonfile import to_json
+from ..storage.naming import naming
 
 NAME = "manifest.json"
 FORMAT = 2
@@ -70,7 +71,7 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Writes ``folder/manifest.json`` atomically."""
         temporary = folder / (NAME + ".tmp")
-        with open(temporary, "w", encoding="utf-8") as file:
+        with naming(temporary), open(temporary, "w", encoding="utf-8") as file:
             file.write(to_json(asdict(self)))
             file.flush()
             os.fsync(file.fileno())

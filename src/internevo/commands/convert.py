@@ -13,6 +13,7 @@ from ..checkpoint.open import open_source
 from ..checkpoint.weights import write_checkpoint
 from ..errors import UsageError
 from ..models.huggingface.folder import write_hf
+from .progress import progress_bar
 
 
 def convert(
@@ -54,11 +55,8 @@ def convert(
 
 def convert_with_progress(source: Path, target: Path, to: str, **options: Any) -> None:
     """Calls ``convert`` with a progress bar, and prints a line at the end."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-    with Progress("converting", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as bar:
-        task = bar.add_task("converting", total=None)
-        convert(source, target, to, progress=lambda done, total: bar.update(task, completed=done, total=total), **options)
+    with progress_bar("converting") as (progress, _):
+        convert(source, target, to, progress=progress, **options)
     print(f"{source} -> {target}")
     config = target / "config.json"
     if to == "hf" and "auto_map" in (values := json.loads(config.read_text(encoding="utf-8"))):

@@ -8,6 +8,7 @@ from pathlib import Path
 from ..checkpoint import Checkpoint, complete_checkpoints
 from ..checkpoint.manifest import NAME, verify
 from ..data.tokenized.describe import describe_dataset
+from ..data.tokenized.index import WORK
 from ..errors import UsageError
 from ..models.families.registry import family
 from ..models.huggingface.folder import HfFolder
@@ -35,7 +36,7 @@ def describe(path: Path, tokenizer: Path | None = None, decode: int = 0) -> Iter
         return _describe_run(path)
     if (path / "config.json").is_file():
         return _describe_hf(path)
-    if any(path.rglob("*.bin")):
+    if any(path.rglob("*.bin")) or (path / WORK).is_dir():
         return describe_dataset(path, tokenizer, decode)
     raise UsageError(f"{path} contains neither a checkpoint, a run, a Hugging Face model nor tokenized data")
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
 from ..data.encoding.encode import OnError
 from ..data.encoding.formats import FormatName
 from ..data.encoding.tokenize import tokenize
 from ..errors import UsageError
+from .progress import progress_bar
 
 
 def run(
@@ -40,21 +39,12 @@ def run(
         raise UsageError("--train-tokenizer needs --vocab-size")
     document_format: FormatName = format if format in ("alpaca", "chat") else "text"  # type: ignore[assignment]
     kind = None if format in ("alpaca", "chat") else format
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns) as bar:
-        task = bar.add_task("tokenizing", total=None)
+    with progress_bar("tokenizing") as (progress, status):
         result = tokenize(
             inputs, output, tokenizer=tokenizer, train_vocab_size=vocab_size if train_tokenizer else None, kind=kind,
             format=document_format, on_error=on_error,
             text_key=text_key, pattern=pattern, exclude=exclude, dataset_type=dataset_type, valid_ratio=valid_ratio,
-            workers=workers, overwrite=overwrite, status=bar.console.print,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            workers=workers, overwrite=overwrite, status=status, progress=progress,
         )  # fmt: skip
     print(f"{output}: {result.documents:,} documents, {result.tokens:,} tokens, vocabulary {result.vocab_size:,}")
     if valid_ratio:

@@ -24,6 +24,9 @@ from .internevo import translate
 from .option import Section, section_of
 from .schema import Config
 
+UTF8 = "utf-8-sig"
+"""The encoding of config files: UTF-8. Some editors put a byte order mark at the beginning, which is left out."""
+
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Reads a config file (.py, .yaml, .yml, .toml or .json), applies ``key.path=value`` overrides, and validates the result.
@@ -78,19 +81,19 @@ def read_yaml(path: Path) -> Any:
     """Reads a YAML file, without making Python objects from tags."""
     import yaml
 
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+    return yaml.safe_load(path.read_text(encoding=UTF8))
 
 
 def read_toml(path: Path) -> Any:
     """Reads a TOML file."""
     import tomllib
 
-    return tomllib.loads(path.read_text(encoding="utf-8"))
+    return tomllib.loads(path.read_text(encoding=UTF8))
 
 
 def read_json(path: Path) -> Any:
     """Reads a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(path.read_text(encoding=UTF8))
 
 
 def read_python(path: Path) -> dict[str, Any]:
@@ -101,7 +104,7 @@ def read_python(path: Path) -> dict[str, Any]:
     """
     namespace: dict[str, Any] = {"__file__": str(path), "__name__": "__config__"}
     with _imports_for(path):
-        exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), namespace)
+        exec(compile(path.read_text(encoding=UTF8), str(path), "exec"), namespace)
     return {name: value for name, value in namespace.items() if _is_key(name, value)}
 
 

@@ -13,7 +13,7 @@ from ..text.tokenizer import Tokenizer
 from .encoding.encode import Encoder, EncoderPool, cached_tokenizer
 from .mixture import Mixture, Part
 from .raw.hub import dataset_files
-from .rows import InMemoryRows, PackedRows, PaddedRows, RandomRows, Rows
+from .rows import InMemoryRows, PackedRows, PaddedRows, RandomRows, ReadableRows, Rows
 from .source import ShuffledRows, Source
 from .streaming.blocks import BlockReader, make_shards
 from .streaming.exchange import Exchange
@@ -25,25 +25,30 @@ MIN_VALID_LENGTH = 1
 
 
 def train_source(
-    data: Data, vocab_size: int, new_exchange: Callable[[], Exchange] = Exchange, local_world_size: int = 1
+    data: Data,
+    vocab_size: int,
+    new_exchange: Callable[[], Exchange] = Exchange,
+    local_world_size: int = 1,
+    reports: bool = True,
 ) -> Source:
     """Builds the source of a training run. Without a folder, and for ``data.type = "mocked"``, rows are random.
 
     Args:
         new_exchange: returns a new ``Exchange`` for each stream; it is called on every rank, in the same order.
         local_world_size: the number of processes of the run that share the CPU cores of this machine.
+        reports: this rank reports rows of tokenized data that are skipped (see ``ShuffledRows``).
     """
     if data.mixture:
         parts = [
             Part(
                 name_of(part),
-                _source(_part_data(data, part), vocab_size, new_exchange, local_world_size, part.epochs),
+                _source(_part_data(data, part), vocab_size, new_exchange, local_world_size, reports, part.epochs),
                 part.weight,
             )
             for part in data.mixture
         ]
         return Mixture(parts)
-    return _source(data, vocab_size, new_exchange, local_world_size, None)
+    return _source(data, vocab_size, new_exchange, local_world_size, reports, None)
 
 
 def _part_data(data: Data, part: MixturePart) -> Data:
@@ -53,7 +58,12 @@ def _part_data(data: Data, part: MixturePart) -> Data:
 
 
 def _source(
-    data: Data, vocab_size: int, new_exchange: Callable[[], Exchange], local_world_size: int, epochs: float | None
+    data: Data,
+    vocab_size: int,
+    new_exchange: Callable[[], Exchange],
+    local_world_size: int,
+    reports: bool,
+    epochs: float | None,
 ) -> Source:
     folder, _ = data.folders
     if folder is not None and data.type in STREAMS:
@@ -64,15 +74,20 @@ def _source(
         rows = RandomRows(data.seq_len, vocab_size, data.seed, data.fixed_random_dataset_seqlen)
     else:
         rows = _rows(data, folder, vocab_size, data.min_length, data.min_length_dict)
-    return ShuffledRows(rows, data.seed, data.on_error == "skip", epochs)
+    return ShuffledRows(rows, data.seed, data.on_error == "skip", epochs, reports)
 
 
 def valid_rows(
-    data: Data, vocab_size: int, new_exchange: Callable[[], Exchange] = Exchange, local_world_size: int = 1
+    data: Data,
+    vocab_size: int,
+    new_exchange: Callable[[], Exchange] = Exchange,
+    local_world_size: int = 1,
+    report: Callable[[str], None] | None = None,
 ) -> Rows | Stream | None:
     """Builds the validation rows: those of ``data.valid_folder``, a few random rows if the training data is random, or None.
 
-    For the arguments see ``train_source``.
+    Args:
+        report: is called with a message for each row of tokenized data that is skipped. For the others see ``train_source``.
     """
     if not data.valid_every:
         return None
@@ -80,19 +95,25 @@ def valid_rows(
     if folder is not None and data.type in STREAMS:
         return _stream(data, folder, "valid", vocab_size, new_exchange(), local_world_size, 1)
     if folder is not None:
-        return _rows(data, folder, vocab_size, MIN_VALID_LENGTH, None)
+        rows = _rows(data, folder, vocab_size, MIN_VALID_LENGTH, None)
+        return ReadableRows(rows, report) if data.on_error == "skip" else rows
     if train_folder is None and not data.mixture:
         return RandomRows(data.seq_len, vocab_size, data.seed + 1, data.fixed_random_dataset_seqlen, rows=16)
     return None
 
 
-def load_stream(rows: Rows | Stream | None, limit: int | None) -> Rows | None:
+def load_stream(
+    rows: Rows | Stream | None, limit: int | None, report: Callable[[str], None] = lambda message: None
+) -> Rows | None:
     """Reads a stream of validation rows into memory, to its end or up to ``limit`` rows. Other rows are returned as they are.
 
     Every rank must call it, because all ranks read a stream together.
+
+    Args:
+        report: is called with a message for each document that this rank has skipped.
     """
     if isinstance(rows, Stream):
-        return InMemoryRows(list(all_rows(rows, limit)), rows.types, rows.seq_len)
+        return InMemoryRows(list(all_rows(rows, limit, report)), rows.types, rows.seq_len)
     return rows
 
 

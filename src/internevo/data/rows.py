@@ -8,6 +8,7 @@ a row continues in the next row; its last token in this row predicts its first t
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -231,6 +232,28 @@ class RandomRows:
     def fingerprint(self) -> str:
         """Returns a text that changes when the rows change."""
         return f"random-{self.seed}-{self.seq_len}-{self.vocab_size}-{self.fixed_length}"
+
+
+class ReadableRows:
+    """Rows in which those that cannot be read are replaced by empty ones."""
+
+    def __init__(self, rows: Rows, report: Callable[[str], None] | None) -> None:
+        """``report`` is called with a message when a row is replaced for the first time."""
+        self.rows, self.report = rows, report
+        self.seq_len, self.types, self.fingerprint = rows.seq_len, rows.types, rows.fingerprint
+        self.replaced: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> Row:
+        try:
+            return self.rows[number]
+        except DataError as error:
+            if self.report is not None and number not in self.replaced:
+                self.report(f"row {number}: {error}")
+            self.replaced.add(number)
+            return empty_row(self.seq_len)
 
 
 class InMemoryRows:

@@ -8,9 +8,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..errors import DataError
 from .order import Order
-from .rows import Row, Rows, empty_row
+from .rows import ReadableRows, Row, Rows
 
 Position = Any
 """A position in the data: JSON values, which checkpoints hold. Only the source that made them knows what they mean."""
@@ -27,7 +26,8 @@ class NextRows:
     position: Position
     """The position after these rows."""
     skipped: list[str] = field(default_factory=list)
-    """For each document or row that could not be read on this rank and was skipped: a message that says where it is and why."""
+    """For each document or row that could not be read and was skipped: a message that says where it is and why. One rank has
+    it."""
 
 
 class Source(Protocol):
@@ -61,14 +61,17 @@ class Source(Protocol):
 class ShuffledRows:
     """A source of numbered rows in random order, each once per epoch. A position is the number of rows before it."""
 
-    def __init__(self, rows: Rows, seed: int, skip_errors: bool = False, epochs: float | None = None) -> None:
+    def __init__(
+        self, rows: Rows, seed: int, skip_errors: bool = False, epochs: float | None = None, reports: bool = True
+    ) -> None:
         """Makes the source.
 
         Args:
             skip_errors: a row that cannot be read is replaced by an empty one.
             epochs: the number of epochs after which the source ends; None: it never ends.
+            reports: ``NextRows.skipped`` names the rows that were replaced. Of the ranks that have the same rows, one does.
         """
-        self.rows, self.skip_errors = rows, skip_errors
+        self.rows, self.skip_errors, self.reports = rows, skip_errors, reports
         self.order = Order(len(rows), seed)
         self.end = None if epochs is None else int(epochs * len(rows))
         self.seq_len, self.types, self.fingerprint = rows.seq_len, rows.types, rows.fingerprint
@@ -83,17 +86,8 @@ class ShuffledRows:
             count = max(0, min(count, self.end - position))
         skipped: list[str] = []
         numbers = self.order(position + np.array([n for n in needed if n < count], np.int64))
-        rows = [self._row(int(number), skipped) for number in numbers]
-        return NextRows(rows, count, position + count, skipped)
-
-    def _row(self, number: int, skipped: list[str]) -> Row:
-        try:
-            return self.rows[number]
-        except DataError as error:
-            if not self.skip_errors:
-                raise
-            skipped.append(f"row {number}: {error}")
-            return empty_row(self.seq_len)
+        rows = ReadableRows(self.rows, skipped.append if self.reports else None) if self.skip_errors else self.rows
+        return NextRows([rows[int(number)] for number in numbers], count, position + count, skipped)
 
     def position_after_change(self, position: Position) -> int:
         """Returns the same number of rows."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,6 +17,18 @@ from rich.text import Text
 from .record import StepRecord, ValidRecord
 
 log = logging.getLogger("internevo")
+
+
+class LogFile(logging.FileHandler):
+    """A log file. A run does not end because its log cannot be written; this is said once, with the reason."""
+
+    failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Is called by ``logging`` in place of raising an error."""
+        if not self.failed:
+            self.failed = True
+            print(f"warning: {self.baseFilename} cannot be written: {sys.exc_info()[1]}", file=sys.stderr)
 
 
 def start_log(folder: Path, rank: int, alerts: str | None = None) -> None:
@@ -36,7 +49,7 @@ def start_log(folder: Path, rank: int, alerts: str | None = None) -> None:
         Path(alerts).parent.mkdir(parents=True, exist_ok=True)
         files.append((Path(alerts), logging.WARNING))
     for path, level in files:
-        handler = logging.FileHandler(path, encoding="utf-8")
+        handler = LogFile(path, encoding="utf-8")
         handler.setLevel(level)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(handler)

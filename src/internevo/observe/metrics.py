@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..storage.jsonfile import to_json
+from ..storage.naming import naming
 from .record import StepRecord, ValidRecord
 
 
@@ -16,20 +17,23 @@ class JsonLines:
 
     def __init__(self, path: Path, last_step: int) -> None:
         """``last_step``: the last step whose rows are kept, if the file exists."""
+        self.path = path
         kept = [row for row in read_rows(path) if row["step"] <= last_step]
         temporary = path.with_name(path.name + ".tmp")
-        with open(temporary, "w", encoding="utf-8") as file:
+        with naming(temporary), open(temporary, "w", encoding="utf-8") as file:
             file.writelines(to_json(row) + "\n" for row in kept)
         os.replace(temporary, path)
         self._file = open(path, "a", encoding="utf-8", buffering=1)
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends a row. It is in the file when this method returns."""
-        self._file.write(to_json(row) + "\n")
+        with naming(self.path):
+            self._file.write(to_json(row) + "\n")
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        with naming(self.path):
+            self._file.close()
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -56,6 +60,7 @@ class TensorBoardLog:
         """
         from torch.utils.tensorboard import SummaryWriter
 
+        self.folder = folder
         self._writer: Any = SummaryWriter(str(folder), purge_step=last_step + 1, max_queue=queue)
 
     def step(self, record: StepRecord) -> None:
@@ -69,16 +74,19 @@ class TensorBoardLog:
         for name, value in (record.moe or {}).items():
             if not isinstance(value, list):
                 scalars[f"moe/{name}"] = value
-        for name, value in scalars.items():
-            self._writer.add_scalar(name, value, record.step)
+        with naming(self.folder):
+            for name, value in scalars.items():
+                self._writer.add_scalar(name, value, record.step)
 
     def valid(self, record: ValidRecord) -> None:
         """Writes the scalars of an evaluation."""
-        self._writer.add_scalar("valid/loss", record.valid_loss, record.step)
-        self._writer.add_scalar("valid/ppl", record.valid_ppl, record.step)
-        for name, loss in record.valid_loss_by_type.items():
-            self._writer.add_scalar(f"valid/loss/{name}", loss, record.step)
+        with naming(self.folder):
+            self._writer.add_scalar("valid/loss", record.valid_loss, record.step)
+            self._writer.add_scalar("valid/ppl", record.valid_ppl, record.step)
+            for name, loss in record.valid_loss_by_type.items():
+                self._writer.add_scalar(f"valid/loss/{name}", loss, record.step)
 
     def close(self) -> None:
         """Writes what is still in memory, and closes the file."""
-        self._writer.close()
+        with naming(self.folder):
+            self._writer.close()

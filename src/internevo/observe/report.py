@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..storage.naming import naming
 from .metrics import read_rows
 
 STYLE = """
@@ -44,7 +45,8 @@ def write_report(run: Path) -> Path:
     )
     path = run / "report.html"
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(page, encoding="utf-8")
+    with naming(temporary):
+        temporary.write_text(page, encoding="utf-8")
     temporary.replace(path)
     return path
 

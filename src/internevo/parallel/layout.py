@@ -119,6 +119,11 @@ class Layout:
         """Returns a rank's position along the data axis. Ranks with the same position have the same rows."""
         return self.activations.coordinate(rank)["data"]
 
+    def is_first_with_its_rows(self, rank: int) -> bool:
+        """Returns whether a rank is the first of those that have the same rows."""
+        coordinate = self.activations.coordinate(rank)
+        return all(coordinate[axis] == 0 for axis in coordinate if axis != "data")
+
     def groups(self) -> dict[str, list[list[int]]]:
         """Returns axis -> the ranks of each of its groups, for all axes of more than one rank. Messages use these names."""
         weights, activations = self.weights, self.activations

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from .naming import naming
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -17,8 +18,8 @@ def read_object(path: Path) -> dict[str, Any]:
         UsageError: if the file is not JSON, or its top level is not an object.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))  # a byte order mark is left out
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise UsageError(f"{path} is JSON, but not an object ({{...}}) at its top level")
@@ -32,7 +33,8 @@ def to_json(values: Any, indent: int | None = None) -> str:
 
 def write_json(path: Path, values: Any, indent: int | None = None) -> None:
     """Writes ``values`` to a file as JSON; NaN and infinity become null."""
-    path.write_text(to_json(values, indent) + "\n", encoding="utf-8")
+    with naming(path):
+        path.write_text(to_json(values, indent) + "\n", encoding="utf-8")
 
 
 def _finite(value: Any) -> Any:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from .naming import naming
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -263,18 +264,13 @@ class ShardWriter:
 
     def _work(self) -> None:
         file: Any = None
+        path = self.shards[0].path
         try:
             while (item := self._queue.get()) is not None:
                 if isinstance(item, _Shard):
-                    if file is not None:
-                        file.close()
-                    file = open(item.path, "wb", buffering=0)
-                    _reserve(file.fileno(), item.nbytes)
-                    continue
-                if isinstance(item, ByteRange):
-                    item = _copy(item, file.fileno())
-                while len(item):
-                    item = item[file.write(item) :]
+                    path = item.path
+                with naming(path):
+                    file = _write(item, file)
         except BaseException as error:
             self._error = error
             while self._queue.get() is not None:  # empty the queue, so that the caller does not wait in ``put`` forever
@@ -282,6 +278,21 @@ class ShardWriter:
         finally:
             if file is not None:
                 file.close()
+
+
+def _write(item: _Shard | ByteRange | memoryview, file: Any) -> Any:
+    """Writes bytes to a file, or closes it and opens the next one. Returns the file that is open then."""
+    if isinstance(item, _Shard):
+        if file is not None:
+            file.close()
+        file = open(item.path, "wb", buffering=0)
+        _reserve(file.fileno(), item.nbytes)
+        return file
+    if isinstance(item, ByteRange):
+        item = _copy(item, file.fileno())
+    while len(item):
+        item = item[file.write(item) :]
+    return file
 
 
 def _copy(source: ByteRange, target: int) -> memoryview:

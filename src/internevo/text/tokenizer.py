@@ -6,12 +6,12 @@ Python code in a tokenizer's folder is never run.
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..errors import UsageError
+from ..errors import InternEvoError, UsageError
+from ..storage.jsonfile import read_object, write_json
 from .sentencepieces import SentencePieceBackend
 from .special_tokens import END_OF_TEXT, SETTINGS, added_tokens, class_tokens, model_eos_ids, read_settings, token_text
 from .tiktokens import is_tiktoken, read_tiktoken
@@ -256,11 +256,27 @@ def train_bpe(texts: Any, vocab_size: int, folder: Path) -> Path:
     fast.train_from_iterator(texts, trainer)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "tokenizer.json"
-    fast.save(str(path))
-    table = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": END_OF_TEXT,
-        "clean_up_tokenization_spaces": False,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(table, indent=2) + "\n")
+    try:
+        fast.save(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise InternEvoError(f"{path} cannot be written: {error}") from error
+    write_json(folder / "tokenizer_config.json", TRAINED_SETTINGS, indent=2)
     return path
+
+
+TRAINED = ("tokenizer.json", "tokenizer_config.json")
+"""The files of a tokenizer that was trained here."""
+TRAINED_SETTINGS = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "eos_token": END_OF_TEXT,
+    "clean_up_tokenization_spaces": False,
+}
+"""What is in the second of them. By it, such a tokenizer is recognised."""
+
+
+def is_trained_here(folder: Path) -> bool:
+    """Returns whether the tokenizer in a folder, if there is one, was made by ``train_bpe``."""
+    try:
+        return (folder / TRAINED[0]).is_file() and read_object(folder / TRAINED[1]) == TRAINED_SETTINGS
+    except (OSError, UsageError):
+        return False

@@ -22,6 +22,7 @@ from ..models.config import DecoderConfig
 from ..models.decoder import Decoder
 from ..models.families.registry import decoder_config
 from ..models.losses import LossTerms
+from ..observe.console import log
 from ..parallel import gloo, plan
 from ..parallel.data_axis import DataAxis
 from ..parallel.layout import Layout
@@ -57,7 +58,7 @@ class Parts:
     def build(cls, config: Config, world: World) -> Parts:
         """Opens the data, and builds the model with its initial weights. Every rank must call it."""
         layout = Layout.from_config(config, world.size)
-        source, valid = _open_data(config, world)
+        source, valid = _open_data(config, world, layout)
         decoder = decoder_config(config.model_type, config.model)
         model, axis, schedule = plan.build(decoder, config, layout, world.device)
         optimizer = Optimizer(axis.masters, config.adam)
@@ -89,17 +90,22 @@ class Parts:
         return Extras(files, Path(path) if path and Path(path).exists() else None)
 
 
-def _open_data(config: Config, world: World) -> tuple[Source, Rows | None]:
+def _open_data(config: Config, world: World, layout: Layout) -> tuple[Source, Rows | None]:
     data, vocab = config.data, config.model.vocab_size
+    reports = layout.is_first_with_its_rows(world.rank)
     streams = [_exchange(world) for _ in range(data.streams)]
     local_size = local_world_size(os.environ)
     if world.rank > 0:
         dist.barrier()  # rank 0 writes the index files, and then the others read them
-    source = train_source(data, vocab, streams.pop, local_size)
-    valid = valid_rows(data, vocab, streams.pop, local_size)
+    source = train_source(data, vocab, streams.pop, local_size, reports)
+    valid = valid_rows(data, vocab, streams.pop, local_size, _left_out if reports else None)
     if world.rank == 0:
         dist.barrier()
-    return source, load_stream(valid, data.valid_max_rows)
+    return source, load_stream(valid, data.valid_max_rows, _left_out)
+
+
+def _left_out(message: str) -> None:
+    log.warning(f"left out of the validation data: {message}")
 
 
 def _exchange(world: World) -> Exchange:

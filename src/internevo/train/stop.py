@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..observe.console import log
+from ..storage.naming import naming
 from .shared import Shared
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -29,7 +30,8 @@ class StopRequests:
         """
         self.file = Path(file)
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        self.file.write_text("0")
+        with naming(self.file):
+            self.file.write_text("0")
 
     @contextmanager
     def listening(self) -> Iterator[None]:

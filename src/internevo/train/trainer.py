@@ -24,6 +24,7 @@ from ..ops.precision import COMPUTE, is_slow
 from ..parallel import gloo
 from ..parallel.layout import Layout
 from ..parallel.world import World
+from ..storage.naming import naming
 from ..text.tokenizer import Tokenizer
 from .lr_schedule import beta2, learning_rate
 from .parts import Parts
@@ -182,7 +183,8 @@ class Trainer:
             log.info(line)
         if self.world.rank:
             return None
-        (self.run / "config.json").write_text(dump(self.config), encoding="utf-8")
+        with naming(self.run / "config.json"):
+            (self.run / "config.json").write_text(dump(self.config), encoding="utf-8")
         config, total = self.config, self.config.data.total_steps
         observers = Observers(self.run, config.monitor, self.state.step, total, config.enable_tb)
         self.exporter.warn = observers.console.warn

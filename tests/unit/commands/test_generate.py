@@ -12,7 +12,7 @@ from internevo.commands.generate import continue_text
 from internevo.errors import InternEvoError, UsageError
 from internevo.models.config import DecoderConfig, Rope
 from internevo.models.decoder import Decoder
-from internevo.models.generate import Sampling, empty_caches, longest_text
+from internevo.models.generate import Sampling, empty_caches, generate, longest_text
 from internevo.text.tokenizer import load_tokenizer, train_bpe
 from tests.conftest import Run
 
@@ -61,16 +61,14 @@ def test_a_tokenizer_that_is_larger_than_the_model_is_refused(tmp_path: Path, fo
 
 
 def test_only_ids_of_the_tokenizer_are_drawn(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from internevo.commands import generate as module
-
     drawn: list[int] = []
-    real = module.generate
+    real = generate
 
     def watched(*arguments: object, **options: object) -> list[int]:
         drawn.extend(real(*arguments, **options))  # type: ignore[arg-type]
         return drawn
 
-    monkeypatch.setattr(module, "generate", watched)
+    monkeypatch.setattr("internevo.commands.generate.generate", watched)
     for seed in range(20):
         continue_text(folder, "the", 20, Sampling(temperature=100.0), seed)
     assert len(drawn) > 200 and max(drawn) < load_tokenizer(folder).vocab_size <= 280

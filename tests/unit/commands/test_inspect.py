@@ -47,3 +47,20 @@ def test_inspect_describes_a_dataset_and_names_every_broken_file(tmp_path: Path)
     with pytest.raises(UsageError, match="--decode needs a tokenizer"):
         write_binary(tmp_path / "a" / "b" / "part.bin", [[1]], None)
         list(describe(tmp_path / "a" / "b", decode=1))
+
+
+def test_an_error_at_the_end_of_a_file_is_not_taken_for_an_abort(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """typer takes every EOFError for the end of standard input."""
+    from internevo import cli
+    from internevo.commands import inspect
+
+    def fail(*arguments: object) -> None:
+        raise EOFError("No data left in file")
+
+    monkeypatch.setattr(inspect, "describe", fail)
+    with pytest.raises(SystemExit, match="1"):
+        cli.main(["inspect", "."])
+    error = capsys.readouterr().err
+    assert "EOFError: No data left in file" in error and "interrupted" not in error

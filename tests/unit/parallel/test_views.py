@@ -69,6 +69,8 @@ def test_all_views_arrange_the_same_world(layout: Layout) -> None:
     assert layout.data * layout.tensor == layout.replicate * layout.zero * layout.inner == layout.world // layout.pipeline
     for group in layout.activations.groups("tensor"):
         assert len({layout.data_rank(rank) for rank in group}) == 1, "a tensor group has the same rows"
+    first = [layout.data_rank(rank) for rank in range(layout.world) if layout.is_first_with_its_rows(rank)]
+    assert sorted(first) == list(range(layout.data)), "one of the ranks that have the same rows"
 
 
 @given(layouts())

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 import internevo
+from internevo.errors import UsageError
 from internevo.observe.metrics import JsonLines
 from internevo.observe.record import StepRecord, ValidRecord
-from internevo.storage.jsonfile import to_json, write_json
+from internevo.storage.jsonfile import read_object, to_json, write_json
 from tests.strict_json import strict
 
 
@@ -52,6 +53,16 @@ def test_files_of_a_run_are_written_only_by_the_strict_writer(room: str) -> None
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "json":
                 assert node.attr not in ("dump", "dumps"), f"{path.name}: storage.jsonfile writes JSON"
+
+
+def test_an_object_is_read_and_what_is_not_one_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('\ufeff{"a": 1}', encoding="utf-8")  # with a byte order mark
+    assert read_object(path) == {"a": 1}
+    for text in ("", "[1]", "{", "[" * 200_000):
+        path.write_text(text)
+        with pytest.raises(UsageError, match=r"a\.json is"):
+            read_object(path)
 
 
 def test_the_strict_reader_is_strict() -> None:

@@ -81,7 +81,11 @@ class Encoder:
                 self._skip(found, skipped)
                 continue
             values = found.value.values() if isinstance(found.value, dict) else [found.value]
-            length = sum(len(str(value)) for value in values)
+            try:
+                length = sum(len(str(value)) for value in values)
+            except RecursionError:
+                self._skip(DataError(f"{found.where} has values that are nested too deep"), skipped)
+                continue
             if length > MAX_CHARACTERS:
                 limit = f"documents may have up to {MAX_CHARACTERS:,} characters"
                 self._skip(DataError(f"{found.where} has {length:,} characters; {limit}: split it"), skipped)

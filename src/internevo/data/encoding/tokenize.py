@@ -21,14 +21,15 @@ from typing import Any
 import numpy as np
 
 from ...errors import DataError, UsageError
-from ...storage.jsonfile import read_object
-from ...text.tokenizer import load_tokenizer, train_bpe
+from ...storage.jsonfile import read_object, write_json
+from ...text.tokenizer import Tokenizer, load_tokenizer, tokenizer_fingerprint, train_bpe
 from ..raw.documents import read_documents
 from ..raw.inputs import find_files, split_files
 from ..tokenized.files import TokenWriter
 from ..tokenized.index import UNFINISHED
 from .encode import Encoded, Encoder, EncoderPool, OnError
 from .formats import FormatName, document_text, format_fields
+from .output import Output
 
 PART_TOKENS = 2**30
 """The number of tokens after which a new output file is begun."""
@@ -53,10 +54,12 @@ class TokenizeResult:
 
 @dataclass
 class SavedProgress:
-    """How far the command has come; it is saved in the file ``unfinished.json`` in the output folder."""
+    """How far the command has come; it is saved in the file ``unfinished.json``."""
 
-    key: str
-    """A hash of the input files and the options."""
+    options: dict[str, Any]
+    """The options that decide what is written."""
+    inputs: str
+    """A hash of the input files and of the tokenizer."""
     chunks: int = 0
     """The number of input chunks that are done."""
     size: int = 0
@@ -66,24 +69,33 @@ class SavedProgress:
     """For "train" and "valid": the number of the output file that is being written, and the tokens and documents in it."""
 
     @classmethod
-    def read(cls, output: Path) -> SavedProgress | None:
-        """Reads what an unfinished command has saved; None if there is nothing."""
-        if not (output / UNFINISHED).is_file():
+    def read(cls, work: Path) -> SavedProgress | None:
+        """Reads what a killed command has saved; None if there is nothing that can be read."""
+        try:
+            return cls.from_values(read_object(work / UNFINISHED))
+        except (OSError, UsageError, KeyError, TypeError, AttributeError):
             return None
-        values = read_object(output / UNFINISHED)
-        result = values["result"]
-        result["skipped"] = result.pop("bad")
-        parts = {name: tuple(part) for name, part in values["parts"].items()}
-        return cls(values["key"], values["jobs"], values["size"], TokenizeResult(**result), parts)
 
-    def write(self, output: Path) -> None:
+    @classmethod
+    def from_values(cls, values: dict[str, Any]) -> SavedProgress:
+        """Makes the progress from what ``asdict`` returned."""
+        parts = {name: tuple(part) for name, part in values["parts"].items()}
+        return cls(**{**values, "result": TokenizeResult(**values["result"]), "parts": parts})
+
+    def write(self, work: Path) -> None:
         """Replaces the file at once, so that it is complete at every moment."""
-        result = asdict(self.result)
-        result["bad"] = result.pop("skipped")
-        values = {"key": self.key, "jobs": self.chunks, "size": self.size, "result": result, "parts": self.parts}
-        temporary = output / f"{UNFINISHED}.tmp"
-        temporary.write_text(json.dumps(values))
-        temporary.replace(output / UNFINISHED)
+        temporary = work / f"{UNFINISHED}.tmp"
+        write_json(temporary, asdict(self))
+        temporary.replace(work / UNFINISHED)
+
+    @property
+    def documents(self) -> int:
+        """The number of documents that have been written."""
+        return self.result.documents + self.result.valid_documents
+
+    def same_command(self, other: SavedProgress) -> bool:
+        """Returns whether both come from the same options, input and tokenizer."""
+        return (self.options, self.inputs) == (other.options, other.inputs)
 
 
 def tokenize(
@@ -124,29 +136,64 @@ def tokenize(
         status: is called with messages for the user.
 
     Raises:
-        DataError: if a document cannot be read; the message says where it is. What was written before is kept, and cannot be
-            opened as a dataset until the same command has been run again and is done.
-        UsageError: if ``output`` already contains other tokenized data.
+        DataError: if a document cannot be read; the message says where it is. What was done before is kept, and the same
+            command continues from there. Also if there is nothing to write in place of ``output``'s old data.
+        UsageError: if ``output`` already contains other data.
     """
-    files = find_files(inputs, kind, pattern, exclude)
-    options = [str(tokenizer), train_vocab_size, format, text_key, dataset_type, valid_ratio]
-    saved = _start_or_resume(output, _hash(files, options), overwrite, status)
-    if tokenizer is None:
-        assert train_vocab_size is not None
-        tokenizer = output / "tokenizer.json"
-        if not (saved.chunks and tokenizer.is_file()):
-            status(f"training a byte-level BPE tokenizer of {train_vocab_size:,} entries")
-            train_bpe(_texts(files, text_key, on_error), train_vocab_size, output)
-    loaded = load_tokenizer(tokenizer)
-    saved.result.vocab_size = loaded.vocab_size
-    if loaded.eos_id is None:
-        status(f"the tokenizer {tokenizer} names no end token (eos_token), so none is written after a document")
-    writers = _Writers(output, dataset_type, valid_ratio, saved, may_mask=format != "text")
-    total, saved_at = sum(path.stat().st_size for _, path in files), time.monotonic()
+    target = Output(output, dataset_type, splits=bool(valid_ratio))
+    own = {(output / path).resolve() for path in target.own_files()}
+    files = [file for file in find_files(inputs, kind, pattern, exclude) if file[1].resolve() not in own]
+    options = {
+        "tokenizer": tokenizer and str(tokenizer), "vocab_size": train_vocab_size, "format": format, "text_key": text_key,
+        "type": dataset_type, "valid_ratio": valid_ratio,
+    }  # fmt: skip
+    vocab_size = _open(tokenizer, status).vocab_size if tokenizer else 0
+    started = SavedProgress(options, _hash(files, tokenizer), result=TokenizeResult(vocab_size=vocab_size))
+    with target.lock(status):
+        replaced = target.continue_replacing()
+        if replaced and (done := SavedProgress.from_values(replaced)).same_command(started):
+            return done.result
+        target.check(overwrite, trains_tokenizer=tokenizer is None)
+        saved = _resume_or_start(target, started, overwrite, status)
+        if tokenizer is None:
+            assert train_vocab_size is not None
+            tokenizer = target.new / "tokenizer.json"
+            if not (saved.chunks and tokenizer.is_file()):
+                status(f"training a byte-level BPE tokenizer of {train_vocab_size:,} entries")
+                train_bpe(_texts(files, text_key, on_error), train_vocab_size, target.new)
+            saved.result.vocab_size = _open(tokenizer, status).vocab_size
+        encoder = Encoder(tokenizer.resolve(), format, text_key, on_error)
+        _encode(files, encoder, workers, _Writers(target, saved, may_mask=format != "text"), progress, status)
+        old = target.check(overwrite, trains_tokenizer=train_vocab_size is not None)
+        if not saved.documents and (old or saved.result.skipped):
+            (target.work / UNFINISHED).unlink()
+            raise DataError("the input has no document that can be read and is not empty, so nothing was written")
+        target.replace(old, asdict(saved))
+    return saved.result
+
+
+def _open(path: Path, status: Callable[[str], None]) -> Tokenizer:
+    tokenizer = load_tokenizer(path)
+    if tokenizer.eos_id is None:
+        status(f"the tokenizer {path} names no end token (eos_token), so none is written after a document")
+    return tokenizer
+
+
+def _encode(
+    files: list[tuple[str, Path]],
+    encoder: Encoder,
+    workers: int | None,
+    writers: _Writers,
+    progress: Callable[[int, int], None],
+    status: Callable[[str], None],
+) -> None:
+    """Encodes the files, from where ``writers`` has come to, and writes them. See ``tokenize`` for the arguments."""
+    saved, saved_at = writers.saved, time.monotonic()
+    total = sum(path.stat().st_size for _, path in files)
     chunks = split_files(files)
     first = list(islice(chunks, saved.chunks, saved.chunks + 2))  # for a single chunk no process is started
     count = (workers or os.cpu_count() or 1) if len(first) > 1 else 0
-    with closing(EncoderPool(Encoder(tokenizer.resolve(), format, text_key, on_error), count)) as pool:
+    with closing(EncoderPool(encoder, count)) as pool:
         for encoded in pool.encode(chain(first, chunks)):
             for message in encoded.skipped:
                 status(f"left out: {message}")
@@ -156,8 +203,6 @@ def tokenize(
                 writers.save_progress()
                 saved_at = time.monotonic()
     writers.close()
-    (output / UNFINISHED).unlink()
-    return saved.result
 
 
 def _texts(files: list[tuple[str, Path]], key: str | None, on_error: OnError) -> Iterator[str]:
@@ -171,62 +216,58 @@ def _texts(files: list[tuple[str, Path]], key: str | None, on_error: OnError) ->
                 raise text
 
 
-def _hash(files: list[tuple[str, Path]], options: list[Any]) -> str:
-    """Returns a hash of the options and of the names, sizes and times of the input files."""
+def _hash(files: list[tuple[str, Path]], tokenizer: Path | None) -> str:
+    """Returns a hash of the names, sizes and times of the input files, and of the content of the tokenizer's files."""
     listing = [(kind, str(path), path.stat().st_size, path.stat().st_mtime_ns) for kind, path in files]
-    return hashlib.sha256(json.dumps([listing, options]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([listing, tokenizer and tokenizer_fingerprint(tokenizer)]).encode()).hexdigest()
 
 
-def _start_or_resume(output: Path, key: str, overwrite: bool, status: Callable[[str], None]) -> SavedProgress:
-    """Returns the progress of the same command if it was killed before. Else prepares ``output`` and starts at the beginning.
+def _resume_or_start(target: Output, started: SavedProgress, overwrite: bool, status: Callable[[str], None]) -> SavedProgress:
+    """Returns the progress of the same command if it was killed before, else ``started``, and nothing is in ``target.new``.
 
     Raises:
-        UsageError: if ``output`` contains other tokenized data, and ``overwrite`` is false.
+        UsageError: if there is unfinished work of a command with other options, and ``overwrite`` is false.
     """
-    saved = SavedProgress.read(output)
-    if saved is not None and saved.key == key and not overwrite:
-        status(f"continuing after {saved.result.documents + saved.result.valid_documents:,} documents")
+    saved = SavedProgress.read(target.work)
+    if saved is not None and saved.same_command(started):
+        status(f"continuing after {saved.documents:,} documents")
         return saved
-    old = list(output.glob("**/*.bin")) if output.is_dir() else []
-    if old and not overwrite:
-        raise UsageError(f"{output} already contains tokenized data ({old[0].name}, ...); give --overwrite or another --output")
-    for path in [*old, *output.glob("**/*.tmp")]:
-        path.unlink()
-        path.with_name(path.name + ".meta").unlink(missing_ok=True)
-    if output.is_dir():
-        shutil.rmtree(output / ".internevo", ignore_errors=True)
-    output.mkdir(parents=True, exist_ok=True)
-    saved = SavedProgress(key)
-    saved.write(output)
-    return saved
+    if saved is not None and saved.documents:
+        changed = [f"{key} {value!r}" for key, value in saved.options.items() if value != started.options.get(key)]
+        if changed and not overwrite:
+            raise UsageError(
+                f"{target.folder} has {saved.documents:,} documents of a command with {', '.join(changed)} that was stopped: "
+                "give that command again to finish it, or --overwrite to start again"
+            )
+        status(f"starting again: {'the options have' if changed else 'the input or the tokenizer has'} changed")
+    shutil.rmtree(target.new, ignore_errors=True)
+    (target.work / UNFINISHED).unlink(missing_ok=True)
+    return started
 
 
 class _Writers:
     """Writes training and validation documents, each into files of about ``PART_TOKENS`` tokens, and saves the progress."""
 
-    def __init__(self, output: Path, dataset_type: str, valid_ratio: float, saved: SavedProgress, may_mask: bool) -> None:
+    def __init__(self, target: Output, saved: SavedProgress, may_mask: bool) -> None:
         """Opens the files.
 
         Args:
             saved: the progress to continue from; it is updated.
             may_mask: documents may have masked tokens, whose negative ids need int32.
         """
-        self.output, self._saved = output, saved
-        self.folders = {"train": output / dataset_type, "valid": output / "valid" / dataset_type}
-        if valid_ratio:
-            self.folders["train"] = output / "train" / dataset_type
-        self.threshold = int(valid_ratio * 2**64)
+        self.target, self.saved = target, saved
+        self.threshold = int(saved.options["valid_ratio"] * 2**64)
         self.vocab_size = None if may_mask else saved.result.vocab_size
         self.writers = {name: self._open(name, *part) for name, part in saved.parts.items()}
 
     def _open(self, name: str, part: int, tokens: int = 0, count: int = 0) -> tuple[int, TokenWriter]:
-        path = self.folders[name] / f"part-{part:05d}.bin"
+        path = self.target.new / self.target.targets[name] / f"part-{part:05d}.bin"
         return part, TokenWriter(path, self.vocab_size, tokens, count)
 
     def write(self, encoded: Encoded) -> None:
         """Writes the documents of one input chunk."""
-        result, starts = self._saved.result, np.cumsum([0, *encoded.counts])
-        number = result.documents + result.valid_documents
+        result, starts = self.saved.result, np.cumsum([0, *encoded.counts])
+        number = self.saved.documents
         valid = np.array([self._is_valid(number + n) for n in range(len(encoded.counts))], dtype=bool)
         for name, chosen in (("train", np.flatnonzero(~valid)), ("valid", np.flatnonzero(valid))):
             if not len(chosen):
@@ -241,8 +282,8 @@ class _Writers:
                 result.documents += len(chosen)
                 result.tokens += len(ids)
         result.skipped += len(encoded.skipped)
-        self._saved.chunks += 1
-        self._saved.size += encoded.size
+        self.saved.chunks += 1
+        self.saved.size += encoded.size
 
     def _is_valid(self, number: int) -> bool:
         """Returns whether a document is for validation: about ``valid_ratio`` of them are, chosen by a hash of the number."""
@@ -264,10 +305,11 @@ class _Writers:
         """Makes sure that everything written is on the disk, and then saves the progress."""
         for _, writer in self.writers.values():
             writer.flush()
-        self._saved.parts = {name: (part, writer.tokens, writer.documents) for name, (part, writer) in self.writers.items()}
-        self._saved.write(self.output)
+        self.saved.parts = {name: (part, writer.tokens, writer.documents) for name, (part, writer) in self.writers.items()}
+        self.saved.write(self.target.work)
 
     def close(self) -> None:
         """Finishes all files."""
+        self.save_progress()
         for _, writer in self.writers.values():
             writer.close()

@@ -6,19 +6,19 @@ whether to stop or to skip it.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
 import re
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...errors import DataError
-from .files import arrow_batches, format_suffix, open_parquet, read_input
-from .inputs import InputChunk
+from .files import arrow_batches, open_parquet, read_input
+from .inputs import MAX_FIELD_BYTES, InputChunk, csv_delimiter
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Document:
 TABLE_ROWS = 256
 """Number of rows of a parquet file that are decoded together."""
 _ESCAPED = re.compile("[\udc80-\udcff]")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+"""In JSON: one of the two escapes that make a character outside of the first 65,536."""
 DocumentOrError = Document | DataError
 """A document, or the reason why it cannot be read; both say where it is."""
 
@@ -64,26 +66,45 @@ def _text_files(chunk: InputChunk, fields: tuple[str, ...]) -> Iterator[Document
 def _json_file(chunk: InputChunk, fields: tuple[str, ...]) -> Iterator[DocumentOrError]:
     """Reads a file that holds one object or a list of objects."""
     path = chunk.files[0]
-    try:
-        content = json.loads(decode_utf8(read_input(path), path))
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}") from error
+    text = decode_utf8(read_input(path), path)
+    content = _parse_json(text, path)
     for number, item in enumerate(content if isinstance(content, list) else [content]):
-        yield Document(item, f"{path}, item {number}")
+        yield _checked(Document(item, f"{path}, item {number}"), text, fields)
 
 
 def _json_lines(chunk: InputChunk, fields: tuple[str, ...]) -> Iterator[DocumentOrError]:
     path = chunk.files[0]
     for offset, line in _lines(chunk):
-        if not line.strip():
+        if not line.removeprefix(codecs.BOM_UTF8).strip():
             continue
         where = f"{path}, byte {offset}"
         try:
-            yield Document(json.loads(decode_utf8(line, path, offset)), where)
+            text = decode_utf8(line, path, offset)
+            yield _checked(Document(_parse_json(text, f"{where}: the line"), where), text, fields)
         except DataError as error:
             yield error
-        except ValueError as error:
-            yield DataError(f"{where}: the line is not JSON: {error}")
+
+
+def _parse_json(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{what} is not JSON: {error}") from error
+    except RecursionError:
+        raise DataError(f"{what} is JSON that is nested too deep") from None
+
+
+def _checked(document: Document, text: str, fields: tuple[str, ...]) -> DocumentOrError:
+    """Returns a document of a JSON text, or an error if one of its ``fields`` is no text, because it has half a character."""
+    if _SURROGATE.search(text):
+        value = document.value
+        needed = {name: value.get(name) for name in fields} if isinstance(value, dict) else value
+        try:
+            json.dumps(needed, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(error.object[error.start]):04x}"
+            return DataError(f"{document.where}: the text has {half}, which is only half of a character (a lone surrogate)")
+    return document
 
 
 def _lines(chunk: InputChunk) -> Iterator[tuple[int, bytes]]:
@@ -110,9 +131,10 @@ def _lines(chunk: InputChunk) -> Iterator[tuple[int, bytes]]:
 def _csv_rows(chunk: InputChunk, fields: tuple[str, ...]) -> Iterator[DocumentOrError]:
     assert chunk.content is not None
     path = chunk.files[0]
-    csv.field_size_limit(sys.maxsize)
-    delimiter = "\t" if format_suffix(Path(path)) == ".tsv" else ","
-    names = next(csv.reader([decode_utf8(chunk.header, path).lstrip("\ufeff")], delimiter=delimiter), [])
+    csv.field_size_limit(MAX_FIELD_BYTES)
+    delimiter = csv_delimiter(Path(path))
+    header = io.StringIO(decode_utf8(chunk.header, path), newline="")
+    names = next(csv.reader(header, delimiter=delimiter), [])
     # Invalid bytes are kept as escapes while the file is parsed, so that only the row that has them is an error.
     rows = csv.reader(io.StringIO(chunk.content.decode("utf-8", "surrogateescape"), newline=""), delimiter=delimiter)
     try:
@@ -186,7 +208,7 @@ _READERS: dict[str, Callable[[InputChunk, tuple[str, ...]], Iterator[DocumentOrE
 
 
 def decode_utf8(content: bytes, path: str, offset: int = 0) -> str:
-    """Decodes UTF-8.
+    """Decodes UTF-8, without the byte order mark at the beginning, if there is one.
 
     Args:
         path: the file that ``content`` is from, for the error message.
@@ -196,6 +218,7 @@ def decode_utf8(content: bytes, path: str, offset: int = 0) -> str:
         DataError: if a byte is invalid; the message gives its offset in the file.
     """
     try:
-        return content.decode("utf-8")
+        return content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 at byte {offset + error.start} (0x{content[error.start]:02x})") from None
+        advice = ": it is UTF-16, convert it" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else ""
+        raise DataError(f"{path} is not UTF-8 at byte {offset + error.start} (0x{content[error.start]:02x}){advice}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import os
 import zlib
@@ -18,6 +19,8 @@ from ...errors import DataError
 
 COMPRESSED = (".gz", ".zst")
 READ_BYTES = 1 << 20
+SAMPLES, SAMPLE_BYTES = 2048, 1 << 14
+"""How many samples of the content of files are compared to notice a change, and the size of each."""
 
 
 def walk_files(root: Path, exclude: tuple[str, ...] = ()) -> Iterator[Path]:
@@ -37,6 +40,25 @@ def walk_files(root: Path, exclude: tuple[str, ...] = ()) -> Iterator[Path]:
         above[folder] = (*parents, real)
         names[:] = sorted(n for n in names if n not in exclude and not n.startswith("."))
         yield from (Path(folder, name) for name in sorted(files))
+
+
+def sample_content(paths: list[Path]) -> str:
+    """Returns a hash of the sizes of files and of about ``SAMPLES`` samples of their content, in this order.
+
+    Files of up to 32 MiB together are read as a whole. Of many files, the content of some is not read.
+    """
+    digest, per_file = hashlib.sha256(), max(1, SAMPLES // max(1, len(paths)))
+    for number, path in enumerate(paths):
+        size = path.stat().st_size
+        digest.update(f"{size} ".encode())
+        if number % (len(paths) // SAMPLES + 1):
+            continue
+        with open(path, "rb") as file:
+            step = max(SAMPLE_BYTES, size // per_file)
+            for start in range(0, size, step):
+                file.seek(start)
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def format_suffix(path: Path) -> str:

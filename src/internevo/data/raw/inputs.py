@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
+import csv
+import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import BinaryIO
 
 from ...errors import DataError, UsageError
 from .files import COMPRESSED, arrow_batches, format_suffix, open_input, open_parquet, walk_files
@@ -21,6 +24,8 @@ SUFFIXES = {
 """The kinds of files that can be read, and the suffixes of each."""
 CHUNK_BYTES = 1 << 20
 """The size of an input chunk, in bytes of the file."""
+MAX_FIELD_BYTES = 64 << 20
+"""The longest field of a csv file, which bounds the memory for a file with a quote that is never closed."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,7 @@ def split_file(kind: str, path: Path) -> Iterator[InputChunk]:
     size = done = 0
     try:
         size = path.stat().st_size
-        for chunk in _SPLITTERS["sequential" if is_sequential(kind, path) else kind](kind, path, size):
+        for chunk in _SPLITTERS["sequential" if kind == "jsonl" and path.suffix in COMPRESSED else kind](kind, path, size):
             done += chunk.size
             yield chunk
     except (DataError, OSError) as error:
@@ -163,28 +168,60 @@ def _by_rows(kind: str, path: Path, size: int, tables: list[tuple[int, int]]) ->
 
 
 def _sequential(kind: str, path: Path, size: int) -> Iterator[InputChunk]:
-    """Reads a file from its beginning, and yields chunks of whole rows."""
-    rest_of_row = _rest_of_csv_row if kind == "csv" else lambda file, begun: file.readline()
+    """Reads compressed lines from the beginning of the file, and yields chunks of whole lines."""
     with open_input(str(path)) as (file, bytes_read):
-        header = _rest_of_csv_row(file, b"") if kind == "csv" else b""
-        offset, before = len(header), 0
+        offset = before = 0
         while content := file.read(CHUNK_BYTES):
-            content += rest_of_row(file, content)
-            yield InputChunk(kind, (str(path),), bytes_read() - before, offset, content=content, header=header)
+            content += file.readline()
+            yield InputChunk(kind, (str(path),), bytes_read() - before, offset, content=content)
             offset, before = offset + len(content), bytes_read()
 
 
-def _rest_of_csv_row(file: BinaryIO, begun: bytes) -> bytes:
-    """Reads the rest of the row that ``begun`` ends in. A line break between quotes belongs to a field and ends no row."""
-    lines, quotes = [file.readline()], begun.count(b'"')
-    while (quotes := quotes + lines[-1].count(b'"')) % 2 and lines[-1]:
-        lines.append(file.readline())
-    return b"".join(lines)
+def _by_csv_rows(kind: str, path: Path, size: int) -> Iterator[InputChunk]:
+    """Reads a csv file from its beginning, and yields chunks of whole rows."""
+    with open_input(str(path)) as (file, bytes_read):
+        header, rest, offset, before = b"", b"", 0, 0
+        while more := file.read(max(CHUNK_BYTES, len(rest))):
+            rest += more + file.readline()
+            if not offset and rest.startswith(codecs.BOM_UTF8):
+                rest, offset = rest.removeprefix(codecs.BOM_UTF8), len(codecs.BOM_UTF8)
+            ends = _csv_row_ends(rest, path, offset)
+            if ends and not header:
+                header, offset = rest[: ends[0]], offset + ends[0]
+                rest, ends = rest[ends[0] :], [end - ends[0] for end in ends[1:]]
+            if ends:
+                rows, rest = rest[: ends[-1]], rest[ends[-1] :]
+                yield InputChunk(kind, (str(path),), bytes_read() - before, offset, content=rows, header=header)
+                offset, before = offset + len(rows), bytes_read()
+        if rest and header:  # the last row has no line break, or a quote that is never closed
+            yield InputChunk(kind, (str(path),), bytes_read() - before, offset, content=rest, header=header)
+
+
+def _csv_row_ends(content: bytes, path: Path, offset: int) -> list[int]:
+    """Returns where each row ends in whole lines of a csv file, which begin with a row; not for a last row that goes on.
+
+    Where a row ends is what ``csv.reader`` says: a quote has a meaning only in some places.
+    """
+    lines = list(io.StringIO(content.decode("latin-1"), newline=""))  # a character is a byte
+    csv.field_size_limit(MAX_FIELD_BYTES)
+    rows = csv.reader([*lines, "\n"], delimiter=csv_delimiter(path))  # the last line is one more row, or a part of the last row
+    try:
+        last_lines = [rows.line_num for _ in rows][:-1]
+    except csv.Error as error:
+        raise DataError(f"{path}, in the rows after byte {offset}: {error}") from error
+    sizes = [0, *accumulate(map(len, lines))]
+    return [sizes[line] for line in last_lines]
+
+
+def csv_delimiter(path: Path) -> str:
+    """Returns what is between the fields of a .csv or .tsv file."""
+    return "\t" if format_suffix(path) == ".tsv" else ","
 
 
 _SPLITTERS: dict[str, Callable[[str, Path, int], Iterator[InputChunk]]] = {
     "json": _whole_file,
     "jsonl": _by_bytes,
+    "csv": _by_csv_rows,
     "sequential": _sequential,
     "parquet": _by_row_groups,
     "arrow": _by_batches,

@@ -24,6 +24,7 @@ from ...errors import DataError, InternEvoError
 from ...text.tokenizer import tokenizer_fingerprint
 from ..encoding.encode import Encoded, EncoderPool
 from ..order import permute
+from ..raw.files import sample_content
 from ..raw.inputs import InputChunk, is_sequential, split_file, split_files
 from .exchange import Exchange, Int32Array
 
@@ -158,16 +159,20 @@ class BlockReader:
             self.pool.close()
 
     def fingerprint(self) -> str:
-        """Returns a hash of names, sizes and options. It changes when the documents or their order change."""
+        """Returns a hash of names, content and options. It changes when the documents or their order change.
+
+        The content of large files is sampled (see ``sample_content``), so a few changed documents may go unnoticed.
+        """
         return self._fingerprint
 
     def _hash(self) -> str:
-        shards = [
-            (s.kind, s.path.name, s.chunk.size if s.chunk else s.path.stat().st_size, s.type, s.min_length) for s in self.shards
-        ]
+        files = list(dict.fromkeys(file for s in self.shards for file in (s.chunk.files if s.chunk else (s.path,))))
+        shards = [(s.kind, s.path.name, s.chunk.size if s.chunk else 0, s.type, s.min_length) for s in self.shards]
         encoder = self.pool.encoder
         options = [MAX_SHARDS, self.seed, encoder.format, encoder.key, tokenizer_fingerprint(encoder.tokenizer)]
-        return hashlib.sha256(json.dumps([shards, options]).encode()).hexdigest()[:16]
+        return hashlib.sha256(
+            json.dumps([shards, sample_content([Path(file) for file in files]), options]).encode()
+        ).hexdigest()[:16]
 
     def _shard(self, position: BlockPosition, index: int) -> Shard:
         """Returns the shard at ``index`` in the order of the epoch."""

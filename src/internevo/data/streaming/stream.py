@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from ...errors import DataError
 from ..prefetch import Prefetcher
 from ..rows import Row, make_row
 from ..source import NextRows, Position
@@ -130,19 +129,19 @@ class Stream:
         return make_row(raw, ends, self.doc_types[first : last + 1], self.seq_len, continues, separate)[0]
 
 
-def all_rows(stream: Stream, limit: int | None) -> Iterator[Row]:
+def all_rows(stream: Stream, limit: int | None, report: Callable[[str], None]) -> Iterator[Row]:
     """Yields the rows of a stream that ends, or the first ``limit`` of them; for validation.
 
-    Raises:
-        DataError: if a document cannot be read, also if ``data.on_error`` is "skip".
+    Args:
+        report: is called with a message for each document that this rank has skipped.
     """
     position, number = stream.start_position(), 0
     while limit is None or number < limit:
         found = stream.next_rows(position, 1, [0])
+        for message in found.skipped:
+            report(message)
         if not found.count:
             break
-        if found.skipped:
-            raise DataError(found.skipped[0])
         yield found.rows[0]
         position, number = found.position, number + 1
     stream.close()

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import DataError
+from ...storage.naming import naming
 from .megatron import read_index
 
 MASKED_ZERO = -(2**31)
@@ -190,7 +191,8 @@ class TokenWriter:
         self.tokens, self.documents = tokens, documents
         path.parent.mkdir(parents=True, exist_ok=True)
         if documents and path.is_file():  # the run was killed after it closed the file, before it saved its progress
-            read_meta(path)[:, 1].astype("<i8").tofile(self._temporary("counts"))
+            with naming(self._temporary("counts")):
+                read_meta(path)[:, 1].astype("<i8").tofile(self._temporary("counts"))
             path.rename(self._temporary("bin"))
         self._ids = self._open("bin", tokens * self.dtype.itemsize)
         self._counts = self._open("counts", documents * 8)
@@ -200,7 +202,10 @@ class TokenWriter:
 
     def _open(self, content: str, size: int) -> BinaryIO:
         """Opens a temporary file, and keeps its first ``size`` bytes."""
-        file = open(self._temporary(content), "r+b" if size else "wb")
+        path = self._temporary(content)
+        if size and not (path.is_file() and path.stat().st_size >= size):
+            raise DataError(f"{path}, which a run that was killed has left, is damaged: remove {path.parent} and start again")
+        file = open(path, "r+b" if size else "wb")
         file.truncate(size)
         file.seek(size)
         return file
@@ -212,25 +217,29 @@ class TokenWriter:
             ids: the signed ids of all documents, concatenated.
             counts: the number of tokens of each document.
         """
-        self._ids.write(np.ascontiguousarray(ids, dtype=self.dtype).tobytes())
-        self._counts.write(np.ascontiguousarray(counts, dtype="<i8").tobytes())
+        with naming(self.path):
+            self._ids.write(np.ascontiguousarray(ids, dtype=self.dtype).tobytes())
+            self._counts.write(np.ascontiguousarray(counts, dtype="<i8").tobytes())
         self.tokens += len(ids)
         self.documents += len(counts)
 
     def flush(self) -> None:
         """Returns when everything that was written is on the disk."""
-        for file in (self._ids, self._counts):
-            file.flush()
-            os.fsync(file.fileno())
+        with naming(self.path):
+            for file in (self._ids, self._counts):
+                file.flush()
+                os.fsync(file.fileno())
 
     def close(self) -> None:
         """Writes the ``.meta``, and gives the ``.bin`` its final name."""
-        self._ids.close()
-        self._counts.close()
+        with naming(self.path):
+            self._ids.close()
+            self._counts.close()
         counts = np.fromfile(self._temporary("counts"), "<i8")
         offsets = np.r_[0, np.cumsum(counts)[:-1]] if len(counts) else counts
         meta = np.stack([offsets * self.dtype.itemsize, counts], axis=1).astype(np.int64)
-        with open(self.path.with_name(self.path.name + ".meta"), "wb") as file:
+        path = self.path.with_name(self.path.name + ".meta")
+        with naming(path), open(path, "wb") as file:
             np.save(file, meta)
         self._temporary("bin").replace(self.path)
         self._temporary("counts").unlink()

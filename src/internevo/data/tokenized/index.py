@@ -1,7 +1,8 @@
 """The index of tokenized data: the documents of all files in a folder as one list.
 
 The index is cached in ``.internevo/`` in the folder, or in the user's cache folder if that cannot be written. The key of the
-cache is a hash of the names, sizes and times of all files, so that the index is made again when a file changes.
+cache is a hash of the names, sizes and times of all files, so that the index is made again when a file changes. It is also made
+again if the cache is damaged, which a checksum tells.
 """
 
 from __future__ import annotations
@@ -9,21 +10,31 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
-import tempfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ...errors import DataError
-from ..raw.files import walk_files
+from ...errors import DataError, UsageError
+from ...storage.folders import put_in_place, temporary
+from ...storage.jsonfile import read_object, write_json
+from ..raw.files import sample_content, walk_files
 from .files import Ids, TokenFile, meta_path
 
-VERSION = 1
+VERSION = 2
+ARRAYS = ("first", "documents", "ends")
+"""The fields of ``Index`` that the cache has as NumPy files."""
+WORK = ".tokenizing"
+"""A folder in the output folder of ``internevo tokenize`` until the command is done. The new data is in it."""
 UNFINISHED = "unfinished.json"
-"""A file in the output folder of ``internevo tokenize`` until the command is done."""
+"""A file in ``WORK``: how far the command has come."""
+REPLACING = "replacing.json"
+"""A file in ``WORK`` while new data replaces old data."""
 
 
 @dataclass
@@ -43,6 +54,8 @@ class Index:
     """[documents, 2]: each document's number in its file, and its token count."""
     ends: npt.NDArray[np.int64]
     """[documents]: the cumulative sum of the token counts."""
+    content: str
+    """A hash of the token counts of all documents, and of samples of their ids."""
 
     def __post_init__(self) -> None:
         self._open: dict[int, TokenFile] = {}
@@ -56,8 +69,11 @@ class Index:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def fingerprint(self) -> str:
-        """Returns a hash of the file names and of the numbers of documents and tokens. It changes when the documents do."""
-        text = json.dumps([VERSION, self.files, len(self), self.tokens])
+        """Returns a hash of the file names and of the content. It changes when the documents or their order do.
+
+        The ids of large data are sampled (see ``sample_content``), so a few changed ids may go unnoticed.
+        """
+        text = json.dumps([VERSION, self.files, self.content])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def file_of(self, document: int) -> int:
@@ -94,8 +110,8 @@ def open_index(root: Path, min_length: int = 0, min_lengths: dict[str, int] | No
     root = root if root.is_dir() else root.parent
     key = hashlib.sha256(json.dumps([VERSION, listing, min_length, min_lengths]).encode()).hexdigest()[:24]
     for cache in _cache_folders(root):
-        if (cache / key / "index.json").is_file():
-            return _load(root, cache / key)
+        if (index := _load(root, cache / key)) is not None:
+            return index
     parts = [_documents(root / name, minimum_length(name, min_length, min_lengths)) for name, *_ in listing]
     return _store(root, key, [name for name, *_ in listing], parts)
 
@@ -108,15 +124,12 @@ def list_files(root: Path) -> list[tuple[str, int, int, int, int]]:
     Raises:
         DataError: if there is no ``.bin`` file, one has no ``.meta``, or ``internevo tokenize`` has not finished writing them.
     """
+    _check_finished(root, REPLACING)
     single = root.with_name(root.name + ".bin")
     if not root.is_dir() and not single.is_file():
+        _check_finished(root)
         raise DataError(f"{root} is neither a folder of tokenized data nor the path of a .bin file without its suffix")
     home, paths = (root, walk_files(root)) if root.is_dir() else (root.parent, [single])
-    for folder in (root, root.resolve().parent):
-        if (folder / UNFINISHED).is_file():
-            raise DataError(
-                f"{folder} is unfinished: run its `internevo tokenize` command again, which continues where it stopped"
-            )
     found = []
     for path in paths:
         if path.suffix == ".bin":
@@ -127,8 +140,21 @@ def list_files(root: Path) -> list[tuple[str, int, int, int, int]]:
                 raise DataError(f"{path} has no {path.name}.meta next to it") from None
             found.append((os.path.relpath(path, home), stat.st_size, stat.st_mtime_ns, meta.st_size, meta.st_mtime_ns))
     if not found:
+        _check_finished(root)
         raise DataError(f"{root} contains no .bin file: make tokenized data with `internevo tokenize`")
     return sorted(found)
+
+
+def _check_finished(root: Path, marker: str = "") -> None:
+    """Raises an error if there is a ``WORK`` with the file ``marker`` in ``root`` or a folder above it.
+
+    ``WORK`` alone does not mean that data is incomplete: the complete data of an earlier command stays until it is replaced.
+    """
+    for folder in (root, *root.resolve().parents[:2]):
+        if (folder / WORK / marker).exists():
+            raise DataError(
+                f"{folder} is unfinished: run its `internevo tokenize` command again, which continues where it stopped"
+            )
 
 
 def minimum_length(name: str, default: int, overrides: dict[str, int] | None) -> int:
@@ -163,36 +189,57 @@ def _cache_folders(root: Path) -> list[Path]:
     return [root / ".internevo", home / "internevo" / hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]]
 
 
+def remove_cache(root: Path) -> None:
+    """Removes all indexes from the cache in ``root``."""
+    for path in (root / ".internevo").glob("*"):
+        if re.fullmatch("[0-9a-f]{24}", path.name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def _store(root: Path, key: str, files: list[str], parts: list[npt.NDArray[np.int64]]) -> Index:
     """Makes the index from the documents of each file, and writes it to the cache."""
     types = sorted({dataset_type(root, name) for name in files})
     documents = np.concatenate(parts)
+    samples = sample_content([root / name for name in files])
     index = Index(
         root, files, types, [types.index(dataset_type(root, name)) for name in files],
         np.cumsum([0, *(len(p) for p in parts)]), documents, np.cumsum(documents[:, 1]),
+        hashlib.sha256(samples.encode() + documents.tobytes()).hexdigest(),
     )  # fmt: skip
+    table = {"files": files, "types": types, "file_types": index.file_types, "content": index.content}
     for cache in _cache_folders(root):
         try:
-            cache.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(dir=cache))
-            for name in ("first", "documents", "ends"):
-                np.save(temporary / f"{name}.npy", getattr(index, name))
-            table = {"files": files, "types": types, "file_types": index.file_types}
-            (temporary / "index.json").write_text(json.dumps(table))
-            try:
-                temporary.rename(cache / key)
-            except OSError:  # another process was first
-                shutil.rmtree(temporary)
+            with temporary(cache / key) as folder:
+                for name in ARRAYS:
+                    np.save(folder / f"{name}.npy", getattr(index, name))
+                write_json(folder / "index.json", {**table, "checksum": _checksum(folder, table)})
+                put_in_place(folder, cache / key)
             return index
         except OSError:
             continue  # without a cache, only the next start takes longer
     return index
 
 
-def _load(root: Path, cache: Path) -> Index:
-    table = json.loads((cache / "index.json").read_text())
-    arrays = [np.load(cache / f"{name}.npy", mmap_mode="r") for name in ("first", "documents", "ends")]
-    return Index(root, table["files"], table["types"], table["file_types"], *arrays)
+def _load(root: Path, cache: Path) -> Index | None:
+    """Reads the index from the cache. Returns None if it is not there or damaged."""
+    try:
+        table = read_object(cache / "index.json")
+        if table.pop("checksum") != _checksum(cache, table):
+            return None
+        arrays = {name: np.load(cache / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+        return Index(root, **table, **arrays)
+    except (OSError, UsageError, KeyError):
+        return None
+
+
+def _checksum(cache: Path, table: dict[str, Any]) -> int:
+    """Returns a checksum of the arrays in a folder, and of the other fields of the index."""
+    checksum = zlib.crc32(json.dumps(table).encode())
+    for name in ARRAYS:
+        with open(cache / f"{name}.npy", "rb") as file:
+            while piece := file.read(1 << 24):
+                checksum = zlib.crc32(piece, checksum)
+    return checksum
 
 
 def dataset_type(root: Path, name: str) -> str:

@@ -6,7 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
-from ...text.tokenizer import FILES, SETTINGS, TEMPLATES, load_tokenizer
+from ...text.special_tokens import SETTINGS
+from ...text.tokenizer import FILES, TEMPLATES, load_tokenizer
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",

@@ -77,7 +77,7 @@ class _BinFile:
     def __init__(self, path: Path) -> None:
         try:
             self._tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
             raise UsageError(
                 f"{path} is refused: it is damaged, or contains objects other than tensors; use safetensors files. ({error})"
             ) from None

@@ -12,6 +12,8 @@ import numpy as np
 import pyarrow
 import pytest
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pyarrow import parquet
 
 from internevo.config import load_config
@@ -20,7 +22,7 @@ from internevo.data.encoding import encode
 from internevo.data.encoding.formats import document_text, format_fields
 from internevo.data.encoding.tokenize import tokenize
 from internevo.data.raw import inputs
-from internevo.data.raw.documents import read_documents
+from internevo.data.raw.documents import Document, read_documents
 from internevo.data.raw.inputs import find_files, is_sequential, split_file, split_files
 from internevo.data.rows import RandomRows
 from internevo.data.source import ShuffledRows
@@ -98,6 +100,30 @@ def test_every_format_gives_the_same_texts_for_any_chunk_size(
     files = [path] if path.is_file() else list(path.iterdir())
     assert sum(chunk.size for chunk in chunks) == sum(file.stat().st_size for file in files)
     assert len(chunks) > 1 or size > 100 or suffix == "json" or compression
+
+
+CSV_PIECES = ["word", '"', '""', ",", "\t", "\n", "\r\n", "\r", '5" disk', "春", "\x00", "\n\n", "\ufeff", " "]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.sampled_from(CSV_PIECES), max_size=60), st.sampled_from(["csv", "tsv"]), st.sampled_from(sorted(COMPRESS)))
+def test_csv_rows_are_those_of_csv_reader(
+    tmp_path_factory: pytest.TempPathFactory, pieces: list[str], suffix: str, compression: str
+) -> None:
+    """Also with quotes inside of fields, quotes that are never closed, empty lines, and a byte order mark."""
+    delimiter = "\t" if suffix == "tsv" else ","
+    content = f'"text"{delimiter}id\n' + "".join(pieces)
+    path = tmp_path_factory.mktemp("csv") / f"a.{suffix}{compression}"
+    path.write_bytes(COMPRESS[compression](("\ufeff" + content).encode()))
+    rows = list(csv.reader(io.StringIO(content, newline=""), delimiter=delimiter))
+    for size in (1, 20, 1 << 20):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(inputs, "CHUNK_BYTES", size)
+            chunks = list(split_files([("csv", path)]))
+        assert not chunks or sum(chunk.size for chunk in chunks) == path.stat().st_size
+        found = [found for chunk in chunks for found in read_documents(chunk, ("text",))]
+        assert [list(d.value.values()) for d in found if isinstance(d, Document)] == [row for row in rows[1:] if len(row) == 2]
+        assert sum(isinstance(d, DataError) for d in found) == sum(len(row) not in (0, 2) for row in rows[1:])
 
 
 def test_parquet_is_split_by_row_groups(tmp_path: Path, corpus: list[str]) -> None:
@@ -203,6 +229,8 @@ def test_tokenized_rows_that_cannot_be_read_are_an_error_or_are_left_out(tmp_pat
     assert 0 < len(found.skipped) < found.count
     assert all("token id 96 is outside" in message for message in found.skipped)
     assert sum(not (row.labels >= 0).any() for row in found.rows) == len(found.skipped)
+    other = train_source(data.model_copy(update={"on_error": "skip"}), 96, reports=False)  # a rank with the same rows
+    assert other.next_rows(0, found.count, range(found.count)).skipped == []
 
 
 def test_files_of_any_suffix_are_read_as_text_if_asked_for(tmp_path: Path, run: Run) -> None:
@@ -223,3 +251,65 @@ def test_the_error_names_a_document_that_is_too_long(tmp_path: Path, monkeypatch
         tokenize([tmp_path / "a.jsonl"], tmp_path / "out", tokenizer=tokenizer)
     assert tokenize([tmp_path / "a.jsonl"], tmp_path / "out", tokenizer=tokenizer, on_error="skip").skipped == 1
     assert len(open_index(tmp_path / "out")) == 2
+
+
+@pytest.mark.parametrize("suffix", ["txt", "json", "jsonl", "csv", "tsv"])
+@pytest.mark.parametrize("compression", COMPRESS)
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path, corpus: list[str], suffix: str, compression: str) -> None:
+    path = write(tmp_path / "in", corpus[:5], suffix)
+    for file in [path] if path.is_file() else list(path.iterdir()):
+        content = file.read_bytes()
+        file.unlink()
+        Path(f"{file}{compression}").write_bytes(COMPRESS[compression](b"\xef\xbb\xbf" + content))
+    assert read(tmp_path / "in", None if suffix == "txt" else "text") == corpus[:5]
+
+
+def test_files_with_byte_order_marks_may_be_concatenated_and_lines_may_be_empty(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\n\xef\xbb\xbf{"text": "b"}\n\xef\xbb\xbf\n  \n')
+    assert read(tmp_path / "a.jsonl") == ["a", "b"]
+    (tmp_path / "b.txt").write_bytes("text".encode("utf-16"))
+    with pytest.raises(DataError, match=r"b\.txt is not UTF-8 at byte 0 \(0xff\): it is UTF-16, convert it"):
+        read(tmp_path / "b.txt")
+
+
+NO_TEXT = {
+    r'{"text": "x \ud83d y"}': r"the text has \\ud83d, which is only half of a character",
+    r'{"text": "x \uDE00\uD83D y"}': "is only half of a character",
+    '{"text": ' + "[" * 200_000 + "]" * 200_000 + "}": "is JSON that is nested too deep",
+    "[" * 900 + "]" * 900: "nested too deep|has no text",
+    '{"text": ' + "9" * 5000 + "}": "is not JSON|has no text",
+    '"\\ud800"': "is only half of a character",
+    "\x00\x00": "is not JSON",
+    '{"text": 3}': "has no text",
+    "null": "has no text",
+}
+
+
+@pytest.mark.parametrize("line", NO_TEXT, ids=range(len(NO_TEXT)))
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+@pytest.mark.parametrize("train", [False, True])
+def test_json_that_is_no_text_has_a_place_and_can_be_skipped(tmp_path: Path, line: str, suffix: str, train: bool) -> None:
+    good = r'{"text": "good \ud83d\ude00", "id": "\ud83d"}'
+    path = tmp_path / f"a.{suffix}"
+    path.write_text(f"[{good}, {line}]" if suffix == "json" else f"{good}\n{line}\n")
+    trained = train_bpe(["good"], 270, tmp_path / "tokenizer")
+    tokenizer: dict[str, Any] = dict(train_vocab_size=270) if train else dict(tokenizer=trained)
+    with pytest.raises(DataError, match=NO_TEXT[line]) as caught:
+        tokenize([path], tmp_path / "out", **tokenizer)
+    assert str(path) in str(caught.value)
+    (tmp_path / "b.txt").write_text("more")
+    result = tokenize([path, tmp_path / "b.txt"], tmp_path / "out", **tokenizer, workers=1, on_error="skip")
+    assert result.skipped == 1 and result.documents in (1, 2)
+
+
+@pytest.mark.parametrize("format", ["alpaca", "chat"])
+def test_half_a_character_is_found_in_every_format(tmp_path: Path, format: Any) -> None:
+    documents = {
+        "alpaca": r'{"instruction": "a", "output": "b \ud83d"}',
+        "chat": r'{"messages": [{"role": "user", "content": "a \ud83d"}, {"role": "assistant", "content": "b"}]}',
+    }
+    (tmp_path / "a.jsonl").write_text(documents[format])
+    tokenizer = train_bpe(["good"], 270, tmp_path / "t")
+    (tmp_path / "t" / "chat_template.jinja").write_text("{{ messages }}")
+    with pytest.raises(DataError, match=r"a\.jsonl, byte 0: the text has \\ud83d"):
+        tokenize([tmp_path / "a.jsonl"], tmp_path / "out", tokenizer=tokenizer, format=format)

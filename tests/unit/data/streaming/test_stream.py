@@ -25,6 +25,7 @@ from internevo.data.streaming import blocks
 from internevo.data.streaming.exchange import Exchange
 from internevo.errors import DataError
 from internevo.text.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from tests.unit.data.writers import write_binary
 
 VOCAB = 300
 
@@ -83,7 +84,7 @@ def write(folder: Path, corpus: list[str], kinds: list[str], draw: random.Random
         if kind == "jsonl":
             path.write_bytes(lines)
         elif kind == "jsonl.gz":
-            path.write_bytes(gzip.compress(lines))
+            path.write_bytes(gzip.compress(lines, mtime=0))
         elif kind == "parquet":
             parquet.write_table(pyarrow.table({"n": range(len(part)), "text": part}), path, row_group_size=4)
         elif kind == "arrow":
@@ -240,6 +241,44 @@ def test_a_document_that_cannot_be_read_stops_every_rank_or_is_left_out(tmp_path
     assert all("0.jsonl" in message for message in skipped)
     left = documents(train(skipping, 2, Cursor(), 40)[0], load_tokenizer(tokenizer))
     assert sorted(left[:57]) == sorted(text for n, text in enumerate(corpus) if n not in (7, 23, 41))
+
+
+@pytest.mark.parametrize("kind", ["streaming", "tokenized"])
+def test_validation_skips_what_cannot_be_read_if_training_does(tmp_path: Path, tokenizer: Path, kind: Any) -> None:
+    write_binary(tmp_path / "tokens" / "en" / "a.bin", [[65] * 4, [VOCAB] * 4, [66] * 4], 10**6)
+    (tmp_path / "validation.jsonl").write_text('{"text": "aaa"}\n{"text": "cut\n{"text": "bbb"}\n')
+    folder = str(tmp_path if kind == "streaming" else tmp_path / "tokens")
+    data = Data(
+        type=kind, train_folder=folder, valid_folder=folder, tokenizer_path=str(tokenizer), seq_len=4, micro_bsz=1,
+        total_steps=10, num_worker=0, valid_every=1,
+    )  # fmt: skip
+
+    def targets(data: Data) -> tuple[list[int], list[str]]:
+        said: list[str] = []
+        rows = load_stream(valid_rows(data, VOCAB, report=said.append), None, said.append)
+        assert rows is not None
+        for _ in range(2):  # each evaluation reads all rows
+            labels = [int((rows[n].labels >= 0).sum()) for n in range(len(rows))]
+        return labels, said
+
+    with pytest.raises(DataError, match=r"validation\.jsonl, byte 16|a\.bin, document 1"):
+        targets(data)
+    labels, said = targets(data.model_copy(update={"on_error": "skip"}))
+    assert labels == ([3, 3] if kind == "streaming" else [3, 0, 3])
+    assert len(said) == 1 and ("validation.jsonl, byte 16" in said[0] or "a.bin, document 1" in said[0])
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "parquet", "arrow"])
+def test_the_fingerprint_changes_with_order_and_content(tmp_path: Path, tokenizer: Path, suffix: str) -> None:
+    found = []
+    for number, corpus in enumerate((["aa", "bb"], ["bb", "aa"], ["aa", "cc"], ["aa", "bb"])):
+        write(folder := tmp_path / f"{number}", corpus, [suffix], random.Random(1))
+        data = Data(
+            type="streaming", train_folder=str(folder), tokenizer_path=str(tokenizer), seq_len=4, micro_bsz=1, total_steps=1,
+            num_worker=0,
+        )  # fmt: skip
+        found.append(train_source(data, VOCAB).fingerprint())
+    assert len(set(found[:3])) == 3 and found[3] == found[0]
 
 
 def test_validation_has_each_document_of_its_split_once(tmp_path: Path, small: None, tokenizer: Path) -> None:

@@ -1,5 +1,7 @@
 """Tokenized files in every format: what is read is what was written, and errors say where a file is damaged."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from internevo.data.raw import files
+from internevo.data.raw.files import sample_content
 from internevo.data.rows import PackedRows
 from internevo.data.tokenized.files import MASKED_ZERO, TokenFile, TokenWriter, read_meta
 from internevo.data.tokenized.index import open_index
@@ -43,6 +47,65 @@ def test_the_index_is_cached_and_made_again_when_files_change(tmp_path: Path) ->
     write_binary(tmp_path / "cn" / "b.bin", [[1, 2, 3]], 501)
     index = open_index(tmp_path)
     assert index.types == ["cn", "en"] and index.tokens == 5
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda content: b"",
+    "truncated": lambda content: content[:-5],
+    "noise": lambda content: b"\xff" * len(content),
+    "zeros": lambda content: bytes(len(content)),
+    "another kind": lambda content: b"[]",
+    "a changed byte": lambda content: content[:-2] + bytes([content[-2] ^ 1]) + content[-1:],
+}
+
+
+@pytest.mark.parametrize("name", ["index.json", "first.npy", "documents.npy", "ends.npy"])
+@pytest.mark.parametrize("damage", [*DAMAGE, "missing", "a folder"])
+def test_a_damaged_index_is_made_again(tmp_path: Path, name: str, damage: str) -> None:
+    write_binary(tmp_path / "en" / "a.bin", [[1, 2], [3]], 501)
+    wanted = open_index(tmp_path)
+    (path,) = tmp_path.glob(f".internevo/*/{name}")
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "a folder":
+        path.mkdir()
+    elif damage != "missing":
+        path.write_bytes(DAMAGE[damage](content))
+    found = open_index(tmp_path)
+    assert found.fingerprint() == wanted.fingerprint() and [found.read(n).tolist() for n in range(2)] == [[1, 2], [3]]
+    assert path.read_bytes() == content and len(list((tmp_path / ".internevo").iterdir())) == 1
+
+
+def test_without_a_folder_for_it_the_index_is_not_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_binary(tmp_path / "en" / "a.bin", [[1, 2], [3]], 501)
+    (tmp_path / ".internevo").write_text("mine")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / ".internevo"))
+    assert open_index(tmp_path).tokens == 3 and (tmp_path / ".internevo").read_text() == "mine"
+
+
+@pytest.mark.parametrize("other", [[[3], [1, 2]], [[1, 3], [2]], [[2, 1], [3]], [[1], [2, 3]], [[1, 2], [4]], [[1, 2, 3]]])
+@pytest.mark.parametrize("write", [write_json, partial(write_binary, vocab_size=501)])
+def test_the_fingerprint_changes_with_content_and_order_and_not_with_the_place(
+    tmp_path: Path, other: list[list[int]], write: Callable[..., None]
+) -> None:
+    for name, documents in (("a", [[1, 2], [3]]), ("b", other), ("c", [[1, 2], [3]])):
+        write(tmp_path / name / "en" / "a.bin", documents)
+    fingerprints = [open_index(tmp_path / name).fingerprint() for name in "abc"]
+    assert fingerprints[0] == fingerprints[2] != fingerprints[1]
+    assert open_index(tmp_path / "a").fingerprint() == fingerprints[0]
+
+
+def test_samples_cover_large_files_and_some_of_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "SAMPLES", 8)
+    monkeypatch.setattr(files, "SAMPLE_BYTES", 10)
+    paths = [tmp_path / f"{n}" for n in range(20)]
+    for path in paths:
+        path.write_bytes(bytes(range(100)) * 5)
+    samples = [sample_content(paths[:1]), sample_content(paths[:2]), sample_content(paths)]
+    assert len({*samples, sample_content([])}) == 4
+    paths[0].write_bytes(bytes(reversed(range(100))) * 5)
+    paths[1].write_bytes(b"")
+    assert not {sample_content(paths[:1]), sample_content(paths[:2]), sample_content(paths)} & set(samples)
 
 
 def test_the_error_says_where_a_truncated_binary_file_ends(tmp_path: Path) -> None:
