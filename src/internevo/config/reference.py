@@ -23,6 +23,8 @@ internevo config configs/demo.py
 prints a config with all defaults. This page lists every key, section by section. A key with *no effect* is known from
 InternEvo's own configs: it is accepted, and the run prints one line that says that it does nothing here. A key that is
 *not available yet* may be in a config too, but `internevo train` refuses to start if its value needs the missing feature.
+No number may be infinite or NaN; 0 or `None` mean "no limit" where the table says so. (Only `ckpt.checkpoint_every` and
+`ckpt.oss_snapshot_freq` may be infinite, as in InternEvo's files: the same as 0.) `~` in a path is the home folder.
 """
 
 
