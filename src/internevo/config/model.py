@@ -21,13 +21,21 @@ class MoeLayerKwargs(Section):
         "Capacity of an expert in training: the maximum number of tokens that it takes, divided by the number that it would "
         "take if all experts took the same. None: 1.0 for GShard.",
         gt=0,
+        needs="model.num_experts",
     )
-    eval_capacity_factor: float | None = option(None, "The same as capacity_factor, in evaluation and generation.", gt=0)
-    min_capacity: int = option(4, "Smallest capacity of an expert.", unit="tokens", ge=0, le=MAX_SIZE)
-    drop_tokens: bool = option(True, "Drop tokens beyond an expert's capacity. False: with GShard, no token is dropped.")
+    eval_capacity_factor: float | None = option(
+        None, "The same as capacity_factor, in evaluation and generation.", gt=0, needs="model.num_experts"
+    )
+    min_capacity: int = option(
+        4, "Smallest capacity of an expert.", unit="tokens", ge=0, le=MAX_SIZE, needs="model.num_experts"
+    )
+    drop_tokens: bool = option(
+        True, "Drop tokens beyond an expert's capacity. False: with GShard, no token is dropped.", needs="model.num_experts"
+    )
     drop_policy: Literal["position", "probs"] = option(
         "position",
         "Which tokens a full expert drops. position: the last in the batch. probs: those with the smallest probability.",
+        needs="model.num_experts",
     )
     noisy_gate_policy: Literal["Jitter", "RSample"] | None = option(
         None, "Kind of noise in the router.", not_available="noisy routers"
@@ -147,10 +155,18 @@ class Model(Section):
         False, "Tokens attend only to the last sliding_window tokens (QWEN2, QWEN2MOE, QWEN3, QWEN3MOE, MIXTRALMOE)."
     )
     sliding_window: int | None = option(
-        None, "Number of tokens that a token attends to, including itself.", unit="tokens", ge=1, le=MAX_SIZE
+        None,
+        "Number of tokens that a token attends to, including itself.",
+        unit="tokens",
+        ge=1,
+        le=MAX_SIZE,
+        needs="model.use_sliding_window",
     )
     max_window_layers: int | None = option(
-        None, "Number of layers, beginning with the first, that use full attention in spite of use_sliding_window.", ge=0
+        None,
+        "Number of layers, beginning with the first, that use full attention in spite of use_sliding_window.",
+        ge=0,
+        needs="model.use_sliding_window",
     )
     use_alibi: bool = option(
         False, "Use attention with linear biases (ALiBi) in place of the rotary embedding (BAICHUAN2, 13B)."
@@ -196,29 +212,39 @@ class Model(Section):
         0.0, "Dropout rate of the attention weights.", not_available="attention dropout", supported=(0,), ge=0, le=1
     )
     num_experts: int = option(1, "Number of experts in a layer (QWEN2MOE, QWEN3MOE, MIXTRALMOE).", ge=1, le=65_536)
-    top_k: int = option(1, "Number of experts that each token is sent to.", ge=1)
+    top_k: int = option(1, "Number of experts that each token is sent to.", ge=1, needs="model.num_experts")
     moe_type: Literal["GShard", "Dropless", "MegaBlock", "MegaBlock-D", "MegaBlock-Dropless"] = option(
         "GShard",
         "How many tokens an expert takes. GShard: up to its capacity; the others are dropped. Dropless: all tokens that choose "
         "it. MegaBlock, MegaBlock-D and MegaBlock-Dropless: the same as Dropless.",
+        needs="model.num_experts",
     )
     moe_layer_kwargs: MoeLayerKwargs = option(MoeLayerKwargs(), "Options of a layer with experts.")
-    moe_intermediate_size: int | None = option(None, "Width of an expert. None: the width of the MLP.", ge=1, le=MAX_SIZE)
+    moe_intermediate_size: int | None = option(
+        None, "Width of an expert. None: the width of the MLP.", ge=1, le=MAX_SIZE, needs="model.num_experts"
+    )
     num_shared_experts: int = option(
         0,
         "Width of the shared expert, which sees every token (QWEN2MOE), divided by the width of an expert.",
         ge=0,
         le=MAX_SIZE,
+        needs="model.num_experts",
     )
     shared_expert_intermediate_size: int | None = option(
-        None, "Width of the shared expert. If it is set, num_shared_experts is not used.", ge=1, le=MAX_SIZE
+        None,
+        "Width of the shared expert. If it is set, num_shared_experts is not used.",
+        ge=1,
+        le=MAX_SIZE,
+        needs="model.num_experts",
     )
     norm_topk_prob: bool | None = option(
-        None, "The weights of a token's experts are divided by their sum. None: True, but False for QWEN2MOE."
+        None,
+        "The weights of a token's experts are divided by their sum. None: True, but False for QWEN2MOE.",
+        needs="model.num_experts",
     )
-    decoder_sparse_step: int = option(1, "N: only every N-th layer has experts.", ge=1)
+    decoder_sparse_step: int = option(1, "N: only every N-th layer has experts.", ge=1, needs="model.num_experts")
     mlp_only_layers: tuple[Annotated[int, Field(ge=0)], ...] = option(
-        (), "Numbers of the layers, from 0, that have an MLP in place of experts."
+        (), "Numbers of the layers, from 0, that have an MLP in place of experts.", needs="model.num_experts"
     )
 
     # Options of InternEvo that have no effect here.

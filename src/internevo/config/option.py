@@ -67,6 +67,7 @@ def option(
     *,
     unit: str = "",
     ignored: str = "",
+    needs: str = "",
     not_available: str = "",
     supported: tuple[Any, ...] = (),
     **bounds: Any,
@@ -78,12 +79,13 @@ def option(
         doc: what the option means; printed in the config reference.
         unit: the unit of the value, for example "tokens" or "steps".
         ignored: for a key of InternEvo that has no effect here: the reason. A config may set it, and a notice is printed.
+        needs: another key without which this one has no effect. If a config sets only this one, a notice is printed.
         not_available: for an option that is not implemented yet: the name of the missing feature. A value other than the
             default and ``supported`` is valid, but training does not start with it, and the message has this name.
         supported: with ``not_available``: values that work although they are not the default.
         bounds: constraints of pydantic's ``Field`` (``ge``, ``gt``, ``le``).
     """
-    extra: dict[str, Any] = {"unit": unit, "ignored": ignored, "not_available": not_available}
+    extra: dict[str, Any] = {"unit": unit, "ignored": ignored, "needs": needs, "not_available": not_available}
     info: FieldInfo = Field(default, description=doc, json_schema_extra=extra, **bounds)
     info.metadata.append(SupportedValues(supported))
     return info
@@ -135,18 +137,27 @@ def section_of(field: FieldInfo) -> type[Section] | None:
 
 
 def field_extras(field: FieldInfo) -> dict[str, str]:
-    """Returns what ``option`` was given as ``unit``, ``ignored`` and ``not_available`` for a field."""
+    """Returns what ``option`` was given as ``unit``, ``ignored``, ``needs`` and ``not_available`` for a field."""
     extra = field.json_schema_extra
     return {k: str(v) for k, v in extra.items()} if isinstance(extra, dict) else {}
 
 
 def notices(section: Section) -> list[str]:
     """Returns one line for each key that the user has set and that has no effect here."""
-    return [
-        f"{key} has no effect here: {field_extras(field)['ignored']}"
-        for key, field, _, given in walk(section)
-        if given and field_extras(field).get("ignored")
-    ]
+    options = {key: (field, value) for key, field, value, _ in walk(section)}
+    lines = []
+    for key, field, value, given in walk(section):
+        extras = field_extras(field)
+        needs = extras.get("needs")
+        if given and extras.get("ignored"):
+            lines.append(f"{key} has no effect here: {extras['ignored']}")
+        elif given and needs and not _is_default(field, value) and _is_default(*options[needs]):
+            lines.append(f"{key} has no effect without {needs}")
+    return lines
+
+
+def _is_default(field: FieldInfo, value: Any) -> bool:
+    return bool(value == field.get_default(call_default_factory=True))
 
 
 def unavailable(section: Section) -> list[str]:
@@ -155,7 +166,7 @@ def unavailable(section: Section) -> list[str]:
     for key, field, value, _ in walk(section):
         feature = field_extras(field).get("not_available")
         supported = next((m.values for m in field.metadata if isinstance(m, SupportedValues)), ())
-        if feature and value != field.get_default(call_default_factory=True) and value not in supported:
+        if feature and not _is_default(field, value) and value not in supported:
             lines.append(f"not available yet: {feature} ({key} = {value!r})")
     return lines
 

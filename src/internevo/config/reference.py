@@ -78,6 +78,8 @@ def _meaning(field: FieldInfo) -> str:
     text = (field.description or "").replace("|", "&#124;")
     if extras.get("unit"):
         text += f" Unit: {extras['unit']}."
+    if extras.get("needs"):
+        text += f" It has no effect without `{extras['needs']}`."
     if extras.get("ignored"):
         text += f" *No effect: {extras['ignored']}.*"
     if extras.get("not_available"):

@@ -52,7 +52,11 @@ class Ckpt(Section):
     )
     keep_last: int | None = option(None, "Number of newest checkpoints to keep; older ones are deleted. None: keep all.", ge=1)
     keep_every: int | None = option(
-        None, "With keep_last: also keep checkpoints whose step is a multiple of this.", unit="steps", ge=1
+        None,
+        "With keep_last: also keep checkpoints whose step is a multiple of this.",
+        unit="steps",
+        ge=1,
+        needs="ckpt.keep_last",
     )
     oss_snapshot_freq: int = option(
         0, "Number of steps between snapshots, which are written to two folders in turn. 0: no snapshots.", unit="steps", ge=0
@@ -127,8 +131,16 @@ class Monitor(Section):
     sample_prompts: tuple[str, ...] = option(
         (), "Prompts that the model continues; the report shows the texts. Needs data.tokenizer_path."
     )
-    sample_every: int = option(0, "Number of steps between these samples. 0: only at the end of the run.", unit="steps", ge=0)
-    sample_tokens: int = option(64, "Number of tokens to generate for each prompt.", unit="tokens", ge=1, le=MAX_SIZE)
+    sample_every: int = option(
+        0,
+        "Number of steps between these samples. 0: only at the end of the run.",
+        unit="steps",
+        ge=0,
+        needs="monitor.sample_prompts",
+    )
+    sample_tokens: int = option(
+        64, "Number of tokens to generate for each prompt.", unit="tokens", ge=1, le=MAX_SIZE, needs="monitor.sample_prompts"
+    )
     peak_tflops: float | None = option(
         None,
         "Peak performance of one device for the model's dtype, from which MFU is computed. None: that of the GPU, if known.",

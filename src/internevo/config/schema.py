@@ -66,6 +66,7 @@ class Config(Section):
     selective_checkpoint: bool = option(
         False,
         "In layers that are recomputed (model.checkpoint), keep the outputs of the attention kernel, so that it runs once.",
+        needs="model.checkpoint",
     )
     selective_checkpoint_offload: bool = option(
         False, "Keep these outputs in the host's memory.", not_available="activation offload"

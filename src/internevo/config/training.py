@@ -102,13 +102,16 @@ class Loss(Section):
     op_type: str = option(
         "py_vocab_parallel", "Kernel of the loss.", ignored="there is one kernel, which computes head and loss in chunks"
     )
-    moe_loss_coeff: float = option(1.0, "Weight of the load-balancing loss of the experts.", ge=0)
+    moe_loss_coeff: float = option(1.0, "Weight of the load-balancing loss of the experts.", ge=0, needs="model.num_experts")
     moe_loss_kind: Literal["gshard", "pooled"] = option(
         "gshard",
         "How the load-balancing loss is computed. gshard: for each layer, from the first choice of each token, and summed over "
         "layers (InternEvo). pooled: once, from all choices in all layers (Hugging Face's router_aux_loss_coef).",
+        needs="model.num_experts",
     )
-    moe_z_loss_coeff: float = option(0.0, "Weight of the z-loss of the routers, which is summed over layers.", ge=0)
+    moe_z_loss_coeff: float = option(
+        0.0, "Weight of the z-loss of the routers, which is summed over layers.", ge=0, needs="model.num_experts"
+    )
     mtp_loss_coeff: float = option(
         0.0, "Weight of the loss of multi-token prediction.", not_available="multi-token prediction", ge=0
     )

@@ -5,6 +5,8 @@ It needs no PyTorch, and runs before any process is started.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from ..config import Config
 from ..config import check as rules
 from ..errors import ConfigError, NotAvailableYet
@@ -19,6 +21,8 @@ def check(config: Config, world_size: int) -> None:
         NotAvailableYet: if the config is right, but needs a feature that this version does not have.
     """
     wrong = problems(config, world_size) + rules.missing_paths(config)
+    if config.enable_tb and find_spec("tensorboard") is None:
+        wrong.append("enable_tb = True needs the package tensorboard: pip install tensorboard, or set enable_tb = False")
     if wrong:
         raise ConfigError("the config cannot be trained:\n" + "\n".join(f"  {line}" for line in wrong))
     later = missing_features(config)

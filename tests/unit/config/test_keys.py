@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic.fields import FieldInfo
@@ -35,8 +35,11 @@ def options(section: type[Section] = Config, path: str = "") -> Iterator[tuple[s
 
 
 OPTIONS = dict(options())
-PATHS = [key for key, field in OPTIONS.items() if PathText in (field.annotation, *getattr(field.annotation, "__args__", ()))]
-PATHS += [key for key, field in OPTIONS.items() if PathText.__metadata__[0] in field.metadata]
+PATHS = [
+    key
+    for key, field in OPTIONS.items()
+    if PathText in (field.annotation, *get_args(field.annotation)) or get_args(PathText)[1] in field.metadata
+]
 
 
 def with_value(key: str, value: Any) -> dict[str, Any]:

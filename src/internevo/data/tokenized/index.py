@@ -108,7 +108,7 @@ def list_files(root: Path) -> list[tuple[str, int, int, int, int]]:
     Raises:
         DataError: if there is no ``.bin`` file, one has no ``.meta``, or ``internevo tokenize`` has not finished writing them.
     """
-    single = root.with_name(root.name + ".bin")
+    single = root.parent / (root.name + ".bin")
     if not root.is_dir() and not single.is_file():
         raise DataError(f"{root} is neither a folder of tokenized data nor the path of a .bin file without its suffix")
     home, paths = (root, walk_files(root)) if root.is_dir() else (root.parent, [single])
