@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -54,6 +55,17 @@ def test_input_in_the_home_folder_that_is_missing(
     assert f"{tmp_path}/missing does not exist" in fail(capsys, *with_input(command, "~/missing"))
     assert "~unknown/x does not exist" in fail(capsys, *with_input(command, "~unknown/x"))
     assert not list(tmp_path.iterdir())
+
+
+def test_the_original_command_line_reads_paths_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", "~/missing.py"])
+    with pytest.raises(SystemExit) as caught:
+        cli.train_py()
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == f"error: config file {tmp_path}/missing.py does not exist\n"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

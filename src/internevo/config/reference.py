@@ -11,6 +11,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from .load import BOUNDS
 from .option import Section, field_extras, section_of
 from .schema import Config
 
@@ -63,8 +64,17 @@ def _words(annotation: Any) -> str:
         return _words(inner[0])
     if annotation is types.NoneType:
         return "`None`"
-    plain = annotation.__name__ if isinstance(annotation, type) and not inner else str(annotation).replace("typing.", "")
-    return f"`{plain}`"
+    return f"`{_plain(annotation)}`"
+
+
+def _plain(annotation: Any) -> str:
+    """Returns a type as Python writes it, without the bounds of its values."""
+    kind, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if kind is typing.Annotated:
+        return _plain(inner[0])
+    if kind is None or annotation is Ellipsis:
+        return "..." if annotation is Ellipsis else getattr(annotation, "__name__", str(annotation))
+    return f"{kind.__name__}[{', '.join(map(_plain, inner))}]"
 
 
 def _default(field: FieldInfo) -> str:
@@ -76,6 +86,11 @@ def _default(field: FieldInfo) -> str:
 def _meaning(field: FieldInfo) -> str:
     extras = field_extras(field)
     text = (field.description or "").replace("|", "&#124;")
+    bounds = [
+        f"{words} {getattr(limit, name)}" for limit in field.metadata for name, words in BOUNDS.items() if hasattr(limit, name)
+    ]
+    if bounds:
+        text += f" It must be {' and '.join(bounds)}."
     if extras.get("unit"):
         text += f" Unit: {extras['unit']}."
     if extras.get("needs"):

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 from pydantic.fields import FieldInfo
 
-from internevo.config import Config, validate
+from internevo.config import Config, reference, validate
 from internevo.config.check import smallest_world
 from internevo.config.load import apply_override, dump
 from internevo.config.option import PathText, Section, field_extras, field_kinds, section_of
@@ -148,3 +148,16 @@ def test_every_option_is_used_or_says_that_it_is_not() -> None:
         if not (extras.get("ignored") or extras.get("not_available")) and f".{name}" not in code and f'"{name}"' not in code:
             unread.append(key)
     assert not unread
+
+
+def test_every_number_with_an_effect_has_a_range(tmp_path: Path) -> None:
+    """Any number has a meaning for these three: 0 or less stand for a default."""
+    reference.write(tmp_path / "config.md")
+    page = (tmp_path / "config.md").read_text(encoding="utf-8")
+    assert "Annotated" not in page and "FieldInfo" not in page
+    for key, field in OPTIONS.items():
+        extras = field_extras(field)
+        if field_kinds(field) & {int, float} and not (extras.get("ignored") or extras.get("not_available")):
+            line = next(line for line in page.splitlines() if line.startswith(f"| `{key.replace('.0.', '.')}`"))
+            any_number = ("beta2_scheduler.c", "parallel.zero1.size", "model.checkpoint")
+            assert "It must be " in line or key in any_number, key
