@@ -26,7 +26,7 @@ def open_source(folder: Path, family: str | None = None) -> ParameterSource:
             that is the reason.
     """
     if not folder.is_dir():
-        raise UsageError(f"model folder {folder} {'is not a folder' if folder.exists() else 'does not exist'}")
+        raise UsageError(f"model folder {folder} does not exist")
     try:
         return merged(Checkpoint(find_checkpoint(folder)))
     except CheckpointError as error:

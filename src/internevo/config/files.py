@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 import sys
 import traceback
@@ -155,14 +156,17 @@ def _imports_for(path: Path) -> Iterator[None]:
     def read_base() -> Iterator[None]:
         yield
 
-    stubs = {name: types.ModuleType(name) for name in ("internlm", "internlm.utils", "internlm.utils.utils")}
+    stubs = {name: types.ModuleType(name) for name in ("internlm", "internlm.utils", "internlm.utils.utils", "configs")}
     stubs["internlm.utils.utils"].read_base = read_base  # type: ignore[attr-defined]
     modules, search = dict(sys.modules), list(sys.path)
-    folders = [str(folder) for folder in path.resolve().parents]  # the nearest first
-    sys.path[:0] = folders
-    sys.modules.update({k: v for k, v in stubs.items() if k not in sys.modules})
+    # The config's folder and all folders above it, the nearest first, then the current folder. They come after Python's own and
+    # installed modules, which a random.py or torch.py next to a config must not replace.
+    folders = [*map(str, path.resolve().parents), os.getcwd()]
+    sys.path += folders
+    stubs["configs"].__path__ = [configs for folder in [*folders, *search] if os.path.isdir(configs := f"{folder}/configs")]
     for name in [n for n in sys.modules if n.split(".")[0] == "configs"]:
         del sys.modules[name]
+    sys.modules.update({k: v for k, v in stubs.items() if k not in sys.modules})
     try:
         yield
     finally:
@@ -170,7 +174,7 @@ def _imports_for(path: Path) -> Iterator[None]:
         new = set(sys.modules) - set(modules)
         own = {name for name in new if name in stubs or _folder_of(sys.modules[name]) in set(folders) - set(search)}
         for name in new:
-            if name.split(".")[0] in {*own, "configs"}:
+            if name.split(".")[0] in own or name.split(".")[0] == "configs":
                 del sys.modules[name]
 
 

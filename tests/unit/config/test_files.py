@@ -237,3 +237,9 @@ def test_keys_without_effect_are_noticed(changes: dict[str, Any], keys: list[str
 )
 def test_more_contradictions(changes: dict[str, Any], message: str) -> None:
     assert any(line.startswith(message) for line in problems(validate(tiny(**changes)), 1))
+
+
+def test_modules_next_to_a_config_replace_none_of_pythons_own(tmp_path: Path) -> None:
+    (tmp_path / "colorsys.py").write_text("raise ValueError('not this one')\n")
+    (tmp_path / "a.py").write_text("import colorsys\n" + BODY)
+    assert load_config(tmp_path / "a.py").JOB_NAME == "tiny"
