@@ -92,8 +92,8 @@ def kernels() -> dict[str, float]:
     time_of("gate, compiled", torch.compile(plain_gate), gate, up)
     heads, kv, n = shape["heads"], shape["kv"], d // shape["heads"]
     q, k, v = leaf(1, tokens, heads, n), leaf(1, tokens, kv, n), leaf(1, tokens, kv, n)
-    borders = torch.arange(0, tokens + 1, 1024, dtype=torch.int32, device=GPU)
-    time_of("attention of documents of 1,024", lambda q, k, v: ops.attention(q, k, v, borders, 1024), q, k, v)
+    boundaries = torch.arange(0, tokens + 1, 1024, dtype=torch.int32, device=GPU)
+    time_of("attention of documents of 1,024", lambda q, k, v: ops.attention(q, k, v, boundaries, 1024), q, k, v)
     whole = torch.tensor([0, tokens // 2, tokens], dtype=torch.int32, device=GPU)
     time_of("attention of documents of 4,096", lambda q, k, v: ops.attention(q, k, v, whole, 4096), q, k, v)
     head, labels = leaf(shape["vocab"], d), torch.randint(0, shape["vocab"], (tokens,), device=GPU)

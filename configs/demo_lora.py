@@ -30,4 +30,4 @@ ckpt.update(
     load_ckpt_info=dict(path="demo/run", content=("model",), ckpt_type="internevo"),
 )
 
-monitor.update(sample_prompts=())
+monitor = {name: value for name, value in monitor.items() if not name.startswith("sample_")}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import sys
 import traceback
@@ -20,7 +22,43 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="Config file: .py, .yaml, .toml or .json.")]
+
+
+def parse_path(text: str | Path) -> Path:
+    """Converts an argument to a path, in which ``~`` is the home folder.
+
+    Raises:
+        UsageError: if it cannot be a path. (A path that does not exist is no error here.)
+    """
+    path = Path(os.path.expanduser(text))
+    try:
+        if not str(text):
+            raise UsageError("a path must not be empty; . is the current folder")
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise UsageError(f"{str(path)[:200]}: {error.strerror}") from None
+    except ValueError as error:
+        raise UsageError(f"{str(path)!r} is not a path: {error}") from None
+    return path
+
+
+def parse_input(text: str | Path) -> Path:
+    """As ``parse_path``, for a file or folder that is read.
+
+    Raises:
+        UsageError: if it exists and may not be read.
+    """
+    path = parse_path(text)
+    if path.exists() and not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
+        raise UsageError(f"{path}: {os.strerror(errno.EACCES)}")
+    return path
+
+
+ConfigFile = Annotated[
+    Path, typer.Argument(parser=parse_input, metavar="CONFIG", help="Config file: .py, .yaml, .toml or .json.")
+]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Overrides of config keys.")]
 
 
@@ -65,9 +103,12 @@ def config_(
 
 @app.command(epilog=_epilog("internevo tokenize corpus.jsonl --tokenizer llama/ --output data --valid-ratio 0.01"))
 def tokenize(
-    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Files, or folders with files.")],
-    output: Annotated[Path, typer.Option(help="Folder for the tokenized data.")],
-    tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder, tokenizer.json or SentencePiece .model.")] = None,
+    inputs: Annotated[list[Path], typer.Argument(parser=parse_input, metavar="INPUT...", help="Files, or folders with files.")],
+    output: Annotated[Path, typer.Option(parser=parse_path, metavar="FOLDER", help="Folder for the tokenized data.")],
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(parser=parse_input, metavar="PATH", help="Tokenizer folder, tokenizer.json or SentencePiece .model."),
+    ] = None,
     train_tokenizer: Annotated[Literal["bpe"] | None, typer.Option(help="Train a tokenizer on the input instead.")] = None,
     vocab_size: Annotated[int | None, typer.Option(min=1, help="Vocabulary size of the tokenizer to train.")] = None,
     format: Annotated[
@@ -97,8 +138,10 @@ def tokenize(
 
 @app.command(epilog=_epilog("internevo convert runs/demo exported --to hf --dtype bfloat16"))
 def convert(
-    source: Annotated[Path, typer.Argument(help="Hugging Face folder, checkpoint, or run folder.")],
-    target: Annotated[Path, typer.Argument(help="Folder to write.")],
+    source: Annotated[
+        Path, typer.Argument(parser=parse_input, metavar="SOURCE", help="Hugging Face folder, checkpoint, or run folder.")
+    ],
+    target: Annotated[Path, typer.Argument(parser=parse_path, metavar="TARGET", help="Folder to write.")],
     to: Annotated[Literal["hf", "internevo"], typer.Option(help="Format of the target: Hugging Face, or a checkpoint.")],
     family: Annotated[
         str | None, typer.Option(help="Family of a source that does not name it (LLAMA2, INTERNLM2, ...).")
@@ -129,7 +172,9 @@ def convert(
 
 @app.command(epilog=_epilog("internevo generate runs/demo --prompt 'def ' --max-new-tokens 100 --seed 1"))
 def generate(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint, run folder or Hugging Face folder.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(parser=parse_input, metavar="CHECKPOINT", help="Checkpoint, run folder or Hugging Face folder.")
+    ],
     prompt: Annotated[str, typer.Option(help="Text to continue, or a question (see --format).")],
     max_new_tokens: Annotated[int, typer.Option(min=1, max=2**31, help="Maximum number of tokens to generate.")] = 100,
     temperature: Annotated[float, typer.Option(min=0, help="Divides the logits; 0: always the most likely token.")] = 1.0,
@@ -139,7 +184,10 @@ def generate(
         typer.Option(min=0, max=1, help="Sample from the most likely tokens with this total probability; 0: only the first."),
     ] = 1.0,
     seed: Annotated[int, typer.Option(min=-(2**63), max=2**64 - 1, help="Seed of the random numbers.")] = 0,
-    tokenizer: Annotated[Path | None, typer.Option(help="Path of the tokenizer (default: the one of the model).")] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(parser=parse_input, metavar="PATH", help="Path of the tokenizer (default: the one of the model)."),
+    ] = None,
     format: Annotated[
         Literal["text", "alpaca", "chat"],
         typer.Option(help="What the prompt is: a text, or a question (alpaca, chat: as in the fine-tuning data)."),
@@ -156,9 +204,16 @@ def generate(
 
 @app.command(epilog=_epilog("internevo inspect runs/demo"))
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Checkpoint, dataset, run folder or Hugging Face folder.")],
+    path: Annotated[
+        Path, typer.Argument(parser=parse_input, metavar="PATH", help="Checkpoint, dataset, run folder or Hugging Face folder.")
+    ],
     tokenizer: Annotated[
-        Path | None, typer.Option(help="Tokenizer of a dataset (default: the one in its folder or in a folder above).")
+        Path | None,
+        typer.Option(
+            parser=parse_input,
+            metavar="PATH",
+            help="Tokenizer of a dataset (default: the one in its folder or in a folder above).",
+        ),
     ] = None,
     decode: Annotated[int, typer.Option(min=0, metavar="N", help="Also print N documents of a dataset as text.")] = 0,
 ) -> None:
@@ -170,19 +225,23 @@ def inspect(
 
 
 @app.command(epilog=_epilog("internevo report runs/demo"))
-def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
+def report(run: Annotated[Path, typer.Argument(parser=parse_input, metavar="RUN", help="Run folder.")]) -> None:
     """Write report.html in a run folder again."""
     from .observe.report import write_report
 
     if not (run / "metrics.jsonl").is_file():
-        raise UsageError(f"{run} is not a run folder: it has no metrics.jsonl")
+        raise UsageError(f"{run} {'is not a run folder: it has no metrics.jsonl' if run.exists() else 'does not exist'}")
     print(write_report(run))
 
 
 @app.command(epilog=_epilog("internevo demo"))
 def demo(
-    config: Annotated[Path, typer.Option(help="Config file of the demo.")] = Path("configs/demo.py"),
-    folder: Annotated[Path, typer.Option(help="Folder for data and results.")] = Path("demo"),
+    config: Annotated[Path, typer.Option(parser=parse_input, metavar="CONFIG", help="Config file of the demo.")] = Path(
+        "configs/demo.py"
+    ),
+    folder: Annotated[Path, typer.Option(parser=parse_path, metavar="FOLDER", help="Folder for data and results.")] = Path(
+        "demo"
+    ),
     steps: Annotated[int | None, typer.Option(min=1, help="Number of steps (default: as in the config).")] = None,
 ) -> None:
     """Train a small model on the source code of Python's standard library, generate text, and export the model."""
@@ -196,7 +255,15 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
+    _print_anything()
     _exit(_run(arguments, debug))
+
+
+def _print_anything() -> None:
+    """Lets standard output and error print characters that their encoding does not have, as escapes (LANG=C, for example)."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _run(arguments: list[str], debug: bool) -> int:
@@ -214,7 +281,7 @@ def _run(arguments: list[str], debug: bool) -> int:
         elif isinstance(error, InternEvoError):
             print(f"error: {error}", file=sys.stderr)
         else:
-            print(f"error: {type(error).__name__}: {error} (--debug prints the traceback)", file=sys.stderr)
+            print(f"error: {_describe(error)} (--debug prints the traceback)", file=sys.stderr)
         return error.exit_code if isinstance(error, InternEvoError) else 1
 
 
@@ -225,6 +292,15 @@ def _call(arguments: list[str]) -> int:
         if isinstance(abort.__cause__, EOFError):  # typer takes it for the end of standard input; it may be that of any file
             raise abort.__cause__ from None
         raise
+
+
+def _describe(error: Exception) -> str:
+    """Describes an error that no other place has turned into a message."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, ModuleNotFoundError):
+        return f"the Python package {error.name} is missing: pip install {error.name}"
+    return f"{type(error).__name__}: {error}"
 
 
 def _exit(code: int) -> NoReturn:
@@ -255,12 +331,13 @@ def train_py() -> None:
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("overrides", nargs="*", metavar="KEY.PATH=VALUE", help="overrides of config keys")
     a = parser.parse_args()
+    _print_anything()
     overrides = [*a.overrides, *([f"seed={a.seed}"] if a.seed is not None else [])]
 
     @app.command("train.py", hidden=True)
     def start() -> None:
         from .commands.train import train as start_
 
-        raise typer.Exit(start_(a.config, overrides, None, port=a.port, launcher=a.launcher))
+        raise typer.Exit(start_(parse_input(a.config), overrides, None, port=a.port, launcher=a.launcher))
 
     _exit(_run(["train.py"], a.debug))

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from rich.console import Console
 from ..errors import InternEvoError, UsageError
 from ..observe.metrics import read_rows
 
+MARK = ".internevo-demo"
+"""File in the folder of a demo."""
 EXCLUDED = ("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "__pycache__")
 
 
@@ -29,9 +32,9 @@ def run(config: Path, folder: Path, steps: int | None) -> None:
 
     Raises:
         InternEvoError: if one of the commands fails.
+        UsageError: if the demo cannot run here, or ``folder`` has data, a run or an export that no demo has written.
     """
-    if not config.is_file():
-        raise UsageError(f"{config} does not exist: run this command in the repository, or use --config")
+    _check(config, folder)
     say = Console(highlight=False, soft_wrap=True).print
     data, trained, exported = folder / "data", folder / "run", folder / "hf"
     library = sysconfig.get_paths()["stdlib"]
@@ -42,6 +45,8 @@ def run(config: Path, folder: Path, steps: int | None) -> None:
         *_dtype(config),
     ]  # fmt: skip
 
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARK).touch()
     say("[bold]1. Data: the source code of Python's standard library, and a tokenizer trained on it[/bold]")
     if not (data / "tokenizer.json").is_file() or not (data / "valid").is_dir():
         exclude = [word for name in EXCLUDED for word in ("--exclude", name)]
@@ -67,6 +72,20 @@ def run(config: Path, folder: Path, steps: int | None) -> None:
     say(f"report: [bold]{(trained / 'report.html').resolve()}[/bold] (open it in a browser)")
 
 
+def _check(config: Path, folder: Path) -> None:
+    """Checks before anything is written that the demo can run, and that it replaces only what a demo has written."""
+    if not config.is_file():
+        what = "is not a file" if config.exists() else "does not exist: run this command in the repository"
+        raise UsageError(f"{config} {what}, or use --config")
+    if find_spec("transformers") is None:
+        raise UsageError('the demo needs transformers: pip install "internevo[hf]"')
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder; give another one with --folder")
+    others = [name for name in ("data", "run", "hf") if (folder / name).exists()]
+    if others and not (folder / MARK).is_file():
+        raise UsageError(f"{folder / others[0]} is not from a demo; give another folder with --folder")
+
+
 def _dtype(config: Path) -> list[str]:
     """Returns an override to fp32 if the config's dtype is slow on this device."""
     from ..config import load_config
@@ -87,12 +106,9 @@ def _internevo(*arguments: str) -> None:
 
 def compare_with_transformers(folder: Path) -> float:
     """Returns the largest absolute difference between the logits of internevo and transformers for some random tokens."""
-    try:
-        import transformers
-        from transformers.utils import logging
-    except ImportError:
-        raise UsageError('the check needs transformers: pip install "internevo[hf]"') from None
     import torch
+    import transformers
+    from transformers.utils import logging
 
     from .. import load_model
 

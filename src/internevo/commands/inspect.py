@@ -13,7 +13,7 @@ from ..errors import UsageError
 from ..models.families.registry import family
 from ..models.huggingface.folder import HfFolder
 from ..models.source import ParameterSource, dtypes
-from ..observe.metrics import read_rows
+from ..observe.metrics import usable_rows
 
 
 def describe(path: Path, tokenizer: Path | None = None, decode: int = 0) -> Iterator[str]:
@@ -29,7 +29,7 @@ def describe(path: Path, tokenizer: Path | None = None, decode: int = 0) -> Iter
         DataError: if tokenized data is damaged; the message says which file and where.
     """
     if not path.is_dir():
-        raise UsageError(f"{path} is not a folder")
+        raise UsageError(f"{path} {'is not a folder' if path.exists() else 'does not exist'}")
     if (path / NAME).is_file() or (path / "state.json").is_file():
         return _describe_checkpoint(path)
     if (path / "metrics.jsonl").is_file() or (path / "checkpoints").is_dir():
@@ -62,8 +62,11 @@ def _dtypes(source: ParameterSource) -> str:
 
 
 def _describe_run(path: Path) -> Iterator[str]:
-    rows = [r for r in read_rows(path / "metrics.jsonl") if "loss" in r]
+    file = path / "metrics.jsonl"
+    rows, damaged = usable_rows(file, {"step": int, "loss": int | float | None, "consumed_tokens": int})
     yield f"run {path}: {len(rows)} steps"
+    if damaged:
+        yield f"damaged: {damaged} lines of {file}, which are left out here"
     if rows:
         yield f"last step: {rows[-1]['step']}, loss {rows[-1]['loss']}, {rows[-1]['consumed_tokens']:,} tokens"
     found = complete_checkpoints(path)

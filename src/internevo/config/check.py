@@ -13,8 +13,11 @@ from pathlib import Path
 
 from .data import STREAMS
 from .model import ROPE_KINDS
-from .option import unavailable
+from .option import MAX_SIZE, unavailable
 from .schema import Config
+
+NUMBER = "[0-9]{1,18}"
+"""A number in a text, which fits in 64 bits."""
 
 
 def missing_features(config: Config) -> list[str]:
@@ -40,6 +43,7 @@ def problems(config: Config, world_size: int) -> list[str]:
         _axes,
         _zero,
         _batch,
+        _sizes,
         _ramp,
         _skip,
         _pipeline,
@@ -204,12 +208,24 @@ def _batch(config: Config, world: int) -> Iterator[str]:
         )
 
 
+def _sizes(config: Config, world: int) -> Iterator[str]:
+    data, model = config.data, config.model
+    if data.seq_len * data.micro_bsz > MAX_SIZE:
+        yield (
+            f"data.seq_len * data.micro_bsz = {data.seq_len} * {data.micro_bsz} is more than {MAX_SIZE} tokens, the most that "
+            "a micro-batch may have; use a smaller data.micro_bsz and a larger data.micro_num"
+        )
+    for number in model.mlp_only_layers:
+        if number >= model.num_layers:
+            yield f"model.mlp_only_layers: there is no layer {number} (model.num_layers = {model.num_layers}, from 0)"
+
+
 def _ramp(config: Config, world: int) -> Iterator[str]:
     text = config.data.rampup_batch_size
     if not text:
         return
     parts = text.split()
-    if len(parts) != 3 or not all(p.isdigit() and int(p) > 0 for p in parts):
+    if len(parts) != 3 or not all(re.fullmatch(NUMBER, part) and int(part) for part in parts):
         yield f'data.rampup_batch_size = {text!r} must be three positive integers, "start increment every", as in "2 2 100"'
 
 
@@ -217,7 +233,7 @@ def _skip(config: Config, world: int) -> Iterator[str]:
     last = -1
     for part in filter(None, (p.strip() for p in config.data.skip_batches.split(","))):
         ends = part.split("-")
-        if len(ends) > 2 or not all(e.strip().isdigit() for e in ends):
+        if len(ends) > 2 or not all(re.fullmatch(NUMBER, end.strip()) for end in ends):
             yield f'data.skip_batches: {part!r} is neither a number nor a range like "10-20"'
             return
         first, end = int(ends[0]), int(ends[-1])
@@ -268,6 +284,11 @@ def _schedule(config: Config, world: int) -> Iterator[str]:
 
 def _precision(config: Config, world: int) -> Iterator[str]:
     scaler = config.grad_scaler
+    if scaler.fp16.min_scale is not None and scaler.fp16.min_scale > scaler.fp16.initial_scale:
+        yield (
+            f"grad_scaler.fp16.min_scale = {scaler.fp16.min_scale} is greater than grad_scaler.fp16.initial_scale = "
+            f"{scaler.fp16.initial_scale}"
+        )
     if scaler.max_scale is not None and scaler.max_scale < scaler.fp16.initial_scale:
         yield (
             f"grad_scaler.max_scale = {scaler.max_scale} is less than grad_scaler.fp16.initial_scale = "

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import PurePath
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
-from .option import REQUIRED, Section, option
+from .option import MAX_SIZE, REQUIRED, PathText, Section, option
 
 LOADER = "data is read through a memory map and by one prefetch thread"
 Kind = Literal["tokenized", "streaming", "megatron", "mocked", "hf"]
@@ -17,7 +17,7 @@ STREAMS = ("streaming", "hf")
 class MixturePart(Section):
     """One source of ``data.mixture``. If content_name, subset_name or format is None, the value in ``data`` is used."""
 
-    folder: str | None = option(
+    folder: PathText | None = option(
         None, "Folder of tokenized data, or folder or name of a streaming dataset; mocked data needs none."
     )
     kind: Kind = option("tokenized", "Kind of data; the values are those of data.type.")
@@ -44,31 +44,34 @@ class Data(Section):
         "Kind of data. tokenized or megatron: folders of tokenized .bin files. streaming or hf: raw files that are tokenized "
         "during training. mocked: random rows; the folders are not read.",
     )
-    train_folder: str | None = option(
+    train_folder: PathText | None = option(
         None,
         "Folder of the training data. For streaming: the folder of a Hugging Face dataset, or its name on the Hub "
         "(owner/name). None: random data.",
     )
     mixture: list[MixturePart] | None = option(None, "Several sources and their weights, used in place of train_folder.")
-    valid_folder: str | None = option(
+    valid_folder: PathText | None = option(
         None, "Folder of the validation data. None: no evaluation, or random data if the training data is random."
     )
-    tokenizer_path: str | None = option(
+    tokenizer_path: PathText | None = option(
         None,
         "Folder or file of the tokenizer. It tokenizes streams, writes samples, and is copied into checkpoints and exports.",
     )
-    seq_len: int = option(REQUIRED, "Length of a row, and so the longest context of a token.", unit="tokens", ge=1)
-    micro_bsz: int = option(REQUIRED, "Rows of a micro-batch, which go through the model at once.", unit="rows", ge=1)
-    micro_num: int = option(1, "Micro-batches per step on each data rank.", ge=1)
+    seq_len: int = option(REQUIRED, "Length of a row, and so the longest context of a token.", unit="tokens", ge=1, le=MAX_SIZE)
+    micro_bsz: int = option(
+        REQUIRED, "Rows of a micro-batch, which go through the model at once.", unit="rows", ge=1, le=MAX_SIZE
+    )
+    micro_num: int = option(1, "Micro-batches per step on each data rank.", ge=1, le=MAX_SIZE)
     global_batch_size: int | None = option(
         None,
         "Rows per step over all ranks. If it is set, micro_num is computed from it and from the number of data ranks, so that "
         "the same config trains on the same batches with any number of processes.",
         unit="rows",
         ge=1,
+        le=MAX_SIZE,
     )
     total_steps: int = option(REQUIRED, "Number of batches to train on, including skipped batches.", unit="steps", ge=1)
-    seed: int = option(1024, "Seed of the order of the data; the top-level seed is the seed of the initial weights.")
+    seed: int = option(1024, "Seed of the order of the data; the top-level seed is the seed of the initial weights.", ge=0)
     use_packed_dataset: bool = option(
         True, "Pack several documents into each row. False: each row has one document and is padded to seq_len."
     )
@@ -76,7 +79,7 @@ class Data(Section):
         False, "Let tokens attend to earlier documents in their row. False: only to tokens of their own document."
     )
     min_length: int = option(0, "Training documents that are shorter than this are dropped.", unit="tokens", ge=0)
-    min_length_dict: dict[str, int] | None = option(
+    min_length_dict: dict[str, Annotated[int, Field(ge=0)]] | None = option(
         None, "Minimum lengths that replace min_length for some files: a part of the file's path -> minimum length."
     )
     skip_batches: str = option(
@@ -125,7 +128,7 @@ class Data(Section):
         return (None, None) if self.type == "mocked" else (self.train_folder, self.valid_folder)
 
     gradient_accumulation: int | None = option(
-        None, "InternEvo's other name for micro_num. If both are set, they must be equal.", ge=1
+        None, "InternEvo's other name for micro_num. If both are set, they must be equal.", ge=1, le=MAX_SIZE
     )
     packed_length: int | None = option(None, "Tokens per micro-batch.", ignored="it is always seq_len * micro_bsz")
     batch_size: int | None = option(None, "InternEvo's internal name for micro_num.", ignored="micro_num is used")

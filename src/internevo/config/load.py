@@ -8,24 +8,20 @@ from __future__ import annotations
 
 import ast
 import difflib
-import json
 import os
-import sys
-import types
-from collections.abc import Iterator
-from contextlib import contextmanager
+import reprlib
+import warnings
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from ..errors import ConfigError
+from .files import read_file
 from .internevo import translate
-from .option import Section, section_of
+from .option import Section, field_kinds, section_of
 from .schema import Config
-
-UTF8 = "utf-8-sig"
-"""The encoding of config files: UTF-8. Some editors put a byte order mark at the beginning, which is left out."""
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -52,101 +48,18 @@ def validate(raw: dict[str, Any], source: str = "config") -> Config:
     try:
         return Config.model_validate(translate(raw))
     except ValidationError as error:
-        lines = [describe(item) for item in error.errors()]
+        lines = list(dict.fromkeys(describe(item) for item in error.errors()))
         raise ConfigError(f"{source}: {len(lines)} problem(s)\n" + "\n".join(f"  {line}" for line in lines)) from None
-
-
-# Reading files -------------------------------------------------------------------------------------------------------
-
-
-def read_file(path: Path) -> dict[str, Any]:
-    """Reads a config file into a dict. Only a ``.py`` file is executed."""
-    if not path.is_file():
-        raise ConfigError(f"config file {path} does not exist")
-    readers = {".py": read_python, ".yaml": read_yaml, ".yml": read_yaml, ".toml": read_toml, ".json": read_json}
-    if path.suffix not in readers:
-        raise ConfigError(f"config file {path}: unknown file type {path.suffix!r}; use .py, .yaml, .toml or .json")
-    try:
-        raw = readers[path.suffix](path)
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise ConfigError(f"config file {path} cannot be read: {type(error).__name__}: {error}") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"config file {path}: its top level must be a mapping of keys to values")
-    return raw
-
-
-def read_yaml(path: Path) -> Any:
-    """Reads a YAML file, without making Python objects from tags."""
-    import yaml
-
-    return yaml.safe_load(path.read_text(encoding=UTF8))
-
-
-def read_toml(path: Path) -> Any:
-    """Reads a TOML file."""
-    import tomllib
-
-    return tomllib.loads(path.read_text(encoding=UTF8))
-
-
-def read_json(path: Path) -> Any:
-    """Reads a JSON file."""
-    return json.loads(path.read_text(encoding=UTF8))
-
-
-def read_python(path: Path) -> dict[str, Any]:
-    """Executes a Python config and returns its top-level names that are config keys.
-
-    As in InternEvo's files, names in capitals that are not config keys are constants of the file (``SEQ_LEN``). They are left
-    out, and so are modules, classes, functions and names with a leading underscore.
-    """
-    namespace: dict[str, Any] = {"__file__": str(path), "__name__": "__config__"}
-    with _imports_for(path):
-        exec(compile(path.read_text(encoding=UTF8), str(path), "exec"), namespace)
-    return {name: value for name, value in namespace.items() if _is_key(name, value)}
-
-
-def _is_key(name: str, value: Any) -> bool:
-    if name.startswith("_") or isinstance(value, types.ModuleType | type) or callable(value):
-        return False
-    if name in Config.model_fields or not name.isupper():
-        return True
-    # A name in capitals is a constant of the file, unless it is close to a key in capitals (JOB_NAME) and probably misspelt.
-    return bool(difflib.get_close_matches(name, [k for k in Config.model_fields if k.isupper()], n=1, cutoff=0.85))
-
-
-@contextmanager
-def _imports_for(path: Path) -> Iterator[None]:
-    """Lets a config import ``internlm.utils.utils.read_base`` and ``configs._base_.X``, whatever the working directory is."""
-
-    @contextmanager
-    def read_base() -> Iterator[None]:
-        yield
-
-    stubs = {name: types.ModuleType(name) for name in ("internlm", "internlm.utils", "internlm.utils.utils")}
-    stubs["internlm.utils.utils"].read_base = read_base  # type: ignore[attr-defined]
-    modules, search = dict(sys.modules), list(sys.path)
-    # The config's folder and all folders above it, the nearest first.
-    sys.path[:0] = [str(folder) for folder in path.resolve().parents]
-    sys.modules.update({k: v for k, v in stubs.items() if k not in sys.modules})
-    for name in [n for n in sys.modules if n == "configs" or n.startswith("configs.")]:
-        del sys.modules[name]
-    try:
-        yield
-    finally:
-        sys.path[:] = search
-        for name in set(sys.modules) - set(modules):
-            if name in stubs or name == "configs" or name.startswith("configs."):
-                del sys.modules[name]
 
 
 # Overrides -----------------------------------------------------------------------------------------------------------
 
 
 def apply_override(raw: dict[str, Any], text: str) -> None:
-    """Applies one override ``a.b.c=value`` to ``raw``. A value that is not a Python literal is a string."""
+    """Applies one override ``a.b.c=value`` to ``raw``.
+
+    The value is read by the type of its key: as it stands if the key's values are texts, otherwise as ``parse_value`` does.
+    """
     key, equals, value = text.partition("=")
     if not equals or not all(key.split(".")):
         raise ConfigError(f"override {text!r} does not have the form key.path=value")
@@ -161,7 +74,12 @@ def apply_override(raw: dict[str, Any], text: str) -> None:
         if not isinstance(child, dict):
             raise ConfigError(f"override {text!r}: {'.'.join(parents[: position + 1])} is {child!r}, not a section with keys")
         node = child
-    node[last] = parse_value(value)
+    section = _section_at(parents)
+    field = section.model_fields.get(last) if section else None
+    kinds = field_kinds(field) if field else set()
+    parsed = parse_value(value)
+    is_text = str in kinds and not kinds & {int, float, bool, Any}
+    node[last] = value if is_text and not isinstance(parsed, tuple(kinds)) else parsed
 
 
 def parse_value(text: str) -> Any:
@@ -170,34 +88,68 @@ def parse_value(text: str) -> Any:
     if text.lower() in words:
         return words[text.lower()]
     try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+        with warnings.catch_warnings(action="ignore"):  # of a text that resembles Python
+            return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
+
+
+def _section_at(path: list[str]) -> type[Section] | None:
+    """Returns the section of a path of names, or None. A number in the path is an index into a list."""
+    section: type[Section] = Config
+    for name in path:
+        if not name.isdigit():
+            inner = section_of(section.model_fields[name]) if name in section.model_fields else None
+            if inner is None:
+                return None
+            section = inner
+    return section
 
 
 # Messages ------------------------------------------------------------------------------------------------------------
 
+EXPECTED = {
+    "string_type": "must be text; in a file, put it in quotes",
+    "model_type": "must be a section with keys",
+    "dict_type": "must be a section with keys",
+    "tuple_type": "must be a list",
+    "list_type": "must be a list",
+    "finite_number": "must be a finite number",
+}
+"""pydantic's kinds of errors -> what they mean in a config."""
+BOUNDS = {"ge": "at least", "gt": "greater than", "le": "at most", "lt": "less than"}
+
 
 def describe(item: Any) -> str:
     """Turns one error of pydantic into one line: the key, what is wrong, and for an unknown key what was probably meant."""
-    path = [str(part) for part in item["loc"]]
+    path = _key_path(item["loc"])
     key = ".".join(path)
     if item["type"] == "extra_forbidden":
         return f"{key}: unknown key{_hint(path)}"
     if item["type"] == "missing":
         return f"{key}: missing; it is required and has no default"
-    message = item["msg"].removeprefix("Value error, ")
-    return f"{key}: {message[0].lower()}{message[1:]} (got {item['input']!r})"
+    bounds = [f"must be {words} {item['ctx'][name]}" for name, words in BOUNDS.items() if name in item.get("ctx", {})]
+    message = EXPECTED.get(item["type"]) or "".join(bounds) or item["msg"].removeprefix("Value error, ")
+    message = message.replace("Input should be", "must be")
+    return f"{key}: {message[0].lower()}{message[1:]} (got {reprlib.repr(item['input'])})"
+
+
+def _key_path(places: tuple[int | str, ...]) -> list[str]:
+    """Returns the names and indices of a key. pydantic adds the type that it has tried, where several are possible."""
+    path = [str(place) for place in places]
+    for end in range(1, len(path)):
+        section = _section_at(path[: end - 1])
+        field = section.model_fields.get(path[end - 1]) if section else None
+        if field is not None and section_of(field) is None:
+            names = field_kinds(field) - {NoneType} == {dict}
+            return path[:end] + [part for part in path[end:] if names or part.isdigit()]
+    return path
 
 
 def _hint(path: list[str]) -> str:
-    section: type[BaseModel] = Config
-    for name in path[:-1]:
-        if not name.isdigit():  # a number is an index into a list
-            inner = section_of(section.model_fields[name]) if name in section.model_fields else None
-            if inner is None:
-                return ""
-            section = inner
+    section = _section_at(path[:-1])
+    if section is None:
+        return ""
     near = difflib.get_close_matches(path[-1], list(section.model_fields), n=1, cutoff=0.6)
     if near:
         return f"; did you mean {'.'.join([*path[:-1], near[0]])}?"
@@ -215,4 +167,4 @@ def _hint(path: list[str]) -> str:
 
 def dump(config: Config) -> str:
     """Returns the resolved config as JSON, with all defaults."""
-    return config.model_dump_json(indent=2) + os.linesep
+    return config.model_dump_json(indent=2, fallback=repr) + os.linesep

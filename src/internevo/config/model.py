@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from .option import REQUIRED, Section, dtype_name, option
+from .option import MAX_SIZE, REQUIRED, Section, dtype_name, listed, option
 
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 KERNELS = "the fastest kernel for the device is chosen in one place (internevo/ops)"
@@ -21,13 +21,21 @@ class MoeLayerKwargs(Section):
         "Capacity of an expert in training: the maximum number of tokens that it takes, divided by the number that it would "
         "take if all experts took the same. None: 1.0 for GShard.",
         gt=0,
+        needs="model.num_experts",
     )
-    eval_capacity_factor: float | None = option(None, "The same as capacity_factor, in evaluation and generation.", gt=0)
-    min_capacity: int = option(4, "Smallest capacity of an expert.", unit="tokens", ge=0)
-    drop_tokens: bool = option(True, "Drop tokens beyond an expert's capacity. False: with GShard, no token is dropped.")
+    eval_capacity_factor: float | None = option(
+        None, "The same as capacity_factor, in evaluation and generation.", gt=0, needs="model.num_experts"
+    )
+    min_capacity: int = option(
+        4, "Smallest capacity of an expert.", unit="tokens", ge=0, le=MAX_SIZE, needs="model.num_experts"
+    )
+    drop_tokens: bool = option(
+        True, "Drop tokens beyond an expert's capacity. False: with GShard, no token is dropped.", needs="model.num_experts"
+    )
     drop_policy: Literal["position", "probs"] = option(
         "position",
         "Which tokens a full expert drops. position: the last in the batch. probs: those with the smallest probability.",
+        needs="model.num_experts",
     )
     noisy_gate_policy: Literal["Jitter", "RSample"] | None = option(
         None, "Kind of noise in the router.", not_available="noisy routers"
@@ -41,6 +49,9 @@ class MoeLayerKwargs(Section):
     enable_fused_permute: bool = option(False, "Use a fused permutation of tokens.", ignored=KERNELS)
     deterministic_mode: bool = option(
         False, "Use deterministic kernels.", ignored="tokens are always gathered without atomic additions"
+    )
+    parallel_mode: Literal["tensor", "weight"] | None = option(
+        None, "InternEvo's axis over which MegaBlocks sharded experts.", ignored="experts are not sharded over that axis"
     )
     token_dispatch_policy: str = option(
         "alltoall", "How tokens are sent to experts on other ranks.", ignored="an all-to-all is used"
@@ -58,7 +69,7 @@ LINEARS = {
 class Lora(Section):
     """Low-rank adapters (LoRA). Only the adapters are trained. An export merges them into the weights."""
 
-    rank: int = option(8, "Rank of the adapters.", ge=1)
+    rank: int = option(8, "Rank of the adapters.", ge=1, le=65_536)
     alpha: float = option(16.0, "The output of an adapter is multiplied by alpha / rank.", gt=0)
     targets: tuple[str, ...] = option(
         ("q", "k", "v", "o"),
@@ -68,8 +79,8 @@ class Lora(Section):
     @field_validator("targets", mode="before")
     @classmethod
     def _names(cls, value: Any) -> tuple[str, ...]:
-        names = [value] if isinstance(value, str) else list(value)
-        found = [name for given in names for name in LINEARS.get(given, (given,))]
+        names = listed(value)
+        found = [name for given in names for name in (LINEARS.get(given, (given,)) if isinstance(given, str) else (given,))]
         known = ("q", "k", "v", "o", "gate", "up", "down")
         wrong = [name for name in found if name not in known]
         if wrong or not found:
@@ -80,18 +91,18 @@ class Lora(Section):
 class Model(Section):
     """The shape of the network, its precision and its initial weights. Names and defaults are InternEvo's."""
 
-    num_layers: int = option(REQUIRED, "Number of decoder layers.", ge=1)
-    hidden_size: int = option(REQUIRED, "Width of the residual stream.", ge=1)
-    vocab_size: int = option(REQUIRED, "Size of the vocabulary. Every token id must be less than it.", ge=1)
-    num_attention_heads: int = option(REQUIRED, "Number of query heads.", ge=1)
+    num_layers: int = option(REQUIRED, "Number of decoder layers.", ge=1, le=10_000)
+    hidden_size: int = option(REQUIRED, "Width of the residual stream.", ge=1, le=MAX_SIZE)
+    vocab_size: int = option(REQUIRED, "Size of the vocabulary. Every token id must be less than it.", ge=1, le=MAX_SIZE)
+    num_attention_heads: int = option(REQUIRED, "Number of query heads.", ge=1, le=MAX_SIZE)
     num_kv_attention_heads: int | None = option(None, "Number of key/value heads. None: the same as num_attention_heads.", ge=1)
-    head_dim: int | None = option(None, "Width of a head. None: hidden_size / num_attention_heads.", ge=1)
+    head_dim: int | None = option(None, "Width of a head. None: hidden_size / num_attention_heads.", ge=1, le=MAX_SIZE)
     mlp_ratio: float = option(
-        4.0, "The width of the MLP is int(hidden_size * mlp_ratio), rounded up to a multiple of multiple_of.", gt=0
+        4.0, "The width of the MLP is int(hidden_size * mlp_ratio), rounded up to a multiple of multiple_of.", gt=0, le=MAX_SIZE
     )
-    multiple_of: int = option(256, "The width of the MLP is rounded up to a multiple of this.", ge=1)
+    multiple_of: int = option(256, "The width of the MLP is rounded up to a multiple of this.", ge=1, le=MAX_SIZE)
     intermediate_size: int | None = option(
-        None, "Width of the MLP. If it is set, mlp_ratio and multiple_of are not used.", ge=1
+        None, "Width of the MLP. If it is set, mlp_ratio and multiple_of are not used.", ge=1, le=MAX_SIZE
     )
     dtype: Literal["float32", "tf32", "bfloat16", "float16"] = option(
         "float16",
@@ -105,7 +116,7 @@ class Model(Section):
     )
     lora: Lora | None = option(None, "Train low-rank adapters (LoRA) and keep all other weights as they are.")
     compile: bool = option(False, "Compile each layer with torch.compile. Layers of the same shape share the compiled code.")
-    layer_norm_epsilon: float = option(1e-5, "Number that is added to the mean square in each norm.", gt=0)
+    layer_norm_epsilon: float = option(1e-5, "Number that is added to the mean square in each norm.", ge=1e-37)
     norm_type: Literal["rmsnorm", "layernorm"] = option("rmsnorm", "Kind of norm.", not_available="LayerNorm")
     no_bias: bool | None = option(
         None, "Attention has no biases. None: the family's own choice (False for INTERNLM, True for INTERNLM2 and LLAMA2)."
@@ -134,16 +145,28 @@ class Model(Section):
         "normal", "QWEN2's name for the kind of rotary embedding. dynamic_ntk: the same as use_dynamic_ntk_rope."
     )
     max_position_embeddings: int = option(
-        2048, "Document length for which the rotary embedding is made; rope_scaling refers to it.", unit="tokens", ge=1
+        2048,
+        "Document length for which the rotary embedding is made; rope_scaling refers to it.",
+        unit="tokens",
+        ge=1,
+        le=MAX_SIZE,
     )
     use_sliding_window: bool = option(
         False, "Tokens attend only to the last sliding_window tokens (QWEN2, QWEN2MOE, QWEN3, QWEN3MOE, MIXTRALMOE)."
     )
     sliding_window: int | None = option(
-        None, "Number of tokens that a token attends to, including itself.", unit="tokens", ge=1
+        None,
+        "Number of tokens that a token attends to, including itself.",
+        unit="tokens",
+        ge=1,
+        le=MAX_SIZE,
+        needs="model.use_sliding_window",
     )
     max_window_layers: int | None = option(
-        None, "Number of layers, beginning with the first, that use full attention in spite of use_sliding_window.", ge=0
+        None,
+        "Number of layers, beginning with the first, that use full attention in spite of use_sliding_window.",
+        ge=0,
+        needs="model.use_sliding_window",
     )
     use_alibi: bool = option(
         False, "Use attention with linear biases (ALiBi) in place of the rotary embedding (BAICHUAN2, 13B)."
@@ -184,30 +207,45 @@ class Model(Section):
     )
     residual_in_fp32: bool = option(False, "Keep the residual stream in fp32.", not_available="a residual stream in fp32")
     is_reward: bool = option(False, "Use a reward head in place of the language model's head.", not_available="reward models")
-    drop_rate: float = option(0.0, "Dropout rate after attention and MLP.", not_available="dropout", supported=(0,))
+    drop_rate: float = option(0.0, "Dropout rate after attention and MLP.", not_available="dropout", supported=(0,), ge=0, le=1)
     attn_drop_rate: float = option(
-        0.0, "Dropout rate of the attention weights.", not_available="attention dropout", supported=(0,)
+        0.0, "Dropout rate of the attention weights.", not_available="attention dropout", supported=(0,), ge=0, le=1
     )
-    num_experts: int = option(1, "Number of experts in a layer (QWEN2MOE, QWEN3MOE, MIXTRALMOE).", ge=1)
-    top_k: int = option(1, "Number of experts that each token is sent to.", ge=1)
+    num_experts: int = option(1, "Number of experts in a layer (QWEN2MOE, QWEN3MOE, MIXTRALMOE).", ge=1, le=65_536)
+    top_k: int = option(1, "Number of experts that each token is sent to.", ge=1, needs="model.num_experts")
     moe_type: Literal["GShard", "Dropless", "MegaBlock", "MegaBlock-D", "MegaBlock-Dropless"] = option(
         "GShard",
         "How many tokens an expert takes. GShard: up to its capacity; the others are dropped. Dropless: all tokens that choose "
         "it. MegaBlock, MegaBlock-D and MegaBlock-Dropless: the same as Dropless.",
+        needs="model.num_experts",
     )
     moe_layer_kwargs: MoeLayerKwargs = option(MoeLayerKwargs(), "Options of a layer with experts.")
-    moe_intermediate_size: int | None = option(None, "Width of an expert. None: the width of the MLP.", ge=1)
+    moe_intermediate_size: int | None = option(
+        None, "Width of an expert. None: the width of the MLP.", ge=1, le=MAX_SIZE, needs="model.num_experts"
+    )
     num_shared_experts: int = option(
-        0, "Width of the shared expert, which sees every token (QWEN2MOE), divided by the width of an expert.", ge=0
+        0,
+        "Width of the shared expert, which sees every token (QWEN2MOE), divided by the width of an expert.",
+        ge=0,
+        le=MAX_SIZE,
+        needs="model.num_experts",
     )
     shared_expert_intermediate_size: int | None = option(
-        None, "Width of the shared expert. If it is set, num_shared_experts is not used.", ge=1
+        None,
+        "Width of the shared expert. If it is set, num_shared_experts is not used.",
+        ge=1,
+        le=MAX_SIZE,
+        needs="model.num_experts",
     )
     norm_topk_prob: bool | None = option(
-        None, "The weights of a token's experts are divided by their sum. None: True, but False for QWEN2MOE."
+        None,
+        "The weights of a token's experts are divided by their sum. None: True, but False for QWEN2MOE.",
+        needs="model.num_experts",
     )
-    decoder_sparse_step: int = option(1, "N: only every N-th layer has experts.", ge=1)
-    mlp_only_layers: tuple[int, ...] = option((), "Numbers of the layers, from 0, that have an MLP in place of experts.")
+    decoder_sparse_step: int = option(1, "N: only every N-th layer has experts.", ge=1, needs="model.num_experts")
+    mlp_only_layers: tuple[Annotated[int, Field(ge=0)], ...] = option(
+        (), "Numbers of the layers, from 0, that have an MLP in place of experts.", needs="model.num_experts"
+    )
 
     # Options of InternEvo that have no effect here.
     use_flash_attn: bool = option(True, "Use flash attention.", ignored=KERNELS)
@@ -233,7 +271,7 @@ class Model(Section):
     @field_validator("checkpoint", mode="before")
     @classmethod
     def _share(cls, value: Any) -> Any:
-        return float(value) if isinstance(value, bool | int) else value
+        return float(value) if isinstance(value, bool) else value
 
     @property
     def mlp_width(self) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, get_args
+import os
+from collections.abc import Callable, Iterator
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
 REQUIRED: Any = ...
@@ -20,12 +22,43 @@ DTYPES = {
     "bf16": "bfloat16",
     "fp16": "float16",
 }
+LARGEST_INT = 2**63 - 1
+LARGEST_FLOAT = 3.4e38
+"""The largest number in fp32, in which tensors compute."""
+MAX_SIZE = 2**31 - 1
+"""The largest size of a tensor's dimension: positions and document boundaries are int32."""
+
+
+def _path(text: str) -> str:
+    if not text:
+        raise ValueError("must not be empty; leave the key out")
+    if "\0" in text:
+        raise ValueError("must not have a null character in it")
+    return os.path.expanduser(text)
+
+
+PathText = Annotated[str, AfterValidator(_path)]
+"""A file or a folder. ``~`` is the user's home folder."""
 
 
 class Section(BaseModel):
-    """A group of options. Its values cannot be changed, and unknown keys are errors."""
+    """A group of options. Its values cannot be changed, and unknown keys are errors. No number may be infinite or NaN."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), validate_default=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), validate_default=False, allow_inf_nan=False)
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _number(cls, value: Any, check: Callable[[Any], Any], info: ValidationInfo) -> Any:
+        """Python takes True for 1, and has numbers that no tensor can have."""
+        kinds = field_kinds(cls.model_fields[info.field_name or ""])
+        if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
+            raise ValueError("must be a number")
+        value = check(value)
+        if isinstance(value, int) and abs(value) > LARGEST_INT:
+            raise ValueError(f"must be at most {LARGEST_INT} (2**63 - 1)")
+        if isinstance(value, float) and abs(value) > LARGEST_FLOAT:
+            raise ValueError(f"must be at most {LARGEST_FLOAT}, the largest number in fp32")
+        return value
 
 
 def option(
@@ -34,6 +67,7 @@ def option(
     *,
     unit: str = "",
     ignored: str = "",
+    needs: str = "",
     not_available: str = "",
     supported: tuple[Any, ...] = (),
     **bounds: Any,
@@ -45,12 +79,13 @@ def option(
         doc: what the option means; printed in the config reference.
         unit: the unit of the value, for example "tokens" or "steps".
         ignored: for a key of InternEvo that has no effect here: the reason. A config may set it, and a notice is printed.
+        needs: another key without which this one has no effect. If a config sets only this one, a notice is printed.
         not_available: for an option that is not implemented yet: the name of the missing feature. A value other than the
             default and ``supported`` is valid, but training does not start with it, and the message has this name.
         supported: with ``not_available``: values that work although they are not the default.
         bounds: constraints of pydantic's ``Field`` (``ge``, ``gt``, ``le``).
     """
-    extra: dict[str, Any] = {"unit": unit, "ignored": ignored, "not_available": not_available}
+    extra: dict[str, Any] = {"unit": unit, "ignored": ignored, "needs": needs, "not_available": not_available}
     info: FieldInfo = Field(default, description=doc, json_schema_extra=extra, **bounds)
     info.metadata.append(SupportedValues(supported))
     return info
@@ -74,6 +109,24 @@ def walk(section: Section, path: str = "") -> Iterator[tuple[str, FieldInfo, Any
             yield key, field, value, given
 
 
+def field_kinds(field: FieldInfo) -> set[Any]:
+    """Returns the types of the values that a field may have: str, int, NoneType, ...; str for names to choose from."""
+
+    def kinds(annotation: Any) -> Iterator[Any]:
+        origin = get_origin(annotation)
+        if origin in (Union, UnionType):
+            for part in get_args(annotation):
+                yield from kinds(part)
+        elif origin is Annotated:
+            yield from kinds(get_args(annotation)[0])
+        elif origin is Literal:
+            yield from map(type, get_args(annotation))
+        else:
+            yield origin or annotation
+
+    return set(kinds(field.annotation))
+
+
 def section_of(field: FieldInfo) -> type[Section] | None:
     """Returns the section class of a field that holds a section or a list of sections; None for other fields."""
     options = (field.annotation, *get_args(field.annotation))
@@ -84,18 +137,27 @@ def section_of(field: FieldInfo) -> type[Section] | None:
 
 
 def field_extras(field: FieldInfo) -> dict[str, str]:
-    """Returns what ``option`` was given as ``unit``, ``ignored`` and ``not_available`` for a field."""
+    """Returns what ``option`` was given as ``unit``, ``ignored``, ``needs`` and ``not_available`` for a field."""
     extra = field.json_schema_extra
     return {k: str(v) for k, v in extra.items()} if isinstance(extra, dict) else {}
 
 
 def notices(section: Section) -> list[str]:
     """Returns one line for each key that the user has set and that has no effect here."""
-    return [
-        f"{key} has no effect here: {field_extras(field)['ignored']}"
-        for key, field, _, given in walk(section)
-        if given and field_extras(field).get("ignored")
-    ]
+    options = {key: (field, value) for key, field, value, _ in walk(section)}
+    lines = []
+    for key, field, value, given in walk(section):
+        extras = field_extras(field)
+        needs = extras.get("needs")
+        if given and extras.get("ignored"):
+            lines.append(f"{key} has no effect here: {extras['ignored']}")
+        elif given and needs and not _is_default(field, value) and _is_default(*options[needs]):
+            lines.append(f"{key} has no effect without {needs}")
+    return lines
+
+
+def _is_default(field: FieldInfo, value: Any) -> bool:
+    return bool(value == field.get_default(call_default_factory=True))
 
 
 def unavailable(section: Section) -> list[str]:
@@ -104,9 +166,20 @@ def unavailable(section: Section) -> list[str]:
     for key, field, value, _ in walk(section):
         feature = field_extras(field).get("not_available")
         supported = next((m.values for m in field.metadata if isinstance(m, SupportedValues)), ())
-        if feature and value != field.get_default(call_default_factory=True) and value not in supported:
+        if feature and not _is_default(field, value) and value not in supported:
             lines.append(f"not available yet: {feature} ({key} = {value!r})")
     return lines
+
+
+def listed(value: Any) -> list[Any]:
+    """Returns the values of a list. A text stands for a list with nothing else.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if not isinstance(value, str | list | tuple | set):
+        raise ValueError("must be a list")
+    return [value] if isinstance(value, str) else list(value)
 
 
 def dtype_name(value: Any) -> str:

@@ -8,6 +8,10 @@ from pydantic import field_validator
 
 from .option import Section, option
 
+EXPERT_WEIGHT = "experts with weight parallelism"
+WHOLE = "the weights of experts are not sharded (parallel.expert_weight.size = 1)"
+ZERO1 = "parallel.zero1 decides, also for experts"
+SEQUENCE_2D = "2D sequence parallelism is off"
 OVERLAP = "it would change only the speed, and this version always communicates in the same way"
 
 
@@ -83,14 +87,39 @@ class Expert(Section):
     no_tp: bool = option(False, "Do not shard experts over the tensor axis.", not_available="experts")
 
 
+class ExpertWeight(Section):
+    """The weight axis of experts. Its other options have an effect only with a size of more than 1."""
+
+    size: int = option(
+        1, "Number of ranks over which each weight of an expert is sharded (isp).", not_available=EXPERT_WEIGHT, ge=1
+    )
+    overlap: bool = option(False, "The same as parallel.weight.overlap, for experts.", ignored=WHOLE)
+    forward_overlap_per: Literal["layer", "module"] = option(
+        "layer", "The same as parallel.weight.forward_overlap_per, for experts.", ignored=WHOLE
+    )
+    launch_allgather_before: Literal["wqkv", "attn", "wo", "w1"] = option(
+        "wo", "The same as parallel.weight.launch_allgather_before, for experts.", ignored=WHOLE
+    )
+    layer_fuse_isp_comm: bool = option(False, "The same as parallel.weight.layer_fuse_isp_comm, for experts.", ignored=WHOLE)
+    early_reduce_scatter_release: bool = option(True, "Free the buffers of gradients early.", ignored=WHOLE)
+    memory_pool: bool = option(False, "Use the buffers of gathered weights again.", ignored=WHOLE)
+
+
+class ExpertZero1(Section):
+    """The data axis of experts."""
+
+    size: int = option(-1, "Number of ranks over which the optimizer state of experts is sharded.", ignored=ZERO1)
+    fsdp: bool = option(False, "Shard parameters and gradients of experts too (FSDP).", ignored=ZERO1)
+
+
 class Sequence2D(Section):
     """InternEvo's two-dimensional sequence parallelism."""
 
     enable: bool = option(False, "Use 2D sequence parallelism.", not_available="2D sequence parallelism")
-    head_size: int = option(1, "Number of ranks that the heads are divided among.")
-    context_size: int = option(1, "Number of ranks that the sequence is divided among.")
-    window_size: int = option(1, "Number of ranks in a window.")
-    device_placement_strategy: dict[str, bool] = option({}, "Order of the ranks.")
+    head_size: int = option(1, "Number of ranks that the heads are divided among.", ignored=SEQUENCE_2D, ge=1)
+    context_size: int = option(1, "Number of ranks that the sequence is divided among.", ignored=SEQUENCE_2D, ge=1)
+    window_size: int = option(1, "Number of ranks in a window.", ignored=SEQUENCE_2D, ge=1)
+    device_placement_strategy: dict[str, bool] = option({}, "Order of the ranks.", ignored=SEQUENCE_2D)
 
 
 class Fsdp(Section):
@@ -112,8 +141,8 @@ class Parallel(Section):
     weight: Weight = option(Weight(), "The weight axis (isp).")
     pipeline: Pipeline = option(Pipeline(), "The pipeline axis.")
     expert: Expert = option(Expert(), "The expert axis.")
-    expert_weight: Weight = option(Weight(), "The weight axis of experts (isp).")
-    expert_zero1: Zero1 = option(Zero1(), "The data axis of experts.")
+    expert_weight: ExpertWeight = option(ExpertWeight(), "The weight axis of experts (isp).")
+    expert_zero1: ExpertZero1 = option(ExpertZero1(), "The data axis of experts.")
     sequence_2D: Sequence2D = option(Sequence2D(), "2D sequence parallelism.")  # noqa: N815 (InternEvo's name)
     sequence_parallel: bool | None = option(
         None, "InternEvo's older switch for sequence parallelism.", ignored="parallel.tensor.mode decides"

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from .load import BOUNDS
 from .option import Section, field_extras, section_of
 from .schema import Config
 
@@ -23,6 +24,8 @@ internevo config configs/demo.py
 prints a config with all defaults. This page lists every key, section by section. A key with *no effect* is known from
 InternEvo's own configs: it is accepted, and the run prints one line that says that it does nothing here. A key that is
 *not available yet* may be in a config too, but `internevo train` refuses to start if its value needs the missing feature.
+No number may be infinite or NaN; 0 or `None` mean "no limit" where the table says so. (Only `ckpt.checkpoint_every` and
+`ckpt.oss_snapshot_freq` may be infinite, as in InternEvo's files: the same as 0.) `~` in a path is the home folder.
 """
 
 
@@ -61,8 +64,17 @@ def _words(annotation: Any) -> str:
         return _words(inner[0])
     if annotation is types.NoneType:
         return "`None`"
-    plain = annotation.__name__ if isinstance(annotation, type) and not inner else str(annotation).replace("typing.", "")
-    return f"`{plain}`"
+    return f"`{_plain(annotation)}`"
+
+
+def _plain(annotation: Any) -> str:
+    """Returns a type as Python writes it, without the bounds of its values."""
+    kind, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if kind is typing.Annotated:
+        return _plain(inner[0])
+    if kind is None or annotation is Ellipsis:
+        return "..." if annotation is Ellipsis else getattr(annotation, "__name__", str(annotation))
+    return f"{kind.__name__}[{', '.join(map(_plain, inner))}]"
 
 
 def _default(field: FieldInfo) -> str:
@@ -74,8 +86,15 @@ def _default(field: FieldInfo) -> str:
 def _meaning(field: FieldInfo) -> str:
     extras = field_extras(field)
     text = (field.description or "").replace("|", "&#124;")
+    bounds = [
+        f"{words} {getattr(limit, name)}" for limit in field.metadata for name, words in BOUNDS.items() if hasattr(limit, name)
+    ]
+    if bounds:
+        text += f" It must be {' and '.join(bounds)}."
     if extras.get("unit"):
         text += f" Unit: {extras['unit']}."
+    if extras.get("needs"):
+        text += f" It has no effect without `{extras['needs']}`."
     if extras.get("ignored"):
         text += f" *No effect: {extras['ignored']}.*"
     if extras.get("not_available"):

@@ -6,9 +6,10 @@ from typing import Any, Literal
 
 from pydantic import field_validator
 
-from .option import Section, option
+from .option import MAX_SIZE, PathText, Section, listed, option
 
 COMMAND = "`internevo generate` has its options on the command line"
+LOADING = "load_ckpt_info says what is loaded"
 UPLOAD = "checkpoints are always written in the background"
 CONTENTS = ("model", "optimizer", "scheduler", "sampler", "all")
 
@@ -16,7 +17,7 @@ CONTENTS = ("model", "optimizer", "scheduler", "sampler", "all")
 class LoadCkptInfo(Section):
     """The checkpoint that a new run starts from."""
 
-    path: str | None = option(
+    path: PathText | None = option(
         None, "Checkpoint, run folder or Hugging Face folder to load. None: start with new initial weights."
     )
     content: tuple[str, ...] = option(
@@ -30,11 +31,10 @@ class LoadCkptInfo(Section):
     @field_validator("content", mode="before")
     @classmethod
     def _contents(cls, value: Any) -> Any:
-        names = (value,) if isinstance(value, str) else tuple(value)
-        names = tuple(str(n).lower() for n in names)
-        unknown = [n for n in names if n not in CONTENTS]
-        if unknown:
-            raise ValueError(f"{unknown[0]!r} is not one of {', '.join(CONTENTS)}")
+        names = tuple(name.lower() if isinstance(name, str) else name for name in listed(value))
+        unknown = [name for name in names if name not in CONTENTS]
+        if unknown or not names:
+            raise ValueError(f"must be some of {', '.join(CONTENTS)}, not {', '.join(map(repr, unknown)) or 'none'}")
         return names
 
     def has(self, part: str) -> bool:
@@ -46,13 +46,17 @@ class Ckpt(Section):
     """Saving and loading of checkpoints. Everything that a run writes is in ``save_ckpt_folder``."""
 
     enable_save_ckpt: bool = option(True, "Save checkpoints.")
-    save_ckpt_folder: str | None = option(None, "The run folder. None: runs/JOB_NAME.")
+    save_ckpt_folder: PathText | None = option(None, "The run folder. None: runs/JOB_NAME.")
     checkpoint_every: int = option(
         0, "Number of steps between checkpoints. The last step always has one. 0: only the last step.", unit="steps", ge=0
     )
     keep_last: int | None = option(None, "Number of newest checkpoints to keep; older ones are deleted. None: keep all.", ge=1)
     keep_every: int | None = option(
-        None, "With keep_last: also keep checkpoints whose step is a multiple of this.", unit="steps", ge=1
+        None,
+        "With keep_last: also keep checkpoints whose step is a multiple of this.",
+        unit="steps",
+        ge=1,
+        needs="ckpt.keep_last",
     )
     oss_snapshot_freq: int = option(
         0, "Number of steps between snapshots, which are written to two folders in turn. 0: no snapshots.", unit="steps", ge=0
@@ -62,9 +66,16 @@ class Ckpt(Section):
     enable_internevo2hf_ckpt: bool = option(
         False, "Also export the model of each checkpoint in Hugging Face's format, to hf/step-N in the run folder."
     )
-    stop_file_path: str | None = option(
+    stop_file_path: PathText | None = option(
         None, 'A file that is read at each step. "N" in it: save and stop at step N. "-N": save at step N and continue.'
     )
+    load_ckpt_folder: str | dict[str, Any] | None = option(
+        None, "InternEvo's older name for load_ckpt_info, or for its path.", ignored=LOADING
+    )
+    load_model_only_folder: str | None = option(
+        None, 'InternEvo\'s older name for load_ckpt_info with content=("model",).', ignored=LOADING
+    )
+    load_optimizer: bool = option(True, "With load_ckpt_folder: load the optimizer too.", ignored=LOADING)
     snapshot_ckpt_folder: str | None = option(None, "Folder of the snapshots.", ignored="they are in the run folder")
     async_upload: bool = option(False, "Upload checkpoints in the background.", ignored=UPLOAD)
     async_upload_tmp_folder: str | None = option(
@@ -84,7 +95,7 @@ class Ckpt(Section):
     @classmethod
     def _off(cls, value: Any) -> Any:
         # InternEvo's configs write float("inf") or None for "never".
-        return 0 if value is None or value == float("inf") else value
+        return 0 if value in (None, float("inf"), "inf") else value
 
     @field_validator("save_ckpt_folder", mode="before")
     @classmethod
@@ -100,9 +111,9 @@ class Alert(Section):
     """How people are told of warnings and errors."""
 
     enable_feishu_alert: bool = option(False, "Send alerts to a webhook.", not_available="alerts by webhook")
-    feishu_alert_address: str | None = option(None, "Address of the webhook.")
+    feishu_alert_address: str | None = option(None, "Address of the webhook.", ignored="it is for enable_feishu_alert")
     light_monitor_address: str | None = option(None, "Address to which a heartbeat is sent.", not_available="heartbeats")
-    alert_file_path: str | None = option(None, "File to which rank 0 writes its warnings and errors, besides the log.")
+    alert_file_path: PathText | None = option(None, "File to which rank 0 writes its warnings and errors, besides the log.")
 
 
 class TensorBoard(Section):
@@ -120,8 +131,16 @@ class Monitor(Section):
     sample_prompts: tuple[str, ...] = option(
         (), "Prompts that the model continues; the report shows the texts. Needs data.tokenizer_path."
     )
-    sample_every: int = option(0, "Number of steps between these samples. 0: only at the end of the run.", unit="steps", ge=0)
-    sample_tokens: int = option(64, "Number of tokens to generate for each prompt.", unit="tokens", ge=1)
+    sample_every: int = option(
+        0,
+        "Number of steps between these samples. 0: only at the end of the run.",
+        unit="steps",
+        ge=0,
+        needs="monitor.sample_prompts",
+    )
+    sample_tokens: int = option(
+        64, "Number of tokens to generate for each prompt.", unit="tokens", ge=1, le=MAX_SIZE, needs="monitor.sample_prompts"
+    )
     peak_tflops: float | None = option(
         None,
         "Peak performance of one device for the model's dtype, from which MFU is computed. None: that of the GPU, if known.",
@@ -134,6 +153,7 @@ class Monitor(Section):
         "the rank it waits for. (Five times the time of the slowest step so far, per token, is always allowed.) 0: no limit.",
         unit="seconds",
         ge=0,
+        le=1e9,
     )
     memory: bool = option(
         False,

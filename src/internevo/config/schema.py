@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from .data import Data
 from .model import Model
-from .option import REQUIRED, Section, option
+from .option import REQUIRED, PathText, Section, option
 from .parallel import Parallel
 from .run import Ckpt, Generation, Monitor
 from .training import Adam, Beta2Scheduler, GradScaler, HybridZeroOptimizer, Loss, LrScheduler
@@ -19,9 +19,11 @@ FP32_LOSS = "the loss is always computed in fp32"
 class Config(Section):
     """The config of a training run."""
 
-    JOB_NAME: str = option("AnonymousJob", "Name of the run. Its folder is runs/JOB_NAME, unless ckpt.save_ckpt_folder is set.")
+    JOB_NAME: PathText = option(
+        "AnonymousJob", "Name of the run. Its folder is runs/JOB_NAME, unless ckpt.save_ckpt_folder is set."
+    )
     model_type: str = option("INTERNLM2", "Family of the model; the page on models lists all families.")
-    seed: int = option(1024, "Seed of the initial weights; data.seed is the seed of the order of the data.")
+    seed: int = option(1024, "Seed of the initial weights; data.seed is the seed of the order of the data.", ge=0)
     model: Model = option(REQUIRED, "The shape of the network, its precision and its initial weights.")
     data: Data = option(REQUIRED, "The datasets and the batch size.")
     parallel: Parallel = option(Parallel(), "The sizes and strategies of all axes.")
@@ -64,6 +66,7 @@ class Config(Section):
     selective_checkpoint: bool = option(
         False,
         "In layers that are recomputed (model.checkpoint), keep the outputs of the attention kernel, so that it runs once.",
+        needs="model.checkpoint",
     )
     selective_checkpoint_offload: bool = option(
         False, "Keep these outputs in the host's memory.", not_available="activation offload"

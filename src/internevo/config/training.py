@@ -16,7 +16,7 @@ class Adam(Section):
     adam_beta1: float = option(0.9, "Decay rate of the first moment.", ge=0, lt=1)
     adam_beta2: float = option(0.95, "Decay rate of the second moment, if there is no beta2_scheduler.", ge=0, lt=1)
     adam_beta2_c: float = option(0.0, "Constant of the schedule of beta2.", ignored="beta2_scheduler.c is used")
-    adam_eps: float = option(1e-8, "Number that is added to the square root of the second moment.", gt=0)
+    adam_eps: float = option(1e-8, "Number that is added to the square root of the second moment.", ge=1e-37)
     weight_decay: float = option(0.01, "Weight decay. It is decoupled from the gradient.", ge=0)
 
 
@@ -102,11 +102,16 @@ class Loss(Section):
     op_type: str = option(
         "py_vocab_parallel", "Kernel of the loss.", ignored="there is one kernel, which computes head and loss in chunks"
     )
-    moe_loss_coeff: float = option(1.0, "Weight of the load-balancing loss of the experts.", ge=0)
+    moe_loss_coeff: float = option(1.0, "Weight of the load-balancing loss of the experts.", ge=0, needs="model.num_experts")
     moe_loss_kind: Literal["gshard", "pooled"] = option(
         "gshard",
         "How the load-balancing loss is computed. gshard: for each layer, from the first choice of each token, and summed over "
         "layers (InternEvo). pooled: once, from all choices in all layers (Hugging Face's router_aux_loss_coef).",
+        needs="model.num_experts",
     )
-    moe_z_loss_coeff: float = option(0.0, "Weight of the z-loss of the routers, which is summed over layers.", ge=0)
-    mtp_loss_coeff: float = option(0.0, "Weight of the loss of multi-token prediction.", not_available="multi-token prediction")
+    moe_z_loss_coeff: float = option(
+        0.0, "Weight of the z-loss of the routers, which is summed over layers.", ge=0, needs="model.num_experts"
+    )
+    mtp_loss_coeff: float = option(
+        0.0, "Weight of the loss of multi-token prediction.", not_available="multi-token prediction", ge=0
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ def record_timeline(path: Path) -> Iterator[None]:
     Args:
         path: a new file, NAME.json.gz.
     """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # otherwise it prints two lines about itself
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     with profile(activities=activities) as profiler:
         yield

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+import os
 import sys
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -49,14 +52,14 @@ def start_log(folder: Path, rank: int, alerts: str | None = None) -> None:
         Path(alerts).parent.mkdir(parents=True, exist_ok=True)
         files.append((Path(alerts), logging.WARNING))
     for path, level in files:
-        handler = LogFile(path, encoding="utf-8")
+        handler = LogFile(path, encoding="utf-8", errors="backslashreplace")
         handler.setLevel(level)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(handler)
 
 
 class Console:
-    """The console of rank 0."""
+    """The console of rank 0. If it can no longer be written (a closed pipe, a full disk), the run goes on without it."""
 
     def __init__(self, first_step: int, total_steps: int, every: int, terminal: Terminal | None = None) -> None:
         """``every``: number of steps between two plain lines (``monitor.log_every``)."""
@@ -70,12 +73,12 @@ class Console:
 
     def say(self, text: str) -> None:
         """Prints a line that stays, and writes it to the log."""
-        self.terminal.print(text, markup=False)
+        self._print(text)
         log.info(text)
 
     def warn(self, text: str) -> None:
         """Prints a warning, and writes it to the log. May be called from any thread."""
-        self.terminal.print(f"warning: {text}", markup=False)
+        self._print(f"warning: {text}")
         log.warning(text)
 
     def step(self, record: StepRecord) -> None:
@@ -89,7 +92,7 @@ class Console:
             table.add_row(bar, Text(line))
             self.live.update(table)
         elif record.step % self.every == 0 or record.step in (self.first, self.total) or record.skipped:
-            self.terminal.print(line, markup=False)
+            self._print(line)
         if record.skipped:
             log.warning(f"step {record.step} was skipped: its gradients are not finite ({record.skipped_steps} so far)")
 
@@ -101,8 +104,23 @@ class Console:
     def close(self) -> None:
         """Ends the live line. Its last content stays."""
         if self.live is not None:
-            self.live.stop()
+            with self._may_fail():
+                self.live.stop()
             self.live = None
+
+    def _print(self, text: str) -> None:
+        with self._may_fail():
+            self.terminal.print(text, markup=False)
+
+    @contextlib.contextmanager
+    def _may_fail(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SystemExit) as error:  # rich turns a closed pipe into SystemExit
+            self.terminal.quiet = True
+            log.warning(f"the console cannot be written any more ({error!r}); its lines are in this log")
+            with contextlib.suppress(OSError), open(os.devnull, "w") as nothing:
+                os.dup2(nothing.fileno(), self.terminal.file.fileno())  # else Python fails at exit with what it still holds
 
     def _line(self, r: StepRecord) -> str:
         left = timedelta(seconds=round(sorted(self.times)[len(self.times) // 2] * (self.total - r.step)))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from ..storage.jsonfile import to_json
@@ -47,6 +49,22 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return rows
+
+
+def usable_rows(path: Path, kinds: dict[str, type | UnionType]) -> tuple[list[dict[str, Any]], int]:
+    """Reads the rows that have the keys in ``kinds``, with values of these types. No file: no rows.
+
+    Returns:
+        The rows, and the number of lines that are damaged: not JSON, or not an object.
+    """
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    rows = []
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):
+            rows.append(json.loads(line))
+    objects = [row for row in rows if isinstance(row, dict)]
+    usable = [row for row in objects if all(isinstance(row.get(key, ...), kind) for key, kind in kinds.items())]
+    return usable, len(lines) - len(objects)
 
 
 class TensorBoardLog:

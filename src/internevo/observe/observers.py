@@ -56,6 +56,6 @@ class Observers:
             self.tensorboard.close()
         try:
             self.console.say(f"report: {write_report(self.run)}")
-        except OSError as error:
+        except Exception as error:
             # The result of the run, or the error that ends it, matters more than the report.
-            self.console.say(f"the report could not be written ({error}); try again with: internevo report {self.run}")
+            self.console.say(f"the report could not be written ({error!r}); try again with: internevo report {self.run}")

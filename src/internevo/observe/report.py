@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import html
 import json
+import secrets
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..errors import UsageError
 from ..storage.naming import naming
-from .metrics import read_rows
+from .metrics import usable_rows
 
+NUMBER = int | float | None
+"""NaN is null in metrics.jsonl."""
+HEAD = "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>"
+"""The beginning of every report."""
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1200px; padding: 0 1rem; color: #1c2733; }
 h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem }
@@ -26,29 +32,50 @@ mark { background: #d6e9ff } @media (max-width: 600px) { .plots { grid-template-
 
 
 def write_report(run: Path) -> Path:
-    """Writes ``run/report.html`` from the files of the run folder. Returns its path."""
+    """Writes ``run/report.html`` from the files of the run folder. Damaged lines are left out, and counted in the report.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        UsageError: if ``report.html`` exists and is not a report.
+    """
     from plotly.offline import get_plotlyjs
 
-    rows = read_rows(run / "metrics.jsonl")
-    train, valid = [r for r in rows if "loss" in r], [r for r in rows if "valid_loss" in r]
-    samples = read_rows(run / "samples.jsonl")
-    config = (run / "config.json").read_text(encoding="utf-8") if (run / "config.json").is_file() else "{}"
-    title = json.loads(config).get("JOB_NAME", run.name)
+    path = run / "report.html"
+    if path.is_file() and not path.read_bytes().startswith(HEAD.encode()):
+        raise UsageError(f"{path} exists and is not a report of internevo: rename it")
+    train, damaged = usable_rows(run / "metrics.jsonl", {"step": int, "loss": NUMBER})
+    valid, _ = usable_rows(run / "metrics.jsonl", {"step": int, "valid_loss": NUMBER})
+    samples, _ = usable_rows(run / "samples.jsonl", {"step": int, "prompt": str, "text": str})
+    config, title = _config(run)
+    note = f"<p>{damaged} damaged lines of metrics.jsonl are left out.</p>" if damaged else ""
     page = (
-        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{html.escape(title)}</title>"
+        f"{HEAD}{html.escape(title)}</title>"
         f"<meta name='viewport' content='width=device-width, initial-scale=1'><style>{STYLE}</style>"
         f"<script>{get_plotlyjs()}</script></head><body>"
-        f"<h1>{html.escape(title)}</h1>{_figures(train, valid)}<h2>Training</h2><div class='plots'>{_plots(train, valid)}</div>"
+        f"<h1>{html.escape(title)}</h1>{note}{_figures(train, valid)}"
+        f"<h2>Training</h2><div class='plots'>{_plots(train, valid)}</div>"
         f"{_samples(samples)}<h2>Config</h2><details><summary>the resolved config</summary>"
         f"<pre>{html.escape(config)}</pre></details>"
         "</body></html>"
     )
-    path = run / "report.html"
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     with naming(temporary):
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
     temporary.replace(path)
     return path
+
+
+def _config(run: Path) -> tuple[str, str]:
+    """Returns the text of a run's config, and the run's name: that of its folder if the config is missing or damaged."""
+    path = run / "config.json"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else "{}"
+    try:
+        name = json.loads(text)["JOB_NAME"]
+    except (ValueError, TypeError, KeyError):
+        name = None
+    return text, name if isinstance(name, str) else run.resolve().name
 
 
 def _figures(train: list[dict[str, Any]], valid: list[dict[str, Any]]) -> str:
@@ -56,26 +83,37 @@ def _figures(train: list[dict[str, Any]], valid: list[dict[str, Any]]) -> str:
     if not train:
         return "<p>No step has been trained yet.</p>"
     last = train[-1]
+    memory = [value / 2**30 for _, value in _points(train, "memory_peak_max")]
     shown = [
         ("steps", f"{last['step']:,}"),
-        ("tokens", f"{last['consumed_tokens']:,}"),
+        ("tokens", _number(last.get("consumed_tokens"), ",")),
         ("last loss", _number(last["loss"], ".4f")),
-        ("TGS (median)", f"{statistics.median(r['tgs'] for r in train):,.0f}"),
-        ("TFLOPS (median)", f"{statistics.median(r['tflops'] for r in train):.3g}"),
-        ("peak memory", f"{max(r['memory_peak_max'] for r in train) / 2**30:.2f} GiB"),
-        ("skipped steps", f"{sum(r['skipped'] for r in train)}"),
+        ("TGS (median)", _median(train, "tgs", ",.0f")),
+        ("TFLOPS (median)", _median(train, "tflops", ".3g")),
+        ("peak memory", f"{max(memory):.2f} GiB" if memory else "n/a"),
+        ("skipped steps", f"{sum(row.get('skipped') is True for row in train)}"),
     ]
     if valid:
         shown[3:3] = [
             ("validation loss", _number(valid[-1]["valid_loss"], ".4f")),
-            ("perplexity", _number(valid[-1]["valid_ppl"], ".2f")),
+            ("perplexity", _number(valid[-1].get("valid_ppl"), ".2f")),
         ]
     cells = "".join(f"<div class='figure'><b>{value}</b>{name}</div>" for name, value in shown)
     return f"<div class='figures'>{cells}</div>"
 
 
-def _number(value: float | None, form: str) -> str:
-    return "n/a" if value is None else format(value, form)
+def _number(value: Any, form: str) -> str:
+    return format(value, form) if isinstance(value, int | float) else "n/a"
+
+
+def _median(rows: list[dict[str, Any]], key: str, form: str) -> str:
+    values = [value for _, value in _points(rows, key)]
+    return _number(statistics.median(values) if values else None, form)
+
+
+def _points(rows: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
+    """Returns (step, value) of each row that has a number under ``key``."""
+    return [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
 
 
 def _plots(train: list[dict[str, Any]], valid: list[dict[str, Any]]) -> str:
@@ -83,9 +121,9 @@ def _plots(train: list[dict[str, Any]], valid: list[dict[str, Any]]) -> str:
     import plotly.io
 
     def series(rows: list[dict[str, Any]], key: str, name: str, scale: float = 1.0) -> Any:
-        points = [(r["step"], r[key] * scale) for r in rows if r.get(key) is not None]
+        points = _points(rows, key)
         mode = "lines+markers" if rows is valid else "lines"
-        return go.Scatter(x=[p[0] for p in points], y=[p[1] for p in points], name=name, mode=mode)
+        return go.Scatter(x=[step for step, _ in points], y=[value * scale for _, value in points], name=name, mode=mode)
 
     plots: list[tuple[str, list[Callable[[], Any]], str]] = [
         (

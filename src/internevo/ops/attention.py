@@ -47,9 +47,9 @@ def attention(
     masked = window > 0 or slopes_H is not None
     if cu_seqlens is None and masked and q_BSHN.shape[1] == k_BSKN.shape[1]:
         rows, size = q_BSHN.shape[:2]
-        borders = torch.arange(0, (rows + 1) * size, size, dtype=torch.int32, device=q_BSHN.device)
+        boundaries = torch.arange(0, (rows + 1) * size, size, dtype=torch.int32, device=q_BSHN.device)
         q, k, v = (x.reshape(1, rows * size, *x.shape[2:]) for x in (q_BSHN, k_BSKN, v_BSKN))
-        return attention(q, k, v, borders, size, window=window, slopes_H=slopes_H).view(q_BSHN.shape)
+        return attention(q, k, v, boundaries, size, window=window, slopes_H=slopes_H).view(q_BSHN.shape)
     if cu_seqlens is None:
         return _rows(q_BSHN, k_BSKN, v_BSKN, window, slopes_H)
     if q_BSHN.is_cuda and q_BSHN.dtype in (torch.float16, torch.bfloat16) and slopes_H is None:

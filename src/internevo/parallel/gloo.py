@@ -66,7 +66,7 @@ class AllGather(_Allocator):
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work | None:
-        return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=True)
+        return dist.all_gather_single(output_tensor, input_tensor, group=group, async_op=True)
 
 
 class ReduceScatter(_Allocator):

@@ -6,6 +6,7 @@ It needs no PyTorch, and runs before any process is started.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 from ..config import Config
@@ -26,6 +27,8 @@ def check(config: Config, world_size: int) -> None:
         DataError: if the tokenized data has ids outside the model's vocabulary, or cannot be read.
     """
     wrong = problems(config, world_size) + rules.missing_paths(config)
+    if config.enable_tb and find_spec("tensorboard") is None:
+        wrong.append("enable_tb = True needs the package tensorboard: pip install tensorboard, or set enable_tb = False")
     if wrong:
         raise ConfigError("the config cannot be trained:\n" + "\n".join(f"  {line}" for line in wrong))
     later = missing_features(config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+import warnings
 
 import torch
 
@@ -19,6 +20,8 @@ def prepare(config: Config, device: torch.device) -> None:
     """Sets up the process. Must be called before tensors are allocated."""
     if device.type == "cpu":
         keep_freed_memory()
+    # fully_shard warns of operations in place on a view, which a sharded embedding returns. The decoder has none.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
     torch.backends.cudnn.deterministic = config.cudnn_deterministic
     torch.backends.cudnn.benchmark = config.cudnn_benchmark
     if config.model.dtype == "tf32":

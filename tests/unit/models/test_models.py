@@ -69,8 +69,8 @@ def test_packed_documents_equal_separate_ones(family: str, data: st.DataObject, 
     theirs, model = pair(data.draw(CONFIGS[family]), seed)
     documents = [torch.randint(1, model.config.vocab_size, (1, n)) for n in sizes]
     assume(all(clear_choice(theirs, model, d) for d in documents))
-    borders = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)
-    packed = model(torch.cat(documents, dim=1), cu_seqlens=borders)
+    boundaries = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)
+    packed = model(torch.cat(documents, dim=1), cu_seqlens=boundaries)
     separate = torch.cat([model(d) for d in documents], dim=1)
     assert (packed - separate).abs().max() < 1e-5
 
@@ -78,7 +78,7 @@ def test_packed_documents_equal_separate_ones(family: str, data: st.DataObject, 
 @pytest.mark.parametrize("family", FAMILIES)
 @settings(max_examples=3, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 10**6), sizes=st.lists(st.integers(4, 24), min_size=2, max_size=5))
-def test_documents_without_borders_see_each_other(family: str, data: st.DataObject, seed: int, sizes: list[int]) -> None:
+def test_documents_without_boundaries_see_each_other(family: str, data: st.DataObject, seed: int, sizes: list[int]) -> None:
     """So that the comparison above can fail."""
     _, model = pair(data.draw(CONFIGS[family]), seed)
     documents = [torch.randint(1, model.config.vocab_size, (1, n)) for n in sizes]

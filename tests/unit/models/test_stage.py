@@ -42,13 +42,13 @@ def test_stages_one_after_the_other_equal_the_model(name: str, tied: bool, rope:
         stage.load_state_dict({key: weights[key].detach() for key, _ in stage.named_parameters()}, strict=not tied)
     tokens = torch.randint(0, 97, (1, 40))
     labels = tokens.roll(-1, dims=1)
-    borders = torch.tensor([0, 13, 13 + 20, 40], dtype=torch.int32)
-    expected = whole(tokens, cu_seqlens=borders, labels=labels)
+    boundaries = torch.tensor([0, 13, 13 + 20, 40], dtype=torch.int32)
+    expected = whole(tokens, cu_seqlens=boundaries, labels=labels)
     expected.total.backward()
 
     hidden: Tensor | Loss | None = None
     for stage in stages:
-        hidden = stage(tokens, cu_seqlens=borders, labels=labels, hidden=hidden)
+        hidden = stage(tokens, cu_seqlens=boundaries, labels=labels, hidden=hidden)
     assert isinstance(hidden, Loss)
     hidden.total.backward()
     torch.testing.assert_close(hidden.losses, expected.losses)

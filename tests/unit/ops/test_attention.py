@@ -14,11 +14,11 @@ from tests.references import assert_close_to_scale, plain_attention
 def test_attention_with_windows_and_alibi_equals_the_definition(window: int, alibi: bool) -> None:
     torch.manual_seed(window)
     sizes = [5, 0, 400, 1, 194]  # one is longer than a block of queries, and none is a multiple of a block or of the padding
-    borders = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)
+    boundaries = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)
     slopes = torch.tensor([0.5, 0.25, 0.1, 0.01]) if alibi else None
     q, k, v = (torch.randn(1, 600, heads, 8, requires_grad=True) for heads in (4, 2, 2))
-    out = ops.attention(q, k, v, borders, 512, window=window, slopes_H=slopes)
-    wanted = plain_attention(q, k, v, borders.tolist(), window, slopes)
+    out = ops.attention(q, k, v, boundaries, 512, window=window, slopes_H=slopes)
+    wanted = plain_attention(q, k, v, boundaries.tolist(), window, slopes)
     assert_close_to_scale(out, wanted)
     direction = torch.randn_like(out)
     for mine, reference in zip(*(torch.autograd.grad(y, (q, k, v), direction) for y in (out, wanted)), strict=True):

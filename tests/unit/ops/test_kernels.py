@@ -70,17 +70,17 @@ def test_attention(
     rows, total = (1, sum(lengths)) if packed else (len(lengths), lengths[0])
     q, k, v = (torch.randn(1, rows * total, n, size) for n in (count, kv_count, kv_count))
     slopes = torch.rand(count) if alibi else None
-    borders = list(itertools.accumulate(lengths, initial=0)) if packed else [total * row for row in range(rows + 1)]
+    boundaries = list(itertools.accumulate(lengths, initial=0)) if packed else [total * row for row in range(rows + 1)]
     on_device: dict[str, Any] = {"window": window, "slopes_H": None if slopes is None else slopes.to(device)}
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if packed:
-            cu_seqlens = torch.tensor(borders, dtype=torch.int32, device=device)
+            cu_seqlens = torch.tensor(boundaries, dtype=torch.int32, device=device)
             return ops.attention(q, k, v, cu_seqlens, max(lengths), **on_device)
         q_rows, k_rows, v_rows = (x.view(rows, total, *x.shape[2:]) for x in (q, k, v))
         return ops.attention(q_rows, k_rows, v_rows, **on_device).reshape(q.shape)
 
-    compare(attention, lambda q, k, v: plain_attention(q, k, v, borders, window, slopes), (q, k, v), device, dtype)
+    compare(attention, lambda q, k, v: plain_attention(q, k, v, boundaries, window, slopes), (q, k, v), device, dtype)
 
 
 @pytest.mark.parametrize(("device", "dtype"), KINDS)

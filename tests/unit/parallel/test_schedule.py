@@ -17,8 +17,8 @@ def micro_batches(count: int) -> list[MicroBatch]:
     made = []
     for _ in range(count):
         tokens = torch.randint(0, 97, (1, 24), generator=generator)
-        borders = torch.tensor([0, 11, 24], dtype=torch.int32)
-        made.append(MicroBatch(tokens, tokens.roll(-1, 1), torch.zeros_like(tokens), borders))
+        boundaries = torch.tensor([0, 11, 24], dtype=torch.int32)
+        made.append(MicroBatch(tokens, tokens.roll(-1, 1), torch.zeros_like(tokens), boundaries))
     return made
 
 

@@ -1,7 +1,6 @@
 """Views: their arithmetic, and the process groups that are made from it."""
 
 import itertools
-import time
 from typing import Any
 
 from hypothesis import given
@@ -81,12 +80,9 @@ def test_the_named_groups_are_those_of_the_views(layout: Layout) -> None:
     assert layout.axis_of("all-reduce", list(range(layout.world))) in {*layout.groups(), "world"}
 
 
-def test_the_groups_of_a_thousand_ranks_are_computed_quickly() -> None:
-    layout = Layout(1024, 8, "isp", 16, 8, 8, False, 1, 8, 2, 4)
-    begin = time.process_time()
-    groups = layout.groups()
+def test_the_groups_of_a_thousand_ranks() -> None:
+    groups = Layout(1024, 8, "isp", 16, 8, 8, False, 1, 8, 2, 4).groups()
     assert groups["weight"][0] == list(range(16)) and groups["pipeline"][0] == list(range(0, 1024, 128))
-    assert time.process_time() - begin < 10  # seconds; a loop over pairs of ranks would take minutes
 
 
 def _shapes_of_meshes(world: World, layout: Layout) -> dict[str, Any]:

@@ -64,8 +64,8 @@ def micro_batch(draw: torch.Generator, masked: float, packed: bool) -> MicroBatc
     types = torch.randint(0, len(TYPES), (2, 16), generator=draw)
     if not packed:
         return MicroBatch(tokens, labels, types, None)
-    borders = torch.tensor([0, 5, 16, 17, 32], dtype=torch.int32)
-    return MicroBatch(tokens.view(1, -1), labels.view(1, -1), types.view(1, -1), borders)
+    boundaries = torch.tensor([0, 5, 16, 17, 32], dtype=torch.int32)
+    return MicroBatch(tokens.view(1, -1), labels.view(1, -1), types.view(1, -1), boundaries)
 
 
 def step_batch(seed: int, masked: list[float], packed: bool = False) -> StepBatch:

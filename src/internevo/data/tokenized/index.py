@@ -125,7 +125,7 @@ def list_files(root: Path) -> list[tuple[str, int, int, int, int]]:
         DataError: if there is no ``.bin`` file, one has no ``.meta``, or ``internevo tokenize`` has not finished writing them.
     """
     _check_finished(root, REPLACING)
-    single = root.with_name(root.name + ".bin")
+    single = root.parent / (root.name + ".bin")
     if not root.is_dir() and not single.is_file():
         _check_finished(root)
         raise DataError(f"{root} is neither a folder of tokenized data nor the path of a .bin file without its suffix")

@@ -33,11 +33,11 @@ def test_logits_and_gradients_equal_the_reference(family: str, data: st.DataObje
     for tensor in disk.values():
         tensor.requires_grad_()
     wanted = torch.cat([REFERENCES[family](disk, config, d) for d in documents])
-    borders = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)
+    boundaries = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)
     tokens = torch.cat(documents).unsqueeze(0)
-    assert (model(tokens, cu_seqlens=borders)[0] - wanted).abs().max() < 1e-5
+    assert (model(tokens, cu_seqlens=boundaries)[0] - wanted).abs().max() < 1e-5
     labels = torch.randint(0, config["vocab_size"], tokens.shape)
-    loss = model(tokens, cu_seqlens=borders, labels=labels)
+    loss = model(tokens, cu_seqlens=boundaries, labels=labels)
     expected = torch.nn.functional.cross_entropy(wanted, labels[0], reduction="sum")
     assert abs(loss.total - expected) <= 1e-5 * expected
     loss.total.backward()
