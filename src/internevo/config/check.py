@@ -302,6 +302,3 @@ def _load(config: Config, world: int) -> Iterator[str]:
         yield 'ckpt.load_ckpt_info: a Hugging Face folder contains only weights; write content=("model",)'
     if config.monitor.sample_prompts and not config.data.tokenizer_path:
         yield "monitor.sample_prompts needs data.tokenizer_path"
-    for number, prompt in enumerate(config.monitor.sample_prompts):
-        if re.search("[\ud800-\udfff]", prompt):
-            yield f"monitor.sample_prompts.{number} = {prompt!r} is not UTF-8"
