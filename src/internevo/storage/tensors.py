@@ -10,8 +10,10 @@ Rows: a tensor is seen as a matrix [product of all other dimensions, last dimens
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
+import operator
 import os
 import queue
 import threading
@@ -31,6 +33,10 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+MAX_HEADER = 100_000_000
+"""The largest header that the safetensors library reads, in bytes."""
+MAX_SIZE = 1 << 63
+"""Sizes and offsets are less than this."""
 CHUNK_BYTES = 1 << 20
 """Bytes that are read, converted and written at once. They fit into the processor's cache."""
 
@@ -115,25 +121,26 @@ class TensorFile:
             self._read_header()
         except OSError as error:
             raise UsageError(f"{path} cannot be read: {error}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UsageError(f"{path} is not a safetensors file: {error}") from error
 
     def _read_header(self) -> None:
         size = os.fstat(self._file.fileno()).st_size
         length = int.from_bytes(self._bytes(0, min(8, size)), "little")
-        if not 2 <= length <= size - 8:
-            raise ValueError(f"its header should have {length} bytes, but the file has only {size}")
-        header: dict[str, Any] = json.loads(bytes(self._bytes(8, length)))
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            if entry["dtype"] not in DTYPES:
-                raise ValueError(f"tensor {name!r} has dtype {entry['dtype']!r}, which is not supported")
-            spec = Spec(tuple(entry["shape"]), DTYPES[entry["dtype"]])
-            begin, end = entry["data_offsets"]
-            if end - begin != spec.nbytes or 8 + length + end > size:
+        if not 2 <= length <= min(size - 8, MAX_HEADER):
+            raise ValueError(f"its header should have {length} bytes, which does not fit into the file's {size} bytes")
+        header = _parse_header(bytes(self._bytes(8, length)))
+        position = first = 8 + length
+        for name, (spec, begin, end) in sorted(header.items(), key=lambda item: item[1][1:]):
+            if end - begin != spec.nbytes or first + end > size:
                 raise ValueError(f"tensor {name!r} does not fit into the file")
-            self.specs[name], self._starts[name] = spec, 8 + length + begin
+            if first + begin != position:
+                raise ValueError(f"tensor {name!r} does not begin where the one before it ends")
+            self.specs[name], self._starts[name] = spec, position
+            position += spec.nbytes
+        if position != size:
+            raise ValueError(f"its tensors end at byte {position}, but the file has {size}")
+        self.specs = {name: self.specs[name] for name in header}
 
     def _bytes(self, offset: int, count: int) -> memoryview:
         data = memoryview(bytearray(count))
@@ -209,24 +216,28 @@ class ShardWriter:
 
     def add(self, rows: Tensor) -> None:
         """Adds the next rows. The caller must not change them afterwards."""
-        self._begin(rows.nbytes)
-        self._put(_bytes(rows.contiguous()))
+        self._append(_bytes(rows.contiguous()), rows.nbytes)
 
     def copy(self, source: ByteRange) -> None:
         """Adds the next rows from another file, unchanged. The operating system copies them from file to file."""
-        self._begin(source.nbytes)
-        self._put(source)
+        self._append(source, source.nbytes)
 
-    def _begin(self, nbytes: int) -> None:
-        """Prepares for rows of ``nbytes`` bytes: starts the next file if the current one is full."""
+    def _append(self, item: ByteRange | memoryview, nbytes: int) -> None:
+        """Gives the next bytes to the thread, and starts the next file before them if the current one is full."""
         if self._error is not None:
             self.close()
-        if self._left == 0:
-            self._shard = self._waiting.pop()
-            self._left = self._shard.nbytes
-            self._queue.put(self._shard)
-            self._put(memoryview(_header({name: self.specs[name] for name in self._shard.names})))
+        if nbytes == 0:
+            return
+        while self._left == 0:
+            self._start_next_file()
         self._left -= nbytes
+        self._put(item)
+
+    def _start_next_file(self) -> None:
+        self._shard = self._waiting.pop()
+        self._left = self._shard.nbytes
+        self._queue.put(self._shard)
+        self._put(memoryview(_header({name: self.specs[name] for name in self._shard.names})))
 
     def _put(self, item: ByteRange | memoryview) -> None:
         self._queue.put(item)
@@ -255,6 +266,8 @@ class ShardWriter:
             OSError: if writing failed.
             ValueError: if rows are missing.
         """
+        while self._left == 0 and self._waiting and self._waiting[-1].nbytes == 0:
+            self._start_next_file()  # a file whose tensors have no elements
         self._stop()
         if self._error is not None:
             raise self._error
@@ -324,6 +337,51 @@ def _reserve(descriptor: int, size: int) -> None:
             if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
                 raise
             # Some file systems cannot allocate in advance; the file then grows as it is written.
+
+
+def _parse_header(text: bytes) -> dict[str, tuple[Spec, int, int]]:
+    """Returns name -> (spec, first byte, byte after the last) of every tensor, counted from the end of the header.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError, RecursionError: if it is not a header of the format.
+    """
+    if not text.startswith(b"{"):
+        raise ValueError("its header is not a JSON object")
+    header: dict[str, Any] = json.loads(
+        text.decode(), object_pairs_hook=_unique_keys, parse_int=_natural, parse_float=_natural, parse_constant=_natural
+    )
+    for key, value in (header.pop("__metadata__", None) or {}).items():
+        key.encode()
+        if not isinstance(value, str):
+            raise ValueError(f"__metadata__ {key!r} is not a text")
+        value.encode()
+    found = {}
+    for name, entry in header.items():
+        name.encode()  # a lone surrogate is not a text
+        if entry.keys() != {"dtype", "shape", "data_offsets"}:
+            raise ValueError(f"tensor {name!r} has the keys {sorted(entry)}, which should be data_offsets, dtype and shape")
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"tensor {name!r} has dtype {entry['dtype']!r}, which is not supported")
+        shape, (begin, end) = entry["shape"], entry["data_offsets"]
+        if not isinstance(shape, list) or any(type(n) is not int for n in (*shape, begin, end)):
+            raise ValueError(f"tensor {name!r} has a shape or offsets that are not numbers")
+        if any(size >= MAX_SIZE for size in itertools.accumulate(shape, operator.mul)):
+            raise ValueError(f"tensor {name!r} has the shape {shape}, which is too large")
+        found[name] = Spec(tuple(shape), DTYPES[entry["dtype"]]), begin, end
+    return found
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError(f"its header has a key twice, among {', '.join(map(repr, values))}")
+    return values
+
+
+def _natural(text: str) -> int:
+    if not text.isdigit() or int(text) >= MAX_SIZE:
+        raise ValueError(f"its header has the number {text}; all numbers must be natural numbers below 2**63")
+    return int(text)
 
 
 def _header(specs: dict[str, Spec]) -> bytes:
