@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UsageError
-from ...storage.folders import put_in_place, temporary
+from ...storage.folders import target
 from ...storage.jsonfile import write_json
 from ...storage.tensors import ByteRange, ShardWriter, Spec, joint_dtype
 from ..config import DecoderConfig
@@ -23,6 +24,8 @@ from .naming import Naming, overlapping
 from .tokenizer import copy_tokenizer, has_tokenizer, special_ids
 from .weights import Weights, read_config
 
+MODEL_FILES = r"config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+"""Regular expression of the names of the files that are always written."""
 IGNORED = ("rotary_emb.inv_freq",)
 """Names of tensors in older files that are not needed; a name ends with one of these."""
 
@@ -91,14 +94,29 @@ def naming(config: DecoderConfig) -> Naming:
     return Naming(family(config.family).names(config), parameter_shapes(config))
 
 
-def save_hf(model: Decoder, folder: str | Path, dtype: torch.dtype | None = None, max_shard_size: int = 5 * 10**9) -> None:
+def save_hf(
+    model: Decoder,
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int = 5 * 10**9,
+    overwrite: bool = False,
+) -> None:
     """Writes a model as a Hugging Face folder: ``config.json`` and ``model*.safetensors``, with an index if there are several.
 
     Args:
+        folder: a new or empty folder.
         dtype: dtype of the weights on disk. None: each weight keeps its own.
         max_shard_size: maximum size of a file, in bytes.
+        overwrite: the folder may have files. Those of a model are replaced, and all others stay as they are.
+
+    Raises:
+        UsageError: if the folder is not empty and ``overwrite`` is False, or it cannot be written, or the family's
+            ``config.json`` cannot describe the model.
     """
-    write_hf(ModelInMemory(model.config, model), Path(folder), dtype=dtype, shard_bytes=max_shard_size)
+    if max_shard_size < 1:
+        raise UsageError(f"max_shard_size = {max_shard_size} must be at least 1 byte")
+    source = ModelInMemory(model.config, model)
+    write_hf(source, Path(folder), dtype=dtype, shard_bytes=max_shard_size, overwrite=overwrite)
 
 
 def write_hf(
@@ -108,29 +126,41 @@ def write_hf(
     dtype: torch.dtype | None = None,
     shard_bytes: int = 5 * 10**9,
     write_as: str | None = None,
+    overwrite: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Writes a Hugging Face folder. It appears under its name only when it is complete.
+    """Writes a Hugging Face folder. It has a ``config.json`` only when it is complete.
 
     Args:
         dtype: dtype of the weights on disk. None: each weight keeps its own, so that nothing is rounded.
         shard_bytes: maximum size of a file, in bytes.
         write_as: the family whose names and ``config.json`` are written. None: the family of ``source``.
+        overwrite: the folder may have files. Those of a model are replaced, and all others stay as they are.
         progress: called with (bytes written, bytes in all).
 
     Raises:
-        UsageError: if the family's ``config.json`` cannot describe the model.
+        UsageError: if the family's ``config.json`` cannot describe the model, or the folder is not empty or cannot be written.
     """
     config = as_family(source.config, write_as or source.config.family)
-    folder = folder.resolve()  # if it is a link, its target is written, and the temporary folder is next to the target
-    with temporary(folder) as new:
+    with target(folder, "config.json", _model_files(folder) if overwrite else None) as new:
         _write_weights(source, naming(config), new, dtype, shard_bytes, progress)
         special: dict[str, Any] = {}
         if source.tokenizer:
             copy_tokenizer(source.tokenizer, new)
             special = special_ids(source.tokenizer)
         write_json(new / "config.json", _config_json(source, config, special, dtype or most_common_dtype(source)), indent=2)
-        put_in_place(new, folder)
+
+
+def _model_files(folder: Path) -> list[str]:
+    """Returns the names of the files in ``folder`` that a model would replace.
+
+    Raises:
+        UsageError: if its ``config.json`` is not of a model.
+    """
+    names = [path.name for path in folder.glob("*") if re.fullmatch(MODEL_FILES, path.name)]
+    if "config.json" in names and "architectures" not in read_config(folder):
+        raise UsageError(f"{folder}/config.json is not of a Hugging Face model (it has no architectures); give another folder")
+    return names
 
 
 def _write_weights(
