@@ -48,7 +48,11 @@ class Checkpoint:
     @property
     def config(self) -> DecoderConfig:
         """The model's shape."""
-        return DecoderConfig.from_dict(self.json("model.json"))
+        try:
+            return DecoderConfig.from_dict(self.json("model.json"))
+        except (KeyError, TypeError, AttributeError) as error:
+            path = self.folder / "model.json"
+            raise CheckpointError(f"{path} does not describe a model: {type(error).__name__}: {error}") from error
 
     @property
     def tokenizer(self) -> Path | None:

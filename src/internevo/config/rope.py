@@ -61,7 +61,7 @@ ORDERED = {"llama3": ("low_freq_factor", 0, "high_freq_factor", 0), "yarn": ("be
 
 
 def problems(scaling: Any) -> Iterator[str]:
-    """Yields what is wrong with a ``rope_scaling`` or ``rope_parameters`` dict. A key with the value None counts as left out."""
+    """Yields what is wrong with a ``rope_scaling`` or ``rope_parameters`` dict. A key of value None counts as left out."""
     if not isinstance(scaling, dict):
         yield f'{scaling!r} is not an object with keys, for example {{"rope_type": "linear", "factor": 4.0}}'
         return

@@ -10,6 +10,11 @@ from .option import Section, option
 
 COMMAND = "`internevo generate` has its options on the command line"
 UPLOAD = "checkpoints are always written in the background"
+MAY_DIFFER = (
+    "model_type", "rope_base", "rope_scaling", "max_position_embeddings", "layer_norm_epsilon", "sliding_window", "use_alibi",
+    "norm_head", "add_unit_offset", "use_swiglu", "top_k", "norm_topk_prob",
+)  # fmt: skip
+"""Keys of ``model`` that do not change the names and shapes of the weights, and ``model_type``."""
 CONTENTS = ("model", "optimizer", "scheduler", "sampler", "all")
 
 
@@ -26,6 +31,21 @@ class LoadCkptInfo(Section):
     ckpt_type: Literal["internevo", "internlm", "hf", "llama", "hf_llama", "hf_model", "LLAMA", "normal"] = option(
         "internevo", 'Format of the checkpoint: "internevo" (this program\'s) or "hf" (Hugging Face\'s).'
     )
+
+    may_differ: tuple[str, ...] = option(
+        (),
+        "Keys of model (and model_type) in which the config may differ from the model that is loaded, for example rope_base. "
+        "Every other difference is an error. Possible: " + ", ".join(MAY_DIFFER) + ".",
+    )
+
+    @field_validator("may_differ", mode="before")
+    @classmethod
+    def _keys(cls, value: Any) -> Any:
+        names = tuple(str(n).removeprefix("model.") for n in ((value,) if isinstance(value, str) else tuple(value)))
+        unknown = [n for n in names if n not in MAY_DIFFER]
+        if unknown:
+            raise ValueError(f"{unknown[0]!r} is not one of {', '.join(MAY_DIFFER)}")
+        return names
 
     @field_validator("content", mode="before")
     @classmethod

@@ -177,9 +177,9 @@ class Trainer:
 
     def _observers(self) -> Observers | None:
         """On rank 0, makes the observers, and prints the first lines of the run."""
-        for line in self.start_lines:
-            log.info(line)
         if self.world.rank:
+            for line in self.start_lines:
+                log.info(line)
             return None
         (self.run / "config.json").write_text(dump(self.config), encoding="utf-8")
         config, total = self.config, self.config.data.total_steps
