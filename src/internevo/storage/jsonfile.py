@@ -14,11 +14,13 @@ def read_object(path: Path) -> dict[str, Any]:
     """Reads the JSON object in a file.
 
     Raises:
-        UsageError: if the file is not JSON, or its top level is not an object.
+        UsageError: if the file cannot be read, or is not JSON, or its top level is not an object.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise UsageError(f"{path} is JSON, but not an object ({{...}}) at its top level")

@@ -83,6 +83,8 @@ def test_old_and_new_keys_must_agree() -> None:
     assert from_hf({"rope_parameters": linear, "rope_scaling": {"type": "linear", "factor": 2}}).factor == 2.0
     with pytest.raises(UsageError, match="rope_parameters and rope_scaling contradict each other"):
         from_hf({"rope_parameters": default, "rope_scaling": linear})
+    with pytest.raises(UsageError, match="rope_theta = 500 contradicts rope_parameters, whose rope_theta is 10000"):
+        from_hf({"rope_parameters": default, "rope_theta": 500})
 
 
 @pytest.mark.parametrize("base", [0, -1, "10000", True, float("nan")], ids=repr)

@@ -22,6 +22,8 @@ def from_hf(config: dict[str, Any], default_base: float = 10000.0) -> Rope:
         if values is None or values == {}:
             continue
         if isinstance(values, dict):
+            if None not in (base, values.get("rope_theta")) and base != values["rope_theta"]:
+                raise UsageError(f"rope_theta = {base} contradicts {key}, whose rope_theta is {values['rope_theta']}")
             base = values.get("rope_theta", base)
             values = {name: value for name, value in values.items() if name != "rope_theta"}
             values = values if "type" in values else {"rope_type": "default", **values}

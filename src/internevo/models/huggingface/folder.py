@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -24,6 +25,7 @@ from .naming import Naming, overlapping
 from .tokenizer import copy_tokenizer, has_tokenizer, special_ids
 from .weights import Weights, read_config
 
+log = logging.getLogger("internevo")
 MODEL_FILES = r"config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
 """Regular expression of the names of the files that are always written."""
 IGNORED = ("rotary_emb.inv_freq",)
@@ -46,19 +48,39 @@ class HfFolder:
         self.folder = folder
         self.hf_config = read_config(folder)
         self.config = decoder_from_hf(self.hf_config, str(folder), name)
-        self.naming = naming(self.config)
         self.weights = Weights(folder)
+        if self.config.tie_embeddings and self._has_own_head():
+            log.warning(f"{folder}: config.json ties the head to the embedding, but they differ, so they are not tied")
+            self.config = replace(self.config, tie_embeddings=False)
+        self.naming = naming(self.config)
         self._check()
+
+    def _has_own_head(self) -> bool:
+        """Whether the head's weight is there and differs from the embedding. transformers does not tie them either then."""
+        head = family(self.config.family).HEAD
+        embedding = naming(self.config).by_parameter["embed.weight"][0].disk
+        if head not in self.weights.files or embedding not in self.weights.files:
+            return False
+        ours, theirs = self.weights.spec(head), self.weights.spec(embedding)
+        dtype = joint_dtype((ours.dtype, theirs.dtype))
+        return ours.shape != theirs.shape or not all(
+            torch.equal(self.weights.read(head, *rows).to(dtype), self.weights.read(embedding, *rows).to(dtype))
+            for rows in ours.chunks(0, ours.rows)
+        )
 
     def _check(self) -> None:
         for disk, shape in self.naming.shapes.items():
             if disk not in self.weights.files:
                 raise UsageError(f"{self.folder} has no tensor {disk!r}, which {self.config.family} needs")
-            found = self.weights.spec(disk).shape
-            if found != shape:
+            found = self.weights.spec(disk)
+            if found.shape != shape:
                 raise UsageError(
-                    f"{self.folder}: tensor {disk} has shape {list(found)}, but by config.json it should have {list(shape)}"
+                    f"{self.folder}: tensor {disk} has shape {list(found.shape)}, but by config.json it should have "
+                    f"{list(shape)}"
                 )
+            if not found.dtype.is_floating_point:
+                dtype = str(found.dtype).removeprefix("torch.")
+                raise UsageError(f"{self.folder}: tensor {disk} has dtype {dtype}; weights must be floating-point numbers")
         tied = [family(self.config.family).HEAD] if self.config.tie_embeddings else []
         for disk in self.weights.files:
             if disk not in self.naming.shapes and disk not in tied and not disk.endswith(IGNORED):
