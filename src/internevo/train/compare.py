@@ -8,8 +8,6 @@ from typing import Any
 from ..config.run import MAY_DIFFER, LoadCkptInfo
 from ..errors import ConfigError
 from ..models.config import DecoderConfig
-from ..models.decoder import parameter_shapes
-from ..models.linear import ADAPTER_INFIX
 
 
 def compare_models(mine: DecoderConfig, theirs: DecoderConfig, folder: Path, info: LoadCkptInfo) -> list[str]:
@@ -54,23 +52,3 @@ def _is_free(key: str, mine: DecoderConfig, theirs: DecoderConfig) -> bool:
     if key == "model.max_position_embeddings":
         return not any(model.rope and model.rope.needs_length for model in (mine, theirs))
     return key.startswith("model.moe_layer_kwargs.")
-
-
-def compare_names(config: DecoderConfig, stored: set[str], folder: Path) -> None:
-    """Compares the names of a checkpoint's tensors with those of the config's model. The checkpoint may have no adapters.
-
-    Args:
-        stored: names of the tensors that are to be loaded (KIND/NAME).
-
-    Raises:
-        ConfigError: if the checkpoint lacks a weight, or has a tensor that the model does not have.
-    """
-    known = set(parameter_shapes(config))
-    weights = {name.removeprefix("model/") for name in stored if name.startswith("model/")}
-    states = {name: name.removeprefix("optimizer/").rpartition(".")[0] for name in stored if name.startswith("optimizer/")}
-    unused = [f"model/{name}" for name in weights - known] + [name for name, weight in states.items() if weight not in known]
-    missing = [f"model/{name}" for name in known - weights if ADAPTER_INFIX not in name] if weights else []
-    for names, what in ((missing, "does not have"), (unused, "has, but the config's model does not use,")):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise ConfigError(f"{folder} {what} the tensor {min(names)}{more}: it is a checkpoint of another model")

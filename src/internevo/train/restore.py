@@ -18,7 +18,7 @@ from ..models.huggingface.folder import HfFolder
 from ..models.linear import ADAPTER_INFIX
 from ..parallel.shards import fill_local
 from ..storage.tensors import Spec
-from .compare import compare_models, compare_names
+from .compare import compare_models
 from .parts import Parts
 
 
@@ -77,7 +77,7 @@ def load_checkpoint(parts: Parts, folder: Path, wanted: LoadCkptInfo) -> list[st
             "without adapters, or with new ones, first merge those of the checkpoint (internevo convert CHECKPOINT TARGET --to "
             'internevo), and then load TARGET with content=("model",) (ckpt.load_ckpt_info)'
         )
-    compare_names(parts.decoder, {name for name in checkpoint.manifest.tensors if name.startswith(kinds)}, folder)
+    checkpoint.check_tensors(parts.decoder, kinds)
     load_tensors(checkpoint, tensors)
     state = checkpoint.json("state.json")
     if wanted.has("optimizer"):
