@@ -350,7 +350,8 @@ def _parse_header(text: bytes) -> dict[str, tuple[Spec, int, int]]:
     header: dict[str, Any] = json.loads(
         text.decode(), object_pairs_hook=_unique_keys, parse_int=_natural, parse_float=_natural, parse_constant=_natural
     )
-    for key, value in (header.pop("__metadata__", None) or {}).items():
+    metadata = header.pop("__metadata__", None)
+    for key, value in metadata.items() if metadata is not None else ():
         key.encode()
         if not isinstance(value, str):
             raise ValueError(f"__metadata__ {key!r} is not a text")

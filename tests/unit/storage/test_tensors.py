@@ -325,7 +325,7 @@ def entry(dtype: Any = "F32", shape: Any = (2, 3), offsets: Any = (0, 24)) -> di
         {"a": entry(shape=[-2, -3])}, {"a": entry(shape=[2.0, 3])}, {"a": entry(shape=[True, 6])},
         {"a": entry(offsets=[-24, 0])},
         {"a": entry(), "b": entry()}, {"a": entry(shape=[1], offsets=[20, 24])}, {"a": entry(shape=[0, 2**40, 2**40])},
-        {"a": entry(shape=[0, 10**30])}, {"__metadata__": {"x": 1}, "a": entry()}, {},
+        {"__metadata__": {"x": 1}, "a": entry()}, {"a": entry(shape=[0, 10**30])}, {"__metadata__": [], "a": entry()}, {},
     ],
 )  # fmt: skip
 def test_a_header_that_does_not_fit_is_named(tmp_path: Path, header: Any) -> None:
