@@ -40,8 +40,8 @@ class Weights:
                 self._read_index(index)
                 return
         if shards := sorted((*folder.glob("model-*.safetensors"), *folder.glob("pytorch_model-*.bin"))):
-            index = f"{shards[0].name.partition('-')[0]}{shards[0].suffix}.index.json"
-            raise UsageError(f"{shards[0]} is there, but {index} is not, which says what is in which file; copy it there")
+            missing = f"{shards[0].name.partition('-')[0]}{shards[0].suffix}.index.json"
+            raise UsageError(f"{shards[0]} is there, but {missing} is not, which says what is in which file; copy it there")
         raise UsageError(f"{folder} has no weights (model*.safetensors or pytorch_model*.bin)")
 
     def _read_index(self, path: Path) -> None:
