@@ -25,7 +25,8 @@ def compare_models(mine: DecoderConfig, theirs: DecoderConfig, folder: Path, inf
         ConfigError: if there are others. The message names every key that differs.
     """
     ours, others = mine.settings(), theirs.settings()
-    lines, wrong = [], []
+    lines: list[str] = []
+    wrong: list[str] = []
     for key in {**ours, **others}:
         a, b = ours.get(key), others.get(key)
         if a == b:

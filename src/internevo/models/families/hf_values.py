@@ -14,6 +14,7 @@ COUNTS = (
 )  # fmt: skip
 FLAGS = ("attention_bias", "mlp_bias", "bias", "qkv_bias", "tie_word_embeddings", "use_sliding_window", "norm_topk_prob")
 MAY_BE_NULL = (
+    "architectures",
     "rope_theta",
     "num_key_value_heads",
     "head_dim",
