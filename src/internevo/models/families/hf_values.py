@@ -10,7 +10,7 @@ from ...config.rope import is_number
 COUNTS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "max_position_embeddings", "model_max_length", "num_experts", "num_local_experts", "num_experts_per_tok",
-    "moe_intermediate_size", "shared_expert_intermediate_size", "decoder_sparse_step",
+    "moe_intermediate_size", "decoder_sparse_step",
 )  # fmt: skip
 FLAGS = ("attention_bias", "mlp_bias", "bias", "qkv_bias", "tie_word_embeddings", "use_sliding_window", "norm_topk_prob")
 MAY_BE_NULL = (
@@ -44,7 +44,9 @@ def _types(hf: dict[str, Any]) -> Iterator[str]:
             yield f"{key} = {value!r} must be true or false"
         elif key in ("rms_norm_eps", "rope_theta") and not (is_number(value) and value > 0):
             yield f"{key} = {value!r} must be a number above 0"
-        elif key in ("max_window_layers", "sliding_window") and not _is_count(value, least=0):
+        elif key in ("max_window_layers", "sliding_window", "shared_expert_intermediate_size") and not _is_count(
+            value, least=0
+        ):
             yield f"{key} = {value!r} must be a whole number"
         elif key == "mlp_only_layers" and not (isinstance(value, list) and all(_is_count(n, least=0) for n in value)):
             yield f"{key} = {value!r} must be a list of whole numbers"
