@@ -26,7 +26,8 @@ def make(folder: Path, family: str, gigabytes: float, width: int = 4096) -> None
 
     from internevo.models.families.registry import decoder_from_hf
     from internevo.models.huggingface.folder import naming
-    from internevo.storage.tensors import ShardWriter, Spec
+    from internevo.storage.header import Spec
+    from internevo.storage.tensors import ShardWriter
 
     common: dict[str, Any] = {
         "hidden_size": width, "num_attention_heads": width // 128, "num_key_value_heads": width // 512, "vocab_size": 32000,

@@ -67,9 +67,12 @@ def parse_size(text: str) -> int:
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
     number, unit = text[:-2], text[-2:].upper()
     try:
-        return int(float(number) * units[unit])
-    except (KeyError, ValueError):
-        raise UsageError(f"{text!r} is not a size: give a number and KB, MB, GB or TB, for example 5GB") from None
+        size = int(float(number) * units[unit])
+        if size < 1:
+            raise ValueError
+        return size
+    except (KeyError, ValueError, OverflowError):
+        raise UsageError(f"{text!r} is not a size: give a number above 0 and KB, MB, GB or TB, for example 5GB") from None
 
 
 def _epilog(example: str) -> str:
@@ -154,6 +157,9 @@ def convert(
         Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Dtype of the weights (default: as in the source).")
     ] = None,
     max_shard_size: Annotated[int, typer.Option(parser=parse_size, metavar="SIZE", help="Maximum size of a file.")] = "5GB",  # type: ignore[assignment]
+    overwrite: Annotated[
+        bool, typer.Option(help="With --to hf: replace the files of a model in the target; other files stay as they are.")
+    ] = False,
 ) -> None:
     """Convert weights to Hugging Face's format, or from it to a checkpoint."""
     from .commands.convert import convert_with_progress
@@ -167,6 +173,7 @@ def convert(
         write_as=write_as,
         dtype=DTYPES[dtype] if dtype else None,
         shard_bytes=max_shard_size,
+        overwrite=overwrite,
     )
 
 

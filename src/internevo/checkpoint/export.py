@@ -55,7 +55,7 @@ class Exporter:
             return
         target = self.run / EXPORTS / folder.name
         try:
-            write_hf(merged(Checkpoint(folder)), target, dtype=self.dtype)
+            write_hf(merged(Checkpoint(folder)), target, dtype=self.dtype, overwrite=True)
         except Exception as error:
             reason = str(error) if isinstance(error, InternEvoError | OSError) else f"{type(error).__name__}: {error}"
             self.warn(

@@ -22,29 +22,31 @@ class Extras:
     """Path of the tokenizer, if there is one."""
 
 
-def complete(temporary: Path, folder: Path, manifest: Manifest, extras: Extras, durable: bool = True) -> None:
-    """Completes a checkpoint whose tensors have been written: adds the other files and the manifest, and renames the folder.
+def complete(temporary: Path, folder: Path, manifest: Manifest, extras: Extras) -> None:
+    """Finishes a checkpoint whose tensors have been written, waits until it is on disk, and renames the folder.
 
     Args:
         temporary: the folder with the tensors, under its temporary name.
         folder: the final name. A folder that already has it is replaced.
         manifest: has the tensors and their files; the entries of the other files are added.
-        durable: wait until all files are on disk, so that even after a power cut a folder with a manifest is complete.
     """
+    add_files(temporary, manifest, extras)
+    _sync_all(temporary)
+    manifest.write(temporary)
+    _sync_all(temporary)  # even after a power cut, a folder with a manifest is complete
+    put_in_place(temporary, folder)  # may replace an older snapshot, or the same step from before a resume
+
+
+def add_files(folder: Path, manifest: Manifest, extras: Extras) -> None:
+    """Writes the files of a checkpoint that are not tensors, and adds their entries to the manifest, which is not written."""
     for name, values in extras.json.items():
-        write_json(temporary / name, values, indent=1)
+        write_json(folder / name, values, indent=1)
     if extras.tokenizer is not None:
-        copy_tokenizer(extras.tokenizer, temporary / "tokenizer")
-    for path in sorted(temporary.rglob("*")):
-        name = path.relative_to(temporary).as_posix()
+        copy_tokenizer(extras.tokenizer, folder / "tokenizer")
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
         if path.is_file() and name not in manifest.files:
             manifest.files[name] = describe_file(path)
-    if durable:
-        _sync_all(temporary)
-    manifest.write(temporary)
-    if durable:
-        _sync_all(temporary)
-    put_in_place(temporary, folder)  # may replace an older snapshot, or the same step from before a resume
 
 
 def _sync_all(folder: Path) -> None:

@@ -12,8 +12,11 @@ from torch import Tensor
 
 from ..errors import CheckpointError, UsageError
 from ..models.config import DecoderConfig
+from ..models.decoder import parameter_shapes
+from ..models.linear import ADAPTER_INFIX
 from ..storage.folders import clean_up, find_folders
-from ..storage.tensors import ByteRange, Spec, TensorFile
+from ..storage.header import Spec
+from ..storage.tensors import ByteRange, TensorFile
 from .manifest import NAME, Chunk, Manifest, TensorEntry
 
 CHECKPOINTS, SNAPSHOTS, EXPORTS = "checkpoints", "snapshots", "hf"
@@ -48,7 +51,11 @@ class Checkpoint:
     @property
     def config(self) -> DecoderConfig:
         """The model's shape."""
-        return DecoderConfig.from_dict(self.json("model.json"))
+        try:
+            return DecoderConfig.from_dict(self.json("model.json"))
+        except (KeyError, TypeError, AttributeError) as error:
+            path = self.folder / "model.json"
+            raise CheckpointError(f"{path} does not describe a model: {type(error).__name__}: {error}") from error
 
     @property
     def tokenizer(self) -> Path | None:
@@ -60,6 +67,32 @@ class Checkpoint:
     def hf_config(self) -> dict[str, Any]:
         """The ``config.json`` of the Hugging Face folder that the checkpoint was converted from; otherwise empty."""
         return self.json(HF_CONFIG) if (self.folder / HF_CONFIG).is_file() else {}
+
+    def check_tensors(self, config: DecoderConfig, kinds: tuple[str, ...] = ("model/",)) -> None:
+        """Compares the tensors with the weights of a model. Adapters may be missing.
+
+        Args:
+            config: the model.
+            kinds: kinds of tensors that are to be loaded, out of "model/" and "optimizer/".
+
+        Raises:
+            CheckpointError: if a weight is missing or has another shape, or there is a tensor that the model does not use.
+        """
+        shapes = parameter_shapes(config)
+        names = [name for name in self.manifest.tensors if name.startswith(kinds)]
+        weights = {name.removeprefix("model/") for name in names if name.startswith("model/")}
+        states = {name for name in names if name.startswith("optimizer/")}
+        unused = {f"model/{name}" for name in weights - shapes.keys()}
+        unused |= {name for name in states if name.removeprefix("optimizer/").rpartition(".")[0] not in shapes}
+        missing = {f"model/{name}" for name in shapes.keys() - weights if ADAPTER_INFIX not in name} if weights else set()
+        other = {f"model/{n}" for n in weights & shapes.keys() if self.manifest.tensors[f"model/{n}"].shape != list(shapes[n])}
+        for found, what in (
+            (missing, "does not have the tensor"), (unused, "has a tensor that its model does not use:"),
+            (other, "has another shape of the tensor"),
+        ):  # fmt: skip
+            if found:
+                more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+                raise CheckpointError(f"{self.folder} {what} {min(found)}{more}: its files are not of the model in model.json")
 
     def dtype_of(self, name: str) -> torch.dtype:
         """Returns the dtype of a weight on disk."""

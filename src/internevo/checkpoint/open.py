@@ -11,7 +11,8 @@ from ..models.decoder import Decoder
 from ..models.huggingface.folder import HfFolder
 from ..models.huggingface.merge import merged
 from ..models.source import ParameterSource, load_parameters
-from .folder import Checkpoint, find_checkpoint
+from .folder import CHECKPOINTS, Checkpoint, find_checkpoint
+from .manifest import NAME
 
 
 def open_source(folder: Path, family: str | None = None) -> ParameterSource:
@@ -26,11 +27,13 @@ def open_source(folder: Path, family: str | None = None) -> ParameterSource:
             that is the reason.
     """
     if not folder.is_dir():
-        raise UsageError(f"model folder {folder} does not exist")
+        raise UsageError(f"model folder {folder} " + ("is a file; give its folder" if folder.exists() else "does not exist"))
     try:
-        return merged(Checkpoint(find_checkpoint(folder)))
+        checkpoint = Checkpoint(find_checkpoint(folder))
+        checkpoint.check_tensors(checkpoint.config)
+        return merged(checkpoint)
     except CheckpointError as error:
-        is_ours = (folder / "checkpoints").is_dir() or (folder / "state.json").is_file()
+        is_ours = any((folder / name).exists() for name in (CHECKPOINTS, "state.json", NAME))
         if is_ours:
             raise
         if not (folder / "config.json").is_file():

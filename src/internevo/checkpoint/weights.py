@@ -12,11 +12,12 @@ import torch
 from .. import __version__
 from ..models.decoder import parameter_shapes
 from ..models.source import ParameterSource, write_rows
-from ..storage.folders import temporary
-from ..storage.tensors import ShardWriter, Spec
-from .finish import Extras, complete
+from ..storage.folders import target
+from ..storage.header import Spec
+from ..storage.tensors import ShardWriter
+from .finish import Extras, add_files
 from .folder import HF_CONFIG
-from .manifest import Checksums, Chunk, FileEntry, Manifest, TensorEntry
+from .manifest import NAME, Checksums, Chunk, FileEntry, Manifest, TensorEntry
 
 
 def write_checkpoint(
@@ -27,15 +28,15 @@ def write_checkpoint(
     shard_bytes: int = 5 * 10**9,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Writes the weights of ``source`` as a checkpoint. The folder appears only when it is complete.
+    """Writes the weights of ``source`` as a checkpoint. It has a manifest only when it is complete.
 
     Args:
+        folder: a new or empty folder.
         dtype: dtype of the weights on disk; None: that of each weight in the source.
         shard_bytes: maximum size of a file.
         progress: is called with the number of bytes written and the total.
     """
-    folder = folder.resolve()  # if it is a link, its target is written, on the target's disk
-    with temporary(folder) as new:
+    with target(folder, NAME) as new:
         files, tensors = _write_weights(source, new, dtype, shard_bytes, progress)
         versions = {"internevo": __version__, "torch": torch.__version__}
         manifest = Manifest(
@@ -44,7 +45,8 @@ def write_checkpoint(
         values: dict[str, Any] = {"model.json": source.config.to_dict(), "state.json": {"step": 0}}
         if source.hf_config:
             values[HF_CONFIG] = source.hf_config
-        complete(new, folder, manifest, Extras(values, source.tokenizer), durable=False)
+        add_files(new, manifest, Extras(values, source.tokenizer))
+        manifest.write(new)
 
 
 def _write_weights(

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
+from ..checkpoint.folder import CHECKPOINTS, SNAPSHOTS
 from ..checkpoint.open import open_source
 from ..checkpoint.weights import write_checkpoint
 from ..errors import UsageError
 from ..models.huggingface.folder import write_hf
+from ..storage.folders import check_target
 from .progress import progress_bar
 
 
@@ -25,32 +27,43 @@ def convert(
     write_as: str | None = None,
     dtype: torch.dtype | None = None,
     shard_bytes: int = 5 * 10**9,
+    overwrite: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Converts a Hugging Face folder or a checkpoint to either of them. Only a few rows of one tensor are in memory at a time.
 
     Args:
         source: a Hugging Face folder, a checkpoint, or a run folder, whose newest checkpoint is used.
-        target: a new or empty folder.
+        target: a new or empty folder, outside of the source.
         to: "hf", or "internevo" for a checkpoint with weights only.
         family: the family of a source that does not name it.
         write_as: the family as which a Hugging Face folder is written; None: the model's own.
         dtype: dtype of the weights in the target; None: that of each weight in the source.
         shard_bytes: maximum size of a file.
+        overwrite: with "hf", the target may have files. Those of a model are replaced, and all others stay as they are.
         progress: is called with the number of bytes written and the total.
 
     Raises:
-        UsageError: if the target is not empty, or the options contradict each other.
+        UsageError: if the target cannot be written or is not empty, or the options contradict each other.
     """
-    if target.exists() and any(target.iterdir()):
-        raise UsageError(f"target {target} is not empty; give another folder")
-    if write_as and to != "hf":
-        raise UsageError("--as is only for Hugging Face folders: use it with --to hf")
+    for option, given in (("--as", write_as), ("--overwrite", overwrite)):
+        if given and to != "hf":
+            raise UsageError(f"{option} is only for Hugging Face folders: use it with --to hf")
+    check_target(target, overwrite)
+    _check_outside(source, target)
     model = open_source(source, family)
     if to == "hf":
-        write_hf(model, target, dtype=dtype, shard_bytes=shard_bytes, write_as=write_as, progress=progress)
+        write_hf(model, target, dtype=dtype, shard_bytes=shard_bytes, write_as=write_as, overwrite=overwrite, progress=progress)
     else:
         write_checkpoint(model, target, dtype=dtype, shard_bytes=shard_bytes, progress=progress)
+
+
+def _check_outside(source: Path, target: Path) -> None:
+    """Raises a UsageError if ``target`` is in the model's own folder, where it would be deleted together with it."""
+    is_run = (source / CHECKPOINTS).is_dir()
+    for folder in (source / CHECKPOINTS, source / SNAPSHOTS) if is_run else (source,):
+        if folder.resolve() in (target.resolve(), *target.resolve().parents):
+            raise UsageError(f"target {target} is inside {folder}; give a folder outside of it")
 
 
 def convert_with_progress(source: Path, target: Path, to: str, **options: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -60,8 +59,7 @@ def run(config: Path, folder: Path, steps: int | None) -> None:
     say("\n[bold]3. Text that the model writes[/bold]")
     _internevo("generate", str(trained), "--prompt", "def ", "--max-new-tokens", "80", "--temperature", "0.8", "--seed", "1")
     say("\n[bold]4. Export to Hugging Face, and a comparison of the logits[/bold]")
-    shutil.rmtree(exported, ignore_errors=True)
-    _internevo("convert", str(trained), str(exported), "--to", "hf")
+    _internevo("convert", str(trained), str(exported), "--to", "hf", "--overwrite")
     difference = compare_with_transformers(exported)
     say(f"transformers loads {exported}; largest difference of the logits: {difference:.1e}")
     if not difference < 1e-3:

@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from . import rope
 from .data import STREAMS
-from .model import ROPE_KINDS
 from .option import MAX_SIZE, unavailable
 from .schema import Config
 
@@ -143,11 +143,8 @@ def _heads(config: Config, world: int) -> Iterator[str]:
 
 
 def _rope(config: Config, world: int) -> Iterator[str]:
-    scaling = config.model.rope_scaling
-    if scaling is not None and scaling.get("rope_type", scaling.get("type")) not in ROPE_KINDS:
-        yield f"model.rope_scaling = {scaling!r}: its rope_type must be one of {', '.join(ROPE_KINDS)}"
-    if scaling is not None and config.model.use_dynamic_ntk_rope:
-        yield "model.rope_scaling and model.use_dynamic_ntk_rope both set the scaling of the rotary embedding; leave one out"
+    for line in rope.problems(config.model.rope_scaling) if config.model.rope_scaling is not None else ():
+        yield f"model.rope_scaling: {line}"
 
 
 def _axes(config: Config, world: int) -> Iterator[str]:

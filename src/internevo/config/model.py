@@ -8,7 +8,6 @@ from pydantic import Field, field_validator
 
 from .option import MAX_SIZE, REQUIRED, Section, dtype_name, listed, option
 
-ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 KERNELS = "the fastest kernel for the device is chosen in one place (internevo/ops)"
 ROTARY = "rotary pairs are always half-split, as in Hugging Face's models; weights are reordered when they are converted"
 
@@ -133,14 +132,16 @@ class Model(Section):
     rope_scaling: dict[str, Any] | None = option(
         None,
         'Scaling of the rotary embedding, written as in Hugging Face, for example {"rope_type": "linear", "factor": 4.0}. '
-        "Kinds: linear, dynamic, llama3, yarn.",
+        "Kinds, and their keys besides rope_type: linear (factor); dynamic (factor); llama3 (factor, low_freq_factor, "
+        "high_freq_factor, original_max_position_embeddings); yarn (factor, original_max_position_embeddings, "
+        "attention_factor, beta_fast, beta_slow, mscale, mscale_all_dim, truncate).",
     )
     use_dynamic_ntk_rope: bool = option(
         False,
         "Scale the rotary embedding of documents that are longer than max_position_embeddings, by rope_scaling_factor (dynamic "
         "NTK).",
     )
-    rope_scaling_factor: float = option(1.0, "Factor of use_dynamic_ntk_rope.", gt=0)
+    rope_scaling_factor: float = option(1.0, "Factor of use_dynamic_ntk_rope.", ge=1)
     rope_type: Literal["normal", "native", "dynamic_ntk"] = option(
         "normal", "QWEN2's name for the kind of rotary embedding. dynamic_ntk: the same as use_dynamic_ntk_rope."
     )

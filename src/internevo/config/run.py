@@ -11,6 +11,11 @@ from .option import MAX_SIZE, PathText, Section, listed, option
 COMMAND = "`internevo generate` has its options on the command line"
 LOADING = "load_ckpt_info says what is loaded"
 UPLOAD = "checkpoints are always written in the background"
+MAY_DIFFER = (
+    "model_type", "rope_base", "rope_scaling", "max_position_embeddings", "layer_norm_epsilon", "sliding_window", "use_alibi",
+    "norm_head", "add_unit_offset", "use_swiglu", "top_k", "norm_topk_prob",
+)  # fmt: skip
+"""Keys of ``model`` that do not change the names and shapes of the weights, and ``model_type``."""
 CONTENTS = ("model", "optimizer", "scheduler", "sampler", "all")
 
 
@@ -27,6 +32,26 @@ class LoadCkptInfo(Section):
     ckpt_type: Literal["internevo", "internlm", "hf", "llama", "hf_llama", "hf_model", "LLAMA", "normal"] = option(
         "internevo", 'Format of the checkpoint: "internevo" (this program\'s) or "hf" (Hugging Face\'s).'
     )
+
+    may_differ: tuple[str, ...] = option(
+        (),
+        "Keys of model (and model_type) in which the config may differ from the model that is loaded, for example rope_base. "
+        "Every other difference is an error. Possible: " + ", ".join(MAY_DIFFER) + ".",
+    )
+
+    @field_validator("may_differ", mode="before")
+    @classmethod
+    def _one(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("may_differ")
+    @classmethod
+    def _keys(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        names = tuple(name.removeprefix("model.") for name in value)
+        unknown = [name for name in names if name not in MAY_DIFFER]
+        if unknown:
+            raise ValueError(f"{unknown[0]!r} is not one of {', '.join(MAY_DIFFER)}")
+        return names
 
     @field_validator("content", mode="before")
     @classmethod

@@ -17,6 +17,12 @@ class Rope:
     options: dict[str, float] = field(default_factory=dict)
     """Other numbers that the kind needs: low_freq_factor, beta_fast, attention_factor, ..."""
 
+    @property
+    def needs_length(self) -> bool:
+        """Whether the angles depend on the decoder's ``max_position_embeddings``."""
+        has_length = "original_max_position_embeddings" in self.options
+        return self.kind == "dynamic" or (self.kind in ("llama3", "yarn") and not has_length)
+
 
 @dataclass(frozen=True)
 class Experts:
@@ -121,6 +127,52 @@ class DecoderConfig:
         lora = lora and Lora(**{**lora, "targets": tuple(lora["targets"])})
         windows = tuple(values.get("windows", ()))
         return cls(**{**values, "rope": rope and Rope(**rope), "experts": experts, "windows": windows, "lora": lora})
+
+    def settings(self) -> dict[str, Any]:
+        """Returns the keys of a config that describe this decoder, with their values. Adapters are not among them."""
+        rope, moe = self.rope, self.experts
+        scaling = None
+        if rope and rope.kind != "default":
+            scaling = {"rope_type": rope.kind, "factor": rope.factor, **rope.options}
+        values: dict[str, Any] = {
+            "model_type": self.family,
+            "model.num_layers": self.num_layers,
+            "model.hidden_size": self.hidden_size,
+            "model.vocab_size": self.vocab_size,
+            "model.num_attention_heads": self.num_heads,
+            "model.num_kv_attention_heads": self.num_kv_heads,
+            "model.head_dim": self.head_dim,
+            "model.intermediate_size": self.intermediate_size if not moe or moe.dense_layers else None,
+            "model.layer_norm_epsilon": self.norm_eps,
+            "model.qkv_bias": self.qkv_bias,
+            "model.o_bias": self.o_bias,
+            "model.mlp_bias": self.mlp_bias,
+            "model.tie_word_embeddings": self.tie_embeddings,
+            "model.use_alibi": rope is None,
+            "model.rope_base": rope and rope.base,
+            "model.rope_scaling": scaling,
+            "model.max_position_embeddings": self.max_position_embeddings,
+            "model.sliding_window": list(self.windows) or None,
+            "model.norm_head": self.norm_head,
+            "model.add_unit_offset": self.norm_unit_offset,
+            "model.use_swiglu": self.activation == "silu",
+            "qk_norm (a fact of model_type)": self.qk_norm,
+            "scale_embedding (a fact of model_type)": self.scale_embedding,
+            "model.num_experts": moe.count if moe else 1,
+        }
+        if moe:
+            values |= {
+                "model.top_k": moe.top_k,
+                "model.moe_intermediate_size": moe.size,
+                "model.norm_topk_prob": moe.normalize,
+                "model.shared_expert_intermediate_size": moe.shared_size,
+                "model.mlp_only_layers": list(moe.dense_layers),
+                "model.moe_layer_kwargs.capacity_factor": moe.capacity_factor,
+                "model.moe_layer_kwargs.eval_capacity_factor": moe.eval_capacity_factor,
+                "model.moe_layer_kwargs.min_capacity": moe.min_capacity,
+                "model.moe_layer_kwargs.drop_policy": moe.drop_policy,
+            }
+        return values
 
     def is_sparse(self, layer: int) -> bool:
         """Whether a layer has experts."""

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..storage.tensors import ByteRange, ShardWriter, Spec, as_rows
+from ..storage.header import Spec
+from ..storage.tensors import ByteRange, ShardWriter, as_rows
 from .config import DecoderConfig
 from .decoder import parameter_shapes
 

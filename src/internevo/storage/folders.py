@@ -15,9 +15,11 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from ..errors import UsageError
 
 
 def shared_temporary(folder: Path) -> Path:
@@ -29,11 +31,70 @@ def shared_temporary(folder: Path) -> Path:
 def temporary(folder: Path) -> Iterator[Path]:
     """Makes an empty folder next to ``folder``. It is removed at the end, unless ``put_in_place`` has renamed it."""
     path = _temporary_name(folder, "tmp")
-    path.mkdir(parents=True)
+    try:
+        path.mkdir(parents=True)
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be written: {error.strerror}: {error.filename}") from error
     try:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def target(folder: Path, last: str, replaced: Iterable[str] | None = None) -> Iterator[Path]:
+    """Makes an empty folder. At the end, unless there was an error, its files are moved to ``folder``.
+
+    A ``folder`` that did not exist appears when it is complete. Other files of one that exists stay as they are.
+
+    Args:
+        folder: if it is a link, its target is written, on the target's disk.
+        last: name of the file without which ``folder`` is not complete. It is deleted first and moved last.
+        replaced: names of the files in ``folder`` that the new ones replace. None: ``folder`` must be empty.
+
+    Raises:
+        UsageError: if ``folder`` is a file, or cannot be written, or has files that may not be replaced. Nothing is changed.
+    """
+    folder = folder.resolve()
+    check_target(folder, replaced is not None)
+    exists = folder.is_dir()
+    with temporary(folder / "new" if exists else folder) as new:
+        yield new
+        if exists:
+            _move_files(new, folder, last, replaced or ())
+        else:
+            new.rename(folder)
+            sync(folder.parent)
+
+
+def check_target(folder: Path, may_have_files: bool = False) -> None:
+    """Checks that a command may write to ``folder``, before it does any work.
+
+    Raises:
+        UsageError: if ``folder`` is a file, or cannot be written, or is not empty (unless ``may_have_files``).
+    """
+    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not nearest.is_dir():
+        raise UsageError(f"{folder} cannot be written: {nearest} is not a folder; give another folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UsageError(f"{folder} cannot be written: you have no permission to write to {nearest}; give another folder")
+    if nearest == folder and not may_have_files and (names := os.listdir(folder)):
+        raise UsageError(f"{folder} is not empty (it has {min(names)}); give another folder")
+
+
+def _move_files(new: Path, folder: Path, last: str, replaced: Iterable[str]) -> None:
+    names = sorted(
+        (p.relative_to(new).as_posix() for p in new.rglob("*") if p.is_file()), key=lambda name: (name == last, name)
+    )
+    for name in names:
+        if (folder / name).is_dir():
+            raise UsageError(f"{folder / name} is a folder, and a file of this name is to be written; give another folder")
+    for name in (last, *replaced):
+        (folder / name).unlink(missing_ok=True)
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (new / name).replace(folder / name)
+    sync(folder)
 
 
 def put_in_place(new: Path, folder: Path) -> None:

@@ -15,10 +15,12 @@ def read_object(path: Path) -> dict[str, Any]:
     """Reads the JSON object in a file.
 
     Raises:
-        UsageError: if the file is not JSON, or its top level is not an object.
+        UsageError: if the file cannot be read, or is not JSON, or its top level is not an object.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))  # a byte order mark is left out
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):

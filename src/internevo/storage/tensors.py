@@ -10,7 +10,6 @@ Rows: a tensor is seen as a matrix [product of all other dimensions, last dimens
 from __future__ import annotations
 
 import errno
-import json
 import math
 import os
 import queue
@@ -24,48 +23,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from .header import MAX_HEADER, Spec, make_header, parse_header
 from .naming import naming
-
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
-CODES = {dtype: code for code, dtype in DTYPES.items()}
-CHUNK_BYTES = 1 << 20
-"""Bytes that are read, converted and written at once. They fit into the processor's cache."""
-
-
-@dataclass(frozen=True)
-class Spec:
-    """A tensor's shape and dtype."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def rows(self) -> int:
-        """The number of rows."""
-        return math.prod(self.shape[:-1]) if len(self.shape) > 1 else math.prod(self.shape)
-
-    @property
-    def row_shape(self) -> tuple[int, ...]:
-        """The shape of one row: [last dimension], or [] for a vector."""
-        return self.shape[-1:] if len(self.shape) > 1 else ()
-
-    @property
-    def nbytes(self) -> int:
-        """The size in bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def chunks(self, start: int, count: int) -> Iterable[tuple[int, int]]:
-        """Divides ``count`` rows from row ``start`` into chunks of at most ``CHUNK_BYTES``, or of one row if a row is larger.
-
-        Yields:
-            (first row, number of rows) of each chunk.
-        """
-        step = max(1, CHUNK_BYTES // max(1, math.prod(self.row_shape) * self.dtype.itemsize))
-        return ((row, min(step, start + count - row)) for row in range(start, start + count, step))
 
 
 def as_rows(tensor: Tensor) -> Tensor:
@@ -116,25 +75,26 @@ class TensorFile:
             self._read_header()
         except OSError as error:
             raise UsageError(f"{path} cannot be read: {error}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UsageError(f"{path} is not a safetensors file: {error}") from error
 
     def _read_header(self) -> None:
         size = os.fstat(self._file.fileno()).st_size
         length = int.from_bytes(self._bytes(0, min(8, size)), "little")
-        if not 2 <= length <= size - 8:
-            raise ValueError(f"its header should have {length} bytes, but the file has only {size}")
-        header: dict[str, Any] = json.loads(bytes(self._bytes(8, length)))
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            if entry["dtype"] not in DTYPES:
-                raise ValueError(f"tensor {name!r} has dtype {entry['dtype']!r}, which is not supported")
-            spec = Spec(tuple(entry["shape"]), DTYPES[entry["dtype"]])
-            begin, end = entry["data_offsets"]
-            if end - begin != spec.nbytes or 8 + length + end > size:
+        if not 2 <= length <= min(size - 8, MAX_HEADER):
+            raise ValueError(f"its header should have {length} bytes, which does not fit into the file's {size} bytes")
+        header = parse_header(bytes(self._bytes(8, length)))
+        position = first = 8 + length
+        for name, (spec, begin, end) in sorted(header.items(), key=lambda item: item[1][1:]):
+            if end - begin != spec.nbytes or first + end > size:
                 raise ValueError(f"tensor {name!r} does not fit into the file")
-            self.specs[name], self._starts[name] = spec, 8 + length + begin
+            if first + begin != position:
+                raise ValueError(f"tensor {name!r} does not begin where the one before it ends")
+            self.specs[name], self._starts[name] = spec, position
+            position += spec.nbytes
+        if position != size:
+            raise ValueError(f"its tensors end at byte {position}, but the file has {size}")
+        self.specs = {name: self.specs[name] for name in header}
 
     def _bytes(self, offset: int, count: int) -> memoryview:
         data = memoryview(bytearray(count))
@@ -210,24 +170,28 @@ class ShardWriter:
 
     def add(self, rows: Tensor) -> None:
         """Adds the next rows. The caller must not change them afterwards."""
-        self._begin(rows.nbytes)
-        self._put(_bytes(rows.contiguous()))
+        self._append(_bytes(rows.contiguous()), rows.nbytes)
 
     def copy(self, source: ByteRange) -> None:
         """Adds the next rows from another file, unchanged. The operating system copies them from file to file."""
-        self._begin(source.nbytes)
-        self._put(source)
+        self._append(source, source.nbytes)
 
-    def _begin(self, nbytes: int) -> None:
-        """Prepares for rows of ``nbytes`` bytes: starts the next file if the current one is full."""
+    def _append(self, item: ByteRange | memoryview, nbytes: int) -> None:
+        """Gives the next bytes to the thread, and starts the next file before them if the current one is full."""
         if self._error is not None:
             self.close()
-        if self._left == 0:
-            self._shard = self._waiting.pop()
-            self._left = self._shard.nbytes
-            self._queue.put(self._shard)
-            self._put(memoryview(_header({name: self.specs[name] for name in self._shard.names})))
+        if nbytes == 0:
+            return
+        while self._left == 0:
+            self._start_next_file()
         self._left -= nbytes
+        self._put(item)
+
+    def _start_next_file(self) -> None:
+        self._shard = self._waiting.pop()
+        self._left = self._shard.nbytes
+        self._queue.put(self._shard)
+        self._put(memoryview(make_header({name: self.specs[name] for name in self._shard.names})))
 
     def _put(self, item: ByteRange | memoryview) -> None:
         self._queue.put(item)
@@ -256,6 +220,8 @@ class ShardWriter:
             OSError: if writing failed.
             ValueError: if rows are missing.
         """
+        while self._left == 0 and self._waiting and self._waiting[-1].nbytes == 0:
+            self._start_next_file()  # a file whose tensors have no elements
         self._stop()
         if self._error is not None:
             raise self._error
@@ -335,15 +301,3 @@ def _reserve(descriptor: int, size: int) -> None:
             if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
                 raise
             # Some file systems cannot allocate in advance; the file then grows as it is written.
-
-
-def _header(specs: dict[str, Spec]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for name, spec in specs.items():
-        ends = [position, position + spec.nbytes]
-        entries[name] = {"dtype": CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": ends}
-        position = ends[1]
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text

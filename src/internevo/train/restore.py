@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..checkpoint import Checkpoint, complete_checkpoints, find_checkpoint
+from ..checkpoint.folder import CHECKPOINTS
 from ..checkpoint.load import load_tensors
+from ..checkpoint.manifest import NAME
 from ..checkpoint.storage import KINDS
 from ..config.run import LoadCkptInfo
-from ..errors import CheckpointError, UsageError
-from ..models.config import DecoderConfig
-from ..models.decoder import parameter_shapes
+from ..errors import CheckpointError, ConfigError
 from ..models.huggingface.folder import HfFolder
 from ..models.linear import ADAPTER_INFIX
 from ..parallel.shards import fill_local
-from ..storage.tensors import Spec
+from ..storage.header import Spec
+from .compare import compare_models
 from .parts import Parts
 
 
@@ -30,6 +30,9 @@ def restore(parts: Parts, run: Path) -> list[str]:
 
     Returns:
         Lines for the user about what was loaded.
+
+    Raises:
+        ConfigError: if what is loaded has another model than the config, or another format than the config says.
     """
     ckpt = parts.config.ckpt
     if ckpt.auto_resume and ckpt.enable_save_ckpt and (found := complete_checkpoints(run)):
@@ -37,9 +40,15 @@ def restore(parts: Parts, run: Path) -> list[str]:
     info = ckpt.load_ckpt_info
     if info is None or info.path is None:
         return []
-    if info.ckpt_type.startswith("hf"):
-        return load_hf(parts, Path(info.path))
-    return load_checkpoint(parts, find_checkpoint(Path(info.path)), info)
+    path, is_hf = Path(info.path), info.ckpt_type.startswith("hf")
+    is_ours = (path / NAME).is_file() or (path / CHECKPOINTS).is_dir()
+    if is_hf and is_ours:
+        raise ConfigError(
+            f"ckpt.load_ckpt_info: {path} is a checkpoint or run folder; leave out ckpt_type = {info.ckpt_type!r}"
+        )
+    if not is_hf and not is_ours and (path / "config.json").is_file():
+        raise ConfigError(f'ckpt.load_ckpt_info: {path} is a Hugging Face folder; set ckpt_type="hf" and content=("model",)')
+    return load_hf(parts, path, info) if is_hf else load_checkpoint(parts, find_checkpoint(path), info)
 
 
 def load_checkpoint(parts: Parts, folder: Path, wanted: LoadCkptInfo) -> list[str]:
@@ -49,9 +58,11 @@ def load_checkpoint(parts: Parts, folder: Path, wanted: LoadCkptInfo) -> list[st
         Lines for the user about what was loaded.
 
     Raises:
-        CheckpointError: if the checkpoint is damaged, has no such content, or is not of the same model or the same data.
+        CheckpointError: if the checkpoint is damaged, has no such content or other adapters, or is not of the same data.
+        ConfigError: if it is not of the config's model.
     """
     checkpoint = Checkpoint(folder)
+    lines = compare_models(parts.decoder, checkpoint.config, folder, wanted)
     kinds = tuple(f"{kind}/" for kind in KINDS if wanted.has(kind))
     if "optimizer/" in kinds and not any(n.startswith("optimizer/") for n in checkpoint.manifest.tensors):
         raise CheckpointError(f'{folder} has weights only; load it with content=("model",) (ckpt.load_ckpt_info)')
@@ -66,13 +77,14 @@ def load_checkpoint(parts: Parts, folder: Path, wanted: LoadCkptInfo) -> list[st
             "without adapters, or with new ones, first merge those of the checkpoint (internevo convert CHECKPOINT TARGET --to "
             'internevo), and then load TARGET with content=("model",) (ckpt.load_ckpt_info)'
         )
+    checkpoint.check_tensors(parts.decoder, kinds)
     load_tensors(checkpoint, tensors)
     state = checkpoint.json("state.json")
     if wanted.has("optimizer"):
         parts.optimizer.steps = state["updates"]
         parts.scaler.load(state["scaler"])
     parts.state.load(state, wanted)
-    lines = [f"loaded {', '.join(wanted.content)} from {folder} (step {state['step']})"]
+    lines += [f"loaded {', '.join(wanted.content)} from {folder} (step {state['step']})"]
     if wanted.has("sampler"):
         lines += _compare_data(parts, state["data"], state["global_rows"], folder)
     return lines
@@ -100,14 +112,17 @@ def _compare_data(parts: Parts, data: str, global_rows: int, folder: Path) -> li
     return lines
 
 
-def load_hf(parts: Parts, folder: Path) -> list[str]:
+def load_hf(parts: Parts, folder: Path, info: LoadCkptInfo) -> list[str]:
     """Loads weights from a Hugging Face folder. Each rank reads only the rows of its shards.
 
     Returns:
         Lines for the user about what was loaded.
+
+    Raises:
+        ConfigError: if the folder's model is not that of the config.
     """
     source = HfFolder(folder)
-    lines = _compare(parts.decoder, source.config, folder)
+    lines = compare_models(parts.decoder, source.config, folder, info)
     for name, parameter in parts.optimizer.named.items():
         if ADAPTER_INFIX in name:
             continue
@@ -119,35 +134,3 @@ def load_hf(parts: Parts, folder: Path) -> list[str]:
 
         fill_local(parameter, values)
     return [*lines, f"loaded weights from {folder}"]
-
-
-MAY_DIFFER = ("family", "rope", "norm_eps", "max_position_embeddings", "windows", "experts")
-"""Fields that may differ between the folder and the config, because they do not change the names and shapes of the weights."""
-
-
-def _compare(mine: DecoderConfig, theirs: DecoderConfig, folder: Path) -> list[str]:
-    """Returns lines about what differs between the models of the config and of a folder.
-
-    Raises:
-        UsageError: if the folder's weights do not fit the config's model.
-    """
-    lines, mine = [], replace(mine, lora=None)
-    for field in fields(DecoderConfig):
-        ours, other = getattr(mine, field.name), getattr(theirs, field.name)
-        if ours != other and field.name not in MAY_DIFFER:
-            raise UsageError(f"{folder} has another model: its {field.name} is {other}, and the config's is {ours}")
-        if ours != other and field.name not in ("family", "experts"):
-            lines.append(f"note: {field.name} is {other} in {folder}, and {ours} in the config")
-    shapes, stored = parameter_shapes(mine), parameter_shapes(theirs)
-    for name in {**shapes, **stored}:
-        if shapes.get(name) != stored.get(name):
-            raise UsageError(
-                f"{folder} has another model: {name} is {_shape(stored, name)}, in the config's model {_shape(shapes, name)}"
-            )
-    if mine.experts and theirs.experts and mine.experts != theirs.experts:
-        lines.append(f"note: the experts are {theirs.experts} in {folder}, and {mine.experts} in the config")
-    return lines
-
-
-def _shape(shapes: dict[str, torch.Size], name: str) -> str:
-    return f"of shape {list(shapes[name])}" if name in shapes else "not there"

@@ -179,9 +179,9 @@ class Trainer:
 
     def _observers(self) -> Observers | None:
         """On rank 0, makes the observers, and prints the first lines of the run."""
-        for line in self.start_lines:
-            log.info(line)
         if self.world.rank:
+            for line in self.start_lines:
+                log.info(line)
             return None
         with naming(self.run / "config.json"):
             (self.run / "config.json").write_text(dump(self.config), encoding="utf-8")

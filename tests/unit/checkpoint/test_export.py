@@ -50,8 +50,10 @@ def test_a_checkpoint_is_exported_and_a_snapshot_is_not(run_folder: Path) -> Non
     exporter = Exporter(run_folder, torch.bfloat16, warnings.append)
     exporter(run_folder / "snapshots" / "0")
     exporter(run_folder / "checkpoints" / "step-00000002")
+    (run_folder / "hf" / "step-00000002" / "scores.txt").write_text("mine")
     exporter(run_folder / "checkpoints" / "step-00000002")  # the second export replaces the first
     assert os.listdir(run_folder / "hf") == ["step-00000002"]
+    assert (run_folder / "hf" / "step-00000002" / "scores.txt").read_text() == "mine"
     assert HfFolder(run_folder / "hf" / "step-00000002").dtype_of("norm.weight") == torch.bfloat16
     assert warnings == []
 
@@ -73,7 +75,7 @@ def broken_tokenizer(run: Path) -> None:
     ("damage", "reason"),
     [
         (broken_weights, "model-00000.safetensors cannot be read"),
-        (no_folder, "Not a directory"),
+        (no_folder, "is not a folder"),
         (broken_tokenizer, "tokenizer"),
     ],
 )

@@ -216,7 +216,7 @@ def test_without_a_world_size_a_config_is_checked_on_the_smallest_that_fits(chan
         {"model_type": "MIXTRALMOE", "model__num_experts": 4, "parallel__tensor": 2, "model__vocab_size": 98},
         {"parallel__pipeline": 2},
         {"model_type": "INTERNLM_MoE"},
-        {"model__moe_layer_kwargs": {"noisy_gate_policy": "Jitter"}},
+        {"model_type": "MIXTRALMOE", "model__num_experts": 4, "model__moe_layer_kwargs": {"noisy_gate_policy": "Jitter"}},
         {"model__norm_type": "layernorm"},
         {"fp8": {"margin": 0}},
         {"parallel__sequence_2D": {"enable": True}},

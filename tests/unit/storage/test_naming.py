@@ -22,9 +22,10 @@ from internevo.errors import InternEvoError
 from internevo.observe.console import log, start_log
 from internevo.observe.metrics import JsonLines
 from internevo.observe.report import write_report
+from internevo.storage.header import Spec
 from internevo.storage.jsonfile import write_json
 from internevo.storage.naming import naming
-from internevo.storage.tensors import ShardWriter, Spec
+from internevo.storage.tensors import ShardWriter
 from internevo.text.tokenizer import train_bpe
 from tests.unit.data.writers import write_binary
 
@@ -70,7 +71,7 @@ WRITERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "meta": (write_meta, "a.bin.meta"),
     "safetensors": (write_shards, "a.safetensors"),
     "metrics": (write_rows, "metrics.jsonl"),
-    "report": (write_report, "report.tmp"),
+    "report": (write_report, ".report.html."),
     "tokenizer": (lambda folder: train_bpe(["some text"], 2000, folder), "tokenizer.json"),
     "manifest": (lambda folder: Manifest(step=1, layout={}, versions={"a": "x" * LIMIT}).write(folder), "manifest.json.tmp"),
 }

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from internevo.errors import UsageError
-from internevo.storage.tensors import ShardWriter, Spec, TensorFile
+from internevo.storage.header import Spec
+from internevo.storage.tensors import ShardWriter, TensorFile
 
 
 @pytest.fixture

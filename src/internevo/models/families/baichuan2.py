@@ -24,7 +24,8 @@ FIXED = llama.FIXED
 
 def problems(model: Model) -> Iterator[str]:
     """Yields what does not fit this family in a config's ``model`` section."""
-    return choices.problems(model, FAMILY, {"norm_head": choices.ANY_VALUE, "use_alibi": choices.ANY_VALUE})
+    allowed = {**choices.MLP_BIAS, "norm_head": choices.ANY_VALUE, "use_alibi": choices.ANY_VALUE}
+    return choices.problems(model, FAMILY, allowed)
 
 
 def from_section(model: Model) -> DecoderConfig:

@@ -5,33 +5,74 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ...config.model import Model
+from ...config.model import Model, MoeLayerKwargs
 
 DEFAULT_VALUES: dict[str, tuple[Any, ...]] = {
     "add_unit_offset": (None, False),
     "use_swiglu": (None, True),
     "norm_head": (None, False),
     "use_alibi": (False,),
+    "mlp_bias": (False,),
     "use_sliding_window": (False,),
     "num_experts": (1,),
+    "top_k": (1,),
+    "moe_type": ("GShard",),
+    "moe_layer_kwargs": (MoeLayerKwargs(),),
+    "moe_intermediate_size": (None,),
+    "norm_topk_prob": (None,),
+    "decoder_sparse_step": (1,),
+    "mlp_only_layers": ((),),
     "num_shared_experts": (0,),
     "shared_expert_intermediate_size": (None,),
 }
 """The values that each option may have in a family that does not support the option."""
 ANY_VALUE = None
-SLIDING_WINDOW: dict[str, tuple[Any, ...] | None] = {"use_sliding_window": ANY_VALUE}
-"""What families that support sliding windows give as ``allowed``."""
+Allowed = Mapping[str, tuple[Any, ...] | None]
+"""Option -> the values that it may have in a family, or ``ANY_VALUE``."""
+MLP_BIAS: Allowed = {"mlp_bias": ANY_VALUE}
+"""For families whose MLP may have biases."""
+SLIDING_WINDOW: Allowed = {"use_sliding_window": ANY_VALUE}
+"""For families that support sliding windows."""
+EXPERTS: Allowed = dict.fromkeys(
+    ("num_experts", "top_k", "moe_type", "moe_layer_kwargs", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step",
+     "mlp_only_layers"), ANY_VALUE,
+)  # fmt: skip
+"""For families with experts."""
 
 
-def problems(model: Model, family: str, allowed: Mapping[str, tuple[Any, ...] | None] | None = None) -> Iterator[str]:
-    """Yields one message for each option whose value the family does not support.
+def problems(model: Model, family: str, allowed: Allowed | None = None) -> Iterator[str]:
+    """Yields one message for each option whose value the family does not support, or that another option makes useless.
 
     Args:
-        allowed: the values that an option may have in this family, or ``ANY_VALUE``. For other options, ``DEFAULT_VALUES``.
+        allowed: what the family supports. For other options, ``DEFAULT_VALUES``.
     """
     for key, values in {**DEFAULT_VALUES, **(allowed or {})}.items():
         value = getattr(model, key)
         if values is not ANY_VALUE and value not in values:
             yield f"model.{key} = {value!r} is not supported by model_type = {family!r}; leave it out"
+    given = model.model_fields_set
     if model.use_sliding_window and not model.sliding_window:
         yield "model.use_sliding_window needs model.sliding_window"
+    for key in ("sliding_window", "max_window_layers"):
+        if getattr(model, key) is not None and "use_sliding_window" not in given:
+            yield f"model.{key} has an effect only with model.use_sliding_window = True; set it, or leave model.{key} out"
+    if model.no_bias and (model.qkv_bias or model.o_bias):
+        yield "model.no_bias = True contradicts model.qkv_bias or model.o_bias; leave one of them out"
+    yield from _rope(model)
+
+
+def _rope(model: Model) -> Iterator[str]:
+    """Yields options of the rotary embedding that have no effect because of others."""
+    dynamic = model.use_dynamic_ntk_rope or model.rope_type == "dynamic_ntk"
+    name = "model.use_dynamic_ntk_rope" if model.use_dynamic_ntk_rope else "model.rope_type = 'dynamic_ntk'"
+    if dynamic and model.rope_scaling is not None:
+        yield f"model.rope_scaling and {name} both set the scaling of the rotary embedding; leave one out"
+    if not dynamic and model.rope_scaling_factor != 1:
+        yield (
+            f"model.rope_scaling_factor = {model.rope_scaling_factor} has an effect only with model.use_dynamic_ntk_rope = "
+            "True; set it, or write the factor into model.rope_scaling"
+        )
+    if model.use_alibi:
+        for key in ("rope_base", "rope_scaling", "use_dynamic_ntk_rope", "rope_type"):
+            if getattr(model, key) != Model.model_fields[key].default:
+                yield f"model.{key} has no effect with model.use_alibi = True, which replaces the rotary one; leave it out"

@@ -18,7 +18,7 @@ def problems(model: Model, family: str, shared: bool = False) -> Iterator[str]:
     Args:
         shared: whether the family has a shared expert, which sees every token.
     """
-    allowed: dict[str, Any] = {**choices.SLIDING_WINDOW, "num_experts": choices.ANY_VALUE}
+    allowed: dict[str, Any] = {**choices.SLIDING_WINDOW, **choices.EXPERTS}
     if shared:
         allowed |= {"num_shared_experts": choices.ANY_VALUE, "shared_expert_intermediate_size": choices.ANY_VALUE}
     yield from choices.problems(model, family, allowed)
@@ -26,8 +26,25 @@ def problems(model: Model, family: str, shared: bool = False) -> Iterator[str]:
         yield f"model_type = {family!r} needs model.num_experts > 1"
     if model.top_k > model.num_experts:
         yield f"model.top_k = {model.top_k} is greater than model.num_experts = {model.num_experts}"
+    if beyond := [layer for layer in model.mlp_only_layers if not 0 <= layer < model.num_layers]:
+        yield f"model.mlp_only_layers has {beyond[0]}, but the layers are 0 to {model.num_layers - 1}"
+    yield from _capacity(model)
     if shared and not (model.num_shared_experts or model.shared_expert_intermediate_size):
         yield f"model_type = {family!r} needs model.num_shared_experts or model.shared_expert_intermediate_size"
+
+
+def _capacity(model: Model) -> Iterator[str]:
+    """Yields capacities that contradict that no token is dropped."""
+    if model.moe_type == "GShard" and model.moe_layer_kwargs.drop_tokens:
+        return
+    why = "model.moe_layer_kwargs.drop_tokens = False" if model.moe_type == "GShard" else f"model.moe_type = {model.moe_type!r}"
+    for key in ("capacity_factor", "eval_capacity_factor"):
+        value = getattr(model.moe_layer_kwargs, key)
+        if value is not None:
+            yield (
+                f"model.moe_layer_kwargs.{key} = {value}, but with {why} no token is dropped; leave it out, or set "
+                "model.moe_type = 'GShard' and drop_tokens = True"
+            )
 
 
 def from_section(model: Model, shared_size: int = 0, normalize: bool = True) -> Experts:
@@ -38,12 +55,9 @@ def from_section(model: Model, shared_size: int = 0, normalize: bool = True) -> 
         normalize: the default of ``norm_topk_prob`` in the family.
     """
     kwargs = model.moe_layer_kwargs
-    capacity = kwargs.capacity_factor or 0.0
-    evaluation = kwargs.eval_capacity_factor or 0.0
-    if model.moe_type == "GShard" and kwargs.drop_tokens:
-        capacity, evaluation = capacity or 1.0, evaluation or 1.0
-    elif model.moe_type == "GShard":
-        capacity = evaluation = 0.0
+    drops = model.moe_type == "GShard" and kwargs.drop_tokens
+    capacity = (kwargs.capacity_factor or 1.0) if drops else 0.0
+    evaluation = (kwargs.eval_capacity_factor or 1.0) if drops else 0.0
     return Experts(
         count=model.num_experts,
         top_k=model.top_k,

@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from ...config.model import Model
+from ...errors import UsageError
 from ..config import DecoderConfig, Rope
-from . import choices, llama
+from . import choices, llama, rope
 
 FAMILY = "INTERNLM"
 ARCHITECTURE = "InternLMForCausalLM"
@@ -42,23 +43,25 @@ def from_hf(hf: dict[str, Any]) -> DecoderConfig:
     ``bias`` (default: true) is for attention only. ``rotary`` has the base and the type of the rotary embedding; with type
     "dynamic", the base grows with document length / max_position_embeddings.
     """
-    bias, rotary = hf.get("bias", True), hf.get("rotary") or {}
-    kind = "dynamic" if rotary.get("type") == "dynamic" else "default"
-    heads, base = hf["num_attention_heads"], float(rotary.get("base", 10000.0))
+    bias, rotary, heads = hf.get("bias", True), hf.get("rotary") or {}, hf["num_attention_heads"]
+    kinds = {"origin": "default", "dynamic": "dynamic"}
+    if not isinstance(rotary, dict) or rotary.keys() - {"base", "type"} or rotary.get("type", "origin") not in kinds:
+        raise UsageError(f"rotary = {rotary!r} must have a base, and a type: origin or dynamic")
+    kind, base = kinds[rotary.get("type", "origin")], rope.from_hf({"rope_theta": rotary.get("base")}).base
     plain = llama.from_hf({**hf, "num_key_value_heads": heads, "rope_parameters": None, "rope_scaling": None})
     return replace(plain, family=FAMILY, rope=Rope(base, kind), qkv_bias=bias, o_bias=bias, mlp_bias=False)
 
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
     """Returns the Hugging Face ``config.json`` of a decoder."""
-    rope = config.rope or Rope()  # InternLM cannot be without one; ``as_family`` notices the difference
+    embedding = config.rope or Rope()  # InternLM cannot be without one; ``as_family`` notices the difference
     values = llama.common_to_hf(config, ARCHITECTURE, HF_MODEL_TYPE)
     for key in ("num_key_value_heads", "rope_theta", "rope_scaling", "rope_parameters"):
         values.pop(key, None)
-    kind = "dynamic" if rope.kind == "dynamic" else "origin"
+    kind = "dynamic" if embedding.kind == "dynamic" else "origin"
     return {
         **values,
         "auto_map": llama.remote_code("internlm", "InternLM"),
         "bias": config.qkv_bias,
-        "rotary": {"base": rope.base, "type": kind},
+        "rotary": {"base": embedding.base, "type": kind},
     }

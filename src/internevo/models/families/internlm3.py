@@ -20,7 +20,13 @@ names = llama.names
 
 def problems(model: Model) -> Iterator[str]:
     """Yields what does not fit this family in a config's ``model`` section."""
-    return choices.problems(model, FAMILY)
+    yield from choices.problems(model, FAMILY, choices.MLP_BIAS)
+    output_bias = model.no_bias is False if model.o_bias is None else model.o_bias
+    if "mlp_bias" in model.model_fields_set and model.mlp_bias != output_bias:
+        yield (
+            f"model.mlp_bias = {model.mlp_bias}, but in {FAMILY} the MLP has biases if the output projection of attention has "
+            f"them, and it is {output_bias} for that (model.o_bias, model.no_bias); set both to the same"
+        )
 
 
 def from_section(model: Model) -> DecoderConfig:

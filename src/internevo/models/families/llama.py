@@ -20,7 +20,7 @@ FIXED = {"hidden_act": ("silu",)}
 
 def problems(model: Model) -> Iterator[str]:
     """Yields what does not fit this family in a config's ``model`` section."""
-    return choices.problems(model, FAMILY)
+    return choices.problems(model, FAMILY, choices.MLP_BIAS)
 
 
 def from_section(model: Model) -> DecoderConfig:

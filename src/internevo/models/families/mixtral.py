@@ -9,7 +9,7 @@ from typing import Any
 from ...config.model import Model
 from ..config import DecoderConfig, Experts
 from ..huggingface.naming import Names
-from . import experts, llama, qwen2
+from . import experts, llama, qwen2, rope
 
 FAMILY = "MIXTRALMOE"
 ARCHITECTURE = "MixtralForCausalLM"
@@ -35,12 +35,13 @@ def from_section(model: Model) -> DecoderConfig:
 
 def from_hf(hf: dict[str, Any]) -> DecoderConfig:
     """Returns the decoder that a Hugging Face ``config.json`` describes. A ``sliding_window`` applies to every layer."""
-    defaults = {"rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "rope_theta": 1e6, "num_key_value_heads": 8}
+    defaults = {"rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "num_key_value_heads": 8}
     window = hf.get("sliding_window")
     moe = Experts(hf.get("num_local_experts", 8), hf.get("num_experts_per_tok", 2), hf["intermediate_size"])
     return replace(
         llama.from_hf({**defaults, **hf, "attention_bias": False, "mlp_bias": False}),
         family=FAMILY,
+        rope=rope.from_hf(hf, default_base=1e6),
         windows=qwen2.windows_from(hf["num_hidden_layers"], window, 0) if window else (),
         experts=moe,
     )

@@ -20,7 +20,16 @@ names = llama.names
 
 def problems(model: Model) -> Iterator[str]:
     """Yields what does not fit this family in a config's ``model`` section."""
-    return choices.problems(model, FAMILY, choices.SLIDING_WINDOW)
+    yield from choices.problems(model, FAMILY, {**choices.MLP_BIAS, **choices.SLIDING_WINDOW})
+    yield from no_bias(model, FAMILY)
+
+
+def no_bias(model: Model, family: str) -> Iterator[str]:
+    """Yields a message if ``no_bias`` is set, which these families do not use: q, k and v have biases and o has none."""
+    if model.no_bias is not None:
+        yield (
+            f"model.no_bias = {model.no_bias} is not supported by model_type = {family!r}; set model.qkv_bias and model.o_bias"
+        )
 
 
 def from_section(model: Model) -> DecoderConfig:

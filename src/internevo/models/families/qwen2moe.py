@@ -22,6 +22,7 @@ PARTS = {name: f"{name}_proj.weight" for name in ("gate", "up", "down")}
 def problems(model: Model) -> Iterator[str]:
     """Yields what does not fit this family in a config's ``model`` section."""
     yield from experts.problems(model, FAMILY, shared=True)
+    yield from qwen2.no_bias(model, FAMILY)
 
 
 def from_section(model: Model) -> DecoderConfig:

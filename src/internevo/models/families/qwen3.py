@@ -20,7 +20,7 @@ names = llama.names
 
 def problems(model: Model) -> Iterator[str]:
     """Yields what does not fit this family in a config's ``model`` section."""
-    return choices.problems(model, FAMILY, choices.SLIDING_WINDOW)
+    return choices.problems(model, FAMILY, {**choices.MLP_BIAS, **choices.SLIDING_WINDOW})
 
 
 def from_section(model: Model) -> DecoderConfig:

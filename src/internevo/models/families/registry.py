@@ -11,7 +11,7 @@ from typing import Any
 from ...config.model import Model
 from ...errors import UsageError
 from ..config import DecoderConfig, Lora
-from . import baichuan2, gemma, internlm, internlm2, internlm3, llama, mixtral, qwen2, qwen2moe, qwen3, qwen3moe
+from . import baichuan2, gemma, hf_values, internlm, internlm2, internlm3, llama, mixtral, qwen2, qwen2moe, qwen3, qwen3moe
 
 MODULES = (internlm, internlm2, internlm3, llama, qwen2, baichuan2, gemma, qwen2moe, mixtral, qwen3, qwen3moe)
 FAMILIES: dict[str, ModuleType] = {module.FAMILY: module for module in MODULES}
@@ -81,10 +81,12 @@ def decoder_from_hf(hf: dict[str, Any], folder: str, name: str | None = None) ->
         name: the family, if it is not to be taken from the config.
 
     Raises:
-        UsageError: if no family fits. The message names the first field that does not fit, and the families.
+        UsageError: if no family fits, or values are wrong. The message names the fields, and the families.
     """
+    if wrong := list(hf_values.problems(hf)):
+        raise UsageError(f"{folder}/config.json: " + "; ".join(wrong))
     module = family(name) if name else family_of_hf(hf, folder)
-    for key, allowed in module.FIXED.items():
+    for key, allowed in {**hf_values.FIXED, **module.FIXED}.items():
         if key in hf and hf[key] not in allowed:
             raise UsageError(
                 f"{folder}/config.json: {key} = {hf[key]!r} does not fit {module.FAMILY}, "
@@ -94,4 +96,6 @@ def decoder_from_hf(hf: dict[str, Any], folder: str, name: str | None = None) ->
         config: DecoderConfig = module.from_hf(hf)
     except KeyError as error:
         raise UsageError(f"{folder}/config.json has no {error.args[0]!r}, which {module.FAMILY} needs") from error
+    except UsageError as error:
+        raise UsageError(f"{folder}/config.json: {error}") from error
     return config

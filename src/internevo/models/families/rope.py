@@ -4,47 +4,64 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...config.model import ROPE_KINDS
+from ...config import rope
 from ...errors import UsageError
 from ..config import Rope
 
 
 def from_hf(config: dict[str, Any], default_base: float = 10000.0) -> Rope:
-    """Returns the rotary embedding of a ``config.json``, from the new key ``rope_parameters`` or from the old keys
-    ``rope_theta`` and ``rope_scaling``."""
-    new = config.get("rope_parameters")
-    values = dict(new) if isinstance(new, dict) else {}
-    base = values.pop("rope_theta", None) or config.get("rope_theta") or default_base
-    scaling = values or config.get("rope_scaling") or {}
-    return from_scaling(scaling, float(base))
-
-
-def from_scaling(scaling: dict[str, Any], base: float) -> Rope:
-    """Returns the rotary embedding of a ``rope_scaling`` dict, whose keys are "rope_type" (or "type"), "factor" and others.
+    """Returns the rotary embedding of a ``config.json``, from the new key ``rope_parameters``, the old keys ``rope_theta`` and
+    ``rope_scaling``, or both.
 
     Raises:
-        UsageError: if the kind of scaling is not supported.
+        UsageError: if a value is wrong, or the new and the old keys contradict each other.
     """
-    if scaling.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UsageError(
-            f"partial_rotary_factor = {scaling['partial_rotary_factor']} is not supported: only 1.0 is (all of a head rotates)"
-        )
-    options = {
-        k: v
-        for k, v in scaling.items()
-        if k not in ("rope_type", "type", "factor", "rope_theta", "partial_rotary_factor") and v is not None
-    }
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind not in ROPE_KINDS:
-        raise UsageError(f"rope_scaling with rope_type = {kind!r} is not supported (supported: {', '.join(ROPE_KINDS)})")
+    found = []
+    for key in ("rope_parameters", "rope_scaling"):
+        values, base = config.get(key), config.get("rope_theta")
+        if values is None or values == {}:
+            continue
+        if isinstance(values, dict):
+            if None not in (base, values.get("rope_theta")) and base != values["rope_theta"]:
+                raise UsageError(f"rope_theta = {base} contradicts {key}, whose rope_theta is {values['rope_theta']}")
+            base = values.get("rope_theta", base)
+            values = {name: value for name, value in values.items() if name != "rope_theta"}
+            values = values if "type" in values else {"rope_type": "default", **values}
+        found.append(from_scaling(values, _base(base, default_base), key))
+    if found and found[0] != found[-1]:
+        raise UsageError(f"rope_parameters and rope_scaling contradict each other: {found[0]} and {found[-1]}")
+    return found[0] if found else Rope(_base(config.get("rope_theta"), default_base))
+
+
+def _base(value: Any, default: float) -> float:
+    if value is None:
+        return default
+    if not rope.is_number(value) or value <= 0:
+        raise UsageError(f"rope_theta = {value!r} must be a number above 0")
+    return float(value)
+
+
+def from_scaling(scaling: Any, base: float, key: str = "rope_scaling") -> Rope:
+    """Returns the rotary embedding of a ``rope_scaling`` dict, whose keys are "rope_type" (or "type"), "factor" and others.
+
+    Args:
+        key: the name of the dict, for messages.
+
+    Raises:
+        UsageError: if the kind of scaling is not supported, or one of its values is wrong.
+    """
+    if wrong := list(rope.problems(scaling)):
+        raise UsageError("; ".join(f"{key}: {line}" for line in wrong))
+    kind = scaling.get("rope_type") or scaling["type"]
+    options = {name: scaling[name] for name in rope.KINDS[kind] if name != "factor" and scaling.get(name) is not None}
     return Rope(base=base, kind=kind, factor=float(scaling.get("factor") or 1.0), options=options)
 
 
-def to_hf(rope: Rope) -> dict[str, Any]:
+def to_hf(value: Rope) -> dict[str, Any]:
     """Returns the old keys, which every version of transformers reads, and the new key."""
     scaling = None
-    if rope.kind != "default":
-        scaling = {"rope_type": rope.kind, "type": rope.kind, "factor": rope.factor, **rope.options}
-    parameters = {"rope_theta": rope.base, "rope_type": rope.kind, **(scaling or {})}
+    if value.kind != "default":
+        scaling = {"rope_type": value.kind, "type": value.kind, "factor": value.factor, **value.options}
+    parameters = {"rope_theta": value.base, "rope_type": value.kind, **(scaling or {})}
     parameters.pop("type", None)
-    return {"rope_theta": rope.base, "rope_scaling": scaling, "rope_parameters": parameters}
+    return {"rope_theta": value.base, "rope_scaling": scaling, "rope_parameters": parameters}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -12,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ...errors import UsageError
-from ...storage.folders import put_in_place, temporary
+from ...storage.folders import target
+from ...storage.header import Spec
 from ...storage.jsonfile import write_json
-from ...storage.tensors import ByteRange, ShardWriter, Spec, joint_dtype
+from ...storage.tensors import ByteRange, ShardWriter, joint_dtype
 from ..config import DecoderConfig
 from ..decoder import Decoder, parameter_shapes
 from ..families.registry import decoder_from_hf, family
@@ -23,6 +26,9 @@ from .naming import Naming, overlapping
 from .tokenizer import copy_tokenizer, has_tokenizer, special_ids
 from .weights import Weights, read_config
 
+log = logging.getLogger("internevo")
+MODEL_FILES = r"config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+"""Regular expression of the names of the files that are always written."""
 IGNORED = ("rotary_emb.inv_freq",)
 """Names of tensors in older files that are not needed; a name ends with one of these."""
 
@@ -43,19 +49,39 @@ class HfFolder:
         self.folder = folder
         self.hf_config = read_config(folder)
         self.config = decoder_from_hf(self.hf_config, str(folder), name)
-        self.naming = naming(self.config)
         self.weights = Weights(folder)
+        if self.config.tie_embeddings and self._has_own_head():
+            log.warning(f"{folder}: config.json ties the head to the embedding, but they differ, so they are not tied")
+            self.config = replace(self.config, tie_embeddings=False)
+        self.naming = naming(self.config)
         self._check()
+
+    def _has_own_head(self) -> bool:
+        """Whether the head's weight is there and differs from the embedding. transformers does not tie them either then."""
+        head = family(self.config.family).HEAD
+        embedding = naming(self.config).by_parameter["embed.weight"][0].disk
+        if head not in self.weights.files or embedding not in self.weights.files:
+            return False
+        ours, theirs = self.weights.spec(head), self.weights.spec(embedding)
+        dtype = joint_dtype((ours.dtype, theirs.dtype))
+        return ours.shape != theirs.shape or not all(
+            torch.equal(self.weights.read(head, *rows).to(dtype), self.weights.read(embedding, *rows).to(dtype))
+            for rows in ours.chunks(0, ours.rows)
+        )
 
     def _check(self) -> None:
         for disk, shape in self.naming.shapes.items():
             if disk not in self.weights.files:
                 raise UsageError(f"{self.folder} has no tensor {disk!r}, which {self.config.family} needs")
-            found = self.weights.spec(disk).shape
-            if found != shape:
+            found = self.weights.spec(disk)
+            if found.shape != shape:
                 raise UsageError(
-                    f"{self.folder}: tensor {disk} has shape {list(found)}, but by config.json it should have {list(shape)}"
+                    f"{self.folder}: tensor {disk} has shape {list(found.shape)}, but by config.json it should have "
+                    f"{list(shape)}"
                 )
+            if not found.dtype.is_floating_point:
+                dtype = str(found.dtype).removeprefix("torch.")
+                raise UsageError(f"{self.folder}: tensor {disk} has dtype {dtype}; weights must be floating-point numbers")
         tied = [family(self.config.family).HEAD] if self.config.tie_embeddings else []
         for disk in self.weights.files:
             if disk not in self.naming.shapes and disk not in tied and not disk.endswith(IGNORED):
@@ -91,14 +117,29 @@ def naming(config: DecoderConfig) -> Naming:
     return Naming(family(config.family).names(config), parameter_shapes(config))
 
 
-def save_hf(model: Decoder, folder: str | Path, dtype: torch.dtype | None = None, max_shard_size: int = 5 * 10**9) -> None:
+def save_hf(
+    model: Decoder,
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int = 5 * 10**9,
+    overwrite: bool = False,
+) -> None:
     """Writes a model as a Hugging Face folder: ``config.json`` and ``model*.safetensors``, with an index if there are several.
 
     Args:
+        folder: a new or empty folder.
         dtype: dtype of the weights on disk. None: each weight keeps its own.
         max_shard_size: maximum size of a file, in bytes.
+        overwrite: the folder may have files. Those of a model are replaced, and all others stay as they are.
+
+    Raises:
+        UsageError: if the folder is not empty and ``overwrite`` is False, or it cannot be written, or the family's
+            ``config.json`` cannot describe the model.
     """
-    write_hf(ModelInMemory(model.config, model), Path(folder), dtype=dtype, shard_bytes=max_shard_size)
+    if max_shard_size < 1:
+        raise UsageError(f"max_shard_size = {max_shard_size} must be at least 1 byte")
+    source = ModelInMemory(model.config, model)
+    write_hf(source, Path(folder), dtype=dtype, shard_bytes=max_shard_size, overwrite=overwrite)
 
 
 def write_hf(
@@ -108,29 +149,41 @@ def write_hf(
     dtype: torch.dtype | None = None,
     shard_bytes: int = 5 * 10**9,
     write_as: str | None = None,
+    overwrite: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Writes a Hugging Face folder. It appears under its name only when it is complete.
+    """Writes a Hugging Face folder. It has a ``config.json`` only when it is complete.
 
     Args:
         dtype: dtype of the weights on disk. None: each weight keeps its own, so that nothing is rounded.
         shard_bytes: maximum size of a file, in bytes.
         write_as: the family whose names and ``config.json`` are written. None: the family of ``source``.
+        overwrite: the folder may have files. Those of a model are replaced, and all others stay as they are.
         progress: called with (bytes written, bytes in all).
 
     Raises:
-        UsageError: if the family's ``config.json`` cannot describe the model.
+        UsageError: if the family's ``config.json`` cannot describe the model, or the folder is not empty or cannot be written.
     """
     config = as_family(source.config, write_as or source.config.family)
-    folder = folder.resolve()  # if it is a link, its target is written, and the temporary folder is next to the target
-    with temporary(folder) as new:
+    with target(folder, "config.json", _model_files(folder) if overwrite else None) as new:
         _write_weights(source, naming(config), new, dtype, shard_bytes, progress)
         special: dict[str, Any] = {}
         if source.tokenizer:
             copy_tokenizer(source.tokenizer, new)
             special = special_ids(source.tokenizer)
         write_json(new / "config.json", _config_json(source, config, special, dtype or most_common_dtype(source)), indent=2)
-        put_in_place(new, folder)
+
+
+def _model_files(folder: Path) -> list[str]:
+    """Returns the names of the files in ``folder`` that a model would replace.
+
+    Raises:
+        UsageError: if its ``config.json`` is not of a model.
+    """
+    names = [path.name for path in folder.glob("*") if re.fullmatch(MODEL_FILES, path.name)]
+    if "config.json" in names and "architectures" not in read_config(folder):
+        raise UsageError(f"{folder}/config.json is not of a Hugging Face model (it has no architectures); give another folder")
+    return names
 
 
 def _write_weights(

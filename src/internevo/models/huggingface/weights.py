@@ -7,8 +7,8 @@ ever run.
 
 from __future__ import annotations
 
-import json
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ...errors import UsageError
+from ...storage.header import Spec
 from ...storage.jsonfile import read_object
-from ...storage.tensors import ByteRange, Spec, TensorFile, as_rows
+from ...storage.tensors import ByteRange, TensorFile, as_rows
 
 
 class Weights:
@@ -32,23 +33,31 @@ class Weights:
         self._files: dict[Path, TensorFile | _BinFile] = {}
         self.files: dict[str, Path] = {}
         for name in ("model.safetensors", "pytorch_model.bin"):
-            if (folder / f"{name}.index.json").is_file():
-                self._read_index(folder / f"{name}.index.json")
-                return
+            index = folder / f"{name}.index.json"
             if (folder / name).is_file():
                 self.files = dict.fromkeys(self._open(folder / name).specs, folder / name)
                 return
+            if index.is_file():
+                self._read_index(index)
+                return
+        if shards := sorted((*folder.glob("model-*.safetensors"), *folder.glob("pytorch_model-*.bin"))):
+            missing = f"{shards[0].name.partition('-')[0]}{shards[0].suffix}.index.json"
+            raise UsageError(f"{shards[0]} is there, but {missing} is not, which says what is in which file; copy it there")
         raise UsageError(f"{folder} has no weights (model*.safetensors or pytorch_model*.bin)")
 
     def _read_index(self, path: Path) -> None:
-        try:
-            names = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-            self.files = {name: self.folder / file for name, file in names.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UsageError(f"{path} is not an index of weights: {type(error).__name__}: {error}") from error
-        missing = sorted({f.name for f in self.files.values() if not f.is_file()})
-        if missing:
-            raise UsageError(f"{path} names the file {missing[0]}, which is not in the folder; copy it there")
+        names = read_object(path).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(f, str) and Path(f).name == f for f in names.values()):
+            raise UsageError(f"{path} is not an index of weights: its weight_map must have the name of a file for every tensor")
+        self.files = {name: self.folder / file for name, file in names.items()}
+        files = sorted(set(self.files.values()))
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise UsageError(f"{path} names {', '.join(missing)}, which the folder does not have; copy the missing files there")
+        for file in files:
+            for name in self._open(file).specs:
+                if self.files.get(name) != file:
+                    where = f"says that it is in {self.files[name].name}" if name in self.files else "does not have it"
+                    raise UsageError(f"{file} has a tensor {name!r}, but {path.name} {where}")
 
     def _open(self, path: Path) -> TensorFile | _BinFile:
         if path not in self._files:
@@ -76,11 +85,18 @@ class _BinFile:
 
     def __init__(self, path: Path) -> None:
         try:
-            self._tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, pickle.UnpicklingError) as error:
             raise UsageError(
                 f"{path} is refused: it is damaged, or contains objects other than tensors; use safetensors files. ({error})"
             ) from None
+        if not isinstance(loaded, dict):
+            raise UsageError(f"{path} is refused: it has a {type(loaded).__name__} in place of named tensors")
+        for name, value in loaded.items():
+            dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
+            if not isinstance(name, str) or not dense:
+                raise UsageError(f"{path} is refused: {name!r} is not a dense tensor, but a {type(value).__name__}")
+        self._tensors: dict[str, Tensor] = loaded
         self.specs = {name: Spec(tuple(t.shape), t.dtype) for name, t in self._tensors.items()}
 
     def read(self, name: str, start: int, count: int) -> Tensor:

@@ -225,9 +225,11 @@ def test_training_starts_from_a_hugging_face_folder(
         adam__lr=0.0, data__total_steps=1, parallel__zero1={"size": -1, "fsdp": processes == 3},
     )  # fmt: skip
     done = run("train", path, "--nproc", processes)
-    assert "note: max_position_embeddings is 64" in done.stdout
+    assert f"note: model.max_position_embeddings = 2048 in the config, and 64 in {folder}" in done.stdout
+    assert (tmp_path / "tuned" / "log" / "rank-00000.log").read_text().count("loaded weights from") == 1
     wanted = load_model(folder)
     assert all(torch.equal(a, b) for a, b in zip(load_model(tmp_path / "tuned").parameters(), wanted.parameters(), strict=True))
     assert len(metrics(tmp_path / "tuned")) == 1
-    failed = run("train", path, "model.num_layers=1", "ckpt.auto_resume=false", code=2)
-    assert "has another model: its num_layers is 2, and the config's is 1" in failed.stderr
+    failed = run("train", path, "model.num_layers=1", "model.rope_base=7", "ckpt.auto_resume=false", code=2)
+    assert f"  model.num_layers = 1 in the config, and 2 in {folder}\n" in failed.stderr
+    assert f"  model.rope_base = 7.0 in the config, and 500.0 in {folder}\n" in failed.stderr

@@ -1,0 +1,75 @@
+"""Checks the types and ranges of the values in a Hugging Face ``config.json`` that describe a decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ...config.rope import is_number
+
+COUNTS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "max_position_embeddings", "model_max_length", "num_experts", "num_local_experts", "num_experts_per_tok",
+    "moe_intermediate_size", "decoder_sparse_step",
+)  # fmt: skip
+FLAGS = ("attention_bias", "mlp_bias", "bias", "qkv_bias", "tie_word_embeddings", "use_sliding_window", "norm_topk_prob")
+MAY_BE_NULL = (
+    "architectures",
+    "rope_theta",
+    "num_key_value_heads",
+    "head_dim",
+    "sliding_window",
+    "model_max_length",
+    "mlp_only_layers",
+    "layer_types",
+)
+LAYER_TYPES = ("full_attention", "sliding_attention")
+FIXED: dict[str, tuple[Any, ...]] = {"quantization_config": (None,), "partial_rotary_factor": (1, None)}
+"""The values that a key may have in every family."""
+
+
+def problems(hf: dict[str, Any]) -> Iterator[str]:
+    """Yields what is wrong with the values. Whether keys are missing is not checked: families have defaults."""
+    wrong = list(_types(hf))
+    yield from wrong or _contradictions(hf)
+
+
+def _types(hf: dict[str, Any]) -> Iterator[str]:
+    given = {key: value for key, value in hf.items() if value is not None or key not in MAY_BE_NULL}
+    layers = given.get("num_hidden_layers")
+    for key, value in given.items():
+        if key in COUNTS and not _is_count(value):
+            yield f"{key} = {value!r} must be a whole number of at least 1"
+        elif key in FLAGS and not isinstance(value, bool):
+            yield f"{key} = {value!r} must be true or false"
+        elif key in ("rms_norm_eps", "rope_theta") and not (is_number(value) and value > 0):
+            yield f"{key} = {value!r} must be a number above 0"
+        elif key in ("max_window_layers", "sliding_window", "shared_expert_intermediate_size") and not _is_count(
+            value, least=0
+        ):
+            yield f"{key} = {value!r} must be a whole number"
+        elif key == "mlp_only_layers" and not (isinstance(value, list) and all(_is_count(n, least=0) for n in value)):
+            yield f"{key} = {value!r} must be a list of whole numbers"
+        elif key == "layer_types" and not (isinstance(value, list) and all(kind in LAYER_TYPES for kind in value)):
+            yield f"{key} = {value!r} must be a list of {' and '.join(LAYER_TYPES)}"
+        elif key == "layer_types" and len(value) != layers:
+            yield f"{key} has {len(value)} layers, and num_hidden_layers = {layers}"
+        elif key == "architectures" and not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
+            yield f"{key} = {value!r} must be a list of names"
+
+
+def _is_count(value: Any, least: int = 1) -> bool:
+    return type(value) is int and value >= least
+
+
+def _contradictions(hf: dict[str, Any]) -> Iterator[str]:
+    heads, kv, width = hf.get("num_attention_heads"), hf.get("num_key_value_heads"), hf.get("hidden_size")
+    if heads and kv and heads % kv:
+        yield f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv}"
+    if heads and width and not hf.get("head_dim") and width % heads:
+        yield f"hidden_size = {width} is not a multiple of num_attention_heads = {heads}, and there is no head_dim"
+    if (hf.get("head_dim") or 0) % 2:
+        yield f"head_dim = {hf['head_dim']} must be even for the rotary embedding"
+    experts = hf.get("num_experts") or hf.get("num_local_experts")
+    if experts and hf.get("num_experts_per_tok", 1) > experts:
+        yield f"num_experts_per_tok = {hf['num_experts_per_tok']} is greater than the number of experts, {experts}"
