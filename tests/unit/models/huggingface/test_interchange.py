@@ -229,5 +229,5 @@ def test_training_starts_from_a_hugging_face_folder(
     wanted = load_model(folder)
     assert all(torch.equal(a, b) for a, b in zip(load_model(tmp_path / "tuned").parameters(), wanted.parameters(), strict=True))
     assert len(metrics(tmp_path / "tuned")) == 1
-    failed = run("train", path, "model.num_layers=1", "ckpt.auto_resume=false", code=2)
+    failed = run("train", path, "model.num_layers=1", f"ckpt.save_ckpt_folder={tmp_path}/other", code=2)
     assert "has another model: its num_layers is 2, and the config's is 1" in failed.stderr
