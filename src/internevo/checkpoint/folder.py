@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,25 @@ def complete_checkpoints(run: Path) -> list[Path]:
     return sorted(steps, key=lambda f: (steps[f], f.parent.name), reverse=True)
 
 
+def checkpoints_of_one_run(run: Path) -> list[Path]:
+    """Returns the same.
+
+    Raises:
+        UsageError: if the checkpoints are of several runs.
+    """
+    found = complete_checkpoints(run)
+    by_run: dict[str, list[str]] = defaultdict(list)
+    for folder in found:
+        by_run[run_of(folder)].append(folder.relative_to(run).as_posix())
+    if len(by_run) > 1:
+        lines = "\n".join(f"  {', '.join(names)}" for names in by_run.values())
+        raise UsageError(
+            f"{run} contains checkpoints of several runs, one run per line:\n{lines}\nLeave those of one run there, and "
+            "move the others to another folder; nothing has been changed"
+        )
+    return found
+
+
 def remove_leftovers(run: Path) -> None:
     """Removes what killed saves and exports have left in a run folder. No other process may be writing to it."""
     for parent, names in NAMES.items():
@@ -191,9 +211,10 @@ def find_checkpoint(path: Path) -> Path:
 
     Raises:
         CheckpointError: if it is neither.
+        UsageError: if it is a folder with checkpoints of several runs.
     """
     if (path / NAME).is_file():
         return path
-    if found := complete_checkpoints(path):
+    if found := checkpoints_of_one_run(path):
         return found[0]
     raise CheckpointError(f"{path} is neither a complete checkpoint (it has no {NAME}) nor a run folder with one")

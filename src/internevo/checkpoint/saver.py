@@ -24,7 +24,7 @@ from ..config.run import Ckpt
 from ..errors import CheckpointError, InternEvoError
 from ..storage.folders import set_aside, shared_temporary
 from .finish import Extras, complete
-from .folder import CHECKPOINTS, SNAPSHOTS, checkpoint_name, run_of, saved_checkpoints
+from .folder import CHECKPOINTS, SNAPSHOTS, checkpoint_name, saved_checkpoints
 from .manifest import NAME, FileEntry, Manifest, TensorEntry
 from .storage import SafetensorsWriter
 
@@ -134,11 +134,15 @@ class Saver:
 
     def _protect(self, folder: Path) -> None:
         """Gives what is in the place of a new checkpoint another name, unless it is an earlier checkpoint of this run."""
-        if folder.parent.name == CHECKPOINTS:
-            mine = folder in saved_checkpoints(self.run, self.identity).values()
-        else:
-            mine = (folder / NAME).is_file() and run_of(folder) == self.identity
-        if os.path.lexists(folder) and not mine:
+        if not os.path.lexists(folder):
+            return
+        try:
+            there = Manifest.read(folder)
+            step = checkpoint_name(there.step) if folder.parent.name == CHECKPOINTS else folder.name
+            mine = there.run == self.identity and step == folder.name
+        except CheckpointError:
+            mine = False
+        if not mine:
             log.warning(f"{folder} is not a checkpoint of this run, and is now named {set_aside(folder).name}")
 
     def _retain(self, step: int) -> None:

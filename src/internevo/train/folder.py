@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections import defaultdict
 from contextlib import nullcontext
 from pathlib import Path
 
-from ..checkpoint.folder import CHECKPOINTS, SNAPSHOTS, complete_checkpoints, run_of
+from ..checkpoint.folder import CHECKPOINTS, SNAPSHOTS, checkpoints_of_one_run, complete_checkpoints
 from ..config import Config
 from ..errors import InternEvoError, UsageError
 from ..parallel.world import World
@@ -99,22 +98,11 @@ def _is_run(run: Path) -> bool:
 
 def _check_checkpoints(config: Config, run: Path) -> None:
     """Checks that all checkpoints in the folder are of one run, and that this run continues it."""
-    checkpoints = complete_checkpoints(run)
-    by_run: dict[str, list[Path]] = defaultdict(list)
-    for folder in checkpoints:
-        by_run[run_of(folder)].append(folder)
-    if len(by_run) > 1:
-        lines = [f"  {', '.join(str(f.relative_to(run)) for f in folders)}" for folders in by_run.values()]
-        raise UsageError(
-            f"{run} contains checkpoints of several runs, one per line:\n"
-            + "\n".join(lines)
-            + "\nLeave those of one run there, "
-            "and move the others to another folder; nothing has been changed"
-        )
+    checkpoints = checkpoints_of_one_run(run)
     if checkpoints and not (config.ckpt.auto_resume and config.ckpt.enable_save_ckpt):
         key = "ckpt.auto_resume" if config.ckpt.enable_save_ckpt else "ckpt.enable_save_ckpt"
         raise UsageError(
             f"{run} contains the checkpoints of another run, the newest in {checkpoints[0]}, and with {key}=False this run "
-            "does not continue it. Give this run another folder (ckpt.save_ckpt_folder); there it can start from a checkpoint of "
-            f"the other run with ckpt.load_ckpt_info.path={checkpoints[0]}"
+            "does not continue it. Give this run another folder (ckpt.save_ckpt_folder); there it can start from a checkpoint "
+            f"of the other run with ckpt.load_ckpt_info.path={checkpoints[0]}"
         )
