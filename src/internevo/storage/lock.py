@@ -32,11 +32,10 @@ NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 class FileLock:
     """A lock that this process holds until ``release``, or until it ends. It is a context, which releases it."""
 
-    def __init__(self, path: Path, descriptor: int) -> None:
-        self.path, self.descriptor = path, descriptor
+    def __init__(self, path: Path, descriptor: int, content: str) -> None:
+        """Makes the lock of a file that is locked already. ``content``: what the file says about the holder."""
+        self.path, self.descriptor, self.content = path, descriptor, content
         os.set_inheritable(descriptor, False)
-        self.content = _read(path)
-        """What the file says about the holder."""
         self.taken_by = ""
         """Who has the lock now, if this process has lost it."""
         self._over = threading.Event()
@@ -64,12 +63,18 @@ class FileLock:
                 "host": socket.gethostname(), "process": os.getpid(), "boot": _boot(), "token": secrets.token_hex(8),
                 "since": datetime.now().astimezone().isoformat(" ", "seconds"),
             }  # fmt: skip
+            content = json.dumps(values)
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps(values).encode(), 0)
-            return cls(path, descriptor)
+            os.pwrite(descriptor, content.encode(), 0)
+            return cls(path, descriptor, content)
         except BaseException:
             os.close(descriptor)
             raise
+
+    @classmethod
+    def inherit(cls, path: Path, descriptor: int) -> FileLock:
+        """Returns the lock that the process which has started this one has acquired, and passed on as an open file."""
+        return cls(path, descriptor, _read(path))
 
     def check(self) -> None:
         """Checks that no other process has taken the lock, which it may after this one was suspended for a long time.

@@ -63,7 +63,7 @@ def acquire_on_rank_0(config: Config, world: World) -> FileLock | nullcontext[No
         return nullcontext()
     refusal = ""
     try:
-        return FileLock(config.run_folder / LOCK, int(inherited)) if inherited else acquire(config)
+        return FileLock.inherit(config.run_folder / LOCK, int(inherited)) if inherited else acquire(config)
     except InternEvoError as error:
         refusal = str(error)
         raise

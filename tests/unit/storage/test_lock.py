@@ -21,7 +21,8 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from internevo.storage.lock import FileLock
-held = FileLock(Path(sys.argv[1]), int(sys.argv[2])) if len(sys.argv) > 2 else FileLock.acquire(Path(sys.argv[1]), print)
+path = Path(sys.argv[1])
+held = FileLock.inherit(path, int(sys.argv[2])) if len(sys.argv) > 2 else FileLock.acquire(path, print)
 print("held", flush=True)
 time.sleep(600)
 """
