@@ -142,7 +142,7 @@ class Monitor(Section):
         ge=0,
     )
     max_skipped_steps: int = option(
-        10,
+        5,
         "Number of steps in a row, skipped because their gradients are not finite, after which the run ends with an error. In "
         "fp16, steps after which the loss scale can still shrink do not count. 0: no limit.",
         unit="steps",
