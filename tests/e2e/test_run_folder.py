@@ -48,11 +48,10 @@ def test_only_the_run_itself_continues_in_its_folder(pool: Pool, tmp_path: Path,
     assert identity(moved, 6) == [name, name]
     assert [row["step"] for row in metrics(moved)] == [1, 2, 3, 4, 5, 6]
 
-    for file in ("state.json", "manifest.json"):  # as versions before runs had an identity wrote it
-        saved = folder / "checkpoints" / "step-00000004" / file
-        values = json.loads(saved.read_text())
-        del values["run"]
-        saved.write_text(json.dumps(values))
+    manifest = folder / "checkpoints" / "step-00000004" / "manifest.json"  # as before runs had an identity
+    values = json.loads(manifest.read_text())
+    del values["run"]
+    manifest.write_text(json.dumps(values))
     shutil.rmtree(folder / "checkpoints" / "step-00000003")
     pool.train(path, 1, "data.total_steps=5")
     assert [row["step"] for row in metrics(folder)] == [1, 2, 3, 4, 5]
