@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,7 @@ def test_a_folder_of_weights_is_not_a_run_folder(tmp_path: Path, config: WriteCo
 
 @pytest.mark.parametrize("start", ["alone", "nproc", "torchrun, streaming"])
 def test_of_two_runs_that_start_together_one_is_refused(tmp_path: Path, config: WriteConfig, start: str) -> None:
-    more = {}
+    more: dict[str, object] = {}
     if "streaming" in start:
         from internevo.text.tokenizer import train_bpe
 
@@ -116,8 +117,7 @@ def test_of_two_runs_that_start_together_one_is_refused(tmp_path: Path, config: 
     assert steps == list(range(1, len(steps) + 1)) and checkpoints(folder) == [f"step-{len(steps):08d}"]
 
 
-def until(condition: object) -> None:
-    assert callable(condition)
+def until(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < end

@@ -19,7 +19,7 @@ def save(folder: Path, step: int, run: str = "mine") -> None:
 
 
 def saver(run: Path, **keys: int) -> Saver:
-    return Saver(run, Ckpt(**keys), 0, {}, group=None, identity="mine")  # type: ignore[arg-type]
+    return Saver(run, Ckpt.model_validate(keys), 0, {}, group=None, identity="mine")  # type: ignore[arg-type]
 
 
 def names(run: Path) -> list[str]:

@@ -122,7 +122,10 @@ def test_a_stop_file_may_have_been_used_before(tmp_path: Path, text: bytes) -> N
 @pytest.mark.parametrize("text", [b"buy milk", b"1.5", b"7 8", b"\xff", b"1" * 5000 + b"x", None])
 def test_a_file_that_is_not_a_stop_file_is_refused(tmp_path: Path, text: bytes | None) -> None:
     path = tmp_path / "notes.txt"
-    path.mkdir() if text is None else path.write_bytes(text)
+    if text is None:
+        path.mkdir()
+    else:
+        path.write_bytes(text)
     refused(config_of(tmp_path, stop_file_path=str(path)), tmp_path, "ckpt.stop_file_path = .*notes.txt' is not a stop file")
     assert not (tmp_path / "run").exists()
 
