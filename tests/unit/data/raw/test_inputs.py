@@ -174,7 +174,11 @@ def test_data_without_a_document_is_an_error_that_names_the_folder(tmp_path: Pat
     writer = TokenWriter(tmp_path / "data" / "en" / "part.bin")
     writer.write(np.ones(sum(counts), np.int64), np.array(counts, np.int64))
     writer.close()
-    more = {"data__valid_folder": str(tmp_path / "data"), "data__valid_every": 2, "data__use_packed_dataset": packed}
+    more: dict[str, Any] = {
+        "data__valid_folder": str(tmp_path / "data"),
+        "data__valid_every": 2,
+        "data__use_packed_dataset": packed,
+    }
     data = load_config(write_config(tmp_path, tmp_path / "data", **more, data__min_length=9), []).data
     with pytest.raises(DataError, match="data contains no document.*with fewer than data.min_length = 9 tokens"):
         train_source(data, 97)
