@@ -12,7 +12,8 @@ from tests.strict_json import strict
 
 def test_a_failed_export_is_a_warning_and_does_not_end_the_run(tmp_path: Path, config: WriteConfig) -> None:
     path = config("run", ckpt__checkpoint_every=4, ckpt__enable_internevo2hf_ckpt=True)
-    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log").mkdir(parents=True)
+    (tmp_path / "run" / "log" / "rank-00000.log").touch()  # it is a run folder
     (tmp_path / "run" / "hf").write_text("in the way")
     done = run("train", path)
     log = (tmp_path / "run" / "log" / "rank-00000.log").read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from .manifest import NAME, Chunk, Manifest, TensorEntry
 
 CHECKPOINTS, SNAPSHOTS, EXPORTS = "checkpoints", "snapshots", "hf"
 """Names of folders in a run folder."""
-NAMES = {CHECKPOINTS: r"step-\d+", SNAPSHOTS: "[01]", EXPORTS: r"step-\d+"}
+NAMES = {CHECKPOINTS: "step-[0-9]+", SNAPSHOTS: "[01]", EXPORTS: "step-[0-9]+"}
 """Such a folder -> regular expression of the names of the folders in it."""
 HF_CONFIG = "hf_config.json"
 """File with the ``config.json`` of the Hugging Face folder that a checkpoint was converted from."""
@@ -175,10 +176,29 @@ def _dtype(entry: TensorEntry) -> torch.dtype:
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
-    """Returns the complete checkpoints and snapshots of a run folder, the newest step first."""
+    """Returns the complete checkpoints and snapshots of a run folder, the newest step first: that in the manifest."""
     folders = {f: name for parent in (CHECKPOINTS, SNAPSHOTS) for name, f in find_folders(run / parent, NAMES[parent]).items()}
     steps = {f: step for f, name in folders.items() if (step := _step(f, name)) is not None}
     return sorted(steps, key=lambda f: (steps[f], f.parent.name), reverse=True)
+
+
+def checkpoints_of_one_run(run: Path) -> list[Path]:
+    """Returns the same.
+
+    Raises:
+        UsageError: if the checkpoints are of several runs.
+    """
+    found = complete_checkpoints(run)
+    by_run: dict[str, list[str]] = defaultdict(list)
+    for folder in found:
+        by_run[run_of(folder)].append(folder.relative_to(run).as_posix())
+    if len(by_run) > 1:
+        lines = "\n".join(f"  {', '.join(names)}" for names in by_run.values())
+        raise UsageError(
+            f"{run} contains checkpoints of several runs, one run per line:\n{lines}\nLeave those of one run there, and "
+            "move the others to another folder; nothing has been changed"
+        )
+    return found
 
 
 def remove_leftovers(run: Path) -> None:
@@ -188,15 +208,35 @@ def remove_leftovers(run: Path) -> None:
 
 
 def _step(folder: Path, name: str) -> int | None:
-    """Returns the step of a checkpoint, or None if it is not complete. The manifest is read only if the name has no step."""
+    """Returns the step of a checkpoint, or None if it is not complete."""
     if not (folder / NAME).is_file():
         return None
-    if name.startswith("step-"):
-        return int(name.removeprefix("step-"))
     try:
         return Manifest.read(folder).step
     except CheckpointError:
-        return None  # a damaged snapshot is not used
+        # A damaged snapshot is not used. A damaged checkpoint keeps its place, so that it is not passed over in silence.
+        return int(name.removeprefix("step-")) if name.startswith("step-") else None
+
+
+def run_of(folder: Path) -> str:
+    """Returns the identity of the run that saved a checkpoint. It is empty if it is not known."""
+    try:
+        return Manifest.read(folder).run
+    except CheckpointError:
+        return ""
+
+
+def saved_checkpoints(run: Path, identity: str) -> dict[int, Path]:
+    """Returns step -> folder of the checkpoints that a run has saved to a run folder and nobody has renamed, in order."""
+    found = {}
+    for folder in (run / CHECKPOINTS).glob("step-*"):
+        try:
+            manifest = Manifest.read(folder)
+        except CheckpointError:
+            continue
+        if manifest.run == identity and folder.name == checkpoint_name(manifest.step):
+            found[manifest.step] = folder
+    return dict(sorted(found.items()))
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -204,9 +244,10 @@ def find_checkpoint(path: Path) -> Path:
 
     Raises:
         CheckpointError: if it is neither.
+        UsageError: if it is a folder with checkpoints of several runs.
     """
     if (path / NAME).is_file():
         return path
-    if found := complete_checkpoints(path):
+    if found := checkpoints_of_one_run(path):
         return found[0]
     raise CheckpointError(f"{path} is neither a complete checkpoint (it has no {NAME}) nor a run folder with one")

@@ -66,6 +66,8 @@ class Manifest:
     """Name in the folder -> file."""
     tensors: dict[str, TensorEntry] = field(default_factory=dict)
     """KIND/NAME -> tensor."""
+    run: str = ""
+    """The identity of the run that saved the checkpoint; empty if it was converted, or saved before runs had one."""
     format: int = FORMAT
 
     def write(self, folder: Path) -> None:
@@ -95,7 +97,8 @@ class Manifest:
             tensors = {
                 n: TensorEntry(t["dtype"], t["shape"], [Chunk(**c) for c in t["chunks"]]) for n, t in values["tensors"].items()
             }
-            return cls(values["step"], values["layout"], values["versions"], files, tensors)
+            run = values.get("run", "")
+            return cls(values["step"], values["layout"], values["versions"], files, tensors, run)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path} is damaged: {error}") from error
 

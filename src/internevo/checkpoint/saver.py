@@ -7,6 +7,7 @@ leaves is not used as a checkpoint.
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, wait
@@ -21,12 +22,13 @@ from torch import Tensor
 from .. import __version__
 from ..config.run import Ckpt
 from ..errors import CheckpointError, InternEvoError
-from ..storage.folders import shared_temporary
+from ..storage.folders import set_aside, shared_temporary
 from .finish import Extras, complete
-from .folder import CHECKPOINTS, SNAPSHOTS, checkpoint_name
+from .folder import CHECKPOINTS, SNAPSHOTS, checkpoint_name, saved_checkpoints
 from .manifest import NAME, FileEntry, Manifest, TensorEntry
 from .storage import SafetensorsWriter
 
+log = logging.getLogger("internevo")
 PATIENCE = 600.0
 """Seconds that a failed run waits for a save that has been started."""
 
@@ -46,6 +48,7 @@ class Saver:
         layout: dict[str, int],
         group: dist.ProcessGroup,
         after: Callable[[Path], None] = lambda folder: None,
+        identity: str = "",
     ) -> None:
         """
         Args:
@@ -54,23 +57,29 @@ class Saver:
             layout: axis -> size, for the manifest.
             group: a group of all ranks for CPU tensors that nothing else uses.
             after: is called with each complete checkpoint, on rank 0 and in the background.
+            identity: of the run, for the manifest. Only checkpoints with it are ever deleted or replaced.
         """
         self.run, self.config, self.rank, self.layout, self.group, self.after = run, config, rank, layout, group, after
+        self.identity = identity
         self.pending: Future[Any] | None = None
         self.temporary = run / "none"
         self.snapshots = 0
 
-    def save(self, step: int, tensors: dict[str, Tensor], extras: Extras) -> None:
-        """Copies ``tensors`` (KIND/NAME -> DTensor) to host memory, and writes them in the background."""
-        self._start(self.run / CHECKPOINTS / checkpoint_name(step), step, tensors, extras)
+    def save(self, step: int, tensors: dict[str, Tensor], extras: Extras, keep_all: bool = False) -> None:
+        """Copies ``tensors`` (KIND/NAME -> DTensor) to host memory, and writes them in the background.
+
+        Args:
+            keep_all: delete no older checkpoint after this one.
+        """
+        self._start(self.run / CHECKPOINTS / checkpoint_name(step), step, tensors, extras, keep_all)
 
     def snapshot(self, step: int, tensors: dict[str, Tensor], extras: Extras) -> None:
         """Does the same with one of the two snapshot folders, alternately."""
         folder = self.run / SNAPSHOTS / str(self.snapshots % 2)
         self.snapshots += 1
-        self._start(folder, step, tensors, extras)
+        self._start(folder, step, tensors, extras, keep_all=True)
 
-    def _start(self, folder: Path, step: int, tensors: dict[str, Tensor], extras: Extras) -> None:
+    def _start(self, folder: Path, step: int, tensors: dict[str, Tensor], extras: Extras, keep_all: bool) -> None:
         self.wait()
         temporary = self.temporary = shared_temporary(folder)
         if self.rank == 0:
@@ -79,9 +88,11 @@ class Saver:
 
         def on_written(entries: dict[str, TensorEntry], files: dict[str, FileEntry]) -> None:
             versions = {"internevo": __version__, "torch": torch.__version__}
-            manifest = Manifest(step, self.layout, versions, files, entries)
+            manifest = Manifest(step, self.layout, versions, files, entries, self.identity)
+            self._protect(folder)
             complete(temporary, folder, manifest, extras)
-            self._retain()
+            if not keep_all:
+                self._retain(step)
             self.after(folder)
 
         writer = SafetensorsWriter(temporary, self.rank, on_written)
@@ -115,21 +126,34 @@ class Saver:
         pending = self.pending  # read once: another thread may be in wait()
         if pending is None:
             return
-        log = logging.getLogger("internevo")
         log.info(f"waiting up to {patience:.0f} s for the checkpoint that is being saved")
         if not wait([pending], patience).done:
             log.warning(f"the checkpoint that was being saved is not complete after {patience:.0f} s, and is abandoned")
         elif (error := pending.exception()) is not None:
             log.warning(f"saving the checkpoint failed as well: {_reason(error)}")
 
-    def _retain(self) -> None:
-        """Deletes the checkpoints that ``keep_last`` and ``keep_every`` do not keep. Called on rank 0 after each save."""
-        if self.config.keep_last is None:
+    def _protect(self, folder: Path) -> None:
+        """Gives what is in the place of a new checkpoint another name, unless it is an earlier checkpoint of this run."""
+        if not os.path.lexists(folder):
             return
-        folders = sorted((self.run / CHECKPOINTS).glob("step-????????"))
-        every = self.config.keep_every
-        for folder in folders[: -self.config.keep_last]:
-            if not (every and int(folder.name.removeprefix("step-")) % every == 0):
+        try:
+            there = Manifest.read(folder)
+            step = checkpoint_name(there.step) if folder.parent.name == CHECKPOINTS else folder.name
+            mine = there.run == self.identity and step == folder.name
+        except CheckpointError:
+            mine = False
+        if not mine:
+            log.warning(f"{folder} is not a checkpoint of this run, and is now named {set_aside(folder).name}")
+
+    def _retain(self, step: int) -> None:
+        """Deletes those checkpoints from before ``step`` that ``keep_last`` and ``keep_every`` do not keep."""
+        last, every = self.config.keep_last, self.config.keep_every
+        if last is None:
+            return
+        older = [s for s in saved_checkpoints(self.run, self.identity) if s < step]
+        for old in older[: max(0, len(older) - (last - 1))]:
+            if not (every and old % every == 0):
+                folder = self.run / CHECKPOINTS / checkpoint_name(old)
                 # The manifest is deleted first, so that a folder that is only partly deleted is not a complete checkpoint.
                 (folder / NAME).unlink(missing_ok=True)
                 shutil.rmtree(folder, ignore_errors=True)

@@ -37,13 +37,16 @@ def default_processes() -> int:
     return torch.cuda.device_count()
 
 
-def launch(arguments: list[str], processes: int, log: Path) -> int:
+def launch(
+    arguments: list[str], processes: int, log: Path, variables: dict[str, str] | None = None, pass_fds: tuple[int, ...] = ()
+) -> int:
     """Runs ``python -m internevo ARGUMENTS`` in ``processes`` processes, and waits for them.
 
     Signals are forwarded to the processes. If a process fails, its standard error is printed.
 
     Args:
         log: folder to which the standard error of each process is written, as rank-N.stderr.
+        variables, pass_fds: environment variables and open files that only rank 0 gets.
 
     Returns:
         0, or the exit code of the first process that failed.
@@ -68,7 +71,8 @@ def launch(arguments: list[str], processes: int, log: Path) -> int:
                 [sys.executable, "-m", "internevo", *arguments],
                 stderr=stderr,
                 stdin=subprocess.DEVNULL,
-                env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), **(variables or {} if rank == 0 else {})},
+                pass_fds=pass_fds if rank == 0 else (),
             )
         children.append(child)
         for number in received:

@@ -30,8 +30,13 @@ def train(path: Path, overrides: list[str], processes: int | None, port: int = 8
         processes = processes or default_processes()
         check(config, processes)
         if processes > 1:
+            from ..train.folder import INHERITED, acquire
+
             _print_notices(config)
-            return launch(["train", str(path), *overrides], processes, _log_folder(config))
+            with acquire(config) as lock:
+                variables = {INHERITED: str(lock.descriptor)}
+                arguments = ["train", str(path), *overrides]
+                return launch(arguments, processes, config.run_folder / "log", variables, (lock.descriptor,))
     return _train_here(config, port, launcher)
 
 
@@ -44,6 +49,7 @@ def _collective_timeout(step: float) -> timedelta:
 
 def _train_here(config: Config, port: int, launcher: str | None) -> int:
     from ..parallel.world import join, read_launcher
+    from ..train.folder import acquire_on_rank_0
     from ..train.stop import StopRequests
     from ..train.trainer import Trainer
     from ..train.watchdog import Watchdog
@@ -57,8 +63,13 @@ def _train_here(config: Config, port: int, launcher: str | None) -> int:
         _print_notices(config)
     stops = StopRequests()
     limit = _collective_timeout(config.monitor.timeout)
-    with stops.listening(), join(port, launcher, limit) as world, Watchdog(world, config.monitor.timeout) as watchdog:
-        Trainer(config, world, stops, watchdog).fit()
+    with (
+        stops.listening(),
+        join(port, launcher, limit) as world,
+        Watchdog(world, config.monitor.timeout) as watchdog,
+        acquire_on_rank_0(config, world) as lock,
+    ):
+        Trainer(config, world, stops, watchdog, lock).fit()
     return 0
 
 
@@ -66,7 +77,3 @@ def _print_notices(config: Config) -> None:
     """Prints a line for each config key that has no effect."""
     for line in notices(config):
         print(f"note: {line}", file=sys.stderr)
-
-
-def _log_folder(config: Config) -> Path:
-    return config.run_folder / "log"

@@ -86,13 +86,19 @@ class Ckpt(Section):
     oss_snapshot_freq: int = option(
         0, "Number of steps between snapshots, which are written to two folders in turn. 0: no snapshots.", unit="steps", ge=0
     )
-    auto_resume: bool = option(True, "Resume from the newest complete checkpoint or snapshot in the run folder, if any.")
+    auto_resume: bool = option(
+        True,
+        "Resume from the newest complete checkpoint or snapshot in the run folder, if any. False: start a new run, which needs "
+        "a run folder without checkpoints.",
+    )
     load_ckpt_info: LoadCkptInfo | None = option(None, "The checkpoint that a new run starts from. None: new initial weights.")
     enable_internevo2hf_ckpt: bool = option(
         False, "Also export the model of each checkpoint in Hugging Face's format, to hf/step-N in the run folder."
     )
     stop_file_path: PathText | None = option(
-        None, 'A file that is read at each step. "N" in it: save and stop at step N. "-N": save at step N and continue.'
+        None,
+        'A file that is read at each step. "N" in it: save and stop at step N. "-N": save at step N and continue. At the start '
+        '"0" is written to it; a file that contains anything but a number is refused.',
     )
     load_ckpt_folder: str | dict[str, Any] | None = option(
         None, "InternEvo's older name for load_ckpt_info, or for its path.", ignored=LOADING
@@ -179,6 +185,13 @@ class Monitor(Section):
         unit="seconds",
         ge=0,
         le=1e9,
+    )
+    max_skipped_steps: int = option(
+        5,
+        "Number of steps in a row, skipped because their gradients are not finite, after which the run ends with an error. In "
+        "fp16, steps after which the loss scale can still shrink do not count. 0: no limit.",
+        unit="steps",
+        ge=0,
     )
     memory: bool = option(
         False,

@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 
 from ..config.data import STREAMS, Data, MixturePart, name_of
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from ..text.tokenizer import Tokenizer
 from .encoding.encode import Encoder, EncoderPool, cached_tokenizer
 from .mixture import Mixture, Part
@@ -113,12 +113,18 @@ def load_stream(
         report: is called with a message for each document that this rank has skipped.
     """
     if isinstance(rows, Stream):
-        return InMemoryRows(list(all_rows(rows, limit, report)), rows.types, rows.seq_len)
+        found = list(all_rows(rows, limit, report))
+        if not found:
+            raise DataError("the validation data (data.valid_folder) contains no document")
+        return InMemoryRows(found, rows.types, rows.seq_len)
     return rows
 
 
 def _rows(data: Data, folder: str, vocab_size: int, min_length: int, min_lengths: dict[str, int] | None) -> Rows:
     index = open_index(Path(folder), min_length, min_lengths)
+    if not index.tokens:
+        shorter = f", or only documents with fewer than data.min_length = {min_length} tokens" if min_length > 1 else ""
+        raise DataError(f"{folder} contains no document{shorter}: tokenize more text, or name another folder")
     if not data.use_packed_dataset:
         return PaddedRows(index, data.seq_len, vocab_size)
     return PackedRows(index, data.seq_len, vocab_size, into_one=data.pack_sample_into_one)

@@ -95,10 +95,15 @@ class Console:
             self._print(line)
         if record.skipped:
             log.warning(f"step {record.step} was skipped: its gradients are not finite ({record.skipped_steps} so far)")
+        elif math.isnan(record.loss):
+            log.warning(f"step {record.step} has no loss: none of its tokens is to be predicted (all labels are masked)")
 
     def valid(self, record: ValidRecord) -> None:
         """Shows an evaluation."""
         types = "".join(f" | {name} {loss:.4f}" for name, loss in sorted(record.valid_loss_by_type.items()))
+        if not record.valid_loss_by_type:
+            self.warn(f"step {record.step}: no validation loss, because the validation data has no token to predict")
+            return
         self.say(f"step {record.step}: validation loss {record.valid_loss:.4f}, perplexity {record.valid_ppl:.2f}{types}")
 
     def close(self) -> None:
@@ -125,7 +130,8 @@ class Console:
     def _line(self, r: StepRecord) -> str:
         left = timedelta(seconds=round(sorted(self.times)[len(self.times) // 2] * (self.total - r.step)))
         parts = [
-            f"step {r.step}/{self.total}", f"loss {r.loss:.4f}", f"lr {r.lr:.2e}", f"grad {r.grad_norm:.3f}",
+            f"step {r.step}/{self.total}", "loss none" if math.isnan(r.loss) else f"loss {r.loss:.4f}",
+            f"lr {r.lr:.2e}", f"grad {r.grad_norm:.3f}",
             f"TGS {r.tgs:,.0f}", f"{r.tflops:.3g} TFLOPS",
         ]  # fmt: skip
         if r.mfu is not None:
@@ -135,6 +141,8 @@ class Console:
         if r.moe is not None:
             parts.append(f"experts max {r.moe['max_load']:.2f}x dropped {100 * r.moe['dropped']:.1f}%")
         parts += [f"mem {r.memory_peak_max / 2**30:.2f} GiB", f"left {left}"]
-        if r.skipped or not math.isfinite(r.loss):
+        if r.skipped:
             parts.append("SKIPPED (gradients not finite)")
+        elif math.isnan(r.loss):
+            parts.append("NO LOSS (no token to predict)")
         return "  ".join(parts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import UnionType
 from typing import Any
@@ -15,15 +16,29 @@ from .record import StepRecord, ValidRecord
 
 
 class JsonLines:
-    """A file of rows, one JSON object per line. It is continued after a step: rows of later steps are removed."""
+    """A file of rows, one JSON object per line. It is continued after a step.
+
+    Rows of later steps, which the run writes again, and damaged lines move to NAME.removed, which nobody ever shortens.
+    """
 
     def __init__(self, path: Path, last_step: int) -> None:
         """``last_step``: the last step whose rows are kept, if the file exists."""
         self.path = path
-        kept = [row for row in read_rows(path) if row["step"] <= last_step]
+        kept, removed = list[str](), list[bytes]()
+        for line, row in _lines(path):
+            if row is not None and row["step"] <= last_step:
+                kept.append(to_json(row) + "\n")  # strict JSON, which older versions did not write
+            else:
+                removed.append(line + b"\n")
+        if removed:
+            history = path.with_name(path.name + ".removed")
+            with naming(history), open(history, "ab") as file:
+                file.writelines(removed)
+                file.flush()
+                os.fsync(file.fileno())
         temporary = path.with_name(path.name + ".tmp")
-        with naming(temporary), open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(to_json(row) + "\n" for row in kept)
+        with naming(temporary):
+            temporary.write_text("".join(kept), encoding="utf-8")
         os.replace(temporary, path)
         self._file = open(path, "a", encoding="utf-8", buffering=1)
 
@@ -39,16 +54,23 @@ class JsonLines:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Reads the rows of a file, up to the first damaged line, which a killed process may have left. No file: no rows."""
+    """Reads the rows of a file. Lines that are not rows are left out: damaged ones, which a killed process may have left, and
+    those without a step. No file: no rows."""
+    return [row for _, row in _lines(path) if row is not None]
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Yields each line of a file without its end, and the row in it, if it is one."""
     if not path.is_file():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
+        return
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            step = row.get("step") if isinstance(row, dict) else None
+            yield line.rstrip(b"\r\n"), row if isinstance(step, int) and not isinstance(step, bool) else None
 
 
 def usable_rows(path: Path, kinds: dict[str, type | UnionType]) -> tuple[list[dict[str, Any]], int]:

@@ -11,6 +11,7 @@ The temporary names are next to the folder NAME. By them, what killed processes 
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import secrets
@@ -110,6 +111,13 @@ def put_in_place(new: Path, folder: Path) -> None:
     sync(folder.parent)
     if old is not None:
         _remove(old)
+
+
+def set_aside(path: Path) -> Path:
+    """Renames a file or folder to the first free name of NAME.1, NAME.2, ... Returns the new path."""
+    new = next(p for n in itertools.count(1) if not os.path.lexists(p := path.with_name(f"{path.name}.{n}")))
+    path.rename(new)
+    return new
 
 
 def find_folders(parent: Path, names: str) -> dict[str, Path]:

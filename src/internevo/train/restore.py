@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Checkpoint, complete_checkpoints, find_checkpoint
-from ..checkpoint.folder import CHECKPOINTS
+from ..checkpoint.folder import CHECKPOINTS, run_of
 from ..checkpoint.load import load_tensors
 from ..checkpoint.manifest import NAME
 from ..checkpoint.storage import KINDS
@@ -36,7 +36,9 @@ def restore(parts: Parts, run: Path) -> list[str]:
     """
     ckpt = parts.config.ckpt
     if ckpt.auto_resume and ckpt.enable_save_ckpt and (found := complete_checkpoints(run)):
-        return load_checkpoint(parts, found[0], LoadCkptInfo(path=str(found[0])))
+        lines = load_checkpoint(parts, found[0], LoadCkptInfo(path=str(found[0])))
+        parts.state.run = run_of(found[0])  # this is the same run
+        return lines
     info = ckpt.load_ckpt_info
     if info is None or info.path is None:
         return []

@@ -25,6 +25,11 @@ class LossScaler:
         enabled = dtype == "float16"
         return cls(config, enabled, config.fp16.initial_scale if enabled else 1.0)
 
+    @property
+    def smallest(self) -> bool:
+        """Whether the scale is so small that an overflow has another reason."""
+        return self.scale <= max(1.0, self.config.fp16.min_scale or 0.0)
+
     def update(self, overflow: bool) -> None:
         """Updates the scale after a step. ``overflow``: whether the gradients of the step were not finite."""
         if not self.enabled:

@@ -46,8 +46,8 @@ class Losses:
         self.counts.index_add_(0, types, (batch.labels != -100).flatten().double())
 
     def mean(self) -> float:
-        """Returns the mean loss over all predicted tokens."""
-        return float(self.sums.sum() / self.counts.sum().clamp(min=1))
+        """Returns the mean loss over all predicted tokens; NaN if there are none."""
+        return float(self.sums.sum() / self.counts.sum())
 
     def by_type(self, names: list[str]) -> dict[str, float]:
         """Returns type -> mean loss, for the types that have predicted tokens."""

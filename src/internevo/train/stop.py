@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+import os
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..errors import UsageError
 from ..observe.console import log
 from ..storage.naming import naming
 from .shared import Shared
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """These signals and Ctrl-C ask a run to stop."""
+
+
+def check_stop_file(path: Path) -> None:
+    """Checks that ``path`` can become a stop file: it is missing, empty, or contains a number.
+
+    Raises:
+        UsageError: if it is something else, which would be overwritten.
+    """
+    if not os.path.lexists(path):
+        return
+    try:
+        with open(path, "rb") as file:
+            ours = re.fullmatch(rb"\s*(-?[0-9]{1,20}\s*)?", file.read(64))
+    except OSError:
+        ours = None
+    if ours is None:
+        raise UsageError(
+            f"ckpt.stop_file_path = {str(path)!r} is not a stop file, which contains one number; the run would overwrite it. "
+            "Choose the name of a new file"
+        )
 
 
 class StopRequests:

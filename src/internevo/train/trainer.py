@@ -8,12 +8,14 @@ from functools import partial
 
 import torch.distributed as dist
 
+from ..checkpoint import Checkpoint
 from ..checkpoint.export import Exporter, check_export
-from ..checkpoint.folder import remove_leftovers
+from ..checkpoint.folder import remove_leftovers, saved_checkpoints
 from ..checkpoint.saver import Saver
 from ..config import Config, dump
 from ..data.batches import StepBatch, TrainBatches, parse_skip_batches, valid_batches
 from ..data.build import checked_tokenizer
+from ..errors import InternEvoError
 from ..measure.probes import Probes
 from ..models.families.registry import decoder_config
 from ..models.generate import Sampling, generate
@@ -24,6 +26,7 @@ from ..ops.precision import COMPUTE, is_slow
 from ..parallel import gloo
 from ..parallel.layout import Layout
 from ..parallel.world import World
+from ..storage.lock import FileLock
 from ..storage.naming import naming
 from ..text.tokenizer import Tokenizer
 from .lr_schedule import beta2, learning_rate
@@ -39,8 +42,11 @@ from .watchdog import Watchdog
 class Trainer:
     """A training run on this rank."""
 
-    def __init__(self, config: Config, world: World, stops: StopRequests, watchdog: Watchdog) -> None:
-        self.config, self.world, self.stops, self.watchdog = config, world, stops, watchdog
+    def __init__(
+        self, config: Config, world: World, stops: StopRequests, watchdog: Watchdog, lock: FileLock | None = None
+    ) -> None:
+        """``lock``: the lock of the run folder, on the rank that has it."""
+        self.config, self.world, self.stops, self.watchdog, self.lock = config, world, stops, watchdog, lock
         self.run = config.run_folder
         start_log(self.run / "log", world.rank, config.monitor.alert.alert_file_path)
         prepare(config, world.device)
@@ -54,7 +60,8 @@ class Trainer:
         self.tokenizer = _sample_tokenizer(config)
         self.exporter = Exporter(self.run, COMPUTE[config.model.dtype], log.warning)
         after = self.exporter if config.ckpt.enable_internevo2hf_ckpt else lambda folder: None
-        self.saver = Saver(self.run, config.ckpt, world.rank, _sizes(self.parts.layout), gloo.new_group(), after)
+        group, identity = gloo.new_group(), self.state.run
+        self.saver = Saver(self.run, config.ckpt, world.rank, _sizes(self.parts.layout), group, after, identity)
         watchdog.before_end = self.saver.finish
         self.garbage = GarbageCollector()
         self.saved_step = self.state.step
@@ -79,6 +86,7 @@ class Trainer:
                     observers.step(record)
                     for line in self.probes.lines:
                         observers.console.say(line)
+                self._check_progress(step)
                 if _due(step, data.valid_every, last and not stop):
                     self._evaluate(step, observers)
                 if _due(step, config.monitor.sample_every, last):
@@ -110,6 +118,8 @@ class Trainer:
         self.state.cursor = batch.next_cursor
         self.state.consumed_tokens += batch.tokens
         self.state.skipped_steps += result.skipped
+        hopeless = result.skipped and self.parts.scaler.smallest
+        self.state.skipped_in_a_row = self.state.skipped_in_a_row + 1 if hopeless else 0
         self.state.data_skipped += int(result.shared.data_skipped)
         for message in batch.skipped:
             log.warning(f"left out: {message}")
@@ -172,8 +182,31 @@ class Trainer:
                 observers.sample(step, prompt, tokenizer.decode([i for i in out if i not in ends]))
         parts.axis.after_forwards()
 
+    def _check_progress(self, step: int) -> None:
+        """Ends a run that has lost its folder to another process, or that has diverged."""
+        if self.lock is not None:
+            self.lock.check()
+        row, limit = self.state.skipped_in_a_row, self.config.monitor.max_skipped_steps
+        if not limit or row < limit:
+            return
+        self.saver.wait()
+        saved = saved_checkpoints(self.run, self.state.run).values()
+        good = [f for f in saved if not Checkpoint(f).json("state.json").get("skipped_in_a_row")]
+        start = (
+            f"Start a run in another folder (ckpt.save_ckpt_folder) from {good[-1]}, the last checkpoint from before, or from "
+            f"an earlier one (ckpt.load_ckpt_info.path={good[-1]})"
+            if good
+            else "There is no checkpoint from before, so start again"
+        )
+        raise InternEvoError(
+            f"the run has diverged: the last {row} steps, until step {step}, were skipped, because their gradients were not "
+            f"finite (monitor.max_skipped_steps = {limit}). {start}, with a smaller adam.lr, with "
+            "hybrid_zero_optimizer.clip_grad_norm, or without these batches (data.skip_batches)"
+        )
+
     def _save(self, step: int) -> None:
-        self.saver.save(step, self.parts.tensors(), self.parts.extras())
+        # While steps are skipped, no older checkpoint is deleted: they are what a run that diverges can go back to.
+        self.saver.save(step, self.parts.tensors(), self.parts.extras(), keep_all=self.state.skipped_in_a_row > 0)
         self.saved_step = step
         self.garbage.collect()
 

@@ -49,14 +49,17 @@ def test_rows_after_the_step_are_removed_and_rows_before_it_stay_unchanged(tmp_p
     write(path, 0, first)
     write(path, 2, [row(3, later=True)])
     assert read_rows(path) == [*first[:3], row(3, later=True)]
-    assert [one.name for one in tmp_path.iterdir()] == [path.name]
+    assert read_rows(tmp_path / "metrics.jsonl.removed") == first[3:]
+    assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_new_run_in_an_old_folder_starts_an_empty_file(tmp_path: Path) -> None:
+def test_a_new_run_in_an_old_folder_starts_an_empty_file_and_no_row_of_the_old_one_is_lost(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     write(path, 0, [row(1), row(2)])
     write(path, 0, [row(1, later=True)])
-    assert read_rows(path) == [row(1, later=True)]
+    write(path, 0, [])
+    assert read_rows(path) == []
+    assert read_rows(tmp_path / "metrics.jsonl.removed") == [row(1), row(2), row(1, later=True)]
 
 
 def test_a_row_is_in_the_file_as_soon_as_it_is_written(tmp_path: Path) -> None:
@@ -73,9 +76,22 @@ def test_a_missing_file_has_no_rows(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
-@pytest.mark.parametrize("tail", [b"\x00" * 30, b'{"step": 3, "loss', b"{}}\n", b'{"step": 3'])
-def test_a_damaged_line_and_those_after_it_are_left_out(tmp_path: Path, tail: bytes) -> None:
-    path = tmp_path / "metrics.jsonl"
+NOT_ROWS = [
+    b"\x00" * 30, b'{"step": 3, "loss', b"{}}", b'{"step": 3', b"\xff\xfe", b"[1]", b"3", b'{"epoch": 1}', b'{"step": "3"}',
+    b'{"step": null}', b'{"step": true}', b"",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", NOT_ROWS)
+@pytest.mark.parametrize("end", [b"", b"\n"])
+def test_a_line_that_is_not_a_row_is_kept_apart_and_the_rows_after_it_stay(tmp_path: Path, line: bytes, end: bytes) -> None:
+    path, removed = tmp_path / "metrics.jsonl", tmp_path / "metrics.jsonl.removed"
     write(path, 0, [row(1), row(2)])
-    path.write_bytes(path.read_bytes() + tail)
+    rows = path.read_bytes()
+    path.write_bytes(rows + line + end)
     assert read_rows(path) == [row(1), row(2)]
+    path.write_bytes(line + b"\n" + rows + line + end)
+    write(path, 2, [row(3)])
+    assert read_rows(path) == [row(1), row(2), row(3)]
+    assert set(removed.read_bytes().splitlines()) == {line}
+    json.loads(path.read_text().splitlines()[0])

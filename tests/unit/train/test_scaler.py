@@ -99,3 +99,13 @@ def test_older_checkpoints_without_the_dtype_can_be_read() -> None:
     assert (mine.scale, mine.clean, mine.overflows) == (8.0, 2, 1)
     before.load({"scale": 1.0, "clean": 0, "overflows": 0})
     assert before == scaler()
+
+
+@pytest.mark.parametrize("lowest", [None, 0.25, 1.0, 16.0])
+def test_an_overflow_has_another_reason_when_the_scale_cannot_shrink_or_is_1(lowest: float | None) -> None:
+    mine = scaler(hysteresis=1, lowest=lowest)
+    while mine.scale > max(1.0, lowest or 0.0):
+        assert not mine.smallest
+        mine.update(OVERFLOW)
+    assert mine.smallest
+    assert LossScaler.from_config(GradScaler(), "bfloat16").smallest

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from internevo.config import load_config
+from internevo.config.data import MixturePart
 from internevo.data.build import train_source, valid_rows
 from internevo.data.encoding import encode
 from internevo.data.encoding.formats import document_text, format_fields
@@ -26,6 +27,7 @@ from internevo.data.raw.documents import Document, read_documents
 from internevo.data.raw.inputs import find_files, is_sequential, split_file, split_files
 from internevo.data.rows import RandomRows
 from internevo.data.source import ShuffledRows
+from internevo.data.tokenized.files import TokenWriter
 from internevo.data.tokenized.index import open_index
 from internevo.errors import DataError
 from internevo.text.tokenizer import train_bpe
@@ -190,6 +192,28 @@ def test_mocked_data_is_random_and_ignores_the_folders(tmp_path: Path) -> None:
     assert isinstance(source, ShuffledRows)
     assert isinstance(source.rows, RandomRows)
     assert isinstance(valid_rows(config.data, 97), RandomRows)
+
+
+@pytest.mark.parametrize("counts", [[], [3, 5]], ids=["no document", "only short documents"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_data_without_a_document_is_an_error_that_names_the_folder(tmp_path: Path, counts: list[int], packed: bool) -> None:
+    writer = TokenWriter(tmp_path / "data" / "en" / "part.bin")
+    writer.write(np.ones(sum(counts), np.int64), np.array(counts, np.int64))
+    writer.close()
+    more: dict[str, Any] = {
+        "data__valid_folder": str(tmp_path / "data"),
+        "data__valid_every": 2,
+        "data__use_packed_dataset": packed,
+    }
+    data = load_config(write_config(tmp_path, tmp_path / "data", **more, data__min_length=9), []).data
+    with pytest.raises(DataError, match="data contains no document.*with fewer than data.min_length = 9 tokens"):
+        train_source(data, 97)
+    part = MixturePart(folder=str(tmp_path / "data"))
+    with pytest.raises(DataError, match="data contains no document"):
+        train_source(data.model_copy(update={"mixture": [part]}), 97)
+    if not counts:
+        with pytest.raises(DataError, match="data contains no document"):
+            valid_rows(data, 97)
 
 
 def test_links_are_followed_and_the_error_names_a_loop_of_links(tmp_path: Path) -> None:

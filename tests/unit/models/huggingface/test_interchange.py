@@ -230,6 +230,7 @@ def test_training_starts_from_a_hugging_face_folder(
     wanted = load_model(folder)
     assert all(torch.equal(a, b) for a, b in zip(load_model(tmp_path / "tuned").parameters(), wanted.parameters(), strict=True))
     assert len(metrics(tmp_path / "tuned")) == 1
-    failed = run("train", path, "model.num_layers=1", "model.rope_base=7", "ckpt.auto_resume=false", code=2)
+    other = f"ckpt.save_ckpt_folder={tmp_path}/other"
+    failed = run("train", path, "model.num_layers=1", "model.rope_base=7", other, code=2)
     assert f"  model.num_layers = 1 in the config, and 2 in {folder}\n" in failed.stderr
     assert f"  model.rope_base = 7.0 in the config, and 500.0 in {folder}\n" in failed.stderr
