@@ -17,7 +17,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from ..errors import UsageError
@@ -32,10 +32,7 @@ def shared_temporary(folder: Path) -> Path:
 def temporary(folder: Path) -> Iterator[Path]:
     """Makes an empty folder next to ``folder``. It is removed at the end, unless ``put_in_place`` has renamed it."""
     path = _temporary_name(folder, "tmp")
-    try:
-        path.mkdir(parents=True)
-    except OSError as error:
-        raise UsageError(f"{folder} cannot be written: {error.strerror}: {error.filename}") from error
+    path.mkdir(parents=True)
     try:
         yield path
     finally:
@@ -59,7 +56,11 @@ def target(folder: Path, last: str, replaced: Iterable[str] | None = None) -> It
     folder = folder.resolve()
     check_target(folder, replaced is not None)
     exists = folder.is_dir()
-    with temporary(folder / "new" if exists else folder) as new:
+    with ExitStack() as stack:
+        try:
+            new = stack.enter_context(temporary(folder / "new" if exists else folder))
+        except OSError as error:
+            raise UsageError(f"{folder} cannot be written: {error.strerror}: {error.filename}") from error
         yield new
         if exists:
             _move_files(new, folder, last, replaced or ())
