@@ -240,7 +240,9 @@ def train_py() -> None:
     parser.add_argument(
         "--launcher", choices=("slurm", "torch"), help="what started the processes (default: found from the environment)"
     )
-    parser.add_argument("--port", type=int, default=8888, help="port of the first host, under Slurm")
+    parser.add_argument(
+        "--port", type=int, help="port of the first host, under Slurm (default: MASTER_PORT, or one for each job)"
+    )
     parser.add_argument("--seed", type=int, help="seed of the initial weights")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("overrides", nargs="*", metavar="KEY.PATH=VALUE", help="overrides of config keys")

@@ -21,11 +21,6 @@ GRACE = 60.0
 """Seconds after a process has failed, in which the others may end by themselves; they may be saving a checkpoint."""
 
 
-def already_launched() -> bool:
-    """Whether torchrun, srun or ``launch`` has started this process."""
-    return "RANK" in os.environ or "SLURM_STEP_ID" in os.environ
-
-
 def default_processes() -> int:
     """Returns the default number of processes: one per GPU, or 1 without GPUs."""
     from ..parallel.world import has_gpu

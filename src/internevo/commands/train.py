@@ -9,30 +9,38 @@ from datetime import timedelta
 from pathlib import Path
 
 from ..config import Config, load_config, notices
+from ..errors import UsageError
+from ..parallel.launcher import LauncherInfo, read_launcher
 from ..train.check import check
-from .launch import already_launched, default_processes, die_with_parent, launch
+from .launch import default_processes, die_with_parent, launch
 
 
-def train(path: Path, overrides: list[str], processes: int | None, port: int = 8888, launcher: str | None = None) -> int:
+def train(path: Path, overrides: list[str], processes: int | None, port: int | None = None, launcher: str | None = None) -> int:
     """Trains with the config ``path``.
 
     Args:
         overrides: KEY.PATH=VALUE overrides of the config.
         processes: number of processes to start, if torchrun or srun has not started this one; None: one per GPU, or 1.
-        port: port of the first host, under Slurm.
+        port: as in ``read_launcher``.
         launcher: "torch" or "slurm" if this process must have been started by it; None: found from the environment.
 
     Returns:
         The exit code.
     """
     config = load_config(path, overrides)
-    if launcher is None and not already_launched():
+    info = read_launcher(os.environ, port, launcher)
+    if info.address is None:
         processes = processes or default_processes()
         check(config, processes)
         if processes > 1:
             _print_notices(config)
             return launch(["train", str(path), *overrides], processes, _log_folder(config))
-    return _train_here(config, port, launcher)
+    elif processes not in (None, info.size):
+        raise UsageError(
+            f"--nproc {processes}: a launcher has started this process as rank {info.rank} of {info.size}, as its environment "
+            "variables say (RANK, SLURM_STEP_ID): leave out --nproc"
+        )
+    return _train_here(config, port, launcher, info)
 
 
 def _collective_timeout(step: float) -> timedelta:
@@ -42,16 +50,15 @@ def _collective_timeout(step: float) -> timedelta:
     return max(TIMEOUT, timedelta(seconds=2 * step)) if step else timedelta(days=30)
 
 
-def _train_here(config: Config, port: int, launcher: str | None) -> int:
-    from ..parallel.world import join, read_launcher
+def _train_here(config: Config, port: int | None, launcher: str | None, info: LauncherInfo) -> int:
+    from ..parallel.world import join
     from ..train.stop import StopRequests
     from ..train.trainer import Trainer
     from ..train.watchdog import Watchdog
 
     die_with_parent()
-    if already_launched():
+    if info.address is not None:
         faulthandler.enable()  # after a crash or SIGABRT, prints the stacks of all threads
-    info = read_launcher(os.environ, port, launcher)
     check(config, info.size)
     if info.rank == 0 and "INTERNEVO_PARENT" not in os.environ:
         _print_notices(config)
