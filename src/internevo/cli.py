@@ -199,6 +199,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _run(arguments: list[str], debug: bool) -> int:
+    os.environ["PYTHONSAFEPATH"] = "1"  # processes that a command starts do not take modules from the current folder
     try:
         return int(app(arguments, standalone_mode=False) or 0)
     except typer.TyperException as error:  # wrong usage: typer's message says what to do

@@ -122,14 +122,17 @@ def _imports_for(path: Path) -> Iterator[None]:
     def read_base() -> Iterator[None]:
         yield
 
-    stubs = {name: types.ModuleType(name) for name in ("internlm", "internlm.utils", "internlm.utils.utils")}
+    stubs = {name: types.ModuleType(name) for name in ("internlm", "internlm.utils", "internlm.utils.utils", "configs")}
     stubs["internlm.utils.utils"].read_base = read_base  # type: ignore[attr-defined]
     modules, search = dict(sys.modules), list(sys.path)
-    # The config's folder and all folders above it, the nearest first.
-    sys.path[:0] = [str(folder) for folder in path.resolve().parents]
-    sys.modules.update({k: v for k, v in stubs.items() if k not in sys.modules})
+    # The config's folder and all folders above it, the nearest first, then the current folder. They come after Python's own and
+    # installed modules, which a random.py or torch.py next to a config must not replace.
+    folders = [*map(str, path.resolve().parents), "."]
+    sys.path += folders
+    stubs["configs"].__path__ = [configs for folder in [*folders, *search] if os.path.isdir(configs := f"{folder}/configs")]
     for name in [n for n in sys.modules if n == "configs" or n.startswith("configs.")]:
         del sys.modules[name]
+    sys.modules.update({k: v for k, v in stubs.items() if k not in sys.modules})
     try:
         yield
     finally:
