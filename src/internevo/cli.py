@@ -235,7 +235,9 @@ def train_py() -> None:
 
     parser = argparse.ArgumentParser(
         description="Train. The same as `internevo train`.",
-        epilog=_epilog("torchrun --nproc-per-node 8 train.py --config configs/7B_internlm2.py --launcher torch"),
+        epilog=_epilog(
+            "torchrun --nproc-per-node 8 --shutdown-timeout 600 train.py --config configs/7B_internlm2.py --launcher torch"
+        ),
     )
     parser.add_argument("--config", type=Path, required=True, help="config file")
     parser.add_argument(

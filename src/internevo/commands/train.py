@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import signal
 import sys
 from datetime import timedelta
 from pathlib import Path
 
 from ..config import Config, load_config, notices
 from ..errors import UsageError
-from ..parallel.launcher import LauncherInfo, read_launcher
+from ..parallel.launcher import LauncherInfo, launcher_has_store, read_launcher
 from ..train.check import check
-from .launch import default_processes, die_with_parent, launch
+from .launch import PARENT, default_processes, launch
 
 
 def train(path: Path, overrides: list[str], processes: int | None, port: int | None = None, launcher: str | None = None) -> int:
@@ -27,6 +28,7 @@ def train(path: Path, overrides: list[str], processes: int | None, port: int | N
     Returns:
         The exit code.
     """
+    parent = os.getppid()  # read before anything that takes long: the launcher may end meanwhile
     config = load_config(path, overrides)
     info = read_launcher(os.environ, port, launcher)
     if info.address is None:
@@ -40,7 +42,7 @@ def train(path: Path, overrides: list[str], processes: int | None, port: int | N
             f"--nproc {processes}: a launcher has started this process as rank {info.rank} of {info.size}, as its environment "
             "variables say (RANK, SLURM_STEP_ID): leave out --nproc"
         )
-    return _train_here(config, port, launcher, info)
+    return _train_here(config, port, launcher, info, parent)
 
 
 def _collective_timeout(step: float) -> timedelta:
@@ -50,23 +52,30 @@ def _collective_timeout(step: float) -> timedelta:
     return max(TIMEOUT, timedelta(seconds=2 * step)) if step else timedelta(days=30)
 
 
-def _train_here(config: Config, port: int | None, launcher: str | None, info: LauncherInfo) -> int:
+def _train_here(config: Config, port: int | None, launcher: str | None, info: LauncherInfo, parent: int) -> int:
     from ..parallel.world import join
     from ..train.stop import StopRequests
     from ..train.trainer import Trainer
     from ..train.watchdog import Watchdog
 
-    die_with_parent()
     if info.address is not None:
         faulthandler.enable()  # after a crash or SIGABRT, prints the stacks of all threads
     check(config, info.size)
-    if info.rank == 0 and "INTERNEVO_PARENT" not in os.environ:
+    if info.rank == 0 and PARENT not in os.environ:
         _print_notices(config)
-    stops = StopRequests()
+    stops = StopRequests(parent if _ends_with_launcher(info) else None)
     limit = _collective_timeout(config.monitor.timeout)
     with stops.listening(), join(port, launcher, limit) as world, Watchdog(world, config.monitor.timeout) as watchdog:
+        if launcher_has_store(os.environ):
+            watchdog.on_lost_store = stops.launcher_has_ended
         Trainer(config, world, stops, watchdog).fit()
     return 0
+
+
+def _ends_with_launcher(info: LauncherInfo) -> bool:
+    """Whether the parent of this process is its launcher, and the run stops when that ends. Ranks that a shell has started with
+    nohup outlive it."""
+    return info.address is not None and (PARENT in os.environ or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)
 
 
 def _print_notices(config: Config) -> None:

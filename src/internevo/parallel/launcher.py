@@ -158,3 +158,8 @@ def local_world_size(env: Mapping[str, str]) -> int:
     """Returns the number of processes of the run on this node; 1 if the launcher does not say it."""
     tasks = re.match(r"\d+", env.get("LOCAL_WORLD_SIZE") or env.get("SLURM_STEP_TASKS_PER_NODE", ""))
     return int(tasks[0]) if tasks else 1
+
+
+def launcher_has_store(env: Mapping[str, str]) -> bool:
+    """Whether the launcher has the store of the run, as torchrun and ``internevo train`` do. Otherwise rank 0 has it."""
+    return env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
