@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
@@ -219,12 +220,13 @@ def _run(arguments: list[str], debug: bool) -> int:
 
 
 def _exit(code: int) -> NoReturn:
-    """Ends the process. After a failure, a run still has its process groups (see ``world.join``). Then nothing is freed: Python
-    would wait for the threads of the groups, which may wait forever for other ranks."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
+    """Ends the process. If it was a rank of a run, Python is not shut down. After a failure, it would wait for the threads of
+    the process groups (see ``world.join``), which may wait forever for other ranks. After success, such a thread that still
+    needs Python would abort the process ("terminate called without an active exception")."""
+    if f"{__package__}.parallel.world" in sys.modules:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):  # whoever reads the output may have ended
+                stream.flush()
         os._exit(code)
     sys.exit(code)
 

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore
 
 from tests.conftest import ROOT, WriteConfig, metrics, tiny
-from tests.pool import Pool, free_port
+from tests.pool import Pool
 
 SRUN = """#!/bin/sh
 # Two machines with one task each.
@@ -76,7 +77,9 @@ def assert_one_run(pool: Pool, config: WriteConfig, folder: Path, name: str) -> 
 
 def test_torchrun_on_two_machines(pool: Pool, config: WriteConfig, tmp_path: Path) -> None:
     path = config("torchrun", parallel__tensor={"size": 2, "mode": "msp"}, model__vocab_size=98)
-    env = environment(NODES="2", GPUS="1", HEAD=f"127.0.0.1:{free_port()}")
+    # The test has the store in which the agents meet, so that no other program gets its port.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    env = environment(NODES="2", GPUS="1", HEAD=f"127.0.0.1:{store.port}")
     finish(*(start("bash", ROOT / "deploy" / "torchrun.sh", path, "seed=7", env=env) for _ in range(2)))
     assert_one_run(pool, lambda name: config(name, seed=7, model__vocab_size=98), tmp_path, "torchrun")
 
@@ -87,7 +90,7 @@ def test_slurm_on_two_machines(pool: Pool, config: WriteConfig, tmp_path: Path) 
     srun.write_text(SRUN)
     srun.chmod(srun.stat().st_mode | stat.S_IEXEC)
     env = environment(
-        SLURM_JOB_NODELIST="localhost", SLURM_SUBMIT_DIR=str(ROOT), SLURM_CPUS_PER_TASK="1", PORT=str(free_port())
+        SLURM_JOB_NODELIST="localhost", SLURM_SUBMIT_DIR=str(ROOT), SLURM_CPUS_PER_TASK="1", SLURM_JOB_ID=str(os.getpid())
     )
     env["PATH"] = f"{srun.parent}{os.pathsep}{env['PATH']}"
     finish(start("bash", ROOT / "deploy" / "slurm.sbatch", config("slurm"), env=env))

@@ -1,5 +1,6 @@
 """Tokenized files in every format: what is read is what was written, and errors say where a file is damaged."""
 
+import pwd
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,23 @@ def test_the_index_is_cached_and_made_again_when_files_change(tmp_path: Path) ->
     write_binary(tmp_path / "cn" / "b.bin", [[1, 2, 3]], 501)
     index = open_index(tmp_path)
     assert index.types == ["cn", "en"] and index.tokens == 5
+
+
+def test_a_process_without_a_home_and_a_user_makes_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that is started with a number as its user, here with a folder that cannot have a cache either."""
+
+    def fail(number: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    for name in ("HOME", "XDG_CACHE_HOME", "USER", "LOGNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", fail)
+    monkeypatch.chdir(tmp_path)
+    write_binary(tmp_path / "data" / "part.bin", [[1, 2], [3]], 100)
+    (tmp_path / "data" / ".internevo").write_text("a file in place of the folder")
+    for _ in range(2):
+        assert len(open_index(tmp_path / "data").documents) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
 
 
 def test_the_error_says_where_a_truncated_binary_file_ends(tmp_path: Path) -> None:
