@@ -13,12 +13,15 @@ set -euo pipefail
 
 config=${1:?usage: HEAD=HOST:PORT NODES=N deploy/torchrun.sh CONFIG [KEY=VALUE ...]}
 shift
+NODES=${NODES:-1}
+[ "$NODES" = 1 ] || : "${HEAD:?is HOST:PORT of one of the machines}"
+HEAD=${HEAD:-localhost:0} # alone, on any free port: two runs on a machine must not meet
 GPUS=${GPUS:-$(command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus | wc -l || echo 1)}
 
 set -m # torchrun gets a process group of its own, so that a terminal sends Ctrl-C to this script alone
 torchrun \
-    --nnodes "${NODES:-1}" --nproc-per-node "$GPUS" \
-    --rdzv-backend c10d --rdzv-endpoint "${HEAD:-localhost:29500}" --rdzv-id "${JOB:-internevo}" \
+    --nnodes "$NODES" --nproc-per-node "$GPUS" \
+    --rdzv-backend c10d --rdzv-endpoint "$HEAD" --rdzv-id "${JOB:-internevo}" \
     --shutdown-timeout "${STOP:-600}" --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
     "$(dirname "$0")/../train.py" --config "$config" --launcher torch "$@" &
 torchrun=$!

@@ -275,11 +275,8 @@ def test_ranks_save_and_end_when_their_launcher_ends(
     config: WriteConfig, tmp_path: Path, launcher: str, number: signal.Signals, code: int
 ) -> None:
     path = config("left", data__total_steps=4000, lr_scheduler__total_steps=4000)
-    rendezvous = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    settings = {
-        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "INTERNEVO_DEVICE": "cpu", "GPUS": "2",
-        "HEAD": f"127.0.0.1:{rendezvous.port}",
-    }  # fmt: skip
+    path_of_tools = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    settings = {"PATH": path_of_tools, "OMP_NUM_THREADS": "1", "INTERNEVO_DEVICE": "cpu", "GPUS": "2"}
     with open(tmp_path / "output", "w") as output:
         process = subprocess.Popen(
             [*LAUNCHERS[launcher], str(path)],

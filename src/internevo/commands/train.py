@@ -28,7 +28,7 @@ def train(path: Path, overrides: list[str], processes: int | None, port: int | N
     Returns:
         The exit code.
     """
-    parent = os.getppid()  # read before anything that takes long: the launcher may end meanwhile
+    parent = int(os.environ.get(PARENT) or os.getppid())  # read first: the launcher may end meanwhile
     config = load_config(path, overrides)
     info = read_launcher(os.environ, port, launcher)
     if info.address is None:
