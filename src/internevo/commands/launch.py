@@ -96,6 +96,8 @@ class _Signals:
         self.children = children
         self.sent: list[int] = []
         """The signals sent so far, for processes that are started later."""
+        self.interrupts = 0
+        """Number of Ctrl-C."""
         for number in SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup lets a process ignore SIGHUP
                 signal.signal(number, self.forward)
@@ -110,7 +112,8 @@ class _Signals:
 
     def interrupt(self, _number: int, _frame: FrameType | None) -> None:
         """After the first Ctrl-C the processes finish their step and save, and after the second they are killed."""
-        if self.sent:
+        self.interrupts += 1  # first: the next Ctrl-C may come while this one is handled
+        if self.interrupts > 1:
             self.forward(signal.SIGKILL)
         else:
             # Not with print: this process may be printing.
