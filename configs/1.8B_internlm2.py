@@ -1,6 +1,6 @@
 """InternLM2-1.8B in its published shape.
 
-    torchrun --nproc-per-node 8 train.py --config configs/1.8B_internlm2.py --launcher torch
+    torchrun --nproc-per-node 8 --shutdown-timeout 600 train.py --config configs/1.8B_internlm2.py --launcher torch
 """
 
 from configs._base_.pretrain import *

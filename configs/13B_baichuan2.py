@@ -1,6 +1,6 @@
 """Baichuan2-13B in its published shape. Positions are linear biases (ALiBi).
 
-    torchrun --nproc-per-node 8 train.py --config configs/13B_baichuan2.py --launcher torch
+    torchrun --nproc-per-node 8 --shutdown-timeout 600 train.py --config configs/13B_baichuan2.py --launcher torch
 """
 
 from configs._base_.pretrain import *

@@ -1,6 +1,6 @@
 """Qwen3-30B-A3B in its published shape.
 
-    torchrun --nproc-per-node 8 train.py --config configs/30B_qwen3_MoE.py --launcher torch
+    torchrun --nproc-per-node 8 --shutdown-timeout 600 train.py --config configs/30B_qwen3_MoE.py --launcher torch
 """
 
 from configs._base_.pretrain import *

@@ -1,6 +1,6 @@
 """Gemma-7B in its published shape.
 
-    torchrun --nproc-per-node 8 train.py --config configs/7B_gemma.py --launcher torch
+    torchrun --nproc-per-node 8 --shutdown-timeout 600 train.py --config configs/7B_gemma.py --launcher torch
 """
 
 from configs._base_.pretrain import *

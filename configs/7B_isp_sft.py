@@ -1,6 +1,6 @@
 """InternLM-7B in its published shape, by Intern Sequence Parallel.
 
-    torchrun --nproc-per-node 8 train.py --config configs/7B_isp_sft.py --launcher torch
+    torchrun --nproc-per-node 8 --shutdown-timeout 600 train.py --config configs/7B_isp_sft.py --launcher torch
 """
 
 from configs._base_.pretrain import *

@@ -1,6 +1,6 @@
 """Llama-3-8B in its published shape.
 
-    torchrun --nproc-per-node 8 train.py --config configs/8B_llama3.py --launcher torch
+    torchrun --nproc-per-node 8 --shutdown-timeout 600 train.py --config configs/8B_llama3.py --launcher torch
 """
 
 from configs._base_.pretrain import *

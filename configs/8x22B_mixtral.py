@@ -1,6 +1,6 @@
 """Mixtral-8x22B in its published shape.
 
-    torchrun --nproc-per-node 8 train.py --config configs/8x22B_mixtral.py --launcher torch
+    torchrun --nproc-per-node 8 --shutdown-timeout 600 train.py --config configs/8x22B_mixtral.py --launcher torch
 """
 
 from configs._base_.pretrain import *

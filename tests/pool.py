@@ -7,7 +7,6 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
-import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -56,13 +55,6 @@ def _join_and_call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> 
 
     with join(launcher="torch") as world:
         return function(world, *arguments)
-
-
-def free_port() -> int:
-    """Returns a port of this machine on which nothing listens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def launcher_env(rank: int, size: int, port: int, device: str = DEVICE) -> dict[str, str]:

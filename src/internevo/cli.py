@@ -7,6 +7,7 @@ import io
 import os
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
@@ -274,6 +275,7 @@ def _print_anything() -> None:
 
 
 def _run(arguments: list[str], debug: bool) -> int:
+    os.environ["PYTHONSAFEPATH"] = "1"  # processes that a command starts do not take modules from the current folder
     try:
         return _call(arguments)
     except typer.TyperException as error:  # wrong usage: typer's message says what to do
@@ -311,12 +313,13 @@ def _describe(error: Exception) -> str:
 
 
 def _exit(code: int) -> NoReturn:
-    """Ends the process. After a failure, a run still has its process groups (see ``world.join``). Then nothing is freed: Python
-    would wait for the threads of the groups, which may wait forever for other ranks."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
+    """Ends the process. If it was a rank of a run, Python is not shut down. After a failure, it would wait for the threads of
+    the process groups (see ``world.join``), which may wait forever for other ranks. After success, such a thread that still
+    needs Python would abort the process ("terminate called without an active exception")."""
+    if f"{__package__}.parallel.world" in sys.modules:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):  # whoever reads the output may have ended
+                stream.flush()
         os._exit(code)
     sys.exit(code)
 
@@ -327,13 +330,17 @@ def train_py() -> None:
 
     parser = argparse.ArgumentParser(
         description="Train. The same as `internevo train`.",
-        epilog=_epilog("torchrun --nproc-per-node 8 train.py --config configs/7B_internlm2.py --launcher torch"),
+        epilog=_epilog(
+            "torchrun --nproc-per-node 8 --shutdown-timeout 600 train.py --config configs/7B_internlm2.py --launcher torch"
+        ),
     )
     parser.add_argument("--config", type=Path, required=True, help="config file")
     parser.add_argument(
         "--launcher", choices=("slurm", "torch"), help="what started the processes (default: found from the environment)"
     )
-    parser.add_argument("--port", type=int, default=8888, help="port of the first host, under Slurm")
+    parser.add_argument(
+        "--port", type=int, help="port of the first host, under Slurm (default: MASTER_PORT, or one for each job)"
+    )
     parser.add_argument("--seed", type=int, help="seed of the initial weights")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("overrides", nargs="*", metavar="KEY.PATH=VALUE", help="overrides of config keys")

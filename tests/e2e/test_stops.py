@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
+from torch.distributed import TCPStore
 
 from internevo.checkpoint import storage
 from internevo.cli import main
@@ -23,13 +24,12 @@ from internevo.data.batches import StepBatch
 from internevo.errors import DataError
 from internevo.train import watchdog
 from internevo.train.step import Stepper, StepResult
-from tests.conftest import metrics, rows_so_far
+from tests.conftest import ROOT, WriteConfig, metrics, rows_so_far
 from tests.e2e.test_training import start
-from tests.pool import free_port, launcher_env
+from tests.pool import launcher_env
 
 Fault = Callable[[int], None]
 """A function that is called with each rank and prepares what goes wrong on it."""
-WriteConfig = Callable[..., Path]
 STEP = 3
 """The step in which it goes wrong."""
 
@@ -39,7 +39,7 @@ def _rank(rank: int, size: int, port: int, config: Path, fault: Fault, folder: P
     output = os.open(folder / f"{rank}.txt", os.O_CREAT | os.O_WRONLY)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    os.environ.update(launcher_env(rank, size, port), INTERNEVO_DEVICE="cpu")
+    os.environ.update(launcher_env(rank, size, port), INTERNEVO_DEVICE="cpu", TORCHELASTIC_USE_AGENT_STORE="True")
     torch.set_num_threads(1)
     watchdog.Watchdog = partial(watchdog.Watchdog, interval=0.5)  # type: ignore[misc, assignment]
     fault(rank)
@@ -51,9 +51,12 @@ class Ranks:
 
     def __init__(self, size: int, config: Path, fault: Fault, folder: Path, seconds: float = 300) -> None:
         # The processes are forks of a server that has imported everything and does nothing else.
-        context, port = multiprocessing.get_context("forkserver"), free_port()
+        context = multiprocessing.get_context("forkserver")
+        # This process has the store, as torchrun does, so that no other program gets its port.
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         context.set_forkserver_preload([__name__, "internevo.train.trainer"])
-        self.processes = [context.Process(target=_rank, args=(rank, size, port, config, fault, folder)) for rank in range(size)]
+        arguments = (size, store.port, config, fault, folder)
+        self.processes = [context.Process(target=_rank, args=(rank, *arguments)) for rank in range(size)]
         for process in self.processes:
             process.start()
         deadline = time.monotonic() + seconds
@@ -178,7 +181,7 @@ def _has_reached(step: int, folder: Path) -> bool:
 def _wait_until(condition: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
     deadline = time.monotonic() + PATIENCE
     while not condition():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        assert process.poll() is None and time.monotonic() < deadline, process.stdout and process.communicate()[0]
         time.sleep(0.02)
 
 
@@ -210,12 +213,87 @@ def test_stops_at_random_steps(config: WriteConfig, tmp_path: Path, busy: None) 
         shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_while_ranks_start_stops_after_the_first_step(config: WriteConfig, tmp_path: Path, number: int) -> None:
-    """The signal comes before any rank listens to signals. It must not kill any of them."""
-    process = start(config("early"), "--nproc", 2)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_while_ranks_start_stops_after_the_first_step(
+    config: WriteConfig, tmp_path: Path, number: signal.Signals
+) -> None:
+    """The signal comes before any rank listens to signals. It must not kill any of them. A terminal sends it to all."""
+    process = start(config("early"), "--nproc", 2, start_new_session=True)
     _wait_until((tmp_path / "early" / "log" / "rank-00001.stderr").exists, process)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     _assert_success(process, tmp_path / "early")
     assert [row["step"] for row in metrics(tmp_path / "early")] == [1]
     assert (tmp_path / "early" / "checkpoints" / "step-00000001" / "manifest.json").is_file()
+
+
+def test_ctrl_c_twice_ends_a_run_that_is_starting(config: WriteConfig, tmp_path: Path) -> None:
+    process = start(config("early"), "--nproc", 2, start_new_session=True)
+    _wait_until((tmp_path / "early" / "log" / "rank-00001.stderr").exists, process)
+    assert process.stdout is not None
+    os.killpg(process.pid, signal.SIGINT)
+    assert "Ctrl-C again" in process.stdout.readline() + process.stdout.readline()
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1, output
+    assert output.endswith("interrupted\n") and "failed" not in output
+
+
+def _processes_below(parent: int) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(parent)], capture_output=True, text=True).stdout.split()
+    return [int(child) for child in found] + [below for child in found for below in _processes_below(int(child))]
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+BIN = Path(sys.executable).parent
+LAUNCHERS = {
+    "internevo": [sys.executable, "-m", "internevo", "train", "--nproc", "2"],
+    "torchrun": [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", str(ROOT / "train.py"), "--config"],
+    "torchrun.sh": ["bash", str(ROOT / "deploy" / "torchrun.sh")],
+    "a shell below torchrun": [
+        str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", "--no-python", "bash", "-c",
+        f'"{sys.executable}" -m internevo train "$0"; true',
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("launcher", "number", "code"),
+    [
+        ("internevo", signal.SIGKILL, -signal.SIGKILL),
+        ("torchrun", signal.SIGUSR1, -signal.SIGUSR1),
+        ("torchrun.sh", signal.SIGTERM, 0),
+        ("torchrun.sh", signal.SIGKILL, -signal.SIGKILL),
+        ("a shell below torchrun", signal.SIGKILL, -signal.SIGKILL),
+    ],
+)
+def test_ranks_save_and_end_when_their_launcher_ends(
+    config: WriteConfig, tmp_path: Path, launcher: str, number: signal.Signals, code: int
+) -> None:
+    path = config("left", data__total_steps=4000, lr_scheduler__total_steps=4000)
+    path_of_tools = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    settings = {"PATH": path_of_tools, "OMP_NUM_THREADS": "1", "INTERNEVO_DEVICE": "cpu", "GPUS": "2"}
+    with open(tmp_path / "output", "w") as output:
+        process = subprocess.Popen(
+            [*LAUNCHERS[launcher], str(path)],
+            env={**os.environ, **settings},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    _wait_until(partial(_has_reached, 2, tmp_path / "left"), process)
+    ranks = _processes_below(process.pid)
+    process.send_signal(number)
+    assert process.wait(PATIENCE) == code
+    deadline = time.monotonic() + PATIENCE
+    while any(map(_is_alive, ranks)):
+        assert time.monotonic() < deadline, f"processes {ranks} train on"
+        time.sleep(0.05)
+    text, last = (tmp_path / "output").read_text(), metrics(tmp_path / "left")[-1]["step"]
+    assert f"ends after step {last}" in text and (code or "Traceback" not in text)
+    assert (tmp_path / "left" / "checkpoints" / f"step-{last:08d}" / "manifest.json").is_file()

@@ -182,10 +182,10 @@ def test_a_killed_run_is_resumed_to_bit_identical_weights(config: WriteConfig, t
     path = config("killed", **changes)
     draw = random.Random(3)
     for _ in range(3):
-        process = start(path, "--nproc", 2)
+        process = start(path, "--nproc", 2, start_new_session=True)
         done = len(rows_so_far(tmp_path / "killed"))
         wait_for_step(tmp_path / "killed", min(done + draw.randint(2, 9), 38), process)
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)  # the ranks too, which would save if only their launcher ended
         process.wait()
         time.sleep(0.2)
     run("train", path, "--nproc", 2)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -131,3 +132,20 @@ def test_any_text_can_be_printed(run: Run, tmp_path: Path, encoding: str) -> Non
     assert "\\u6a21" in run("config", path, code=2, env=environment).stderr
     done = run("config", ROOT / "configs" / "demo.py", "JOB_NAME=模型", env=environment)
     assert json.loads(done.stdout)["JOB_NAME"] == "模型"
+
+
+END = """
+import atexit, sys
+import {module}
+from internevo import cli
+atexit.register(print, "Python was shut down")
+print("the last line", end="")
+cli._exit(3)
+"""
+
+
+@pytest.mark.parametrize(("module", "rest"), [("internevo.parallel.world", ""), ("internevo.config", "Python was shut down\n")])
+def test_a_rank_ends_without_shutting_python_down(module: str, rest: str) -> None:
+    """Threads of process groups may still need Python then. Nothing that was printed is lost."""
+    done = subprocess.run([sys.executable, "-c", END.format(module=module)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (3, f"the last line{rest}")

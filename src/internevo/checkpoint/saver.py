@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from pathlib import Path
@@ -64,6 +65,8 @@ class Saver:
         self.pending: Future[Any] | None = None
         self.temporary = run / "none"
         self.snapshots = 0
+        self.seconds: float | None = None
+        """How long the last save took."""
 
     def save(self, step: int, tensors: dict[str, Tensor], extras: Extras, keep_all: bool = False) -> None:
         """Copies ``tensors`` (KIND/NAME -> DTensor) to host memory, and writes them in the background.
@@ -81,6 +84,7 @@ class Saver:
 
     def _start(self, folder: Path, step: int, tensors: dict[str, Tensor], extras: Extras, keep_all: bool) -> None:
         self.wait()
+        begin = time.monotonic()
         temporary = self.temporary = shared_temporary(folder)
         if self.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -98,6 +102,7 @@ class Saver:
         writer = SafetensorsWriter(temporary, self.rank, on_written)
         pending = dcp.async_save(tensors, storage_writer=writer, process_group=self.group)
         assert isinstance(pending, Future)
+        pending.add_done_callback(lambda _: setattr(self, "seconds", time.monotonic() - begin))
         self.pending = pending
 
     def check(self) -> None:

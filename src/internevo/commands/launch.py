@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -15,15 +14,10 @@ from types import FrameType
 
 PARENT = "INTERNEVO_PARENT"
 """Environment variable with the process id of the launcher."""
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 """Signals that ask a run to stop. They are the same as in ``train.stop``, which cannot be imported without PyTorch."""
 GRACE = 60.0
 """Seconds after a process has failed, in which the others may end by themselves; they may be saving a checkpoint."""
-
-
-def already_launched() -> bool:
-    """Whether torchrun, srun or ``launch`` has started this process."""
-    return "RANK" in os.environ or "SLURM_STEP_ID" in os.environ
 
 
 def default_processes() -> int:
@@ -64,9 +58,9 @@ def launch(
     log.mkdir(parents=True, exist_ok=True)
     errors = [log / f"rank-{rank:05d}.stderr" for rank in range(processes)]
     children: list[subprocess.Popen[bytes]] = []
-    received = _forward_signals(children)
+    signals = _Signals(children)
     for rank in range(processes):
-        with open(errors[rank], "w") as stderr, _blocked(SIGNALS):
+        with open(errors[rank], "w") as stderr, _blocked((*SIGNALS, signal.SIGINT)):
             child = subprocess.Popen(
                 [sys.executable, "-m", "internevo", *arguments],
                 stderr=stderr,
@@ -75,9 +69,14 @@ def launch(
                 pass_fds=pass_fds if rank == 0 else (),
             )
         children.append(child)
-        for number in received:
+        for number in signals.sent:
             child.send_signal(number)
-    failed = _wait(children, lambda rank: print(_failure(rank, children[rank], errors[rank], processes), file=sys.stderr))
+
+    def print_failure(rank: int) -> None:
+        interrupted = signal.SIGKILL in signals.sent
+        print("interrupted" if interrupted else _failure(rank, children[rank], errors[rank], processes), file=sys.stderr)
+
+    failed = _wait(children, print_failure)
     if failed is None:
         return 0
     code = children[failed].returncode
@@ -94,28 +93,36 @@ def _blocked(signals: tuple[int, ...]) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _forward_signals(children: list[subprocess.Popen[bytes]]) -> list[int]:
-    """Forwards signals to all ``children``. Returns a list with the signals received, for processes that are started later."""
-    received: list[int] = []
+class _Signals:
+    """Forwards the signals that this process receives to all ``children``."""
 
-    def forward(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-        for child in children:
+    def __init__(self, children: list[subprocess.Popen[bytes]]) -> None:
+        self.children = children
+        self.sent: list[int] = []
+        """The signals sent so far, for processes that are started later."""
+        self.interrupts = 0
+        """Number of Ctrl-C."""
+        for number in SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup lets a process ignore SIGHUP
+                signal.signal(number, self.forward)
+        signal.signal(signal.SIGINT, self.interrupt)
+
+    def forward(self, number: int, _frame: FrameType | None = None) -> None:
+        """Sends a signal to the processes that are running."""
+        self.sent.append(number)
+        for child in self.children:
             if child.poll() is None:
                 child.send_signal(number)
 
-    interrupts: list[int] = []
-
-    def interrupt(number: int, _frame: FrameType | None) -> None:
-        # A terminal sends Ctrl-C to the processes as well. After the first, they finish their step and save.
-        interrupts.append(number)
-        if len(interrupts) > 1:
-            forward(signal.SIGKILL, None)
-
-    for number in SIGNALS:
-        signal.signal(number, forward)
-    signal.signal(signal.SIGINT, interrupt)
-    return received
+    def interrupt(self, _number: int, _frame: FrameType | None) -> None:
+        """After the first Ctrl-C the processes finish their step and save, and after the second they are killed."""
+        self.interrupts += 1  # first: the next Ctrl-C may come while this one is handled
+        if self.interrupts > 1:
+            self.forward(signal.SIGKILL)
+        else:
+            # Not with print: this process may be printing.
+            os.write(2, b"\nCtrl-C: the run finishes its step, saves and ends. Ctrl-C again ends it immediately.\n")
+            self.forward(signal.SIGTERM)
 
 
 def _wait(children: list[subprocess.Popen[bytes]], on_failure: Callable[[int], None]) -> int | None:
@@ -146,17 +153,10 @@ def _wait(children: list[subprocess.Popen[bytes]], on_failure: Callable[[int], N
 def _failure(rank: int, child: subprocess.Popen[bytes], errors: Path, processes: int) -> str:
     """Returns a message about a rank that has failed: its standard error, and the signal that killed it."""
     text = errors.read_text(errors="replace").rstrip()[-4000:]
+    how = f"exit code {child.returncode}"
     if child.returncode < 0:
-        text += f"\nkilled by {signal.Signals(-child.returncode).name}"
-        text += " (out of memory?)" if child.returncode == -signal.SIGKILL else ""
-    return f"rank {rank} of {processes} failed:\n{text.strip()}"
-
-
-def die_with_parent() -> None:
-    """On Linux, lets the kernel kill this process when its launcher is killed, so that no process keeps training unnoticed."""
-    parent = os.environ.get(PARENT)
-    if parent is None or not sys.platform.startswith("linux"):
-        return
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != int(parent):
-        os.kill(os.getpid(), signal.SIGKILL)
+        how = f"killed by {signal.Signals(-child.returncode).name}"
+        how += " (out of memory?)" if child.returncode == -signal.SIGKILL else ""
+    return (
+        f"rank {rank} of {processes} failed: {how}; {f'{errors} ends with' if text else f'{errors} is empty'}\n{text}".rstrip()
+    )

@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import signal
 import sys
 from datetime import timedelta
 from pathlib import Path
 
 from ..config import Config, load_config, notices
+from ..errors import UsageError
+from ..parallel.launcher import LauncherInfo, launcher_has_store, read_launcher
 from ..train.check import check
-from .launch import already_launched, default_processes, die_with_parent, launch
+from .launch import PARENT, default_processes, launch
 
 
-def train(path: Path, overrides: list[str], processes: int | None, port: int = 8888, launcher: str | None = None) -> int:
+def train(path: Path, overrides: list[str], processes: int | None, port: int | None = None, launcher: str | None = None) -> int:
     """Trains with the config ``path``.
 
     Args:
         overrides: KEY.PATH=VALUE overrides of the config.
         processes: number of processes to start, if torchrun or srun has not started this one; None: one per GPU, or 1.
-        port: port of the first host, under Slurm.
+        port: as in ``read_launcher``.
         launcher: "torch" or "slurm" if this process must have been started by it; None: found from the environment.
 
     Returns:
         The exit code.
     """
+    parent = int(os.environ.get(PARENT) or os.getppid())  # read first: the launcher may end meanwhile
     config = load_config(path, overrides)
-    if launcher is None and not already_launched():
+    info = read_launcher(os.environ, port, launcher)
+    if info.address is None:
         processes = processes or default_processes()
         check(config, processes)
         if processes > 1:
@@ -37,7 +42,12 @@ def train(path: Path, overrides: list[str], processes: int | None, port: int = 8
                 variables = {INHERITED: str(lock.descriptor)}
                 arguments = ["train", str(path), *overrides]
                 return launch(arguments, processes, config.run_folder / "log", variables, (lock.descriptor,))
-    return _train_here(config, port, launcher)
+    elif processes not in (None, info.size):
+        raise UsageError(
+            f"--nproc {processes}: a launcher has started this process as rank {info.rank} of {info.size}, as its environment "
+            "variables say (RANK, SLURM_STEP_ID): leave out --nproc"
+        )
+    return _train_here(config, port, launcher, info, parent)
 
 
 def _collective_timeout(step: float) -> timedelta:
@@ -47,21 +57,19 @@ def _collective_timeout(step: float) -> timedelta:
     return max(TIMEOUT, timedelta(seconds=2 * step)) if step else timedelta(days=30)
 
 
-def _train_here(config: Config, port: int, launcher: str | None) -> int:
-    from ..parallel.world import join, read_launcher
+def _train_here(config: Config, port: int | None, launcher: str | None, info: LauncherInfo, parent: int) -> int:
+    from ..parallel.world import join
     from ..train.folder import acquire_on_rank_0
     from ..train.stop import StopRequests
     from ..train.trainer import Trainer
     from ..train.watchdog import Watchdog
 
-    die_with_parent()
-    if already_launched():
+    if info.address is not None:
         faulthandler.enable()  # after a crash or SIGABRT, prints the stacks of all threads
-    info = read_launcher(os.environ, port, launcher)
     check(config, info.size)
-    if info.rank == 0 and "INTERNEVO_PARENT" not in os.environ:
+    if info.rank == 0 and PARENT not in os.environ:
         _print_notices(config)
-    stops = StopRequests()
+    stops = StopRequests(parent if _ends_with_launcher(info) else None)
     limit = _collective_timeout(config.monitor.timeout)
     with (
         stops.listening(),
@@ -69,8 +77,16 @@ def _train_here(config: Config, port: int, launcher: str | None) -> int:
         Watchdog(world, config.monitor.timeout) as watchdog,
         acquire_on_rank_0(config, world) as lock,
     ):
+        if launcher_has_store(os.environ):
+            watchdog.on_lost_store = stops.launcher_has_ended
         Trainer(config, world, stops, watchdog, lock).fit()
     return 0
+
+
+def _ends_with_launcher(info: LauncherInfo) -> bool:
+    """Whether the parent of this process is its launcher, and the run stops when that ends. Ranks that a shell has started with
+    nohup outlive it."""
+    return info.address is not None and (PARENT in os.environ or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)
 
 
 def _print_notices(config: Config) -> None:

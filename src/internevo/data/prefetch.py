@@ -31,7 +31,7 @@ class Prefetcher(Generic[T], Iterator[T]):
     def _run(self, items: Generator[T, None, None]) -> None:
         # A signal that stops a run may be sent to all of its processes. Worker processes that this thread starts inherit its
         # signal mask, and must not be ended by the signal.
-        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGUSR1))
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP))
         try:
             for item in items:
                 self._put(item)

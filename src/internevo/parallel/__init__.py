@@ -11,5 +11,6 @@
 | ``layout.py``, ``views.py``       | which ranks belong together                                                         |
 | ``collectives.py``, ``shards.py`` | collectives as autograd functions; this rank's part of a tensor                     |
 | ``memory.py``, ``strategy.py``    | memory and collectives of a step by formula                                         |
-| ``world.py``, ``gloo.py``         | joining the processes of a run                                                      |
+| ``launcher.py``, ``world.py``,    | what torchrun or Slurm says about this process; joining the processes of a run      |
+| ``gloo.py``                       |                                                                                     |
 """

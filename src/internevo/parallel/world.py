@@ -13,8 +13,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from ..errors import UsageError
+from ..errors import InternEvoError
 from . import gloo
+from .launcher import LauncherInfo, first_host, local_world_size, read_launcher
+
+__all__ = ["LauncherInfo", "World", "first_host", "join", "local_world_size", "read_launcher"]
 
 TIMEOUT = timedelta(minutes=30)
 """Default time-out of the collectives of training. The first ones wait for ranks that load, compile and connect. Later, the
@@ -38,64 +41,8 @@ class World:
     """The key-value store that all ranks can read and write."""
 
 
-@dataclass(frozen=True)
-class LauncherInfo:
-    """What the launcher has written to the environment of this process."""
-
-    rank: int
-    size: int
-    """Number of ranks."""
-    local_rank: int
-    """Number of this process on its node, from 0."""
-    address: str | None
-    """URL for ``torch.distributed.rendezvous``; None for a single process without a launcher."""
-
-
-def read_launcher(env: Mapping[str, str], port: int = 8888, launcher: str | None = None) -> LauncherInfo:
-    """Reads the environment variables of torchrun or Slurm.
-
-    Args:
-        env: the environment.
-        port: port of the first host, under Slurm.
-        launcher: "torch" or "slurm"; None: whichever has set its variables.
-
-    Raises:
-        UsageError: if a variable of the launcher is missing.
-    """
-    slurm = launcher == "slurm" or (launcher is None and "RANK" not in env and "SLURM_STEP_ID" in env)
-    try:
-        if slurm:
-            host = env.get("MASTER_ADDR") or first_host(env["SLURM_JOB_NODELIST"])
-            size = int(env.get("SLURM_NTASKS") or env["SLURM_NPROCS"])
-            return LauncherInfo(int(env["SLURM_PROCID"]), size, int(env["SLURM_LOCALID"]), f"tcp://{host}:{port}")
-        if launcher == "torch" or "RANK" in env:
-            return LauncherInfo(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]), "env://")
-    except KeyError as error:
-        command = "srun" if slurm else "torchrun"
-        raise UsageError(f"{error.args[0]} is not set: start this command with {command}, or leave out --launcher") from None
-    return LauncherInfo(0, 1, 0, None)
-
-
-def first_host(nodes: str) -> str:
-    """Returns the first host of a Slurm node list: "gpu[003-005,9],x" -> "gpu003".
-
-    Raises:
-        UsageError: if the list cannot be read.
-    """
-    match = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodes)
-    if match is None:
-        raise UsageError(f"SLURM_JOB_NODELIST = {nodes!r} cannot be read")
-    return match[1] + (match[2] or "")
-
-
-def local_world_size(env: Mapping[str, str]) -> int:
-    """Returns the number of processes of the run on this node; 1 if the launcher does not say it."""
-    tasks = re.match(r"\d+", env.get("LOCAL_WORLD_SIZE") or env.get("SLURM_STEP_TASKS_PER_NODE", ""))
-    return int(tasks[0]) if tasks else 1
-
-
 @contextmanager
-def join(port: int = 8888, launcher: str | None = None, timeout: timedelta = TIMEOUT) -> Iterator[World]:
+def join(port: int | None = None, launcher: str | None = None, timeout: timedelta = TIMEOUT) -> Iterator[World]:
     """Initializes ``torch.distributed`` with NCCL on GPUs and gloo on CPUs, and frees the process groups at the end.
 
     After an error, with several ranks, the process groups are not freed: a group cannot be freed before its collectives have
@@ -131,10 +78,23 @@ def join(port: int = 8888, launcher: str | None = None, timeout: timedelta = TIM
 def _store(info: LauncherInfo) -> dist.Store:
     if info.address is None:
         return dist.HashStore()
-    store, _, _ = next(dist.rendezvous(info.address, info.rank, info.size, timeout=TIMEOUT))
+    try:
+        store, _, _ = next(dist.rendezvous(info.address, info.rank, info.size, timeout=TIMEOUT))
+    except dist.DistError as error:
+        raise InternEvoError(f"rank {info.rank} cannot open the store of the run: {_explain(info, error)}") from error
     store.set_timeout(TIMEOUT)
     assert isinstance(store, dist.Store)
     return store
+
+
+def _explain(info: LauncherInfo, error: dist.DistError) -> str:
+    env = os.environ
+    host, port = (info.address or "").rpartition("/")[2].rpartition(":")[::2]
+    where = f"{host or env.get('MASTER_ADDR')}:{port if host else env.get('MASTER_PORT')}"
+    reason = str(error).splitlines()[0]
+    if "EADDRINUSE" in str(error):
+        return f"another program, perhaps another run, uses the port of {where}: set MASTER_PORT or give --port ({reason})"
+    return f"no answer from rank 0 or the launcher at {where}; it may have ended, or the address is wrong ({reason})"
 
 
 def is_lost_rank(error: BaseException) -> bool:

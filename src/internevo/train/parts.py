@@ -25,9 +25,10 @@ from ..models.losses import LossTerms
 from ..observe.console import log
 from ..parallel import gloo, plan
 from ..parallel.data_axis import DataAxis
+from ..parallel.launcher import local_world_size
 from ..parallel.layout import Layout
 from ..parallel.schedule import Schedule
-from ..parallel.world import World, local_world_size
+from ..parallel.world import World
 from .optimizer import Optimizer
 from .scaler import LossScaler
 from .state import RunState

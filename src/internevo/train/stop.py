@@ -1,21 +1,26 @@
-"""Requests to stop or to save: SIGTERM, SIGUSR1 and Ctrl-C on any rank, and InternEvo's stop file."""
+"""Requests to stop or to save: SIGTERM, SIGUSR1, SIGHUP and Ctrl-C on any rank, a launcher that has ended, and InternEvo's stop
+file."""
 
 from __future__ import annotations
 
 import os
 import re
 import signal
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import UsageError
 from ..observe.console import log
+from ..observe.record import StepRecord
 from ..storage.naming import naming
 from .shared import Shared
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""These signals and Ctrl-C ask a run to stop."""
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+"""These signals and Ctrl-C ask a run to stop. SIGHUP does not if it is ignored, as under nohup."""
+TORCHRUN_PATIENCE = 30.0
+"""Seconds after a signal until torchrun kills the processes, by default."""
 
 
 def check_stop_file(path: Path) -> None:
@@ -41,9 +46,14 @@ def check_stop_file(path: Path) -> None:
 class StopRequests:
     """Receives requests on this rank. They are shared with all ranks in each step, and all ranks make the same decision."""
 
-    def __init__(self) -> None:
+    def __init__(self, launcher: int | None = None) -> None:
+        """
+        Args:
+            launcher: process id of the launcher, which is the parent of this process; the run stops when it has ended.
+        """
+        self.launcher = launcher
         self.asked = ""
-        """Name of the signal that this rank has received; empty if none."""
+        """Why this rank asks to stop: the name of the signal that it has received, for example. Empty if it does not."""
         self.file: Path | None = None
 
     def watch(self, file: str) -> None:
@@ -60,7 +70,7 @@ class StopRequests:
     def listening(self) -> Iterator[None]:
         """A context in which signals become requests. A second Ctrl-C interrupts the process immediately.
 
-        The launcher starts processes with SIGTERM and SIGUSR1 blocked. A signal that comes before this context is delivered
+        The launcher starts processes with these signals blocked. A signal that comes before this context is delivered
         when the context begins. After the context, such a process ignores them. Thus a request to stop kills no process.
         """
 
@@ -69,9 +79,12 @@ class StopRequests:
             self.asked = signal.Signals(number).name
             if number == signal.SIGINT:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
+            elif number == signal.SIGHUP:
+                _leave_terminal()
 
-        old = {number: signal.signal(number, ask) for number in (*SIGNALS, signal.SIGINT)}
-        blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        heard = [n for n in (*SIGNALS, signal.SIGINT) if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        old = {number: signal.signal(number, ask) for number in heard}
+        blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, heard)
         try:
             yield
         finally:
@@ -79,9 +92,15 @@ class StopRequests:
                 signal.signal(number, signal.SIG_IGN if number in blocked else handler)
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
+    def launcher_has_ended(self) -> None:
+        """Asks to stop because the launcher has ended. May be called from any thread."""
+        self.asked = self.asked or "the launcher has ended"
+
     def requests(self) -> tuple[float, float]:
-        """Returns the requests of this rank, which are summed over all ranks: 1 after a signal, otherwise 0; and the number in
-        the stop file."""
+        """Returns the requests of this rank, which are summed over all ranks: 1 if it asks to stop, otherwise 0; and the number
+        in the stop file."""
+        if self.launcher is not None and os.getppid() != self.launcher:
+            self.launcher_has_ended()
         return float(bool(self.asked)), self._read()
 
     def decide(self, step: int, shared: Shared) -> tuple[bool, bool]:
@@ -101,3 +120,45 @@ class StopRequests:
             return float(int(self.file.read_text().strip() or 0)) if self.file else 0.0
         except (OSError, ValueError, OverflowError):
             return 0.0  # it is missing, incomplete or not a number; the next step reads it again
+
+
+def _leave_terminal() -> None:
+    """If the terminal has been closed, lets later output go nowhere, since it would raise an error."""
+    for file in (1, 2):
+        if stat.S_ISCHR(os.fstat(file).st_mode) and not os.isatty(file):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), file)
+
+
+class StopTime:
+    """Measures how long a run needs to stop: the rest of a step, and a save. Whoever ends a run must give it this time."""
+
+    def __init__(self, under_torchrun: bool) -> None:
+        self.may_be_killed = under_torchrun
+        """Whether torchrun may kill the run before it has stopped, and this has not been said yet."""
+        self.steps, self.slowest = 0, 0.0
+        """Number of steps, and seconds of the slowest one, without the first, which also compiles and connects."""
+
+    def lines(self, record: StepRecord, save: float | None, stop: bool) -> list[str]:
+        """Returns what to print after a step.
+
+        Args:
+            save: seconds that the last save took, if there was one.
+            stop: whether the run stops after this step.
+        """
+        self.steps += 1
+        self.slowest = record.step_time if self.steps <= 2 else max(self.slowest, record.step_time)
+        if stop:
+            return [f"the run was asked to stop and ends after step {record.step}; this takes {self._needed(save)}"]
+        if self.may_be_killed and save is not None and self.slowest + save > TORCHRUN_PATIENCE:
+            self.may_be_killed = False
+            return [
+                f"to stop, this run needs {self._needed(save)}. torchrun kills it after {TORCHRUN_PATIENCE:.0f} s, unless "
+                "--shutdown-timeout says more"
+            ]
+        return []
+
+    def _needed(self, save: float | None) -> str:
+        step = f"up to {self.slowest:.1f} s for a step"
+        if save is None:
+            return f"{step}, and the time of a save, which has not been measured yet"
+        return f"about {self.slowest + save:.1f} s: {step}, and {save:.1f} s for a save"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from functools import partial
 
@@ -35,7 +36,7 @@ from .process import GarbageCollector, prepare
 from .restore import restore
 from .shared import Shared
 from .step import Stepper, StepResult, evaluate, formulas
-from .stop import StopRequests
+from .stop import StopRequests, StopTime
 from .watchdog import Watchdog
 
 
@@ -65,6 +66,7 @@ class Trainer:
         watchdog.before_end = self.saver.finish
         self.garbage = GarbageCollector()
         self.saved_step = self.state.step
+        self.stop_time = StopTime("TORCHELASTIC_RUN_ID" in os.environ)
         parts = self.parts
         self.probes = Probes(config.monitor, parts.layout, parts.model, parts.tensors(), formulas(parts), self.run, world.rank)
         self.peak = peak_tflops(world.device, config.model.dtype, config.monitor.peak_tflops)
@@ -84,7 +86,7 @@ class Trainer:
                 step, last = record.step, stop or record.step == data.total_steps
                 if observers:
                     observers.step(record)
-                    for line in self.probes.lines:
+                    for line in [*self.probes.lines, *self.stop_time.lines(record, self.saver.seconds, stop)]:
                         observers.console.say(line)
                 self._check_progress(step)
                 if _due(step, data.valid_every, last and not stop):

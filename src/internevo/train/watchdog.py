@@ -52,6 +52,8 @@ class Watchdog:
         self.world, self.limit, self.interval = world, limit, interval
         self.before_end: Callable[[float], None] = lambda patience: None
         """Is called before this rank ends because the run has failed, with the seconds that it may take."""
+        self.on_lost_store: Callable[[], None] | None = None
+        """Is called when the process with the store has ended, if that is the launcher. The ranks then finish their step."""
         self.started = 0
         """Number of steps started."""
         self.steps = 0
@@ -78,15 +80,15 @@ class Watchdog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None and self.roll is not None and is_lost_rank(error):
             self._raise_report(error, self.roll)
-        if isinstance(error, Exception):
-            self.failure = _explain(error)  # the watchdog thread is still running
-            self.before_end(LONG_WAIT)
-        elif error is not None:
-            self.failure = "was interrupted"
+        if error is not None:
+            self.failure = _explain(error) if isinstance(error, Exception) else "was interrupted"
         with self.ending:
             self.over.set()
-        if self.roll is not None and self.thread is not None:
-            self.roll.leave(self.failure)
+        if self.roll is not None:
+            self.roll.leave(self.failure)  # at once, so that the other ranks do not wait for this one
+        if isinstance(error, Exception):
+            self.before_end(LONG_WAIT)
+        if self.thread is not None:
             self.thread.join()  # Python would crash if it ended while the thread is in a call of the store
 
     @contextmanager
@@ -115,14 +117,18 @@ class Watchdog:
             # (evaluation, samples, checkpoints) does not count.
             waited = waited + self.interval if allowed is not None and step == self.started else 0.0
             step = self.started
+            too_long = allowed is not None and waited > allowed
             try:
-                if allowed is not None and waited > allowed:
+                if too_long:
                     roll.alarm(f"a step has taken more than {allowed:.0f} s (monitor.timeout) on rank {self.world.rank}")
                 alarmed, unanswered = roll.alarmed(), 0
             except RuntimeError:
                 # The process with the store, rank 0 or the launcher, has ended: normally, or too early.
                 unanswered += 1
                 alarmed = unanswered >= 3 and allowed is not None
+                if unanswered >= 3 and self.on_lost_store is not None:
+                    self.on_lost_store()
+                    alarmed = too_long
             if alarmed:
                 self._end(roll)
 

@@ -1,6 +1,7 @@
 """Configs: InternEvo's files work unchanged, mistakes are named, and nothing is ignored without a notice."""
 
 import json
+import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,17 @@ def test_read_base_works_from_any_directory(tmp_path: Path, monkeypatch: pytest.
     )
     monkeypatch.chdir("/")
     assert load_config(tmp_path / "configs" / "demo.py").model.hidden_size == 32
+
+
+def test_a_config_takes_its_own_modules_but_replaces_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    for name in ("colorsys", "numpy"):  # one of Python's own, and an installed one
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('a module of the user')\n")
+    (tmp_path / "users_shape.py").write_text("model = " + repr(TINY["model"]) + "\n")
+    (tmp_path / "c.py").write_text(
+        f"import colorsys, numpy\nfrom users_shape import *\ndata = {TINY['data']!r}\nadam = dict(lr=1)\n"
+    )
+    assert load_config(tmp_path / "c.py").model.hidden_size == 32
 
 
 @pytest.mark.parametrize(

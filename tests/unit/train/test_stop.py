@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -9,8 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from internevo.commands import launch
+from internevo.observe.record import StepRecord
 from internevo.train.shared import Shared
-from internevo.train.stop import SIGNALS, StopRequests
+from internevo.train.stop import SIGNALS, StopRequests, StopTime
 
 
 def shared(asked: float = 0.0, at: float = 0.0) -> Shared:
@@ -120,3 +124,92 @@ def test_a_second_ctrl_c_interrupts_immediately() -> None:
         assert stops.asked
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_the_launcher_forwards_the_signals_that_the_ranks_listen_to() -> None:
+    assert launch.SIGNALS == SIGNALS
+
+
+def test_under_nohup_a_process_ignores_sighup() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stops = StopRequests()
+        with stops.listening():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stops.requests() == (0.0, 0.0)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_stops_when_its_launcher_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    stops, alone = StopRequests(os.getppid()), StopRequests()
+    assert stops.requests() == alone.requests() == (0.0, 0.0)
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert stops.requests() == (1.0, 0.0)
+    assert stops.asked == "the launcher has ended"
+    assert alone.requests() == (0.0, 0.0)
+
+
+def test_init_may_be_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose first process is torchrun."""
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert StopRequests(1).requests() == (0.0, 0.0)
+
+
+CLOSED_TERMINAL = """
+import os, signal, sys
+from internevo.train.stop import StopRequests
+stops = StopRequests()
+with stops.listening():
+    print("ready", flush=True)
+    sys.stdin.read()
+    try:
+        os.write(1, b"x")
+        sys.exit("the terminal is open")
+    except OSError:
+        pass
+    os.kill(os.getpid(), signal.SIGHUP)
+    print(stops.asked, flush=True)
+"""
+
+
+def test_after_the_terminal_is_closed_a_run_can_still_print() -> None:
+    """The last lines of a run come after the signal."""
+    terminal, end = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", CLOSED_TERMINAL], stdin=subprocess.PIPE, stdout=end, stderr=subprocess.PIPE
+    )
+    os.close(end)
+    assert os.read(terminal, 5) == b"ready"
+    os.close(terminal)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+
+
+def record(step: int, seconds: float) -> StepRecord:
+    return StepRecord(
+        step=step, loss=1.0, grad_norm=1.0, lr=1.0, tokens=1, consumed_tokens=1, tgs=1.0, tflops=1.0, mfu=None,
+        step_time=seconds, data_time=0.0, memory_peak=1, memory_peak_max=1, skipped=False, time=0.0, loss_by_type={},
+        loss_scale=None, skipped_steps=0, moe=None, data_skipped=0,
+    )  # fmt: skip
+
+
+def test_a_run_that_is_asked_to_stop_says_how_long_it_needs() -> None:
+    """As long as the slowest step and a save. The first step also compiles."""
+    time = StopTime(under_torchrun=False)
+    for step, seconds in ((1, 100.0), (2, 20.0), (3, 10.0)):
+        assert time.lines(record(step, seconds), save=60.0, stop=False) == []
+    (line,) = time.lines(record(4, 10.0), save=60.0, stop=True)
+    assert "ends after step 4" in line and "about 80.0 s: up to 20.0 s for a step, and 60.0 s for a save" in line
+    (line,) = time.lines(record(4, 10.0), save=None, stop=True)
+    assert "up to 20.0 s for a step, and the time of a save, which has not been measured yet" in line
+
+
+def test_under_torchrun_a_run_that_needs_longer_than_torchrun_waits_says_so_once() -> None:
+    time = StopTime(under_torchrun=True)
+    assert time.lines(record(1, 1.0), save=None, stop=False) == []
+    assert time.lines(record(2, 1.0), save=28.0, stop=False) == []
+    (line,) = time.lines(record(3, 3.0), save=28.0, stop=False)
+    assert "about 31.0 s" in line and "--shutdown-timeout" in line
+    assert time.lines(record(4, 3.0), save=28.0, stop=False) == []

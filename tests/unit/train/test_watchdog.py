@@ -125,3 +125,32 @@ def test_the_time_between_steps_does_not_count(monkeypatch: pytest.MonkeyPatch) 
         with dog.step(1):
             time.sleep(2.6)
         assert ended
+
+
+def test_a_rank_that_fails_tells_the_others_before_it_waits_for_its_checkpoint() -> None:
+    world = World(1, 2, 1, torch.device("cpu"), dist.HashStore())
+    alarmed: list[bool] = []
+    with pytest.raises(ValueError, match="boom"), Watchdog(world, limit=100, interval=0.05) as dog:
+        dog.before_end = lambda patience: alarmed.append(world.store.check(["watchdog/alarm", "watchdog/rank 1"]))
+        raise ValueError("boom")
+    assert alarmed == [True]
+
+
+def test_without_the_launcher_a_run_may_finish_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher has the store. If rank 0 has it instead, the loss of the store ends the run."""
+    ended, asked = threading.Event(), threading.Event()
+    monkeypatch.setattr(Watchdog, "_end", lambda self, roll: ended.set())
+
+    def fail(roll: RollCall) -> bool:
+        raise RuntimeError("no store")
+
+    monkeypatch.setattr(RollCall, "alarmed", fail)
+    world = World(0, 2, 0, torch.device("cpu"), dist.HashStore())
+    with Watchdog(world, limit=100, interval=0.05) as dog:
+        dog.on_lost_store = asked.set
+        with dog.step(1):
+            assert asked.wait(60)
+            assert not ended.wait(0.5)
+        dog.on_lost_store = None
+        with dog.step(1):
+            assert ended.wait(60)

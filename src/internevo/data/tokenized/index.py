@@ -185,8 +185,10 @@ def _documents(path: Path, min_length: int) -> npt.NDArray[np.int64]:
 
 def _cache_folders(root: Path) -> list[Path]:
     """Returns the folders that may have the cache, in the order in which they are tried."""
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return [root / ".internevo", home / "internevo" / hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]]
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    name = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
+    # In a container, a process may have neither HOME nor a user. Then "~" stays in the path.
+    return [root / ".internevo", *([Path(caches, "internevo", name)] if os.path.isabs(caches) else [])]
 
 
 def remove_cache(root: Path) -> None:

@@ -1,5 +1,6 @@
 """Tokenized files in every format: what is read is what was written, and errors say where a file is damaged."""
 
+import pwd
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -106,6 +107,23 @@ def test_samples_cover_large_files_and_some_of_many(tmp_path: Path, monkeypatch:
     paths[0].write_bytes(bytes(reversed(range(100))) * 5)
     paths[1].write_bytes(b"")
     assert not {sample_content(paths[:1]), sample_content(paths[:2]), sample_content(paths)} & set(samples)
+
+
+def test_a_process_without_a_home_and_a_user_makes_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that is started with a number as its user, here with a folder that cannot have a cache either."""
+
+    def fail(number: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    for name in ("HOME", "XDG_CACHE_HOME", "USER", "LOGNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", fail)
+    monkeypatch.chdir(tmp_path)
+    write_binary(tmp_path / "data" / "part.bin", [[1, 2], [3]], 100)
+    (tmp_path / "data" / ".internevo").write_text("a file in place of the folder")
+    for _ in range(2):
+        assert len(open_index(tmp_path / "data").documents) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
 
 
 def test_the_error_says_where_a_truncated_binary_file_ends(tmp_path: Path) -> None:
