@@ -158,8 +158,6 @@ def _axes(config: Config, world: int) -> Iterator[str]:
         yield f"parallel.weight.size = {weight} needs parallel.tensor.mode = 'isp', not {parallel.tensor.mode!r}"
     if world % (weight * pipeline):
         yield f"{world} processes are not a multiple of parallel.weight.size * parallel.pipeline.size = {weight} * {pipeline}"
-    if parallel.zero1.fsdp and pipeline > 1:
-        yield "parallel.zero1.fsdp = True does not work with parallel.pipeline.size > 1; use ZeRO (fsdp = False)"
 
 
 def data_size(config: Config, world_size: int) -> int:

@@ -7,10 +7,9 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config.run import Monitor
-from ..models.decoder import Decoder
 from ..parallel.layout import Layout
 from ..parallel.memory import Memory
 from ..parallel.shards import local
@@ -27,7 +26,7 @@ class Probes:
         self,
         monitor: Monitor,
         layout: Layout,
-        model: Decoder,
+        model: nn.Module,
         state: Mapping[str, Tensor],
         formula: tuple[Memory, list[Collectives]] | None,
         folder: Path,

@@ -151,6 +151,11 @@ class DecoderConfig:
                 total += mlp
         return total
 
+    def attended(self, layer: int, seq_len: int) -> float:
+        """Returns how many tokens a token attends to in a layer, on average over a row of ``seq_len`` tokens."""
+        width = min(self.window(layer) or seq_len, seq_len)
+        return width - width * width / (2 * seq_len)
+
     def flops_per_token(self, seq_len: int) -> float:
         """Returns the FLOPs of training on one token in a row of ``seq_len`` tokens.
 
@@ -159,9 +164,6 @@ class DecoderConfig:
         gradients; then they are 4 for each weight.
         """
         embedding = 0 if self.tie_embeddings else self.vocab_size * self.hidden_size
-        attended = 0.0
-        for layer in range(self.num_layers):
-            width = min(self.window(layer) or seq_len, seq_len)
-            attended += width - width * width / (2 * seq_len)
+        attended = sum(self.attended(layer, seq_len) for layer in range(self.num_layers))
         per_weight = 6.0 if self.lora is None else 4.0
         return per_weight * (self.parameters(active=True) - embedding) + 12.0 * self.num_heads * self.head_dim * attended

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .decoder import Decoder
-from .layers import Cache
+from .layers import Cache, DecoderLayer
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,25 @@ class Sampling:
     (https://arxiv.org/abs/1904.09751)."""
 
 
+class LanguageModel(Protocol):
+    """A decoder, or what works like one."""
+
+    training: bool
+
+    def __call__(self, tokens: Tensor, *, caches: list[Cache]) -> Tensor:
+        """Returns the logits [B, S, V]."""
+
+    def numbered_layers(self) -> list[tuple[int, DecoderLayer]]:
+        """Returns the layers that are on this rank."""
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def train(self, mode: bool = True) -> Any: ...
+    def eval(self) -> Any: ...
+
+
 @torch.no_grad()
 def generate(
-    model: Decoder,
+    model: LanguageModel,
     prompt: list[int],
     max_new_tokens: int,
     sampling: Sampling,
@@ -70,7 +87,7 @@ def generate(
     return out
 
 
-def empty_caches(model: Decoder, capacity: int, dtype: torch.dtype, device: torch.device) -> list[Cache]:
+def empty_caches(model: LanguageModel, capacity: int, dtype: torch.dtype, device: torch.device) -> list[Cache]:
     """Returns an empty cache for ``capacity`` tokens for each layer."""
     caches = []
     for _, layer in model.numbered_layers():

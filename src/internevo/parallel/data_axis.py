@@ -19,7 +19,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Protocol, cast
 
 import torch
@@ -37,16 +37,15 @@ from .shards import local
 from .strategy import AppliedStrategy, Collectives, Workload
 
 Shape = Sequence[int]
+TIED = "embed.weight"
+"""Name of the weight that the first and the last stage of a pipeline share, if the embedding and the head are tied."""
 
 
-class DataAxis(Protocol):
-    """Owns the weights of a run: it keeps the master weights, gathers full weights from them, and reduces their gradients."""
+class Weights(Protocol):
+    """The weights of a rank: their masters, and what must be done between passes."""
 
     masters: dict[str, nn.Parameter]
     """Name -> fp32 master weight, with its gradient. The optimizer updates them, and checkpoints contain them."""
-
-    def before_micro_batch(self, last: bool) -> None:
-        """Prepares the forward and backward pass of a micro-batch. ``last``: it is the last one of its step."""
 
     def masters_changed(self) -> None:
         """Must be called after the master weights have been changed, and before the next forward pass."""
@@ -62,6 +61,13 @@ class DataAxis(Protocol):
 
     def unsharded_sequences(self) -> AbstractContextManager[None]:
         """A context in which every rank computes all tokens. Generation needs it, since it computes one token at a time."""
+
+
+class DataAxis(Weights, Protocol):
+    """Owns the weights of a model or a stage of it: keeps the masters, gathers full weights, and reduces gradients."""
+
+    def before_backward(self, last: bool) -> None:
+        """Must be called before each backward pass. ``last``: it is the last one of its step."""
 
 
 class SingleProcess:
@@ -85,7 +91,7 @@ class SingleProcess:
             for name in self.with_master:
                 self.weights[name].register_post_accumulate_grad_hook(_AddToMaster(self.masters[name]))
 
-    def before_micro_batch(self, last: bool) -> None:
+    def before_backward(self, last: bool) -> None:
         pass
 
     @torch.no_grad()
@@ -173,7 +179,7 @@ class Sharded:
         model.to_empty(device=device)
         self.masters = dict(model.named_parameters())
 
-    def before_micro_batch(self, last: bool) -> None:
+    def before_backward(self, last: bool) -> None:
         if not self.fsdp:
             root = self.units[0]
             root.set_requires_gradient_sync(last)
@@ -218,6 +224,45 @@ class Sharded:
         finally:
             if strategy:
                 strategy.shard_sequence = before
+
+
+class Chunks:
+    """The data axes of the model chunks of a pipeline rank, as one."""
+
+    def __init__(self, axes: Sequence[DataAxis], tied: dist.ProcessGroup | None) -> None:
+        """
+        Args:
+            tied: for tied embeddings, on a rank of the first or the last stage: both ranks that have the weight.
+        """
+        self.axes, self.tied = axes, tied
+        self.masters = {name: master for axis in axes for name, master in axis.masters.items()}
+
+    def masters_changed(self) -> None:
+        for axis in self.axes:
+            axis.masters_changed()
+
+    def after_forwards(self) -> None:
+        for axis in self.axes:
+            axis.after_forwards()
+
+    @torch.no_grad()
+    def after_backwards(self) -> None:
+        """Completes the gradients. That of a tied embedding is the sum of those of the first and the last stage."""
+        for axis in self.axes:
+            axis.after_backwards()
+        if self.tied is not None and (grad := self.masters[TIED].grad) is not None:
+            dist.all_reduce(local(grad), group=self.tied)
+
+    def replica_count(self, name: str) -> int:
+        axis = next(axis for axis in self.axes if name in axis.masters)
+        return axis.replica_count(name) * (2 if name == TIED and self.tied is not None else 1)
+
+    @contextmanager
+    def unsharded_sequences(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for axis in self.axes:
+                stack.enter_context(axis.unsharded_sequences())
+            yield
 
 
 def units(model: Decoder, bucket: int | None, size: Callable[[nn.Parameter], int]) -> list[list[nn.Module]]:

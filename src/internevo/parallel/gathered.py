@@ -46,7 +46,8 @@ class GatheredWeights:
         """Full weights whose gather has been started."""
         self._for_backward: list[Tensor] | None = None
         """Full weights that a recomputation has gathered; the backward pass of the same layer is next and uses them."""
-        self._backward_is_due = False
+        self._backwards_due = 0
+        """How many forward passes have had no backward pass yet; in a pipeline there may be several."""
         self._shards: list[Tensor] | None = None
         self._in_flight: list[Tensor] = []
         """Gradients of full weights that a collective still reads. The collective does not keep them alive."""
@@ -69,20 +70,21 @@ class GatheredWeights:
     def forward(self, shards: Sequence[Tensor], backward_follows: bool) -> list[Tensor]:
         """Returns the full weights for the forward pass. Those of a recomputation are kept for the backward pass after it."""
         if not is_recomputing(self.layer, self.layer.attn):
-            self._backward_is_due = backward_follows
+            self._backwards_due += backward_follows
             return self._gather(shards, self.next_forward)
         # Nothing would use prefetched weights of other layers, or of linears whose backward pass is over.
-        following = [weights for weights in self.next_forward if weights.layer is self.layer and weights._backward_is_due]
+        following = [weights for weights in self.next_forward if weights.layer is self.layer and weights._backwards_due]
         full = self._gather(shards, following)
         self._for_backward = full if backward_follows else None
         return full
 
     def backward(self, shards: Sequence[Tensor]) -> list[Tensor]:
         """Returns the full weights for the backward pass."""
-        kept, self._for_backward, self._backward_is_due = self._for_backward, None, False
+        kept, self._for_backward = self._for_backward, None
+        self._backwards_due -= 1
         if kept is not None:
             return kept
-        return self._gather(shards, [weights for weights in self.next_backward if weights._backward_is_due])
+        return self._gather(shards, [weights for weights in self.next_backward if weights._backwards_due])
 
     def start_reducing(self, gradients: Sequence[Tensor]) -> list[Tensor]:
         """Starts to reduce-scatter the gradients of the full weights. Returns the gradients of the shards, not yet complete."""

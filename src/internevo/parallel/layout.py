@@ -167,6 +167,7 @@ class Meshes:
     """Dimensions: stage, data, tensor."""
     experts: DeviceMesh
     """Dimensions: stage, replicate, zero, expert, inner."""
+    groups: Groups
 
     @classmethod
     def from_layout(cls, layout: Layout, device_type: str) -> Meshes:
@@ -177,4 +178,5 @@ class Meshes:
             layout.kv_weights.mesh(groups, device_type) if layout.kv_replicas > 1 else None,
             layout.activations.mesh(groups, device_type),
             layout.experts.mesh(groups, device_type),
+            groups,
         )

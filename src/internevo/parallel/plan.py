@@ -8,36 +8,66 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from ..config import Config
-from ..models.config import DecoderConfig
+from ..models.config import DecoderConfig, Stage
 from ..models.decoder import Decoder
 from ..models.init import Initializer
 from ..models.lora import freeze_all_but_adapters
 from ..ops.precision import COMPUTE
 from . import data_axis, isp, tensor
-from .data_axis import DataAxis, Sharded, SingleProcess
+from .data_axis import Chunks, DataAxis, Sharded, SingleProcess, Weights
 from .isp import InternSequenceParallel
 from .layout import Layout, Meshes
 from .memory import Memory, activations
+from .messages import Channels
+from .pipeline import Chunk, Pipeline, PipelinedModel
 from .recompute import recompute
 from .schedule import OneStage, Schedule
 from .shards import initialize
+from .stages import split
 from .strategy import AppliedStrategy, Collectives, Workload, add_up
 from .tensor import TensorParallel
 
 
-def build(decoder: DecoderConfig, config: Config, layout: Layout, device: torch.device) -> tuple[Decoder, DataAxis, Schedule]:
-    """Builds the model of a run, applies all strategies to it, and fills in its initial weights. Every rank must call it.
+def build(
+    decoder: DecoderConfig, config: Config, layout: Layout, device: torch.device
+) -> tuple[Decoder | PipelinedModel, Weights, Schedule]:
+    """Builds the model of a run, or this rank's stages of it; applies all strategies; and fills in the initial weights.
+
+    Every rank must call it.
 
     Returns:
         The model on ``device``; the data axis, which owns its weights; and the schedule, which runs micro-batches through it.
     """
+    meshes = Meshes.from_layout(layout, device.type) if layout.world > 1 else None
+    if meshes is None or layout.pipeline == 1:
+        model, axis = _build_stage(Stage(range(decoder.num_layers)), decoder, config, layout, meshes, device)
+        _initialize(axis, decoder, config)
+        return model, axis, OneStage(model, axis, device)
+    stages = split(decoder, layout.pipeline * config.model.num_chunks, config.data.seq_len, config.parallel.pipeline.layers)
+    pipelines, dtype = layout.weights.groups("stage"), COMPUTE[config.model.dtype]
+    channels = Channels(meshes.groups, pipelines, len(stages), device, dtype)
+    chunks = [
+        Chunk(number, *_build_stage(stage, decoder, config, layout, meshes, device))
+        for number, stage in enumerate(stages)
+        if channels.rank_of(number) == channels.rank
+    ]
+    both = Chunks([chunk.axis for chunk in chunks], _tied_group(decoder, layout, meshes))
+    _initialize(both, decoder, config)
+    sequence_ranks = layout.tensor if layout.shards_sequence else 1
+    return PipelinedModel(chunks, channels), both, Pipeline(chunks, both, channels, sequence_ranks)
+
+
+def _build_stage(
+    stage: Stage, decoder: DecoderConfig, config: Config, layout: Layout, meshes: Meshes | None, device: torch.device
+) -> tuple[Decoder, DataAxis]:
+    """Builds one stage, or the whole model, and applies the strategies to it, in the order that they need."""
     section = config.model
     with torch.device("meta"):
-        model = Decoder(decoder, embed_grad_scale=section.embed_grad_scale)
+        model = Decoder(decoder, stage, embed_grad_scale=section.embed_grad_scale)
     layers = [layer for _, layer in model.numbered_layers()]
-    meshes = Meshes.from_layout(layout, device.type) if layout.world > 1 else None
     # First what is inside a layer: its weights are sharded, and its collectives added.
     inner = AppliedStrategy()
     if meshes is not None and layout.mode != "isp" and layout.tensor > 1:
@@ -59,14 +89,24 @@ def build(decoder: DecoderConfig, config: Config, layout: Layout, device: torch.
             layer.compile(fullgraph=whole_layers)
     # Last the data axis, which owns the weights. It allocates memory, and only for this rank's shards.
     dtype = COMPUTE[section.dtype]
-    axis: DataAxis
     if meshes is None:
-        axis = SingleProcess(model, device, dtype)
-    else:
-        axis = Sharded(model, meshes, device, dtype, layout.fsdp, inner, config.hybrid_zero_optimizer)
-    initialize(axis.masters, Initializer.of(section, config.seed, decoder.norm_unit_offset))
+        return model, SingleProcess(model, device, dtype)
+    return model, Sharded(model, meshes, device, dtype, layout.fsdp, inner, config.hybrid_zero_optimizer)
+
+
+def _initialize(axis: Weights, decoder: DecoderConfig, config: Config) -> None:
+    initialize(axis.masters, Initializer.of(config.model, config.seed, decoder.norm_unit_offset))
     axis.masters_changed()
-    return model, axis, OneStage(model, axis, device)
+
+
+def _tied_group(decoder: DecoderConfig, layout: Layout, meshes: Meshes) -> dist.ProcessGroup | None:
+    """Makes the group of the ranks of the first and the last stage, if they share the embedding's weight."""
+    if not decoder.tie_embeddings:
+        return None
+    pipelines = layout.weights.groups("stage")
+    ends = [[ranks[0], ranks[-1]] for ranks in pipelines]
+    group = meshes.groups.get(ends + [[rank] for ranks in pipelines for rank in ranks[1:-1]], "tied embeddings")
+    return group if group.size() > 1 else None
 
 
 # What it costs, by formula -------------------------------------------------------------------------------------------

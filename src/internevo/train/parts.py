@@ -23,8 +23,9 @@ from ..models.decoder import Decoder
 from ..models.families.registry import decoder_config
 from ..models.losses import LossTerms
 from ..parallel import gloo, plan
-from ..parallel.data_axis import DataAxis
+from ..parallel.data_axis import Weights
 from ..parallel.layout import Layout
+from ..parallel.pipeline import PipelinedModel
 from ..parallel.schedule import Schedule
 from ..parallel.world import World, local_world_size
 from .optimizer import Optimizer
@@ -45,8 +46,8 @@ class Parts:
     """The validation data, if there is any."""
     sizes: BatchSizes
     decoder: DecoderConfig
-    model: Decoder
-    axis: DataAxis
+    model: Decoder | PipelinedModel
+    axis: Weights
     """The data axis, which owns the weights."""
     schedule: Schedule
     optimizer: Optimizer
