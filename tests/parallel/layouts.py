@@ -61,6 +61,18 @@ def layout(
     }  # fmt: skip
 
 
+def pipelined(
+    processes: int, stages: int, chunks: int = 1, micro_batches: int = 4, tensor: int = 1, layers: int = 6, **more: Any
+) -> Case:
+    """Returns a layout with a pipeline of ``stages`` ranks, and ``chunks`` stages on each."""
+    _, changes = layout(processes, tensor=tensor, **more)
+    rows = ROWS // (micro_batches * (processes // (stages * tensor)))
+    return processes, {
+        **changes, "model__num_layers": layers, "parallel__pipeline": {"size": stages}, "model__num_chunks": chunks,
+        "data__micro_bsz": rows,
+    }  # fmt: skip
+
+
 EXPERTS: dict[str, Any] = {
     "model_type": "QWEN2MOE", "model__num_experts": 4, "model__top_k": 2, "model__num_shared_experts": 1,
     "model__moe_intermediate_size": 24,

@@ -158,8 +158,11 @@ class Sharded:
         precision = MixedPrecisionPolicy(
             param_dtype=compute, reduce_dtype=getattr(torch, config.grad_dtype), cast_forward_inputs=False
         )
-        for modules in units(model, None if fsdp else config.reduce_bucket_size, lambda parameter: local(parameter).numel()):
+        joined = units(model, None if fsdp else config.reduce_bucket_size, lambda parameter: local(parameter).numel())
+        for modules in joined:
             fully_shard(modules, mesh=data_mesh, mp_policy=precision, reshard_after_forward=fsdp)
+        if fsdp:
+            _set_backward_prefetch(joined[:-1])
         deferred = config.overlap_sync_grad and not fsdp and replicas == 1
         self.reduce_scatter = ReduceScatter(deferred)
         # In the order of the forward pass; the whole model is the first.
@@ -263,6 +266,16 @@ class Chunks:
             for axis in self.axes:
                 stack.enter_context(axis.unsharded_sequences())
             yield
+
+
+def _set_backward_prefetch(joined: list[list[nn.Module]]) -> None:
+    """Makes each unit gather the one before it in the backward pass.
+
+    ``fully_shard`` would do so by the order of the forward passes; in a pipeline it would find that of another micro-batch. The
+    first unit names itself, which is gathered already.
+    """
+    for before, modules in zip([joined[0], *joined], joined, strict=False):
+        cast(FSDPModule, modules[0]).set_modules_to_backward_prefetch([cast(FSDPModule, before[0])])
 
 
 def units(model: Decoder, bucket: int | None, size: Callable[[nn.Parameter], int]) -> list[list[nn.Module]]:

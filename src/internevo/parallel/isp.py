@@ -45,11 +45,12 @@ from .strategy import AppliedStrategy, Collectives, KeptActivations, Workload
 def traffic(work: Workload) -> list[Collectives]:
     """Returns the collectives over the tensor and weight groups in the forward and backward passes of a step."""
     rows, decoder, layout = [], work.decoder, work.layout
-    layers, size, d = decoder.num_layers, decoder.head_dim, decoder.hidden_size
+    layers, size, d = len(work.layers), decoder.head_dim, decoder.hidden_size
     layer = d * size * (2 * decoder.num_heads + 2 * decoder.num_kv_heads) + 3 * d * decoder.intermediate_size
-    ends = 2 * decoder.vocab_size * d  # the embedding and the head: one all-gather and one reduce-scatter of each
-    rows.append(Collectives("all-gather", "weight", 8 * layers + 2, (2 * layers * layer + ends) * work.element_bytes))
-    rows.append(Collectives("reduce-scatter", "weight", 4 * layers + 2, (layers * layer + ends) * work.element_bytes))
+    count = work.embeddings + work.heads  # one all-gather and one reduce-scatter of each
+    ends = count * decoder.vocab_size * d
+    rows.append(Collectives("all-gather", "weight", 8 * layers + count, (2 * layers * layer + ends) * work.element_bytes))
+    rows.append(Collectives("reduce-scatter", "weight", 4 * layers + count, (layers * layer + ends) * work.element_bytes))
     kv_heads = decoder.num_kv_heads * max(1, layout.tensor // decoder.num_kv_heads)
     exchanged = work.tokens // layout.tensor * size * (2 * decoder.num_heads + 2 * kv_heads) * work.element_bytes
     passes = 2 * layers + work.recomputed_attentions

@@ -46,6 +46,8 @@ class Layout:
     """Whether parameters and gradients are sharded over the zero axis, too."""
     kv_replicas: int = 1
     """Ranks of a tensor group that have the same key/value head, if there are fewer of these heads than ranks; 1 in isp."""
+    chunks: int = 1
+    """Stages on each pipeline rank."""
     expert: int = 1
     """Ranks that have different experts."""
     expert_inner: int = 1
@@ -63,7 +65,7 @@ class Layout:
         zero = parallel.zero1.size if parallel.zero1.size > 0 else outer
         kv_heads = config.model.num_kv_attention_heads or config.model.num_attention_heads
         kv_replicas = max(1, tensor // kv_heads) if mode != "isp" else 1
-        return cls(world, tensor, mode, weight, pipeline, zero, parallel.zero1.fsdp, kv_replicas, expert_zero=zero)
+        return cls(world, tensor, mode, weight, pipeline, zero, parallel.zero1.fsdp, kv_replicas, config.model.num_chunks, expert_zero=zero)
 
     # The three views -------------------------------------------------------------------------------------------------
 
@@ -101,6 +103,11 @@ class Layout:
         return self.world // (self.tensor * self.pipeline)
 
     @property
+    def stages(self) -> int:
+        """The number of stages of a pipeline."""
+        return self.pipeline * self.chunks
+
+    @property
     def inner(self) -> int:
         """The number of ranks over which the weights of a layer are sharded by the tensor mode."""
         return self.weight if self.mode == "isp" else self.tensor
@@ -130,14 +137,17 @@ class Layout:
         found |= {"tensor": activations.groups("tensor"), "data": activations.groups("data")}
         found["kv replicas"] = self.kv_weights.groups("kv_replicas")
         found["pipeline"] = weights.groups("stage")
+        found["first and last"] = [[ranks[0], ranks[-1]] for ranks in found["pipeline"]] if self.pipeline > 1 else [[0]]
         return {axis: groups for axis, groups in found.items() if len(groups[0]) > 1}
 
     def axis_of(self, kind: str, ranks: list[int]) -> str:
         """Returns the axis that a collective of a kind over ``ranks`` belongs to.
 
         If two axes have the same groups, it is the first one (for an all-to-all, tensor). If no axis has this group, it is
-        "world", which is all ranks.
+        "world", which is all ranks. A message between two ranks belongs to the pipeline.
         """
+        if kind == "send":
+            return "pipeline"
         axes = [axis for axis, groups in self.groups().items() if ranks in groups] or ["world"]
         return "tensor" if kind == "all-to-all" and "tensor" in axes else axes[0]
 

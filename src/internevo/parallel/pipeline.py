@@ -34,6 +34,22 @@ from .data_axis import DataAxis, Weights
 from .messages import Channels
 from .orders import BACKWARD, FORWARD, Action, forwards, orders
 from .schedule import OnResult
+from .strategy import Collectives, Workload
+
+
+def traffic(work: Workload) -> list[Collectives]:
+    """Returns the messages that a rank sends in a step: each is the residual stream of this rank's tokens, or its gradient."""
+    layout, decoder = work.layout, work.decoder
+    if layout.pipeline == 1:
+        return []
+    tokens = work.tokens // layout.tensor if layout.shards_sequence else work.tokens
+    sends = sum((not stage.heads) + (not stage.embeds) for stage in work.on_rank)
+    sent = Collectives("send", "pipeline", sends, sends * tokens * decoder.hidden_size * work.element_bytes)
+    rows = [sent.times(work.micro_batches)]
+    if decoder.tie_embeddings and (work.embeddings or work.heads):
+        shard = -(-decoder.vocab_size // (layout.inner * layout.zero)) * decoder.hidden_size
+        rows.append(Collectives("all-reduce", "first and last", 1, 4 * shard))
+    return rows
 
 
 class Chunk(NamedTuple):

@@ -16,7 +16,7 @@ from ..models.decoder import Decoder
 from ..models.init import Initializer
 from ..models.lora import freeze_all_but_adapters
 from ..ops.precision import COMPUTE
-from . import data_axis, isp, tensor
+from . import data_axis, isp, pipeline, tensor
 from .data_axis import Chunks, DataAxis, Sharded, SingleProcess, Weights
 from .isp import InternSequenceParallel
 from .layout import Layout, Meshes
@@ -105,7 +105,7 @@ def _tied_group(decoder: DecoderConfig, layout: Layout, meshes: Meshes) -> dist.
         return None
     pipelines = layout.weights.groups("stage")
     ends = [[ranks[0], ranks[-1]] for ranks in pipelines]
-    group = meshes.groups.get(ends + [[rank] for ranks in pipelines for rank in ranks[1:-1]], "tied embeddings")
+    group = meshes.groups.get(ends + [[rank] for ranks in pipelines for rank in ranks[1:-1]], "first and last stage")
     return group if group.size() > 1 else None
 
 
@@ -114,19 +114,23 @@ def _tied_group(decoder: DecoderConfig, layout: Layout, meshes: Meshes) -> dist.
 
 def traffic(work: Workload) -> list[Collectives]:
     """Returns the collectives of a step, of all strategies together, without the one of ``train.step.traffic``."""
-    on_rank, inner = _on_rank(work), isp if work.layout.mode == "isp" else tensor
-    shapes = [[parameter.shape for parameter in unit] for unit in on_rank]
-    partial: dict[str, list[Sequence[int]]] = {}
-    for parameter in itertools.chain(*on_rank):
-        if parameter.partial is not None:
-            partial.setdefault(parameter.partial, []).append(parameter.shape)
-    return add_up([*inner.traffic(work), *data_axis.traffic(work, shapes, partial)], work.layout)
+    inner = isp if work.layout.mode == "isp" else tensor
+    rows = [*inner.traffic(work), *pipeline.traffic(work)]
+    for stage in work.on_rank:
+        on_rank = _on_rank(work, stage)
+        shapes = [[parameter.shape for parameter in unit] for unit in on_rank]
+        partial: dict[str, list[Sequence[int]]] = {}
+        for parameter in itertools.chain(*on_rank):
+            if parameter.partial is not None:
+                partial.setdefault(parameter.partial, []).append(parameter.shape)
+        rows += data_axis.traffic(work, shapes, partial)
+    return add_up(rows, work.layout)
 
 
 def memory(work: Workload) -> Memory:
     """Returns the bytes on rank 0. If shards have uneven sizes, rank 0 has the largest."""
     layout = work.layout
-    shapes = [parameter.shape for parameter in itertools.chain(*_on_rank(work))]
+    shapes = [parameter.shape for stage in work.on_rank for unit in _on_rank(work, stage) for parameter in unit]
     inner = isp if layout.mode == "isp" else tensor
     return Memory(*data_axis.memory(work, shapes), activations(work, inner.memory(work)))
 
@@ -139,11 +143,11 @@ class OnRank(NamedTuple):
     """Axis over which its gradients are summed after the last backward pass of a step."""
 
 
-def _on_rank(work: Workload) -> list[list[OnRank]]:
-    """Returns the parameters of a rank, for each unit of the data axis."""
+def _on_rank(work: Workload, stage: Stage) -> list[list[OnRank]]:
+    """Returns the parameters of a rank's stage, for each unit of the data axis."""
     layout, inner = work.layout, isp if work.layout.mode == "isp" else tensor
     with torch.device("meta"):
-        model = Decoder(work.decoder)
+        model = Decoder(work.decoder, stage)
     found: dict[int, OnRank] = {}
     for module in model.modules():
         axes = tuple(getattr(module, "axes", ()))

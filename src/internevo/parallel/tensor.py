@@ -55,20 +55,20 @@ def traffic(work: Workload) -> list[Collectives]:
     A recomputed layer repeats its collectives except the last one: recomputation ends when it has the input of the last linear.
     """
     decoder, ranks, mode = work.decoder, work.layout.tensor, work.layout.mode
-    layers, again = decoder.num_layers, work.recomputed_layers
+    blocks, again = 2 * len(work.layers), len(work.recomputed_layers)  # blocks: attentions and MLPs
     activation = work.tokens * decoder.hidden_size * work.element_bytes
     chunks = -(-work.tokens // ops.chunk_tokens(work.tokens, decoder.vocab_size // ranks, work.device))
-    statistics = Collectives("all-gather", "tensor", chunks, 3 * 4 * work.tokens * ranks)
-    # Forward: outputs of attention, MLP and embedding. (2 * layers + 1 more backward: inputs of attention, MLP and head.)
-    outputs = 2 * layers + 1 + again
+    statistics = Collectives("all-gather", "tensor", chunks, 3 * 4 * work.tokens * ranks).times(work.heads)
+    # Forward: outputs of the blocks and the embedding. (Backward: inputs of the blocks and the head.)
+    outputs = blocks + work.embeddings + again
     if mode == "mtp":
-        count = outputs + 2 * layers + 1
+        count = outputs + blocks + work.heads
         rows = [Collectives("all-reduce", "tensor", count, count * activation), statistics]
     else:
-        # Forward: inputs of attention, MLP and head. (2 * layers + 1 more backward: outputs of attention, MLP and embedding.)
-        inputs = 2 * layers + 1 + work.recomputed_attentions + again
-        gathers = inputs + 2 * layers + 1 + (2 * layers if mode == "fsp" else 0)
-        scatters = outputs + 2 * layers + 1
+        # Forward: inputs of the blocks and the head. (Backward: outputs of the blocks and the embedding.)
+        inputs = blocks + work.heads + work.recomputed_attentions + again
+        gathers = inputs + blocks + work.embeddings + (blocks if mode == "fsp" else 0)
+        scatters = outputs + blocks + work.heads
         rows = [
             Collectives("all-gather", "tensor", gathers, gathers * activation), statistics,
             Collectives("reduce-scatter", "tensor", scatters, scatters * activation),
