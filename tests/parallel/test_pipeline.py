@@ -7,9 +7,18 @@ import pytest
 
 from internevo.text.tokenizer import train_bpe
 from tests.conftest import metrics, write_config
-from tests.parallel.layouts import COMMON, EXPERTS, MODELS, PREFETCH, layout, pipelined
+from tests.parallel.layouts import COMMON, EXPERTS, MODELS, PREFETCH, Case, layout, pipelined
 from tests.parallel.test_strategies import Runs, assert_same, world  # noqa: F401
 from tests.pool import Pool
+
+def zbh1(case: Case, mode: str = "ZBH1") -> Case:
+    processes, changes = case
+    return processes, {**changes, "parallel__pipeline": {**changes["parallel__pipeline"], "mode": mode}}
+
+
+def zbv(case: Case) -> Case:
+    return zbh1(case, "ZBV")
+
 
 CASES = {
     "1F1B 2": pipelined(2, 2),
@@ -21,6 +30,13 @@ CASES = {
     "isp 2, weights over 2, interleaved, half recomputed": pipelined(
         4, 2, 2, mode="isp", tensor=2, weight=2, weights=PREFETCH, model__checkpoint=0.5
     ),
+    "ZBH1 4": zbh1(pipelined(4, 4, micro_batches=6)),
+    "ZBH1 2, msp 2, recomputed": zbh1(pipelined(4, 2, mode="msp", tensor=2, model__checkpoint=True)),
+    "ZBH1 2, isp 2, weights over 2, half recomputed": zbh1(
+        pipelined(4, 2, mode="isp", tensor=2, weight=2, weights=PREFETCH, model__checkpoint=0.5)
+    ),
+    "ZBV 2, zero 2": zbv(pipelined(4, 2, 2)),
+    "ZBV 3, fsp 2": zbv(pipelined(6, 3, 2, mode="fsp", tensor=2)),
 }
 
 @pytest.mark.parametrize("name", CASES)
@@ -31,12 +47,15 @@ def test_a_pipeline_trains_the_same_model_as_one_process(pool: Pool, world: Runs
     assert_same(tmp_path / "many", one("six layers"))
 
 
-@pytest.mark.parametrize("model", ["internlm2, tied", "adapters", "alibi", "gemma"])
-def test_other_models(pool: Pool, world: Runs, tmp_path: Path, model: str) -> None:
+@pytest.mark.parametrize("mode", ["1F1B", "ZBV"])
+@pytest.mark.parametrize("model", ["internlm2, tied", "adapters", "alibi", "gemma", "biased, one key/value head"])
+def test_other_models(pool: Pool, world: Runs, tmp_path: Path, model: str, mode: str) -> None:
     _, dataset, one = world
-    processes, changes = pipelined(4, 2, mode="mtp", tensor=2, layers=2)
-    pool.train(write_config(tmp_path, dataset, "many", **{**COMMON, **MODELS[model], **changes}), processes)
-    assert_same(tmp_path / "many", one(model))
+    processes, changes = zbh1(pipelined(2, 2, layers=4), "1F1B") if mode == "1F1B" else zbv(pipelined(2, 2, 2, layers=4))
+    model_changes = {**COMMON, **MODELS[model], "model__num_layers": 4}
+    pool.train(write_config(tmp_path, dataset, "one", **{**model_changes, **layout(1)[1]}), 1)
+    pool.train(write_config(tmp_path, dataset, "many", **{**model_changes, **changes}), processes)
+    assert_same(tmp_path / "many", tmp_path / "one")
 
 
 def test_a_run_continues_in_and_out_of_pipelines(pool: Pool, world: Runs, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.pipelining import PipelineStage
 from torch.distributed.tensor import DTensor
 
 from ..config.training import HybridZeroOptimizer
@@ -67,7 +68,10 @@ class DataAxis(Weights, Protocol):
     """Owns the weights of a model or a stage of it: keeps the masters, gathers full weights, and reduces gradients."""
 
     def before_backward(self, last: bool) -> None:
-        """Must be called before each backward pass. ``last``: it is the last one of its step."""
+        """Must be called before each backward pass. ``last``: its end completes the gradients of a step, which it reduces."""
+
+    def reduce_gradients(self) -> None:
+        """Reduces the gradients of a step, if some of them were computed after the last backward pass."""
 
 
 class SingleProcess:
@@ -92,6 +96,9 @@ class SingleProcess:
                 self.weights[name].register_post_accumulate_grad_hook(_AddToMaster(self.masters[name]))
 
     def before_backward(self, last: bool) -> None:
+        pass
+
+    def reduce_gradients(self) -> None:
         pass
 
     @torch.no_grad()
@@ -149,7 +156,7 @@ class Sharded:
             config: overlap, buckets and the dtype in which gradients are reduced.
         """
         mesh = meshes.weights
-        self.model, self.fsdp, self.inner = model, fsdp, inner
+        self.model, self.fsdp, self.inner, self.device = model, fsdp, inner, device
         self.ranks = mesh.size() // mesh["stage"].size()
         """The number of ranks that share the weights of this stage."""
         replicas = mesh["replicate"].size()
@@ -187,6 +194,10 @@ class Sharded:
             root = self.units[0]
             root.set_requires_gradient_sync(last)
             root.set_reshard_after_backward(last)
+
+    def reduce_gradients(self) -> None:
+        # PyTorch's own schedules do it by this method, the only public way.
+        PipelineStage(self.model, 0, dist.get_world_size(), self.device).perform_reduce_grad(1)
 
     def masters_changed(self) -> None:
         pass  # the next forward pass gathers them
@@ -238,9 +249,14 @@ class Chunks:
             tied: for tied embeddings, on a rank of the first or the last stage: both ranks that have the weight.
         """
         self.axes, self.tied = axes, tied
-        self.masters = {name: master for axis in axes for name, master in axis.masters.items()}
+        self.masters = {name: master for axis in reversed(axes) for name, master in axis.masters.items()}
+        self.copies = [axis.masters[TIED] for axis in axes[1:] if TIED in axis.masters and TIED in axes[0].masters]
+        """The tied weight of the last stage, if the first is on this rank as well: a copy, which the optimizer does not see."""
 
+    @torch.no_grad()
     def masters_changed(self) -> None:
+        for copy in self.copies:
+            local(copy).copy_(local(self.masters[TIED]))
         for axis in self.axes:
             axis.masters_changed()
 
@@ -253,6 +269,10 @@ class Chunks:
         """Completes the gradients. That of a tied embedding is the sum of those of the first and the last stage."""
         for axis in self.axes:
             axis.after_backwards()
+        for copy in self.copies:
+            if (grad := self.masters[TIED].grad) is not None and copy.grad is not None:
+                local(grad).add_(local(copy.grad))
+                copy.grad = None
         if self.tied is not None and (grad := self.masters[TIED].grad) is not None:
             dist.all_reduce(local(grad), group=self.tied)
 

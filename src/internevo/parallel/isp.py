@@ -36,6 +36,7 @@ from ..models.layers import DecoderLayer, GatedMLP, look_up, loss
 from ..models.linear import ADAPTER_INFIX, Linear
 from . import collectives, gathered
 from .collectives import Group, exchange
+from .deferred import Deferred
 from .gathered import GatheredWeights, set_prefetch_order
 from .layout import Layout
 from .shards import local
@@ -95,14 +96,15 @@ def _is_sharded(name: str, dims: int) -> bool:
 class InternSequenceParallel:
     """Shards the weights of a model over one group, and its sequences over another."""
 
-    def __init__(self, weights: DeviceMesh, tokens: DeviceMesh, config: Weight) -> None:
+    def __init__(self, weights: DeviceMesh, tokens: DeviceMesh, config: Weight, deferred: Deferred | None = None) -> None:
         """
         Args:
             weights: the ranks that share each weight, as a mesh of one dimension.
             tokens: the ranks that share a sequence, as a mesh of one dimension.
             config: ``parallel.weight``.
+            deferred: where the gradients of weights are left, if the schedule computes them later.
         """
-        self.mesh, self.config = weights, config
+        self.mesh, self.config, self.deferred = weights, config, deferred
         self.weight_group: Group = weights.get_group()
         self.token_group: Group = tokens.get_group()
         self.size, self.rank = tokens.size(), tokens.get_local_rank()
@@ -133,7 +135,7 @@ class InternSequenceParallel:
         attn, mlp = layer.attn, layer.mlp
         assert isinstance(mlp, GatedMLP)
         of_layer = [
-            GatheredWeights(layer, linears, self.weight_group)
+            GatheredWeights(layer, linears, self.weight_group, self.deferred)
             for linears in ([attn.q, attn.k, attn.v], [attn.o], [mlp.gate, mlp.up], [mlp.down])
         ]
         for weights in of_layer:

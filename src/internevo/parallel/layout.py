@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..config import Config
+from .orders import rank_of
 from .views import Groups, View
 
 
@@ -48,6 +49,8 @@ class Layout:
     """Ranks of a tensor group that have the same key/value head, if there are fewer of these heads than ranks; 1 in isp."""
     chunks: int = 1
     """Stages on each pipeline rank."""
+    schedule: str = "1F1B"
+    """The schedule of the pipeline, which decides where its stages are."""
     expert: int = 1
     """Ranks that have different experts."""
     expert_inner: int = 1
@@ -65,7 +68,8 @@ class Layout:
         zero = parallel.zero1.size if parallel.zero1.size > 0 else outer
         kv_heads = config.model.num_kv_attention_heads or config.model.num_attention_heads
         kv_replicas = max(1, tensor // kv_heads) if mode != "isp" else 1
-        return cls(world, tensor, mode, weight, pipeline, zero, parallel.zero1.fsdp, kv_replicas, config.model.num_chunks, expert_zero=zero)
+        return cls(world, tensor, mode, weight, pipeline, zero, parallel.zero1.fsdp, kv_replicas, config.model.num_chunks,
+                   parallel.pipeline.mode, expert_zero=zero)
 
     # The three views -------------------------------------------------------------------------------------------------
 
@@ -107,6 +111,10 @@ class Layout:
         """The number of stages of a pipeline."""
         return self.pipeline * self.chunks
 
+    def rank_of_stage(self, stage: int) -> int:
+        """Returns the pipeline rank that a stage is on."""
+        return rank_of(stage, self.pipeline, self.schedule)
+
     @property
     def inner(self) -> int:
         """The number of ranks over which the weights of a layer are sharded by the tensor mode."""
@@ -137,7 +145,8 @@ class Layout:
         found |= {"tensor": activations.groups("tensor"), "data": activations.groups("data")}
         found["kv replicas"] = self.kv_weights.groups("kv_replicas")
         found["pipeline"] = weights.groups("stage")
-        found["first and last"] = [[ranks[0], ranks[-1]] for ranks in found["pipeline"]] if self.pipeline > 1 else [[0]]
+        last = self.rank_of_stage(self.stages - 1)
+        found["first and last"] = [[ranks[0], ranks[last]] if last else [ranks[0]] for ranks in found["pipeline"]]
         return {axis: groups for axis, groups in found.items() if len(groups[0]) > 1}
 
     def axis_of(self, kind: str, ranks: list[int]) -> str:

@@ -8,21 +8,21 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, pairwise
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .orders import Action, Order, goes_to, rank_of
+from .orders import Action, Order, goes_to
 from .views import Groups
 
 
-def rounds(ranks: int, stages: int) -> list[list[tuple[int, int]]]:
+def rounds(ranks_of_stages: Sequence[int]) -> list[list[tuple[int, int]]]:
     """Returns the pairs of pipeline ranks with neighbouring stages, divided so that a rank is in one pair of a round at most."""
-    links = {tuple(sorted((rank_of(n, ranks), rank_of(n + 1, ranks)))) for n in range(stages - 1)}
+    links = {(min(pair), max(pair)) for pair in pairwise(ranks_of_stages)}
     found: list[list[tuple[int, int]]] = []
-    for a, b in sorted(link for link in links if link[0] != link[1]):
+    for a, b in sorted((a, b) for a, b in links if a != b):
         free = next((pairs for pairs in found if not {a, b} & {*chain(*pairs)}), None)
         if free is None:
             found.append(free := [])
@@ -97,23 +97,29 @@ class Channels:
     """The channels of a rank to and from the other ranks of its pipeline."""
 
     def __init__(
-        self, groups: Groups, pipelines: Sequence[Sequence[int]], stages: int, device: torch.device, dtype: torch.dtype
+        self,
+        groups: Groups,
+        pipelines: Sequence[Sequence[int]],
+        ranks_of_stages: Sequence[int],
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         """Makes the process groups. Every rank must call it.
 
         Args:
             pipelines: the ranks in the world of each pipeline.
-            stages: number of stages of a pipeline.
+            ranks_of_stages: the pipeline rank of each stage.
             dtype: dtype of the tensors.
         """
-        self.group, self.stages, self.device, self.dtype = groups.get(pipelines), stages, device, dtype
+        self.group, self.device, self.dtype = groups.get(pipelines), device, dtype
+        self.rank_of, self.stages = ranks_of_stages, len(ranks_of_stages)
         self.ranks = next(ranks for ranks in pipelines if dist.get_rank() in ranks)
         """The ranks of this pipeline, by their numbers in the world."""
         self.rank, self.size = self.ranks.index(dist.get_rank()), len(self.ranks)
         self._out: dict[int, Outbox] = {}
         self._in: dict[int, Inbox] = {}
         self._here: dict[Action, Tensor] = {}
-        for number, links in enumerate(rounds(self.size, stages)):
+        for number, links in enumerate(rounds(ranks_of_stages)):
             pairs = [[ranks[n] for n in pair] for ranks in pipelines for pair in links]
             alone = [[rank] for rank in sorted({*chain(*pipelines)} - {*chain(*pairs)})]
             both_ways = [groups.get(pairs + alone, f"pipeline, round {number}, {way}") for way in ("down", "up")]
@@ -139,7 +145,7 @@ class Channels:
 
     def take(self, result_of: Action) -> Tensor:
         """Waits for the result of an action of another stage."""
-        sender = self.rank_of(result_of.stage)
+        sender = self.rank_of[result_of.stage]
         return self._here.pop(result_of) if sender == self.rank else self._in[sender].take(result_of)
 
     def wait(self) -> None:
@@ -147,10 +153,6 @@ class Channels:
         for outbox in self._out.values():
             outbox.wait()
 
-    def rank_of(self, stage: int) -> int:
-        """Returns the pipeline rank that a stage is on."""
-        return rank_of(stage, self.size)
-
     def _receiver(self, action: Action) -> int | None:
         stage = goes_to(action, self.stages)
-        return None if stage is None else self.rank_of(stage)
+        return None if stage is None else self.rank_of[stage]

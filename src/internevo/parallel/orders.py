@@ -7,25 +7,29 @@ of the gradients of the weights, of all chunks of a rank together.
 |-------------|---------------------|---------------------|----------------------------------------------|------------------------|
 | 1F1B        | r                   | (p-1)(F+B+W)        | p - r                                        | arXiv:2104.04473, 2.2  |
 | interleaved | r, r + p, r + 2p... | (p-1)(F+B+W) / v    | more, see ``interleaved``                    | arXiv:2104.04473, 2.2  |
+| ZBH1        | r                   | (p-1)(F+B-W)        | p - r; for W, of r more                      | arXiv:2401.10241, 2.1  |
+| ZBV         | r, 2p - 1 - r       | (p-1) F / 2         | p at most (if F = B = W)                     | arXiv:2401.10241, 6    |
 
 ``play`` plays an order out, event by event.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import itertools
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 FORWARD: Literal["F"] = "F"
 BACKWARD: Literal["B"] = "B"
+WEIGHTS: Literal["W"] = "W"
 
 
 class Action(NamedTuple):
     """A pass of one micro-batch through one stage."""
 
-    kind: Literal["F", "B"]
-    """Forward, or backward."""
+    kind: Literal["F", "B", "W"]
+    """Forward; backward; the gradients of the weights, if the schedule does not compute them with the backward pass."""
     stage: int
     micro_batch: int
 
@@ -34,13 +38,27 @@ Order = list[Action]
 """What one rank does, in this order."""
 
 
-def rank_of(stage: int, ranks: int) -> int:
+def rank_of(stage: int, ranks: int, mode: str) -> int:
     """Returns the pipeline rank that a stage is on."""
-    return stage % ranks
+    return 2 * ranks - 1 - stage if mode == "ZBV" and stage >= ranks else stage % ranks
 
 
-def orders(ranks: int, chunks: int, micro_batches: int) -> list[Order]:
-    """Returns the order of every rank."""
+def stages_on(rank: int, ranks: int, chunks: int, mode: str) -> list[int]:
+    """Returns the stages of a pipeline rank, in the order in which a micro-batch goes through them."""
+    return [stage for stage in range(ranks * chunks) if rank_of(stage, ranks, mode) == rank]
+
+
+def orders(mode: str, ranks: int, chunks: int, micro_batches: int) -> list[Order]:
+    """Returns the order of every rank.
+
+    Args:
+        mode: "1F1B", "ZBH1" or "ZBV".
+        chunks: model chunks per rank: 1 with ZBH1, 2 with ZBV.
+    """
+    if mode == "ZBV":
+        return zbv(ranks, micro_batches)
+    if mode == "ZBH1":
+        return [zbh1(rank, ranks, micro_batches) for rank in range(ranks)]
     if chunks == 1:
         return [one_f_one_b(rank, ranks, micro_batches) for rank in range(ranks)]
     return [interleaved(rank, ranks, chunks, micro_batches) for rank in range(ranks)]
@@ -69,6 +87,48 @@ def interleaved(rank: int, ranks: int, chunks: int, micro_batches: int) -> Order
     return _alternate(forward, backward, warm_up=2 * (ranks - rank - 1) + (chunks - 1) * sizes[0])
 
 
+def zbh1(rank: int, ranks: int, micro_batches: int) -> Order:
+    """ZB-H1: 1F1B whose gradients of weights are computed r micro-batches later than their backward pass."""
+    order, done = Order(), 0
+    for action in one_f_one_b(rank, ranks, micro_batches):
+        order.append(action)
+        if action.kind == BACKWARD and action.micro_batch >= rank:
+            order.append(Action(WEIGHTS, rank, done))
+            done += 1
+    return order + [Action(WEIGHTS, rank, n) for n in range(done, micro_batches)]
+
+
+def zbv(ranks: int, micro_batches: int) -> list[Order]:
+    """ZB-V: each rank has two stages, and a micro-batch goes down the ranks and up again.
+
+    The order is found by playing it out with F = B = W: a rank that is free prefers a backward pass, and then a forward pass if
+    it keeps the activations of less than 2p of them, each of half the layers of a rank; otherwise it computes gradients of
+    weights. The later of two stages comes first.
+    """
+    stages = 2 * ranks
+    orders, ended = [Order() for _ in range(ranks)], dict[Action, int]()
+    count = Counter[tuple[str, int]]()  # (kind, stage) -> how many have been started
+    on = [stages_on(rank, ranks, 2, "ZBV")[::-1] for rank in range(ranks)]
+    for time in itertools.count():
+        if all(len(order) == 6 * micro_batches for order in orders):
+            return orders
+        started = []
+        for rank, order in enumerate(orders):
+            kept = sum(count[FORWARD, stage] - count[WEIGHTS, stage] for stage in on[rank])
+            kinds = (BACKWARD, FORWARD, WEIGHTS) if kept < stages else (BACKWARD, WEIGHTS)
+            for kind, stage in itertools.product(kinds, on[rank]):
+                action = Action(kind, stage, count[kind, stage])
+                needed = needs(action, stages)
+                if action.micro_batch < micro_batches and (needed is None or ended.get(needed, time + 1) <= time):
+                    order.append(action)
+                    started.append(action)
+                    break
+        for action in started:
+            ended[action] = time + 1
+            count[action.kind, action.stage] += 1
+    raise AssertionError
+
+
 def _groups(micro_batches: int, ranks: int) -> list[int]:
     """Divides micro-batches into groups of at least ``ranks``, and of nearly the same size, the largest first."""
     count = max(1, micro_batches // ranks)
@@ -84,16 +144,18 @@ def _alternate(forward: Order, backward: Order, warm_up: int) -> Order:
     return order + backward[len(forward) - warm_up :]
 
 
-def forwards(ranks: int, chunks: int, micro_batches: int) -> list[Order]:
+def forwards(mode: str, ranks: int, chunks: int, micro_batches: int) -> list[Order]:
     """Returns the order of every rank for forward passes only: all micro-batches through one chunk after the other."""
     return [
-        [Action(FORWARD, chunk * ranks + rank, n) for chunk in range(chunks) for n in range(micro_batches)]
+        [Action(FORWARD, stage, n) for stage in stages_on(rank, ranks, chunks, mode) for n in range(micro_batches)]
         for rank in range(ranks)
     ]
 
 
 def goes_to(action: Action, stages: int) -> int | None:
     """Returns the stage that needs the result of an action; None if there is none."""
+    if action.kind == WEIGHTS:
+        return None
     stage = action.stage + (1 if action.kind == FORWARD else -1)
     return stage if 0 <= stage < stages else None
 
@@ -104,6 +166,8 @@ def goes_to(action: Action, stages: int) -> int | None:
 def needs(action: Action, stages: int) -> Action | None:
     """Returns the action whose result an action needs; None for the first stage's forward passes."""
     kind, stage, micro_batch = action
+    if kind == WEIGHTS:
+        return Action(BACKWARD, stage, micro_batch)
     if kind == FORWARD:
         return Action(FORWARD, stage - 1, micro_batch) if stage else None
     return Action(BACKWARD, stage + 1, micro_batch) if stage < stages - 1 else Action(FORWARD, stage, micro_batch)
@@ -117,7 +181,7 @@ class Timed(NamedTuple):
     end: float
 
 
-def play(all_orders: Sequence[Order], stages: int, seconds: Callable[[Action], float], message: float = 0.0) -> list[list[Timed]]:
+def play(all_orders: Sequence[Order], seconds: Callable[[Action], float], message: float = 0.0) -> list[list[Timed]]:
     """Plays the orders of all ranks out: every action starts when its rank is free and what it needs has arrived.
 
     Args:
@@ -127,16 +191,16 @@ def play(all_orders: Sequence[Order], stages: int, seconds: Callable[[Action], f
     Raises:
         ValueError: if the ranks would wait for each other without end, or an action has no predecessor.
     """
-    ranks = len(all_orders)
+    on = {action.stage: rank for rank, order in enumerate(all_orders) for action in order}
     rest, played, ends = [deque(order) for order in all_orders], [list[Timed]() for _ in all_orders], dict[Action, float]()
     while any(rest):
         before = len(ends)
         for rank, actions in enumerate(rest):
-            while actions and ((needed := needs(actions[0], stages)) is None or needed in ends):
+            while actions and ((needed := needs(actions[0], len(on))) is None or needed in ends):
                 action = actions.popleft()
                 arrival = 0.0
                 if needed is not None:
-                    arrival = ends[needed] + (message if rank_of(needed.stage, ranks) != rank else 0.0)
+                    arrival = ends[needed] + (message if on[needed.stage] != rank else 0.0)
                 start = max(played[rank][-1].end if played[rank] else 0.0, arrival)
                 ends[action] = start + seconds(action)
                 played[rank].append(Timed(action, start, ends[action]))
@@ -156,6 +220,6 @@ def most_in_flight(order: Order) -> int:
     """Returns the largest number of forward passes whose backward pass has not run yet."""
     most = now = 0
     for action in order:
-        now += 1 if action.kind == FORWARD else -1
+        now += {FORWARD: 1, BACKWARD: -1, WEIGHTS: 0}[action.kind]
         most = max(most, now)
     return most

@@ -16,8 +16,9 @@ keeps its input and what autograd keeps; its output is freed as soon as it has b
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -31,6 +32,7 @@ from ..models.decoder import Decoder
 from ..models.layers import Cache, DecoderLayer
 from ..models.losses import HandedOn, Loss, LossTerms
 from .data_axis import DataAxis, Weights
+from .deferred import Deferred
 from .messages import Channels
 from .orders import BACKWARD, FORWARD, Action, forwards, orders
 from .schedule import OnResult
@@ -59,6 +61,8 @@ class Chunk(NamedTuple):
     """The number of the stage in the whole pipeline."""
     model: Decoder
     axis: DataAxis
+    deferred: Deferred | None = None
+    """Where its backward passes leave the gradients of weights, if the schedule computes them later."""
 
 
 class InFlight(NamedTuple):
@@ -82,35 +86,42 @@ class Step:
     on_result: OnResult
     in_flight: dict[tuple[int, int], InFlight] = field(default_factory=dict)
     """(stage, micro-batch) -> what its backward pass needs."""
+    left: dict[tuple[int, int], list[Callable[[], None]]] = field(default_factory=dict)
+    """(stage, micro-batch) -> what computes the gradients of the weights that its backward pass has left for later."""
 
 
 class Pipeline:
     """The schedule of a pipeline: this rank's part of it."""
 
-    def __init__(self, chunks: Sequence[Chunk], axis: Weights, channels: Channels, sequence_ranks: int) -> None:
+    def __init__(
+        self, mode: str, chunks: Sequence[Chunk], axis: Weights, channels: Channels, sequence_ranks: int
+    ) -> None:
         """
         Args:
+            mode: "1F1B", "ZBH1" or "ZBV" (``orders.orders``).
             axis: the data axes of the chunks, as one.
             sequence_ranks: number of ranks that share the residual stream of a micro-batch.
         """
-        self.chunks = {chunk.stage: chunk for chunk in chunks}
+        self.mode, self.chunks = mode, {chunk.stage: chunk for chunk in chunks}
         self.axis, self.channels, self.sequence_ranks = axis, channels, sequence_ranks
         self.per_rank = len(chunks)
+        self._orders = cache(partial(orders, mode, channels.size, len(chunks)))
 
     def train(self, micro_batches: Sequence[MicroBatch], terms: LossTerms, scale: float, on_result: OnResult) -> None:
         """Runs the passes of this rank in the order of the schedule."""
         count = len(micro_batches)
         step = Step([m.to(self.channels.device) for m in micro_batches], terms, scale, on_result)
-        order = orders(self.channels.size, self.per_rank, count)
+        order = self._orders(count)
         self.channels.expect(order, self._shape(micro_batches[0]))
-        backwards = dict.fromkeys(self.chunks, count)
         for action in order[self.channels.rank]:
+            last = action.micro_batch == count - 1  # in every schedule, a stage has the micro-batches in their order
             with record_function(f"pipeline {action.kind} stage {action.stage} micro-batch {action.micro_batch}"):
                 if action.kind == FORWARD:
                     self._forward(action, step)
+                elif action.kind == BACKWARD:
+                    self._backward(action, step, last)
                 else:
-                    backwards[action.stage] -= 1
-                    self._backward(action, step, last=not backwards[action.stage])
+                    self._weights(action, step, last)
         self.channels.wait()
         self.axis.after_backwards()
 
@@ -122,7 +133,7 @@ class Pipeline:
         iterator = iter(micro_batches)
         while group := list(itertools.islice(iterator, self.channels.size)):
             step = Step([m.to(self.channels.device) for m in group], LossTerms(), 1.0, on_result)
-            order = forwards(self.channels.size, self.per_rank, len(group))
+            order = forwards(self.mode, self.channels.size, self.per_rank, len(group))
             self.channels.expect(order, self._shape(group[0]))
             for action in order[self.channels.rank]:
                 self._forward(action, step)
@@ -168,18 +179,29 @@ class Pipeline:
                 roots, gradients = [output], [gradient]
         if loss is not None:
             roots, gradients = [*roots, loss], [*gradients, None]
-        chunk.axis.before_backward(last)
+        chunk.axis.before_backward(last and chunk.deferred is None)
         if roots:
             torch.autograd.backward(cast(Any, roots), gradients)  # both kinds may be mixed
+        if chunk.deferred is not None:
+            step.left[stage, number] = chunk.deferred.take()
         if hidden is not None:
             self.channels.send(action, torch.zeros_like(hidden) if hidden.grad is None else hidden.grad)
+
+
+    def _weights(self, action: Action, step: Step, last: bool) -> None:
+        _, stage, number = action
+        for accumulate in step.left.pop((stage, number)):
+            accumulate()
+        if last:
+            self.chunks[stage].axis.reduce_gradients()
 
 
 class PipelinedModel(nn.Module):
     """The stages of this rank, and the way to the others: for generation, a whole decoder."""
 
-    def __init__(self, chunks: Sequence[Chunk], channels: Channels) -> None:
+    def __init__(self, mode: str, chunks: Sequence[Chunk], channels: Channels) -> None:
         super().__init__()
+        self.mode = mode
         self.stages = nn.ModuleList(chunk.model for chunk in chunks)
         self.chunks, self.channels = chunks, channels
 
@@ -195,9 +217,9 @@ class PipelinedModel(nn.Module):
             caches: the caches of this rank's layers.
         """
         channels, config = self.channels, self.chunks[0].model.config
-        channels.expect(forwards(channels.size, len(self.chunks), 1), (*tokens.shape, config.hidden_size))
+        channels.expect(forwards(self.mode, channels.size, len(self.chunks), 1), (*tokens.shape, config.hidden_size))
         logits, rest = None, iter(caches)
-        for stage, model, _ in self.chunks:
+        for stage, model, *_ in self.chunks:
             hidden = channels.take(Action(FORWARD, stage - 1, 0)) if stage else None
             result = model(tokens, caches=list(itertools.islice(rest, len(model.layers))), hidden=hidden)
             if isinstance(result, HandedOn):
@@ -207,5 +229,5 @@ class PipelinedModel(nn.Module):
         channels.wait()
         if logits is None:
             logits = torch.empty(*tokens.shape, config.vocab_size, dtype=channels.dtype, device=channels.device)
-        dist.broadcast(logits, channels.ranks[channels.rank_of(channels.stages - 1)], channels.group)
+        dist.broadcast(logits, channels.ranks[channels.rank_of[-1]], channels.group)
         return logits

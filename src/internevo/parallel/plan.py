@@ -18,6 +18,7 @@ from ..models.lora import freeze_all_but_adapters
 from ..ops.precision import COMPUTE
 from . import data_axis, isp, pipeline, tensor
 from .data_axis import Chunks, DataAxis, Sharded, SingleProcess, Weights
+from .deferred import Deferred
 from .isp import InternSequenceParallel
 from .layout import Layout, Meshes
 from .memory import Memory, activations
@@ -48,20 +49,27 @@ def build(
         return model, axis, OneStage(model, axis, device)
     stages = split(decoder, layout.pipeline * config.model.num_chunks, config.data.seq_len, config.parallel.pipeline.layers)
     pipelines, dtype = layout.weights.groups("stage"), COMPUTE[config.model.dtype]
-    channels = Channels(meshes.groups, pipelines, len(stages), device, dtype)
-    chunks = [
-        Chunk(number, *_build_stage(stage, decoder, config, layout, meshes, device))
-        for number, stage in enumerate(stages)
-        if channels.rank_of(number) == channels.rank
-    ]
+    ranks_of_stages = [layout.rank_of_stage(number) for number in range(len(stages))]
+    channels = Channels(meshes.groups, pipelines, ranks_of_stages, device, dtype)
+    chunks, mode = list[Chunk](), config.parallel.pipeline.mode
+    for number, stage in enumerate(stages):
+        if channels.rank_of[number] == channels.rank:
+            deferred = Deferred() if mode != "1F1B" else None
+            chunks.append(Chunk(number, *_build_stage(stage, decoder, config, layout, meshes, device, deferred), deferred))
     both = Chunks([chunk.axis for chunk in chunks], _tied_group(decoder, layout, meshes))
     _initialize(both, decoder, config)
     sequence_ranks = layout.tensor if layout.shards_sequence else 1
-    return PipelinedModel(chunks, channels), both, Pipeline(chunks, both, channels, sequence_ranks)
+    return PipelinedModel(mode, chunks, channels), both, Pipeline(mode, chunks, both, channels, sequence_ranks)
 
 
 def _build_stage(
-    stage: Stage, decoder: DecoderConfig, config: Config, layout: Layout, meshes: Meshes | None, device: torch.device
+    stage: Stage,
+    decoder: DecoderConfig,
+    config: Config,
+    layout: Layout,
+    meshes: Meshes | None,
+    device: torch.device,
+    deferred: Deferred | None = None,
 ) -> tuple[Decoder, DataAxis]:
     """Builds one stage, or the whole model, and applies the strategies to it, in the order that they need."""
     section = config.model
@@ -72,10 +80,12 @@ def _build_stage(
     inner = AppliedStrategy()
     if meshes is not None and layout.mode != "isp" and layout.tensor > 1:
         kv_mesh = meshes.kv_weights["heads", "kv_replicas"] if meshes.kv_weights is not None else None
-        inner = TensorParallel(meshes.weights["inner"], layout.mode, kv_mesh).apply(model)
+        inner = TensorParallel(meshes.weights["inner"], layout.mode, kv_mesh, deferred).apply(model)
     elif meshes is not None and layout.mode == "isp" and max(layout.tensor, layout.weight) > 1:
         tokens = meshes.activations["tensor"]
-        inner = InternSequenceParallel(meshes.weights["inner"], tokens, config.parallel.weight).apply(model)
+        inner = InternSequenceParallel(meshes.weights["inner"], tokens, config.parallel.weight, deferred).apply(model)
+    if deferred is not None:
+        deferred.apply(model)
     if decoder.lora is not None:
         freeze_all_but_adapters(model)
     # Recomputation comes before compilation, so that compiled layers contain it. isp's linears are not compiled, so with them
@@ -103,9 +113,12 @@ def _tied_group(decoder: DecoderConfig, layout: Layout, meshes: Meshes) -> dist.
     """Makes the group of the ranks of the first and the last stage, if they share the embedding's weight."""
     if not decoder.tie_embeddings:
         return None
-    pipelines = layout.weights.groups("stage")
-    ends = [[ranks[0], ranks[-1]] for ranks in pipelines]
-    group = meshes.groups.get(ends + [[rank] for ranks in pipelines for rank in ranks[1:-1]], "first and last stage")
+    last = layout.rank_of_stage(layout.stages - 1)
+    if not last:
+        return None  # both stages are on the first rank
+    ends = [[ranks[0], ranks[last]] for ranks in layout.weights.groups("stage")]
+    alone = [[rank] for rank in sorted({*range(layout.world)} - {*itertools.chain(*ends)})]
+    group = meshes.groups.get(ends + alone, "first and last stage")
     return group if group.size() > 1 else None
 
 

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from ..config import Config
 from ..models.config import DecoderConfig, Stage
 from .layout import Layout
-from .orders import rank_of
 from .stages import split
 
 
@@ -61,7 +60,7 @@ class Workload:
             4 if config.model.dtype in ("float32", "tf32") else 2,
             4 if config.hybrid_zero_optimizer.grad_dtype == "float32" else 2,
             config.model.checkpoint, config.selective_checkpoint, config.hybrid_zero_optimizer.reduce_bucket_size, device,
-            tuple(stage for number, stage in enumerate(stages) if rank_of(number, layout.pipeline) == mine),
+            tuple(stage for number, stage in enumerate(stages) if layout.rank_of_stage(number) == mine),
         )  # fmt: skip
 
     @property
