@@ -58,7 +58,9 @@ class Pipeline(Section):
 
     size: int = option(1, "Number of pipeline ranks.", ge=1)
     mode: Literal["1F1B", "ZBH1", "ZBV"] = option("1F1B", "Schedule of the micro-batches.")
-    interleaved_overlap: bool = option(False, "Overlap the communication of interleaved stages with computation.")
+    interleaved_overlap: bool = option(
+        False, "Overlap the messages of interleaved stages with computation.", ignored="they always overlap"
+    )
     layers: list[int] = option(
         [], "Number of layers of each stage, in the order in which a micro-batch goes through them. Empty: by cost."
     )

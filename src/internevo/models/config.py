@@ -71,6 +71,13 @@ class Stage:
     heads: bool = True
     """Whether it ends with the norm and the head."""
 
+    def has(self, parameter: str) -> bool:
+        """Returns whether it has a parameter, by its name in the whole decoder. (A tied head is the embedding's weight.)"""
+        part, _, rest = parameter.partition(".")
+        if part == "layers":
+            return int(rest.partition(".")[0]) in self.layers
+        return self.embeds if part == "embed" else self.heads
+
 
 @dataclass(frozen=True)
 class DecoderConfig:

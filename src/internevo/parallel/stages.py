@@ -1,7 +1,7 @@
 """Divides the layers of a model among the stages of a pipeline, by their cost.
 
-The cost of a part is its share of the FLOPs of training. The embedding is a table, whose cost is that of its gradient's
-memory traffic and is taken as 0; the head costs as much as its matrix product.
+The cost of a layer is its FLOPs, and that of the head is the FLOPs of its matrix product. The embedding costs nothing: its rows
+are only copied.
 """
 
 from __future__ import annotations
@@ -27,6 +27,12 @@ def layer_costs(decoder: DecoderConfig, seq_len: int) -> list[float]:
 def head_cost(decoder: DecoderConfig) -> float:
     """Returns the FLOPs of the head's forward pass for one token."""
     return 2.0 * decoder.vocab_size * decoder.hidden_size
+
+
+def costs(decoder: DecoderConfig, stages: Sequence[Stage], seq_len: int) -> list[float]:
+    """Returns the FLOPs of the forward pass of each stage for one token."""
+    layers = layer_costs(decoder, seq_len)
+    return [sum(layers[n] for n in stage.layers) + stage.heads * head_cost(decoder) for stage in stages]
 
 
 def deal(costs: Sequence[float], parts: int, last: float = 0.0) -> list[int]:
