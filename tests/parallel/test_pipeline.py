@@ -2,14 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from internevo.text.tokenizer import train_bpe
 from tests.conftest import metrics, write_config
+from tests.parallel.conftest import Runs, assert_same, assert_same_rows
 from tests.parallel.layouts import COMMON, EXPERTS, MODELS, PREFETCH, Case, layout, pipelined
-from tests.parallel.test_strategies import Runs, assert_same, world  # noqa: F401
 from tests.pool import Pool
+
 
 def zbh1(case: Case, mode: str = "ZBH1") -> Case:
     processes, changes = case
@@ -39,6 +41,7 @@ CASES = {
     "ZBV 3, fsp 2": zbv(pipelined(6, 3, 2, mode="fsp", tensor=2)),
 }
 
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_pipeline_trains_the_same_model_as_one_process(pool: Pool, world: Runs, tmp_path: Path, name: str) -> None:
     _, dataset, one = world
@@ -50,7 +53,7 @@ def test_a_pipeline_trains_the_same_model_as_one_process(pool: Pool, world: Runs
 @pytest.mark.parametrize("mode", ["1F1B", "ZBV"])
 @pytest.mark.parametrize("model", ["internlm2, tied", "adapters", "alibi", "gemma", "biased, one key/value head"])
 def test_other_models(pool: Pool, world: Runs, tmp_path: Path, model: str, mode: str) -> None:
-    _, dataset, one = world
+    _, dataset, _ = world
     processes, changes = zbh1(pipelined(2, 2, layers=4), "1F1B") if mode == "1F1B" else zbv(pipelined(2, 2, 2, layers=4))
     model_changes = {**COMMON, **MODELS[model], "model__num_layers": 4}
     pool.train(write_config(tmp_path, dataset, "one", **{**model_changes, **layout(1)[1]}), 1)
@@ -61,7 +64,7 @@ def test_other_models(pool: Pool, world: Runs, tmp_path: Path, model: str, mode:
 def test_a_run_continues_in_and_out_of_pipelines(pool: Pool, world: Runs, tmp_path: Path) -> None:
     """Pipeline of 4, isp, interleaved pipeline with fsp, one process, pipeline with FSDP."""
     _, dataset, one = world
-    six = {"model__num_layers": 6}
+    six: dict[str, Any] = {"model__num_layers": 6}
     parts = [
         pipelined(4, 4, micro_batches=6), layout(4, "isp", 2, 4, **six), pipelined(4, 2, 3, mode="fsp", tensor=2),
         layout(1, **six), pipelined(4, 2, fsdp=True),
@@ -79,11 +82,13 @@ def test_validation_and_samples_go_through_the_pipeline(pool: Pool, world: Runs,
         "data__valid_folder": str(dataset), "data__valid_every": 1, "data__valid_max_rows": 11,
         "monitor__sample_prompts": ["def "], "monitor__sample_tokens": 12, "ckpt__enable_save_ckpt": False,
     }  # fmt: skip
-    for name, (processes, layout_) in {"one": layout(1, model__num_layers=6), "many": pipelined(6, 3, 2, mode="isp", tensor=2)}.items():
-        pool.train(write_config(tmp_path, dataset, name, **{**changes, **layout_}), processes)
-    one, many = (tmp_path / name for name in ("one", "many"))
+    layouts = {"one": layout(1, model__num_layers=6), "many": pipelined(6, 3, 2, mode="isp", tensor=2)}
+    for name, (processes, more) in layouts.items():
+        pool.train(write_config(tmp_path, dataset, name, **{**changes, **more}), processes)
+    one, many = (tmp_path / name for name in layouts)
     assert (one / "samples.jsonl").read_text() == (many / "samples.jsonl").read_text()
-    losses = [[row["valid_loss"] for row in map(json.loads, (run / "metrics.jsonl").open()) if "valid_loss" in row] for run in (one, many)]
+    rows = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, many)]
+    losses = [[row["valid_loss"] for row in of_run if "valid_loss" in row] for of_run in rows]
     assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
@@ -92,7 +97,8 @@ def test_routers_of_a_pipeline(pool: Pool, world: Runs, tmp_path: Path, name: st
     """The routers' losses and gradients, and the statistics, which are exact."""
     _, dataset, _ = world
     changes = {**COMMON, **EXPERTS, "loss__moe_loss_coeff": 0.1, "loss__moe_z_loss_coeff": 0.01, "data__total_steps": 4}
-    layouts = {"one": layout(1, model__num_layers=4, data__micro_bsz=3), "many": pipelined(4, 2, 1 if name == "1F1B 2" else 2, layers=4)}
+    chunks = 1 if name == "1F1B 2" else 2
+    layouts = {"one": layout(1, model__num_layers=4, data__micro_bsz=3), "many": pipelined(4, 2, chunks, layers=4)}
     for run, (processes, more) in layouts.items():
         pool.train(write_config(tmp_path, dataset, run, **{**changes, **more}), processes)
     assert_same(tmp_path / "many", tmp_path / "one", 4)
@@ -100,3 +106,19 @@ def test_routers_of_a_pipeline(pool: Pool, world: Runs, tmp_path: Path, name: st
     for mine, reference in zip(many, one, strict=True):
         assert mine["moe"]["load"] == reference["moe"]["load"] and mine["moe"]["dropped"] == reference["moe"]["dropped"]
         assert mine["moe"]["auxiliary_loss"] == pytest.approx(reference["moe"]["auxiliary_loss"], rel=1e-5)
+
+
+COMPILED = {
+    "interleaved": pipelined(2, 2, 2),
+    "ZBH1": zbh1(pipelined(2, 2)),
+    "ZBV, fsp 2, half recomputed": zbv(pipelined(4, 2, 2, mode="fsp", tensor=2, model__checkpoint=0.5)),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_layers_in_a_pipeline(pool: Pool, world: Runs, tmp_path: Path, name: str) -> None:
+    _, dataset, one = world
+    processes, changes = COMPILED[name]
+    more = {"model__compile": True, "data__total_steps": 3, "ckpt__enable_save_ckpt": False}
+    pool.train(write_config(tmp_path, dataset, "many", **{**COMMON, **changes, **more}), processes, timeout=600)
+    assert_same_rows(tmp_path / "many", one("six layers"), 3)

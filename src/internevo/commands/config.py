@@ -99,8 +99,8 @@ def _pipeline_lines(config: Config, decoder: DecoderConfig, layout: Layout, micr
     idle = orders.bubble(orders.play(all_orders, lambda action: times[action.kind] * flops[action.stage]))
     kept = max(orders.most_in_flight(order) for order in all_orders)
     yield (
-        f"  bubble      {idle:>6.1%}  of the time of a rank, with {micro_batches} micro-batches (backward = 2 x forward, messages "
-        f"take no time); at most {kept} passes are in flight on a rank"
+        f"  bubble      {idle:>6.1%}  of the time of a rank, with {micro_batches} micro-batches, if backward passes take twice "
+        f"as long as forward passes, and messages no time; at most {kept} passes in flight on a rank"
     )
 
 

@@ -238,8 +238,11 @@ def _pipeline(config: Config, world: int) -> Iterator[str]:
         yield f"parallel.pipeline.mode = 'ZBV' needs model.num_chunks = 2, not {chunks}"
     if pipeline.mode == "ZBH1" and chunks != 1:
         yield f"parallel.pipeline.mode = 'ZBH1' needs model.num_chunks = 1, not {chunks}"
-    if pipeline.mode != "1F1B" and pipeline.size > 1:
-        yield from _zero_bubble(config)
+    if pipeline.mode != "1F1B" and pipeline.size > 1 and config.parallel.zero1.fsdp:
+        yield (
+            f"parallel.pipeline.mode = {pipeline.mode!r} does not work with parallel.zero1.fsdp = True, which frees "
+            "weights before their gradients are computed; use ZeRO (fsdp = False), or mode = '1F1B'"
+        )
     if stages > layers:
         yield (
             f"model.num_layers = {layers} is less than parallel.pipeline.size * model.num_chunks = {pipeline.size} * {chunks}: "
@@ -247,22 +250,8 @@ def _pipeline(config: Config, world: int) -> Iterator[str]:
         )
     if pipeline.layers and (len(pipeline.layers) != stages or sum(pipeline.layers) != layers or min(pipeline.layers) < 1):
         yield (
-            f"parallel.pipeline.layers = {pipeline.layers} must be {stages} numbers (parallel.pipeline.size * model.num_chunks), "
-            f"each at least 1, that add up to model.num_layers = {layers}"
-        )
-
-
-def _zero_bubble(config: Config) -> Iterator[str]:
-    mode = config.parallel.pipeline.mode
-    if config.parallel.zero1.fsdp:
-        yield (
-            f"parallel.pipeline.mode = {mode!r} does not work with parallel.zero1.fsdp = True, which frees the weights before "
-            "their gradients are computed; use ZeRO (fsdp = False), or mode = '1F1B'"
-        )
-    if config.model.compile:
-        yield (
-            f"parallel.pipeline.mode = {mode!r} does not work with model.compile = True, because compiled layers cannot compute "
-            "the gradients of weights later; use mode = '1F1B', or no compilation"
+            f"parallel.pipeline.layers = {pipeline.layers} must be {stages} numbers, for parallel.pipeline.size * model.num_chunks "
+            f"stages, each at least 1, that add up to model.num_layers = {layers}"
         )
 
 

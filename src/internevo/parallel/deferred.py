@@ -34,8 +34,9 @@ class Deferred:
             if isinstance(module, Linear) and ADAPTER_INFIX not in f"{name}.":
                 module.product = self.linear
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Computes x W^T + b."""
+        """Computes x W^T + b. It is not compiled: compiled code could not leave anything."""
         y = _Linear.apply(x, self, (weight,)) if weight.requires_grad else F.linear(x, weight)
         return y if bias is None else y + bias
 

@@ -68,8 +68,19 @@ class Layout:
         zero = parallel.zero1.size if parallel.zero1.size > 0 else outer
         kv_heads = config.model.num_kv_attention_heads or config.model.num_attention_heads
         kv_replicas = max(1, tensor // kv_heads) if mode != "isp" else 1
-        return cls(world, tensor, mode, weight, pipeline, zero, parallel.zero1.fsdp, kv_replicas, config.model.num_chunks,
-                   parallel.pipeline.mode, expert_zero=zero)
+        return cls(
+            world,
+            tensor,
+            mode,
+            weight,
+            pipeline,
+            zero,
+            parallel.zero1.fsdp,
+            kv_replicas,
+            config.model.num_chunks,
+            parallel.pipeline.mode,
+            expert_zero=zero,
+        )
 
     # The three views -------------------------------------------------------------------------------------------------
 

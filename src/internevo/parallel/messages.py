@@ -19,7 +19,7 @@ from .views import Groups
 
 
 def rounds(ranks_of_stages: Sequence[int]) -> list[list[tuple[int, int]]]:
-    """Returns the pairs of pipeline ranks with neighbouring stages, divided so that a rank is in one pair of a round at most."""
+    """Returns the pairs of pipeline ranks with neighbouring stages, in rounds: a rank is in at most one pair of a round."""
     links = {(min(pair), max(pair)) for pair in pairwise(ranks_of_stages)}
     found: list[list[tuple[int, int]]] = []
     for a, b in sorted((a, b) for a, b in links if a != b):

@@ -3,12 +3,12 @@
 ``p`` ranks, ``v`` model chunks on each, ``m`` micro-batches. F, B, W: time of a forward pass, of the gradient of the input, and
 of the gradients of the weights, of all chunks of a rank together.
 
-| schedule    | stages on rank r    | bubble (idle time)  | micro-batches whose activations rank r keeps | source                 |
-|-------------|---------------------|---------------------|----------------------------------------------|------------------------|
-| 1F1B        | r                   | (p-1)(F+B+W)        | p - r                                        | arXiv:2104.04473, 2.2  |
-| interleaved | r, r + p, r + 2p... | (p-1)(F+B+W) / v    | more, see ``interleaved``                    | arXiv:2104.04473, 2.2  |
-| ZBH1        | r                   | (p-1)(F+B-W)        | p - r; for W, of r more                      | arXiv:2401.10241, 2.1  |
-| ZBV         | r, 2p - 1 - r       | (p-1) F / 2         | p at most (if F = B = W)                     | arXiv:2401.10241, 6    |
+| schedule    | stages on rank r    | bubble (idle time)  | micro-batches kept by rank r | source                |
+|-------------|---------------------|---------------------|------------------------------|-----------------------|
+| 1F1B        | r                   | (p-1)(F+B+W)        | p - r                        | arXiv:2104.04473, 2.2 |
+| interleaved | r, r + p, r + 2p... | (p-1)(F+B+W) / v    | more, see ``interleaved``    | arXiv:2104.04473, 2.2 |
+| ZBH1        | r                   | (p-1)(F+B-W)        | p - r; for W, r more         | arXiv:2401.10241, 2.1 |
+| ZBV         | r, 2p - 1 - r       | about (p-1) F / 2   | at most p                    | arXiv:2401.10241, 6   |
 
 ``play`` plays an order out, event by event.
 """
@@ -20,6 +20,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
+Kind = Literal["F", "B", "W"]
 FORWARD: Literal["F"] = "F"
 BACKWARD: Literal["B"] = "B"
 WEIGHTS: Literal["W"] = "W"
@@ -28,7 +29,7 @@ WEIGHTS: Literal["W"] = "W"
 class Action(NamedTuple):
     """A pass of one micro-batch through one stage."""
 
-    kind: Literal["F", "B", "W"]
+    kind: Kind
     """Forward; backward; the gradients of the weights, if the schedule does not compute them with the backward pass."""
     stage: int
     micro_batch: int
@@ -107,7 +108,7 @@ def zbv(ranks: int, micro_batches: int) -> list[Order]:
     """
     stages = 2 * ranks
     orders, ended = [Order() for _ in range(ranks)], dict[Action, int]()
-    count = Counter[tuple[str, int]]()  # (kind, stage) -> how many have been started
+    count = Counter[tuple[Kind, int]]()  # (kind, stage) -> how many have been started
     on = [stages_on(rank, ranks, 2, "ZBV")[::-1] for rank in range(ranks)]
     for time in itertools.count():
         if all(len(order) == 6 * micro_batches for order in orders):
@@ -115,7 +116,7 @@ def zbv(ranks: int, micro_batches: int) -> list[Order]:
         started = []
         for rank, order in enumerate(orders):
             kept = sum(count[FORWARD, stage] - count[WEIGHTS, stage] for stage in on[rank])
-            kinds = (BACKWARD, FORWARD, WEIGHTS) if kept < stages else (BACKWARD, WEIGHTS)
+            kinds: tuple[Kind, ...] = (BACKWARD, FORWARD, WEIGHTS) if kept < stages else (BACKWARD, WEIGHTS)
             for kind, stage in itertools.product(kinds, on[rank]):
                 action = Action(kind, stage, count[kind, stage])
                 needed = needs(action, stages)

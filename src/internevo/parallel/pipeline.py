@@ -93,9 +93,7 @@ class Step:
 class Pipeline:
     """The schedule of a pipeline: this rank's part of it."""
 
-    def __init__(
-        self, mode: str, chunks: Sequence[Chunk], axis: Weights, channels: Channels, sequence_ranks: int
-    ) -> None:
+    def __init__(self, mode: str, chunks: Sequence[Chunk], axis: Weights, channels: Channels, sequence_ranks: int) -> None:
         """
         Args:
             mode: "1F1B", "ZBH1" or "ZBV" (``orders.orders``).
@@ -186,7 +184,6 @@ class Pipeline:
             step.left[stage, number] = chunk.deferred.take()
         if hidden is not None:
             self.channels.send(action, torch.zeros_like(hidden) if hidden.grad is None else hidden.grad)
-
 
     def _weights(self, action: Action, step: Step, last: bool) -> None:
         _, stage, number = action

@@ -88,9 +88,9 @@ def _build_stage(
         deferred.apply(model)
     if decoder.lora is not None:
         freeze_all_but_adapters(model)
-    # Recomputation comes before compilation, so that compiled layers contain it. isp's linears are not compiled, so with them
-    # no layer is compiled as a whole.
-    whole_layers = layout.weight == 1
+    # Recomputation comes before compilation, so that compiled layers contain it. isp's linears and those that defer gradients
+    # are not compiled, so with them no layer is compiled as a whole.
+    whole_layers = layout.weight == 1 and deferred is None
     compiled: Literal["no", "inside", "around"] = "no" if not section.compile else "around" if whole_layers else "inside"
     recompute(layers, section.checkpoint, config.selective_checkpoint, compiled)
     # Compilation comes before the data axis, so that the hooks of ``fully_shard`` stay outside the compiled code.

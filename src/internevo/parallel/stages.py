@@ -7,7 +7,7 @@ are only copied.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from ..models.config import DecoderConfig, Stage
 from ..models.decoder import parameter_shapes
@@ -21,7 +21,8 @@ def layer_costs(decoder: DecoderConfig, seq_len: int) -> list[float]:
             layer = int(name.split(".")[1])
             share = decoder.experts.top_k / decoder.experts.count if decoder.experts and ".experts." in name else 1.0
             weights[layer] += int(shape.numel() * share)
-    return [2.0 * weights[n] + 4.0 * decoder.num_heads * decoder.head_dim * decoder.attended(n, seq_len) for n in range(len(weights))]
+    heads = 4.0 * decoder.num_heads * decoder.head_dim
+    return [2.0 * count + heads * decoder.attended(layer, seq_len) for layer, count in enumerate(weights)]
 
 
 def head_cost(decoder: DecoderConfig) -> float:
@@ -68,7 +69,7 @@ def deal(costs: Sequence[float], parts: int, last: float = 0.0) -> list[int]:
     for k in range(parts, 0, -1):
         ends.append(cut[k][ends[-1]])
     ends.reverse()
-    return [end - begin for begin, end in zip(ends, ends[1:], strict=False)]
+    return [end - begin for begin, end in pairwise(ends)]
 
 
 def split(decoder: DecoderConfig, count: int, seq_len: int, by_hand: Sequence[int] = ()) -> list[Stage]:
@@ -81,7 +82,4 @@ def split(decoder: DecoderConfig, count: int, seq_len: int, by_hand: Sequence[in
     """
     numbers = list(by_hand) or deal(layer_costs(decoder, seq_len), count, head_cost(decoder))
     ends = [0, *accumulate(numbers)]
-    return [
-        Stage(range(begin, end), embeds=n == 0, heads=n == count - 1)
-        for n, (begin, end) in enumerate(zip(ends, ends[1:], strict=False))
-    ]
+    return [Stage(range(begin, end), embeds=n == 0, heads=n == count - 1) for n, (begin, end) in enumerate(pairwise(ends))]

@@ -193,7 +193,10 @@ class TensorParallel:
         biases = [None if linear.bias is None else local(linear.bias) for linear in linears]
         adapted = any(linear.lora is not None for linear in linears)
         if self.mode == "fsp" and self.shard_sequence and not adapted:  # adapters need the gathered input for their gradients
-            outs = list(_gathered_input_linears(x_BSD, self.group, self.deferred, weights))
+            if self.deferred is None:
+                outs = list(_GatheredInputLinears.apply(x_BSD, self.group, None, (), *weights))
+            else:
+                outs = list(_deferred_input_linears(x_BSD, self.group, self.deferred, weights))
             return [out if bias is None else out + bias for out, bias in zip(outs, biases, strict=True)]
         x_BSD = self._copy_or_gather(x_BSD)
         return [
@@ -235,11 +238,8 @@ class TensorParallel:
         return all_gather(x.unsqueeze(0), self.group)
 
 
-def _gathered_input_linears(
-    x_BSD: Tensor, group: Group, deferred: Deferred | None, weights: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
-    if deferred is None:
-        return _GatheredInputLinears.apply(x_BSD, group, None, (), *weights)
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _deferred_input_linears(x_BSD: Tensor, group: Group, deferred: Deferred, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return _GatheredInputLinears.apply(x_BSD, group, deferred, tuple(weights), *(weight.detach() for weight in weights))
 
 
@@ -266,11 +266,12 @@ class _GatheredInputLinears(torch.autograd.Function):
         for grad_SBF, weight in zip(grads_SBF[1:], weights[1:], strict=True):
             grad_SBD += grad_SBF @ weight
         scattering = start_reduce_scatter([grad_SBD], ctx.group)
+        grad_weights: list[Tensor | None] = [None] * len(weights)
         if ctx.deferred is None:
             all_SBD = wait(gathering[0])
             grad_weights = [product(grad_SBF, all_SBD) for grad_SBF in grads_SBF]
         else:
-            group, grad_weights = ctx.group, [None] * len(weights)
+            group = ctx.group
 
             def products() -> list[Tensor]:
                 all_SBD = all_gather(tokens_first(x_BSD), group)

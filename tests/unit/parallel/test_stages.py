@@ -14,9 +14,7 @@ from internevo.parallel.stages import costs, deal, head_cost, layer_costs, split
 CONFIG = DecoderConfig("LLAMA2", 4096, 32, 48, num_layers=6, num_heads=4, num_kv_heads=2, head_dim=8)
 
 
-@given(
-    layers=st.lists(st.floats(0.1, 5), min_size=1, max_size=8), parts=st.integers(1, 4), last=st.floats(0, 8)
-)
+@given(layers=st.lists(st.floats(0.1, 5), min_size=1, max_size=8), parts=st.integers(1, 4), last=st.floats(0, 8))
 def test_the_largest_part_is_as_small_as_possible(layers: list[float], parts: int, last: float) -> None:
     if len(layers) < parts:
         with pytest.raises(ValueError, match="cannot be divided"):
