@@ -250,8 +250,8 @@ def _pipeline(config: Config, world: int) -> Iterator[str]:
         )
     if pipeline.layers and (len(pipeline.layers) != stages or sum(pipeline.layers) != layers or min(pipeline.layers) < 1):
         yield (
-            f"parallel.pipeline.layers = {pipeline.layers} must be {stages} numbers, for parallel.pipeline.size * model.num_chunks "
-            f"stages, each at least 1, that add up to model.num_layers = {layers}"
+            f"parallel.pipeline.layers = {pipeline.layers} must be {stages} numbers, one for each of "
+            f"parallel.pipeline.size * model.num_chunks stages, each at least 1, that add up to model.num_layers = {layers}"
         )
 
 
