@@ -16,6 +16,7 @@ COMMON: dict[str, Any] = {
 }  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
+    "six layers": {"model__num_layers": 6},
     "biased, one key/value head": {"model__no_bias": False, "model__mlp_bias": True, "model__num_kv_attention_heads": 1},
     "gemma": {"model_type": "GEMMA", "model__head_dim": 16, "loss__label_smoothing": 0.1},
     "alibi": {"model_type": "BAICHUAN2", "model__use_alibi": True, "model__num_kv_attention_heads": 4},
@@ -57,6 +58,18 @@ def layout(
     return processes, {
         "parallel__tensor": {"size": tensor, "mode": mode}, "parallel__weight": {"size": weight, **(weights or {})},
         "parallel__zero1": {"size": zero, "fsdp": fsdp}, "data__micro_bsz": rows, **more,
+    }  # fmt: skip
+
+
+def pipelined(
+    processes: int, stages: int, chunks: int = 1, micro_batches: int = 4, tensor: int = 1, layers: int = 6, **more: Any
+) -> Case:
+    """Returns a layout with a pipeline of ``stages`` ranks, and ``chunks`` stages on each."""
+    _, changes = layout(processes, tensor=tensor, **more)
+    rows = ROWS // (micro_batches * (processes // (stages * tensor)))
+    return processes, {
+        **changes, "model__num_layers": layers, "parallel__pipeline": {"size": stages}, "model__num_chunks": chunks,
+        "data__micro_bsz": rows,
     }  # fmt: skip
 
 

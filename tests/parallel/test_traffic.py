@@ -14,7 +14,7 @@ from internevo.parallel.layout import Layout
 from internevo.parallel.strategy import Workload, add_up
 from internevo.train import step
 from tests.conftest import run, write_config, write_dataset
-from tests.parallel.layouts import DRAWN, EXPERTS, MODELS, NAMED, PREFETCH, composition, layout
+from tests.parallel.layouts import DRAWN, EXPERTS, MODELS, NAMED, PREFETCH, composition, layout, pipelined
 from tests.pool import DEVICE, Pool
 
 MICRO_BATCHES = 3
@@ -26,7 +26,7 @@ Counts = dict[tuple[str, str], tuple[int, int]]
 def counted(pool: Pool, tmp_path: Path, processes: int, changes: dict[str, Any], model: str = "llama") -> tuple[Counts, Counts]:
     """Returns (kind, axis) -> (count, bytes) twice: as counted in a real step, and as the strategies state it."""
     dataset = write_dataset(tmp_path / "data")
-    ranks = processes // changes["parallel__tensor"]["size"]
+    ranks = processes // (changes["parallel__tensor"]["size"] * changes.get("parallel__pipeline", {"size": 1})["size"])
     sizes = {"data__micro_bsz": 1, "data__global_batch_size": MICRO_BATCHES * ranks, "data__total_steps": 2}
     more = {"model__vocab_size": 96 + 4 * 2, "ckpt__enable_save_ckpt": False, "monitor__comm": True}
     path = write_config(tmp_path, dataset, "run", **{**more, **MODELS[model], **changes, **sizes})
@@ -40,7 +40,7 @@ def counted(pool: Pool, tmp_path: Path, processes: int, changes: dict[str, Any],
     return found, {(row.kind, row.axis): (row.count, row.nbytes) for row in stated}
 
 
-CASES = {
+CASES: dict[str, Any] = {
     **NAMED,
     "zero 1: plain data parallel": layout(4, zero=1),
     "zero 2 of 4": layout(4, zero=2),
@@ -54,6 +54,11 @@ CASES = {
     "fsp 2, half recomputed": layout(2, "fsp", 2, model__checkpoint=0.5),
     "isp 2 x 2, attention recomputed": layout(2, "isp", 2, 2, weights=PREFETCH, model__checkpoint="attention"),
     "mtp 4, two replicas of each key/value head": layout(4, "mtp", 4),
+    "pipeline of 4": pipelined(4, 4),
+    "pipeline of 2, interleaved, zero 2": pipelined(4, 2, 2),
+    "pipeline of 3, msp 2, tied": (*pipelined(6, 3, mode="msp", tensor=2), "internlm2, tied"),
+    "pipeline of 2, isp 2 x 2, half recomputed": pipelined(4, 2, mode="isp", tensor=2, weight=2, model__checkpoint=0.5),
+    "pipeline of 2, fsdp": pipelined(4, 2, fsdp=True),
 }
 
 

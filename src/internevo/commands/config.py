@@ -15,6 +15,7 @@ from ..errors import ConfigError
 from ..train.check import check_data, missing_features, problems
 
 if TYPE_CHECKING:  # these import PyTorch, which takes seconds and is only needed for a layout
+    from ..models.config import DecoderConfig
     from ..parallel.layout import Layout
     from ..parallel.memory import Memory
     from ..parallel.strategy import Collectives
@@ -69,10 +70,40 @@ def layout_lines(config: Config, world_size: int, per_node: int) -> list[str]:
         f"({sizes.micro_num} micro-batches of {sizes.micro_bsz} on each of {sizes.data_ranks} data ranks)"
     )
     decoder = decoder_config(config.model_type, config.model)
+    if layout.pipeline > 1:
+        lines += _pipeline_lines(config, decoder, layout, sizes.micro_batches(config.data.total_steps))
     if decoder.lora is not None:
         return [*lines, "  memory and collectives are not known for model.lora"]
     work = Workload.from_config(decoder, config, layout, sizes.micro_num, "cuda")
-    return [*lines, *_memory_lines(plan.memory(work)), *_traffic_lines(plan.traffic(work), layout)]
+    memory = _memory_lines(plan.memory(work)) if layout.pipeline == 1 else []
+    return [*lines, *memory, *_traffic_lines(plan.traffic(work), layout)]
+
+
+def _pipeline_lines(config: Config, decoder: DecoderConfig, layout: Layout, micro_batches: int) -> Iterator[str]:
+    """Formats the stages, with their shares of the time and of the parameters, and the idle time of the schedule."""
+    from ..models.decoder import parameter_shapes
+    from ..parallel import orders
+    from ..parallel.stages import costs, split
+
+    stages = split(decoder, layout.stages, config.data.seq_len, config.parallel.pipeline.layers)
+    flops = costs(decoder, stages, config.data.seq_len)
+    shapes = parameter_shapes(decoder)
+    yield f"  {'stage':>7}{'rank':>6}  {'layers':<10}{'with':<12}{'time':>8}{'parameters':>12}"
+    for number, (stage, share) in enumerate(zip(stages, flops, strict=True)):
+        names = [name for name in shapes if stage.has(name)]
+        parameters = sum(shapes[name].numel() for name in names) / sum(shape.numel() for shape in shapes.values())
+        ends = " ".join(["embedding"] * stage.embeds + ["head"] * stage.heads)
+        layers = f"{stage.layers[0]}-{stage.layers[-1]}" if len(stage.layers) > 1 else str(stage.layers[0])
+        rank = layout.rank_of_stage(number)
+        yield f"  {number:>7}{rank:>6}  {layers:<10}{ends:<12}{share / sum(flops):>8.1%}{parameters:>12.1%}"
+    all_orders = orders.orders(layout.schedule, layout.pipeline, layout.chunks, micro_batches)
+    times = {"F": 1.0, "B": 2.0 if layout.schedule == "1F1B" else 1.0, "W": 1.0}
+    idle = orders.bubble(orders.play(all_orders, lambda action: times[action.kind] * flops[action.stage]))
+    kept = max(orders.most_in_flight(order) for order in all_orders)
+    yield (
+        f"  bubble      {idle:>6.1%}  of the time of a rank, with {micro_batches} micro-batches, if backward passes take twice "
+        f"as long as forward passes, and messages no time; at most {kept} passes in flight on a rank"
+    )
 
 
 def _memory_lines(memory: Memory) -> Iterator[str]:

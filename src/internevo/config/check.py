@@ -28,6 +28,10 @@ def missing_features(config: Config) -> list[str]:
         lines.append(
             "not available yet: experts with tensor or weight parallelism (parallel.tensor.size, parallel.weight.size)"
         )
+    if config.model.num_experts > 1 and parallel.pipeline.size > 1 and config.loss.moe_loss_kind == "pooled":
+        lines.append("not available yet: loss.moe_loss_kind = 'pooled' with a pipeline (it adds up the routers of all stages)")
+    if config.model.num_experts > 1 and parallel.pipeline.size > 1 and parallel.pipeline.mode != "1F1B":
+        lines.append(f"not available yet: experts with parallel.pipeline.mode = {parallel.pipeline.mode!r}")
     info = config.ckpt.load_ckpt_info
     if info and info.path and info.ckpt_type in ("llama", "LLAMA", "normal"):
         lines.append(f"not available yet: loading checkpoints of ckpt.load_ckpt_info.ckpt_type = {info.ckpt_type!r}")
@@ -159,8 +163,6 @@ def _axes(config: Config, world: int) -> Iterator[str]:
         yield f"parallel.weight.size = {weight} needs parallel.tensor.mode = 'isp', not {parallel.tensor.mode!r}"
     if world % (weight * pipeline):
         yield f"{world} processes are not a multiple of parallel.weight.size * parallel.pipeline.size = {weight} * {pipeline}"
-    if parallel.zero1.fsdp and pipeline > 1:
-        yield "parallel.zero1.fsdp = True does not work with parallel.pipeline.size > 1; use ZeRO (fsdp = False)"
 
 
 def data_size(config: Config, world_size: int) -> int:
@@ -241,20 +243,28 @@ def _skip(config: Config, world: int) -> Iterator[str]:
 
 
 def _pipeline(config: Config, world: int) -> Iterator[str]:
-    stages, chunks = config.parallel.pipeline.size, config.model.num_chunks
-    data, ranks = config.data, data_size(config, world)
-    number, keys = data.micro_num, "data.micro_num"
-    if data.global_batch_size:
-        number = data.global_batch_size // (data.micro_bsz * ranks)
-        keys = (
-            f"data.global_batch_size / (data.micro_bsz * data ranks) = {data.global_batch_size} / ({data.micro_bsz} * {ranks})"
-        )
-    if stages > 1 and number % stages and config.parallel.pipeline.interleaved_overlap:
-        yield f"{keys} = {number} micro-batches are not divisible by parallel.pipeline.size = {stages}"
-    if stages * chunks > config.model.num_layers:
+    pipeline, chunks, layers = config.parallel.pipeline, config.model.num_chunks, config.model.num_layers
+    stages = pipeline.size * chunks
+    if chunks > 1 and pipeline.size == 1:
+        yield f"model.num_chunks = {chunks} needs parallel.pipeline.size > 1"
+    if pipeline.mode == "ZBV" and pipeline.size > 1 and chunks != 2:
+        yield f"parallel.pipeline.mode = 'ZBV' needs model.num_chunks = 2, not {chunks}"
+    if pipeline.mode == "ZBH1" and chunks != 1:
+        yield f"parallel.pipeline.mode = 'ZBH1' needs model.num_chunks = 1, not {chunks}"
+    if pipeline.mode != "1F1B" and pipeline.size > 1 and config.parallel.zero1.fsdp:
         yield (
-            f"model.num_layers = {config.model.num_layers} is less than parallel.pipeline.size * model.num_chunks = "
-            f"{stages} * {chunks}"
+            f"parallel.pipeline.mode = {pipeline.mode!r} does not work with parallel.zero1.fsdp = True, which frees "
+            "weights before their gradients are computed; use ZeRO (fsdp = False), or mode = '1F1B'"
+        )
+    if stages > layers:
+        yield (
+            f"model.num_layers = {layers} is less than parallel.pipeline.size * model.num_chunks = {pipeline.size} * {chunks}: "
+            "each stage needs at least one layer"
+        )
+    if pipeline.layers and (len(pipeline.layers) != stages or sum(pipeline.layers) != layers or min(pipeline.layers) < 1):
+        yield (
+            f"parallel.pipeline.layers = {pipeline.layers} must be {stages} numbers, one for each of "
+            f"parallel.pipeline.size * model.num_chunks stages, each at least 1, that add up to model.num_layers = {layers}"
         )
 
 

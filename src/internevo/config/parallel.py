@@ -60,9 +60,14 @@ class Weight(Section):
 class Pipeline(Section):
     """The pipeline axis: ranks that each compute some of the layers."""
 
-    size: int = option(1, "Number of pipeline stages.", not_available="pipeline parallelism", ge=1)
+    size: int = option(1, "Number of pipeline ranks.", ge=1)
     mode: Literal["1F1B", "ZBH1", "ZBV"] = option("1F1B", "Schedule of the micro-batches.")
-    interleaved_overlap: bool = option(False, "Overlap the communication of interleaved stages with computation.")
+    interleaved_overlap: bool = option(
+        False, "Overlap the messages of interleaved stages with computation.", ignored="they always overlap"
+    )
+    layers: list[int] = option(
+        [], "Number of layers of each stage, in the order in which a micro-batch goes through them. Empty: by cost."
+    )
     use_zeropp: bool = option(False, "Use ZeroPP, the schedule of a fork of InternEvo.", not_available="ZeroPP schedules")
     decouple_grad: bool = option(
         False, "Compute the gradients of weights and of activations apart.", not_available="ZeroPP schedules"

@@ -15,7 +15,7 @@ KINDS = {
     "all_gather_into_tensor": "all-gather", "_allgather_base_": "all-gather", "all_gather_into_tensor_coalesced": "all-gather",
     "reduce_scatter_tensor": "reduce-scatter", "_reduce_scatter_base_": "reduce-scatter", "reduce_scatter_": "reduce-scatter",
     "reduce_scatter_tensor_coalesced": "reduce-scatter", "all_reduce": "all-reduce", "allreduce_": "all-reduce",
-    "all_to_all_single": "all-to-all", "alltoall_base_": "all-to-all",
+    "all_to_all_single": "all-to-all", "alltoall_base_": "all-to-all", "send": "send",
 }  # fmt: skip
 """Name of PyTorch's operator -> kind of collective."""
 OUTPUT_FIRST = ("_allgather_base_", "_reduce_scatter_base_", "reduce_scatter_")
@@ -26,6 +26,7 @@ class Counter(TorchDispatchMode):
     """Counts and times the collectives over more than one rank that are called in this context.
 
     It waits for each collective where it is called, so nothing overlaps with it. The time includes waiting for slower ranks.
+    Messages of a pipeline are not waited for, because their receiver may be waiting for this rank.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -42,7 +43,8 @@ class Counter(TorchDispatchMode):
         synchronize(args)
         begin = time.perf_counter()
         out = func(*args, **(kwargs or {}))
-        wait(out)
+        if kind != "send":
+            wait(out)
         if len(ranks) > 1:
             axis = self.layout.axis_of(kind, ranks)
             row = self.found.setdefault((kind, axis), Collectives(kind, axis))

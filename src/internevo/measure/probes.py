@@ -7,10 +7,9 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config.run import Monitor
-from ..models.decoder import Decoder
 from ..parallel.layout import Layout
 from ..parallel.memory import Memory
 from ..parallel.shards import local
@@ -27,9 +26,9 @@ class Probes:
         self,
         monitor: Monitor,
         layout: Layout,
-        model: Decoder,
+        model: nn.Module,
         state: Mapping[str, Tensor],
-        formula: tuple[Memory, list[Collectives]] | None,
+        formula: tuple[Memory | None, list[Collectives] | None],
         folder: Path,
         rank: int,
     ) -> None:
@@ -76,7 +75,7 @@ class Probes:
         weights = [local(weight.detach()) for weight in self.model.parameters()]
         copies = sum(w.nbytes for w in weights if w.untyped_storage().data_ptr() not in storages)
         measured = meter.memory(masters, moments, copies)
-        formula = self.formula and self.formula[0]
+        formula = self.formula[0]
         self.lines = memory.table(formula, measured)
         self._write("memory.json", {"formula": formula and asdict(formula), "measured": asdict(measured)})
 
@@ -85,7 +84,7 @@ class Probes:
         with collectives.Counter(self.layout) as counter:
             yield
         rows = counter.rows()
-        self.lines = collectives.table(rows, self.layout, self.formula and self.formula[1])
+        self.lines = collectives.table(rows, self.layout, self.formula[1])
         self._write("comm.json", [asdict(row) for row in rows])
 
     def _write(self, name: str, values: object) -> None:

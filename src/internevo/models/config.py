@@ -77,6 +77,13 @@ class Stage:
     heads: bool = True
     """Whether it ends with the norm and the head."""
 
+    def has(self, parameter: str) -> bool:
+        """Returns whether it has a parameter, by its name in the whole decoder. (A tied head is the embedding's weight.)"""
+        part, _, rest = parameter.partition(".")
+        if part == "layers":
+            return int(rest.partition(".")[0]) in self.layers
+        return self.embeds if part == "embed" else self.heads
+
 
 @dataclass(frozen=True)
 class DecoderConfig:
@@ -203,6 +210,11 @@ class DecoderConfig:
                 total += mlp
         return total
 
+    def attended(self, layer: int, seq_len: int) -> float:
+        """Returns how many tokens a token attends to in a layer, on average over a row of ``seq_len`` tokens."""
+        width = min(self.window(layer) or seq_len, seq_len)
+        return width - width * width / (2 * seq_len)
+
     def flops_per_token(self, seq_len: int) -> float:
         """Returns the FLOPs of training on one token in a row of ``seq_len`` tokens.
 
@@ -211,9 +223,6 @@ class DecoderConfig:
         gradients; then they are 4 for each weight.
         """
         embedding = 0 if self.tie_embeddings else self.vocab_size * self.hidden_size
-        attended = 0.0
-        for layer in range(self.num_layers):
-            width = min(self.window(layer) or seq_len, seq_len)
-            attended += width - width * width / (2 * seq_len)
+        attended = sum(self.attended(layer, seq_len) for layer in range(self.num_layers))
         per_weight = 6.0 if self.lora is None else 4.0
         return per_weight * (self.parameters(active=True) - embedding) + 12.0 * self.num_heads * self.head_dim * attended

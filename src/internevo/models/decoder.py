@@ -12,7 +12,7 @@ from ..ops.compiler import mark_dynamic
 from .config import DecoderConfig, Stage
 from .layers import Cache, Context, DecoderLayer, Embedding, Head, RMSNorm
 from .lora import add_adapters
-from .losses import Loss, LossTerms, add_router_losses, pool
+from .losses import HandedOn, Loss, LossTerms, Routed, pool, router_losses
 from .rotary import tables
 
 
@@ -74,7 +74,7 @@ class Decoder(nn.Module):
         terms: LossTerms = LossTerms(),
         caches: list[Cache] | None = None,
         hidden: Tensor | None = None,
-    ) -> Tensor | Loss:
+    ) -> Tensor | Loss | HandedOn:
         """Computes the logits of the next token, or with ``labels`` the loss, for which the logits never exist all at once.
 
         Args:
@@ -88,8 +88,7 @@ class Decoder(nn.Module):
             hidden: for a stage without the embedding: the residual stream of the stage before [B, S, D].
 
         Returns:
-            The logits [B, S, V]; or the loss, if there are labels; or the residual stream [B, S, D], if this is a stage without
-            a head.
+            The logits [B, S, V]; or the loss, if there are labels. A stage without a head returns what it hands on to the next.
         """
         if self.stage.embeds:
             assert self.embed is not None
@@ -97,18 +96,19 @@ class Decoder(nn.Module):
         assert hidden is not None, "a stage without the embedding needs the residual stream of the stage before (hidden)"
         x_BSD = hidden
         context = self._context(tokens, positions, cu_seqlens, caches, x_BSD.dtype)
-        routing = []
-        for number, layer in enumerate(self.layers.values()):
-            x_BSD, routed = layer(x_BSD, context, caches[number] if caches is not None else None)
-            if routed is not None:
-                routing.append(self.pool(routed))
+        sums = {}
+        for place, (number, layer) in enumerate(self.layers.items()):
+            x_BSD, routing = layer(x_BSD, context, caches[place] if caches is not None else None)
+            if routing is not None:
+                sums[int(number)] = self.pool(routing)
+        routed = Routed(sums, None if labels is None else router_losses(labels, sums, terms))
         if self.norm is None or self.head is None:
-            return x_BSD
+            return HandedOn(x_BSD, routed)
         out = self.head(self.norm(x_BSD), labels, terms.smoothing)
         if labels is None:
             return out
         cross_entropy, losses = out
-        return Loss(add_router_losses(cross_entropy, labels, routing, terms), losses, routing)
+        return Loss(cross_entropy if routed.loss is None else cross_entropy + routed.loss, losses, routed)
 
     def _context(
         self,

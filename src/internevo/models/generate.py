@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import InternEvoError, UsageError
 from .config import DecoderConfig
-from .decoder import Decoder
-from .layers import Cache
+from .layers import Cache, DecoderLayer
 
 GREEDY = 1e-6
 """Below this temperature, the most likely token is always chosen."""
@@ -42,9 +43,25 @@ class Sampling:
             raise UsageError(f"top_p = {self.top_p} must be a number from 0 to 1")
 
 
+class LanguageModel(Protocol):
+    """A decoder, or what works like one."""
+
+    training: bool
+
+    def __call__(self, tokens: Tensor, *, caches: list[Cache]) -> Tensor:
+        """Returns the logits [B, S, V]."""
+
+    def numbered_layers(self) -> list[tuple[int, DecoderLayer]]:
+        """Returns the layers that are on this rank."""
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def train(self, mode: bool = True) -> Any: ...
+    def eval(self) -> Any: ...
+
+
 @torch.no_grad()
 def generate(
-    model: Decoder,
+    model: LanguageModel,
     prompt: list[int],
     max_new_tokens: int,
     sampling: Sampling,
@@ -93,7 +110,7 @@ def generate(
     return out
 
 
-def empty_caches(model: Decoder, capacity: int, dtype: torch.dtype, device: torch.device) -> list[Cache]:
+def empty_caches(model: LanguageModel, capacity: int, dtype: torch.dtype, device: torch.device) -> list[Cache]:
     """Returns an empty cache for ``capacity`` tokens for each layer.
 
     Raises:

@@ -42,9 +42,11 @@ class Linear(nn.Linear):
         self.axes = (out_axis, in_axis)
         self.lora: Adapter | None = None
         """The adapter. If there is one, only adapters are trained."""
+        self.product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear
+        """Multiplies an input by the weight (or this rank's part of it), and adds a bias. A schedule may replace it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.adapt(x, F.linear(x, self.weight, self.bias))
+        return self.adapt(x, self.product(x, self.weight, self.bias))
 
     def adapt(self, x: Tensor, y: Tensor) -> Tensor:
         """Adds the output of the adapter for ``x`` to ``y``, the output of the weight; without an adapter, returns ``y``."""

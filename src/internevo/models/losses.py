@@ -31,6 +31,15 @@ class LossTerms(NamedTuple):
     """The weight of the routers' z-loss, which is summed over layers (https://arxiv.org/abs/2202.08906, equation 5)."""
 
 
+class Routed(NamedTuple):
+    """What the routers of the layers of a model, or of one stage of it, have done in one forward pass."""
+
+    sums: dict[int, Routing]
+    """Layer -> the sums of its router, for the layers with experts."""
+    loss: Tensor | None
+    """The losses of these routers, times the number of predicted tokens. Differentiable. None: there are none."""
+
+
 class Loss(NamedTuple):
     """The loss of one forward pass."""
 
@@ -38,8 +47,15 @@ class Loss(NamedTuple):
     """The sum of all terms over the predicted tokens. It is differentiable."""
     losses: Tensor
     """The cross-entropy of each token, fp32 [B, S]; 0 where nothing is predicted."""
-    routing: list[Routing]
-    """The sums of the router of each layer with experts."""
+    routed: Routed
+
+
+class HandedOn(NamedTuple):
+    """The result of a stage without a head."""
+
+    hidden: Tensor
+    """The residual stream [B, S, D], which the next stage needs."""
+    routed: Routed
 
 
 def pool(routing: Routing) -> Routing:
@@ -47,20 +63,19 @@ def pool(routing: Routing) -> Routing:
     return routing
 
 
-def add_router_losses(cross_entropy: Tensor, labels: Tensor, routing: list[Routing], terms: LossTerms) -> Tensor:
-    """Adds the losses of the routers to the sum of the cross-entropy.
+def router_losses(labels: Tensor, sums: dict[int, Routing], terms: LossTerms) -> Tensor | None:
+    """Returns the losses of the routers, times the number of predicted tokens; None if there are none.
 
     Args:
-        cross_entropy: the sum over the predicted tokens.
         labels: ids to be predicted, or -100.
-        routing: the sums of the router of each layer with experts, over all tokens of the micro-batch.
+        sums: layer -> the sums of its router over all tokens of the micro-batch.
     """
-    if not routing or terms.balance == terms.router_z == 0:
-        return cross_entropy
-    predicted = (labels != -100).sum()
+    if not sums or terms.balance == terms.router_z == 0:
+        return None
+    routing, predicted = list(sums.values()), (labels != -100).sum()
     total = terms.balance * balance(routing, labels.numel(), terms.balance_kind)
     total = total + terms.router_z * torch.stack([r.z for r in routing]).sum() / labels.numel()
-    return cross_entropy + predicted * total
+    return predicted * total
 
 
 def balance(routing: list[Routing], tokens: int, kind: str) -> Tensor:

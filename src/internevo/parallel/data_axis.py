@@ -19,13 +19,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.pipelining import PipelineStage
 from torch.distributed.tensor import DTensor
 
 from ..config.training import HybridZeroOptimizer
@@ -37,16 +38,15 @@ from .shards import local
 from .strategy import AppliedStrategy, Collectives, Workload
 
 Shape = Sequence[int]
+TIED = "embed.weight"
+"""Name of the weight that the first and the last stage of a pipeline share, if the embedding and the head are tied."""
 
 
-class DataAxis(Protocol):
-    """Owns the weights of a run: it keeps the master weights, gathers full weights from them, and reduces their gradients."""
+class Weights(Protocol):
+    """The weights of a rank: their masters, and what must be done between passes."""
 
     masters: dict[str, nn.Parameter]
     """Name -> fp32 master weight, with its gradient. The optimizer updates them, and checkpoints contain them."""
-
-    def before_micro_batch(self, last: bool) -> None:
-        """Prepares the forward and backward pass of a micro-batch. ``last``: it is the last one of its step."""
 
     def masters_changed(self) -> None:
         """Must be called after the master weights have been changed, and before the next forward pass."""
@@ -62,6 +62,16 @@ class DataAxis(Protocol):
 
     def unsharded_sequences(self) -> AbstractContextManager[None]:
         """A context in which every rank computes all tokens. Generation needs it, since it computes one token at a time."""
+
+
+class DataAxis(Weights, Protocol):
+    """Owns the weights of a model or a stage of it: keeps the masters, gathers full weights, and reduces gradients."""
+
+    def before_backward(self, last: bool) -> None:
+        """Must be called before each backward pass. ``last``: its end completes the gradients of a step, which it reduces."""
+
+    def reduce_gradients(self) -> None:
+        """Reduces the gradients of a step, if some of them were computed after the last backward pass."""
 
 
 class SingleProcess:
@@ -85,7 +95,10 @@ class SingleProcess:
             for name in self.with_master:
                 self.weights[name].register_post_accumulate_grad_hook(_AddToMaster(self.masters[name]))
 
-    def before_micro_batch(self, last: bool) -> None:
+    def before_backward(self, last: bool) -> None:
+        pass
+
+    def reduce_gradients(self) -> None:
         pass
 
     @torch.no_grad()
@@ -143,7 +156,7 @@ class Sharded:
             config: overlap, buckets and the dtype in which gradients are reduced.
         """
         mesh = meshes.weights
-        self.model, self.fsdp, self.inner = model, fsdp, inner
+        self.model, self.fsdp, self.inner, self.device = model, fsdp, inner, device
         self.ranks = mesh.size() // mesh["stage"].size()
         """The number of ranks that share the weights of this stage."""
         replicas = mesh["replicate"].size()
@@ -152,8 +165,11 @@ class Sharded:
         precision = MixedPrecisionPolicy(
             param_dtype=compute, reduce_dtype=getattr(torch, config.grad_dtype), cast_forward_inputs=False
         )
-        for modules in units(model, None if fsdp else config.reduce_bucket_size, lambda parameter: local(parameter).numel()):
+        joined = units(model, None if fsdp else config.reduce_bucket_size, lambda parameter: local(parameter).numel())
+        for modules in joined:
             fully_shard(modules, mesh=data_mesh, mp_policy=precision, reshard_after_forward=fsdp)
+        if fsdp:
+            _set_backward_prefetch(joined[:-1])
         deferred = config.overlap_sync_grad and not fsdp and replicas == 1
         self.reduce_scatter = ReduceScatter(deferred)
         # In the order of the forward pass; the whole model is the first.
@@ -173,11 +189,15 @@ class Sharded:
         model.to_empty(device=device)
         self.masters = dict(model.named_parameters())
 
-    def before_micro_batch(self, last: bool) -> None:
+    def before_backward(self, last: bool) -> None:
         if not self.fsdp:
             root = self.units[0]
             root.set_requires_gradient_sync(last)
             root.set_reshard_after_backward(last)
+
+    def reduce_gradients(self) -> None:
+        # PyTorch's own schedules do it by this method, the only public way.
+        PipelineStage(self.model, 0, dist.get_world_size(), self.device).perform_reduce_grad(1)
 
     def masters_changed(self) -> None:
         pass  # the next forward pass gathers them
@@ -218,6 +238,64 @@ class Sharded:
         finally:
             if strategy:
                 strategy.shard_sequence = before
+
+
+class Chunks:
+    """The data axes of the model chunks of a pipeline rank, as one."""
+
+    def __init__(self, axes: Sequence[DataAxis], tied: dist.ProcessGroup | None) -> None:
+        """
+        Args:
+            tied: for tied embeddings, on a rank of the first or the last stage: both ranks that have the weight.
+        """
+        self.axes, self.tied = axes, tied
+        self.masters = {name: master for axis in reversed(axes) for name, master in axis.masters.items()}
+        self.copies = [axis.masters[TIED] for axis in axes[1:] if TIED in axis.masters and TIED in axes[0].masters]
+        """The tied weight of the last stage, if the first is on this rank as well: a copy, which the optimizer does not see."""
+
+    @torch.no_grad()
+    def masters_changed(self) -> None:
+        for copy in self.copies:
+            local(copy).copy_(local(self.masters[TIED]))
+        for axis in self.axes:
+            axis.masters_changed()
+
+    def after_forwards(self) -> None:
+        for axis in self.axes:
+            axis.after_forwards()
+
+    @torch.no_grad()
+    def after_backwards(self) -> None:
+        """Completes the gradients. That of a tied embedding is the sum of those of the first and the last stage."""
+        for axis in self.axes:
+            axis.after_backwards()
+        for copy in self.copies:
+            if (grad := self.masters[TIED].grad) is not None and copy.grad is not None:
+                local(grad).add_(local(copy.grad))
+                copy.grad = None
+        if self.tied is not None and (grad := self.masters[TIED].grad) is not None:
+            dist.all_reduce(local(grad), group=self.tied)
+
+    def replica_count(self, name: str) -> int:
+        axis = next(axis for axis in self.axes if name in axis.masters)
+        return axis.replica_count(name) * (2 if name == TIED and self.tied is not None else 1)
+
+    @contextmanager
+    def unsharded_sequences(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for axis in self.axes:
+                stack.enter_context(axis.unsharded_sequences())
+            yield
+
+
+def _set_backward_prefetch(joined: list[list[nn.Module]]) -> None:
+    """Makes each unit gather the one before it in the backward pass.
+
+    ``fully_shard`` would do so by the order of the forward passes; in a pipeline it would find that of another micro-batch. The
+    first unit names itself, which is gathered already.
+    """
+    for before, modules in zip([joined[0], *joined], joined, strict=False):
+        cast(FSDPModule, modules[0]).set_modules_to_backward_prefetch([cast(FSDPModule, before[0])])
 
 
 def units(model: Decoder, bucket: int | None, size: Callable[[nn.Parameter], int]) -> list[list[nn.Module]]:

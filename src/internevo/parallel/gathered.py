@@ -8,6 +8,7 @@ of the layer's backward pass.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from ..config.parallel import Weight
 from ..models.layers import DecoderLayer
 from .collectives import Group, start_all_gather, start_reduce_scatter, wait
+from .deferred import Deferred, product
 from .recompute import is_recomputing
 from .shards import local
 
@@ -27,13 +29,16 @@ PER_LAYER = ("wqkv", "wo", "w1", "w2")
 class GatheredWeights:
     """The weights of linears that share an input, which are gathered together."""
 
-    def __init__(self, layer: DecoderLayer, linears: Sequence[nn.Linear], group: Group) -> None:
+    def __init__(
+        self, layer: DecoderLayer, linears: Sequence[nn.Linear], group: Group, deferred: Deferred | None = None
+    ) -> None:
         """
         Args:
             layer: the decoder layer that the linears belong to.
             group: the ranks over which the weights are sharded.
+            deferred: where the gradients of the weights are left, if the schedule computes them later.
         """
-        self.layer, self.linears, self.group = layer, linears, group
+        self.layer, self.linears, self.group, self.deferred = layer, linears, group, deferred
         self.next_forward: list[GatheredWeights] = []
         """What is prefetched while these weights are used in the forward pass."""
         self.next_backward: list[GatheredWeights] = []
@@ -46,7 +51,8 @@ class GatheredWeights:
         """Full weights whose gather has been started."""
         self._for_backward: list[Tensor] | None = None
         """Full weights that a recomputation has gathered; the backward pass of the same layer is next and uses them."""
-        self._backward_is_due = False
+        self._backwards_due = 0
+        """How many forward passes have had no backward pass yet; in a pipeline there may be several."""
         self._shards: list[Tensor] | None = None
         self._in_flight: list[Tensor] = []
         """Gradients of full weights that a collective still reads. The collective does not keep them alive."""
@@ -57,7 +63,7 @@ class GatheredWeights:
         Autograd runs the nodes that were made last first. The nodes that wait are made for the whole layer, before anything
         else of the layer, so they run after everything else in the layer's backward pass.
         """
-        if not self.overlap:
+        if not self.overlap or self.deferred is not None:
             return self._local()
         if self is self.of_layer[0]:
             for weights in self.of_layer:
@@ -69,20 +75,21 @@ class GatheredWeights:
     def forward(self, shards: Sequence[Tensor], backward_follows: bool) -> list[Tensor]:
         """Returns the full weights for the forward pass. Those of a recomputation are kept for the backward pass after it."""
         if not is_recomputing(self.layer, self.layer.attn):
-            self._backward_is_due = backward_follows
+            self._backwards_due += backward_follows
             return self._gather(shards, self.next_forward)
         # Nothing would use prefetched weights of other layers, or of linears whose backward pass is over.
-        following = [weights for weights in self.next_forward if weights.layer is self.layer and weights._backward_is_due]
+        following = [weights for weights in self.next_forward if weights.layer is self.layer and weights._backwards_due]
         full = self._gather(shards, following)
         self._for_backward = full if backward_follows else None
         return full
 
     def backward(self, shards: Sequence[Tensor]) -> list[Tensor]:
         """Returns the full weights for the backward pass."""
-        kept, self._for_backward, self._backward_is_due = self._for_backward, None, False
+        kept, self._for_backward = self._for_backward, None
+        self._backwards_due -= 1
         if kept is not None:
             return kept
-        return self._gather(shards, [weights for weights in self.next_backward if weights._backward_is_due])
+        return self._gather(shards, [weights for weights in self.next_backward if weights._backwards_due])
 
     def start_reducing(self, gradients: Sequence[Tensor]) -> list[Tensor]:
         """Starts to reduce-scatter the gradients of the full weights. Returns the gradients of the shards, not yet complete."""
@@ -97,6 +104,11 @@ class GatheredWeights:
         complete = [wait(gradient) for gradient in gradients]
         self._in_flight = []
         return complete
+
+    def reduced_products(self, grads: Sequence[Tensor], x_BSD: Tensor) -> list[Tensor]:
+        """Computes the gradients of the shards from those of the outputs and the input."""
+        full_grads = [product(grad, x_BSD) for grad in grads]
+        return [wait(gradient) for gradient in self.start_reducing(full_grads)]
 
     def _local(self) -> list[Tensor]:
         return [local(linear.weight) for linear in self.linears]
@@ -144,7 +156,10 @@ def set_prefetch_order(layers: list[GatheredWeights], config: Weight) -> None:
 def linears(weights: GatheredWeights, x_BSD: Tensor) -> tuple[Tensor, ...]:
     """Computes linears that share an input, without their biases. It is not compiled, because the compiler would move each wait
     to its gather."""
-    return _GatheredWeightLinears.apply(weights, x_BSD, *weights.shards())
+    shards = weights.shards()
+    if weights.deferred is None:
+        return _GatheredWeightLinears.apply(weights, x_BSD, (), *shards)
+    return _GatheredWeightLinears.apply(weights, x_BSD, tuple(shards), *(shard.detach() for shard in shards))
 
 
 class _WaitForGradients(torch.autograd.Function):
@@ -164,8 +179,10 @@ class _GatheredWeightLinears(torch.autograd.Function):
     """Linears that share an input. Only the input and this rank's shards of the weights are kept for the backward pass."""
 
     @staticmethod
-    def forward(ctx, weights: GatheredWeights, x_BSD: Tensor, *shards: Tensor):  # type: ignore[no-untyped-def]
-        ctx.weights = weights
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, weights: GatheredWeights, x_BSD: Tensor, deferred_shards: tuple[Tensor, ...], *shards: Tensor
+    ):
+        ctx.weights, ctx.deferred_shards = weights, deferred_shards
         ctx.save_for_backward(x_BSD, *shards)
         # With adapters the weights are frozen, and the first layer's input needs no gradient: then no backward pass follows.
         return tuple(F.linear(x_BSD, weight) for weight in weights.forward(shards, any(ctx.needs_input_grad)))
@@ -175,17 +192,18 @@ class _GatheredWeightLinears(torch.autograd.Function):
         x_BSD, *shards = ctx.saved_tensors
         weights: GatheredWeights = ctx.weights
         full = weights.backward(shards)
-        rows_TD = x_BSD.flatten(0, 1)
         flat_TF = [grad.flatten(0, 1) for grad in grads]
         # The gradients of the weights first: they are reduced while the gradient of the input is computed.
-        trained = any(ctx.needs_input_grad[2:])
-        full_grads = [grad.t() @ rows_TD for grad in flat_TF] if trained else []
+        trained = any(ctx.needs_input_grad[3:])
+        full_grads = [product(grad, x_BSD) for grad in grads] if trained else []
         scattered = weights.start_reducing(full_grads) if trained else []
         grad_TD = flat_TF[0] @ full[0]
         for grad, weight in zip(flat_TF[1:], full[1:], strict=True):
             grad_TD += grad @ weight
-        if weights.overlap:
+        if weights.deferred is not None and any(shard.requires_grad for shard in ctx.deferred_shards):
+            weights.deferred.leave(ctx.deferred_shards, partial(weights.reduced_products, grads, x_BSD))
+        elif weights.overlap:
             weights.keep_alive(full_grads)
         else:
             scattered = weights.wait_for_gradients(scattered)
-        return None, grad_TD.view(x_BSD.shape), *(scattered if trained else [None] * len(shards))
+        return None, grad_TD.view(x_BSD.shape), None, *(scattered if trained else [None] * len(shards))

@@ -36,6 +36,7 @@ from ..models.layers import DecoderLayer, GatedMLP, look_up, loss
 from ..models.linear import ADAPTER_INFIX, Linear
 from . import collectives, gathered
 from .collectives import Group, exchange
+from .deferred import Deferred
 from .gathered import GatheredWeights, set_prefetch_order
 from .layout import Layout
 from .shards import local
@@ -45,11 +46,12 @@ from .strategy import AppliedStrategy, Collectives, KeptActivations, Workload
 def traffic(work: Workload) -> list[Collectives]:
     """Returns the collectives over the tensor and weight groups in the forward and backward passes of a step."""
     rows, decoder, layout = [], work.decoder, work.layout
-    layers, size, d = decoder.num_layers, decoder.head_dim, decoder.hidden_size
+    layers, size, d = len(work.layers), decoder.head_dim, decoder.hidden_size
     layer = d * size * (2 * decoder.num_heads + 2 * decoder.num_kv_heads) + 3 * d * decoder.intermediate_size
-    ends = 2 * decoder.vocab_size * d  # the embedding and the head: one all-gather and one reduce-scatter of each
-    rows.append(Collectives("all-gather", "weight", 8 * layers + 2, (2 * layers * layer + ends) * work.element_bytes))
-    rows.append(Collectives("reduce-scatter", "weight", 4 * layers + 2, (layers * layer + ends) * work.element_bytes))
+    count = work.embeddings + work.heads  # one all-gather and one reduce-scatter of each
+    ends = count * decoder.vocab_size * d
+    rows.append(Collectives("all-gather", "weight", 8 * layers + count, (2 * layers * layer + ends) * work.element_bytes))
+    rows.append(Collectives("reduce-scatter", "weight", 4 * layers + count, (layers * layer + ends) * work.element_bytes))
     kv_heads = decoder.num_kv_heads * max(1, layout.tensor // decoder.num_kv_heads)
     exchanged = work.tokens // layout.tensor * size * (2 * decoder.num_heads + 2 * kv_heads) * work.element_bytes
     passes = 2 * layers + work.recomputed_attentions
@@ -94,14 +96,15 @@ def _is_sharded(name: str, dims: int) -> bool:
 class InternSequenceParallel:
     """Shards the weights of a model over one group, and its sequences over another."""
 
-    def __init__(self, weights: DeviceMesh, tokens: DeviceMesh, config: Weight) -> None:
+    def __init__(self, weights: DeviceMesh, tokens: DeviceMesh, config: Weight, deferred: Deferred | None = None) -> None:
         """
         Args:
             weights: the ranks that share each weight, as a mesh of one dimension.
             tokens: the ranks that share a sequence, as a mesh of one dimension.
             config: ``parallel.weight``.
+            deferred: where the gradients of weights are left, if the schedule computes them later.
         """
-        self.mesh, self.config = weights, config
+        self.mesh, self.config, self.deferred = weights, config, deferred
         self.weight_group: Group = weights.get_group()
         self.token_group: Group = tokens.get_group()
         self.size, self.rank = tokens.size(), tokens.get_local_rank()
@@ -132,7 +135,7 @@ class InternSequenceParallel:
         attn, mlp = layer.attn, layer.mlp
         assert isinstance(mlp, GatedMLP)
         of_layer = [
-            GatheredWeights(layer, linears, self.weight_group)
+            GatheredWeights(layer, linears, self.weight_group, self.deferred)
             for linears in ([attn.q, attn.k, attn.v], [attn.o], [mlp.gate, mlp.up], [mlp.down])
         ]
         for weights in of_layer:

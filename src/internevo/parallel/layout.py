@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..config import Config
+from .orders import rank_of
 from .views import Groups, View
 
 
@@ -46,6 +47,10 @@ class Layout:
     """Whether parameters and gradients are sharded over the zero axis, too."""
     kv_replicas: int = 1
     """Ranks of a tensor group that have the same key/value head, if there are fewer of these heads than ranks; 1 in isp."""
+    chunks: int = 1
+    """Stages on each pipeline rank."""
+    schedule: str = "1F1B"
+    """The schedule of the pipeline, which decides where its stages are."""
     expert: int = 1
     """Ranks that have different experts."""
     expert_inner: int = 1
@@ -63,7 +68,19 @@ class Layout:
         zero = parallel.zero1.size if parallel.zero1.size > 0 else outer
         kv_heads = config.model.num_kv_attention_heads or config.model.num_attention_heads
         kv_replicas = max(1, tensor // kv_heads) if mode != "isp" else 1
-        return cls(world, tensor, mode, weight, pipeline, zero, parallel.zero1.fsdp, kv_replicas, expert_zero=zero)
+        return cls(
+            world,
+            tensor,
+            mode,
+            weight,
+            pipeline,
+            zero,
+            parallel.zero1.fsdp,
+            kv_replicas,
+            config.model.num_chunks,
+            parallel.pipeline.mode,
+            expert_zero=zero,
+        )
 
     # The three views -------------------------------------------------------------------------------------------------
 
@@ -101,6 +118,15 @@ class Layout:
         return self.world // (self.tensor * self.pipeline)
 
     @property
+    def stages(self) -> int:
+        """The number of stages of a pipeline."""
+        return self.pipeline * self.chunks
+
+    def rank_of_stage(self, stage: int) -> int:
+        """Returns the pipeline rank that a stage is on."""
+        return rank_of(stage, self.pipeline, self.schedule)
+
+    @property
     def inner(self) -> int:
         """The number of ranks over which the weights of a layer are sharded by the tensor mode."""
         return self.weight if self.mode == "isp" else self.tensor
@@ -135,14 +161,18 @@ class Layout:
         found |= {"tensor": activations.groups("tensor"), "data": activations.groups("data")}
         found["kv replicas"] = self.kv_weights.groups("kv_replicas")
         found["pipeline"] = weights.groups("stage")
+        last = self.rank_of_stage(self.stages - 1)
+        found["first and last"] = [[ranks[0], ranks[last]] if last else [ranks[0]] for ranks in found["pipeline"]]
         return {axis: groups for axis, groups in found.items() if len(groups[0]) > 1}
 
     def axis_of(self, kind: str, ranks: list[int]) -> str:
         """Returns the axis that a collective of a kind over ``ranks`` belongs to.
 
         If two axes have the same groups, it is the first one (for an all-to-all, tensor). If no axis has this group, it is
-        "world", which is all ranks.
+        "world", which is all ranks. A message between two ranks belongs to the pipeline.
         """
+        if kind == "send":
+            return "pipeline"
         axes = [axis for axis, groups in self.groups().items() if ranks in groups] or ["world"]
         return "tensor" if kind == "all-to-all" and "tensor" in axes else axes[0]
 
@@ -172,6 +202,7 @@ class Meshes:
     """Dimensions: stage, data, tensor."""
     experts: DeviceMesh
     """Dimensions: stage, replicate, zero, expert, inner."""
+    groups: Groups
 
     @classmethod
     def from_layout(cls, layout: Layout, device_type: str) -> Meshes:
@@ -182,4 +213,5 @@ class Meshes:
             layout.kv_weights.mesh(groups, device_type) if layout.kv_replicas > 1 else None,
             layout.activations.mesh(groups, device_type),
             layout.experts.mesh(groups, device_type),
+            groups,
         )

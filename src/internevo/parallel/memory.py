@@ -45,18 +45,18 @@ def activations(work: Workload, kept: KeptActivations) -> int:
     norm = kept.residual_tokens * (d * work.element_bytes + 4)  # the input of a norm, and one fp32 number per token
     kernel, attention = _attention(work, kept)
     output = kernel if work.keeps_attention else 0
-    layers = 0
-    for number in range(decoder.num_layers):
+    layers, recomputed = 0, work.recomputed_layers
+    for number in work.layers:
         mlp = _experts(work, kept) if decoder.is_sparse(number) else _mlp(work, kept, decoder.intermediate_size)
         if work.recomputed == "attention":
             layers += 2 * norm + work.element_bytes * d * kept.residual_tokens + output + mlp
-        elif number < work.recomputed_layers:
+        elif number in recomputed:
             layers += norm - 4 * kept.residual_tokens + output  # the input of the layer
         else:
             layers += 2 * norm + attention + mlp
-    head = work.element_bytes * d * (kept.loss_tokens + kept.head_rows)  # gradients, computed with the loss
+    head = norm + work.element_bytes * d * (kept.loss_tokens + kept.head_rows)  # gradients, computed with the loss
     angles = work.element_bytes * work.tokens * decoder.head_dim if decoder.rope else 0
-    return layers + norm + head + angles
+    return layers + work.heads * head + len(work.on_rank) * angles
 
 
 def _attention(work: Workload, kept: KeptActivations) -> tuple[int, int]:

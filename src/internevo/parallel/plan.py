@@ -8,49 +8,89 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from ..config import Config
-from ..models.config import DecoderConfig
+from ..models.config import DecoderConfig, Stage
 from ..models.decoder import Decoder
 from ..models.init import Initializer
 from ..models.lora import freeze_all_but_adapters
 from ..ops.precision import COMPUTE
-from . import data_axis, isp, tensor
-from .data_axis import DataAxis, Sharded, SingleProcess
+from . import data_axis, isp, pipeline, tensor
+from .data_axis import Chunks, DataAxis, Sharded, SingleProcess, Weights
+from .deferred import Deferred
 from .isp import InternSequenceParallel
 from .layout import Layout, Meshes
 from .memory import Memory, activations
+from .messages import Channels
+from .pipeline import Chunk, Pipeline, PipelinedModel
 from .recompute import recompute
 from .schedule import OneStage, Schedule
 from .shards import initialize
+from .stages import split
 from .strategy import AppliedStrategy, Collectives, Workload, add_up
 from .tensor import TensorParallel
 
 
-def build(decoder: DecoderConfig, config: Config, layout: Layout, device: torch.device) -> tuple[Decoder, DataAxis, Schedule]:
-    """Builds the model of a run, applies all strategies to it, and fills in its initial weights. Every rank must call it.
+def build(
+    decoder: DecoderConfig, config: Config, layout: Layout, device: torch.device
+) -> tuple[Decoder | PipelinedModel, Weights, Schedule]:
+    """Builds the model of a run, or this rank's stages of it; applies all strategies; and fills in the initial weights.
+
+    Every rank must call it.
 
     Returns:
         The model on ``device``; the data axis, which owns its weights; and the schedule, which runs micro-batches through it.
     """
+    meshes = Meshes.from_layout(layout, device.type) if layout.world > 1 else None
+    if meshes is None or layout.pipeline == 1:
+        model, axis = _build_stage(Stage(range(decoder.num_layers)), decoder, config, layout, meshes, device)
+        _initialize(axis, decoder, config)
+        return model, axis, OneStage(model, axis, device)
+    stages = split(decoder, layout.pipeline * config.model.num_chunks, config.data.seq_len, config.parallel.pipeline.layers)
+    pipelines, dtype = layout.weights.groups("stage"), COMPUTE[config.model.dtype]
+    ranks_of_stages = [layout.rank_of_stage(number) for number in range(len(stages))]
+    channels = Channels(meshes.groups, pipelines, ranks_of_stages, device, dtype)
+    chunks, mode = list[Chunk](), config.parallel.pipeline.mode
+    for number, stage in enumerate(stages):
+        if channels.rank_of[number] == channels.rank:
+            deferred = Deferred() if mode != "1F1B" else None
+            chunks.append(Chunk(number, *_build_stage(stage, decoder, config, layout, meshes, device, deferred), deferred))
+    both = Chunks([chunk.axis for chunk in chunks], _tied_group(decoder, layout, meshes))
+    _initialize(both, decoder, config)
+    sequence_ranks = layout.tensor if layout.shards_sequence else 1
+    return PipelinedModel(mode, chunks, channels), both, Pipeline(mode, chunks, both, channels, sequence_ranks)
+
+
+def _build_stage(
+    stage: Stage,
+    decoder: DecoderConfig,
+    config: Config,
+    layout: Layout,
+    meshes: Meshes | None,
+    device: torch.device,
+    deferred: Deferred | None = None,
+) -> tuple[Decoder, DataAxis]:
+    """Builds one stage, or the whole model, and applies the strategies to it, in the order that they need."""
     section = config.model
     with torch.device("meta"):
-        model = Decoder(decoder, embed_grad_scale=section.embed_grad_scale)
+        model = Decoder(decoder, stage, embed_grad_scale=section.embed_grad_scale)
     layers = [layer for _, layer in model.numbered_layers()]
-    meshes = Meshes.from_layout(layout, device.type) if layout.world > 1 else None
     # First what is inside a layer: its weights are sharded, and its collectives added.
     inner = AppliedStrategy()
     if meshes is not None and layout.mode != "isp" and layout.tensor > 1:
         kv_mesh = meshes.kv_weights["heads", "kv_replicas"] if meshes.kv_weights is not None else None
-        inner = TensorParallel(meshes.weights["inner"], layout.mode, kv_mesh).apply(model)
+        inner = TensorParallel(meshes.weights["inner"], layout.mode, kv_mesh, deferred).apply(model)
     elif meshes is not None and layout.mode == "isp" and max(layout.tensor, layout.weight) > 1:
         tokens = meshes.activations["tensor"]
-        inner = InternSequenceParallel(meshes.weights["inner"], tokens, config.parallel.weight).apply(model)
+        inner = InternSequenceParallel(meshes.weights["inner"], tokens, config.parallel.weight, deferred).apply(model)
+    if deferred is not None:
+        deferred.apply(model)
     if decoder.lora is not None:
         freeze_all_but_adapters(model)
-    # Recomputation comes before compilation, so that compiled layers contain it. isp's linears are not compiled, so with them
-    # no layer is compiled as a whole.
-    whole_layers = layout.weight == 1
+    # Recomputation comes before compilation, so that compiled layers contain it. isp's linears and those that defer gradients
+    # are not compiled, so with them no layer is compiled as a whole.
+    whole_layers = layout.weight == 1 and deferred is None
     compiled: Literal["no", "inside", "around"] = "no" if not section.compile else "around" if whole_layers else "inside"
     recompute(layers, section.checkpoint, config.selective_checkpoint, compiled)
     # Compilation comes before the data axis, so that the hooks of ``fully_shard`` stay outside the compiled code.
@@ -59,14 +99,27 @@ def build(decoder: DecoderConfig, config: Config, layout: Layout, device: torch.
             layer.compile(fullgraph=whole_layers)
     # Last the data axis, which owns the weights. It allocates memory, and only for this rank's shards.
     dtype = COMPUTE[section.dtype]
-    axis: DataAxis
     if meshes is None:
-        axis = SingleProcess(model, device, dtype)
-    else:
-        axis = Sharded(model, meshes, device, dtype, layout.fsdp, inner, config.hybrid_zero_optimizer)
-    initialize(axis.masters, Initializer.of(section, config.seed, decoder.norm_unit_offset))
+        return model, SingleProcess(model, device, dtype)
+    return model, Sharded(model, meshes, device, dtype, layout.fsdp, inner, config.hybrid_zero_optimizer)
+
+
+def _initialize(axis: Weights, decoder: DecoderConfig, config: Config) -> None:
+    initialize(axis.masters, Initializer.of(config.model, config.seed, decoder.norm_unit_offset))
     axis.masters_changed()
-    return model, axis, OneStage(model, axis, device)
+
+
+def _tied_group(decoder: DecoderConfig, layout: Layout, meshes: Meshes) -> dist.ProcessGroup | None:
+    """Makes the group of the ranks of the first and the last stage, if they share the embedding's weight."""
+    if not decoder.tie_embeddings:
+        return None
+    last = layout.rank_of_stage(layout.stages - 1)
+    if not last:
+        return None  # both stages are on the first rank
+    ends = [[ranks[0], ranks[last]] for ranks in layout.weights.groups("stage")]
+    alone = [[rank] for rank in sorted({*range(layout.world)} - {*itertools.chain(*ends)})]
+    group = meshes.groups.get(ends + alone, "first and last stage")
+    return group if group.size() > 1 else None
 
 
 # What it costs, by formula -------------------------------------------------------------------------------------------
@@ -74,19 +127,23 @@ def build(decoder: DecoderConfig, config: Config, layout: Layout, device: torch.
 
 def traffic(work: Workload) -> list[Collectives]:
     """Returns the collectives of a step, of all strategies together, without the one of ``train.step.traffic``."""
-    on_rank, inner = _on_rank(work), isp if work.layout.mode == "isp" else tensor
-    shapes = [[parameter.shape for parameter in unit] for unit in on_rank]
-    partial: dict[str, list[Sequence[int]]] = {}
-    for parameter in itertools.chain(*on_rank):
-        if parameter.partial is not None:
-            partial.setdefault(parameter.partial, []).append(parameter.shape)
-    return add_up([*inner.traffic(work), *data_axis.traffic(work, shapes, partial)], work.layout)
+    inner = isp if work.layout.mode == "isp" else tensor
+    rows = [*inner.traffic(work), *pipeline.traffic(work)]
+    for stage in work.on_rank:
+        on_rank = _on_rank(work, stage)
+        shapes = [[parameter.shape for parameter in unit] for unit in on_rank]
+        partial: dict[str, list[Sequence[int]]] = {}
+        for parameter in itertools.chain(*on_rank):
+            if parameter.partial is not None:
+                partial.setdefault(parameter.partial, []).append(parameter.shape)
+        rows += data_axis.traffic(work, shapes, partial)
+    return add_up(rows, work.layout)
 
 
 def memory(work: Workload) -> Memory:
     """Returns the bytes on rank 0. If shards have uneven sizes, rank 0 has the largest."""
     layout = work.layout
-    shapes = [parameter.shape for parameter in itertools.chain(*_on_rank(work))]
+    shapes = [parameter.shape for stage in work.on_rank for unit in _on_rank(work, stage) for parameter in unit]
     inner = isp if layout.mode == "isp" else tensor
     return Memory(*data_axis.memory(work, shapes), activations(work, inner.memory(work)))
 
@@ -99,11 +156,11 @@ class OnRank(NamedTuple):
     """Axis over which its gradients are summed after the last backward pass of a step."""
 
 
-def _on_rank(work: Workload) -> list[list[OnRank]]:
-    """Returns the parameters of a rank, for each unit of the data axis."""
+def _on_rank(work: Workload, stage: Stage) -> list[list[OnRank]]:
+    """Returns the parameters of a rank's stage, for each unit of the data axis."""
     layout, inner = work.layout, isp if work.layout.mode == "isp" else tensor
     with torch.device("meta"):
-        model = Decoder(work.decoder)
+        model = Decoder(work.decoder, stage)
     found: dict[int, OnRank] = {}
     for module in model.modules():
         axes = tuple(getattr(module, "axes", ()))

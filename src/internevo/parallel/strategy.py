@@ -13,8 +13,9 @@ from typing import Literal, Protocol
 import torch.distributed as dist
 
 from ..config import Config
-from ..models.config import DecoderConfig
+from ..models.config import DecoderConfig, Stage
 from .layout import Layout
+from .stages import split
 
 
 @dataclass(frozen=True)
@@ -38,33 +39,61 @@ class Workload:
     bucket_elements: int | None
     """Consecutive layers with up to this many elements form one unit of ZeRO; None: each layer is a unit."""
     device: str = "cpu"
+    stages: tuple[Stage, ...] = ()
+    """The stages of the rank whose collectives and memory are asked for. Empty: the whole model."""
 
     @classmethod
     def from_config(
-        cls, decoder: DecoderConfig, config: Config, layout: Layout, micro_batches: int, device: str = "cpu"
+        cls, decoder: DecoderConfig, config: Config, layout: Layout, micro_batches: int, device: str = "cpu", rank: int = 0
     ) -> Workload:
         """Takes the sizes from a run's config.
 
         Args:
             micro_batches: micro-batches per step on each data rank.
             device: type of the device that the run trains on, "cpu" or "cuda".
+            rank: the rank whose collectives and memory are asked for.
         """
+        stages = split(decoder, layout.stages, config.data.seq_len, config.parallel.pipeline.layers)
+        mine = layout.weights.coordinate(rank)["stage"]
         return cls(
             decoder, layout, config.data.seq_len * config.data.micro_bsz, micro_batches,
             4 if config.model.dtype in ("float32", "tf32") else 2,
             4 if config.hybrid_zero_optimizer.grad_dtype == "float32" else 2,
             config.model.checkpoint, config.selective_checkpoint, config.hybrid_zero_optimizer.reduce_bucket_size, device,
+            tuple(stage for number, stage in enumerate(stages) if layout.rank_of_stage(number) == mine),
         )  # fmt: skip
 
     @property
-    def recomputed_layers(self) -> int:
-        """The number of layers that are recomputed as a whole."""
-        return 0 if self.recomputed == "attention" else int(self.decoder.num_layers * self.recomputed)
+    def on_rank(self) -> tuple[Stage, ...]:
+        """The stages of the rank."""
+        return self.stages or (Stage(range(self.decoder.num_layers)),)
+
+    @property
+    def layers(self) -> list[int]:
+        """The numbers of the layers of the rank."""
+        return [layer for stage in self.on_rank for layer in stage.layers]
+
+    @property
+    def embeddings(self) -> int:
+        """1 if the rank has the embedding, else 0."""
+        return sum(stage.embeds for stage in self.on_rank)
+
+    @property
+    def heads(self) -> int:
+        """1 if the rank has the head, else 0."""
+        return sum(stage.heads for stage in self.on_rank)
+
+    @property
+    def recomputed_layers(self) -> list[int]:
+        """The layers of the rank that are recomputed as a whole: the first ones of each stage."""
+        if self.recomputed == "attention":
+            return []
+        return [layer for stage in self.on_rank for layer in stage.layers[: int(len(stage.layers) * self.recomputed)]]
 
     @property
     def recomputed_attentions(self) -> int:
         """The number of layers whose attention is recomputed, alone or with the whole layer."""
-        return self.decoder.num_layers if self.recomputed == "attention" else self.recomputed_layers
+        return len(self.layers if self.recomputed == "attention" else self.recomputed_layers)
 
 
 @dataclass
@@ -76,12 +105,14 @@ class Collectives:
     """A key of ``Layout.groups``, or "world"."""
     count: int = 0
     nbytes: int = 0
-    """Bytes of the full tensor X of each collective, added up (of an all-to-all: of this rank's input)."""
+    """Bytes of the full tensor X of each collective, added up (of an all-to-all and of a send: of this rank's input)."""
     seconds: float = 0.0
     """The measured time, if each collective is waited for before anything else runs."""
 
     def wire(self, ranks: int) -> float:
         """Returns the bytes that a rank sends in groups of ``ranks``: X * (ranks - 1) / ranks, twice that for all-reduce."""
+        if self.kind == "send":
+            return self.nbytes
         return self.nbytes * (ranks - 1) / ranks * (2 if self.kind == "all-reduce" else 1)
 
     def times(self, number: int) -> Collectives:

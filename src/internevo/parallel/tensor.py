@@ -41,6 +41,7 @@ from ..models.layers import Attention, GatedMLP
 from ..models.linear import ADAPTER_INFIX, Adapter, Linear
 from . import collectives
 from .collectives import Group, all_gather, start_all_gather, start_reduce_scatter, tokens_first, wait
+from .deferred import Deferred, product
 from .layout import Layout
 from .shards import local
 from .strategy import AppliedStrategy, Collectives, KeptActivations, Workload
@@ -55,20 +56,20 @@ def traffic(work: Workload) -> list[Collectives]:
     A recomputed layer repeats its collectives except the last one: recomputation ends when it has the input of the last linear.
     """
     decoder, ranks, mode = work.decoder, work.layout.tensor, work.layout.mode
-    layers, again = decoder.num_layers, work.recomputed_layers
+    blocks, again = 2 * len(work.layers), len(work.recomputed_layers)  # blocks: attentions and MLPs
     activation = work.tokens * decoder.hidden_size * work.element_bytes
     chunks = -(-work.tokens // ops.chunk_tokens(work.tokens, decoder.vocab_size // ranks, work.device))
-    statistics = Collectives("all-gather", "tensor", chunks, 3 * 4 * work.tokens * ranks)
-    # Forward: outputs of attention, MLP and embedding. (2 * layers + 1 more backward: inputs of attention, MLP and head.)
-    outputs = 2 * layers + 1 + again
+    statistics = Collectives("all-gather", "tensor", chunks, 3 * 4 * work.tokens * ranks).times(work.heads)
+    # Forward: outputs of the blocks and the embedding. (Backward: inputs of the blocks and the head.)
+    outputs = blocks + work.embeddings + again
     if mode == "mtp":
-        count = outputs + 2 * layers + 1
+        count = outputs + blocks + work.heads
         rows = [Collectives("all-reduce", "tensor", count, count * activation), statistics]
     else:
-        # Forward: inputs of attention, MLP and head. (2 * layers + 1 more backward: outputs of attention, MLP and embedding.)
-        inputs = 2 * layers + 1 + work.recomputed_attentions + again
-        gathers = inputs + 2 * layers + 1 + (2 * layers if mode == "fsp" else 0)
-        scatters = outputs + 2 * layers + 1
+        # Forward: inputs of the blocks and the head. (Backward: outputs of the blocks and the embedding.)
+        inputs = blocks + work.heads + work.recomputed_attentions + again
+        gathers = inputs + blocks + work.embeddings + (blocks if mode == "fsp" else 0)
+        scatters = outputs + blocks + work.heads
         rows = [
             Collectives("all-gather", "tensor", gathers, gathers * activation), statistics,
             Collectives("reduce-scatter", "tensor", scatters, scatters * activation),
@@ -119,13 +120,17 @@ def sharded_dim(axes: Sequence[str], name: str) -> int | None:
 class TensorParallel:
     """Shards the weights of a model over the ranks of a mesh, and adds the collectives to its layers."""
 
-    def __init__(self, mesh: DeviceMesh, mode: str, kv_mesh: DeviceMesh | None = None) -> None:
+    def __init__(
+        self, mesh: DeviceMesh, mode: str, kv_mesh: DeviceMesh | None = None, deferred: Deferred | None = None
+    ) -> None:
         """
         Args:
             mesh: the ranks of the tensor group, as a mesh of one dimension.
             mode: mtp, msp or fsp.
             kv_mesh: the same ranks with the dimensions ("heads", "kv_replicas"), if there are fewer key/value heads than ranks.
+            deferred: where the gradients of weights are left, if the schedule computes them later.
         """
+        self.deferred = deferred
         self.mesh, self.mode, self.size, self.rank = mesh, mode, mesh.size(), mesh.get_local_rank()
         self.kv_mesh = kv_mesh
         self.group: Group = mesh.get_group()
@@ -188,16 +193,19 @@ class TensorParallel:
         biases = [None if linear.bias is None else local(linear.bias) for linear in linears]
         adapted = any(linear.lora is not None for linear in linears)
         if self.mode == "fsp" and self.shard_sequence and not adapted:  # adapters need the gathered input for their gradients
-            outs = list(_GatheredInputLinears.apply(x_BSD, self.group, *weights))
+            if self.deferred is None:
+                outs = list(_GatheredInputLinears.apply(x_BSD, self.group, None, (), *weights))
+            else:
+                outs = list(_deferred_input_linears(x_BSD, self.group, self.deferred, weights))
             return [out if bias is None else out + bias for out, bias in zip(outs, biases, strict=True)]
         x_BSD = self._copy_or_gather(x_BSD)
         return [
-            linear.adapt(x_BSD, F.linear(x_BSD, weight, bias))
+            linear.adapt(x_BSD, linear.product(x_BSD, weight, bias))
             for linear, weight, bias in zip(linears, weights, biases, strict=True)
         ]
 
     def _finish(self, x_BSF: Tensor, linear: Linear) -> Tensor:
-        out_BSD = self._reduce_or_scatter(linear.adapt(x_BSF, F.linear(x_BSF, local(linear.weight))))
+        out_BSD = self._reduce_or_scatter(linear.adapt(x_BSF, linear.product(x_BSF, local(linear.weight), None)))
         return out_BSD if linear.bias is None else out_BSD + linear.bias
 
     def _look_up(self, tokens_BS: Tensor, weight_VD: Tensor) -> Tensor:
@@ -230,12 +238,19 @@ class TensorParallel:
         return all_gather(x.unsqueeze(0), self.group)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _deferred_input_linears(x_BSD: Tensor, group: Group, deferred: Deferred, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return _GatheredInputLinears.apply(x_BSD, group, deferred, tuple(weights), *(weight.detach() for weight in weights))
+
+
 class _GatheredInputLinears(torch.autograd.Function):
     """fsp: linears that share a gathered input, of which only this rank's tokens are kept for the backward pass."""
 
     @staticmethod
-    def forward(ctx, x_BSD: Tensor, group: Group, *weights: Tensor):  # type: ignore[no-untyped-def]
-        ctx.group = group
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, x_BSD: Tensor, group: Group, deferred: Deferred | None, deferred_weights: tuple[Tensor, ...], *weights: Tensor
+    ):
+        ctx.group, ctx.deferred, ctx.deferred_weights = group, deferred, deferred_weights
         ctx.save_for_backward(x_BSD, *weights)
         all_SBD = all_gather(tokens_first(x_BSD), group)
         return tuple(F.linear(all_SBD, weight).transpose(0, 1) for weight in weights)
@@ -243,13 +258,24 @@ class _GatheredInputLinears(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor):  # type: ignore[no-untyped-def]
         x_BSD, *weights = ctx.saved_tensors
-        # The input is gathered while its gradient is computed, which is scattered while the weights' gradients are computed.
-        gathering = start_all_gather([tokens_first(x_BSD)], ctx.group)
         grads_SBF = [tokens_first(grad) for grad in grads]
+        if ctx.deferred is None:
+            # The input is gathered while its gradient is computed, which is scattered while those of the weights are.
+            gathering = start_all_gather([tokens_first(x_BSD)], ctx.group)
         grad_SBD = grads_SBF[0] @ weights[0]
         for grad_SBF, weight in zip(grads_SBF[1:], weights[1:], strict=True):
             grad_SBD += grad_SBF @ weight
         scattering = start_reduce_scatter([grad_SBD], ctx.group)
-        all_TD = wait(gathering[0]).flatten(0, 1)
-        grad_weights = [grad_SBF.flatten(0, 1).t() @ all_TD for grad_SBF in grads_SBF]
-        return wait(scattering[0]).transpose(0, 1), None, *grad_weights
+        grad_weights: list[Tensor | None] = [None] * len(weights)
+        if ctx.deferred is None:
+            all_SBD = wait(gathering[0])
+            grad_weights = [product(grad_SBF, all_SBD) for grad_SBF in grads_SBF]
+        else:
+            group = ctx.group
+
+            def products() -> list[Tensor]:
+                all_SBD = all_gather(tokens_first(x_BSD), group)
+                return [product(grad_SBF, all_SBD) for grad_SBF in grads_SBF]
+
+            ctx.deferred.leave(ctx.deferred_weights, products)
+        return wait(scattering[0]).transpose(0, 1), None, None, None, *grad_weights

@@ -65,25 +65,27 @@ class Groups:
     """The process groups of a run. All ranks must ask for the same ones in the same order."""
 
     def __init__(self) -> None:
-        self._made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self._made: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {}
 
-    def get(self, partition: Sequence[Sequence[int]]) -> dist.ProcessGroup:
+    def get(self, partition: Sequence[Sequence[int]], purpose: str = "") -> dist.ProcessGroup:
         """Returns the process group that this rank is in.
 
         Args:
-            partition: the ranks of each group; every rank of the world is in exactly one of them.
+            partition: the ranks of each group; every rank of the world is in exactly one of them. (PyTorch names a group after
+                its ranks and the number of groups so far, which must be the same on all of them.)
+            purpose: groups of the same ranks with different purposes are different groups.
         """
         rank = dist.get_rank()
         ranks = next(tuple(group) for group in partition if rank in group)
-        if len(ranks) == dist.get_world_size():
+        if len(ranks) == dist.get_world_size() and not purpose:
             assert dist.group.WORLD is not None
             return dist.group.WORLD
-        if ranks not in self._made:
+        if (purpose, ranks) not in self._made:
             # With local synchronization, only the ranks of a group make it: of 1,024 ranks, each makes one group, not hundreds.
             made = dist.new_group(list(ranks), use_local_synchronization=True)
             assert isinstance(made, dist.ProcessGroup)
-            self._made[ranks] = made
-        return self._made[ranks]
+            self._made[purpose, ranks] = made
+        return self._made[purpose, ranks]
 
     def __len__(self) -> int:
         return len(self._made)

@@ -24,9 +24,10 @@ from ..models.families.registry import decoder_config
 from ..models.losses import LossTerms
 from ..observe.console import log
 from ..parallel import gloo, plan
-from ..parallel.data_axis import DataAxis
+from ..parallel.data_axis import Weights
 from ..parallel.launcher import local_world_size
 from ..parallel.layout import Layout
+from ..parallel.pipeline import PipelinedModel
 from ..parallel.schedule import Schedule
 from ..parallel.world import World
 from .optimizer import Optimizer
@@ -47,8 +48,8 @@ class Parts:
     """The validation data, if there is any."""
     sizes: BatchSizes
     decoder: DecoderConfig
-    model: Decoder
-    axis: DataAxis
+    model: Decoder | PipelinedModel
+    axis: Weights
     """The data axis, which owns the weights."""
     schedule: Schedule
     optimizer: Optimizer

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from ..models.config import DecoderConfig
-from ..models.losses import Loss
+from ..models.losses import Routed
 
 
 class RouterSums:
     """Sums over the tokens of a step. They are one vector, which the all-reduce of a step adds up over the ranks."""
 
     def __init__(self, config: DecoderConfig, device: torch.device) -> None:
-        self.layers = sum(config.is_sparse(layer) for layer in range(config.num_layers))
+        self.sparse = [layer for layer in range(config.num_layers) if config.is_sparse(layer)]
+        self.layers = len(self.sparse)
         self.experts = config.experts.count if config.experts and self.layers else 0
         self.top_k = config.experts.top_k if config.experts else 0
         self.values = torch.zeros(self.size(config), dtype=torch.float64, device=device)
@@ -29,12 +30,15 @@ class RouterSums:
         return layers * (config.experts.count + 2) + 1 if config.experts and layers else 0
 
     @torch.no_grad()
-    def add(self, loss: Loss) -> None:
-        """Adds the statistics of a forward pass."""
-        if self.layers:
-            rows = [torch.cat([r.load, r.entropy.view(1), r.dropped.view(1)]) for r in loss.routing]
-            extra = loss.total.detach() - loss.losses.sum()
-            self.values += torch.cat([*rows, extra.view(1)]).double()
+    def add(self, routed: Routed) -> None:
+        """Adds the statistics of a forward pass through a model or a stage of it."""
+        if not self.layers:
+            return
+        table = self.values[:-1].view(self.layers, self.experts + 2)
+        for layer, r in routed.sums.items():
+            table[self.sparse.index(layer)] += torch.cat([r.load, r.entropy.view(1), r.dropped.view(1)]).double()
+        if routed.loss is not None:
+            self.values[-1] += routed.loss.detach().double()
 
     def summary(self, values: Tensor, predicted: float) -> dict[str, Any] | None:
         """Returns the statistics for metrics.jsonl; None if the model has no experts.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..data.batches import MicroBatch, StepBatch
 from ..models.config import DecoderConfig
-from ..models.losses import Loss
+from ..models.losses import HandedOn, Loss
 from ..ops import foreach
 from ..parallel import plan
 from ..parallel.layout import Layout
@@ -103,11 +103,12 @@ class Stepper:
     def _forward_backward(self, batch: StepBatch, scale: float) -> tuple[Losses, RouterSums]:
         losses, routed = Losses.zeros(self.types, self.device), RouterSums(self.parts.decoder, self.device)
 
-        def on_loss(micro_batch: MicroBatch, loss: Loss) -> None:
-            losses.add(loss.losses, micro_batch)
-            routed.add(loss)
+        def on_result(micro_batch: MicroBatch, result: Loss | HandedOn) -> None:
+            if isinstance(result, Loss):
+                losses.add(result.losses, micro_batch)
+            routed.add(result.routed)
 
-        self.parts.schedule.train(batch.micro_batches, self.terms, scale, on_loss)
+        self.parts.schedule.train(batch.micro_batches, self.terms, scale, on_result)
         return losses, routed
 
     def _reduce(self, losses: Losses, routed: RouterSums, unscale: float, shared: Shared) -> tuple[StepResult, float]:
@@ -134,17 +135,17 @@ class Stepper:
         return StepResult(Losses(sums, counts), norm, not finite, Shared.unpack(numbers.tolist()), summary), to_mean
 
 
-def formulas(parts: Parts) -> tuple[Memory, list[Collectives]] | None:
+def formulas(parts: Parts) -> tuple[Memory | None, list[Collectives] | None]:
     """Returns the memory of rank 0 and the collectives of a step, as the strategies state them.
 
-    With adapters it returns None, because the strategies do not state what adapters cost.
+    With adapters both are None, and with a pipeline the memory is, because the strategies do not state it.
     """
     if parts.decoder.lora is not None:
-        return None
+        return None, None
     micro_batches = parts.sizes.micro_batches(parts.state.cursor.batch)
     work = Workload.from_config(parts.decoder, parts.config, parts.layout, micro_batches, parts.world.device.type)
     rows = [*plan.traffic(work), traffic(parts.decoder, len(parts.source.types), parts.layout)]
-    return plan.memory(work), add_up(rows, parts.layout)
+    return plan.memory(work) if parts.layout.pipeline == 1 else None, add_up(rows, parts.layout)
 
 
 def traffic(decoder: DecoderConfig, types: int, layout: Layout) -> Collectives:
@@ -173,6 +174,11 @@ def sum_over_ranks(*vectors: Tensor) -> list[Tensor]:
 def evaluate(parts: Parts, batches: Iterable[MicroBatch], types: int) -> Losses:
     """Computes the losses over the validation batches of all ranks. All ranks must have the same number of batches."""
     losses = Losses.zeros(types, parts.world.device)
-    parts.schedule.evaluate(batches, lambda micro_batch, loss: losses.add(loss.losses, micro_batch))
+
+    def on_result(micro_batch: MicroBatch, result: Loss | HandedOn) -> None:
+        if isinstance(result, Loss):
+            losses.add(result.losses, micro_batch)
+
+    parts.schedule.evaluate(batches, on_result)
     sums, counts = sum_over_ranks(losses.sums, losses.counts)
     return Losses(sums, counts / parts.layout.tensor)

@@ -56,7 +56,10 @@ def layouts(draw: st.DrawFn) -> Layout:
     zero = draw(st.sampled_from([n for n in (1, 2, 4) if per_stage // inner % n == 0]))
     expert_zero = draw(st.sampled_from([n for n in (1, 2) if per_stage // (expert * expert_inner) % n == 0]))
     kv_replicas = draw(st.sampled_from([1, 2])) if mode != "isp" and tensor > 1 else 1
-    return Layout(stage * per_stage, tensor, mode, weight, stage, zero, False, kv_replicas, expert, expert_inner, expert_zero)
+    return Layout(
+        stage * per_stage, tensor, mode, weight, stage, zero, False, kv_replicas,
+        expert=expert, expert_inner=expert_inner, expert_zero=expert_zero,
+    )  # fmt: skip
 
 
 @given(layouts())
@@ -81,7 +84,7 @@ def test_the_named_groups_are_those_of_the_views(layout: Layout) -> None:
 
 
 def test_the_groups_of_a_thousand_ranks() -> None:
-    groups = Layout(1024, 8, "isp", 16, 8, 8, False, 1, 8, 2, 4).groups()
+    groups = Layout(1024, 8, "isp", 16, 8, 8, False, 1, expert=8, expert_inner=2, expert_zero=4).groups()
     assert groups["weight"][0] == list(range(16)) and groups["pipeline"][0] == list(range(0, 1024, 128))
 
 
@@ -105,7 +108,7 @@ def _shapes_of_meshes(world: World, layout: Layout) -> dict[str, Any]:
 
 
 def test_meshes_have_the_groups_of_their_views(pool: Pool) -> None:
-    layout = Layout(4, 2, "mtp", 1, 1, 2, False, 1, 2, 1, 2)
+    layout = Layout(4, 2, "mtp", 1, 1, 2, False, 1, expert=2, expert_inner=1, expert_zero=2)
     assert (
         pool.run(_shapes_of_meshes, 4, layout)
         == [{"weights": (1, 1, 2, 2), "activations": (1, 2, 2), "experts": (1, 1, 2, 2, 1)}] * 4

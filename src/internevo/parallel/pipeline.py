@@ -1,0 +1,230 @@
+"""Pipeline parallel: each rank has some stages of the model, and micro-batches go through the stages of all ranks.
+
+``orders.py`` says in which order a rank runs its forward and backward passes, ``stages.py`` how the layers are divided, and
+``messages.py`` sends activations and gradients. Here the passes are carried out:
+
+| pass     | receives                                         | sends                                              |
+|----------|--------------------------------------------------|----------------------------------------------------|
+| forward  | the residual stream, from the stage before       | the residual stream, to the stage after            |
+| backward | the gradient of its output, from the stage after | the gradient of its input, to the stage before     |
+
+A message has A bytes: one activation of the residual stream, of this rank's tokens. With ``m`` micro-batches, two neighbouring
+stages on different ranks exchange ``m`` messages in each direction per step. From the forward to the backward pass, a stage
+keeps its input and what autograd keeps; its output is freed as soon as it has been sent.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.profiler import record_function
+
+from ..data.batches import MicroBatch
+from ..models.decoder import Decoder
+from ..models.layers import Cache, DecoderLayer
+from ..models.losses import HandedOn, Loss, LossTerms
+from .data_axis import DataAxis, Weights
+from .deferred import Deferred
+from .messages import Channels
+from .orders import BACKWARD, FORWARD, Action, forwards, orders
+from .schedule import OnResult
+from .strategy import Collectives, Workload
+
+
+def traffic(work: Workload) -> list[Collectives]:
+    """Returns the messages that a rank sends in a step: each is the residual stream of this rank's tokens, or its gradient."""
+    layout, decoder = work.layout, work.decoder
+    if layout.pipeline == 1:
+        return []
+    tokens = work.tokens // layout.tensor if layout.shards_sequence else work.tokens
+    sends = sum((not stage.heads) + (not stage.embeds) for stage in work.on_rank)
+    sent = Collectives("send", "pipeline", sends, sends * tokens * decoder.hidden_size * work.element_bytes)
+    rows = [sent.times(work.micro_batches)]
+    if decoder.tie_embeddings and (work.embeddings or work.heads):
+        shard = -(-decoder.vocab_size // (layout.inner * layout.zero)) * decoder.hidden_size
+        rows.append(Collectives("all-reduce", "first and last", 1, 4 * shard))
+    return rows
+
+
+class Chunk(NamedTuple):
+    """A stage that is on this rank."""
+
+    stage: int
+    """The number of the stage in the whole pipeline."""
+    model: Decoder
+    axis: DataAxis
+    deferred: Deferred | None = None
+    """Where its backward passes leave the gradients of weights, if the schedule computes them later."""
+
+
+class InFlight(NamedTuple):
+    """What a forward pass leaves for its backward pass."""
+
+    hidden: Tensor | None
+    """The input, which gets a gradient; None in the first stage."""
+    output: GradientEdge | None
+    """The output, whose gradient the next stage sends; None in the last stage, and if nothing before it is trained."""
+    loss: Tensor | None
+    """The scaled loss of this stage: that of the tokens, that of its routers, or both."""
+
+
+@dataclass
+class Step:
+    """The micro-batches of a step, or of a part of an evaluation."""
+
+    micro_batches: Sequence[MicroBatch]
+    terms: LossTerms
+    scale: float
+    on_result: OnResult
+    in_flight: dict[tuple[int, int], InFlight] = field(default_factory=dict)
+    """(stage, micro-batch) -> what its backward pass needs."""
+    left: dict[tuple[int, int], list[Callable[[], None]]] = field(default_factory=dict)
+    """(stage, micro-batch) -> what computes the gradients of the weights that its backward pass has left for later."""
+
+
+class Pipeline:
+    """The schedule of a pipeline: this rank's part of it."""
+
+    def __init__(self, mode: str, chunks: Sequence[Chunk], axis: Weights, channels: Channels, sequence_ranks: int) -> None:
+        """
+        Args:
+            mode: "1F1B", "ZBH1" or "ZBV" (``orders.orders``).
+            axis: the data axes of the chunks, as one.
+            sequence_ranks: number of ranks that share the residual stream of a micro-batch.
+        """
+        self.mode, self.chunks = mode, {chunk.stage: chunk for chunk in chunks}
+        self.axis, self.channels, self.sequence_ranks = axis, channels, sequence_ranks
+        self.per_rank = len(chunks)
+        self._orders = cache(partial(orders, mode, channels.size, len(chunks)))
+
+    def train(self, micro_batches: Sequence[MicroBatch], terms: LossTerms, scale: float, on_result: OnResult) -> None:
+        """Runs the passes of this rank in the order of the schedule."""
+        count = len(micro_batches)
+        step = Step([m.to(self.channels.device) for m in micro_batches], terms, scale, on_result)
+        order = self._orders(count)
+        self.channels.expect(order, self._shape(micro_batches[0]))
+        for action in order[self.channels.rank]:
+            last = action.micro_batch == count - 1  # in every schedule, a stage has the micro-batches in their order
+            with record_function(f"pipeline {action.kind} stage {action.stage} micro-batch {action.micro_batch}"):
+                if action.kind == FORWARD:
+                    self._forward(action, step)
+                elif action.kind == BACKWARD:
+                    self._backward(action, step, last)
+                else:
+                    self._weights(action, step, last)
+        self.channels.wait()
+        self.axis.after_backwards()
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Iterable[MicroBatch], on_result: OnResult) -> None:
+        """Runs forward passes, of as many micro-batches at a time as there are pipeline ranks."""
+        for chunk in self.chunks.values():
+            chunk.model.eval()
+        iterator = iter(micro_batches)
+        while group := list(itertools.islice(iterator, self.channels.size)):
+            step = Step([m.to(self.channels.device) for m in group], LossTerms(), 1.0, on_result)
+            order = forwards(self.mode, self.channels.size, self.per_rank, len(group))
+            self.channels.expect(order, self._shape(group[0]))
+            for action in order[self.channels.rank]:
+                self._forward(action, step)
+            self.channels.wait()
+        for chunk in self.chunks.values():
+            chunk.model.train()
+        self.axis.after_forwards()
+
+    def _shape(self, micro_batch: MicroBatch) -> tuple[int, int, int]:
+        """Returns the shape of this rank's residual stream; that of all micro-batches of a step is the same."""
+        rows, tokens = micro_batch.tokens.shape
+        return rows, tokens // self.sequence_ranks, next(iter(self.chunks.values())).model.config.hidden_size
+
+    def _forward(self, action: Action, step: Step) -> None:
+        _, stage, number = action
+        batch, hidden = step.micro_batches[number], None
+        if stage:
+            hidden = self.channels.take(Action(FORWARD, stage - 1, number)).requires_grad_(torch.is_grad_enabled())
+        result = self.chunks[stage].model(
+            batch.tokens, cu_seqlens=batch.cu_seqlens, labels=batch.labels, terms=step.terms, hidden=hidden
+        )
+        step.on_result(batch, result)
+        output = None
+        if isinstance(result, HandedOn):
+            self.channels.send(action, result.hidden)
+            loss = result.routed.loss
+            if result.hidden.requires_grad:
+                output = get_gradient_edge(result.hidden)  # keeps the graph, and not the output
+        else:
+            assert isinstance(result, Loss)
+            loss = result.total
+        if torch.is_grad_enabled():
+            step.in_flight[stage, number] = InFlight(hidden, output, None if loss is None else loss * step.scale)
+
+    def _backward(self, action: Action, step: Step, last: bool) -> None:
+        _, stage, number = action
+        chunk, (hidden, output, loss) = self.chunks[stage], step.in_flight.pop((stage, number))
+        roots: list[Tensor | GradientEdge] = []
+        gradients: list[Tensor | None] = []
+        if not chunk.model.stage.heads:
+            gradient = self.channels.take(Action(BACKWARD, stage + 1, number))
+            if output is not None:
+                roots, gradients = [output], [gradient]
+        if loss is not None:
+            roots, gradients = [*roots, loss], [*gradients, None]
+        chunk.axis.before_backward(last and chunk.deferred is None)
+        if roots:
+            torch.autograd.backward(cast(Any, roots), gradients)  # both kinds may be mixed
+        if chunk.deferred is not None:
+            step.left[stage, number] = chunk.deferred.take()
+        if hidden is not None:
+            self.channels.send(action, torch.zeros_like(hidden) if hidden.grad is None else hidden.grad)
+
+    def _weights(self, action: Action, step: Step, last: bool) -> None:
+        _, stage, number = action
+        for accumulate in step.left.pop((stage, number)):
+            accumulate()
+        if last:
+            self.chunks[stage].axis.reduce_gradients()
+
+
+class PipelinedModel(nn.Module):
+    """The stages of this rank, and the way to the others: for generation, a whole decoder."""
+
+    def __init__(self, mode: str, chunks: Sequence[Chunk], channels: Channels) -> None:
+        super().__init__()
+        self.mode = mode
+        self.stages = nn.ModuleList(chunk.model for chunk in chunks)
+        self.chunks, self.channels = chunks, channels
+
+    def numbered_layers(self) -> list[tuple[int, DecoderLayer]]:
+        """Returns the layers of this rank, with their numbers in the whole decoder."""
+        return [pair for chunk in self.chunks for pair in chunk.model.numbered_layers()]
+
+    def forward(self, tokens: Tensor, caches: list[Cache]) -> Tensor:
+        """Computes the logits [B, S, V], on every rank of the pipeline.
+
+        Args:
+            tokens: int64 [B, S].
+            caches: the caches of this rank's layers.
+        """
+        channels, config = self.channels, self.chunks[0].model.config
+        channels.expect(forwards(self.mode, channels.size, len(self.chunks), 1), (*tokens.shape, config.hidden_size))
+        logits, rest = None, iter(caches)
+        for stage, model, *_ in self.chunks:
+            hidden = channels.take(Action(FORWARD, stage - 1, 0)) if stage else None
+            result = model(tokens, caches=list(itertools.islice(rest, len(model.layers))), hidden=hidden)
+            if isinstance(result, HandedOn):
+                channels.send(Action(FORWARD, stage, 0), result.hidden)
+            else:
+                logits = result.contiguous()
+        channels.wait()
+        if logits is None:
+            logits = torch.empty(*tokens.shape, config.vocab_size, dtype=channels.dtype, device=channels.device)
+        dist.broadcast(logits, channels.ranks[channels.rank_of[-1]], channels.group)
+        return logits
