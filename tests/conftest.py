@@ -73,6 +73,12 @@ def pool() -> Iterator[Pool]:
     pool.stop(patience=10)
 
 
+@pytest.fixture
+def exits_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that call the command line in this process: a process in which ranks could have run ends with ``os._exit``."""
+    monkeypatch.setattr(os, "_exit", sys.exit)
+
+
 def write_dataset(folder: Path) -> Path:
     """Two types of documents, random lengths, some masked tokens (token 0 among them)."""
     from internevo.data.tokenized.files import MASKED_ZERO, TokenWriter

@@ -12,6 +12,8 @@ import pytest
 from internevo import cli
 from tests.conftest import ROOT, Run
 
+pytestmark = pytest.mark.usefixtures("exits_in_process")
+
 COMMANDS = ["train", "config", "tokenize", "convert", "generate", "inspect", "report", "demo"]
 MORE = {
     "tokenize": ["--output", "out", "--train-tokenizer", "bpe", "--vocab-size", "300"],

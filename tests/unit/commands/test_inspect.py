@@ -49,6 +49,7 @@ def test_inspect_describes_a_dataset_and_names_every_broken_file(tmp_path: Path)
         list(describe(tmp_path / "a" / "b", decode=1))
 
 
+@pytest.mark.usefixtures("exits_in_process")
 def test_an_error_at_the_end_of_a_file_is_not_taken_for_an_abort(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,7 +23,7 @@ def config_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_nproc_starts_local_processes_in_a_shell_of_slurm(config_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in SHELL.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(command, "launch", lambda arguments, processes, log: 10 + processes)
+    monkeypatch.setattr(command, "launch", lambda arguments, processes, *rest: 10 + processes)
     assert command.train(config_path, [], 2) == 12
 
 

@@ -171,15 +171,17 @@ def test_all_problems_are_reported_together() -> None:
             },
             "the width of all key/value heads (model.num_kv_attention_heads * size of a head) = 10 is not divisible",
         ),
+        (2, {"model__num_chunks": 2}, "model.num_chunks = 2 needs parallel.pipeline.size > 1"),
+        (2, {"parallel__pipeline": {"size": 2, "mode": "zbv"}}, "mode = 'ZBV' needs model.num_chunks = 2, not 1"),
+        (2, {"parallel__pipeline": {"size": 2, "mode": "ZBH1"}, "model__num_chunks": 2}, "'ZBH1' needs model.num_chunks = 1"),
         (
-            2,
-            {
-                "parallel__pipeline": {"size": 2, "interleaved_overlap": True},
-                "data__micro_num": 2,
-                "data__global_batch_size": 3,
-            },
-            "(data.micro_bsz * data ranks) = 3 / (1 * 1) = 3 micro-batches are not divisible",
+            4,
+            {"parallel__pipeline": {"size": 2, "mode": "ZBH1"}, "parallel__zero1": {"size": -1, "fsdp": True}},
+            "'ZBH1' does not work with parallel.zero1.fsdp = True",
         ),
+        (2, {"parallel__pipeline": {"size": 2, "layers": [1, 2]}}, "must be 2 numbers"),
+        (2, {"parallel__pipeline": {"size": 2, "layers": [2, 0]}}, "each at least 1"),
+        (4, {"parallel__pipeline": 4}, "each stage needs at least one layer"),
         (
             1,
             {"model_type": "LLAMA2", "model__use_alibi": True},
@@ -226,7 +228,17 @@ def test_without_a_world_size_a_config_is_checked_on_the_smallest_that_fits(chan
     "changes",
     [
         {"model_type": "MIXTRALMOE", "model__num_experts": 4, "parallel__tensor": 2, "model__vocab_size": 98},
-        {"parallel__pipeline": 2},
+        {
+            "model_type": "MIXTRALMOE",
+            "model__num_experts": 4,
+            "parallel__pipeline": {"size": 2, "mode": "ZBH1"},
+        },
+        {
+            "model_type": "MIXTRALMOE",
+            "model__num_experts": 4,
+            "parallel__pipeline": 2,
+            "loss__moe_loss_kind": "pooled",
+        },
         {"model_type": "INTERNLM_MoE"},
         {"model_type": "MIXTRALMOE", "model__num_experts": 4, "model__moe_layer_kwargs": {"noisy_gate_policy": "Jitter"}},
         {"model__norm_type": "layernorm"},

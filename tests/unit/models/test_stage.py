@@ -8,7 +8,7 @@ from torch import Tensor
 
 from internevo.models.config import DecoderConfig, Rope, Stage
 from internevo.models.decoder import Decoder
-from internevo.models.losses import Loss
+from internevo.models.losses import HandedOn, Loss
 
 SPLITS = {
     "two": [Stage(range(2), heads=False), Stage(range(2, 4), embeds=False)],
@@ -46,12 +46,13 @@ def test_stages_one_after_the_other_equal_the_model(name: str, tied: bool, rope:
     expected = whole(tokens, cu_seqlens=boundaries, labels=labels)
     expected.total.backward()
 
-    hidden: Tensor | Loss | None = None
+    result: HandedOn | Loss | None = None
     for stage in stages:
-        hidden = stage(tokens, cu_seqlens=boundaries, labels=labels, hidden=hidden)
-    assert isinstance(hidden, Loss)
-    hidden.total.backward()
-    torch.testing.assert_close(hidden.losses, expected.losses)
+        hidden = result.hidden if isinstance(result, HandedOn) else None
+        result = stage(tokens, cu_seqlens=boundaries, labels=labels, hidden=hidden)
+    assert isinstance(result, Loss)
+    result.total.backward()
+    torch.testing.assert_close(result.losses, expected.losses)
     gradients: dict[str, Tensor] = {}
     for stage in stages:
         for key, parameter in stage.named_parameters():
