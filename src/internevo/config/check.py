@@ -46,6 +46,7 @@ def problems(config: Config, world_size: int) -> list[str]:
         _rope,
         _axes,
         _zero,
+        _experts,
         _batch,
         _sizes,
         _ramp,
@@ -190,6 +191,25 @@ def _zero(config: Config, world: int) -> Iterator[str]:
         yield (
             f"parallel.zero1.size = {size} does not divide the {ranks} ranks that hold the same part of the weights; "
             f"use a divisor of {ranks}, or -1 for all {ranks}"
+        )
+
+
+def _experts(config: Config, world: int) -> Iterator[str]:
+    parallel, experts = config.parallel, config.model.num_experts
+    size, ranks = parallel.expert.size, data_size(config, world)
+    if experts == 1 or world % parallel.pipeline.size:
+        return
+    if size > 0 and (experts % size or ranks % size):
+        yield (
+            f"parallel.expert.size = {size} must divide model.num_experts = {experts} and the number of data ranks, {ranks}; "
+            f"use a divisor of {math.gcd(experts, ranks)}, or -1"
+        )
+        return
+    rest = ranks // (size if size > 0 else math.gcd(experts, ranks))
+    if parallel.expert_zero1.size > 0 and rest % parallel.expert_zero1.size:
+        yield (
+            f"parallel.expert_zero1.size = {parallel.expert_zero1.size} does not divide the {rest} ranks that have the same "
+            f"experts; use a divisor of {rest}, or -1 for all {rest}"
         )
 
 

@@ -6,11 +6,11 @@ from typing import Any, Literal
 
 from pydantic import field_validator
 
-from .option import Section, option
+from .option import MAX_SIZE, Section, option
 
 EXPERT_WEIGHT = "experts with weight parallelism"
 WHOLE = "the weights of experts are not sharded (parallel.expert_weight.size = 1)"
-ZERO1 = "parallel.zero1 decides, also for experts"
+FSDP = "parallel.zero1.fsdp decides, also for experts"
 SEQUENCE_2D = "2D sequence parallelism is off"
 OVERLAP = "it would change only the speed, and this version always communicates in the same way"
 
@@ -84,12 +84,14 @@ class Expert(Section):
 
     size: int = option(
         -1,
-        "Number of ranks that the experts are divided among. 0 or less: the number of data ranks or of experts, whichever is "
-        "smaller.",
-        not_available="experts",
-        supported=(0, 1),
+        "Number of ranks that the experts are divided among; it divides the number of experts and that of data ranks. 0 or "
+        "less: the largest possible.",
+        ge=-(2**31),
+        le=MAX_SIZE,
     )
-    no_tp: bool = option(False, "Do not shard experts over the tensor axis.", not_available="experts")
+    no_tp: bool = option(
+        False, "Do not shard experts over the tensor axis.", ignored="experts cannot be used with the tensor axis yet"
+    )
 
 
 class ExpertWeight(Section):
@@ -113,8 +115,15 @@ class ExpertWeight(Section):
 class ExpertZero1(Section):
     """The data axis of experts."""
 
-    size: int = option(-1, "Number of ranks over which the optimizer state of experts is sharded.", ignored=ZERO1)
-    fsdp: bool = option(False, "Shard parameters and gradients of experts too (FSDP).", ignored=ZERO1)
+    size: int = option(
+        -1,
+        "Ranks over which the optimizer state of experts is sharded. 0 or less: all ranks that have the same experts, "
+        "or fewer if parallel.zero1.size is smaller.",
+        ge=-(2**31),
+        le=MAX_SIZE,
+        needs="model.num_experts",
+    )
+    fsdp: bool = option(False, "Shard parameters and gradients of experts too (FSDP).", ignored=FSDP)
 
 
 class Sequence2D(Section):

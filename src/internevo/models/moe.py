@@ -9,6 +9,7 @@ Shapes: T tokens, D hidden, E experts, k choices per token, F width of an expert
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .config import DecoderConfig, Experts
+from .linear import local_part
 
 
 class Routing(NamedTuple):
@@ -134,9 +136,10 @@ class ExpertLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(count, out_size, in_size))
         self.axes = ("expert", out_axis, in_axis)
+        self.local_part: Callable[[Tensor], Tensor] = local_part
 
     def forward(self, rows_RD: Tensor, ends_E: Tensor, complete: bool) -> Tensor:
-        return ops.grouped_linear(rows_RD, self.weight, ends_E, complete=complete)
+        return ops.grouped_linear(rows_RD, self.local_part(self.weight), ends_E, complete=complete)
 
 
 class MoE(nn.Module):

@@ -8,6 +8,7 @@
 | ``gather_tokens``  | all-gather of the sequence     | reduce-scatter of the sequence |
 | ``scatter_tokens`` | reduce-scatter of the sequence | all-gather of the sequence     |
 | ``exchange``       | all-to-all                     | all-to-all                     |
+| ``exchange_rows``  | all-to-all of uneven parts     | the same, back                 |
 
 They use PyTorch's functional collectives, which ``torch.compile`` can trace. All functions but ``start_...`` return when their
 result is complete; the results of ``start_...`` must be passed to ``wait``.
@@ -143,6 +144,17 @@ class _Exchange(torch.autograd.Function):
         return all_to_all(grad, ctx.group), None
 
 
+class _ExchangeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, sent: list[int], received: list[int], group: Group) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.sent, ctx.received, ctx.group = sent, received, group
+        return wait(functional.all_to_all_single(_as_input(x), received, sent, group))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        return wait(functional.all_to_all_single(_as_input(grad), ctx.sent, ctx.received, ctx.group)), None, None, None
+
+
 def copy(x: Tensor, group: Group) -> Tensor:
     """Returns x, which is the same on all ranks. The gradient of x is summed over the ranks."""
     return _Copy.apply(x, group)
@@ -171,3 +183,12 @@ def scatter_tokens(x_BSD: Tensor, group: Group) -> Tensor:
 def exchange(x_tN: Tensor, group: Group) -> Tensor:
     """Sends x[r] to rank r, and receives the result's [r] from rank r; both are [t, ...]."""
     return _Exchange.apply(x_tN, group)
+
+
+def exchange_rows(x_RD: Tensor, sent: list[int], received: list[int], group: Group) -> Tensor:
+    """Sends the first ``sent[0]`` rows to rank 0, the next ``sent[1]`` rows to rank 1, ...; returns the rows of all ranks.
+
+    Args:
+        received: how many rows each rank sends to this one.
+    """
+    return _ExchangeRows.apply(x_RD, sent, received, group)

@@ -19,18 +19,21 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.pipelining import PipelineStage
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from ..config.training import HybridZeroOptimizer
 from ..models.decoder import Decoder
+from ..models.moe import ExpertMLPs
 from ..ops import foreach
 from .gloo import AllGather, ReduceScatter, wait_for_reduction
 from .layout import Meshes
@@ -38,8 +41,6 @@ from .shards import local
 from .strategy import AppliedStrategy, Collectives, Workload
 
 Shape = Sequence[int]
-TIED = "embed.weight"
-"""Name of the weight that the first and the last stage of a pipeline share, if the embedding and the head are tied."""
 
 
 class Weights(Protocol):
@@ -155,23 +156,27 @@ class Sharded:
             inner: what ``apply`` of the strategy inside the layers has returned.
             config: overlap, buckets and the dtype in which gradients are reduced.
         """
-        mesh = meshes.weights
         self.model, self.fsdp, self.inner, self.device = model, fsdp, inner, device
-        self.ranks = mesh.size() // mesh["stage"].size()
+        self.ranks = meshes.weights.size() // meshes.weights["stage"].size()
         """The number of ranks that share the weights of this stage."""
-        replicas = mesh["replicate"].size()
-        data_mesh = mesh["replicate", "zero"] if replicas > 1 else mesh["zero"]
         compute = None if dtype == torch.float32 else dtype
         precision = MixedPrecisionPolicy(
             param_dtype=compute, reduce_dtype=getattr(torch, config.grad_dtype), cast_forward_inputs=False
         )
-        joined = units(model, None if fsdp else config.reduce_bucket_size, lambda parameter: local(parameter).numel())
+        apart = meshes.experts["expert"].size() > 1
+        joined = units(model, None if fsdp else config.reduce_bucket_size, lambda parameter: local(parameter).numel(), apart)
+        shard = partial(fully_shard, mp_policy=precision, reshard_after_forward=fsdp)
+        placement = _expert_placement(meshes.experts["zero"].size())
+        for experts in experts_in([model]) if apart else []:
+            shard(experts, mesh=_data_mesh(meshes.experts), shard_placement_fn=placement)
         for modules in joined:
-            fully_shard(modules, mesh=data_mesh, mp_policy=precision, reshard_after_forward=fsdp)
+            shard(modules, mesh=_data_mesh(meshes.weights))
         if fsdp:
-            _set_backward_prefetch(joined[:-1])
-        deferred = config.overlap_sync_grad and not fsdp and replicas == 1
-        self.reduce_scatter = ReduceScatter(deferred)
+            _set_backward_prefetch(joined[:-1], apart)
+        may_defer = config.overlap_sync_grad and not fsdp
+        self.reduce_scatter, self.reduce_scatter_experts = (
+            ReduceScatter(may_defer and mesh["replicate"].size() == 1) for mesh in (meshes.weights, meshes.experts)
+        )
         # In the order of the forward pass; the whole model is the first.
         self.units = [module for module in model.modules() if isinstance(module, FSDPModule)]
         for unit, following in itertools.zip_longest(self.units, self.units[1:]):
@@ -183,7 +188,8 @@ class Sharded:
             if not config.overlap_sync_grad:
                 unit.set_all_reduce_hook(wait_for_reduction)
             if device.type == "cpu" and config.grad_dtype == "float32":
-                unit.set_custom_reduce_scatter(cast(Any, self.reduce_scatter))
+                of_experts = apart and isinstance(unit, ExpertMLPs)
+                unit.set_custom_reduce_scatter(cast(Any, self.reduce_scatter_experts if of_experts else self.reduce_scatter))
             if device.type == "cpu" and config.overlap_sync_param:
                 unit.set_custom_all_gather(cast(Any, AllGather()))
         model.to_empty(device=device)
@@ -210,6 +216,7 @@ class Sharded:
     def after_backwards(self) -> None:
         """Sums the partial gradients over the groups of the strategy inside the layers, with one all-reduce per group."""
         self.reduce_scatter.wait()
+        self.reduce_scatter_experts.wait()
         partial = self.inner.partial_gradients
         for group in dict.fromkeys(partial.values()):
             grads = [self.masters[name].grad for name, its in partial.items() if its is group]
@@ -240,65 +247,39 @@ class Sharded:
                 strategy.shard_sequence = before
 
 
-class Chunks:
-    """The data axes of the model chunks of a pipeline rank, as one."""
-
-    def __init__(self, axes: Sequence[DataAxis], tied: dist.ProcessGroup | None) -> None:
-        """
-        Args:
-            tied: for tied embeddings, on a rank of the first or the last stage: both ranks that have the weight.
-        """
-        self.axes, self.tied = axes, tied
-        self.masters = {name: master for axis in reversed(axes) for name, master in axis.masters.items()}
-        self.copies = [axis.masters[TIED] for axis in axes[1:] if TIED in axis.masters and TIED in axes[0].masters]
-        """The tied weight of the last stage, if the first is on this rank as well: a copy, which the optimizer does not see."""
-
-    @torch.no_grad()
-    def masters_changed(self) -> None:
-        for copy in self.copies:
-            local(copy).copy_(local(self.masters[TIED]))
-        for axis in self.axes:
-            axis.masters_changed()
-
-    def after_forwards(self) -> None:
-        for axis in self.axes:
-            axis.after_forwards()
-
-    @torch.no_grad()
-    def after_backwards(self) -> None:
-        """Completes the gradients. That of a tied embedding is the sum of those of the first and the last stage."""
-        for axis in self.axes:
-            axis.after_backwards()
-        for copy in self.copies:
-            if (grad := self.masters[TIED].grad) is not None and copy.grad is not None:
-                local(grad).add_(local(copy.grad))
-                copy.grad = None
-        if self.tied is not None and (grad := self.masters[TIED].grad) is not None:
-            dist.all_reduce(local(grad), group=self.tied)
-
-    def replica_count(self, name: str) -> int:
-        axis = next(axis for axis in self.axes if name in axis.masters)
-        return axis.replica_count(name) * (2 if name == TIED and self.tied is not None else 1)
-
-    @contextmanager
-    def unsharded_sequences(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            for axis in self.axes:
-                stack.enter_context(axis.unsharded_sequences())
-            yield
+def _data_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    return mesh["replicate", "zero"] if mesh["replicate"].size() > 1 else mesh["zero"]
 
 
-def _set_backward_prefetch(joined: list[list[nn.Module]]) -> None:
-    """Makes each unit gather the one before it in the backward pass.
+def _expert_placement(ranks: int) -> Callable[[nn.Parameter], Shard]:
+    return lambda parameter: Shard(expert_shard_dim(local(parameter).shape, ranks))
+
+
+def expert_shard_dim(shape: Shape, ranks: int) -> int:
+    """Returns the dimension along which the data axis shards the weights [experts, out, in] of a rank's experts: the experts,
+    if the ranks get the same number of them, else the rows of each expert, if that divides them evenly."""
+    return 1 if shape[0] % ranks and shape[1] % ranks == 0 else 0
+
+
+def experts_in(modules: Sequence[nn.Module]) -> list[ExpertMLPs]:
+    """Returns the experts of all layers in a unit."""
+    return [part for module in modules for part in module.modules() if isinstance(part, ExpertMLPs)]
+
+
+def _set_backward_prefetch(joined: list[list[nn.Module]], apart: bool) -> None:
+    """Makes each unit gather the one that follows in the backward pass.
 
     ``fully_shard`` would do so by the order of the forward passes; in a pipeline it would find that of another micro-batch. The
-    first unit names itself, which is gathered already.
+    last unit of the backward pass names itself, which is gathered already.
     """
-    for before, modules in zip([joined[0], *joined], joined, strict=False):
-        cast(FSDPModule, modules[0]).set_modules_to_backward_prefetch([cast(FSDPModule, before[0])])
+    order = [unit for modules in reversed(joined) for unit in (modules[0], *(reversed(experts_in(modules)) if apart else ()))]
+    for unit, following in itertools.zip_longest(order, order[1:], fillvalue=order[-1]):
+        cast(FSDPModule, unit).set_modules_to_backward_prefetch([cast(FSDPModule, following)])
 
 
-def units(model: Decoder, bucket: int | None, size: Callable[[nn.Parameter], int]) -> list[list[nn.Module]]:
+def units(
+    model: Decoder, bucket: int | None, size: Callable[[nn.Parameter], int], experts_apart: bool
+) -> list[list[nn.Module]]:
     """Returns the units, in the order of the forward pass: lists of modules whose parameters are gathered together, and whose
     gradients are reduced together.
 
@@ -307,11 +288,13 @@ def units(model: Decoder, bucket: int | None, size: Callable[[nn.Parameter], int
     Args:
         bucket: consecutive layers with up to this many elements form one unit; None: each layer is a unit.
         size: returns the number of elements that a parameter has on this rank before the data axis shards it.
+        experts_apart: the experts of a layer are a unit of their own, which is not among these.
     """
     joined: list[list[nn.Module]] = []
     space = 0
     for _, layer in model.numbered_layers():
-        elements = sum(size(parameter) for parameter in layer.parameters())
+        apart = {id(p) for experts in experts_in([layer]) for p in experts.parameters()} if experts_apart else ()
+        elements = sum(size(parameter) for parameter in layer.parameters() if id(parameter) not in apart)
         if bucket is None or elements > space:
             joined.append([])
             space = bucket or 0
@@ -324,29 +307,38 @@ def units(model: Decoder, bucket: int | None, size: Callable[[nn.Parameter], int
     return [*first, *joined, *last, [model]]
 
 
-def traffic(work: Workload, shapes: Sequence[Sequence[Shape]], partial: Mapping[str, Sequence[Shape]]) -> list[Collectives]:
+def traffic(
+    work: Workload,
+    shapes: Sequence[Sequence[Shape]],
+    experts: Sequence[Sequence[Shape]],
+    partial_: Mapping[str, Sequence[Shape]],
+) -> list[Collectives]:
     """Returns the collectives of a step (see the table above). Shards of uneven size are padded.
 
     Args:
         shapes: for each unit, the shapes that its parameters have on a rank before the data axis shards them.
-        partial: axis -> such shapes of the parameters whose gradients are summed over that axis at the end of a step.
+        experts: the same for the units of experts, if they are units of their own.
+        partial_: axis -> such shapes of the parameters whose gradients are summed over that axis at the end of a step.
     """
-    layout = work.layout
+    layout, rows = work.layout, list[Collectives]()
     passes = work.micro_batches if layout.fsdp else 1
-    shards = [sum(_shard(shape, layout.zero) for shape in unit) for unit in shapes if unit]
     gathers = passes * (2 if layout.fsdp else 1)
-    elements, count = layout.zero * sum(shards), len(shards)
-    rows = [
-        Collectives("all-gather", "zero", count, elements * work.element_bytes).times(gathers),
-        Collectives("reduce-scatter", "zero", count, elements * work.gradient_bytes).times(passes),
-        Collectives("all-reduce", "replicate", count, sum(shards) * work.gradient_bytes).times(passes),
-    ]
-    for axis, shapes_of_axis in partial.items():
+    for prefix, ranks, units_, shard in (
+        ("", layout.zero, shapes, _shard), ("expert ", layout.expert_zero, experts, _expert_shard)
+    ):  # fmt: skip
+        shards = [sum(shard(shape, ranks) for shape in unit) for unit in units_ if unit]
+        elements, count = ranks * sum(shards), len(shards)
+        rows += [
+            Collectives("all-gather", f"{prefix}zero", count, elements * work.element_bytes).times(gathers),
+            Collectives("reduce-scatter", f"{prefix}zero", count, elements * work.gradient_bytes).times(passes),
+            Collectives("all-reduce", f"{prefix}replicate", count, sum(shards) * work.gradient_bytes).times(passes),
+        ]
+    for axis, shapes_of_axis in partial_.items():
         rows.append(Collectives("all-reduce", axis, 1, 4 * sum(_shard(shape, layout.zero) for shape in shapes_of_axis)))
     return rows
 
 
-def memory(work: Workload, shapes: Sequence[Shape]) -> tuple[int, int, int]:
+def memory(work: Workload, shapes: Sequence[Shape], experts: Sequence[Shape]) -> tuple[int, int, int]:
     """Returns the bytes of masters, of moments, and of weights with gradients, on rank 0 (whose shards are the largest).
 
     | policy         | masters | moments | full weights             | gradients |
@@ -360,7 +352,9 @@ def memory(work: Workload, shapes: Sequence[Shape]) -> tuple[int, int, int]:
     one micro-batch per step there are no gradients yet when its backward pass begins.
     """
     layout = work.layout
-    full, shard = sum(math.prod(shape) for shape in shapes), sum(_shard(shape, layout.zero) for shape in shapes)
+    full = sum(math.prod(shape) for shape in (*shapes, *experts))
+    shard = sum(_shard(shape, layout.zero) for shape in shapes)
+    shard += sum(_expert_shard(shape, layout.expert_zero) for shape in experts)
     alone = layout.world == 1
     weights = 0 if layout.fsdp or (alone and work.element_bytes == 4) else work.element_bytes * full
     gradients = 4 * shard if layout.fsdp else (4 if alone else work.gradient_bytes) * full
@@ -371,3 +365,10 @@ def memory(work: Workload, shapes: Sequence[Shape]) -> tuple[int, int, int]:
 def _shard(shape: Shape, ranks: int) -> int:
     """Returns the number of elements of the largest shard of a tensor that is sharded along dimension 0."""
     return -(-shape[0] // ranks) * math.prod(shape[1:])
+
+
+def _expert_shard(shape: Shape, ranks: int) -> int:
+    """The same of the weights of a rank's experts."""
+    if expert_shard_dim(shape, ranks) == 1:
+        return math.prod(shape) // ranks
+    return _shard(shape, ranks)

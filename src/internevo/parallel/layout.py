@@ -18,6 +18,7 @@ Neighbouring ranks differ in the last axis. The axes that communicate most come 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch.distributed.device_mesh import DeviceMesh
@@ -66,6 +67,7 @@ class Layout:
         mode = parallel.tensor.mode
         outer = world // ((weight if mode == "isp" else tensor) * pipeline)
         zero = parallel.zero1.size if parallel.zero1.size > 0 else outer
+        expert, expert_zero = _expert_sizes(config, world // pipeline, zero, outer)
         kv_heads = config.model.num_kv_attention_heads or config.model.num_attention_heads
         kv_replicas = max(1, tensor // kv_heads) if mode != "isp" else 1
         return cls(
@@ -79,7 +81,8 @@ class Layout:
             kv_replicas,
             config.model.num_chunks,
             parallel.pipeline.mode,
-            expert_zero=zero,
+            expert=expert,
+            expert_zero=expert_zero,
         )
 
     # The three views -------------------------------------------------------------------------------------------------
@@ -160,6 +163,10 @@ class Layout:
         }
         found |= {"tensor": activations.groups("tensor"), "data": activations.groups("data")}
         found["kv replicas"] = self.kv_weights.groups("kv_replicas")
+        if self.expert > 1:
+            experts = self.experts
+            found |= {"expert": experts.groups("expert"), "expert zero": experts.groups("zero")}
+            found["expert replicate"] = experts.groups("replicate")
         found["pipeline"] = weights.groups("stage")
         last = self.rank_of_stage(self.stages - 1)
         found["first and last"] = [[ranks[0], ranks[last]] if last else [ranks[0]] for ranks in found["pipeline"]]
@@ -186,8 +193,25 @@ class Layout:
             ("weight", self.weight, "ranks over which each weight is sharded (isp)"),
             ("zero", self.zero, f"ranks over which the optimizer state is sharded ({kind})"),
             ("replicate", self.replicate, "replicas of the optimizer state"),
+            *([("expert", self.expert, "ranks that have different experts")] if self.expert > 1 else []),
             ("pipeline", self.pipeline, "stages"),
         ]
+
+
+def _expert_sizes(config: Config, ranks: int, zero: int, outer: int) -> tuple[int, int]:
+    """Returns the number of ranks that have different experts, and over how many the optimizer state of an expert is sharded.
+
+    Args:
+        ranks: ranks of a stage.
+        zero, outer: the same number for the dense weights, and the largest that it can be.
+    """
+    parallel, experts = config.parallel, config.model.num_experts
+    if experts == 1:
+        return 1, zero
+    expert = parallel.expert.size if parallel.expert.size > 0 else math.gcd(ranks, experts)
+    rest = ranks // expert
+    size = parallel.expert_zero1.size
+    return expert, size if size > 0 else rest if zero == outer else math.gcd(zero, rest)
 
 
 @dataclass(frozen=True)

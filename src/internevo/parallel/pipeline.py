@@ -16,7 +16,8 @@ keeps its input and what autograd keeps; its output is freed as soon as it has b
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any, NamedTuple, cast
@@ -36,7 +37,11 @@ from .deferred import Deferred
 from .messages import Channels
 from .orders import BACKWARD, FORWARD, Action, forwards, orders
 from .schedule import OnResult
+from .shards import local
 from .strategy import Collectives, Workload
+
+TIED = "embed.weight"
+"""Name of the weight that the first and the last stage of a pipeline share, if the embedding and the head are tied."""
 
 
 def traffic(work: Workload) -> list[Collectives]:
@@ -74,6 +79,54 @@ class InFlight(NamedTuple):
     """The output, whose gradient the next stage sends; None in the last stage, and if nothing before it is trained."""
     loss: Tensor | None
     """The scaled loss of this stage: that of the tokens, that of its routers, or both."""
+
+
+class Chunks:
+    """The data axes of the model chunks of a pipeline rank, as one."""
+
+    def __init__(self, axes: Sequence[DataAxis], tied: dist.ProcessGroup | None) -> None:
+        """
+        Args:
+            tied: for tied embeddings, on a rank of the first or the last stage: both ranks that have the weight.
+        """
+        self.axes, self.tied = axes, tied
+        self.masters = {name: master for axis in reversed(axes) for name, master in axis.masters.items()}
+        self.copies = [axis.masters[TIED] for axis in axes[1:] if TIED in axis.masters and TIED in axes[0].masters]
+        """The tied weight of the last stage, if the first is on this rank as well: a copy, which the optimizer does not see."""
+
+    @torch.no_grad()
+    def masters_changed(self) -> None:
+        for copy in self.copies:
+            local(copy).copy_(local(self.masters[TIED]))
+        for axis in self.axes:
+            axis.masters_changed()
+
+    def after_forwards(self) -> None:
+        for axis in self.axes:
+            axis.after_forwards()
+
+    @torch.no_grad()
+    def after_backwards(self) -> None:
+        """Completes the gradients. That of a tied embedding is the sum of those of the first and the last stage."""
+        for axis in self.axes:
+            axis.after_backwards()
+        for copy in self.copies:
+            if (grad := self.masters[TIED].grad) is not None and copy.grad is not None:
+                local(grad).add_(local(copy.grad))
+                copy.grad = None
+        if self.tied is not None and (grad := self.masters[TIED].grad) is not None:
+            dist.all_reduce(local(grad), group=self.tied)
+
+    def replica_count(self, name: str) -> int:
+        axis = next(axis for axis in self.axes if name in axis.masters)
+        return axis.replica_count(name) * (2 if name == TIED and self.tied is not None else 1)
+
+    @contextmanager
+    def unsharded_sequences(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for axis in self.axes:
+                stack.enter_context(axis.unsharded_sequences())
+            yield
 
 
 @dataclass

@@ -15,15 +15,17 @@ from ..models.config import DecoderConfig, Stage
 from ..models.decoder import Decoder
 from ..models.init import Initializer
 from ..models.lora import freeze_all_but_adapters
+from ..models.moe import ExpertLinear
 from ..ops.precision import COMPUTE
-from . import data_axis, isp, pipeline, tensor
-from .data_axis import Chunks, DataAxis, Sharded, SingleProcess, Weights
+from . import data_axis, expert, isp, pipeline, tensor
+from .data_axis import DataAxis, Sharded, SingleProcess, Weights
 from .deferred import Deferred
+from .expert import ExpertParallel
 from .isp import InternSequenceParallel
 from .layout import Layout, Meshes
 from .memory import Memory, activations
 from .messages import Channels
-from .pipeline import Chunk, Pipeline, PipelinedModel
+from .pipeline import Chunk, Chunks, Pipeline, PipelinedModel
 from .recompute import recompute
 from .schedule import OneStage, Schedule
 from .shards import initialize
@@ -84,13 +86,15 @@ def _build_stage(
     elif meshes is not None and layout.mode == "isp" and max(layout.tensor, layout.weight) > 1:
         tokens = meshes.activations["tensor"]
         inner = InternSequenceParallel(meshes.weights["inner"], tokens, config.parallel.weight, deferred).apply(model)
+    if meshes is not None and layout.expert > 1:
+        ExpertParallel(meshes.experts["expert"]).apply(model)
     if deferred is not None:
         deferred.apply(model)
     if decoder.lora is not None:
         freeze_all_but_adapters(model)
-    # Recomputation comes before compilation, so that compiled layers contain it. isp's linears and those that defer gradients
-    # are not compiled, so with them no layer is compiled as a whole.
-    whole_layers = layout.weight == 1 and deferred is None
+    # Recomputation comes before compilation, so that compiled layers contain it. isp's linears, those that defer gradients, and
+    # experts over ranks are not compiled, so with them no layer is compiled as a whole.
+    whole_layers = layout.weight == 1 and layout.expert == 1 and deferred is None
     compiled: Literal["no", "inside", "around"] = "no" if not section.compile else "around" if whole_layers else "inside"
     recompute(layers, section.checkpoint, config.selective_checkpoint, compiled)
     # Compilation comes before the data axis, so that the hooks of ``fully_shard`` stay outside the compiled code.
@@ -128,24 +132,26 @@ def _tied_group(decoder: DecoderConfig, layout: Layout, meshes: Meshes) -> dist.
 def traffic(work: Workload) -> list[Collectives]:
     """Returns the collectives of a step, of all strategies together, without the one of ``train.step.traffic``."""
     inner = isp if work.layout.mode == "isp" else tensor
-    rows = [*inner.traffic(work), *pipeline.traffic(work)]
+    rows = [*inner.traffic(work), *pipeline.traffic(work), *expert.traffic(work)]
     for stage in work.on_rank:
-        on_rank = _on_rank(work, stage)
-        shapes = [[parameter.shape for parameter in unit] for unit in on_rank]
+        dense, experts = _on_rank(work, stage)
         partial: dict[str, list[Sequence[int]]] = {}
-        for parameter in itertools.chain(*on_rank):
+        for parameter in itertools.chain(*dense):
             if parameter.partial is not None:
                 partial.setdefault(parameter.partial, []).append(parameter.shape)
-        rows += data_axis.traffic(work, shapes, partial)
+        shapes, of_experts = ([[parameter.shape for parameter in unit] for unit in units] for units in (dense, experts))
+        rows += data_axis.traffic(work, shapes, of_experts, partial)
     return add_up(rows, work.layout)
 
 
 def memory(work: Workload) -> Memory:
     """Returns the bytes on rank 0. If shards have uneven sizes, rank 0 has the largest."""
-    layout = work.layout
-    shapes = [parameter.shape for stage in work.on_rank for unit in _on_rank(work, stage) for parameter in unit]
-    inner = isp if layout.mode == "isp" else tensor
-    return Memory(*data_axis.memory(work, shapes), activations(work, inner.memory(work)))
+    dense, experts = list[Sequence[int]](), list[Sequence[int]]()
+    for stage in work.on_rank:
+        for shapes, units in zip((dense, experts), _on_rank(work, stage), strict=True):
+            shapes += [parameter.shape for parameter in itertools.chain(*units)]
+    inner = isp if work.layout.mode == "isp" else tensor
+    return Memory(*data_axis.memory(work, dense, experts), activations(work, inner.memory(work)))
 
 
 class OnRank(NamedTuple):
@@ -156,8 +162,8 @@ class OnRank(NamedTuple):
     """Axis over which its gradients are summed after the last backward pass of a step."""
 
 
-def _on_rank(work: Workload, stage: Stage) -> list[list[OnRank]]:
-    """Returns the parameters of a rank's stage, for each unit of the data axis."""
+def _on_rank(work: Workload, stage: Stage) -> tuple[list[list[OnRank]], list[list[OnRank]]]:
+    """Returns the parameters of a rank's stage, for each unit of the data axis; and those of units of experts, if there are."""
     layout, inner = work.layout, isp if work.layout.mode == "isp" else tensor
     with torch.device("meta"):
         model = Decoder(work.decoder, stage)
@@ -166,7 +172,11 @@ def _on_rank(work: Workload, stage: Stage) -> list[list[OnRank]]:
         axes = tuple(getattr(module, "axes", ()))
         for name, parameter in module.named_parameters(recurse=False):
             shape = inner.shape_on_rank(parameter.shape, axes, name, layout)
+            if isinstance(module, ExpertLinear):
+                shape[0] //= layout.expert
             found[id(parameter)] = OnRank(shape, inner.partial_axis(axes, name, layout))
-    bucket = None if layout.fsdp else work.bucket_elements
-    modules = data_axis.units(model, bucket, lambda parameter: math.prod(found[id(parameter)].shape))
-    return [[found.pop(id(p)) for module in unit for p in module.parameters() if id(p) in found] for unit in modules]
+    apart, bucket = layout.expert > 1, None if layout.fsdp else work.bucket_elements
+    joined = data_axis.units(model, bucket, lambda parameter: math.prod(found[id(parameter)].shape), apart)
+    experts = data_axis.experts_in([model]) if apart else []
+    of_experts = [[found.pop(id(parameter)) for parameter in unit.parameters()] for unit in experts]
+    return [[found.pop(id(p)) for m in unit for p in m.parameters() if id(p) in found] for unit in joined], of_experts

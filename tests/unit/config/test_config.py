@@ -183,6 +183,16 @@ def test_all_problems_are_reported_together() -> None:
         (2, {"parallel__pipeline": {"size": 2, "layers": [2, 0]}}, "each at least 1"),
         (4, {"parallel__pipeline": 4}, "each stage needs at least one layer"),
         (
+            4,
+            {"model_type": "MIXTRALMOE", "model__num_experts": 6, "parallel__expert": {"size": 4}},
+            "must divide model.num_experts = 6 and the number of data ranks, 4; use a divisor of 2",
+        ),
+        (
+            4,
+            {"model_type": "MIXTRALMOE", "model__num_experts": 4, "parallel__expert": 2, "parallel__expert_zero1": {"size": 4}},
+            "parallel.expert_zero1.size = 4 does not divide the 2 ranks that have the same experts",
+        ),
+        (
             1,
             {"model_type": "LLAMA2", "model__use_alibi": True},
             "model.use_alibi = True is not supported by model_type = 'LLAMA2'",

@@ -211,6 +211,7 @@ def test_older_keys_are_never_ignored_in_silence(changes: dict[str, Any], messag
         ({"model__sliding_window": 8}, ["model.sliding_window"]),
         ({"selective_checkpoint": True}, ["selective_checkpoint"]),
         ({"parallel": {"expert_zero1": {"size": 2}}}, ["parallel.expert_zero1.size"]),
+        ({"parallel": {"expert_zero1": {"fsdp": True}}}, ["parallel.expert_zero1.fsdp"]),
         ({"parallel": {"expert_weight": {"size": 1, "overlap": True}}}, ["parallel.expert_weight.overlap"]),
         (
             {"parallel": {"sequence_2D": {"enable": False, "head_size": 2, "context_size": 4}}},
