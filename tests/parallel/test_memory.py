@@ -26,6 +26,7 @@ CASES = {
     "mtp 2": layout(2, "mtp", 2),
     "mtp 4, two replicas of each key/value head": layout(4, "mtp", 4),
     "msp 2, zero 2": layout(4, "msp", 2),
+    "msp 2, bf16": layout(2, "msp", 2, model__dtype="torch.bfloat16"),
     "fsp 4": layout(4, "fsp", 4),
     "fsp 2, recomputed": layout(2, "fsp", 2, model__checkpoint=True),
     "mtp 2, attention recomputed": layout(2, "mtp", 2, model__checkpoint="attention"),
@@ -35,7 +36,8 @@ CASES = {
     "qwen3": layout(2, "fsp", 2, model_type="QWEN3"),
     "qwen3, isp": layout(2, "isp", 2, model_type="QWEN3"),
     "experts": layout(1, **EXPERTS, model__moe_type="Dropless"),
-    "experts with capacity, bf16, zero 2": layout(2, **EXPERTS, model__dtype="torch.bfloat16"),
+    "experts with capacity, bf16, zero 2": layout(2, **EXPERTS, model__dtype="torch.bfloat16", parallel__expert={"size": 1}),
+    "experts over 2 of 4 ranks, bf16": layout(4, **EXPERTS, model__dtype="torch.bfloat16", parallel__expert={"size": 2}),
     "experts, no shared one, first layer dense": layout(
         1,
         model_type="QWEN3MOE",

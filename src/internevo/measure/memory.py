@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..ops.dispatch import TorchDispatchMode, tree_leaves
 from ..parallel.memory import Memory
@@ -82,8 +83,9 @@ def _stable(read: Callable[[], int]) -> int:
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
-    """Yields the plain tensors in a tree that have memory."""
+    """Yields the plain tensors in a tree that have memory; of a DTensor, this rank's shard."""
     for leaf in tree_leaves(tree):
+        leaf = leaf.to_local() if isinstance(leaf, DTensor) else leaf
         if type(leaf) in (Tensor, nn.Parameter) and leaf.device.type != "meta":
             yield leaf
 

@@ -179,12 +179,10 @@ class Sharded:
         )
         # In the order of the forward pass; the whole model is the first.
         self.units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        for unit, following in itertools.zip_longest(self.units, self.units[1:]):
+        for unit in self.units:
             unit.set_gradient_divide_factor(1.0)
             # Otherwise the divide factor is applied with PREMUL_SUM, which gloo does not have.
             unit.set_force_sum_reduction_for_comms(True)
-            if config.overlap_sync_param and following is not None:
-                unit.set_modules_to_forward_prefetch([following])
             if not config.overlap_sync_grad:
                 unit.set_all_reduce_hook(wait_for_reduction)
             if device.type == "cpu" and config.grad_dtype == "float32":
@@ -192,6 +190,8 @@ class Sharded:
                 unit.set_custom_reduce_scatter(cast(Any, self.reduce_scatter_experts if of_experts else self.reduce_scatter))
             if device.type == "cpu" and config.overlap_sync_param:
                 unit.set_custom_all_gather(cast(Any, AllGather()))
+        if config.overlap_sync_param:
+            _set_forward_prefetch(self.units, apart)
         model.to_empty(device=device)
         self.masters = dict(model.named_parameters())
 
@@ -266,6 +266,16 @@ def experts_in(modules: Sequence[nn.Module]) -> list[ExpertMLPs]:
     return [part for module in modules for part in module.modules() if isinstance(part, ExpertMLPs)]
 
 
+def _set_forward_prefetch(units: Sequence[FSDPModule], apart: bool) -> None:
+    """Makes each unit gather the next one, and the experts that come before it, in the forward pass.
+
+    Experts gather nothing: when their layer is recomputed, their forward pass runs again, and what follows is not needed then.
+    """
+    dense = [n for n, unit in enumerate(units) if not (apart and isinstance(unit, ExpertMLPs))]
+    for number, following in itertools.zip_longest(dense, dense[1:], fillvalue=len(units) - 1):
+        units[number].set_modules_to_forward_prefetch(list(units[number + 1 : following + 1]))
+
+
 def _set_backward_prefetch(joined: list[list[nn.Module]], apart: bool) -> None:
     """Makes each unit gather the one that follows in the backward pass.
 
@@ -310,28 +320,32 @@ def units(
 def traffic(
     work: Workload,
     shapes: Sequence[Sequence[Shape]],
-    experts: Sequence[Sequence[Shape]],
+    experts: Mapping[int, Sequence[Shape]],
     partial_: Mapping[str, Sequence[Shape]],
 ) -> list[Collectives]:
     """Returns the collectives of a step (see the table above). Shards of uneven size are padded.
 
     Args:
         shapes: for each unit, the shapes that its parameters have on a rank before the data axis shards them.
-        experts: the same for the units of experts, if they are units of their own.
+        experts: layer -> the same for its experts, if they are a unit of their own. (With FSDP, recomputation gathers them, too.)
         partial_: axis -> such shapes of the parameters whose gradients are summed over that axis at the end of a step.
     """
     layout, rows = work.layout, list[Collectives]()
     passes = work.micro_batches if layout.fsdp else 1
     gathers = passes * (2 if layout.fsdp else 1)
-    for prefix, ranks, units_, shard in (
-        ("", layout.zero, shapes, _shard), ("expert ", layout.expert_zero, experts, _expert_shard)
-    ):  # fmt: skip
-        shards = [sum(shard(shape, ranks) for shape in unit) for unit in units_ if unit]
+    again = [unit for layer, unit in experts.items() if layout.fsdp and layer in work.recomputed_layers]
+    for axis, replicas, ranks, units_, more in (
+        ("zero", "replicate", layout.zero, shapes, []),
+        ("expert zero", "expert replicate", layout.expert_zero, list(experts.values()), again),
+    ):
+        shard = _expert_shard if axis == "expert zero" else _shard
+        shards, repeated = ([sum(shard(shape, ranks) for shape in unit) for unit in kind if unit] for kind in (units_, more))
         elements, count = ranks * sum(shards), len(shards)
         rows += [
-            Collectives("all-gather", f"{prefix}zero", count, elements * work.element_bytes).times(gathers),
-            Collectives("reduce-scatter", f"{prefix}zero", count, elements * work.gradient_bytes).times(passes),
-            Collectives("all-reduce", f"{prefix}replicate", count, sum(shards) * work.gradient_bytes).times(passes),
+            Collectives("all-gather", axis, count, elements * work.element_bytes).times(gathers),
+            Collectives("all-gather", axis, len(repeated), ranks * sum(repeated) * work.element_bytes).times(passes),
+            Collectives("reduce-scatter", axis, count, elements * work.gradient_bytes).times(passes),
+            Collectives("all-reduce", replicas, count, sum(shards) * work.gradient_bytes).times(passes),
         ]
     for axis, shapes_of_axis in partial_.items():
         rows.append(Collectives("all-reduce", axis, 1, 4 * sum(_shard(shape, layout.zero) for shape in shapes_of_axis)))

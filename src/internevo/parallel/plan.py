@@ -139,7 +139,9 @@ def traffic(work: Workload) -> list[Collectives]:
         for parameter in itertools.chain(*dense):
             if parameter.partial is not None:
                 partial.setdefault(parameter.partial, []).append(parameter.shape)
-        shapes, of_experts = ([[parameter.shape for parameter in unit] for unit in units] for units in (dense, experts))
+        shapes = [[parameter.shape for parameter in unit] for unit in dense]
+        layers = [layer for layer in stage.layers if work.decoder.is_sparse(layer)]
+        of_experts = {layer: [p.shape for p in unit] for layer, unit in zip(layers, experts, strict=False)}
         rows += data_axis.traffic(work, shapes, of_experts, partial)
     return add_up(rows, work.layout)
 
