@@ -327,7 +327,7 @@ def traffic(
 
     Args:
         shapes: for each unit, the shapes that its parameters have on a rank before the data axis shards them.
-        experts: layer -> the same for its experts, if they are a unit of their own. (With FSDP, recomputation gathers them, too.)
+        experts: layer -> the same for its experts, if they are a unit of their own. With FSDP, recomputation gathers them too.
         partial_: axis -> such shapes of the parameters whose gradients are summed over that axis at the end of a step.
     """
     layout, rows = work.layout, list[Collectives]()
