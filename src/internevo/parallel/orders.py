@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 Kind = Literal["F", "B", "W"]
@@ -174,6 +174,43 @@ def needs(action: Action, stages: int) -> Action | None:
     return Action(BACKWARD, stage + 1, micro_batch) if stage < stages - 1 else Action(FORWARD, stage, micro_batch)
 
 
+def in_turn(all_orders: Sequence[Order]) -> Iterator[tuple[int, Action, Action | None]]:
+    """Yields (rank, action, the action that it needs) for all actions, in an order in which they can run.
+
+    Raises:
+        ValueError: if the ranks would wait for each other without end, or an action has no predecessor.
+    """
+    stages, rest, ran = len(_ranks_of_stages(all_orders)), [deque(order) for order in all_orders], set[Action]()
+    while any(rest):
+        before = len(ran)
+        for rank, actions in enumerate(rest):
+            while actions and ((needed := needs(actions[0], stages)) is None or needed in ran):
+                action = actions.popleft()
+                ran.add(action)
+                yield rank, action, needed
+        if len(ran) == before:
+            raise ValueError(f"the ranks wait for each other: {[actions[0] for actions in rest if actions]}")
+
+
+def sends_before(all_orders: Sequence[Order], rank: int) -> dict[Action, int]:
+    """Returns action -> how many results a rank must have sent to other ranks before they can have the result of the action."""
+    on, sent = _ranks_of_stages(all_orders), 0
+    before, latest = dict[Action, int](), [0] * len(all_orders)  # latest: that of the last action of each rank
+    for number, action, needed in in_turn(all_orders):
+        if number == rank:
+            receiver = goes_to(action, len(on))
+            sent += receiver is not None and on[receiver] != rank
+            latest[rank] = sent
+        elif needed is not None:
+            latest[number] = max(latest[number], before[needed])
+        before[action] = latest[number]
+    return before
+
+
+def _ranks_of_stages(all_orders: Sequence[Order]) -> dict[int, int]:
+    return {action.stage: rank for rank, order in enumerate(all_orders) for action in order}
+
+
 class Timed(NamedTuple):
     """An action with the times of its start and its end."""
 
@@ -192,21 +229,15 @@ def play(all_orders: Sequence[Order], seconds: Callable[[Action], float], messag
     Raises:
         ValueError: if the ranks would wait for each other without end, or an action has no predecessor.
     """
-    on = {action.stage: rank for rank, order in enumerate(all_orders) for action in order}
-    rest, played, ends = [deque(order) for order in all_orders], [list[Timed]() for _ in all_orders], dict[Action, float]()
-    while any(rest):
-        before = len(ends)
-        for rank, actions in enumerate(rest):
-            while actions and ((needed := needs(actions[0], len(on))) is None or needed in ends):
-                action = actions.popleft()
-                arrival = 0.0
-                if needed is not None:
-                    arrival = ends[needed] + (message if on[needed.stage] != rank else 0.0)
-                start = max(played[rank][-1].end if played[rank] else 0.0, arrival)
-                ends[action] = start + seconds(action)
-                played[rank].append(Timed(action, start, ends[action]))
-        if len(ends) == before:
-            raise ValueError(f"the ranks wait for each other: {[actions[0] for actions in rest if actions]}")
+    on = _ranks_of_stages(all_orders)
+    played, ends = [list[Timed]() for _ in all_orders], dict[Action, float]()
+    for rank, action, needed in in_turn(all_orders):
+        arrival = 0.0
+        if needed is not None:
+            arrival = ends[needed] + (message if on[needed.stage] != rank else 0.0)
+        start = max(played[rank][-1].end if played[rank] else 0.0, arrival)
+        ends[action] = start + seconds(action)
+        played[rank].append(Timed(action, start, ends[action]))
     return played
 
 

@@ -19,7 +19,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -153,18 +153,19 @@ class Pipeline:
             axis: the data axes of the chunks, as one.
             sequence_ranks: number of ranks that share the residual stream of a micro-batch.
         """
-        self.mode, self.chunks = mode, {chunk.stage: chunk for chunk in chunks}
+        self.chunks = {chunk.stage: chunk for chunk in chunks}
         self.axis, self.channels, self.sequence_ranks = axis, channels, sequence_ranks
-        self.per_rank = len(chunks)
-        self._orders = cache(partial(orders, mode, channels.size, len(chunks)))
+        size, per_rank = channels.size, len(chunks)
+        self._training = cache(lambda count: channels.plan(orders(mode, size, per_rank, count)))
+        self._evaluation = cache(lambda count: channels.plan(forwards(mode, size, per_rank, count)))
 
     def train(self, micro_batches: Sequence[MicroBatch], terms: LossTerms, scale: float, on_result: OnResult) -> None:
         """Runs the passes of this rank in the order of the schedule."""
         count = len(micro_batches)
         step = Step([m.to(self.channels.device) for m in micro_batches], terms, scale, on_result)
-        order = self._orders(count)
-        self.channels.expect(order, self._shape(micro_batches[0]))
-        for action in order[self.channels.rank]:
+        plan = self._training(count)
+        self.channels.expect(plan, self._shape(micro_batches[0]))
+        for action in plan.order:
             last = action.micro_batch == count - 1  # in every schedule, a stage has the micro-batches in their order
             with record_function(f"pipeline {action.kind} stage {action.stage} micro-batch {action.micro_batch}"):
                 if action.kind == FORWARD:
@@ -184,9 +185,9 @@ class Pipeline:
         iterator = iter(micro_batches)
         while group := list(itertools.islice(iterator, self.channels.size)):
             step = Step([m.to(self.channels.device) for m in group], LossTerms(), 1.0, on_result)
-            order = forwards(self.mode, self.channels.size, self.per_rank, len(group))
-            self.channels.expect(order, self._shape(group[0]))
-            for action in order[self.channels.rank]:
+            plan = self._evaluation(len(group))
+            self.channels.expect(plan, self._shape(group[0]))
+            for action in plan.order:
                 self._forward(action, step)
             self.channels.wait()
         for chunk in self.chunks.values():
@@ -217,7 +218,8 @@ class Pipeline:
             assert isinstance(result, Loss)
             loss = result.total
         if torch.is_grad_enabled():
-            step.in_flight[stage, number] = InFlight(hidden, output, None if loss is None else loss * step.scale)
+            trained = loss is not None and loss.requires_grad  # with adapters, the first routers may depend on nothing trained
+            step.in_flight[stage, number] = InFlight(hidden, output, loss * step.scale if trained else None)
 
     def _backward(self, action: Action, step: Step, last: bool) -> None:
         _, stage, number = action
@@ -267,7 +269,8 @@ class PipelinedModel(nn.Module):
             caches: the caches of this rank's layers.
         """
         channels, config = self.channels, self.chunks[0].model.config
-        channels.expect(forwards(self.mode, channels.size, len(self.chunks), 1), (*tokens.shape, config.hidden_size))
+        plan = channels.plan(forwards(self.mode, channels.size, len(self.chunks), 1))
+        channels.expect(plan, (*tokens.shape, config.hidden_size))
         logits, rest = None, iter(caches)
         for stage, model, *_ in self.chunks:
             hidden = channels.take(Action(FORWARD, stage - 1, 0)) if stage else None

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internevo.parallel.orders import Action, Order, bubble, forwards, most_in_flight, orders, play, stages_on
+from internevo.parallel.orders import Action, Order, bubble, forwards, most_in_flight, orders, play, sends_before, stages_on
 
 MODES = [("1F1B", 1), ("1F1B", 2), ("1F1B", 3), ("ZBH1", 1), ("ZBV", 2)]
 ranks = st.integers(1, 7)
@@ -79,3 +79,12 @@ def test_a_deadlock_is_found() -> None:
 def test_the_share_of_idle_time() -> None:
     played = play(orders("1F1B", 2, 1, 2), lambda action: 1.0)
     assert bubble(played) == pytest.approx(1 / 3)  # 2 ranks, each busy for 4 of 6
+
+
+def test_what_a_result_waits_for() -> None:
+    """1F1B on 3 ranks: rank 1 runs two forward passes before its first backward pass, which therefore waits for both."""
+    all_orders = orders("1F1B", 3, 1, 4)
+    of_rank_0, of_rank_1 = sends_before(all_orders, 0), sends_before(all_orders, 1)
+    assert [of_rank_0[Action("B", 1, n)] for n in range(4)] == [2, 3, 4, 4]
+    # Rank 1 sends two results on, and then the first gradient, which rank 0 needs before its fourth forward pass.
+    assert [of_rank_1[Action("F", 0, n)] for n in range(4)] == [0, 0, 0, 3]
