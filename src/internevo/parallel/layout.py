@@ -186,7 +186,11 @@ class Layout:
             ("weight", self.weight, "ranks over which each weight is sharded (isp)"),
             ("zero", self.zero, f"ranks over which the optimizer state is sharded ({kind})"),
             ("replicate", self.replicate, "replicas of the optimizer state"),
-            ("pipeline", self.pipeline, "stages"),
+            (
+                "pipeline",
+                self.pipeline,
+                f"ranks that share the layers{f', {self.chunks} stages each' if self.chunks > 1 else ''}",
+            ),
         ]
 
 
