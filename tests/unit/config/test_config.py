@@ -207,6 +207,20 @@ def test_contradictions_are_found_before_anything_starts(world: int, changes: di
     assert any(message in line for line in problems(tiny(**changes), world)), problems(tiny(**changes), world)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("model__num_layers", "x", "must be a whole number"),
+        ("model__num_layers", 2.5, "must be a whole number"),
+        ("adam__lr", "high", "must be a number"),
+        ("enable_tb", "maybe", "must be True or False"),
+    ],
+)
+def test_a_value_of_another_type_is_described_in_plain_words(key: str, value: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{key.replace('__', '.')}: {message} \(got {value!r}\)"):
+        tiny(**{key: value})
+
+
 def test_processes_that_do_not_fit_are_named_once() -> None:
     changes = {"parallel__pipeline": 2, "data__global_batch_size": None}
     assert len(problems(tiny(**changes), 3)) == 1
