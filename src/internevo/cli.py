@@ -15,6 +15,9 @@ import typer
 
 from .errors import InternEvoError, UsageError
 
+DEBUG = "INTERNEVO_DEBUG"
+"""Environment variable that passes --debug on to the processes that a command starts."""
+
 app = typer.Typer(
     name="internevo",
     help="Pre-train and fine-tune large language models, from a laptop to thousands of GPUs. --debug shows tracebacks.",
@@ -86,7 +89,7 @@ def train(
     overrides: Overrides = None,
     nproc: Annotated[int | None, typer.Option(min=1, help="Number of local processes (default: one per GPU, or 1).")] = None,
 ) -> None:
-    """Train. Under torchrun or srun, this process is one rank of the run; otherwise it starts the processes itself."""
+    """Train a model. Under torchrun or srun, this process is one rank of the run; otherwise it starts the processes itself."""
     from .commands.train import train as start
 
     raise typer.Exit(start(config, overrides or [], nproc))
@@ -162,7 +165,7 @@ def convert(
         bool, typer.Option(help="With --to hf: replace the files of a model in the target; other files stay as they are.")
     ] = False,
 ) -> None:
-    """Convert weights to Hugging Face's format, or from it to a checkpoint."""
+    """Convert weights to or from Hugging Face's format."""
     from .commands.convert import convert_with_progress
     from .ops.precision import DTYPES
 
@@ -252,7 +255,10 @@ def demo(
     ),
     steps: Annotated[int | None, typer.Option(min=1, help="Number of steps (default: as in the config).")] = None,
 ) -> None:
-    """Train a small model on the source code of Python's standard library, generate text, and export the model."""
+    """Train a small model, generate text, and export it.
+
+    The data is the source code of Python's standard library.
+    """
     from .commands.demo import run
 
     run(config, folder, steps)
@@ -261,7 +267,7 @@ def demo(
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command and exits: with 0 after success, 2 after wrong usage or a wrong config, 1 after a failure at run time."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in arguments
+    debug = "--debug" in arguments or DEBUG in os.environ
     arguments = [a for a in arguments if a != "--debug"]
     _print_anything()
     _exit(_run(arguments, debug))
@@ -276,6 +282,8 @@ def _print_anything() -> None:
 
 def _run(arguments: list[str], debug: bool) -> int:
     os.environ["PYTHONSAFEPATH"] = "1"  # processes that a command starts do not take modules from the current folder
+    if debug:
+        os.environ[DEBUG] = "1"
     try:
         return _call(arguments)
     except typer.TyperException as error:  # wrong usage: typer's message says what to do

@@ -151,3 +151,22 @@ def test_a_rank_ends_without_shutting_python_down(module: str, rest: str) -> Non
     """Threads of process groups may still need Python then. Nothing that was printed is lost."""
     done = subprocess.run([sys.executable, "-c", END.format(module=module)], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (3, f"the last line{rest}")
+
+
+def test_debug_is_passed_on_to_the_processes_of_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.delenv(cli.DEBUG, raising=False)
+    monkeypatch.setattr("internevo.commands.train.train", lambda *_: seen.append(os.environ.get(cli.DEBUG)) or 0)
+    for more in ([], ["--debug"]):
+        with pytest.raises(SystemExit):
+            cli.main(["train", str(ROOT / "configs" / "demo.py"), *more])
+    assert seen == [None, "1"]
+
+
+def test_a_process_of_a_command_with_debug_prints_tracebacks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(cli.DEBUG, "1")
+    with pytest.raises(SystemExit):
+        cli.main(["report", "/no/such"])
+    assert "Traceback" in capsys.readouterr().err

@@ -101,8 +101,9 @@ def _pipeline_lines(config: Config, decoder: DecoderConfig, layout: Layout, micr
     idle = orders.bubble(orders.play(all_orders, lambda action: times[action.kind] * flops[action.stage]))
     kept = max(orders.most_in_flight(order) for order in all_orders)
     yield (
-        f"  bubble      {idle:>6.1%}  of the time of a rank, with {micro_batches} micro-batches, if backward passes take twice "
-        f"as long as forward passes, and messages no time; at most {kept} passes in flight on a rank"
+        f"  bubble      {idle:>6.1%}  of the time of a rank, with {micro_batches} micro-batches, if backward passes take\n"
+        "                      twice as long as forward passes, and messages no time\n"
+        f"                      at most {kept} passes in flight on a rank"
     )
 
 
@@ -115,7 +116,8 @@ def _traffic_lines(rows: list[Collectives], layout: Layout) -> Iterator[str]:
     """Formats the collectives of a step as a table. "on the wire" is what a rank sends."""
     if not rows:
         return
-    yield f"  {'collectives of a step':24}{'group':>12}{'ranks':>8}{'count':>8}{'GB':>12}{'GB on the wire':>16}"
+    title = "collectives of a step" if layout.pipeline == 1 else "collectives of rank 0"
+    yield f"  {title:24}{'group':>12}{'ranks':>8}{'count':>8}{'GB':>12}{'GB on the wire':>16}"
     groups = layout.groups()
     for row in rows:
         ranks = len(groups[row.axis][0]) if row.axis in groups else layout.world

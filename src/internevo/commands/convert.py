@@ -49,7 +49,7 @@ def convert(
     for option, given in (("--as", write_as), ("--overwrite", overwrite)):
         if given and to != "hf":
             raise UsageError(f"{option} is only for Hugging Face folders: use it with --to hf")
-    check_target(target, overwrite)
+    check_target(target, overwrite, "give another folder, or --overwrite" if to == "hf" else "give another folder")
     _check_outside(source, target)
     model = open_source(source, family)
     if to == "hf":

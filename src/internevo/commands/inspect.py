@@ -68,7 +68,8 @@ def _describe_run(path: Path) -> Iterator[str]:
     if damaged:
         yield f"damaged: {damaged} lines of {file}, which are left out here"
     if rows:
-        yield f"last step: {rows[-1]['step']}, loss {rows[-1]['loss']}, {rows[-1]['consumed_tokens']:,} tokens"
+        step, loss, tokens = (rows[-1][key] for key in ("step", "loss", "consumed_tokens"))
+        yield f"last step: {step}, {'no loss' if loss is None else f'loss {loss:.4f}'}, {tokens:,} tokens"
     found = complete_checkpoints(path)
     if not found:
         yield "no complete checkpoint"

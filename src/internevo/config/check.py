@@ -32,6 +32,8 @@ def missing_features(config: Config) -> list[str]:
         lines.append("not available yet: loss.moe_loss_kind = 'pooled' with a pipeline (it adds up the routers of all stages)")
     if config.model.num_experts > 1 and parallel.pipeline.size > 1 and parallel.pipeline.mode != "1F1B":
         lines.append(f"not available yet: experts with parallel.pipeline.mode = {parallel.pipeline.mode!r}")
+    if config.monitor.memory and parallel.pipeline.size > 1:
+        lines.append("not available yet: monitor.memory with a pipeline (parallel.pipeline.size); leave it out")
     info = config.ckpt.load_ckpt_info
     if info and info.path and info.ckpt_type in ("llama", "LLAMA", "normal"):
         lines.append(f"not available yet: loading checkpoints of ckpt.load_ckpt_info.ckpt_type = {info.ckpt_type!r}")
@@ -162,8 +164,11 @@ def _axes(config: Config, world: int) -> Iterator[str]:
         )
     if weight > 1 and parallel.tensor.mode != "isp":
         yield f"parallel.weight.size = {weight} needs parallel.tensor.mode = 'isp', not {parallel.tensor.mode!r}"
-    if world % (weight * pipeline):
-        yield f"{world} processes are not a multiple of parallel.weight.size * parallel.pipeline.size = {weight} * {pipeline}"
+    if weight > 1 and world % (weight * pipeline):
+        yield (
+            f"{world} processes cannot be divided into groups of parallel.weight.size * parallel.pipeline.size = "
+            f"{weight} * {pipeline}; use a multiple of {weight * pipeline} processes"
+        )
 
 
 def data_size(config: Config, world_size: int) -> int:
@@ -218,7 +223,7 @@ def _batch(config: Config, world: int) -> Iterator[str]:
     if data.global_batch_size and data.global_batch_size % (data.micro_bsz * ranks):
         yield (
             f"data.global_batch_size = {data.global_batch_size} is not a multiple of data.micro_bsz * data ranks = "
-            f"{data.micro_bsz} * {ranks}"
+            f"{data.micro_bsz} * {ranks}; change data.global_batch_size or data.micro_bsz"
         )
     if data.total_steps and config.lr_scheduler.total_steps and config.lr_scheduler.total_steps < data.total_steps:
         yield (
@@ -281,7 +286,9 @@ def _pipeline(config: Config, world: int) -> Iterator[str]:
             f"model.num_layers = {layers} is less than parallel.pipeline.size * model.num_chunks = {pipeline.size} * {chunks}: "
             "each stage needs at least one layer"
         )
-    if pipeline.layers and (len(pipeline.layers) != stages or sum(pipeline.layers) != layers or min(pipeline.layers) < 1):
+    if pipeline.layers and pipeline.size == 1:
+        yield f"parallel.pipeline.layers = {pipeline.layers} needs parallel.pipeline.size > 1"
+    elif pipeline.layers and (len(pipeline.layers) != stages or sum(pipeline.layers) != layers or min(pipeline.layers) < 1):
         yield (
             f"parallel.pipeline.layers = {pipeline.layers} must be {stages} numbers, one for each of "
             f"parallel.pipeline.size * model.num_chunks stages, each at least 1, that add up to model.num_layers = {layers}"

@@ -115,6 +115,9 @@ EXPECTED = {
     "tuple_type": "must be a list",
     "list_type": "must be a list",
     "finite_number": "must be a finite number",
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "must be a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "must be a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "must be True or False"),
 }
 """pydantic's kinds of errors -> what they mean in a config."""
 BOUNDS = {"ge": "at least", "gt": "greater than", "le": "at most", "lt": "less than"}

@@ -196,7 +196,11 @@ class Model(Section):
     out_head_init_std: float = option(0.02, "Standard deviation of the initial weights of the head.", ge=0)
 
     # Options of features that do not exist yet, and options of experts.
-    num_chunks: int = option(1, "Number of stages on each pipeline rank; with more than one, they are interleaved.", ge=1)
+    num_chunks: int = option(
+        1,
+        "Number of stages on each pipeline rank. 1F1B: any number; more than 1 are interleaved. ZBH1: 1, ZBV: 2.",
+        ge=1,
+    )
     apply_post_layer_norm: bool = option(
         False, "Apply the norm after the residual connection.", not_available="post-norm layers"
     )

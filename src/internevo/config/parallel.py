@@ -60,13 +60,19 @@ class Weight(Section):
 class Pipeline(Section):
     """The pipeline axis: ranks that each compute some of the layers."""
 
-    size: int = option(1, "Number of pipeline ranks.", ge=1)
-    mode: Literal["1F1B", "ZBH1", "ZBV"] = option("1F1B", "Schedule of the micro-batches.")
+    size: int = option(1, "Number of ranks that the layers are divided among. 1: no pipeline.", ge=1)
+    mode: Literal["1F1B", "ZBH1", "ZBV"] = option(
+        "1F1B",
+        "Schedule of the micro-batches. 1F1B: one forward, one backward, with model.num_chunks > 1 interleaved. ZBH1, ZBV: "
+        "zero-bubble schedules, which compute the gradients of weights later.",
+    )
     interleaved_overlap: bool = option(
         False, "Overlap the messages of interleaved stages with computation.", ignored="they always overlap"
     )
     layers: list[int] = option(
-        [], "Number of layers of each stage, in the order in which a micro-batch goes through them. Empty: by cost."
+        [],
+        "Number of layers of each stage, in the order in which a micro-batch goes through them; there are size * "
+        "model.num_chunks stages. Empty: they are divided by cost.",
     )
     use_zeropp: bool = option(False, "Use ZeroPP, the schedule of a fork of InternEvo.", not_available="ZeroPP schedules")
     decouple_grad: bool = option(

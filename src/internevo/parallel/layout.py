@@ -194,7 +194,11 @@ class Layout:
             ("zero", self.zero, f"ranks over which the optimizer state is sharded ({kind})"),
             ("replicate", self.replicate, "replicas of the optimizer state"),
             *([("expert", self.expert, "ranks that have different experts")] if self.expert > 1 else []),
-            ("pipeline", self.pipeline, "stages"),
+            (
+                "pipeline",
+                self.pipeline,
+                f"ranks that share the layers{f', {self.chunks} stages each' if self.chunks > 1 else ''}",
+            ),
         ]
 
 

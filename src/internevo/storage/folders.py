@@ -69,8 +69,11 @@ def target(folder: Path, last: str, replaced: Iterable[str] | None = None) -> It
             sync(folder.parent)
 
 
-def check_target(folder: Path, may_have_files: bool = False) -> None:
+def check_target(folder: Path, may_have_files: bool = False, advice: str = "give another folder") -> None:
     """Checks that a command may write to ``folder``, before it does any work.
+
+    Args:
+        advice: what to do if it is not empty.
 
     Raises:
         UsageError: if ``folder`` is a file, or cannot be written, or is not empty (unless ``may_have_files``).
@@ -81,7 +84,7 @@ def check_target(folder: Path, may_have_files: bool = False) -> None:
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise UsageError(f"{folder} cannot be written: you have no permission to write to {nearest}; give another folder")
     if nearest == folder and not may_have_files and (names := os.listdir(folder)):
-        raise UsageError(f"{folder} is not empty (it has {min(names)}); give another folder")
+        raise UsageError(f"{folder} is not empty (it has {min(names)}); {advice}")
 
 
 def _move_files(new: Path, folder: Path, last: str, replaced: Iterable[str]) -> None:

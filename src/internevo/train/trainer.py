@@ -226,7 +226,10 @@ class Trainer:
         for line in [self._title(), *self.start_lines]:
             observers.console.say(line)
         if self.state.step >= total:
-            observers.console.say(f"all {total} steps (data.total_steps) have been trained already")
+            observers.console.say(
+                f"nothing to train: step {self.state.step} is done, and data.total_steps = {total}. Give more steps, or for a "
+                "new run another ckpt.save_ckpt_folder"
+            )
         return observers
 
     def _title(self) -> str:

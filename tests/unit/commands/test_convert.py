@@ -36,7 +36,7 @@ def test_generate_and_convert(llama_folder: Path, tmp_path: Path, run: Run) -> N
     assert done.stdout == run("generate", llama_folder, "--prompt", "def ", "--max-new-tokens", 5, "--seed", 3).stdout
     run("convert", llama_folder, tmp_path / "ours", "--to", "internevo", "--dtype", "bfloat16")
     assert dtypes(Checkpoint(tmp_path / "ours")) == [torch.bfloat16]
-    assert "is not empty" in run("convert", llama_folder, tmp_path / "ours", "--to", "hf", code=2).stderr
+    assert "another folder, or --overwrite" in run("convert", llama_folder, tmp_path / "ours", "--to", "hf", code=2).stderr
     assert "does not exist" in run("convert", tmp_path / "none", tmp_path / "x", "--to", "hf", code=2).stderr
     assert "5XB" in run("convert", llama_folder, tmp_path / "y", "--to", "hf", "--max-shard-size", "5XB", code=2).stderr
     assert "LlamaForCausalLM" in run("inspect", llama_folder).stdout

@@ -20,7 +20,7 @@ def test_inspect_describes_a_dataset_and_names_every_broken_file(tmp_path: Path)
         write_binary(tmp_path / "train" / name / "part.bin", documents, None)
     lines = list(describe(tmp_path / "train", decode=3))
     total = sum(map(len, documents))
-    assert f": 6 documents, {2 * total:,} tokens in 2 files" in lines[0]
+    assert f": 6 documents, {2 * total:,} tokens, files: 2" in lines[0]
     assert lines[1] == f"type code: 3 documents, {total} tokens"
     largest = max(abs(n) for ids in documents for n in ids if n != MASKED_ZERO)
     assert any(f"the largest id is {largest} (" in line for line in lines)

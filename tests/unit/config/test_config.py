@@ -180,6 +180,7 @@ def test_all_problems_are_reported_together() -> None:
             "'ZBH1' does not work with parallel.zero1.fsdp = True",
         ),
         (2, {"parallel__pipeline": {"size": 2, "layers": [1, 2]}}, "must be 2 numbers"),
+        (2, {"parallel__pipeline__layers": [1, 1]}, "layers = [1, 1] needs parallel.pipeline.size > 1"),
         (2, {"parallel__pipeline": {"size": 2, "layers": [2, 0]}}, "each at least 1"),
         (4, {"parallel__pipeline": 4}, "each stage needs at least one layer"),
         (
@@ -214,6 +215,27 @@ def test_all_problems_are_reported_together() -> None:
 )
 def test_contradictions_are_found_before_anything_starts(world: int, changes: dict[str, Any], message: str) -> None:
     assert any(message in line for line in problems(tiny(**changes), world)), problems(tiny(**changes), world)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("model__num_layers", "x", "must be a whole number"),
+        ("model__num_layers", 2.5, "must be a whole number"),
+        ("adam__lr", "high", "must be a number"),
+        ("enable_tb", "maybe", "must be True or False"),
+    ],
+)
+def test_a_value_of_another_type_is_described_in_plain_words(key: str, value: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{key.replace('__', '.')}: {message} \(got {value!r}\)"):
+        tiny(**{key: value})
+
+
+def test_processes_that_do_not_fit_are_named_once() -> None:
+    changes = {"parallel__pipeline": 2, "data__global_batch_size": None}
+    assert len(problems(tiny(**changes), 3)) == 1
+    changes |= {"parallel__tensor": {"size": 2, "mode": "isp"}, "parallel__weight__size": 2}
+    assert sum("use a multiple of 4 processes" in line for line in problems(tiny(**changes), 6)) == 2
 
 
 @pytest.mark.parametrize(
@@ -254,6 +276,7 @@ def test_without_a_world_size_a_config_is_checked_on_the_smallest_that_fits(chan
         {"model__norm_type": "layernorm"},
         {"fp8": {"margin": 0}},
         {"parallel__sequence_2D": {"enable": True}},
+        {"parallel__pipeline": 2, "monitor__memory": True},
     ],
 )
 def test_a_feature_that_is_not_available_yet_validates_but_does_not_train(changes: dict[str, Any]) -> None:

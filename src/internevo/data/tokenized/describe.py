@@ -35,7 +35,7 @@ def describe_dataset(root: Path, tokenizer: Path | None, decode: int) -> Iterato
     """
     yield from _check_files(root)
     index = open_index(root)
-    yield f"tokenized data {root}: {len(index):,} documents, {index.tokens:,} tokens in {len(index.files):,} files"
+    yield f"tokenized data {root}: {len(index):,} documents, {index.tokens:,} tokens, files: {len(index.files):,}"
     yield from _describe_types(index)
     yield from _describe_lengths(index)
     found = load_tokenizer(tokenizer) if tokenizer else find_tokenizer(root, above=True)
