@@ -218,8 +218,7 @@ class Pipeline:
             assert isinstance(result, Loss)
             loss = result.total
         if torch.is_grad_enabled():
-            trained = loss is not None and loss.requires_grad  # with adapters, the first routers may depend on nothing trained
-            step.in_flight[stage, number] = InFlight(hidden, output, loss * step.scale if trained else None)
+            step.in_flight[stage, number] = InFlight(hidden, output, None if loss is None else loss * step.scale)
 
     def _backward(self, action: Action, step: Step, last: bool) -> None:
         _, stage, number = action

@@ -18,8 +18,10 @@ from ..data.batches import StepBatch, TrainBatches, parse_skip_batches, valid_ba
 from ..data.build import checked_tokenizer
 from ..errors import InternEvoError
 from ..measure.probes import Probes
+from ..models.decoder import parameter_shapes
 from ..models.families.registry import decoder_config
 from ..models.generate import Sampling, generate
+from ..models.linear import ADAPTER_INFIX
 from ..observe.console import log, start_log
 from ..observe.observers import Observers
 from ..observe.record import StepRecord, ValidRecord, memory_peak, peak_tflops
@@ -235,7 +237,8 @@ class Trainer:
     def _title(self) -> str:
         config, parts = self.config, self.parts
         rows = parts.sizes.rows(self.state.cursor.batch)
-        trained = sum(parts.optimizer.named[name].numel() for name in parts.optimizer.moments)
+        shapes = parameter_shapes(parts.decoder)  # of all stages of a pipeline
+        trained = sum(shape.numel() for name, shape in shapes.items() if ADAPTER_INFIX in name)
         adapters = f" and {trained:,} in adapters" if parts.decoder.lora else ""
         return (
             f"{config.JOB_NAME}: {parts.decoder.family}, {parts.decoder.parameters():,} parameters{adapters}, "

@@ -271,6 +271,7 @@ def test_without_a_world_size_a_config_is_checked_on_the_smallest_that_fits(chan
             "parallel__pipeline": 2,
             "loss__moe_loss_kind": "pooled",
         },
+        {"parallel__pipeline": 2, "monitor__memory": True},
         {"model_type": "INTERNLM_MoE"},
         {"model_type": "MIXTRALMOE", "model__num_experts": 4, "model__moe_layer_kwargs": {"noisy_gate_policy": "Jitter"}},
         {"model__norm_type": "layernorm"},
