@@ -154,9 +154,14 @@ def test_a_rank_ends_without_shutting_python_down(module: str, rest: str) -> Non
 
 
 def test_debug_is_passed_on_to_the_processes_of_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
+    seen: list[str | None] = []
+
+    def train(*_: object) -> int:
+        seen.append(os.environ.get(cli.DEBUG))
+        return 0
+
     monkeypatch.delenv(cli.DEBUG, raising=False)
-    monkeypatch.setattr("internevo.commands.train.train", lambda *_: seen.append(os.environ.get(cli.DEBUG)) or 0)
+    monkeypatch.setattr("internevo.commands.train.train", train)
     for more in ([], ["--debug"]):
         with pytest.raises(SystemExit):
             cli.main(["train", str(ROOT / "configs" / "demo.py"), *more])

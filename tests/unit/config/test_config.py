@@ -232,7 +232,7 @@ def test_a_value_of_another_type_is_described_in_plain_words(key: str, value: ob
 
 
 def test_processes_that_do_not_fit_are_named_once() -> None:
-    changes = {"parallel__pipeline": 2, "data__global_batch_size": None}
+    changes: dict[str, Any] = {"parallel__pipeline": 2, "data__global_batch_size": None}
     assert len(problems(tiny(**changes), 3)) == 1
     changes |= {"parallel__tensor": {"size": 2, "mode": "isp"}, "parallel__weight__size": 2}
     assert sum("use a multiple of 4 processes" in line for line in problems(tiny(**changes), 6)) == 2
