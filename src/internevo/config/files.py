@@ -172,7 +172,8 @@ def _imports_for(path: Path) -> Iterator[None]:
     finally:
         sys.path[:] = search
         new = set(sys.modules) - set(modules)
-        own = {name for name in new if name in stubs or _folder_of(sys.modules[name]) in set(folders) - set(search)}
+        top_level, places = (name for name in new if "." not in name), set(folders) - set(search)
+        own = {*stubs} | {name for name in top_level if _folder_of(sys.modules[name]) in places}
         for name in new:
             if name.split(".")[0] in own or name.split(".")[0] == "configs":
                 del sys.modules[name]
@@ -181,4 +182,4 @@ def _imports_for(path: Path) -> Iterator[None]:
 def _folder_of(module: types.ModuleType) -> str | None:
     """Returns the folder in which a top-level module or package was found."""
     places = list(getattr(module, "__path__", [])) or [getattr(module, "__file__", None)]
-    return str(Path(places[0]).parent) if places[0] and "." not in module.__name__ else None
+    return str(Path(places[0]).parent) if places[0] else None
