@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +192,8 @@ def checkpoints_of_one_run(run: Path) -> list[Path]:
     found = complete_checkpoints(run)
     by_run: dict[str, list[str]] = defaultdict(list)
     for folder in found:
-        by_run[run_of(folder)].append(folder.relative_to(run).as_posix())
+        with suppress(CheckpointError):  # of a damaged one it is not known; whoever loads it says that it is damaged
+            by_run[Manifest.read(folder).run].append(folder.relative_to(run).as_posix())
     if len(by_run) > 1:
         lines = "\n".join(f"  {', '.join(names)}" for names in by_run.values())
         raise UsageError(

@@ -10,7 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from ..config import Config, load_config, notices
-from ..errors import UsageError
+from ..errors import InternEvoError, UsageError
 from ..parallel.launcher import LauncherInfo, launcher_has_store, read_launcher
 from ..train.check import check
 from .launch import PARENT, default_processes, launch
@@ -70,6 +70,8 @@ def _train_here(config: Config, port: int | None, launcher: str | None, info: La
     if info.rank == 0 and PARENT not in os.environ:
         _print_notices(config)
     stops = StopRequests(parent if _ends_with_launcher(info) else None)
+    if stops.is_orphan():  # before it is waited for in ``join``, with the lock of the run folder
+        raise InternEvoError("the launcher has ended before the run has started; start it again")
     limit = _collective_timeout(config.monitor.timeout)
     with (
         stops.listening(),

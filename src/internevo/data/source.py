@@ -74,7 +74,11 @@ class ShuffledRows:
         self.rows, self.skip_errors, self.reports = rows, skip_errors, reports
         self.order = Order(len(rows), seed)
         self.end = None if epochs is None else int(epochs * len(rows))
-        self.seq_len, self.types, self.fingerprint = rows.seq_len, rows.types, rows.fingerprint
+        self.seq_len, self.types = rows.seq_len, rows.types
+
+    def fingerprint(self) -> str:
+        """Returns a text that changes when the rows or their order change."""
+        return f"{self.rows.fingerprint()}-{self.order.seed}"
 
     def start_position(self) -> int:
         """Returns 0."""

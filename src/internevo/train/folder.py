@@ -23,6 +23,8 @@ FOLDERS, FILES = (
     ("config.json", "metrics.jsonl", "samples.jsonl", "report.html"),
 )
 """What each run writes to. (An export of a model to ``hf/`` may fail.)"""
+OUTPUT = (".out", ".err", ".log")
+"""Suffixes of files to which Slurm or the shell may write what a run prints. A run writes no such file next to them."""
 OTHER_FOLDER = "choose another folder (ckpt.save_ckpt_folder)"
 
 
@@ -77,7 +79,7 @@ def _check_content(run: Path) -> None:
         return
     if not run.is_dir():
         raise UsageError(f"the run folder {run} is not a folder; {OTHER_FOLDER}")
-    entries = sorted(e.name for e in run.iterdir() if not e.name.startswith(".") and e.name != "lost+found")
+    entries = sorted(e.name for e in run.iterdir() if not _is_harmless(e))
     if entries and not _is_run(run):
         more = f" and {len(entries) - 5} more" if len(entries) > 5 else ""
         raise UsageError(
@@ -89,6 +91,11 @@ def _check_content(run: Path) -> None:
     if wrong:
         kind = "folder" if wrong[0] in FOLDERS else "file"
         raise UsageError(f"{run / wrong[0]} is not a {kind}, and the run writes to a {kind} of this name; move it away")
+
+
+def _is_harmless(entry: Path) -> bool:
+    """Whether an entry of a folder says nothing about what the folder is for: hidden files, and what launchers print."""
+    return entry.name.startswith(".") or entry.name == "lost+found" or (entry.suffix in OUTPUT and entry.is_file())
 
 
 def _is_run(run: Path) -> bool:

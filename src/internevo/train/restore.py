@@ -98,9 +98,10 @@ def _compare_data(parts: Parts, data: str, global_rows: int, folder: Path) -> li
     if data != parts.source.fingerprint():
         if parts.config.data.on_change == "stop":
             raise CheckpointError(
-                f"the training data is not that of {folder} (other files, lengths, seq_len or packing), so the position in the "
-                "data that the checkpoint has is not valid. Use the old data; or set data.on_change=continue to continue after "
-                'the same number of rows; or load with content=("model", "optimizer", "scheduler") to start at the first row'
+                f"the training data is not that of {folder} (other files, data.seed, lengths, seq_len or packing), so the "
+                "position in the data that the checkpoint has is not valid. Use the old data; or set data.on_change=continue "
+                "to continue after the same number of rows; or load with "
+                'content=("model", "optimizer", "scheduler") to start at the first row'
             )
         cursor = parts.state.cursor
         cursor.position = parts.source.position_after_change(cursor.position)

@@ -92,6 +92,10 @@ class StopRequests:
                 signal.signal(number, signal.SIG_IGN if number in blocked else handler)
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
+    def is_orphan(self) -> bool:
+        """Whether the launcher has ended."""
+        return self.launcher is not None and os.getppid() != self.launcher
+
     def launcher_has_ended(self) -> None:
         """Asks to stop because the launcher has ended. May be called from any thread."""
         self.asked = self.asked or "the launcher has ended"
@@ -99,7 +103,7 @@ class StopRequests:
     def requests(self) -> tuple[float, float]:
         """Returns the requests of this rank, which are summed over all ranks: 1 if it asks to stop, otherwise 0; and the number
         in the stop file."""
-        if self.launcher is not None and os.getppid() != self.launcher:
+        if self.is_orphan():
             self.launcher_has_ended()
         return float(bool(self.asked)), self._read()
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from internevo.commands import train as command
-from internevo.errors import UsageError
+from internevo.commands.launch import PARENT
+from internevo.errors import InternEvoError, UsageError
 from tests.conftest import write_config, write_dataset
 from tests.pool import launcher_env
 
@@ -35,3 +36,11 @@ def test_nproc_on_a_rank_of_another_number_of_processes_is_refused(
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match=re.escape(f"--nproc 2: a launcher has started this process as rank 0 of {size}")):
         command.train(config_path, [], 2)
+
+
+def test_a_rank_whose_launcher_has_ended_does_not_wait_for_it(config_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**launcher_env(0, 2, 1), PARENT: "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("internevo.parallel.world.join", lambda *_: pytest.fail("waits"))
+    with pytest.raises(InternEvoError, match="the launcher has ended before the run has started"):
+        command.train(config_path, [], None)

@@ -132,3 +132,8 @@ def test_an_error_in_the_prefetch_thread_is_raised_in_the_training_loop(tmp_path
     batches = TrainBatches(ShuffledRows(rows, 0), BatchSizes(1, 1, 1), 0, True, 5)
     with pytest.raises(DataError, match=r"a\.bin, document 0.*token id 600 is outside the vocabulary of 501"):
         next(batches.prefetch(Cursor()))
+
+
+def test_the_fingerprint_of_rows_changes_with_their_order() -> None:
+    rows = RandomRows(8, 10, seed=1)
+    assert len({ShuffledRows(rows, seed).fingerprint() for seed in (1, 1, 2)}) == 2

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from internevo.checkpoint import Checkpoint, find_checkpoint
 from internevo.checkpoint.finish import Extras, complete
 from internevo.checkpoint.manifest import NAME, Manifest
 from internevo.config import Config, load_config
-from internevo.errors import UsageError
+from internevo.errors import CheckpointError, UsageError
 from internevo.storage.folders import shared_temporary
 from internevo.train.folder import LOCK, acquire
 from tests.conftest import write_config
@@ -89,6 +90,13 @@ def test_a_new_an_empty_and_a_linked_folder_and_one_that_a_killed_run_has_left_a
     acquire(config).release()
 
 
+def test_what_a_launcher_prints_may_be_in_the_folder_of_a_new_run(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    for name in ("slurm-123.out", "123.err", "train.log"):
+        (tmp_path / "run" / name).write_text("")
+    acquire(config_of(tmp_path)).release()
+
+
 def test_what_a_run_writes_to_must_be_of_its_kind(tmp_path: Path) -> None:
     save(tmp_path / "run" / "checkpoints" / "step-00000001", 1)
     (tmp_path / "run" / "metrics.jsonl").mkdir()
@@ -111,6 +119,14 @@ def test_checkpoints_of_several_runs_are_named(tmp_path: Path, other: str) -> No
     save(tmp_path / "run" / "checkpoints" / "step-00000009", 9)
     save(tmp_path / "run" / "checkpoints" / "step-00000003", 3, other)
     refused(config_of(tmp_path), tmp_path, "(?s)several runs.*  checkpoints/step-00000009\n  checkpoints/step-00000003\n")
+
+
+def test_a_damaged_checkpoint_is_not_another_runs(tmp_path: Path) -> None:
+    save(tmp_path / "run" / "checkpoints" / "step-00000003", 3)
+    (save(tmp_path / "run" / "checkpoints" / "step-00000009", 9) / NAME).write_text("{")
+    with pytest.raises(CheckpointError, match="step-00000009/manifest.json is damaged"):
+        Checkpoint(find_checkpoint(tmp_path / "run"))
+    acquire(config_of(tmp_path)).release()
 
 
 @pytest.mark.parametrize("text", [b"", b"0", b"-12\n", b" 7 "])
