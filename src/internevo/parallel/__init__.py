@@ -6,8 +6,11 @@
 |                                   | gathered                                                                            |
 | ``tensor.py``                     | mtp, msp, fsp: heads and columns over the tensor ranks                              |
 | ``isp.py``, ``gathered.py``       | isp: sequences over the tensor ranks, weights over the weight ranks; its prefetch   |
+| ``expert.py``                     | experts over ranks: which rank has which experts, and how tokens travel             |
 | ``recompute.py``                  | activation recomputation                                                            |
-| ``schedule.py``                   | how micro-batches go through the model                                              |
+| ``schedule.py``, ``pipeline.py``  | how micro-batches go through the model, or through the stages of a pipeline         |
+| ``orders.py``, ``stages.py``      | the order of passes of each pipeline schedule; which layers are in which stage      |
+| ``messages.py``, ``deferred.py``  | what pipeline ranks send; gradients of weights that are computed later              |
 | ``layout.py``, ``views.py``       | which ranks belong together                                                         |
 | ``collectives.py``, ``shards.py`` | collectives as autograd functions; this rank's part of a tensor                     |
 | ``memory.py``, ``strategy.py``    | memory and collectives of a step by formula                                         |
