@@ -160,7 +160,8 @@ def test_debug_is_passed_on_to_the_processes_of_a_command(monkeypatch: pytest.Mo
         seen.append(os.environ.get(cli.DEBUG))
         return 0
 
-    monkeypatch.delenv(cli.DEBUG, raising=False)
+    monkeypatch.setenv(cli.DEBUG, "")  # so that it is removed at the end, whatever the command sets
+    monkeypatch.delenv(cli.DEBUG)
     monkeypatch.setattr("internevo.commands.train.train", train)
     for more in ([], ["--debug"]):
         with pytest.raises(SystemExit):
