@@ -1,13 +1,14 @@
 """Training speed of the strategies against PyTorch's own, in one run: ``python benchmarks/parallel.py``.
 
-Two processes with one thread each on gloo. Every measurement is a pair of processes that trains a few steps of the same model
-on random tokens; ours and theirs take turns, so that both see the same machine. Printed are medians over the rounds.
+Two processes (1F1B: four) with one thread each on gloo. Every measurement starts processes that train a few steps of the same
+model on random tokens; ours and theirs take turns, so that both see the same machine. Printed are medians over the rounds.
 
 | ours       | theirs                                                                                     |
 |------------|--------------------------------------------------------------------------------------------|
 | ZeRO-1.5   | DistributedDataParallel and ZeroRedundancyOptimizer over AdamW                              |
 | FSDP       | bare fully_shard of every layer and the model, AdamW                                       |
 | mtp, msp   | parallelize_module with the column, row and sequence styles, loss_parallel, AdamW          |
+| 1F1B       | Schedule1F1B with static shapes over the same stages, 8 micro-batches, AdamW               |
 
 Theirs have the same Decoder, gradient clipping and fused AdamW, in fp32.
 """
@@ -34,6 +35,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -47,6 +49,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from internevo.models.decoder import Decoder
 from internevo.models.families.registry import decoder_config
+from internevo.models.losses import HandedOn
+from internevo.parallel.stages import split
 from internevo.parallel.world import join
 from internevo.train.process import keep_freed_memory
 
@@ -56,12 +60,15 @@ OURS: dict[str, dict[str, Any]] = {
     "fsdp": {"zero1": {"size": RANKS, "fsdp": True}},
     "mtp": {"tensor": {"size": RANKS, "mode": "mtp"}},
     "msp": {"tensor": {"size": RANKS, "mode": "msp"}},
+    "1F1B": {"pipeline": {"size": 2 * RANKS}},
 }
+PIPELINE_MICRO_BATCHES = 8
 PEERS = {
     "zero": "DDP + ZeroRedundancy",
     "fsdp": "bare fully_shard",
     "mtp": "parallelize_module",
     "msp": "parallelize_module, SP",
+    "1F1B": "Schedule1F1B",
 }
 
 
@@ -99,6 +106,46 @@ def theirs(which: str, shape: dict[str, int], steps: int) -> Iterator[float]:
         with around():
             (model(tokens, labels=labels).total / labels.numel()).backward()
         clip(list(model.parameters()))
+        optimizer.step()
+        optimizer.zero_grad()
+        yield time.perf_counter() - begin
+
+
+def theirs_1f1b(shape: dict[str, int], steps: int) -> Iterator[float]:
+    """Seconds per step of PyTorch's pipeline, whose stages look up the tokens of a micro-batch by its number."""
+    rank, ranks, count = dist.get_rank(), dist.get_world_size(), PIPELINE_MICRO_BATCHES
+    decoder = decoder_config("LLAMA2", config_of(shape, "float32", 1).model)
+    model = Decoder(decoder, split(decoder, ranks, shape["seq"])[rank])
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.02)
+    batches = [tokens_and_labels(shape) for _ in range(count)]
+
+    class Stage(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, hidden: Tensor | None = None, *, number: Tensor) -> Tensor:
+            tokens, labels = batches[int(number)]
+            result = self.model(tokens, labels=labels, hidden=hidden)
+            return result.hidden if isinstance(result, HandedOn) else result.total / (labels.numel() * count)
+
+    hidden = torch.empty(shape["rows"], shape["seq"], shape["hidden"], requires_grad=True)
+    stage = PipelineStage(
+        Stage(), rank, ranks, torch.device("cpu"), input_args=() if rank == 0 else hidden,
+        output_args=torch.empty((), requires_grad=True) if rank == ranks - 1 else hidden,
+    )  # fmt: skip
+    schedule = Schedule1F1B(stage, count, loss_fn=lambda output, _: output, scale_grads=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    for _ in range(steps):
+        batches[:] = [tokens_and_labels(shape) for _ in range(count)]
+        numbers = torch.arange(count)
+        begin = time.perf_counter()
+        schedule.step(number=numbers, target=numbers, return_outputs=False)
+        square = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).square()
+        dist.all_reduce(square)
+        nn.utils.clip_grads_with_norm_(model.parameters(), 1.0, square.sqrt())
         optimizer.step()
         optimizer.zero_grad()
         yield time.perf_counter() - begin
@@ -160,11 +207,13 @@ def work(which: str, side: str, shape: str, steps: int) -> None:
     """Prints rank 0's seconds of the median step, the first two left out."""
     if side == "ours":
         with join() as world:
-            times = train(world, SHAPES[shape], "float32", steps, parallel=OURS[which])
+            count = PIPELINE_MICRO_BATCHES if which == "1F1B" else 1
+            times = train(world, SHAPES[shape], "float32", steps, parallel=OURS[which], micro_batches=count)
     else:
         keep_freed_memory()  # as ours do
         dist.init_process_group("gloo")
-        times = list(theirs(which, SHAPES[shape], steps))
+        found = theirs_1f1b(SHAPES[shape], steps) if which == "1F1B" else theirs(which, SHAPES[shape], steps)
+        times = list(found)
         dist.destroy_process_group()
     if os.environ["RANK"] == "0":
         print(json.dumps(statistics.median(times[2:])), flush=True)
@@ -175,6 +224,7 @@ def measure(which: str, side: str, shape: str, steps: int) -> float:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    number = 2 * RANKS if which == "1F1B" else RANKS
     command = [sys.executable, __file__, "--worker", which, side, "--shape", shape, "--steps", str(steps)]
     common = {
         **os.environ,
@@ -182,14 +232,14 @@ def measure(which: str, side: str, shape: str, steps: int) -> float:
         "MASTER_ADDR": "127.0.0.1",
         "GLOO_SOCKET_IFNAME": "lo",
         "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(RANKS),
+        "WORLD_SIZE": str(number),
     }
     ranks = [
         subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
-        for rank in range(RANKS)
+        for rank in range(number)
     ]  # fmt: skip
     outputs = [rank.communicate() for rank in ranks]
     for rank, (_, errors) in zip(ranks, outputs, strict=True):

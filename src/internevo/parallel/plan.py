@@ -103,7 +103,7 @@ def _build_stage(
             layer.compile(fullgraph=whole_layers)
     # Last the data axis, which owns the weights. It allocates memory, and only for this rank's shards.
     dtype = COMPUTE[section.dtype]
-    if meshes is None:
+    if meshes is None or layout.world == layout.pipeline:
         return model, SingleProcess(model, device, dtype)
     return model, Sharded(model, meshes, device, dtype, layout.fsdp, inner, config.hybrid_zero_optimizer)
 
