@@ -18,6 +18,8 @@ from hypothesis import settings
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from internevo.models.config import DecoderConfig
+    from internevo.models.decoder import Decoder
     from tests.pool import Pool
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -77,6 +79,20 @@ def pool() -> Iterator[Pool]:
 def exits_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests that call the command line in this process: a process in which ranks could have run ends with ``os._exit``."""
     monkeypatch.setattr(os, "_exit", sys.exit)
+
+
+def random_model(config: DecoderConfig) -> Decoder:
+    """A model whose weights, norms and biases included, are drawn from a normal distribution."""
+    import torch
+
+    from internevo.models.decoder import Decoder
+
+    with torch.device("meta"):
+        model = Decoder(config)
+    model.materialize("cpu")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    return model
 
 
 def write_dataset(folder: Path) -> Path:

@@ -51,9 +51,10 @@ def _train(path: Path, overrides: tuple[str, ...]) -> None:
 
 
 def _join_and_call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    from internevo.parallel.launcher import read_launcher
     from internevo.parallel.world import join
 
-    with join(launcher="torch") as world:
+    with join(read_launcher(os.environ, launcher="torch")) as world:
         return function(world, *arguments)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -178,9 +177,7 @@ def _dtype(entry: TensorEntry) -> torch.dtype:
 
 def complete_checkpoints(run: Path) -> list[Path]:
     """Returns the complete checkpoints and snapshots of a run folder, the newest step first: that in the manifest."""
-    folders = {f: name for parent in (CHECKPOINTS, SNAPSHOTS) for name, f in find_folders(run / parent, NAMES[parent]).items()}
-    steps = {f: step for f, name in folders.items() if (step := _step(f, name)) is not None}
-    return sorted(steps, key=lambda f: (steps[f], f.parent.name), reverse=True)
+    return list(_runs_of_checkpoints(run))
 
 
 def checkpoints_of_one_run(run: Path) -> list[Path]:
@@ -189,18 +186,29 @@ def checkpoints_of_one_run(run: Path) -> list[Path]:
     Raises:
         UsageError: if the checkpoints are of several runs.
     """
-    found = complete_checkpoints(run)
+    found = _runs_of_checkpoints(run)
     by_run: dict[str, list[str]] = defaultdict(list)
-    for folder in found:
-        with suppress(CheckpointError):  # of a damaged one it is not known; whoever loads it says that it is damaged
-            by_run[Manifest.read(folder).run].append(folder.relative_to(run).as_posix())
+    for folder, identity in found.items():
+        if identity is not None:  # whoever loads a damaged one says that it is damaged
+            by_run[identity].append(folder.relative_to(run).as_posix())
     if len(by_run) > 1:
         lines = "\n".join(f"  {', '.join(names)}" for names in by_run.values())
         raise UsageError(
             f"{run} contains checkpoints of several runs, one run per line:\n{lines}\nLeave those of one run there, and "
             "move the others to another folder; nothing has been changed"
         )
-    return found
+    return list(found)
+
+
+def _runs_of_checkpoints(run: Path) -> dict[Path, str | None]:
+    """Returns complete checkpoint or snapshot -> identity of its run (None if the manifest is damaged), the newest first."""
+    found: dict[Path, tuple[int, str | None]] = {}
+    for parent in (CHECKPOINTS, SNAPSHOTS):
+        for name, folder in find_folders(run / parent, NAMES[parent]).items():
+            if (read := _step_and_run(folder, name)) is not None:
+                found[folder] = read
+    newest_first = sorted(found, key=lambda f: (found[f][0], f.parent.name), reverse=True)
+    return {folder: found[folder][1] for folder in newest_first}
 
 
 def remove_leftovers(run: Path) -> None:
@@ -209,15 +217,16 @@ def remove_leftovers(run: Path) -> None:
         clean_up(run / parent, names)
 
 
-def _step(folder: Path, name: str) -> int | None:
-    """Returns the step of a checkpoint, or None if it is not complete."""
+def _step_and_run(folder: Path, name: str) -> tuple[int, str | None] | None:
+    """Returns the step of a checkpoint and the identity of its run, or None if it is not complete."""
     if not (folder / NAME).is_file():
         return None
     try:
-        return Manifest.read(folder).step
+        manifest = Manifest.read(folder)
     except CheckpointError:
         # A damaged snapshot is not used. A damaged checkpoint keeps its place, so that it is not passed over in silence.
-        return int(name.removeprefix("step-")) if name.startswith("step-") else None
+        return (int(name.removeprefix("step-")), None) if name.startswith("step-") else None
+    return manifest.step, manifest.run
 
 
 def run_of(folder: Path) -> str:

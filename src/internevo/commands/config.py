@@ -87,11 +87,10 @@ def _pipeline_lines(config: Config, decoder: DecoderConfig, layout: Layout, micr
 
     stages = split(decoder, layout.stages, config.data.seq_len, config.parallel.pipeline.layers)
     flops = costs(decoder, stages, config.data.seq_len)
-    shapes = parameter_shapes(decoder)
+    sizes = {name: shape.numel() for name, shape in parameter_shapes(decoder).items()}
     yield f"  {'stage':>7}{'rank':>6}  {'layers':<10}{'with':<12}{'time':>8}{'parameters':>12}"
     for number, (stage, share) in enumerate(zip(stages, flops, strict=True)):
-        names = [name for name in shapes if stage.has(name)]
-        parameters = sum(shapes[name].numel() for name in names) / sum(shape.numel() for shape in shapes.values())
+        parameters = sum(size for name, size in sizes.items() if stage.has(name)) / sum(sizes.values())
         ends = " ".join(["embedding"] * stage.embeds + ["head"] * stage.heads)
         layers = f"{stage.layers[0]}-{stage.layers[-1]}" if len(stage.layers) > 1 else str(stage.layers[0])
         rank = layout.rank_of_stage(number)

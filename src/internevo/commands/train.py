@@ -47,7 +47,9 @@ def train(path: Path, overrides: list[str], processes: int | None, port: int | N
             f"--nproc {processes}: a launcher has started this process as rank {info.rank} of {info.size}, as its environment "
             "variables say (RANK, SLURM_STEP_ID): leave out --nproc"
         )
-    return _train_here(config, port, launcher, info, parent)
+    else:
+        check(config, info.size)
+    return _train_here(config, info, parent)
 
 
 def _collective_timeout(step: float) -> timedelta:
@@ -57,7 +59,7 @@ def _collective_timeout(step: float) -> timedelta:
     return max(TIMEOUT, timedelta(seconds=2 * step)) if step else timedelta(days=30)
 
 
-def _train_here(config: Config, port: int | None, launcher: str | None, info: LauncherInfo, parent: int) -> int:
+def _train_here(config: Config, info: LauncherInfo, parent: int) -> int:
     from ..parallel.world import join
     from ..train.folder import acquire_on_rank_0
     from ..train.stop import StopRequests
@@ -66,7 +68,6 @@ def _train_here(config: Config, port: int | None, launcher: str | None, info: La
 
     if info.address is not None:
         faulthandler.enable()  # after a crash or SIGABRT, prints the stacks of all threads
-    check(config, info.size)
     if info.rank == 0 and PARENT not in os.environ:
         _print_notices(config)
     stops = StopRequests(parent if _ends_with_launcher(info) else None)
@@ -75,7 +76,7 @@ def _train_here(config: Config, port: int | None, launcher: str | None, info: La
     limit = _collective_timeout(config.monitor.timeout)
     with (
         stops.listening(),
-        join(port, launcher, limit) as world,
+        join(info, limit) as world,
         Watchdog(world, config.monitor.timeout) as watchdog,
         acquire_on_rank_0(config, world) as lock,
     ):

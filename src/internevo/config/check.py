@@ -176,6 +176,12 @@ def data_size(config: Config, world_size: int) -> int:
     return max(1, world_size // (config.parallel.tensor.size * config.parallel.pipeline.size))
 
 
+def expert_size(config: Config, ranks: int) -> int:
+    """Returns the number of ranks that have different experts, out of ``ranks`` data ranks."""
+    size = config.parallel.expert.size
+    return size if size > 0 else math.gcd(ranks, config.model.num_experts)
+
+
 def smallest_world(config: Config) -> int:
     """Returns the smallest world size that the sizes of all axes fit into."""
     parallel = config.parallel
@@ -210,7 +216,7 @@ def _experts(config: Config, world: int) -> Iterator[str]:
             f"use a divisor of {math.gcd(experts, ranks)}, or -1"
         )
         return
-    rest = ranks // (size if size > 0 else math.gcd(experts, ranks))
+    rest = ranks // expert_size(config, ranks)
     if parallel.expert_zero1.size > 0 and rest % parallel.expert_zero1.size:
         yield (
             f"parallel.expert_zero1.size = {parallel.expert_zero1.size} does not divide the {rest} ranks that have the same "

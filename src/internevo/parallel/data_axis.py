@@ -217,9 +217,9 @@ class Sharded:
         """Sums the partial gradients over the groups of the strategy inside the layers, with one all-reduce per group."""
         self.reduce_scatter.wait()
         self.reduce_scatter_experts.wait()
-        partial = self.inner.partial_gradients
-        for group in dict.fromkeys(partial.values()):
-            grads = [self.masters[name].grad for name, its in partial.items() if its is group]
+        summed = self.inner.partial_gradients
+        for group in dict.fromkeys(summed.values()):
+            grads = [self.masters[name].grad for name, its in summed.items() if its is group]
             parts = [local(grad) for grad in grads if grad is not None]
             if not parts:  # none of these parameters is trained (adapters are on other linears)
                 continue
@@ -321,14 +321,14 @@ def traffic(
     work: Workload,
     shapes: Sequence[Sequence[Shape]],
     experts: Mapping[int, Sequence[Shape]],
-    partial_: Mapping[str, Sequence[Shape]],
+    summed: Mapping[str, Sequence[Shape]],
 ) -> list[Collectives]:
     """Returns the collectives of a step (see the table above). Shards of uneven size are padded.
 
     Args:
         shapes: for each unit, the shapes that its parameters have on a rank before the data axis shards them.
         experts: layer -> the same for its experts, if they are a unit of their own. With FSDP, recomputation gathers them too.
-        partial_: axis -> such shapes of the parameters whose gradients are summed over that axis at the end of a step.
+        summed: axis -> such shapes of the parameters whose gradients are summed over that axis at the end of a step.
     """
     layout, rows = work.layout, list[Collectives]()
     passes = work.micro_batches if layout.fsdp else 1
@@ -347,7 +347,7 @@ def traffic(
             Collectives("reduce-scatter", axis, count, elements * work.gradient_bytes).times(passes),
             Collectives("all-reduce", replicas, count, sum(shards) * work.gradient_bytes).times(passes),
         ]
-    for axis, shapes_of_axis in partial_.items():
+    for axis, shapes_of_axis in summed.items():
         rows.append(Collectives("all-reduce", axis, 1, 4 * sum(_shard(shape, layout.zero) for shape in shapes_of_axis)))
     return rows
 

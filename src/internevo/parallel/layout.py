@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..config import Config
+from ..config.check import expert_size
 from .orders import rank_of
 from .views import Groups, View
 
@@ -206,15 +207,13 @@ def _expert_sizes(config: Config, ranks: int, zero: int, outer: int) -> tuple[in
     """Returns the number of ranks that have different experts, and over how many the optimizer state of an expert is sharded.
 
     Args:
-        ranks: ranks of a stage.
+        ranks: ranks of a stage, which are data ranks.
         zero, outer: the same number for the dense weights, and the largest that it can be.
     """
-    parallel, experts = config.parallel, config.model.num_experts
-    if experts == 1:
+    if config.model.num_experts == 1:
         return 1, zero
-    expert = parallel.expert.size if parallel.expert.size > 0 else math.gcd(ranks, experts)
-    rest = ranks // expert
-    size = parallel.expert_zero1.size
+    expert = expert_size(config, ranks)
+    rest, size = ranks // expert, config.parallel.expert_zero1.size
     return expert, size if size > 0 else rest if zero == outer else math.gcd(zero, rest)
 
 

@@ -149,8 +149,7 @@ class Channels:
         """How many results of the current plan have been sent to other ranks."""
         for number, links in enumerate(rounds(ranks_of_stages)):
             pairs = [[ranks[n] for n in pair] for ranks in pipelines for pair in links]
-            alone = [[rank] for rank in sorted({*chain(*pipelines)} - {*chain(*pairs)})]
-            both_ways = [groups.get(pairs + alone, f"pipeline, round {number}, {way}") for way in ("down", "up")]
+            both_ways = [groups.get(pairs, f"pipeline, round {number}, {way}") for way in ("down", "up")]
             for a, b in links:
                 if self.rank in (a, b):
                     out, back = both_ways if self.rank == a else reversed(both_ways)

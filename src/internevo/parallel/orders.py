@@ -75,8 +75,8 @@ def one_f_one_b(rank: int, ranks: int, micro_batches: int) -> Order:
 def interleaved(rank: int, ranks: int, chunks: int, micro_batches: int) -> Order:
     """Interleaved 1F1B: groups of at least ``p`` micro-batches go through one chunk after the other.
 
-    Before the first backward pass, rank r runs 2 (p - r - 1) + (v - 1) g forward passes, with g micro-batches in the largest
-    group, and one more; it keeps the activations of so many passes at most.
+    Before the first backward pass, rank r runs N = 2 (p - r - 1) + (v - 1) g + 1 forward passes, with g micro-batches in the
+    largest group. It keeps the activations of at most N passes.
     """
     sizes = _groups(micro_batches, ranks)
     forward, backward, first = list[Action](), list[Action](), 0
@@ -103,7 +103,7 @@ def zbv(ranks: int, micro_batches: int) -> list[Order]:
     """ZB-V: each rank has two stages, and a micro-batch goes down the ranks and up again.
 
     The order is found by playing it out with F = B = W: a rank that is free prefers a backward pass, and then a forward pass if
-    it keeps the activations of less than 2p of them, each of half the layers of a rank; otherwise it computes gradients of
+    it keeps the activations of fewer than 2p of them, each of half the layers of a rank; otherwise it computes gradients of
     weights. The later of two stages comes first.
     """
     stages = 2 * ranks
@@ -249,7 +249,7 @@ def bubble(played: Sequence[Sequence[Timed]]) -> float:
 
 
 def most_in_flight(order: Order) -> int:
-    """Returns the largest number of forward passes whose backward pass has not run yet."""
+    """Returns the largest number of forward passes that wait for their backward pass at the same time."""
     most = now = 0
     for action in order:
         now += {FORWARD: 1, BACKWARD: -1, WEIGHTS: 0}[action.kind]

@@ -252,9 +252,9 @@ class PipelinedModel(nn.Module):
 
     def __init__(self, mode: str, chunks: Sequence[Chunk], channels: Channels) -> None:
         super().__init__()
-        self.mode = mode
         self.stages = nn.ModuleList(chunk.model for chunk in chunks)
         self.chunks, self.channels = chunks, channels
+        self.plan = channels.plan(forwards(mode, channels.size, len(chunks), 1))
 
     def numbered_layers(self) -> list[tuple[int, DecoderLayer]]:
         """Returns the layers of this rank, with their numbers in the whole decoder."""
@@ -268,8 +268,7 @@ class PipelinedModel(nn.Module):
             caches: the caches of this rank's layers.
         """
         channels, config = self.channels, self.chunks[0].model.config
-        plan = channels.plan(forwards(self.mode, channels.size, len(self.chunks), 1))
-        channels.expect(plan, (*tokens.shape, config.hidden_size))
+        channels.expect(self.plan, (*tokens.shape, config.hidden_size))
         logits, rest = None, iter(caches)
         for stage, model, *_ in self.chunks:
             hidden = channels.take(Action(FORWARD, stage - 1, 0)) if stage else None

@@ -49,11 +49,11 @@ def build(
         model, axis = _build_stage(Stage(range(decoder.num_layers)), decoder, config, layout, meshes, device)
         _initialize(axis, decoder, config)
         return model, axis, OneStage(model, axis, device)
-    stages = split(decoder, layout.pipeline * config.model.num_chunks, config.data.seq_len, config.parallel.pipeline.layers)
+    stages = split(decoder, layout.stages, config.data.seq_len, config.parallel.pipeline.layers)
     pipelines, dtype = layout.weights.groups("stage"), COMPUTE[config.model.dtype]
     ranks_of_stages = [layout.rank_of_stage(number) for number in range(len(stages))]
     channels = Channels(meshes.groups, pipelines, ranks_of_stages, device, dtype)
-    chunks, mode = list[Chunk](), config.parallel.pipeline.mode
+    chunks, mode = list[Chunk](), layout.schedule
     for number, stage in enumerate(stages):
         if channels.rank_of[number] == channels.rank:
             deferred = Deferred() if mode != "1F1B" else None
@@ -115,14 +115,10 @@ def _initialize(axis: Weights, decoder: DecoderConfig, config: Config) -> None:
 
 def _tied_group(decoder: DecoderConfig, layout: Layout, meshes: Meshes) -> dist.ProcessGroup | None:
     """Makes the group of the ranks of the first and the last stage, if they share the embedding's weight."""
-    if not decoder.tie_embeddings:
+    ends = layout.groups().get("first and last")  # there are none if both stages are on the same rank
+    if not decoder.tie_embeddings or ends is None:
         return None
-    last = layout.rank_of_stage(layout.stages - 1)
-    if not last:
-        return None  # both stages are on the first rank
-    ends = [[ranks[0], ranks[last]] for ranks in layout.weights.groups("stage")]
-    alone = [[rank] for rank in sorted({*range(layout.world)} - {*itertools.chain(*ends)})]
-    group = meshes.groups.get(ends + alone, "first and last stage")
+    group = meshes.groups.get(ends, "first and last stage")
     return group if group.size() > 1 else None
 
 

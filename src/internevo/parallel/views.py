@@ -71,12 +71,12 @@ class Groups:
         """Returns the process group that this rank is in.
 
         Args:
-            partition: the ranks of each group; every rank of the world is in exactly one of them. (PyTorch names a group after
-                its ranks and the number of groups so far, which must be the same on all of them.)
+            partition: the ranks of each group. A rank that is in none of them gets a group of its own, because PyTorch names a
+                group after its ranks and the number of groups so far, which must be the same on all of them.
             purpose: groups of the same ranks with different purposes are different groups.
         """
         rank = dist.get_rank()
-        ranks = next(tuple(group) for group in partition if rank in group)
+        ranks = next((tuple(group) for group in partition if rank in group), (rank,))
         if len(ranks) == dist.get_world_size() and not purpose:
             assert dist.group.WORLD is not None
             return dist.group.WORLD

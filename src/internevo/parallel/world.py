@@ -15,9 +15,7 @@ import torch.distributed as dist
 
 from ..errors import InternEvoError
 from . import gloo
-from .launcher import LauncherInfo, first_host, local_world_size, read_launcher
-
-__all__ = ["LauncherInfo", "World", "first_host", "join", "local_world_size", "read_launcher"]
+from .launcher import LauncherInfo, read_launcher
 
 TIMEOUT = timedelta(minutes=30)
 """Default time-out of the collectives of training. The first ones wait for ranks that load, compile and connect. Later, the
@@ -42,17 +40,17 @@ class World:
 
 
 @contextmanager
-def join(port: int | None = None, launcher: str | None = None, timeout: timedelta = TIMEOUT) -> Iterator[World]:
+def join(info: LauncherInfo | None = None, timeout: timedelta = TIMEOUT) -> Iterator[World]:
     """Initializes ``torch.distributed`` with NCCL on GPUs and gloo on CPUs, and frees the process groups at the end.
 
     After an error, with several ranks, the process groups are not freed: a group cannot be freed before its collectives have
     ended, and those may wait forever for other ranks. The process must then end without freeing anything; ``cli.main`` does so.
 
     Args:
-        port, launcher: as in ``read_launcher``.
+        info: what the launcher has said; None: it is read from the environment.
         timeout: time-out of the collectives of training.
     """
-    info = read_launcher(os.environ, port, launcher)
+    info = info or read_launcher(os.environ)
     device = pick_device(info.local_rank)
     on_cpu = gloo.register()
     if device.type == "cpu" and info.size > 1 and _is_local(os.environ):

@@ -19,11 +19,11 @@ from internevo.checkpoint.export import Exporter, check_export
 from internevo.commands.convert import convert
 from internevo.errors import ConfigError, UsageError
 from internevo.models.config import DecoderConfig, Lora
-from internevo.models.decoder import Decoder
 from internevo.models.families.registry import FAMILIES, decoder_from_hf
 from internevo.models.huggingface.folder import HfFolder, as_family, naming
 from internevo.models.huggingface.tokenizer import copy_tokenizer, has_tokenizer, special_ids
 from internevo.text.tokenizer import load_tokenizer, train_bpe
+from tests.conftest import random_model
 from tests.families import CONFIGS
 
 TINY = DecoderConfig(
@@ -34,12 +34,7 @@ TINY = DecoderConfig(
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
     """A run folder with one checkpoint."""
-    with torch.device("meta"):
-        model = Decoder(TINY)
-    model.materialize("cpu")
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter)
-    save_hf(model, tmp_path / "start")
+    save_hf(random_model(TINY), tmp_path / "start")
     train_bpe(["def f(x): return x"] * 5, 300, tmp_path / "start")
     convert(tmp_path / "start", tmp_path / "run" / "checkpoints" / "step-00000002", "internevo")
     return tmp_path / "run"

@@ -13,7 +13,7 @@ from internevo.commands.convert import convert
 from internevo.errors import UsageError
 from internevo.models.config import DecoderConfig
 from internevo.models.decoder import Decoder
-from tests.conftest import Run
+from tests.conftest import Run, random_model
 from tests.kills import kill_at_every_moment
 
 TINY = DecoderConfig(
@@ -23,12 +23,7 @@ TINY = DecoderConfig(
 
 @pytest.fixture
 def model() -> Decoder:
-    with torch.device("meta"):
-        made = Decoder(TINY)
-    made.materialize("cpu")
-    for parameter in made.parameters():
-        torch.nn.init.normal_(parameter)
-    return made
+    return random_model(TINY)
 
 
 def same(folder: Path, model: Decoder) -> bool:

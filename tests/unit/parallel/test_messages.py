@@ -56,7 +56,8 @@ class Nccl:
 
     def get(self, partition: list[list[int]], purpose: str = "") -> Link:
         with self.lock:
-            return self.links[purpose, next(tuple(ranks) for ranks in partition if self.get_rank() in ranks)]
+            own = next((tuple(ranks) for ranks in partition if self.get_rank() in ranks), (self.get_rank(),))
+            return self.links[purpose, own]
 
     def isend(self, tensor: Tensor, peer: int, group: Link) -> "Future[None]":
         group.connect(self.get_rank())

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from internevo.errors import InternEvoError, UsageError
-from internevo.parallel.launcher import launched_by
-from internevo.parallel.world import LauncherInfo, first_host, join, local_world_size, read_launcher
+from internevo.parallel.launcher import LauncherInfo, first_host, launched_by, local_world_size, read_launcher
+from internevo.parallel.world import join
 
 TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "gpu7", "MASTER_PORT": "1234"}
 SLURM = {

@@ -209,14 +209,20 @@ def opened(path: Path) -> TensorFile | str:
         return str(error)
 
 
+def change_a_byte(path: Path, position: int, change: int) -> bytes:
+    """Writes a good file in which a byte of the header, or of its length, is changed. Returns its content."""
+    content = bytearray(save(GOOD))
+    content[position % (8 + int.from_bytes(content[:8], "little"))] ^= change
+    path.write_bytes(content)
+    return bytes(content)
+
+
 @given(position=st.integers(0, 10**6), change=st.integers(1, 255))
 def test_a_changed_byte_in_the_header_is_an_error_that_names_the_file_or_still_a_file(
     tmp_path_factory: pytest.TempPathFactory, position: int, change: int
 ) -> None:
     path = tmp_path_factory.mktemp("changed") / "a.safetensors"
-    content = bytearray(save(GOOD))
-    content[position % (8 + int.from_bytes(content[:8], "little"))] ^= change
-    path.write_bytes(content)
+    change_a_byte(path, position, change)
     found = opened(path)
     if isinstance(found, str):
         assert f"{path} is not a safetensors file" in found
@@ -291,10 +297,8 @@ def test_a_changed_byte_that_the_library_refuses_is_refused(
     tmp_path_factory: pytest.TempPathFactory, position: int, change: int
 ) -> None:
     path = tmp_path_factory.mktemp("changed") / "a.safetensors"
-    content = bytearray(save(GOOD))
-    content[position % (8 + int.from_bytes(content[:8], "little"))] ^= change
-    path.write_bytes(content)
-    assert isinstance(opened(path), str) or not refused_by_library(bytes(content))
+    content = change_a_byte(path, position, change)
+    assert isinstance(opened(path), str) or not refused_by_library(content)
 
 
 @pytest.mark.parametrize("depth", [100, 2_000, 200_000])

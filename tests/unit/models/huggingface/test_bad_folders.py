@@ -14,8 +14,8 @@ from internevo import load_model, save_hf
 from internevo.commands.convert import convert
 from internevo.errors import UsageError
 from internevo.models.config import DecoderConfig
-from internevo.models.decoder import Decoder
 from internevo.models.huggingface.folder import HfFolder
+from tests.conftest import random_model
 
 TINY = DecoderConfig(
     family="LLAMA2", vocab_size=30, hidden_size=8, intermediate_size=12, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4
@@ -26,12 +26,7 @@ TINY = DecoderConfig(
 def folder(tmp_path: Path) -> Path:
     """A small Llama in one file."""
     torch.manual_seed(0)
-    with torch.device("meta"):
-        model = Decoder(TINY)
-    model.materialize("cpu")
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter)
-    save_hf(model, tmp_path / "hf")
+    save_hf(random_model(TINY), tmp_path / "hf")
     return tmp_path / "hf"
 
 

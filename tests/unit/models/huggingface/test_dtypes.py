@@ -23,6 +23,7 @@ from internevo.models.huggingface.folder import HfFolder, write_hf
 from internevo.models.huggingface.merge import merged
 from internevo.models.source import ModelInMemory, dtypes, most_common_dtype
 from internevo.storage.tensors import as_rows, joint_dtype
+from tests.conftest import random_model
 from tests.families import CONFIGS, disk_tensors, pair
 from tests.references import REFERENCES, random_folder
 
@@ -85,11 +86,8 @@ def test_every_tensor_is_read_and_kept_in_its_own_dtype(family: str, data: st.Da
 def mixed_model() -> Decoder:
     """Returns a model in bf16, but with norms in fp32 and one matrix in fp16."""
     torch.manual_seed(0)
-    with torch.device("meta"):
-        model = Decoder(TINY)
-    model.materialize("cpu")
+    model = random_model(TINY)
     for name, parameter in model.named_parameters():
-        torch.nn.init.normal_(parameter)
         other = torch.float16 if name.endswith("gate.weight") else torch.bfloat16
         parameter.data = parameter.data.to(torch.float32 if "norm" in name else other)
     return model
@@ -123,11 +121,8 @@ def test_tensors_of_older_bin_files_keep_their_dtypes_too(tmp_path: Path) -> Non
 
 def test_merged_adapters_do_not_change_the_dtype_of_a_weight(tmp_path: Path) -> None:
     config = replace(TINY, lora=Lora(2, 4.0, ("q",)))
-    with torch.device("meta"):
-        model = Decoder(config)
-    model.materialize("cpu")
+    model = random_model(config)
     for name, parameter in model.named_parameters():
-        torch.nn.init.normal_(parameter)
         if "lora" not in name and "norm" not in name:
             parameter.data = parameter.data.bfloat16()
     source = merged(ModelInMemory(config, model))
