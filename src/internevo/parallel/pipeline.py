@@ -155,7 +155,7 @@ class Step:
     """(stage, micro-batch) -> what computes the gradients of the weights that its backward pass has left for later."""
 
 
-def needed(micro_batch: MicroBatch, model: Decoder, device: torch.device) -> MicroBatch:
+def to_device(micro_batch: MicroBatch, model: Decoder, device: torch.device) -> MicroBatch:
     """Copies what a stage needs of a micro-batch to the device; the rest has the right shape, and no memory.
 
     The embedding needs tokens; the loss needs labels and dataset types; routers need labels, because their losses are weighted
@@ -164,8 +164,8 @@ def needed(micro_batch: MicroBatch, model: Decoder, device: torch.device) -> Mic
     stage, config = model.stage, model.config
     routes = any(config.is_sparse(layer) for layer in stage.layers)
 
-    def copied(tensor: Tensor, is_needed: bool) -> Tensor:
-        if is_needed:
+    def copied(tensor: Tensor, needed: bool) -> Tensor:
+        if needed:
             return tensor.to(device, non_blocking=True)
         return torch.empty(1, dtype=tensor.dtype, device=device).expand(tensor.shape)
 
@@ -238,7 +238,7 @@ class Pipeline:
         model, hidden = self.chunks[stage].model, None
         if stage:
             hidden = self.channels.take(Action(FORWARD, stage - 1, number)).requires_grad_(torch.is_grad_enabled())
-        batch = needed(step.micro_batches[number], model, self.channels.device)
+        batch = to_device(step.micro_batches[number], model, self.channels.device)
         result = model(batch.tokens, cu_seqlens=batch.cu_seqlens, labels=batch.labels, terms=step.terms, hidden=hidden)
         step.on_result(batch, result)
         output = None

@@ -15,7 +15,7 @@ from internevo.parallel.data_axis import SingleProcess
 from internevo.parallel.deferred import Deferred
 from internevo.parallel.messages import Channels
 from internevo.parallel.orders import Action
-from internevo.parallel.pipeline import Chunk, Chunks, Pipeline, needed
+from internevo.parallel.pipeline import Chunk, Chunks, Pipeline, to_device
 
 CONFIG = DecoderConfig("LLAMA2", 97, 32, 48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8)
 STAGES = [Stage(range(1), heads=False), Stage(range(1, 2), embeds=False)]
@@ -38,7 +38,7 @@ def test_a_stage_copies_only_what_it_needs(embeds: bool, heads: bool, experts: b
     with torch.device("meta"):
         model = Decoder(config, Stage(range(1), embeds, heads))
     batch = micro_batch()
-    copied = needed(batch, model, torch.device("cpu"))
+    copied = to_device(batch, model, torch.device("cpu"))
     assert copied.cu_seqlens is batch.cu_seqlens
     for name in ("tokens", "labels", "types"):
         mine, all_of_it = getattr(copied, name), getattr(batch, name)
@@ -71,12 +71,12 @@ def test_micro_batches_are_copied_one_by_one_when_they_are_needed(monkeypatch: p
 
     def spy(batch: MicroBatch, model: Decoder, device: torch.device) -> MicroBatch:
         events.append((model.stage.heads, next(n for n, other in enumerate(batches) if other is batch)))
-        return needed(batch, model, device)
+        return to_device(batch, model, device)
 
     def on_result(batch: MicroBatch, result: Loss | HandedOn) -> None:
         assert isinstance(result, HandedOn) or bool((batch.labels >= 0).all())
 
-    monkeypatch.setattr(pipeline, "needed", spy)
+    monkeypatch.setattr(pipeline, "to_device", spy)
     schedule.after_pass = events.append
     schedule.train(batches, LossTerms(), 1.0, on_result)
     forwards = [n for n, event in enumerate(events) if isinstance(event, Action) and event.kind == "F"]
