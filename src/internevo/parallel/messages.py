@@ -10,7 +10,8 @@ A rank is already receiving the next message while it computes, but only if that
 rank still has to send: while a GPU is receiving, it may not be able to load a kernel or to free memory.
 
 A rank keeps what it sends until a message from the receiver shows that it has arrived there (``Expected.arrived``), or until
-the end of the step. So how many messages a rank keeps follows from the orders (``kept``), and not from time.
+the end of the step. So the most messages that a rank keeps follow from the orders (``kept``). Only NCCL can also say that
+something has been sent; then it is freed earlier.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ class Outbox:
 
     def send(self, tensor: Tensor) -> None:
         """Starts to send a tensor."""
+        while self._sending and self._sending[0][0].is_completed():
+            self.arrived(self._arrived + 1)
         tensor = tensor.detach().contiguous()
         work = dist.isend(tensor, self.peer, self.group)
         assert work is not None
@@ -109,7 +112,7 @@ def _receiver(action: Action, ranks_of_stages: Sequence[int]) -> int | None:
 
 
 def kept(plan: Plan, rank: int, ranks_of_stages: Sequence[int]) -> list[int]:
-    """Returns how many messages a rank keeps after each action of its plan.
+    """Returns how many messages a rank keeps at most after each action of its plan.
 
     Those are what it receives ahead of its use, and what it has sent and does not know to have arrived. (The input of a stage
     is one of its activations.)

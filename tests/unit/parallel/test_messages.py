@@ -63,7 +63,7 @@ class Nccl:
         group.connect(self.get_rank())
         group.carried.put(tensor)
         sent: Any = Future()
-        sent.wait = lambda: None
+        sent.is_completed, sent.wait = lambda: False, lambda: None
         return sent
 
     def irecv(self, tensor: Tensor, peer: int, group: Link) -> Receiving:
