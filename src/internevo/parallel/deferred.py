@@ -54,6 +54,7 @@ class Deferred:
 
         Args:
             weights: parameters, or what was computed from them: autograd takes the gradients on to the parameters.
+            products: must have no tensor with a graph, which would keep the input of the stage alive.
         """
         self._left.append(partial(_accumulate, weights, products))
 
@@ -84,7 +85,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-        (x,) = ctx.saved_tensors
+        x = ctx.saved_tensors[0].detach()
         ctx.deferred.leave([ctx.weight], lambda: [product(grad, x)])
         return grad @ ctx.weight, None, None
 
@@ -102,7 +103,7 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-        rows, ends = ctx.saved_tensors
+        rows, ends = (saved.detach() for saved in ctx.saved_tensors)
         ctx.deferred.leave([ctx.weight], lambda: [ops.grouped_product(grad, rows, ends)])
         return ops.grouped_linear(grad, ctx.weight.detach().transpose(1, 2), ends, ctx.complete), None, None, None, None
 

@@ -62,9 +62,8 @@ def traffic(work: Workload) -> list[Collectives]:
         return []
     again = len([layer for layer in layers if layer in work.recomputed_layers])
     forwards, d, e = len(layers) + again, decoder.hidden_size, work.element_bytes
-    tokens = work.tokens if layout.experts_by_tensor else work.tokens // layout.tensor
     moved = 2 * (forwards + len(layers))
-    nbytes = moved * tokens * experts.top_k * d * e + forwards * 4 * experts.count
+    nbytes = moved * work.routed_tokens * experts.top_k * d * e + forwards * 4 * experts.count
     weights = 3 * experts.count // layout.expert * experts.size * d * e
     rows = [Collectives("all-to-all", "expert", moved + forwards, nbytes)]
     if layout.mode == "isp":

@@ -230,7 +230,7 @@ class _GatheredWeightLinears(torch.autograd.Function):
         for grad, weight in zip(flat_TF[1:], full[1:], strict=True):
             grad_TD += grad @ weight
         if weights.deferred is not None and any(shard.requires_grad for shard in ctx.deferred_shards):
-            products = partial(_products, grads, x_BSD)
+            products = partial(_products, grads, x_BSD.detach())
             weights.deferred.leave(ctx.deferred_shards, partial(weights.reduced, products))
         elif not weights.overlap and trained:
             scattered = weights.wait_for_gradients(scattered)
@@ -274,7 +274,7 @@ class _GatheredExperts(torch.autograd.Function):
             gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
             hidden = ops.gated(gate, up, ctx.activation)
         grad_gate, grad_up = torch.autograd.grad(hidden, (gate, up), grad_hidden)
-        pairs = ((grad_gate, rows), (grad_up, rows), (grad, hidden.detach()))
+        pairs = ((grad_gate, rows.detach()), (grad_up, rows.detach()), (grad, hidden.detach()))
 
         def products() -> list[Tensor]:
             return [ops.grouped_product(grad, x, ends) for grad, x in pairs]
