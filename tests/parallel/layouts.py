@@ -4,9 +4,13 @@ import itertools
 import os
 import random
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
-DRAWN = int(os.environ.get("INTERNEVO_TEST_COMPOSITIONS", "8"))
+from internevo.config import validate
+from internevo.train.check import missing_features, problems
+from tests.conftest import tiny
+
+DRAWN = int(os.environ.get("INTERNEVO_TEST_COMPOSITIONS", "60"))
 """Number of random compositions."""
 ROWS = 24
 """Rows of a global batch."""
@@ -113,25 +117,95 @@ def full_table() -> Iterator[tuple[str, Case]]:
         yield name, layout(4, mode, t, w, **kind, **form, **memory)
 
 
-def composition(seed: int) -> tuple[int, dict[str, Any], str]:
-    """Draws everything that a layout can have at random. Returns (processes, changes to the config, name of the model)."""
+STEPS = 5
+"""Steps of a random composition."""
+EXPERT_MODELS: dict[str, dict[str, Any]] = {
+    "experts with capacity": {**EXPERTS, "loss__moe_loss_coeff": 0.1, "loss__moe_z_loss_coeff": 0.01},
+    "dropless experts": {
+        "model_type": "QWEN3MOE", "model__num_experts": 4, "model__top_k": 2, "model__moe_intermediate_size": 24,
+        "model__moe_type": "Dropless", "model__mlp_only_layers": [0], "loss__moe_loss_coeff": 0.05,
+    },
+    "eight experts, dropped by probability": {
+        "model_type": "MIXTRALMOE", "model__num_experts": 8, "model__top_k": 3,
+        "model__moe_layer_kwargs": {"drop_policy": "probs", "capacity_factor": 0.8}, "loss__moe_loss_coeff": 0.1,
+    },
+}  # fmt: skip
+
+
+class Composition(NamedTuple):
+    """A random combination of everything that a layout can have."""
+
+    processes: int
+    layout: dict[str, Any]
+    """Changes to the config that must not change what is trained."""
+    model: str
+    """A key of ``MODELS`` or ``EXPERT_MODELS``."""
+    training: dict[str, Any]
+    """The other changes to the config."""
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """All changes to the config, for the run of this composition."""
+        return {**self.one_process, **self.layout}
+
+    @property
+    def one_process(self) -> dict[str, Any]:
+        """All changes to the config, for the run on one process."""
+        model = {**MODELS, **EXPERT_MODELS}[self.model]
+        return {**COMMON, "data__total_steps": STEPS, **self.training, **model}
+
+
+def compositions(seed: int) -> Iterator[Composition]:
+    """Yields random combinations that the rules of the config accept. The same seed yields the same ones."""
     draw = random.Random(seed)
+    while True:
+        drawn = _draw(draw)
+        config = validate(tiny(**drawn.changes))
+        if not problems(config, drawn.processes) and not missing_features(config):
+            yield drawn
+
+
+def composition(seed: int) -> Composition:
+    """Returns the first one of ``compositions``."""
+    return next(compositions(seed))
+
+
+def _draw(draw: random.Random) -> Composition:
+    """Draws a combination, which need not be possible."""
     processes, mode = draw.choice([2, 4, 4, 8]), draw.choice(["mtp", "msp", "fsp", "isp", "isp"])
-    tensor = draw.choice([n for n in (1, 2, 4) if processes % n == 0])
-    weight = draw.choice([n for n in (1, 2, 4, 8) if processes % n == 0]) if mode == "isp" else 1
-    outer = processes // (weight if mode == "isp" else tensor)
-    zero = draw.choice([-1, *(n for n in (1, 2, 4, 8) if outer % n == 0)])
-    weights = {
-        "overlap": draw.random() < 0.7, "forward_overlap_per": draw.choice(["module", "layer"]),
-        "launch_allgather_before": draw.choice(["wqkv", "attn", "wo", "w1"]),
-    }  # fmt: skip
-    more: dict[str, Any] = {
+    sizes = [n for n in (1, 2, 4, 8) if processes % n == 0]
+    stages = draw.choice([1, 1, *sizes])
+    schedule = draw.choice(["1F1B", "1F1B", "ZBH1", "ZBV"]) if stages > 1 else "1F1B"
+    chunks = 2 if schedule == "ZBV" else draw.choice([1, 2]) if stages > 1 and schedule == "1F1B" else 1
+    models = draw.choice([list(MODELS), list(EXPERT_MODELS)])
+    isp, experts = mode == "isp", models[0] in EXPERT_MODELS
+    layers = draw.choice([n for n in (4, 8) if n >= stages * chunks] or [8])
+    split: list[int] = []
+    if stages * chunks == 2 and draw.random() < 0.3:
+        split = [1, layers - 1]
+    layout: dict[str, Any] = {
+        "parallel__tensor": {"size": draw.choice([1, 2, 4]), "mode": mode},
+        "parallel__weight": {
+            "size": draw.choice(sizes) if isp else 1, "overlap": draw.random() < 0.7,
+            "forward_overlap_per": draw.choice(["module", "layer"]),
+            "launch_allgather_before": draw.choice(["wqkv", "attn", "wo", "w1"]),
+        },
+        "parallel__zero1": {"size": draw.choice([-1, *sizes]), "fsdp": draw.random() < 0.3},
+        "parallel__pipeline": {"size": stages, "mode": schedule, "layers": split},
+        "model__num_chunks": chunks,
         "model__checkpoint": draw.choice([False, False, True, 0.5, "attention"]),
         "selective_checkpoint": draw.random() < 0.3,
-        "data__use_packed_dataset": draw.random() < 0.7,
         "hybrid_zero_optimizer__overlap_sync_param": draw.random() < 0.5,
         "hybrid_zero_optimizer__overlap_sync_grad": draw.random() < 0.5,
         "hybrid_zero_optimizer__reduce_bucket_size": draw.choice([None, 30_000]),
-    }
-    changes = layout(processes, mode, tensor, weight, zero, draw.random() < 0.3, weights if mode == "isp" else None, **more)
-    return *changes, draw.choice(list(MODELS))
+        "parallel__expert": {"size": draw.choice([-1, 1, 2, 4]) if experts else -1, "no_tp": experts and draw.random() < 0.4},
+        "parallel__expert_weight": {
+            "size": draw.choice(sizes) if experts and isp else 1, "overlap": experts and isp and draw.random() < 0.7
+        },
+        "parallel__expert_zero1": {"size": draw.choice([-1, -1, 1, 2]) if experts else -1},
+    }  # fmt: skip
+    training = {
+        "model__num_layers": layers, "data__micro_bsz": 3,  # routing is by micro-batch
+        "data__use_packed_dataset": draw.random() < 0.7,
+    }  # fmt: skip
+    return Composition(processes, layout, draw.choice(models), training)

@@ -10,7 +10,7 @@ import pytest
 from internevo.text.tokenizer import train_bpe
 from tests.conftest import metrics, tensors, write_config
 from tests.parallel.conftest import Runs, assert_same, assert_same_rows
-from tests.parallel.layouts import COMMON, DRAWN, MODELS, NAMED, Case, composition, full_table, layout
+from tests.parallel.layouts import COMMON, MODELS, NAMED, Case, full_table, layout
 from tests.pool import Pool
 
 
@@ -43,11 +43,6 @@ def test_adapters_are_trained_the_same_in_every_layout(pool: Pool, world: Runs, 
 def test_replicated_key_value_heads_need_no_adapters(pool: Pool, world: Runs, tmp_path: Path, mode: str) -> None:
     """Two ranks have replicas of the one key/value head. Without adapters on k and v there is no gradient to sum over them."""
     compare(pool, world, tmp_path, *layout(2, mode, 2), model="adapters on q and o only")
-
-
-@pytest.mark.parametrize("seed", range(DRAWN))
-def test_compositions_train_the_same_model_as_one_process(pool: Pool, world: Runs, tmp_path: Path, seed: int) -> None:
-    compare(pool, world, tmp_path, *composition(seed))
 
 
 @pytest.mark.skipif("INTERNEVO_TEST_FULL_TABLE" not in os.environ, reason="takes minutes: INTERNEVO_TEST_FULL_TABLE=1 runs it")

@@ -1,0 +1,100 @@
+"""Random combinations of all that a layout can have train the same model as one process, with the collectives that they state.
+A checkpoint of any of them goes on in any other."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from internevo.config import Config, load_config
+from internevo.models.families.registry import decoder_config
+from internevo.parallel import plan
+from internevo.parallel.layout import Layout
+from internevo.parallel.strategy import Workload, add_up
+from internevo.train import step
+from tests.conftest import metrics, write_config, write_dataset
+from tests.parallel.conftest import assert_same
+from tests.parallel.layouts import DRAWN, ROWS, STEPS, Composition, composition, compositions
+from tests.pool import DEVICE, Pool
+
+One = Callable[[Composition, int], Path]
+CHAINS = max(1, DRAWN // 10)
+"""Number of random chains of layouts."""
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory, pool: Pool) -> One:
+    """Returns the run folder of one process that trains the same. Each is trained once."""
+    folder = tmp_path_factory.mktemp("compositions")
+    dataset = write_dataset(folder / "data")
+
+    def run(drawn: Composition, steps: int) -> Path:
+        changes = {**drawn.one_process, "data__total_steps": steps}
+        path = folder / hashlib.sha256(json.dumps(changes, sort_keys=True).encode()).hexdigest()[:16]
+        if not path.exists():
+            pool.train(write_config(folder, dataset, path.name, **changes), 1)
+        return path
+
+    return run
+
+
+def assert_same_routing(many: Path, one: Path) -> None:
+    """Compares what the routers have counted: exactly; and their losses."""
+    for mine, reference in zip(metrics(many), metrics(one), strict=True):
+        if "moe" in reference:
+            routing, expected = mine["moe"], reference["moe"]
+            assert {key: routing[key] for key in ("load", "max_load", "dropped")} == {
+                key: expected[key] for key in ("load", "max_load", "dropped")
+            }, mine["step"]
+            for key in ("entropy", "auxiliary_loss"):
+                assert routing[key] == pytest.approx(expected[key], rel=1e-5)
+
+
+def assert_stated(run: Path, config: Config, processes: int) -> None:
+    """Compares the collectives of a step of rank 0 with what the strategies state. How many rows travel to experts depends on
+    the router."""
+    layout, decoder = Layout.from_config(config, processes), decoder_config(config.model_type, config.model)
+    if decoder.lora is not None:
+        return
+    micro_batches = ROWS // (config.data.micro_bsz * layout.data)
+    work = Workload.from_config(decoder, config, layout, micro_batches, DEVICE)
+    types = len(metrics(run)[0]["loss_by_type"])
+    stated = {
+        (row.kind, row.axis): (row.count, row.nbytes)
+        for row in add_up([*plan.traffic(work), step.traffic(decoder, types, layout)], layout)
+    }
+    counted = {(row["kind"], row["axis"]): (row["count"], row["nbytes"]) for row in json.loads((run / "comm.json").read_text())}
+    for key in [key for key in stated if key[0] == "all-to-all" and layout.expert > 1]:
+        assert counted[key][0] == stated[key][0]
+        del counted[key], stated[key]
+    assert counted == stated
+
+
+@pytest.mark.parametrize("seed", range(DRAWN))
+def test_compositions_train_the_same_model_as_one_process(pool: Pool, one_process: One, tmp_path: Path, seed: int) -> None:
+    drawn = composition(seed)
+    one = one_process(drawn, STEPS)
+    path = write_config(tmp_path, one.parent / "data", "many", **drawn.changes, monitor__comm=True)
+    pool.train(path, drawn.processes)
+    assert_same(tmp_path / "many", one, STEPS)
+    assert_same_routing(tmp_path / "many", one)
+    assert_stated(tmp_path / "many", load_config(path), drawn.processes)
+
+
+@pytest.mark.parametrize("seed", range(CHAINS))
+def test_a_run_continues_through_random_layouts(pool: Pool, one_process: One, tmp_path: Path, seed: int) -> None:
+    """Weights, moments, what balances the experts, and the position in the data: in each layout two steps."""
+    first, *others = islice(compositions(10_000 + seed), 200)
+    chain = [first, *[drawn for drawn in others if drawn.one_process == first.one_process][:3]]
+    for legs, drawn in enumerate(chain, start=1):
+        changes: dict[str, Any] = {**drawn.changes, "data__total_steps": 2 * legs}
+        pool.train(
+            write_config(tmp_path, one_process(first, 2 * len(chain)).parent / "data", "run", **changes), drawn.processes
+        )
+    one = one_process(first, 2 * len(chain))
+    assert_same(tmp_path / "run", one, 2 * len(chain))
+    assert_same_routing(tmp_path / "run", one)
