@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import cast
 
 import torch
@@ -13,6 +14,7 @@ from .config import DecoderConfig, Stage
 from .layers import Cache, Context, DecoderLayer, Embedding, Head, RMSNorm
 from .lora import add_adapters
 from .losses import HandedOn, Loss, LossTerms, Routed, pool, router_losses
+from .moe import MoE, Router
 from .rotary import tables
 
 
@@ -51,6 +53,10 @@ class Decoder(nn.Module):
     def numbered_layers(self) -> list[tuple[int, DecoderLayer]]:
         """Returns the layers of this stage, with their numbers in the whole decoder."""
         return [(int(number), cast(DecoderLayer, layer)) for number, layer in self.layers.items()]
+
+    def stored(self) -> dict[str, Tensor]:
+        """Returns all that a checkpoint has of this model: its parameters and the routers' balance biases."""
+        return {**dict(self.named_parameters()), **balance_biases(self.numbered_layers())}
 
     def tie(self) -> None:
         """Makes the head use the embedding's weight, if the model has tied embeddings.
@@ -148,7 +154,24 @@ def _lengths(positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return torch.repeat_interleave(sizes, sizes, output_size=positions.shape[1]).unsqueeze(0)
 
 
+def routers(layers: Iterable[tuple[int, DecoderLayer]]) -> dict[int, Router]:
+    """Returns number of a layer -> its router, for those of ``numbered_layers()`` that have experts."""
+    return {number: layer.mlp.router for number, layer in layers if isinstance(layer.mlp, MoE)}
+
+
+def balance_biases(layers: Iterable[tuple[int, DecoderLayer]]) -> dict[str, Tensor]:
+    """Returns the balance biases of the routers, under their names in the whole decoder."""
+    found = {f"layers.{number}.mlp.router.bias": router.bias for number, router in routers(layers).items()}
+    return {name: bias for name, bias in found.items() if bias is not None}
+
+
 def parameter_shapes(config: DecoderConfig) -> dict[str, torch.Size]:
     """Returns the name and shape of every parameter. A tied head is not among them."""
     with torch.device("meta"):
         return {name: p.shape for name, p in Decoder(config).named_parameters()}
+
+
+def stored_shapes(config: DecoderConfig) -> dict[str, torch.Size]:
+    """Returns the name and shape of all that a checkpoint has of a model: its parameters and the routers' balance biases."""
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in Decoder(config).stored().items()}

@@ -19,7 +19,7 @@ from ..data.rows import Rows
 from ..data.source import Source
 from ..data.streaming.exchange import Exchange
 from ..models.config import DecoderConfig
-from ..models.decoder import Decoder
+from ..models.decoder import Decoder, balance_biases
 from ..models.families.registry import decoder_config
 from ..models.losses import LossTerms
 from ..observe.console import log
@@ -74,8 +74,12 @@ class Parts:
         return _terms(self.config.loss)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Returns the weights and the moments under their names in a checkpoint."""
-        return self.optimizer.checkpoint_tensors()
+        """Returns the weights, balance biases and moments under their names in a checkpoint."""
+        return {**self.optimizer.checkpoint_tensors(), **self.biases()}
+
+    def biases(self) -> dict[str, Tensor]:
+        """Returns the balance biases of this rank's layers under their names in a checkpoint. No rank has only a part of one."""
+        return {f"model/{name}": bias for name, bias in balance_biases(self.model.numbered_layers()).items()}
 
     def extras(self) -> Extras:
         """Returns what a checkpoint contains besides tensors: counters, the model's shape, the config, and the tokenizer."""
