@@ -85,6 +85,7 @@ EXPERTS_OVER_RANKS = {
     "2 of 4, fsdp, recomputed": layout(4, **EXPERTS, parallel__expert={"size": 2}, fsdp=True, model__checkpoint=True),
     "4": layout(4, **EXPERTS),
     "2, in a pipeline": pipelined(4, 2, layers=2, **EXPERTS),
+    "2, in a pipeline, pooled": pipelined(4, 2, layers=2, **EXPERTS, loss={"moe_loss_coeff": 0.1, "moe_loss_kind": "pooled"}),
 }
 
 

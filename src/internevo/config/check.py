@@ -28,8 +28,6 @@ def missing_features(config: Config) -> list[str]:
         lines.append(
             "not available yet: experts with tensor or weight parallelism (parallel.tensor.size, parallel.weight.size)"
         )
-    if config.model.num_experts > 1 and parallel.pipeline.size > 1 and config.loss.moe_loss_kind == "pooled":
-        lines.append("not available yet: loss.moe_loss_kind = 'pooled' with a pipeline (it adds up the routers of all stages)")
     if config.model.num_experts > 1 and parallel.pipeline.size > 1 and parallel.pipeline.mode != "1F1B":
         lines.append(f"not available yet: experts with parallel.pipeline.mode = {parallel.pipeline.mode!r}")
     if config.monitor.memory and parallel.pipeline.size > 1:

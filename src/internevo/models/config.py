@@ -196,6 +196,11 @@ class DecoderConfig:
         """Whether a layer has experts."""
         return self.experts is not None and layer not in self.experts.dense_layers
 
+    @property
+    def sparse_layers(self) -> int:
+        """The number of layers with experts."""
+        return sum(self.is_sparse(layer) for layer in range(self.num_layers))
+
     def window(self, layer: int) -> int:
         """Returns the number of tokens that a token attends to in a layer, including itself; 0: all."""
         return self.windows[layer] if self.windows else 0

@@ -13,7 +13,7 @@ from ..ops.compiler import mark_dynamic
 from .config import DecoderConfig, Stage
 from .layers import Cache, Context, DecoderLayer, Embedding, Head, RMSNorm
 from .lora import add_adapters
-from .losses import HandedOn, Loss, LossTerms, Routed, pool, router_losses
+from .losses import HandedOn, Loss, LossTerms, Routed, add_pooled, pool, router_losses
 from .moe import MoE, Router
 from .rotary import tables
 
@@ -80,6 +80,7 @@ class Decoder(nn.Module):
         terms: LossTerms = LossTerms(),
         caches: list[Cache] | None = None,
         hidden: Tensor | None = None,
+        pooled: Tensor | None = None,
     ) -> Tensor | Loss | HandedOn:
         """Computes the logits of the next token, or with ``labels`` the loss, for which the logits never exist all at once.
 
@@ -91,7 +92,7 @@ class Decoder(nn.Module):
             labels: the id to be predicted at each token, or -100, int64 [B, S].
             terms: the weights of the terms of the loss.
             caches: for generation: one for each layer. The keys and values of ``tokens`` are added to them.
-            hidden: for a stage without the embedding: the residual stream of the stage before [B, S, D].
+            hidden, pooled: for a stage without the embedding: what the stage before has handed on.
 
         Returns:
             The logits [B, S, V]; or the loss, if there are labels. A stage without a head returns what it hands on to the next.
@@ -107,9 +108,14 @@ class Decoder(nn.Module):
             x_BSD, routing = layer(x_BSD, context, caches[place] if caches is not None else None)
             if routing is not None:
                 sums[int(number)] = self.pool(routing)
-        routed = Routed(sums, None if labels is None else router_losses(labels, sums, terms))
+        if labels is not None and self.config.experts is not None and terms.pools(self.config):
+            nothing = torch.zeros(2, self.config.experts.count, device=x_BSD.device)
+            pooled = add_pooled(nothing if pooled is None else pooled, sums.values())
+        in_loss = pooled if self.stage.heads else None
+        losses = None if labels is None else router_losses(labels, sums, terms, in_loss, self.config.sparse_layers)
+        routed = Routed(sums, losses)
         if self.norm is None or self.head is None:
-            return HandedOn(x_BSD, routed)
+            return HandedOn(x_BSD, pooled, routed)
         out = self.head(self.norm(x_BSD), labels, terms.smoothing)
         if labels is None:
             return out

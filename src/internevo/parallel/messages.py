@@ -1,4 +1,5 @@
-"""Messages between pipeline ranks: point-to-point, of known shape, and in each direction over a process group of its own.
+"""Messages between pipeline ranks: point-to-point, of known shapes, and in each direction over a process group of its own. A
+message is one or several tensors, which are sent one after the other.
 
 On a GPU the messages of a group run one after the other. If both directions shared a group, two ranks could each wait for the
 other one to receive. A channel carries its messages in the order in which the sender sends them, which both sides know.
@@ -37,22 +38,26 @@ def rounds(ranks_of_stages: Sequence[int]) -> list[list[tuple[int, int]]]:
     return found
 
 
+Message = Sequence[Tensor]
+
+
 class Outbox:
-    """Sends tensors to one rank, and keeps each of them alive until it has been sent."""
+    """Sends messages to one rank, and keeps each tensor alive until it has been sent."""
 
     def __init__(self, group: dist.ProcessGroup, peer: int) -> None:
         """``peer``: the receiver's rank in the world."""
         self.group, self.peer = group, peer
         self._sending: deque[tuple[dist.Work, Tensor]] = deque()
 
-    def send(self, tensor: Tensor) -> None:
-        """Starts to send a tensor."""
+    def send(self, message: Message) -> None:
+        """Starts to send a message."""
         while self._sending and self._sending[0][0].is_completed():
             self._sending.popleft()
-        tensor = tensor.detach().contiguous()
-        work = dist.isend(tensor, self.peer, self.group)
-        assert work is not None
-        self._sending.append((work, tensor))
+        for tensor in message:
+            tensor = tensor.detach().contiguous()
+            work = dist.isend(tensor, self.peer, self.group)
+            assert work is not None
+            self._sending.append((work, tensor))
 
     def wait(self) -> None:
         """Waits until everything has been sent."""
@@ -77,24 +82,24 @@ class Plan(NamedTuple):
 
 
 class Inbox:
-    """Receives tensors from one rank: one at a time, in the order in which they are sent."""
+    """Receives messages from one rank: one at a time, in the order in which they are sent."""
 
     def __init__(self, group: dist.ProcessGroup, peer: int) -> None:
         """``peer``: the sender's rank in the world."""
         self.group, self.peer = group, peer
         self._expected: deque[Expected] = deque()
-        self._buffer = torch.empty(0)
-        self._receiving: tuple[Action, dist.Work, Tensor] | None = None
-        self._arrived: dict[Action, Tensor] = {}
+        self._like: Message = ()
+        self._receiving: tuple[Action, list[dist.Work], Message] | None = None
+        self._arrived: dict[Action, Message] = {}
 
-    def expect(self, results: Sequence[Expected], like: Tensor) -> None:
+    def expect(self, results: Sequence[Expected], like: Message) -> None:
         """Says which results will come.
 
         Args:
-            like: a tensor of the same shape, dtype and device.
+            like: a message whose tensors have the same shapes, dtypes and device.
         """
         assert not self._expected and self._receiving is None and not self._arrived
-        self._expected, self._buffer = deque(results), like
+        self._expected, self._like = deque(results), like
 
     def receive(self, sent: int) -> None:
         """Starts to receive the next result, unless one is being received, or the next one waits for this rank.
@@ -103,18 +108,22 @@ class Inbox:
             sent: how many results this rank has sent.
         """
         if self._receiving is None and self._expected and self._expected[0].sends_before <= sent:
-            tensor = torch.empty_like(self._buffer)
-            work = dist.irecv(tensor, self.peer, self.group)
-            assert work is not None
-            self._receiving = self._expected.popleft().result_of, work, tensor
+            message = [torch.empty_like(tensor) for tensor in self._like]
+            works: list[dist.Work] = []
+            for tensor in message:
+                work = dist.irecv(tensor, self.peer, self.group)
+                assert work is not None
+                works.append(work)
+            self._receiving = self._expected.popleft().result_of, works, message
 
-    def take(self, result_of: Action, sent: int) -> Tensor:
+    def take(self, result_of: Action, sent: int) -> Message:
         """Waits for the result of an action, and starts to receive the next one."""
         while result_of not in self._arrived:
             assert self._receiving is not None
-            action, work, tensor = self._receiving
-            work.wait()
-            self._arrived[action], self._receiving = tensor, None
+            action, works, message = self._receiving
+            for work in works:
+                work.wait()
+            self._arrived[action], self._receiving = message, None
             self.receive(sent)
         return self._arrived.pop(result_of)
 
@@ -135,7 +144,7 @@ class Channels:
         Args:
             pipelines: the ranks in the world of each pipeline.
             ranks_of_stages: the pipeline rank of each stage.
-            dtype: dtype of the tensors.
+            dtype: dtype of the residual stream.
         """
         self.group, self.device, self.dtype = groups.get(pipelines), device, dtype
         self.rank_of, self.stages = ranks_of_stages, len(ranks_of_stages)
@@ -144,7 +153,7 @@ class Channels:
         self.rank, self.size = self.ranks.index(dist.get_rank()), len(self.ranks)
         self._out: dict[int, Outbox] = {}
         self._in: dict[int, Inbox] = {}
-        self._here: dict[Action, Tensor] = {}
+        self._here: dict[Action, Message] = {}
         self._sent = 0
         """How many results of the current plan have been sent to other ranks."""
         for number, links in enumerate(rounds(ranks_of_stages)):
@@ -174,25 +183,32 @@ class Channels:
             for sender in self._in
         })  # fmt: skip
 
-    def expect(self, plan: Plan, shape: Sequence[int]) -> None:
-        """Prepares to receive what comes from the other ranks, tensors of ``shape``."""
-        like, self._sent = torch.empty(*shape, dtype=self.dtype, device=self.device), 0
+    def expect(self, plan: Plan, shape: Sequence[int], pooled: int = 0) -> None:
+        """Prepares to receive what comes from the other ranks.
+
+        Args:
+            shape: the shape of the residual stream.
+            pooled: number of experts, if messages have ``HandedOn.pooled`` too; otherwise 0.
+        """
+        like, self._sent = [torch.empty(*shape, dtype=self.dtype, device=self.device)], 0
+        if pooled:
+            like.append(torch.empty(2, pooled, device=self.device))
         for sender, inbox in self._in.items():
             inbox.expect(plan.expected[sender], like)
             inbox.receive(self._sent)
 
-    def send(self, result_of: Action, tensor: Tensor) -> None:
+    def send(self, result_of: Action, message: Message) -> None:
         """Starts to send the result of an action to the rank that needs it."""
         receiver = self._receiver(result_of)
         if receiver == self.rank:
-            self._here[result_of] = tensor.detach()
+            self._here[result_of] = [tensor.detach() for tensor in message]
         elif receiver is not None:
-            self._out[receiver].send(tensor)
+            self._out[receiver].send(message)
             self._sent += 1
             for inbox in self._in.values():
                 inbox.receive(self._sent)
 
-    def take(self, result_of: Action) -> Tensor:
+    def take(self, result_of: Action) -> Message:
         """Waits for the result of an action of another stage."""
         sender = self.rank_of[result_of.stage]
         return self._here.pop(result_of) if sender == self.rank else self._in[sender].take(result_of, self._sent)

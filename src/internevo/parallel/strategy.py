@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from ..config import Config
 from ..models.config import DecoderConfig, Stage
+from ..models.losses import LossTerms
 from .layout import Layout
 from .stages import split
 
@@ -41,6 +42,8 @@ class Workload:
     device: str = "cpu"
     stages: tuple[Stage, ...] = ()
     """The stages of the rank whose collectives and memory are asked for. Empty: the whole model."""
+    pools: bool = False
+    """Whether the loss depends on the routers of all layers together (``LossTerms.pools``)."""
 
     @classmethod
     def from_config(
@@ -61,6 +64,7 @@ class Workload:
             4 if config.hybrid_zero_optimizer.grad_dtype == "float32" else 2,
             config.model.checkpoint, config.selective_checkpoint, config.hybrid_zero_optimizer.reduce_bucket_size, device,
             tuple(stage for number, stage in enumerate(stages) if layout.rank_of_stage(number) == mine),
+            LossTerms.from_config(config.loss).pools(decoder),
         )  # fmt: skip
 
     @property

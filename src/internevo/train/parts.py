@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..checkpoint.finish import Extras
 from ..config import Config, dump
-from ..config.training import Loss as LossSection
 from ..data.batches import BatchSizes
 from ..data.build import load_stream, train_source, valid_rows
 from ..data.rows import Rows
@@ -71,14 +70,14 @@ class Parts:
     @property
     def terms(self) -> LossTerms:
         """The weights of the terms of the loss."""
-        return _terms(self.config.loss)
+        return LossTerms.from_config(self.config.loss)
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns the weights, balance biases and moments under their names in a checkpoint."""
         return {**self.optimizer.checkpoint_tensors(), **self.biases()}
 
     def biases(self) -> dict[str, Tensor]:
-        """Returns the balance biases of this rank's layers under their names in a checkpoint. No rank has only a part of one."""
+        """Returns the balance biases of this rank's layers, under their names in a checkpoint. They are never sharded."""
         return {f"model/{name}": bias for name, bias in balance_biases(self.model.numbered_layers()).items()}
 
     def extras(self) -> Extras:
@@ -117,7 +116,3 @@ def _left_out(message: str) -> None:
 def _exchange(world: World) -> Exchange:
     """Makes the exchange of a stream, over all ranks: each of them tokenizes a share of the stream."""
     return Exchange(gloo.new_group() if world.size > 1 else None)
-
-
-def _terms(loss: LossSection) -> LossTerms:
-    return LossTerms(loss.label_smoothing, loss.moe_loss_coeff, loss.moe_loss_kind, loss.moe_z_loss_coeff)
