@@ -14,6 +14,7 @@ from internevo.models.huggingface.folder import save_hf
 from tests.conftest import metrics, tensors, write_config
 from tests.parallel.conftest import Runs, assert_same
 from tests.parallel.layouts import COMMON, EXPERTS, Case, layout, pipelined
+from tests.parallel.test_pipeline import zbv
 from tests.pool import Pool
 
 ROWS, STEPS = 3, 5
@@ -24,7 +25,9 @@ SPEED: dict[str, Any] = {
     "data__micro_bsz": ROWS,
 }
 MODELS: dict[str, dict[str, Any]] = {
-    "QWEN2MOE, capacity and losses": {**EXPERTS, "loss__moe_loss_coeff": 0.1, "loss__moe_z_loss_coeff": 0.01},
+    "QWEN2MOE, capacity and losses": {
+        **EXPERTS, "loss": {"moe_loss_coeff": 0.1, "moe_loss_kind": "pooled", "moe_z_loss_coeff": 0.01},
+    },
     "MIXTRALMOE": {"model_type": "MIXTRALMOE", "model__num_experts": 4, "model__top_k": 2, "model__moe_type": "Dropless"},
     "QWEN3MOE, dense layer": {
         "model_type": "QWEN3MOE", "model__num_experts": 4, "model__top_k": 1, "model__moe_type": "Dropless",
@@ -38,6 +41,10 @@ CASES: dict[str, tuple[str, Case]] = {
         CAPACITY, layout(4, fsdp=True, parallel__expert={"size": 2}, model__checkpoint=True)
     ),
     "pipeline of 2, interleaved": (QWEN3, pipelined(4, 2, 2, layers=4)),
+    "pipeline of 2, ZBV, msp 2": (
+        CAPACITY, zbv(pipelined(4, 2, 2, layers=4, mode="msp", tensor=2))
+    ),
+    "isp 2 x 2, expert weights over 2": (CAPACITY, layout(4, "isp", 2, 2, parallel__expert_weight={"size": 2})),
     "pipeline of 2, no data ranks": (CAPACITY, pipelined(2, 2, layers=4, micro_batches=8, model__checkpoint=0.5)),
 }  # fmt: skip
 

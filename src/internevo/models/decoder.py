@@ -107,7 +107,8 @@ class Decoder(nn.Module):
         for place, (number, layer) in enumerate(self.layers.items()):
             x_BSD, routing = layer(x_BSD, context, caches[place] if caches is not None else None)
             if routing is not None:
-                sums[int(number)] = self.pool(routing)
+                sums[int(number)] = routing
+        sums = self.pool(sums)
         if labels is not None and self.config.experts is not None and terms.pools(self.config):
             nothing = torch.zeros(2, self.config.experts.count, device=x_BSD.device)
             pooled = add_pooled(nothing if pooled is None else pooled, sums.values())

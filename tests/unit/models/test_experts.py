@@ -127,7 +127,7 @@ def test_a_bias_moves_by_the_sign_of_the_load_error_of_exact_counts() -> None:
 def test_biases_make_the_load_of_skewed_tokens_even() -> None:
     torch.manual_seed(0)
     router = biased(torch.zeros(8))
-    x = torch.randn(512, 16) + router.weight[0].detach()  # most tokens are close to expert 0
+    x = torch.randn(1, 512, 16) + router.weight[0].detach()  # most tokens are close to expert 0
     before = router(x)[3].load
     for _ in range(400):
         router.balance(router(x)[3].load.double(), 0.001)
