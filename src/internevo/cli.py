@@ -143,7 +143,11 @@ def tokenize(
     )  # fmt: skip
 
 
-@app.command(epilog=_epilog("internevo convert runs/demo exported --to hf --dtype bfloat16"))
+@app.command(
+    epilog=_epilog("internevo convert runs/demo exported --to hf --dtype bfloat16")
+    + " \n\n"
+    + _epilog("internevo convert llama sparse --to hf --upcycle 8 --top-k 2")
+)
 def convert(
     source: Annotated[
         Path, typer.Argument(parser=parse_input, metavar="SOURCE", help="Hugging Face folder, checkpoint, or run folder.")
@@ -164,6 +168,19 @@ def convert(
     overwrite: Annotated[
         bool, typer.Option(help="With --to hf: replace the files of a model in the target; other files stay as they are.")
     ] = False,
+    upcycle: Annotated[
+        int | None,
+        typer.Option(
+            min=2, max=2**20, metavar="EXPERTS", help="Give a dense model this many experts per layer: copies of its MLP."
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, metavar="K", help="With --upcycle: number of experts that each token chooses.")
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=-(2**63), max=2**64 - 1, help="With --upcycle: seed of the routers' random weights (default: 0)."),
+    ] = None,
 ) -> None:
     """Convert weights to or from Hugging Face's format."""
     from .commands.convert import convert_with_progress
@@ -178,6 +195,9 @@ def convert(
         dtype=DTYPES[dtype] if dtype else None,
         shard_bytes=max_shard_size,
         overwrite=overwrite,
+        upcycle=upcycle,
+        top_k=top_k,
+        seed=seed,
     )
 
 

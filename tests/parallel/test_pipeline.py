@@ -91,11 +91,12 @@ def test_validation_and_samples_go_through_the_pipeline(pool: Pool, world: Runs,
     assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["1F1B 2", "interleaved"])
-def test_routers_of_a_pipeline(pool: Pool, world: Runs, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(("name", "kind"), [("1F1B 2", "gshard"), ("interleaved", "gshard"), ("interleaved", "pooled")])
+def test_routers_of_a_pipeline(pool: Pool, world: Runs, tmp_path: Path, name: str, kind: str) -> None:
     """The routers' losses and gradients, and the statistics, which are exact."""
     _, dataset, _ = world
-    changes = {**COMMON, **EXPERTS, "loss__moe_loss_coeff": 0.1, "loss__moe_z_loss_coeff": 0.01, "data__total_steps": 4}
+    losses = {"loss__moe_loss_coeff": 0.1, "loss__moe_loss_kind": kind, "loss__moe_z_loss_coeff": 0.01}
+    changes = {**COMMON, **EXPERTS, **losses, "data__total_steps": 4}
     chunks = 1 if name == "1F1B 2" else 2
     layouts = {"one": layout(1, model__num_layers=4, data__micro_bsz=3), "many": pipelined(4, 2, chunks, layers=4)}
     for run, (processes, more) in layouts.items():

@@ -86,6 +86,7 @@ EXPERTS_OVER_RANKS = {
     "2 of 4, fsdp, recomputed": layout(4, **EXPERTS, parallel__expert={"size": 2}, fsdp=True, model__checkpoint=True),
     "4": layout(4, **EXPERTS),
     "2, in a pipeline": pipelined(4, 2, layers=2, **EXPERTS),
+    "2, in a pipeline, pooled": pipelined(4, 2, layers=2, **EXPERTS, loss={"moe_loss_coeff": 0.1, "moe_loss_kind": "pooled"}),
     **{
         f"{mode} 2{' whole' * no_tp}{' recomputed' * recomputed}{' no shared' * (not shared)}": layout(
             4, mode, 2, **(EXPERTS if shared else MIXED), parallel__expert={"no_tp": no_tp}, model__checkpoint=recomputed

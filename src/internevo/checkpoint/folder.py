@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, UsageError
 from ..models.config import DecoderConfig
-from ..models.decoder import parameter_shapes
+from ..models.decoder import parameter_shapes, stored_shapes
 from ..models.linear import ADAPTER_INFIX
 from ..storage.folders import clean_up, find_folders
 from ..storage.header import Spec
@@ -79,12 +79,12 @@ class Checkpoint:
         Raises:
             CheckpointError: if a weight is missing or has another shape, or there is a tensor that the model does not use.
         """
-        shapes = parameter_shapes(config)
+        shapes, trained = stored_shapes(config), parameter_shapes(config)
         names = [name for name in self.manifest.tensors if name.startswith(kinds)]
         weights = {name.removeprefix("model/") for name in names if name.startswith("model/")}
         states = {name for name in names if name.startswith("optimizer/")}
         unused = {f"model/{name}" for name in weights - shapes.keys()}
-        unused |= {name for name in states if name.removeprefix("optimizer/").rpartition(".")[0] not in shapes}
+        unused |= {name for name in states if name.removeprefix("optimizer/").rpartition(".")[0] not in trained}
         missing = {f"model/{name}" for name in shapes.keys() - weights if ADAPTER_INFIX not in name} if weights else set()
         other = {f"model/{n}" for n in weights & shapes.keys() if self.manifest.tensors[f"model/{n}"].shape != list(shapes[n])}
         for found, what in (

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..models.decoder import parameter_shapes
+from ..models.decoder import parameter_shapes, stored_shapes
 from ..models.source import ParameterSource, write_rows
 from ..storage.folders import target
 from ..storage.header import Spec
@@ -32,7 +32,7 @@ def write_checkpoint(
 
     Args:
         folder: a new or empty folder.
-        dtype: dtype of the weights on disk; None: that of each weight in the source.
+        dtype: dtype of the weights on disk; None: that of each weight in the source. Balance biases are always in fp32.
         shard_bytes: maximum size of a file.
         progress: is called with the number of bytes written and the total.
     """
@@ -79,9 +79,9 @@ def _chunks(source: ParameterSource, dtype_on_disk: torch.dtype | None) -> tuple
         Key of each chunk -> its spec; and name of each weight -> its entry in the manifest, without the names of the files.
     """
     specs: dict[str, Spec] = {}
-    tensors = {}
-    for name, shape in parameter_shapes(source.config).items():
-        dtype = dtype_on_disk or source.dtype_of(name)
+    tensors, parameters = {}, parameter_shapes(source.config)
+    for name, shape in stored_shapes(source.config).items():
+        dtype = (dtype_on_disk if name in parameters else None) or source.dtype_of(name)
         entry = TensorEntry(str(dtype).removeprefix("torch."), list(shape), [])
         parts = shape[0] if len(shape) == 3 else 1
         sizes = [shape[0] // parts, *shape[1:]]

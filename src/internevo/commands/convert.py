@@ -14,6 +14,8 @@ from ..checkpoint.open import open_source
 from ..checkpoint.weights import write_checkpoint
 from ..errors import UsageError
 from ..models.huggingface.folder import write_hf
+from ..models.huggingface.upcycle import upcycled
+from ..models.source import ParameterSource
 from ..storage.folders import check_target
 from .progress import progress_bar
 
@@ -28,6 +30,9 @@ def convert(
     dtype: torch.dtype | None = None,
     shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
+    upcycle: int | None = None,
+    top_k: int | None = None,
+    seed: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Converts a Hugging Face folder or a checkpoint to either of them. Only a few rows of one tensor are in memory at a time.
@@ -41,6 +46,9 @@ def convert(
         dtype: dtype of the weights in the target; None: that of each weight in the source.
         shard_bytes: maximum size of a file.
         overwrite: with "hf", the target may have files. Those of a model are replaced, and all others stay as they are.
+        upcycle: number of experts in each layer that a dense model gets (``models.huggingface.upcycle``).
+        top_k: with ``upcycle``: number of experts that each token chooses.
+        seed: with ``upcycle``: seed of the routers' weights; None: 0.
         progress: is called with the number of bytes written and the total.
 
     Raises:
@@ -49,9 +57,16 @@ def convert(
     for option, given in (("--as", write_as), ("--overwrite", overwrite)):
         if given and to != "hf":
             raise UsageError(f"{option} is only for Hugging Face folders: use it with --to hf")
+    if upcycle is None and (top_k is not None or seed is not None):
+        raise UsageError(f"{'--seed' if top_k is None else '--top-k'} is only for --upcycle")
+    if upcycle is not None and (top_k is None or not 1 <= top_k <= upcycle):
+        given = "" if top_k is None else f", not {top_k}"
+        raise UsageError(f"--upcycle {upcycle} needs --top-k, the experts that each token chooses: 1 to {upcycle}{given}")
     check_target(target, overwrite, "give another folder, or --overwrite" if to == "hf" else "give another folder")
     _check_outside(source, target)
-    model = open_source(source, family)
+    model: ParameterSource = open_source(source, family)
+    if upcycle is not None and top_k is not None:
+        model = upcycled(model, upcycle, top_k, seed or 0)
     if to == "hf":
         write_hf(model, target, dtype=dtype, shard_bytes=shard_bytes, write_as=write_as, overwrite=overwrite, progress=progress)
     else:

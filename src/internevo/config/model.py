@@ -36,6 +36,15 @@ class MoeLayerKwargs(Section):
         "Which tokens a full expert drops. position: the last in the batch. probs: those with the smallest probability.",
         needs="model.num_experts",
     )
+    bias_update_speed: float | None = option(
+        None,
+        "Balancing without a loss (https://arxiv.org/abs/2408.15664): each router has a bias per expert, which is added to the "
+        "probabilities for the choice of experts only. After each step it moves by this much, up if the expert had less than "
+        "the mean load, else down. The paper has 0.001. 0: the biases of a checkpoint stay as they are. None: there are none.",
+        ge=0,
+        le=1,
+        needs="model.num_experts",
+    )
     noisy_gate_policy: Literal["Jitter", "RSample"] | None = option(
         None, "Kind of noise in the router.", not_available="noisy routers"
     )

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+BALANCE_BIAS = "balance bias of the routers (model.moe_layer_kwargs.bias_update_speed)"
+"""The name of ``Experts.balance_bias`` in messages."""
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -50,10 +53,17 @@ class Experts:
     drop_policy: str = "position"
     """The tokens that a full expert drops: the last in the batch ("position"), or those with the smallest probability
     ("probs")."""
+    balance_bias: bool = False
+    """Whether each router has a bias per expert, which is added to the probabilities for the choice only
+    (https://arxiv.org/abs/2408.15664)."""
 
     def dropless(self) -> Experts:
         """Returns the same experts without a capacity."""
         return replace(self, capacity_factor=0.0, eval_capacity_factor=0.0, min_capacity=4, drop_policy="position")
+
+    def without_bias(self) -> Experts:
+        """Returns the same experts without a balance bias."""
+        return replace(self, balance_bias=False)
 
 
 @dataclass(frozen=True)
@@ -178,12 +188,18 @@ class DecoderConfig:
                 "model.moe_layer_kwargs.eval_capacity_factor": moe.eval_capacity_factor,
                 "model.moe_layer_kwargs.min_capacity": moe.min_capacity,
                 "model.moe_layer_kwargs.drop_policy": moe.drop_policy,
+                BALANCE_BIAS: moe.balance_bias,
             }
         return values
 
     def is_sparse(self, layer: int) -> bool:
         """Whether a layer has experts."""
         return self.experts is not None and layer not in self.experts.dense_layers
+
+    @property
+    def sparse_layers(self) -> int:
+        """The number of layers with experts."""
+        return sum(self.is_sparse(layer) for layer in range(self.num_layers))
 
     def window(self, layer: int) -> int:
         """Returns the number of tokens that a token attends to in a layer, including itself; 0: all."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import cast
 
 import torch
@@ -12,7 +13,8 @@ from ..ops.compiler import mark_dynamic
 from .config import DecoderConfig, Stage
 from .layers import Cache, Context, DecoderLayer, Embedding, Head, RMSNorm
 from .lora import add_adapters
-from .losses import HandedOn, Loss, LossTerms, Routed, pool, router_losses
+from .losses import HandedOn, Loss, LossTerms, Routed, add_pooled, pool, router_losses
+from .moe import MoE, Router
 from .rotary import tables
 
 
@@ -52,6 +54,10 @@ class Decoder(nn.Module):
         """Returns the layers of this stage, with their numbers in the whole decoder."""
         return [(int(number), cast(DecoderLayer, layer)) for number, layer in self.layers.items()]
 
+    def stored(self) -> dict[str, Tensor]:
+        """Returns all that a checkpoint has of this model: its parameters and the routers' balance biases."""
+        return {**dict(self.named_parameters()), **balance_biases(self.numbered_layers())}
+
     def tie(self) -> None:
         """Makes the head use the embedding's weight, if the model has tied embeddings.
 
@@ -74,6 +80,7 @@ class Decoder(nn.Module):
         terms: LossTerms = LossTerms(),
         caches: list[Cache] | None = None,
         hidden: Tensor | None = None,
+        pooled: Tensor | None = None,
     ) -> Tensor | Loss | HandedOn:
         """Computes the logits of the next token, or with ``labels`` the loss, for which the logits never exist all at once.
 
@@ -85,7 +92,7 @@ class Decoder(nn.Module):
             labels: the id to be predicted at each token, or -100, int64 [B, S].
             terms: the weights of the terms of the loss.
             caches: for generation: one for each layer. The keys and values of ``tokens`` are added to them.
-            hidden: for a stage without the embedding: the residual stream of the stage before [B, S, D].
+            hidden, pooled: for a stage without the embedding: what the stage before has handed on.
 
         Returns:
             The logits [B, S, V]; or the loss, if there are labels. A stage without a head returns what it hands on to the next.
@@ -102,9 +109,14 @@ class Decoder(nn.Module):
             if routing is not None:
                 sums[int(number)] = routing
         sums = self.pool(sums)
-        routed = Routed(sums, None if labels is None else router_losses(labels, sums, terms))
+        if labels is not None and self.config.experts is not None and terms.pools(self.config):
+            nothing = torch.zeros(2, self.config.experts.count, device=x_BSD.device)
+            pooled = add_pooled(nothing if pooled is None else pooled, sums.values())
+        in_loss = pooled if self.stage.heads else None
+        losses = None if labels is None else router_losses(labels, sums, terms, in_loss, self.config.sparse_layers)
+        routed = Routed(sums, losses)
         if self.norm is None or self.head is None:
-            return HandedOn(x_BSD, routed)
+            return HandedOn(x_BSD, pooled, routed)
         out = self.head(self.norm(x_BSD), labels, terms.smoothing)
         if labels is None:
             return out
@@ -149,7 +161,24 @@ def _lengths(positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return torch.repeat_interleave(sizes, sizes, output_size=positions.shape[1]).unsqueeze(0)
 
 
+def routers(layers: Iterable[tuple[int, DecoderLayer]]) -> dict[int, Router]:
+    """Returns number of a layer -> its router, for those of ``numbered_layers()`` that have experts."""
+    return {number: layer.mlp.router for number, layer in layers if isinstance(layer.mlp, MoE)}
+
+
+def balance_biases(layers: Iterable[tuple[int, DecoderLayer]]) -> dict[str, Tensor]:
+    """Returns the balance biases of the routers, under their names in the whole decoder."""
+    found = {f"layers.{number}.mlp.router.bias": router.bias for number, router in routers(layers).items()}
+    return {name: bias for name, bias in found.items() if bias is not None}
+
+
 def parameter_shapes(config: DecoderConfig) -> dict[str, torch.Size]:
     """Returns the name and shape of every parameter. A tied head is not among them."""
     with torch.device("meta"):
         return {name: p.shape for name, p in Decoder(config).named_parameters()}
+
+
+def stored_shapes(config: DecoderConfig) -> dict[str, torch.Size]:
+    """Returns the name and shape of all that a checkpoint has of a model: its parameters and the routers' balance biases."""
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in Decoder(config).stored().items()}

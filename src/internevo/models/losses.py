@@ -1,5 +1,9 @@
 """The loss of training: cross-entropy, and with experts the load-balancing loss and the z-loss of the routers.
 
+Each stage of a pipeline computes the losses of its own routers. The pooled load-balancing loss depends on all routers, so the
+last stage computes it: each stage adds the sums of its routers to those of the stages before, and hands them on
+(``add_pooled``).
+
 The losses of the routers are computed from all tokens of a micro-batch, and multiplied by the number of its predicted tokens.
 Then the sum over all micro-batches of a step, divided by the number of all predicted tokens, is a mean that does not depend on
 how many ranks share the step.
@@ -9,11 +13,14 @@ Shapes: B rows, S tokens, T = B * S, E experts, L layers with experts.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..config.training import Loss as LossSection
+from .config import DecoderConfig
 from .moe import Routing
 
 
@@ -29,6 +36,15 @@ class LossTerms(NamedTuple):
     pooled: once, from all choices in all layers, as in Hugging Face's models."""
     router_z: float = 0.0
     """The weight of the routers' z-loss, which is summed over layers (https://arxiv.org/abs/2202.08906, equation 5)."""
+
+    @classmethod
+    def from_config(cls, loss: LossSection) -> LossTerms:
+        """Returns the weights that a config's ``loss`` section has."""
+        return cls(loss.label_smoothing, loss.moe_loss_coeff, loss.moe_loss_kind, loss.moe_z_loss_coeff)
+
+    def pools(self, config: DecoderConfig) -> bool:
+        """Whether there is a load-balancing loss that depends on the routers of all layers of this model together."""
+        return self.balance != 0 and self.balance_kind == "pooled" and config.sparse_layers > 0
 
 
 class Routed(NamedTuple):
@@ -55,7 +71,13 @@ class HandedOn(NamedTuple):
 
     hidden: Tensor
     """The residual stream [B, S, D], which the next stage needs."""
+    pooled: Tensor | None
+    """What the pooled load-balancing loss needs of the layers up to here (``add_pooled``), if there is such a loss."""
     routed: Routed
+
+    def message(self) -> list[Tensor]:
+        """Returns what goes to the next stage."""
+        return [self.hidden] if self.pooled is None else [self.hidden, self.pooled]
 
 
 def pool(sums: dict[int, Routing]) -> dict[int, Routing]:
@@ -67,30 +89,53 @@ def pool(sums: dict[int, Routing]) -> dict[int, Routing]:
     return sums
 
 
-def router_losses(labels: Tensor, sums: dict[int, Routing], terms: LossTerms) -> Tensor | None:
+def router_losses(
+    labels: Tensor, sums: dict[int, Routing], terms: LossTerms, pooled: Tensor | None = None, layers: int = 0
+) -> Tensor | None:
     """Returns the losses of the routers, times the number of predicted tokens; None if there are none.
 
     Args:
         labels: ids to be predicted, or -100.
-        sums: layer -> the sums of its router over all tokens of the micro-batch.
+        sums: layer -> the sums of its router over all tokens of the micro-batch, for the layers of a stage.
+        pooled, layers: for the pooled load-balancing loss, in the last stage: ``add_pooled`` of all layers with experts, and
+            the number of these layers.
     """
-    if not sums or terms.balance == terms.router_z == 0:
-        return None
-    routing, predicted = list(sums.values()), (labels != -100).sum()
-    total = terms.balance * balance(routing, labels.numel(), terms.balance_kind)
-    total = total + terms.router_z * torch.stack([r.z for r in routing]).sum() / labels.numel()
-    return predicted * total
+    routing, tokens, losses = list(sums.values()), labels.numel(), list[Tensor]()
+    if routing and terms.balance and terms.balance_kind == "gshard":
+        losses.append(terms.balance * balance(routing, tokens))
+    if pooled is not None:
+        losses.append(terms.balance * pooled_balance(pooled, layers * tokens))
+    if routing and terms.router_z:
+        losses.append(terms.router_z * torch.stack([r.z for r in routing]).sum() / tokens)
+    return (labels != -100).sum() * torch.stack(losses).sum() if losses else None
 
 
-def balance(routing: list[Routing], tokens: int, kind: str) -> Tensor:
-    """Computes the load-balancing loss: E * the sum over experts of (share of the tokens) * (mean probability).
-
-    It is 1 (pooled: k) if all experts have the same load.
-    """
+def balance(routing: list[Routing], tokens: int) -> Tensor:
+    """Computes GShard's load-balancing loss, summed over layers: E * the sum over experts of (share of the first choices) *
+    (mean probability). It is 1 for each layer in which all experts have the same load."""
     probs_LE = torch.stack([r.probs for r in routing]) / tokens
-    experts = probs_LE.shape[1]
-    if kind == "gshard":
-        first_LE = torch.stack([r.first for r in routing]) / tokens
-        return experts * (first_LE * probs_LE).sum()
-    load_LE = torch.stack([r.load for r in routing]) / tokens
-    return experts * (load_LE.mean(0) * probs_LE.mean(0)).sum()
+    first_LE = torch.stack([r.first for r in routing]) / tokens
+    return probs_LE.shape[1] * (first_LE * probs_LE).sum()
+
+
+def add_pooled(before: Tensor, routing: Iterable[Routing]) -> Tensor:
+    """Returns the loads and the probabilities, each summed over layers with experts [2, E], in fp32.
+
+    Args:
+        before: the same of the layers before; zeros if there are none.
+    """
+    for r in routing:
+        before = before + torch.stack([r.load, r.probs])
+    return before
+
+
+def pooled_balance(pooled: Tensor, tokens: int) -> Tensor:
+    """Computes the pooled load-balancing loss: E * the sum over experts of (choices per token) * (mean probability). It is k if
+    all experts have the same load.
+
+    Args:
+        pooled: ``add_pooled`` of all layers.
+        tokens: the number of tokens of all layers together.
+    """
+    load_E, probs_E = pooled / tokens
+    return load_E.numel() * (load_E.detach() * probs_E).sum()

@@ -86,13 +86,21 @@ def mlps(experts: ExpertMLPs, rows_RD: Tensor, ends_E: Tensor, complete: bool) -
 
 
 class Router(nn.Module):
-    """Chooses the experts of each token and their weights. It computes in fp32."""
+    """Chooses the experts of each token and their weights. It computes in fp32.
+
+    With a balance bias (https://arxiv.org/abs/2408.15664), it chooses the experts with the largest probability + bias; their
+    weights do not depend on the bias, and no gradient flows into it. Training moves it (``balance``).
+    """
+
+    bias: Tensor | None
+    """The balance bias [E], in fp32."""
 
     def __init__(self, config: DecoderConfig, experts: Experts) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts.count, config.hidden_size))
         self.axes = ("expert", "embed")
         self.experts = experts
+        self.register_buffer("bias", torch.zeros(experts.count, dtype=torch.float32) if experts.balance_bias else None)
         self.all_tokens, self.own_tokens = all_tokens, own_tokens
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor, Routing]:
@@ -103,7 +111,8 @@ class Router(nn.Module):
         """
         logits_TE = F.linear(x_BSD.flatten(0, 1).float(), self.weight.float())
         probs_TE = logits_TE.softmax(-1)
-        chosen_Tk, experts_Tk = probs_TE.topk(self.experts.top_k)
+        experts_Tk = (probs_TE if self.bias is None else probs_TE + self.bias).topk(self.experts.top_k).indices
+        chosen_Tk = probs_TE.gather(1, experts_Tk)
         weights_Tk = chosen_Tk / chosen_Tk.sum(-1, keepdim=True) if self.experts.normalize else chosen_Tk
         kept_Tk = self._kept(*(choices.unflatten(0, x_BSD.shape[:2]) for choices in (chosen_Tk.detach(), experts_Tk)))
         log_probs = logits_TE.detach().log_softmax(-1)
@@ -117,6 +126,27 @@ class Router(nn.Module):
             dropped=(~kept_Tk).sum().float(),
         )
         return experts_Tk, weights_Tk, kept_Tk, routing
+
+    @torch.no_grad()
+    def balance(self, load: Tensor, speed: float) -> None:
+        """Moves the bias of each expert by ``speed``: up if its load is less than the mean, and down if it is more.
+
+        Args:
+            load: how many times each expert was chosen in a step, by the tokens of all ranks [E], in fp64.
+        """
+        assert self.bias is not None
+        # The counts are multiplied, and not divided, so that the comparison with the mean is exact.
+        self.bias += speed * (load.sum() - self.experts.count * load).sign().float()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        """Applies what ``module.to(...)`` and the like do to tensors. The bias goes to another device, but stays in fp32: such
+        functions do not convert integers. It is 0 when it leaves the meta device."""
+        bias, self.bias = self.bias, None
+        super()._apply(fn, recurse)
+        if bias is not None:
+            moved = fn(bias.view(torch.int32)).view(torch.float32)
+            self.bias = torch.zeros_like(moved) if bias.is_meta else moved
+        return self
 
     def _kept(self, probs_BSk: Tensor, experts_BSk: Tensor) -> Tensor:
         """Returns which choices of this rank's tokens are kept [T, k]: each expert keeps as many as its capacity. First choices

@@ -7,18 +7,19 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..storage.header import Spec
 from ..storage.tensors import ByteRange, ShardWriter, as_rows
 from .config import DecoderConfig
-from .decoder import parameter_shapes
+from .decoder import Decoder, parameter_shapes
 
 
 class ParameterSource(Protocol):
     """A source of a model's parameters: a Hugging Face folder, a checkpoint, or a model in memory.
 
-    Parameters have their names in ``Decoder``. ``internevo.storage.tensors`` says what the rows of a parameter are.
+    Parameters have their names in ``Decoder``; the routers' balance biases are among them. ``internevo.storage.tensors`` says
+    what the rows of a parameter are.
     """
 
     @property
@@ -46,10 +47,10 @@ class ParameterSource(Protocol):
 class ModelInMemory:
     """A model in memory as a source of parameters."""
 
-    def __init__(self, config: DecoderConfig, model: nn.Module) -> None:
+    def __init__(self, config: DecoderConfig, model: Decoder) -> None:
         self.config, self.tokenizer = config, None
         self.hf_config: dict[str, Any] = {}
-        self._parameters = {name: p.detach() for name, p in model.named_parameters()}
+        self._parameters = {name: tensor.detach() for name, tensor in model.stored().items()}
 
     def dtype_of(self, name: str) -> torch.dtype:
         """Returns the dtype of a parameter."""
@@ -64,9 +65,9 @@ class ModelInMemory:
 
 
 @torch.no_grad()
-def load_parameters(model: nn.Module, source: ParameterSource) -> None:
+def load_parameters(model: Decoder, source: ParameterSource) -> None:
     """Copies all parameters from ``source`` into ``model``, which is not sharded."""
-    for name, mine in model.named_parameters():
+    for name, mine in model.stored().items():
         rows = Spec(tuple(mine.shape), mine.dtype).rows
         mine.copy_(source.read(name, 0, rows).view(mine.shape))
 

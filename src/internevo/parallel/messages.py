@@ -1,4 +1,5 @@
-"""Messages between pipeline ranks: point-to-point, of known shape, and in each direction over a process group of its own.
+"""Messages between pipeline ranks: point-to-point, of known shapes, and in each direction over a process group of its own. A
+message is one or several tensors, which are sent one after the other.
 
 On a GPU the messages of a group run one after the other. If both directions shared a group, two ranks could each wait for the
 other one to receive. A channel carries its messages in the order in which the sender sends them, which both sides know.
@@ -17,8 +18,7 @@ something has been sent; then it is freed earlier.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, pairwise
 from typing import NamedTuple
 
@@ -42,34 +42,45 @@ def rounds(ranks_of_stages: Sequence[int]) -> list[list[tuple[int, int]]]:
     return found
 
 
+Message = Sequence[Tensor]
+"""The tensors of one message."""
+
+
 class Outbox:
-    """Sends tensors to one rank, and keeps each of them alive until it is known to have arrived."""
+    """Sends messages to one rank, and keeps the tensors of each alive until it is known to have arrived."""
 
     def __init__(self, group: dist.ProcessGroup, peer: int) -> None:
         """``peer``: the receiver's rank in the world."""
         self.group, self.peer = group, peer
-        self._sending: deque[tuple[dist.Work, Tensor]] = deque()
+        self._sending: deque[tuple[list[dist.Work], Message]] = deque()
         self._arrived = 0
 
-    def send(self, tensor: Tensor) -> None:
-        """Starts to send a tensor."""
-        while self._sending and self._sending[0][0].is_completed():
+    def send(self, message: Message) -> None:
+        """Starts to send a message."""
+        while self._sending and all(work.is_completed() for work in self._sending[0][0]):
             self.arrived(self._arrived + 1)
-        tensor = tensor.detach().contiguous()
-        work = dist.isend(tensor, self.peer, self.group)
-        assert work is not None
-        self._sending.append((work, tensor))
+        tensors = [tensor.detach().contiguous() for tensor in message]
+        self._sending.append((_started(dist.isend(tensor, self.peer, self.group) for tensor in tensors), tensors))
 
     def arrived(self, count: int) -> None:
-        """Frees the first ``count`` tensors of the current plan, because they have arrived."""
+        """Frees the first ``count`` messages of the current plan, because they have arrived."""
         for _ in range(count - self._arrived):
-            self._sending.popleft()[0].wait()
+            _wait(self._sending.popleft()[0])
             self._arrived += 1
 
     def wait(self) -> None:
         """Waits until everything has been sent."""
         self.arrived(self._arrived + len(self._sending))
         self._arrived = 0
+
+
+def _started(works: Iterable[dist.Work | None]) -> list[dist.Work]:
+    return [work for work in works if work is not None]  # there is none only if this rank is not in the group
+
+
+def _wait(works: Sequence[dist.Work]) -> None:
+    for work in works:
+        work.wait()
 
 
 class Expected(NamedTuple):
@@ -148,7 +159,7 @@ def kept(plan: Plan, rank: int, ranks_of_stages: Sequence[int]) -> list[int]:
 
 
 class Inbox:
-    """Receives tensors from one rank: one at a time, in the order in which they are sent."""
+    """Receives messages from one rank: one at a time, in the order in which they are sent."""
 
     def __init__(self, group: dist.ProcessGroup, peer: int) -> None:
         """``peer``: the sender's rank in the world."""
@@ -156,15 +167,15 @@ class Inbox:
         self.arrived = 0
         """How many results of this rank have arrived at the sender."""
         self._expected: deque[Expected] = deque()
-        self._new: Callable[[], Tensor] = partial(torch.empty, 0)
-        self._receiving: tuple[Expected, dist.Work, Tensor] | None = None
-        self._arrived: dict[Action, Tensor] = {}
+        self._new: Callable[[], Message] = list
+        self._receiving: tuple[Expected, list[dist.Work], Message] | None = None
+        self._arrived: dict[Action, Message] = {}
 
-    def expect(self, results: Sequence[Expected], new: Callable[[], Tensor]) -> None:
+    def expect(self, results: Sequence[Expected], new: Callable[[], Message]) -> None:
         """Says which results will come.
 
         Args:
-            new: makes a tensor for one of them.
+            new: makes the tensors of one message.
         """
         assert not self._expected and self._receiving is None and not self._arrived
         self._expected, self._new, self.arrived = deque(results), new, 0
@@ -176,18 +187,17 @@ class Inbox:
             sent: how many results this rank has sent.
         """
         if self._receiving is None and self._expected and self._expected[0].sends_before <= sent:
-            tensor = self._new()
-            work = dist.irecv(tensor, self.peer, self.group)
-            assert work is not None
-            self._receiving = self._expected.popleft(), work, tensor
+            message = self._new()
+            works = _started(dist.irecv(tensor, self.peer, self.group) for tensor in message)
+            self._receiving = self._expected.popleft(), works, message
 
-    def take(self, result_of: Action, sent: int) -> Tensor:
+    def take(self, result_of: Action, sent: int) -> Message:
         """Waits for the result of an action, and starts to receive the next one."""
         while result_of not in self._arrived:
             assert self._receiving is not None
-            result, work, tensor = self._receiving
-            work.wait()
-            self._arrived[result.result_of], self._receiving, self.arrived = tensor, None, result.arrived
+            result, works, message = self._receiving
+            _wait(works)
+            self._arrived[result.result_of], self._receiving, self.arrived = message, None, result.arrived
             self.receive(sent)
         return self._arrived.pop(result_of)
 
@@ -208,7 +218,7 @@ class Channels:
         Args:
             pipelines: the ranks in the world of each pipeline.
             ranks_of_stages: the pipeline rank of each stage.
-            dtype: dtype of the tensors.
+            dtype: dtype of the residual stream.
         """
         self.group, self.device, self.dtype = groups.get(pipelines), device, dtype
         self.rank_of = ranks_of_stages
@@ -217,7 +227,7 @@ class Channels:
         self.rank, self.size = self.ranks.index(dist.get_rank()), len(self.ranks)
         self._out: dict[int, Outbox] = {}
         self._in: dict[int, Inbox] = {}
-        self._here: dict[Action, Tensor] = {}
+        self._here: dict[Action, Message] = {}
         self._sent = 0
         """How many results of the current plan have been sent to other ranks."""
         for number, links in enumerate(rounds(ranks_of_stages)):
@@ -243,25 +253,35 @@ class Channels:
         """Returns what this rank does when all ranks follow their orders."""
         return Plan.of(self.rank, orders, self.rank_of)
 
-    def expect(self, plan: Plan, shape: Sequence[int]) -> None:
-        """Prepares to receive what comes from the other ranks, tensors of ``shape``."""
-        new, self._sent = partial(torch.empty, *shape, dtype=self.dtype, device=self.device), 0
+    def expect(self, plan: Plan, shape: Sequence[int], pooled: int = 0) -> None:
+        """Prepares to receive what comes from the other ranks.
+
+        Args:
+            shape: the shape of the residual stream.
+            pooled: number of experts, if messages have ``HandedOn.pooled`` too; otherwise 0.
+        """
+
+        def new() -> list[Tensor]:
+            hidden = torch.empty(*shape, dtype=self.dtype, device=self.device)
+            return [hidden, torch.empty(2, pooled, device=self.device)] if pooled else [hidden]
+
+        self._sent = 0
         for sender, inbox in self._in.items():
             inbox.expect(plan.expected[sender], new)
             inbox.receive(self._sent)
 
-    def send(self, result_of: Action, tensor: Tensor) -> None:
+    def send(self, result_of: Action, message: Message) -> None:
         """Starts to send the result of an action to the rank that needs it."""
         receiver = _receiver(result_of, self.rank_of)
         if receiver == self.rank:
-            self._here[result_of] = tensor.detach()
+            self._here[result_of] = [tensor.detach() for tensor in message]
         elif receiver is not None:
-            self._out[receiver].send(tensor)
+            self._out[receiver].send(message)
             self._sent += 1
             for inbox in self._in.values():
                 inbox.receive(self._sent)
 
-    def take(self, result_of: Action) -> Tensor:
+    def take(self, result_of: Action) -> Message:
         """Waits for the result of an action of another stage."""
         sender = self.rank_of[result_of.stage]
         if sender == self.rank:

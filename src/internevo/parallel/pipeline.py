@@ -11,6 +11,9 @@
 A message has A bytes: one activation of the residual stream, of this rank's tokens. With ``m`` micro-batches, two neighbouring
 stages on different ranks exchange ``m`` messages in each direction per step. From the forward to the backward pass, a stage
 keeps its input and what autograd keeps; its output is freed as soon as it has been sent.
+
+If the loss pools the routers of all layers (``loss.moe_loss_kind = "pooled"``), each message has a second tensor: the sums over
+the layers so far (8 bytes per expert), or their gradient.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ from ..models.layers import Cache, DecoderLayer
 from ..models.losses import HandedOn, Loss, LossTerms
 from .data_axis import DataAxis, Weights
 from .deferred import Deferred
-from .messages import Channels
+from .messages import Channels, Message
 from .orders import BACKWARD, FORWARD, Action, forwards, orders
 from .schedule import OnResult, nothing
 from .shards import local
@@ -45,14 +48,15 @@ TIED = "embed.weight"
 
 
 def traffic(work: Workload) -> list[Collectives]:
-    """Returns the messages that a rank sends in a step: each is the residual stream of this rank's tokens, or its gradient."""
+    """Returns what a rank sends in a step (see above)."""
     layout, decoder = work.layout, work.decoder
     if layout.pipeline == 1:
         return []
     tokens = work.tokens // layout.tensor if layout.shards_sequence else work.tokens
     sends = sum((not stage.heads) + (not stage.embeds) for stage in work.on_rank)
-    sent = Collectives("send", "pipeline", sends, sends * tokens * decoder.hidden_size * work.element_bytes)
-    rows = [sent.times(work.micro_batches)]
+    pooled = 8 * decoder.experts.count if work.pools and decoder.experts else 0
+    nbytes = tokens * decoder.hidden_size * work.element_bytes + pooled
+    rows = [Collectives("send", "pipeline", 2 if pooled else 1, nbytes).times(sends * work.micro_batches)]
     if decoder.tie_embeddings and (work.embeddings or work.heads):
         rows.append(Collectives("all-reduce", "first and last", 1, 4 * _tied_shard(work)))
     return rows
@@ -83,10 +87,11 @@ class Chunk(NamedTuple):
 class InFlight(NamedTuple):
     """What a forward pass leaves for its backward pass."""
 
-    hidden: Tensor | None
-    """The input, which gets a gradient; None in the first stage."""
-    output: GradientEdge | None
-    """The output, whose gradient the next stage sends; None in the last stage, and if nothing before it is trained."""
+    inputs: Message
+    """What the stage before has handed on, which gets gradients; empty in the first stage."""
+    outputs: list[GradientEdge | None]
+    """What it has handed on itself, whose gradients the next stage sends; None for what depends on nothing that is trained.
+    Empty in the last stage."""
     loss: Tensor | None
     """The scaled loss of this stage: that of the tokens, that of its routers, or both."""
 
@@ -197,7 +202,9 @@ class Pipeline:
         count = len(micro_batches)
         step = Step(micro_batches, terms, scale, on_result)
         plan = self._training(count)
-        self.channels.expect(plan, self._shape(micro_batches[0]))
+        config = next(iter(self.chunks.values())).model.config
+        pooled = config.experts.count if config.experts and terms.pools(config) else 0
+        self.channels.expect(plan, self._shape(micro_batches[0]), pooled)
         for action in plan.order:
             last = action.micro_batch == count - 1  # in every schedule, a stage has the micro-batches in their order
             with record_function(f"pipeline {action.kind} stage {action.stage} micro-batch {action.micro_batch}"):
@@ -235,33 +242,38 @@ class Pipeline:
 
     def _forward(self, action: Action, step: Step) -> None:
         _, stage, number = action
-        model, hidden = self.chunks[stage].model, None
+        model, inputs = self.chunks[stage].model, list[Tensor]()
         if stage:
-            hidden = self.channels.take(Action(FORWARD, stage - 1, number)).requires_grad_(torch.is_grad_enabled())
+            received = self.channels.take(Action(FORWARD, stage - 1, number))
+            inputs = [tensor.requires_grad_(torch.is_grad_enabled()) for tensor in received]
         batch = to_device(step.micro_batches[number], model, self.channels.device)
-        result = model(batch.tokens, cu_seqlens=batch.cu_seqlens, labels=batch.labels, terms=step.terms, hidden=hidden)
+        result = model(
+            batch.tokens, cu_seqlens=batch.cu_seqlens, labels=batch.labels, terms=step.terms,
+            **dict(zip(("hidden", "pooled"), inputs, strict=False)),
+        )  # fmt: skip
         step.on_result(batch, result)
-        output = None
+        outputs = list[GradientEdge | None]()
         if isinstance(result, HandedOn):
-            self.channels.send(action, result.hidden)
-            loss = result.routed.loss
-            if result.hidden.requires_grad:
-                output = get_gradient_edge(result.hidden)  # keeps the graph, and not the output
+            message, loss = result.message(), result.routed.loss
+            self.channels.send(action, message)
+            # An edge keeps the graph, and not the output.
+            outputs = [get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in message]
         else:
             assert isinstance(result, Loss)
             loss = result.total
         if torch.is_grad_enabled():
-            step.in_flight[stage, number] = InFlight(hidden, output, None if loss is None else loss * step.scale)
+            step.in_flight[stage, number] = InFlight(inputs, outputs, None if loss is None else loss * step.scale)
 
     def _backward(self, action: Action, step: Step, last: bool) -> None:
         _, stage, number = action
-        chunk, (hidden, output, loss) = self.chunks[stage], step.in_flight.pop((stage, number))
+        chunk, (inputs, outputs, loss) = self.chunks[stage], step.in_flight.pop((stage, number))
         roots: list[Tensor | GradientEdge] = []
         gradients: list[Tensor | None] = []
-        if not chunk.model.stage.heads:
-            gradient = self.channels.take(Action(BACKWARD, stage + 1, number))
-            if output is not None:
-                roots, gradients = [output], [gradient]
+        if outputs:
+            received = self.channels.take(Action(BACKWARD, stage + 1, number))
+            for output, gradient in zip(outputs, received, strict=True):
+                if output is not None:
+                    roots, gradients = [*roots, output], [*gradients, gradient]
         if loss is not None:
             roots, gradients = [*roots, loss], [*gradients, None]
         chunk.axis.before_backward(last and chunk.deferred is None)
@@ -269,8 +281,8 @@ class Pipeline:
             torch.autograd.backward(cast(Any, roots), gradients)  # both kinds may be mixed
         if chunk.deferred is not None:
             step.left[stage, number] = chunk.deferred.take()
-        if hidden is not None:
-            self.channels.send(action, torch.zeros_like(hidden) if hidden.grad is None else hidden.grad)
+        if inputs:
+            self.channels.send(action, [torch.zeros_like(x) if x.grad is None else x.grad for x in inputs])
 
     def _weights(self, action: Action, step: Step, last: bool) -> None:
         _, stage, number = action
@@ -304,10 +316,10 @@ class PipelinedModel(nn.Module):
         channels.expect(self.plan, (*tokens.shape, config.hidden_size))
         logits, rest = None, iter(caches)
         for stage, model, *_ in self.chunks:
-            hidden = channels.take(Action(FORWARD, stage - 1, 0)) if stage else None
+            hidden = channels.take(Action(FORWARD, stage - 1, 0))[0] if stage else None
             result = model(tokens, caches=list(itertools.islice(rest, len(model.layers))), hidden=hidden)
             if isinstance(result, HandedOn):
-                channels.send(Action(FORWARD, stage, 0), result.hidden)
+                channels.send(Action(FORWARD, stage, 0), result.message())
             else:
                 logits = result.contiguous()
         channels.wait()

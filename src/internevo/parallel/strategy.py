@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from ..config import Config
 from ..models.config import DecoderConfig, Stage
+from ..models.losses import LossTerms
 from .layout import Layout
 from .stages import split
 
@@ -43,6 +44,8 @@ class Workload:
     """The stages of the rank whose collectives and memory are asked for. Empty: the whole model."""
     pipeline_rank: int = 0
     """The place of this rank in its pipeline."""
+    pools: bool = False
+    """Whether the loss depends on the routers of all layers together (``LossTerms.pools``)."""
 
     @classmethod
     def from_config(
@@ -64,6 +67,7 @@ class Workload:
             config.model.checkpoint, config.selective_checkpoint, config.hybrid_zero_optimizer.reduce_bucket_size, device,
             tuple(stage for number, stage in enumerate(stages) if layout.rank_of_stage(number) == mine),
             mine,
+            LossTerms.from_config(config.loss).pools(decoder),
         )  # fmt: skip
 
     @property

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..config.run import MAY_DIFFER, LoadCkptInfo
 from ..errors import ConfigError
-from ..models.config import DecoderConfig
+from ..models.config import BALANCE_BIAS, DecoderConfig
 
 
 def compare_models(mine: DecoderConfig, theirs: DecoderConfig, folder: Path, info: LoadCkptInfo) -> list[str]:
@@ -49,7 +49,10 @@ def _text(value: Any) -> str:
 
 
 def _is_free(key: str, mine: DecoderConfig, theirs: DecoderConfig) -> bool:
-    """Whether a key says nothing about the weights: how many tokens are dropped in training, or a length that nothing uses."""
+    """Whether a key says nothing about the weights: how many tokens are dropped in training, a length that nothing uses, or
+    balance biases of the config's model that start at 0."""
     if key == "model.max_position_embeddings":
         return not any(model.rope and model.rope.needs_length for model in (mine, theirs))
+    if key == BALANCE_BIAS:
+        return theirs.experts is not None and not theirs.experts.balance_bias
     return key.startswith("model.moe_layer_kwargs.")

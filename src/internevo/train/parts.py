@@ -12,14 +12,13 @@ from torch import Tensor
 
 from ..checkpoint.finish import Extras
 from ..config import Config, dump
-from ..config.training import Loss as LossSection
 from ..data.batches import BatchSizes
 from ..data.build import load_stream, train_source, valid_rows
 from ..data.rows import Rows
 from ..data.source import Source
 from ..data.streaming.exchange import Exchange
 from ..models.config import DecoderConfig
-from ..models.decoder import Decoder
+from ..models.decoder import Decoder, balance_biases
 from ..models.families.registry import decoder_config
 from ..models.losses import LossTerms
 from ..observe.console import log
@@ -71,11 +70,15 @@ class Parts:
     @property
     def terms(self) -> LossTerms:
         """The weights of the terms of the loss."""
-        return _terms(self.config.loss)
+        return LossTerms.from_config(self.config.loss)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Returns the weights and the moments under their names in a checkpoint."""
-        return self.optimizer.checkpoint_tensors()
+        """Returns the weights, balance biases and moments under their names in a checkpoint."""
+        return {**self.optimizer.checkpoint_tensors(), **self.biases()}
+
+    def biases(self) -> dict[str, Tensor]:
+        """Returns the balance biases of this rank's layers, under their names in a checkpoint. They are never sharded."""
+        return {f"model/{name}": bias for name, bias in balance_biases(self.model.numbered_layers()).items()}
 
     def extras(self) -> Extras:
         """Returns what a checkpoint contains besides tensors: counters, the model's shape, the config, and the tokenizer."""
@@ -113,7 +116,3 @@ def _left_out(message: str) -> None:
 def _exchange(world: World) -> Exchange:
     """Makes the exchange of a stream, over all ranks: each of them tokenizes a share of the stream."""
     return Exchange(gloo.new_group() if world.size > 1 else None)
-
-
-def _terms(loss: LossSection) -> LossTerms:
-    return LossTerms(loss.label_smoothing, loss.moe_loss_coeff, loss.moe_loss_kind, loss.moe_z_loss_coeff)

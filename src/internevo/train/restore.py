@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -79,7 +80,12 @@ def load_checkpoint(parts: Parts, folder: Path, wanted: LoadCkptInfo) -> list[st
             "without adapters, or with new ones, first merge those of the checkpoint (internevo convert CHECKPOINT TARGET --to "
             'internevo), and then load TARGET with content=("model",) (ckpt.load_ckpt_info)'
         )
-    checkpoint.check_tensors(parts.decoder, kinds)
+    expected = parts.decoder
+    if expected.experts is not None and not (checkpoint.config.experts and checkpoint.config.experts.balance_bias):
+        # The routers of the checkpoint have no balance biases, so those of the run start at 0.
+        expected = replace(expected, experts=expected.experts.without_bias())
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in parts.biases()}
+    checkpoint.check_tensors(expected, kinds)
     load_tensors(checkpoint, tensors)
     state = checkpoint.json("state.json")
     if wanted.has("optimizer"):

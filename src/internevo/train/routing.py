@@ -1,4 +1,4 @@
-"""Statistics of the routers of a mixture of experts in a step."""
+"""Statistics of the routers of a mixture of experts in a step, and balancing by them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from torch import Tensor
 
 from ..models.config import DecoderConfig
 from ..models.losses import Routed
+from ..models.moe import Router
 
 
 class RouterSums:
-    """Sums over the tokens of a step. They are one vector, which the all-reduce of a step adds up over the ranks."""
+    """Sums over the tokens of a step: those of this rank until they are reduced, and then those of all ranks. They are one
+    vector, which the all-reduce of a step adds up."""
 
     def __init__(self, config: DecoderConfig, device: torch.device) -> None:
         self.sparse = [layer for layer in range(config.num_layers) if config.is_sparse(layer)]
@@ -34,22 +36,30 @@ class RouterSums:
         """Adds the statistics of a forward pass through a model or a stage of it."""
         if not self.layers:
             return
-        table = self.values[:-1].view(self.layers, self.experts + 2)
+        table = self._table()
         for layer, r in routed.sums.items():
             table[self.sparse.index(layer)] += torch.cat([r.load, r.entropy.view(1), r.dropped.view(1)]).double()
         if routed.loss is not None:
             self.values[-1] += routed.loss.detach().double()
 
-    def summary(self, values: Tensor, predicted: float) -> dict[str, Any] | None:
-        """Returns the statistics for metrics.jsonl; None if the model has no experts.
+    def balance(self, routers: dict[int, Router], speed: float) -> None:
+        """Moves the balance biases of routers, by the load of all ranks.
 
         Args:
-            values: the sums over all ranks.
+            routers: layer -> its router, for the layers of this rank.
+        """
+        for layer, router in routers.items():
+            router.balance(self._table()[self.sparse.index(layer), : self.experts], speed)
+
+    def summary(self, predicted: float) -> dict[str, Any] | None:
+        """Returns the statistics of all ranks for metrics.jsonl; None if the model has no experts.
+
+        Args:
             predicted: number of predicted tokens of the step.
         """
         if not self.layers:
             return None
-        table = values[:-1].view(self.layers, self.experts + 2)
+        table = self._table()
         load = table[:, : self.experts]
         choices = load.sum()
         shares = load / load.sum(1, keepdim=True)
@@ -58,5 +68,8 @@ class RouterSums:
             "max_load": float(shares.max() * self.experts),
             "dropped": float(table[:, -1].sum() / choices),
             "entropy": float(table[:, -2].sum() / (choices / self.top_k)),
-            "auxiliary_loss": float(values[-1] / max(predicted, 1.0)),
+            "auxiliary_loss": float(self.values[-1] / max(predicted, 1.0)),
         }
+
+    def _table(self) -> Tensor:
+        return self.values[:-1].view(self.layers, self.experts + 2)

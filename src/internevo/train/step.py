@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..data.batches import MicroBatch, StepBatch
 from ..models.config import DecoderConfig
+from ..models.decoder import routers
 from ..models.losses import HandedOn, Loss
 from ..ops import foreach
 from ..parallel import plan
@@ -77,6 +78,7 @@ class Stepper:
         self.parts, self.device = parts, parts.world.device
         self.types, self.terms = len(parts.source.types), parts.terms
         self.clip = parts.config.hybrid_zero_optimizer.clip_grad_norm
+        self.bias_speed = parts.config.model.moe_layer_kwargs.bias_update_speed
         self.replicas = {name: parts.axis.replica_count(name) for name in parts.axis.masters}
         """Weight -> number of ranks that have the same shard of it."""
 
@@ -96,6 +98,8 @@ class Stepper:
             parts.optimizer.scale_gradients(to_mean * clip_factor(result.grad_norm, self.clip))
             parts.optimizer.step(lr, beta2)
             parts.axis.masters_changed()
+            if self.bias_speed:
+                routed.balance(routers(parts.model.numbered_layers()), self.bias_speed)
         parts.optimizer.zero_grad()
         parts.scaler.update(result.skipped)
         return result
@@ -127,12 +131,12 @@ class Stepper:
             squares.view(1), losses.sums, losses.counts, routed.values, numbers
         )
         # All ranks of a tensor group have counted the same tokens.
-        counts, routing = counts / self.parts.layout.tensor, routing / self.parts.layout.tensor
+        counts, routed.values = counts / self.parts.layout.tensor, routing / self.parts.layout.tensor
         predicted = float(counts.sum())
         to_mean = unscale / max(predicted, 1.0)
         norm = float(square_sum.sqrt()) * to_mean
         finite = math.isfinite(norm) and bool(torch.isfinite(sums).all())
-        summary = routed.summary(routing, predicted)
+        summary = routed.summary(predicted)
         return StepResult(Losses(sums, counts), norm, not finite, Shared.unpack(numbers.tolist()), summary), to_mean
 
 

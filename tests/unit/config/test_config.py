@@ -266,12 +266,6 @@ def test_without_a_world_size_a_config_is_checked_on_the_smallest_that_fits(chan
             "model__num_experts": 4,
             "parallel__pipeline": {"size": 2, "mode": "ZBH1"},
         },
-        {
-            "model_type": "MIXTRALMOE",
-            "model__num_experts": 4,
-            "parallel__pipeline": 2,
-            "loss__moe_loss_kind": "pooled",
-        },
         {"parallel__pipeline": 2, "monitor__memory": True},
         {"model_type": "INTERNLM_MoE"},
         {"model_type": "MIXTRALMOE", "model__num_experts": 4, "model__moe_layer_kwargs": {"noisy_gate_policy": "Jitter"}},

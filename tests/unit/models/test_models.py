@@ -12,7 +12,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from internevo.models.decoder import Decoder
 from internevo.models.generate import Sampling, generate
-from internevo.models.losses import LossTerms, balance
+from internevo.models.losses import LossTerms, add_pooled, pooled_balance
 from tests.families import CONFIGS, disk_tensors, pair, to_disk
 
 FAMILIES = sorted(CONFIGS)
@@ -111,7 +111,7 @@ def test_the_pooled_balance_loss_is_that_of_transformers(seed: int, layers: int,
             self.probs = probs.sum(0)
             self.load = torch.zeros(experts).index_add_(0, probs.topk(k).indices.flatten(), torch.ones(30 * k))
 
-    mine = balance([Sums(x) for x in logits], 30, "pooled")  # type: ignore[misc]
+    mine = pooled_balance(add_pooled(torch.zeros(2, experts), [Sums(x) for x in logits]), 30 * layers)  # type: ignore[misc]
     assert isinstance(wanted, Tensor)
     torch.testing.assert_close(mine, wanted)
     for a, b in zip(torch.autograd.grad(mine, logits), torch.autograd.grad(wanted, logits), strict=True):

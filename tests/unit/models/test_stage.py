@@ -1,14 +1,15 @@
 """A stage is a part of a model with the same names of parameters, and the stages one after the other equal the model."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from internevo.models.config import DecoderConfig, Rope, Stage
+from internevo.models.config import DecoderConfig, Experts, Rope, Stage
 from internevo.models.decoder import Decoder
-from internevo.models.losses import HandedOn, Loss
+from internevo.models.losses import HandedOn, Loss, LossTerms
 
 SPLITS = {
     "two": [Stage(range(2), heads=False), Stage(range(2, 4), embeds=False)],
@@ -61,6 +62,39 @@ def test_stages_one_after_the_other_equal_the_model(name: str, tied: bool, rope:
     assert gradients.keys() == weights.keys()
     for key, gradient in gradients.items():
         torch.testing.assert_close(gradient, weights[key].grad, msg=key)
+
+
+@pytest.mark.parametrize("dense_layers", [(), (0, 1), (3,), (1, 2)])
+@pytest.mark.parametrize("name", SPLITS)
+def test_stages_hand_on_what_the_pooled_balance_loss_needs(name: str, dense_layers: tuple[int, ...]) -> None:
+    """Also stages without routers. The gradients go back as they came."""
+    torch.manual_seed(0)
+    whole = Decoder(replace(config_of(False, Rope()), family="QWEN3MOE", experts=Experts(4, 2, 24, dense_layers=dense_layers)))
+    for parameter in whole.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    tokens, terms = torch.randint(0, 97, (2, 20)), LossTerms(balance=5.0, balance_kind="pooled", router_z=0.1)
+    expected = whole(tokens, labels=tokens, terms=terms)
+    expected.total.backward()
+    result: HandedOn | Loss | None = None
+    losses = list[Tensor]()
+    for stage_of_whole in SPLITS[name]:
+        stage = Decoder(whole.config, stage_of_whole)
+        for key, _ in stage.named_parameters():
+            module, _, last = key.rpartition(".")
+            setattr(stage.get_submodule(module), last, whole.get_parameter(key))
+        hidden, pooled = (result.hidden, result.pooled) if isinstance(result, HandedOn) else (None, None)
+        result = stage(tokens, labels=tokens, terms=terms, hidden=hidden, pooled=pooled)
+        assert isinstance(result, Loss) or (result.pooled is not None and len(result.message()) == 2)
+        losses += [result.routed.loss] if result.routed.loss is not None else []
+    gradients = {key: parameter.grad for key, parameter in whole.named_parameters()}
+    whole.zero_grad()
+    assert isinstance(result, Loss)
+    in_stages = result.total + sum(loss for loss in losses[:-1])
+    in_stages.backward()
+    torch.testing.assert_close(in_stages, expected.total)
+    torch.testing.assert_close(sum(losses), expected.routed.loss)
+    for key, parameter in whole.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[key], msg=key)
 
 
 def test_a_stage_has_only_its_own_parameters() -> None:

@@ -79,9 +79,9 @@ class Nccl:
 
 
 @pytest.mark.parametrize(("mode", "chunks"), [("1F1B", 1), ("1F1B", 2), ("ZBH1", 1), ("ZBV", 2)])
-@pytest.mark.parametrize("waiting", [0, 1, 2])
+@pytest.mark.parametrize(("waiting", "pooled"), [(0, 0), (1, 0), (2, 0), (1, 2)])
 def test_no_rank_waits_for_itself_or_keeps_more_messages_than_stated(
-    monkeypatch: pytest.MonkeyPatch, mode: str, chunks: int, waiting: int
+    monkeypatch: pytest.MonkeyPatch, mode: str, chunks: int, waiting: int, pooled: int
 ) -> None:
     nccl, ranks, stages, micro_batches = Nccl(), 3, 3 * chunks, 20
     most = [0] * ranks
@@ -94,14 +94,16 @@ def test_no_rank_waits_for_itself_or_keeps_more_messages_than_stated(
         groups: Any = nccl
         channels = Channels(groups, [list(range(ranks))], ranks_of_stages, torch.device("cpu"), torch.float32)
         plan = channels.plan(all_orders)
-        channels.expect(plan, (2,))
+        channels.expect(plan, (2,), pooled)
         for action, count in zip(plan.order, kept(plan, rank, ranks_of_stages), strict=True):
             for receiving in nccl.thread.posted if rank == waiting else []:
                 receiving.wait()
             needed = needs(action, stages)
             if needed is not None and needed.stage != action.stage:
-                assert channels.take(needed).tolist() == [needed.stage, needed.micro_batch]
-            channels.send(action, torch.tensor([action.stage, action.micro_batch], dtype=torch.float32))
+                numbers = [needed.stage, needed.micro_batch]
+                assert [tensor.tolist() for tensor in channels.take(needed)] == [numbers, *[[numbers] * 2] * (pooled > 0)]
+            tensor = torch.tensor([action.stage, action.micro_batch], dtype=torch.float32)
+            channels.send(action, [tensor, tensor.expand(2, 2)] if pooled else [tensor])
             ahead = sum(len(inbox._arrived) + (inbox._receiving is not None) for inbox in channels._in.values())
             assert ahead + sum(len(outbox._sending) for outbox in channels._out.values()) + len(channels._here) == count
             most[rank] = max(most[rank], count)

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from internevo.config.run import MAY_DIFFER, Ckpt, LoadCkptInfo
 from internevo.errors import ConfigError
-from internevo.models.config import DecoderConfig, Experts, Rope
+from internevo.models.config import BALANCE_BIAS, DecoderConfig, Experts, Rope
 from internevo.train.compare import compare_models
 from internevo.train.restore import restore
 from tests.conftest import Run, WriteConfig
@@ -92,6 +92,17 @@ def test_a_length_that_nothing_uses_and_capacities_are_notes() -> None:
         "note: model.max_position_embeddings", "note: model.moe_layer_kwargs.capacity_factor",
         "note: model.moe_layer_kwargs.drop_policy",
     ]  # fmt: skip
+
+
+def test_balance_biases_may_start_at_zero_and_may_not_be_left_out() -> None:
+    biased = replace(MOE, experts=Experts(4, 2, 48, balance_bias=True))
+    assert compare_models(biased, MOE, PLACE, LoadCkptInfo()) == [
+        f"note: {BALANCE_BIAS} = True in the config, and False in there"
+    ]
+    with pytest.raises(
+        ConfigError, match="model.moe_layer_kwargs.bias_update_speed.* = False in the config, and True in there"
+    ):
+        compare_models(MOE, biased, PLACE, LoadCkptInfo())
 
 
 @pytest.mark.parametrize("name", ["num_layers", "model.vocab_size", "rope_bas"])

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,10 @@ from tests.conftest import tiny
 BETA1, BETA2, EPS, DECAY, LR = 0.8, 0.9, 1e-3, 0.1, 1e-2
 TYPES = ["code", "text"]
 Make = Callable[..., Stepper]
+BALANCED = {
+    "model_type": "MIXTRALMOE", "model__num_experts": 4, "model__top_k": 2, "model__moe_type": "Dropless",
+    "model__moe_layer_kwargs": {"bias_update_speed": 0.25},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +43,13 @@ def world() -> Iterator[World]:
 
 @pytest.fixture
 def make(world: World) -> Make:
-    """A function that makes a stepper of a small model; ``scale``: a loss scale as in fp16."""
+    """A function that makes a stepper of a small model; ``scale``: a loss scale as in fp16; ``changes`` to the config."""
 
-    def stepper(clip: float = 0.0, scale: float | None = None) -> Stepper:
+    def stepper(clip: float = 0.0, scale: float | None = None, **changes: Any) -> Stepper:
         config = validate(tiny(
             adam={"lr": LR, "adam_beta1": BETA1, "adam_eps": EPS, "weight_decay": DECAY}, model__num_layers=1,
             hybrid_zero_optimizer__clip_grad_norm=clip, data__mixture=[{"kind": "mocked", "name": name} for name in TYPES],
+            **changes,
         ))  # fmt: skip
         parts = Parts.build(config, world)
         if scale is not None:
@@ -173,9 +179,10 @@ def test_a_step_without_predicted_tokens_only_applies_weight_decay(make: Make) -
         torch.testing.assert_close(master.detach(), before[name] * (1 - LR * DECAY if master.dim() >= 2 else 1))
 
 
-def test_a_step_with_gradients_that_are_not_finite_changes_nothing(make: Make) -> None:
+@pytest.mark.parametrize("changes", [{}, BALANCED], ids=["dense", "balance biases"])
+def test_a_step_with_gradients_that_are_not_finite_changes_nothing(make: Make, changes: dict[str, Any]) -> None:
     """A loss scale above the range of fp32 overflows. With a smaller one, the same batch trains as if it were the first."""
-    stepper, other = make(clip=1.0, scale=2.0**128), make(clip=1.0)
+    stepper, other = make(clip=1.0, scale=2.0**128, **changes), make(clip=1.0, **changes)
     before = {name: tensor.detach().clone() for name, tensor in stepper.parts.tensors().items()}
     batch = step_batch(1, [0.3, 0.3])
     result = take(stepper, batch)
@@ -191,6 +198,19 @@ def test_a_step_with_gradients_that_are_not_finite_changes_nothing(make: Make) -
     assert not again.skipped and again.grad_norm == pytest.approx(wanted.grad_norm, rel=1e-5)
     for name, tensor in other.parts.tensors().items():
         torch.testing.assert_close(stepper.parts.tensors()[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("speed", [0.25, 0.0])
+def test_a_step_moves_balance_biases_by_the_load_of_all_its_micro_batches(make: Make, speed: float) -> None:
+    """Recomputation does not count twice, and a speed of 0 moves nothing."""
+    kwargs = {"model__moe_layer_kwargs": {"bias_update_speed": speed}, "model__checkpoint": True}
+    stepper = make(**{**BALANCED, **kwargs})
+    batch = step_batch(1, [0.3, 1.0, 0.0])
+    sums = [Decoder.__call__(stepper.parts.model, m.tokens, labels=m.labels).routed.sums[0].load for m in batch.micro_batches]
+    take(stepper, batch)
+    load = torch.stack(sums).sum(0)
+    assert load.sum() == 3 * 32 * 2
+    assert stepper.parts.biases()["model/layers.0.mlp.router.bias"].equal(speed * (load.mean() - load).sign())
 
 
 def test_a_step_with_a_loss_that_is_not_finite_is_skipped(make: Make) -> None:

@@ -69,6 +69,7 @@ def from_section(model: Model, shared_size: int = 0, normalize: bool = True) -> 
         eval_capacity_factor=evaluation,
         min_capacity=kwargs.min_capacity,
         drop_policy=kwargs.drop_policy,
+        balance_bias=kwargs.bias_update_speed is not None,
     )
 
 

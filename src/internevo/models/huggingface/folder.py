@@ -19,7 +19,7 @@ from ...storage.header import Spec
 from ...storage.jsonfile import write_json
 from ...storage.tensors import ByteRange, ShardWriter, joint_dtype
 from ..config import DecoderConfig
-from ..decoder import Decoder, parameter_shapes
+from ..decoder import Decoder, parameter_shapes, stored_shapes
 from ..families.registry import decoder_from_hf, family
 from ..source import ModelInMemory, ParameterSource, most_common_dtype, write_rows
 from .naming import Naming, overlapping
@@ -164,7 +164,7 @@ def write_hf(
     Raises:
         UsageError: if the family's ``config.json`` cannot describe the model, or the folder is not empty or cannot be written.
     """
-    config = as_family(source.config, write_as or source.config.family)
+    config = as_family(_without_zero_biases(source), write_as or source.config.family)
     with target(folder, "config.json", _model_files(folder) if overwrite else None) as new:
         _write_weights(source, naming(config), new, dtype, shard_bytes, progress)
         special: dict[str, Any] = {}
@@ -172,6 +172,17 @@ def write_hf(
             copy_tokenizer(source.tokenizer, new)
             special = special_ids(source.tokenizer)
         write_json(new / "config.json", _config_json(source, config, special, dtype or most_common_dtype(source)), indent=2)
+
+
+def _without_zero_biases(source: ParameterSource) -> DecoderConfig:
+    """Returns the shape of a model. If all balance biases of its routers are 0, which changes nothing, it has none."""
+    config = source.config
+    if config.experts is None or not config.experts.balance_bias:
+        return config
+    biases = stored_shapes(config).keys() - parameter_shapes(config).keys()
+    if any(source.read(name, 0, config.experts.count).any() for name in biases):
+        return config
+    return replace(config, experts=config.experts.without_bias())
 
 
 def _model_files(folder: Path) -> list[str]:
@@ -232,6 +243,12 @@ def as_family(config: DecoderConfig, name: str) -> DecoderConfig:
         UsageError: if the family's ``config.json`` cannot describe the model; the message names the first field that differs.
     """
     module = family(name)
+    if config.experts is not None and config.experts.balance_bias:
+        raise UsageError(
+            f"a Hugging Face folder of {module.ARCHITECTURE} cannot describe this model: its routers have balance biases "
+            "(model.moe_layer_kwargs.bias_update_speed), without which many tokens would go to other experts; only checkpoints "
+            "have them (--to internevo)"
+        )
     wanted = replace(config, family=name, experts=config.experts and config.experts.dropless())
     read = module.from_hf(json.loads(json.dumps(module.to_hf(wanted))))
     for field in fields(DecoderConfig):
