@@ -7,7 +7,7 @@ import pytest
 
 from tests.conftest import metrics, write_config
 from tests.parallel.conftest import Runs, assert_same
-from tests.parallel.layouts import COMMON, EXPERTS, layout, pipelined
+from tests.parallel.layouts import COMMON, EXPERTS, PREFETCH, Case, layout, pipelined
 from tests.pool import Pool
 
 ROWS = 3
@@ -19,6 +19,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "model__moe_type": "Dropless", "model__mlp_only_layers": [0],
     },
 }  # fmt: skip
+
+
+def gathered(ranks: int, overlap: bool = True) -> dict[str, Any]:
+    """Returns changes to the config: the weights of experts are sharded over ranks, and gathered for use."""
+    return {"parallel__expert_weight": {"size": ranks, "overlap": overlap}}
+
+
+def zero_bubble(case: Case, mode: str) -> Case:
+    processes, changes = case
+    return processes, {**changes, "parallel__pipeline": {**changes["parallel__pipeline"], "mode": mode}}
+
+
 CASES = {
     "2 ranks": layout(2, parallel__expert={"size": 2}),
     "4 ranks": layout(4),
@@ -28,6 +40,26 @@ CASES = {
     "4 ranks, recomputed": layout(4, model__checkpoint=True),
     "pipeline of 2, 2 ranks": pipelined(4, 2, layers=2),
     "1 rank": layout(4, zero=2, parallel__expert={"size": 1}),
+    "mtp 2": layout(2, "mtp", 2),
+    "msp 2, 2 ranks": layout(4, "msp", 2),
+    "fsp 2, 1 rank, fsdp, recomputed": layout(4, "fsp", 2, fsdp=True, parallel__expert={"size": 1}, model__checkpoint=True),
+    "mtp 2, whole experts on 4 ranks": layout(4, "mtp", 2, parallel__expert={"no_tp": True}),
+    "msp 2, whole experts on 2 ranks": layout(2, "msp", 2, parallel__expert={"no_tp": True}),
+    "fsp 4, whole experts on 1 rank": layout(4, "fsp", 4, parallel__expert={"no_tp": True, "size": 1}),
+    "isp 2": layout(2, "isp", 2),
+    "isp 1, weights over 2, experts over 4": layout(4, "isp", 1, 2, weights=PREFETCH),
+    "isp 2, weights over 2, expert weights over 4": layout(4, "isp", 2, 2, weights=PREFETCH, **gathered(4)),
+    "isp 2, expert weights over 2, recomputed": layout(4, "isp", 2, 1, model__checkpoint=True, **gathered(2)),
+    "isp 1, weights over 4, expert weights over 2 x 2, fsdp": layout(4, "isp", 1, 4, fsdp=True, **gathered(2)),
+    "isp 2, experts on 1 rank": layout(4, "isp", 2, 2, parallel__expert={"size": 1}),
+    "ZBH1, 2 ranks": zero_bubble(pipelined(4, 2, layers=2), "ZBH1"),
+    "ZBV, msp 2": zero_bubble(pipelined(4, 2, 2, layers=4, mode="msp", tensor=2), "ZBV"),
+    "ZBH1, isp 2, expert weights over 2": zero_bubble(
+        pipelined(4, 2, layers=2, mode="isp", tensor=2, weight=2, weights=PREFETCH, **gathered(2)), "ZBH1"
+    ),
+    "1F1B, isp 2, expert weights over 2, recomputed": pipelined(
+        4, 2, layers=2, mode="isp", tensor=2, weights=PREFETCH, model__checkpoint=True, **gathered(2)
+    ),
 }
 
 
@@ -35,11 +67,12 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_experts_over_ranks_train_the_same_model(pool: Pool, world: Runs, tmp_path: Path, name: str, family: str) -> None:
     folder, dataset, _ = world
-    changes = {**COMMON, **FAMILIES[family], "data__total_steps": 4}
-    one = folder / f"experts-{list(FAMILIES).index(family)}"
+    processes, more = CASES[name]
+    layers = more.get("model__num_layers", 2)
+    changes = {**COMMON, **FAMILIES[family], "data__total_steps": 4, "model__num_layers": layers}
+    one = folder / f"experts-{list(FAMILIES).index(family)}-{layers}"
     if not one.exists():
         pool.train(write_config(folder, dataset, one.name, **{**changes, "data__micro_bsz": ROWS}))
-    processes, more = CASES[name]
     pool.train(write_config(tmp_path, dataset, "many", **{**changes, **more, "data__micro_bsz": ROWS}), processes)
     assert_same(tmp_path / "many", one, 4)
     for mine, reference in zip(metrics(tmp_path / "many"), metrics(one), strict=True):

@@ -24,14 +24,8 @@ def missing_features(config: Config) -> list[str]:
     """Returns one line for each feature that the config asks for and that this version does not have."""
     lines = unavailable(config)
     parallel = config.parallel
-    if config.model.num_experts > 1 and max(parallel.tensor.size, parallel.weight.size) > 1:
-        lines.append(
-            "not available yet: experts with tensor or weight parallelism (parallel.tensor.size, parallel.weight.size)"
-        )
     if config.model.num_experts > 1 and parallel.pipeline.size > 1 and config.loss.moe_loss_kind == "pooled":
         lines.append("not available yet: loss.moe_loss_kind = 'pooled' with a pipeline (it adds up the routers of all stages)")
-    if config.model.num_experts > 1 and parallel.pipeline.size > 1 and parallel.pipeline.mode != "1F1B":
-        lines.append(f"not available yet: experts with parallel.pipeline.mode = {parallel.pipeline.mode!r}")
     info = config.ckpt.load_ckpt_info
     if info and info.path and info.ckpt_type in ("llama", "LLAMA", "normal"):
         lines.append(f"not available yet: loading checkpoints of ckpt.load_ckpt_info.ckpt_type = {info.ckpt_type!r}")
@@ -129,11 +123,13 @@ def _heads(config: Config, world: int) -> Iterator[str]:
         yield (
             f"model.num_kv_attention_heads = {kv} and parallel.tensor.size = {tensor.size}: one must be a multiple of the other"
         )
-    if tensor.mode != "isp" and model.mlp_width % tensor.size:
+    has_mlps = any(n in model.mlp_only_layers or (n + 1) % model.decoder_sparse_step for n in range(model.num_layers))
+    widths = [(model.mlp_width, "the MLP's width")] if has_mlps or model.num_experts == 1 else []
+    if tensor.mode != "isp" and widths and model.mlp_width % tensor.size:
         yield f"the MLP's width {model.mlp_width} is not divisible by parallel.tensor.size = {tensor.size}"
     head_dim = model.head_dim or model.hidden_size // heads
     for size, what in (
-        (model.mlp_width, "the MLP's width"),
+        *widths,
         (model.hidden_size, "model.hidden_size"),
         (model.vocab_size, "model.vocab_size"),
         (heads * head_dim, "the width of all query heads (model.num_attention_heads * size of a head)"),
@@ -174,20 +170,36 @@ def data_size(config: Config, world_size: int) -> int:
     return max(1, world_size // (config.parallel.tensor.size * config.parallel.pipeline.size))
 
 
-def expert_size(config: Config, ranks: int) -> int:
-    """Returns the number of ranks that have different experts, out of ``ranks`` data ranks."""
+def expert_inner_size(config: Config) -> int:
+    """Returns the number of ranks over which each expert is sharded: those of the tensor axis, or in isp those of the expert
+    weight axis."""
+    parallel = config.parallel
+    if parallel.tensor.mode == "isp":
+        return parallel.expert_weight.size
+    return 1 if parallel.expert.no_tp else parallel.tensor.size
+
+
+def expert_ranks(config: Config, world_size: int) -> int:
+    """Returns the number of ranks of a stage that have the same shard of the experts that they have."""
+    return max(1, world_size // (config.parallel.pipeline.size * expert_inner_size(config)))
+
+
+def expert_size(config: Config, world_size: int) -> int:
+    """Returns the number of ranks that have different experts."""
     size = config.parallel.expert.size
-    return size if size > 0 else math.gcd(ranks, config.model.num_experts)
+    return size if size > 0 else math.gcd(expert_ranks(config, world_size), config.model.num_experts)
 
 
 def smallest_world(config: Config) -> int:
     """Returns the smallest world size that the sizes of all axes fit into."""
     parallel = config.parallel
-    weights = _inner(config) * max(1, parallel.zero1.size)
-    return parallel.pipeline.size * math.lcm(parallel.tensor.size, weights)
+    weights = inner_size(config) * max(1, parallel.zero1.size)
+    experts = max(1, parallel.expert.size) * expert_inner_size(config) * max(1, parallel.expert_zero1.size)
+    views = (parallel.tensor.size, weights, *([experts] if config.model.num_experts > 1 else []))
+    return parallel.pipeline.size * math.lcm(*views)
 
 
-def _inner(config: Config) -> int:
+def inner_size(config: Config) -> int:
     """Returns how many ranks a layer's weights are sharded over by the tensor or weight axis."""
     parallel = config.parallel
     return parallel.weight.size if parallel.tensor.mode == "isp" else parallel.tensor.size
@@ -195,7 +207,7 @@ def _inner(config: Config) -> int:
 
 def _zero(config: Config, world: int) -> Iterator[str]:
     size, parallel = config.parallel.zero1.size, config.parallel
-    ranks = max(1, world // (_inner(config) * parallel.pipeline.size))
+    ranks = max(1, world // (inner_size(config) * parallel.pipeline.size))
     if size > 0 and ranks % size:
         yield (
             f"parallel.zero1.size = {size} does not divide the {ranks} ranks that hold the same part of the weights; "
@@ -204,21 +216,62 @@ def _zero(config: Config, world: int) -> Iterator[str]:
 
 
 def _experts(config: Config, world: int) -> Iterator[str]:
-    parallel, experts = config.parallel, config.model.num_experts
-    size, ranks = parallel.expert.size, data_size(config, world)
-    if experts == 1 or world % parallel.pipeline.size:
+    parallel, model = config.parallel, config.model
+    weight, tensor = parallel.expert_weight.size, parallel.tensor
+    if weight > 1 and tensor.mode != "isp":
+        yield f"parallel.expert_weight.size = {weight} needs parallel.tensor.mode = 'isp', not {tensor.mode!r}"
         return
-    if size > 0 and (experts % size or ranks % size):
+    if model.num_experts == 1 or world % parallel.pipeline.size:
+        return
+    if world % (parallel.pipeline.size * weight):
         yield (
-            f"parallel.expert.size = {size} must divide model.num_experts = {experts} and the number of data ranks, {ranks}; "
-            f"use a divisor of {math.gcd(experts, ranks)}, or -1"
+            f"{world} processes cannot be divided into groups of parallel.expert_weight.size * parallel.pipeline.size = "
+            f"{weight} * {parallel.pipeline.size}; use a multiple of {weight * parallel.pipeline.size} processes"
         )
         return
-    rest = ranks // expert_size(config, ranks)
+    size, ranks = parallel.expert.size, expert_ranks(config, world)
+    if size > 0 and (model.num_experts % size or ranks % size):
+        yield (
+            f"parallel.expert.size = {size} must divide model.num_experts = {model.num_experts} and the number of ranks that "
+            f"can have different experts, {ranks}; use a divisor of {math.gcd(model.num_experts, ranks)}, or -1"
+        )
+        return
+    expert = expert_size(config, world)
+    rest = ranks // expert
     if parallel.expert_zero1.size > 0 and rest % parallel.expert_zero1.size:
         yield (
             f"parallel.expert_zero1.size = {parallel.expert_zero1.size} does not divide the {rest} ranks that have the same "
             f"experts; use a divisor of {rest}, or -1 for all {rest}"
+        )
+    yield from _expert_widths(config, model.num_experts // expert)
+    if tensor.mode == "mtp" and parallel.expert.no_tp and config.data.seq_len % tensor.size:
+        yield (
+            f"data.seq_len = {config.data.seq_len} is not divisible by parallel.tensor.size = {tensor.size}, as "
+            "parallel.expert.no_tp needs, which divides the tokens among the ranks of the tensor axis"
+        )
+
+
+def _expert_widths(config: Config, experts: int) -> Iterator[str]:
+    """Yields the sizes of experts that cannot be divided among the ranks over which an expert is sharded.
+
+    Args:
+        experts: number of experts on a rank.
+    """
+    parallel, model = config.parallel, config.model
+    inner, isp = expert_inner_size(config), parallel.tensor.mode == "isp"
+    key = "parallel.expert_weight.size" if isp else "parallel.tensor.size"
+    width = model.moe_intermediate_size or model.mlp_width
+    sizes = [(width, "the width of an expert (model.moe_intermediate_size)")]
+    if isp:
+        sizes = [] if experts % inner == 0 else [*sizes, (model.hidden_size, "model.hidden_size")]
+    for size, what in sizes:
+        if size % inner:
+            yield f"{what} = {size} is not divisible by {key} = {inner}"
+    shared = model.shared_expert_intermediate_size or width * (model.num_shared_experts or 0)
+    if shared % inner_size(config):
+        yield (
+            f"the width of the shared expert = {shared} is not divisible by parallel.{'weight' if isp else 'tensor'}.size = "
+            f"{inner_size(config)}"
         )
 
 

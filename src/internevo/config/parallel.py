@@ -8,8 +8,7 @@ from pydantic import field_validator
 
 from .option import MAX_SIZE, Section, option
 
-EXPERT_WEIGHT = "experts with weight parallelism"
-WHOLE = "the weights of experts are not sharded (parallel.expert_weight.size = 1)"
+AHEAD = "the experts of the next layer are always gathered while those of this layer are used"
 FSDP = "parallel.zero1.fsdp decides, also for experts"
 SEQUENCE_2D = "2D sequence parallelism is off"
 OVERLAP = "it would change only the speed, and this version always communicates in the same way"
@@ -86,36 +85,43 @@ class Pipeline(Section):
 
 
 class Expert(Section):
-    """The expert axis: data ranks that divide the experts among themselves."""
+    """The expert axis: ranks that divide the experts among themselves."""
 
     size: int = option(
         -1,
-        "Number of ranks that the experts are divided among; it divides the number of experts and that of data ranks. 0 or "
-        "less: the largest possible.",
+        "Number of ranks that the experts are divided among; it divides the number of experts and that of the ranks with the "
+        "same shard of an expert. 0 or less: the largest possible.",
         ge=-(2**31),
         le=MAX_SIZE,
     )
     no_tp: bool = option(
-        False, "Do not shard experts over the tensor axis.", ignored="experts cannot be used with the tensor axis yet"
+        False,
+        "Do not shard experts over the tensor axis (mtp, msp, fsp): each rank has whole experts, for its part of the tokens.",
     )
 
 
 class ExpertWeight(Section):
-    """The weight axis of experts. Its other options have an effect only with a size of more than 1."""
+    """The weight axis of experts in isp."""
 
     size: int = option(
-        1, "Number of ranks over which each weight of an expert is sharded (isp).", not_available=EXPERT_WEIGHT, ge=1
+        1, "Number of ranks over which each weight of an expert is sharded (isp).", ge=1, needs="model.num_experts"
     )
-    overlap: bool = option(False, "The same as parallel.weight.overlap, for experts.", ignored=WHOLE)
+    overlap: bool = option(False, "Gather the experts of the next layer that has experts while those of one layer are used.")
     forward_overlap_per: Literal["layer", "module"] = option(
-        "layer", "The same as parallel.weight.forward_overlap_per, for experts.", ignored=WHOLE
+        "layer", "The same as parallel.weight.forward_overlap_per, for experts.", ignored=AHEAD
     )
     launch_allgather_before: Literal["wqkv", "attn", "wo", "w1"] = option(
-        "wo", "The same as parallel.weight.launch_allgather_before, for experts.", ignored=WHOLE
+        "wo", "The same as parallel.weight.launch_allgather_before, for experts.", ignored=AHEAD
     )
-    layer_fuse_isp_comm: bool = option(False, "The same as parallel.weight.layer_fuse_isp_comm, for experts.", ignored=WHOLE)
-    early_reduce_scatter_release: bool = option(True, "Free the buffers of gradients early.", ignored=WHOLE)
-    memory_pool: bool = option(False, "Use the buffers of gathered weights again.", ignored=WHOLE)
+    layer_fuse_isp_comm: bool = option(
+        False,
+        "The same as parallel.weight.layer_fuse_isp_comm, for experts.",
+        ignored="all weights of a layer's experts are always gathered with one collective",
+    )
+    early_reduce_scatter_release: bool = option(True, "Free the buffers of gradients early.", ignored=OVERLAP)
+    memory_pool: bool = option(
+        False, "Use the buffers of gathered weights again.", ignored="PyTorch's allocator uses their memory again"
+    )
 
 
 class ExpertZero1(Section):

@@ -100,7 +100,8 @@ class Decoder(nn.Module):
         for place, (number, layer) in enumerate(self.layers.items()):
             x_BSD, routing = layer(x_BSD, context, caches[place] if caches is not None else None)
             if routing is not None:
-                sums[int(number)] = self.pool(routing)
+                sums[int(number)] = routing
+        sums = self.pool(sums)
         routed = Routed(sums, None if labels is None else router_losses(labels, sums, terms))
         if self.norm is None or self.head is None:
             return HandedOn(x_BSD, routed)

@@ -58,9 +58,13 @@ class HandedOn(NamedTuple):
     routed: Routed
 
 
-def pool(routing: Routing) -> Routing:
-    """Returns a router's sums over all tokens of the micro-batch. A strategy that shards the tokens replaces this function."""
-    return routing
+def pool(sums: dict[int, Routing]) -> dict[int, Routing]:
+    """Returns the routers' sums over all tokens of the micro-batch. A strategy that shards the tokens replaces this function.
+
+    Args:
+        sums: layer -> the sums of its router over the tokens of this rank.
+    """
+    return sums
 
 
 def router_losses(labels: Tensor, sums: dict[int, Routing], terms: LossTerms) -> Tensor | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -41,19 +42,44 @@ class Routing(NamedTuple):
 # The functions that a strategy may replace, because ranks have different tokens of a micro-batch, or different experts. -----
 
 
-def all_tokens(values: Tensor) -> Tensor:
-    """Gathers values of this rank's tokens [T, ...] into those of the whole micro-batch, in its order, without gradients."""
-    return values
+def enter(x_BSD: Tensor) -> Tensor:
+    """Makes the input of the router and the experts from that of the layer."""
+    return x_BSD
 
 
-def own_tokens(values: Tensor) -> Tensor:
+def leave(x_BSD: Tensor) -> Tensor:
+    """Makes the output of the layer from that of the experts."""
+    return x_BSD
+
+
+def all_tokens(probs_BSk: Tensor, experts_BSk: Tensor) -> tuple[Tensor, Tensor]:
+    """Gathers the choices of this rank's tokens into those of the whole micro-batch, in its order, without gradients."""
+    return probs_BSk, experts_BSk
+
+
+def own_tokens(values_BSk: Tensor) -> Tensor:
     """Selects this rank's tokens from values of the whole micro-batch: the inverse of ``all_tokens``."""
-    return values
+    return values_BSk
 
 
-def run_experts(experts: ExpertMLPs, rows_RD: Tensor, ends_E: Tensor, complete: bool) -> Tensor:
-    """Sends rows, which are sorted by expert, through their experts. Arguments as for ``ops.grouped_linear``."""
-    return experts(rows_RD, ends_E, complete)
+def run_experts(
+    experts: ExpertMLPs, rows_RD: Tensor, ends_E: Tensor, complete: bool, meanwhile: Callable[[], Tensor | None]
+) -> tuple[Tensor, Tensor | None]:
+    """Sends rows, which are sorted by expert, through their experts. Arguments as for ``ops.grouped_linear``.
+
+    Args:
+        meanwhile: something to compute while rows travel.
+
+    Returns:
+        The rows of the experts' output [R, D], and what ``meanwhile`` returned.
+    """
+    return experts(rows_RD, ends_E, complete), meanwhile()
+
+
+def mlps(experts: ExpertMLPs, rows_RD: Tensor, ends_E: Tensor, complete: bool) -> Tensor:
+    """Applies each expert to its rows [R, D]. Arguments as for ``ops.grouped_linear``."""
+    gate, up = experts.gate(rows_RD, ends_E, complete), experts.up(rows_RD, ends_E, complete)
+    return experts.down(ops.gated(gate, up, experts.activation), ends_E, complete)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -69,17 +95,17 @@ class Router(nn.Module):
         self.experts = experts
         self.all_tokens, self.own_tokens = all_tokens, own_tokens
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Routing]:
+    def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor, Routing]:
         """
         Returns:
             The experts of each token (int64 [T, k]), their weights (fp32 [T, k]), whether each choice is kept and not dropped
             (bool [T, k]), and the sums over the tokens.
         """
-        logits_TE = F.linear(x_TD.float(), self.weight.float())
+        logits_TE = F.linear(x_BSD.flatten(0, 1).float(), self.weight.float())
         probs_TE = logits_TE.softmax(-1)
         chosen_Tk, experts_Tk = probs_TE.topk(self.experts.top_k)
         weights_Tk = chosen_Tk / chosen_Tk.sum(-1, keepdim=True) if self.experts.normalize else chosen_Tk
-        kept_Tk = self.own_tokens(self._kept(self.all_tokens(chosen_Tk.detach()), self.all_tokens(experts_Tk)))
+        kept_Tk = self._kept(*(choices.unflatten(0, x_BSD.shape[:2]) for choices in (chosen_Tk.detach(), experts_Tk)))
         log_probs = logits_TE.detach().log_softmax(-1)
         counts = F.one_hot(experts_Tk, self.experts.count).sum(0).float()
         routing = Routing(
@@ -92,13 +118,16 @@ class Router(nn.Module):
         )
         return experts_Tk, weights_Tk, kept_Tk, routing
 
-    def _kept(self, probs_Tk: Tensor, experts_Tk: Tensor) -> Tensor:
-        """Returns which choices are kept: each expert keeps as many as its capacity. First choices come before second ones; the
-        drop policy decides between equal ones."""
-        e, (tokens, k) = self.experts, experts_Tk.shape
+    def _kept(self, probs_BSk: Tensor, experts_BSk: Tensor) -> Tensor:
+        """Returns which choices of this rank's tokens are kept [T, k]: each expert keeps as many as its capacity. First choices
+        come before second ones; the drop policy decides between equal ones."""
+        e = self.experts
         factor = e.capacity_factor if self.training else e.eval_capacity_factor
         if factor == 0:
-            return torch.ones_like(experts_Tk, dtype=torch.bool)
+            return torch.ones_like(experts_BSk, dtype=torch.bool).flatten(0, 1)
+        probs_BSk, experts_BSk = self.all_tokens(probs_BSk, experts_BSk)
+        probs_Tk, experts_Tk = probs_BSk.flatten(0, 1), experts_BSk.flatten(0, 1)
+        tokens, k = experts_Tk.shape
         capacity = max(e.min_capacity, math.ceil(tokens * k / e.count * factor))
         # Choices in the order in which experts take them: all first choices, then all second ones, and so on.
         if e.drop_policy == "probs":
@@ -109,7 +138,8 @@ class Router(nn.Module):
         # The number of each choice, from 1, among those of the same expert.
         numbers = F.one_hot(wanted_kT.flatten(), e.count).cumsum(0).gather(1, wanted_kT.reshape(-1, 1))
         fits_kT = (numbers <= capacity).view(k, tokens)
-        return torch.zeros_like(fits_kT).scatter(1, order_kT, fits_kT).t()
+        kept_Tk = torch.zeros_like(fits_kT).scatter(1, order_kT, fits_kT).t()
+        return self.own_tokens(kept_Tk.unflatten(0, experts_BSk.shape[:2])).flatten(0, 1)
 
 
 class ExpertMLPs(nn.Module):
@@ -122,11 +152,11 @@ class ExpertMLPs(nn.Module):
         self.up = ExpertLinear("mlp", "embed", *shape)
         self.down = ExpertLinear("embed", "mlp", experts.count, config.hidden_size, experts.size)
         self.activation = config.activation
+        self.mlps = mlps
 
     def forward(self, rows_RD: Tensor, ends_E: Tensor, complete: bool) -> Tensor:
         """Applies each expert to its rows. Arguments as for ``ops.grouped_linear``."""
-        gate, up = self.gate(rows_RD, ends_E, complete), self.up(rows_RD, ends_E, complete)
-        return self.down(ops.gated(gate, up, self.activation), ends_E, complete)
+        return self.mlps(self, rows_RD, ends_E, complete)
 
 
 class ExpertLinear(nn.Module):
@@ -137,9 +167,11 @@ class ExpertLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(count, out_size, in_size))
         self.axes = ("expert", out_axis, in_axis)
         self.local_part: Callable[[Tensor], Tensor] = local_part
+        self.product: Callable[[Tensor, Tensor, Tensor, bool], Tensor] = ops.grouped_linear
+        """Multiplies rows by the weights (or this rank's part of them). A schedule may replace it."""
 
     def forward(self, rows_RD: Tensor, ends_E: Tensor, complete: bool) -> Tensor:
-        return ops.grouped_linear(rows_RD, self.local_part(self.weight), ends_E, complete=complete)
+        return self.product(rows_RD, self.local_part(self.weight), ends_E, complete)
 
 
 class MoE(nn.Module):
@@ -158,11 +190,19 @@ class MoE(nn.Module):
         self.router = Router(config, experts)
         self.experts = ExpertMLPs(config, experts)
         self.shared, self.shared_gate = shared, shared_gate
-        self.run_experts = run_experts
+        self.enter, self.leave, self.run_experts = enter, leave, run_experts
+        self.routed = self.run_routed
+        """Computes the weighted sum of the experts' outputs. A strategy may replace it."""
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, Routing]:
+        x_BSD = self.enter(x_BSD)
+        out_BSD, shared_BSD, routing = self.routed(x_BSD, partial(self._run_shared, x_BSD))
+        return self.leave(out_BSD if shared_BSD is None else out_BSD + shared_BSD), routing
+
+    def run_routed(self, x_BSD: Tensor, meanwhile: Callable[[], Tensor | None]) -> tuple[Tensor, Tensor | None, Routing]:
+        """Returns the weighted sum of the experts' outputs, what ``meanwhile`` returned, and the sums of the router."""
         x_TD = x_BSD.flatten(0, 1)
-        experts_Tk, weights_Tk, kept_Tk, routing = self.router(x_TD)
+        experts_Tk, weights_Tk, kept_Tk, routing = self.router(x_BSD)
         # Rows that no expert takes are sorted to the end, as if they had chosen one more expert after the last.
         count = routing.load.shape[0]
         targets_R = torch.where(kept_Tk, experts_Tk, count).flatten()
@@ -170,10 +210,13 @@ class MoE(nn.Module):
         inverse_R = order_R.argsort()
         ends_E = F.one_hot(targets_R, count + 1).sum(0).cumsum(0)[:count].int()
         rows_RD = ops.take_rows(x_TD, order_R // self.top_k, inverse_R, copies=self.top_k)
-        out_RD = self.run_experts(self.experts, rows_RD, ends_E, self.dropless)
+        out_RD, other = self.run_experts(self.experts, rows_RD, ends_E, self.dropless, meanwhile)
         out_TkD = ops.take_rows(out_RD, inverse_R, order_R).view(*experts_Tk.shape, -1)
         weights_T1k = (weights_Tk * kept_Tk).to(x_TD.dtype).unsqueeze(1)
         out_TD = torch.bmm(weights_T1k, out_TkD).squeeze(1)
-        if self.shared is not None and self.shared_gate is not None:
-            out_TD = out_TD + torch.sigmoid(self.shared_gate(x_TD)) * self.shared(x_TD)
-        return out_TD.view(x_BSD.shape), routing
+        return out_TD.view(x_BSD.shape), other, routing
+
+    def _run_shared(self, x_BSD: Tensor) -> Tensor | None:
+        if self.shared is None or self.shared_gate is None:
+            return None
+        return torch.sigmoid(self.shared_gate(x_BSD)) * self.shared(x_BSD)

@@ -3,7 +3,7 @@
 from .attention import attention
 from .cross_entropy import VocabShard, chunk_tokens, linear_cross_entropy
 from .gated import gated
-from .grouped import grouped_linear, take_rows
+from .grouped import grouped_linear, grouped_product, take_rows
 from .norm import rms_norm
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "chunk_tokens",
     "gated",
     "grouped_linear",
+    "grouped_product",
     "linear_cross_entropy",
     "rms_norm",
     "take_rows",

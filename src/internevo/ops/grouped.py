@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def grouped_linear(x_RD: Tensor, weight_EFD: Tensor, ends_E: Tensor, *, complete: bool = True) -> Tensor:
+def grouped_linear(x_RD: Tensor, weight_EFD: Tensor, ends_E: Tensor, complete: bool = True) -> Tensor:
     """Multiplies the rows of each expert e by its weight: x W_e^T.
 
     Args:
@@ -29,7 +29,7 @@ def grouped_linear(x_RD: Tensor, weight_EFD: Tensor, ends_E: Tensor, *, complete
     Returns:
         [R, F], in x's dtype. Rows that belong to no expert are zero.
     """
-    if not _has_kernel(x_RD, weight_EFD):
+    if not _has_kernel(x_RD, *weight_EFD.shape[1:]):
         return torch.ops.internevo.grouped_linear(x_RD, weight_EFD, ends_E)
     if complete:
         return F.grouped_mm(x_RD, weight_EFD.transpose(1, 2), offs=ends_E)
@@ -37,6 +37,13 @@ def grouped_linear(x_RD: Tensor, weight_EFD: Tensor, ends_E: Tensor, *, complete
     used = (torch.arange(x_RD.shape[0], device=x_RD.device) < ends_E[-1]).unsqueeze(1)
     out_RF = F.grouped_mm(torch.where(used, x_RD, 0.0), weight_EFD.transpose(1, 2), offs=ends_E)
     return torch.where(used, out_RF, 0.0)
+
+
+def grouped_product(grad_RF: Tensor, x_RD: Tensor, ends_E: Tensor) -> Tensor:
+    """Returns the gradient [E, F, D] of the weights of ``grouped_linear``, from those of its output and its input."""
+    if _has_kernel(x_RD, grad_RF.shape[1], x_RD.shape[1]):
+        return F.grouped_mm(grad_RF.t(), x_RD, offs=ends_E)
+    return torch.ops.internevo.grouped_product(grad_RF, x_RD, ends_E)
 
 
 def take_rows(x_ID: Tensor, rows_R: Tensor, inverse_R: Tensor, copies: int = 1) -> Tensor:
@@ -66,9 +73,8 @@ class _TakeRows(torch.autograd.Function):
         return (grad if ctx.copies == 1 else grad.view(-1, ctx.copies, grad.shape[1]).sum(1)), None, None, None
 
 
-def _has_kernel(x: Tensor, weight: Tensor) -> bool:
-    aligned = all(size * x.dtype.itemsize % 16 == 0 for size in weight.shape[1:])
-    return x.is_cuda and x.dtype == torch.bfloat16 and aligned
+def _has_kernel(x: Tensor, *sizes: int) -> bool:
+    return x.is_cuda and x.dtype == torch.bfloat16 and all(size * x.dtype.itemsize % 16 == 0 for size in sizes)
 
 
 def _groups(ends: Tensor) -> Iterator[tuple[int, slice]]:
@@ -91,18 +97,17 @@ def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
-@torch.library.custom_op("internevo::grouped_linear_backward", mutates_args=())
-def _grouped_linear_backward(grad: Tensor, x: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-    grad_x, grad_weight = x.new_zeros(x.shape), weight.new_zeros(weight.shape)
+@torch.library.custom_op("internevo::grouped_product", mutates_args=())
+def _grouped_product(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    out = x.new_zeros(ends.shape[0], grad.shape[1], x.shape[1])
     for expert, rows in _groups(ends):
-        torch.mm(grad[rows], weight[expert], out=grad_x[rows])
-        torch.mm(grad[rows].t(), x[rows], out=grad_weight[expert])
-    return grad_x, grad_weight
+        torch.mm(grad[rows].t(), x[rows], out=out[expert])
+    return out
 
 
-@_grouped_linear_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+@_grouped_product.register_fake
+def _(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(ends.shape[0], grad.shape[1], x.shape[1])
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -110,7 +115,10 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-    return (*torch.ops.internevo.grouped_linear_backward(grad, *ctx.saved_tensors), None)
+    x, weight, ends = ctx.saved_tensors
+    needs_x, needs_weight, _ = ctx.needs_input_grad
+    grad_x = torch.ops.internevo.grouped_linear(grad, weight.transpose(1, 2), ends) if needs_x else None
+    return grad_x, torch.ops.internevo.grouped_product(grad, x, ends) if needs_weight else None, None
 
 
 _grouped_linear.register_autograd(_backward, setup_context=_save)

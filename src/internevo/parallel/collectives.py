@@ -8,7 +8,9 @@
 | ``gather_tokens``  | all-gather of the sequence     | reduce-scatter of the sequence |
 | ``scatter_tokens`` | reduce-scatter of the sequence | all-gather of the sequence     |
 | ``exchange``       | all-to-all                     | all-to-all                     |
-| ``exchange_rows``  | all-to-all of uneven parts     | the same, back                 |
+| ``Travel``         | all-to-all of uneven parts     | the same, back                 |
+| ``share_tokens``   | nothing (own tokens)           | all-gather of the sequence     |
+| ``join_tokens``    | all-gather of the sequence     | nothing (own tokens)           |
 
 They use PyTorch's functional collectives, which ``torch.compile`` can trace. All functions but ``start_...`` return when their
 result is complete; the results of ``start_...`` must be passed to ``wait``.
@@ -144,15 +146,84 @@ class _Exchange(torch.autograd.Function):
         return all_to_all(grad, ctx.group), None
 
 
-class _ExchangeRows(torch.autograd.Function):
+class _ShareTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, sent: list[int], received: list[int], group: Group) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.sent, ctx.received, ctx.group = sent, received, group
-        return wait(functional.all_to_all_single(_as_input(x), received, sent, group))
+    def forward(ctx, x: Tensor, group: Group) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.group = group
+        return x.chunk(group.size())[group.rank()].contiguous()
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-        return wait(functional.all_to_all_single(_as_input(grad), ctx.sent, ctx.received, ctx.group)), None, None, None
+        return all_gather(grad, ctx.group), None
+
+
+class _JoinTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: Group) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.group = group
+        return all_gather(x, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        return grad.chunk(ctx.group.size())[ctx.group.rank()].contiguous(), None
+
+
+class Travel:
+    """The way of rows to other ranks: an all-to-all of uneven parts, during which something else may be computed.
+
+    The backward pass sends gradients back in the same way: what was computed between ``start`` and ``arrive`` has its backward
+    pass while they travel.
+    """
+
+    def __init__(self, sent: list[int], received: list[int], group: Group) -> None:
+        """
+        Args:
+            sent: how many rows this rank sends to each rank: first those for rank 0, and so on.
+            received: how many rows it gets from each rank.
+        """
+        self.sent, self.received, self.group = sent, received, group
+        self.arriving: Tensor | None = None
+        """What other ranks send to this one."""
+
+    def start(self, x_RD: Tensor) -> Tensor:
+        """Starts to send rows. Returns them, to be passed to ``arrive``."""
+        return _StartTravel.apply(x_RD, self)
+
+    def arrive(self, x_RD: Tensor) -> Tensor:
+        """Waits for the rows that other ranks have sent to this one, and returns them.
+
+        Args:
+            x_RD: what ``start`` has returned. It is kept alive until here, which the collective does not do.
+        """
+        return _Arrive.apply(x_RD, self)
+
+
+class _StartTravel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, travel: Travel) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.travel, x = travel, x.contiguous()
+        travel.arriving = _unwrap(functional.all_to_all_single(_as_input(x), travel.received, travel.sent, travel.group))
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        ctx.travel.arriving = None
+        return wait(grad), None
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, travel: Travel) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.travel = travel
+        arrived, travel.arriving = travel.arriving, None
+        assert arrived is not None
+        return wait(arrived)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        travel: Travel = ctx.travel
+        travel.arriving = grad = grad.contiguous()  # keeps it alive
+        return _unwrap(functional.all_to_all_single(_as_input(grad), travel.sent, travel.received, travel.group)), None
 
 
 def copy(x: Tensor, group: Group) -> Tensor:
@@ -185,10 +256,11 @@ def exchange(x_tN: Tensor, group: Group) -> Tensor:
     return _Exchange.apply(x_tN, group)
 
 
-def exchange_rows(x_RD: Tensor, sent: list[int], received: list[int], group: Group) -> Tensor:
-    """Sends the first ``sent[0]`` rows to rank 0, the next ``sent[1]`` rows to rank 1, ...; returns the rows of all ranks.
+def share_tokens(x_BSD: Tensor, group: Group) -> Tensor:
+    """Returns this rank's tokens [B, S/t, D] of x, which is the same on all ranks. The gradients of all tokens are gathered."""
+    return _ShareTokens.apply(tokens_first(x_BSD), group).transpose(0, 1)
 
-    Args:
-        received: how many rows each rank sends to this one.
-    """
-    return _ExchangeRows.apply(x_RD, sent, received, group)
+
+def join_tokens(x_BSD: Tensor, group: Group) -> Tensor:
+    """Gathers the tokens of all ranks, [B, S/t, D] -> [B, S, D], whose gradients are the same on all ranks."""
+    return _JoinTokens.apply(tokens_first(x_BSD), group).transpose(0, 1)

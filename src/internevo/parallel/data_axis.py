@@ -37,7 +37,7 @@ from ..models.moe import ExpertMLPs
 from ..ops import foreach
 from .gloo import AllGather, ReduceScatter, wait_for_reduction
 from .layout import Meshes
-from .shards import local
+from .shards import local, shard_dim_of_experts
 from .strategy import AppliedStrategy, Collectives, Workload
 
 Shape = Sequence[int]
@@ -149,6 +149,7 @@ class Sharded:
         dtype: torch.dtype,
         fsdp: bool,
         inner: AppliedStrategy,
+        apart: bool,
         config: HybridZeroOptimizer,
     ) -> None:
         """
@@ -156,7 +157,8 @@ class Sharded:
             meshes: all meshes of the run.
             dtype: dtype of the full weights with which the model computes.
             fsdp: whether weights are gathered for each use (FSDP), or once per step (ZeRO-1.5).
-            inner: what ``apply`` of the strategy inside the layers has returned.
+            inner: what the strategies inside the layers have returned.
+            apart: whether the weights of experts are over other ranks than the dense ones (``Layout.experts_apart``).
             config: overlap, buckets and the dtype in which gradients are reduced.
         """
         self.model, self.fsdp, self.inner, self.device = model, fsdp, inner, device
@@ -166,7 +168,6 @@ class Sharded:
         precision = MixedPrecisionPolicy(
             param_dtype=compute, reduce_dtype=getattr(torch, config.grad_dtype), cast_forward_inputs=False
         )
-        apart = meshes.experts["expert"].size() > 1
         joined = units(model, None if fsdp else config.reduce_bucket_size, lambda parameter: local(parameter).numel(), apart)
         shard = partial(fully_shard, mp_policy=precision, reshard_after_forward=fsdp)
         placement = _expert_placement(meshes.experts["zero"].size())
@@ -240,15 +241,14 @@ class Sharded:
 
     @contextmanager
     def unsharded_sequences(self) -> Iterator[None]:
-        strategy = self.inner.strategy
-        before = strategy.shard_sequence if strategy else False
+        before = [strategy.shard_sequence for strategy in self.inner.strategies]
         try:
-            if strategy:
+            for strategy in self.inner.strategies:
                 strategy.shard_sequence = False
             yield
         finally:
-            if strategy:
-                strategy.shard_sequence = before
+            for strategy, shard_sequence in zip(self.inner.strategies, before, strict=True):
+                strategy.shard_sequence = shard_sequence
 
 
 def _data_mesh(mesh: DeviceMesh) -> DeviceMesh:
@@ -256,13 +256,7 @@ def _data_mesh(mesh: DeviceMesh) -> DeviceMesh:
 
 
 def _expert_placement(ranks: int) -> Callable[[nn.Parameter], Shard]:
-    return lambda parameter: Shard(expert_shard_dim(local(parameter).shape, ranks))
-
-
-def expert_shard_dim(shape: Shape, ranks: int) -> int:
-    """Returns the dimension along which the data axis shards the weights [experts, out, in] of a rank's experts: the experts,
-    if the ranks get the same number of them, else the rows of each expert, if that divides them evenly."""
-    return 1 if shape[0] % ranks and shape[1] % ranks == 0 else 0
+    return lambda parameter: Shard(shard_dim_of_experts(local(parameter).shape, ranks))
 
 
 def experts_in(modules: Sequence[nn.Module]) -> list[ExpertMLPs]:
@@ -363,6 +357,6 @@ def largest_shard(shape: Shape, ranks: int) -> int:
 
 def largest_expert_shard(shape: Shape, ranks: int) -> int:
     """The same of the weights of a rank's experts."""
-    if expert_shard_dim(shape, ranks) == 1:
+    if shard_dim_of_experts(shape, ranks) == 1:
         return math.prod(shape) // ranks
     return largest_shard(shape, ranks)

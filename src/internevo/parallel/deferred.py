@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import ops
 from ..models.decoder import Decoder
 from ..models.linear import ADAPTER_INFIX, Linear
+from ..models.moe import ExpertLinear
 
 Products = Callable[[], Sequence[Tensor]]
 """Computes the gradients of weights."""
@@ -33,12 +35,19 @@ class Deferred:
         for name, module in model.named_modules():
             if isinstance(module, Linear) and ADAPTER_INFIX not in f"{name}.":
                 module.product = self.linear
+            elif isinstance(module, ExpertLinear):
+                module.product = self.grouped_linear
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Computes x W^T + b. It is not compiled: compiled code could not leave anything."""
         y = _Linear.apply(x, self, (weight,)) if weight.requires_grad else F.linear(x, weight)
         return y if bias is None else y + bias
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def grouped_linear(self, rows: Tensor, weight: Tensor, ends: Tensor, complete: bool) -> Tensor:
+        """Multiplies rows by the weights of their experts. Arguments as for ``ops.grouped_linear``."""
+        return _GroupedLinear.apply(rows, self, (weight,), ends, complete)
 
     def leave(self, weights: Sequence[Tensor], products: Products) -> None:
         """Leaves the gradients of weights for later.
@@ -79,6 +88,24 @@ class _Linear(torch.autograd.Function):
         x = ctx.saved_tensors[0].detach()
         ctx.deferred.leave([ctx.weight], lambda: [product(grad, x)])
         return grad @ ctx.weight, None, None
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """Grouped products whose backward pass leaves the gradient of the weights for later."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, rows: Tensor, deferred: Deferred, weights: tuple[Tensor], ends: Tensor, complete: bool
+    ):
+        ctx.deferred, ctx.weight, ctx.complete = deferred, weights[0], complete
+        ctx.save_for_backward(rows, ends)
+        return ops.grouped_linear(rows, weights[0].detach(), ends, complete)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        rows, ends = (tensor.detach() for tensor in ctx.saved_tensors)
+        ctx.deferred.leave([ctx.weight], lambda: [ops.grouped_product(grad, rows, ends)])
+        return ops.grouped_linear(grad, ctx.weight.detach().transpose(1, 2), ends, ctx.complete), None, None, None, None
 
 
 class _Gradients(torch.autograd.Function):

@@ -2,43 +2,52 @@
 
 The weights of linears that share an input are gathered together: q, k and v; o; gate and up; down. While they are used, the
 next ones are prefetched. The gradient of a full weight is reduce-scattered as soon as it is computed, and waited for at the end
-of the layer's backward pass.
+of the layer's backward pass. All weights of a layer's experts are gathered together, while those of the layer before are used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from .. import ops
 from ..config.parallel import Weight
 from ..models.layers import DecoderLayer
+from ..models.moe import ExpertLinear, ExpertMLPs
 from .collectives import Group, start_all_gather, start_reduce_scatter, wait
-from .deferred import Deferred, product
+from .deferred import Deferred, Products, product
 from .recompute import is_recomputing
 from .shards import local
 
-PER_LAYER = ("wqkv", "wo", "w1", "w2")
-"""Names of the ``GatheredWeights`` of a layer, in the order of the forward pass."""
-
 
 class GatheredWeights:
-    """The weights of linears that share an input, which are gathered together."""
+    """The weights of linears that share an input, or of the experts of a layer, which are gathered together."""
 
     def __init__(
-        self, layer: DecoderLayer, linears: Sequence[nn.Linear], group: Group, deferred: Deferred | None = None
+        self,
+        layer: DecoderLayer,
+        linears: Sequence[nn.Linear | ExpertLinear],
+        group: Group,
+        deferred: Deferred | None = None,
+        dims: Sequence[int] = (),
     ) -> None:
         """
         Args:
             layer: the decoder layer that the linears belong to.
             group: the ranks over which the weights are sharded.
             deferred: where the gradients of the weights are left, if the schedule computes them later.
+            dims: the dimension along which each weight is sharded. Empty: dimension 0.
         """
         self.layer, self.linears, self.group, self.deferred = layer, linears, group, deferred
+        self.dims = dims or [0] * len(linears)
+        self.unit: nn.Module = layer
+        """The module whose weights the data axis gathers together, with these among them."""
         self.next_forward: list[GatheredWeights] = []
         """What is prefetched while these weights are used in the forward pass."""
         self.next_backward: list[GatheredWeights] = []
@@ -46,7 +55,7 @@ class GatheredWeights:
         self.overlap = False
         """Whether weights are prefetched, and gradients are waited for at the end of the layer's backward pass."""
         self.of_layer: list[GatheredWeights] = [self]
-        """All ``GatheredWeights`` of the layer, in the order of the forward pass."""
+        """The ``GatheredWeights`` of all linears of the layer, in the order of the forward pass."""
         self._pending: list[Tensor] | None = None
         """Full weights whose gather has been started."""
         self._for_backward: list[Tensor] | None = None
@@ -64,10 +73,10 @@ class GatheredWeights:
         else of the layer, so they run after everything else in the layer's backward pass.
         """
         if not self.overlap or self.deferred is not None:
-            return self._local()
+            return self.local()
         if self is self.of_layer[0]:
             for weights in self.of_layer:
-                weights._shards = list(_WaitForGradients.apply(weights, *weights._local()))
+                weights._shards = list(_WaitForGradients.apply(weights, *weights.local()))
         shards, self._shards = self._shards, None
         assert shards is not None
         return shards
@@ -92,64 +101,84 @@ class GatheredWeights:
         return self._gather(shards, [weights for weights in self.next_backward if weights._backwards_due])
 
     def start_reducing(self, gradients: Sequence[Tensor]) -> list[Tensor]:
-        """Starts to reduce-scatter the gradients of the full weights. Returns the gradients of the shards, not yet complete."""
-        return start_reduce_scatter(gradients, self.group)
+        """Starts to reduce-scatter the gradients of the full weights, and keeps them alive until ``wait_for_gradients``.
 
-    def keep_alive(self, gradients: list[Tensor]) -> None:
-        """Keeps the gradients of the full weights alive until ``wait_for_gradients``."""
-        self._in_flight = gradients
+        Returns:
+            The gradients of the shards, not yet complete.
+        """
+        self._in_flight = [grad.transpose(0, dim).contiguous() for grad, dim in zip(gradients, self.dims, strict=True)]
+        return start_reduce_scatter(self._in_flight, self.group)
 
     def wait_for_gradients(self, gradients: Sequence[Tensor]) -> list[Tensor]:
         """Waits for what ``start_reducing`` has returned."""
         complete = [wait(gradient) for gradient in gradients]
         self._in_flight = []
-        return complete
+        return complete if not any(self.dims) else self._transposed(complete)
 
-    def reduced_products(self, grads: Sequence[Tensor], x_BSD: Tensor) -> list[Tensor]:
-        """Computes the gradients of the shards from those of the outputs and the input."""
-        full_grads = [product(grad, x_BSD) for grad in grads]
-        return [wait(gradient) for gradient in self.start_reducing(full_grads)]
+    def reduced(self, products: Products) -> list[Tensor]:
+        """Computes the gradients of the full weights, and from them those of the shards."""
+        return self.wait_for_gradients(self.start_reducing(products()))
 
-    def _local(self) -> list[Tensor]:
+    def local(self) -> list[Tensor]:
+        """Returns this rank's shards of the weights."""
         return [local(linear.weight) for linear in self.linears]
+
+    def _transposed(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Exchanges dimension 0, along which collectives work, with the one along which each weight is sharded."""
+        return [tensor.transpose(0, dim) for tensor, dim in zip(tensors, self.dims, strict=True)]
 
     def _prefetch(self) -> None:
         """Starts to gather the weights, unless they are being gathered or have been."""
         if self._pending is None and self._for_backward is None:
-            if isinstance(self.layer, FSDPModule):
-                self.layer.unshard()  # so that the data axis has gathered this rank's shards before the layer is called
-            self._pending = start_all_gather([local(linear.weight.detach()) for linear in self.linears], self.group)
+            if isinstance(self.unit, FSDPModule):
+                self.unit.unshard()  # so that the data axis has gathered this rank's shards before the layer is called
+            self._pending = self._start_gathering([shard.detach() for shard in self.local()])
 
     def _gather(self, shards: Sequence[Tensor], following: list[GatheredWeights]) -> list[Tensor]:
         """Gathers the full weights, and prefetches ``following`` before it waits for them."""
-        if not self.overlap:
-            return [wait(weight) for weight in start_all_gather(shards, self.group)]
         pending, self._pending = self._pending, None
-        pending = pending if pending is not None else start_all_gather(shards, self.group)
-        for weights in following:
+        pending = pending if pending is not None else self._start_gathering(shards)
+        for weights in following if self.overlap else ():
             weights._prefetch()
-        return [wait(weight) for weight in pending]
+        return self._transposed([wait(weight) for weight in pending])
+
+    def _start_gathering(self, shards: Sequence[Tensor]) -> list[Tensor]:
+        return start_all_gather(self._transposed(shards), self.group)
 
 
-def set_prefetch_order(layers: list[GatheredWeights], config: Weight) -> None:
-    """Decides which weights are prefetched while which others are used.
+def set_prefetch_order(layers: Sequence[Sequence[GatheredWeights]], config: Weight) -> None:
+    """Decides which weights of linears are prefetched while which others are used.
 
     "module": always the next ones. "layer": all weights of the next layer, while those of one place in this layer are used.
 
     Args:
-        layers: the weights of consecutive layers, ``PER_LAYER`` of each.
+        layers: the weights of consecutive layers, in the order of the forward pass: q, k and v; o; and of an MLP gate and up;
+            down.
         config: ``parallel.weight``.
     """
-    places = {"wqkv": 0, "attn": 1, "wo": 1, "w1": 2}
-    for index, weights in enumerate(layers):
+    in_order = [weights for of_layer in layers for weights in of_layer]
+    for weights in in_order:
         weights.overlap = config.overlap
-        place, by_module = index % len(PER_LAYER), config.forward_overlap_per == "module"
-        if by_module or (index < len(PER_LAYER) - 1):  # no layer before it has prefetched the first layer
-            weights.next_forward = layers[index + 1 : index + 2]
-        if not by_module and place == places[config.launch_allgather_before]:
-            following = index - place + len(PER_LAYER)
-            weights.next_forward = [*weights.next_forward, *layers[following : following + len(PER_LAYER)]]
-        weights.next_backward = layers[index - 1 : index] if index else []
+    for weights, following in pairwise(in_order):
+        following.next_backward = [weights]
+        if (
+            config.forward_overlap_per == "module" or following in layers[0]
+        ):  # no layer before it has prefetched the first layer
+            weights.next_forward = [following]
+    if config.forward_overlap_per == "layer":
+        place = {"wqkv": 0, "attn": 1, "wo": 1, "w1": 2}[config.launch_allgather_before]
+        for of_layer, next_layer in pairwise(layers):
+            weights = of_layer[min(place, len(of_layer) - 1)]  # a layer with experts need not have an MLP
+            weights.next_forward = [*weights.next_forward, *next_layer]
+
+
+def set_prefetch_order_of_experts(layers: Sequence[GatheredWeights], overlap: bool) -> None:
+    """Makes the experts of each layer prefetch those of the next layer that has experts, and in the backward pass those of the
+    one before: one product of experts may be too short to hide a gather."""
+    for weights in layers:
+        weights.overlap = overlap
+    for weights, following in pairwise(layers):
+        weights.next_forward, following.next_backward = [following], [weights]
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -201,9 +230,62 @@ class _GatheredWeightLinears(torch.autograd.Function):
         for grad, weight in zip(flat_TF[1:], full[1:], strict=True):
             grad_TD += grad @ weight
         if weights.deferred is not None and any(shard.requires_grad for shard in ctx.deferred_shards):
-            weights.deferred.leave(ctx.deferred_shards, partial(weights.reduced_products, grads, x_BSD.detach()))
-        elif weights.overlap:
-            weights.keep_alive(full_grads)
-        else:
+            products = partial(_products, grads, x_BSD.detach())
+            weights.deferred.leave(ctx.deferred_shards, partial(weights.reduced, products))
+        elif not weights.overlap and trained:
             scattered = weights.wait_for_gradients(scattered)
         return None, grad_TD.view(x_BSD.shape), None, *(scattered if trained else [None] * len(shards))
+
+
+def _products(grads: Sequence[Tensor], x_BSD: Tensor) -> list[Tensor]:
+    return [product(grad, x_BSD) for grad in grads]
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def mlps(weights: GatheredWeights, experts: ExpertMLPs, rows_RD: Tensor, ends_E: Tensor, complete: bool) -> Tensor:
+    """Replaces ``models.moe.mlps``."""
+    shards, deferred = weights.local(), weights.deferred is not None
+    deferred_shards = tuple(shards) if deferred else ()
+    inputs = [shard.detach() for shard in shards] if deferred else shards
+    return _GatheredExperts.apply(weights, experts.activation, rows_RD, ends_E, complete, deferred_shards, *inputs)
+
+
+class _GatheredExperts(torch.autograd.Function):
+    """The MLPs of experts. Their rows, gate and up are kept for the backward pass, and this rank's shards of the weights."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, weights: GatheredWeights, activation: str, rows: Tensor, ends: Tensor, complete: bool,
+        deferred_shards: tuple[Tensor, ...], *shards: Tensor,
+    ):  # fmt: skip
+        ctx.weights, ctx.activation, ctx.complete, ctx.deferred_shards = weights, activation, complete, deferred_shards
+        gate_weight, up_weight, down_weight = weights.forward(shards, any(ctx.needs_input_grad) or bool(deferred_shards))
+        gate, up = (ops.grouped_linear(rows, weight, ends, complete) for weight in (gate_weight, up_weight))
+        ctx.save_for_backward(rows, ends, gate, up, *shards)
+        return ops.grouped_linear(ops.gated(gate, up, activation), down_weight, ends, complete)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        rows, ends, gate, up, *shards = ctx.saved_tensors
+        weights: GatheredWeights = ctx.weights
+        gate_weight, up_weight, down_weight = (weight.transpose(1, 2) for weight in weights.backward(shards))
+        grad_hidden = ops.grouped_linear(grad, down_weight, ends, ctx.complete)
+        with torch.enable_grad():
+            gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
+            hidden = ops.gated(gate, up, ctx.activation)
+        grad_gate, grad_up = torch.autograd.grad(hidden, (gate, up), grad_hidden)
+        x = rows.detach()
+        pairs = ((grad_gate, x), (grad_up, x), (grad, hidden.detach()))
+
+        def products() -> list[Tensor]:
+            return [ops.grouped_product(grad, x, ends) for grad, x in pairs]
+
+        # The gradients of the weights first: they are reduced while the gradient of the rows is computed.
+        trained = any(ctx.needs_input_grad[-len(shards) :])
+        scattered = weights.start_reducing(products()) if trained else []
+        if weights.deferred is not None and any(shard.requires_grad for shard in ctx.deferred_shards):
+            weights.deferred.leave(ctx.deferred_shards, partial(weights.reduced, products))
+        grad_rows = ops.grouped_linear(grad_gate, gate_weight, ends, ctx.complete)
+        grad_rows += ops.grouped_linear(grad_up, up_weight, ends, ctx.complete)
+        grads = weights.wait_for_gradients(scattered) if trained else [None] * len(shards)
+        return None, None, grad_rows, None, None, None, *grads

@@ -3,7 +3,7 @@
 There are two kinds of groups, which may differ: ``t`` ranks share a sequence, and ``w`` ranks share each weight.
 
     every linear, embedding, head  [out, in]   sharded along out over w; gathered in the forward pass and in the backward pass
-    norms, biases                              replicated
+    norms, biases, router                      replicated
     activations                                each rank has S/t tokens, except in attention
     attention                                  each rank has all tokens of H/t heads
 
@@ -32,8 +32,9 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from ..config.parallel import Weight
 from ..models.decoder import Decoder
-from ..models.layers import DecoderLayer, GatedMLP, look_up, loss
+from ..models.layers import Attention, DecoderLayer, GatedMLP, look_up, loss
 from ..models.linear import ADAPTER_INFIX, Linear
+from ..models.moe import ExpertLinear, MoE
 from . import collectives, gathered
 from .collectives import Group, exchange
 from .deferred import Deferred
@@ -47,11 +48,14 @@ def traffic(work: Workload) -> list[Collectives]:
     """Returns the collectives over the tensor and weight groups in the forward and backward passes of a step."""
     rows, decoder, layout = [], work.decoder, work.layout
     layers, size, d = len(work.layers), decoder.head_dim, decoder.hidden_size
-    layer = d * size * (2 * decoder.num_heads + 2 * decoder.num_kv_heads) + 3 * d * decoder.intermediate_size
+    shared = decoder.experts.shared_size if decoder.experts is not None else 0
+    widths = [shared if decoder.is_sparse(layer) else decoder.intermediate_size for layer in work.layers]
+    attentions = layers * d * size * (2 * decoder.num_heads + 2 * decoder.num_kv_heads)
+    weights, pairs = attentions + 3 * d * sum(widths), layers + len([width for width in widths if width])
     count = work.embeddings + work.heads  # one all-gather and one reduce-scatter of each
     ends = count * decoder.vocab_size * d
-    rows.append(Collectives("all-gather", "weight", 8 * layers + count, (2 * layers * layer + ends) * work.element_bytes))
-    rows.append(Collectives("reduce-scatter", "weight", 4 * layers + count, (layers * layer + ends) * work.element_bytes))
+    rows.append(Collectives("all-gather", "weight", 4 * pairs + count, (2 * weights + ends) * work.element_bytes))
+    rows.append(Collectives("reduce-scatter", "weight", 2 * pairs + count, (weights + ends) * work.element_bytes))
     kv_heads = decoder.num_kv_heads * max(1, layout.tensor // decoder.num_kv_heads)
     exchanged = work.tokens // layout.tensor * size * (2 * decoder.num_heads + 2 * kv_heads) * work.element_bytes
     passes = 2 * layers + work.recomputed_attentions
@@ -78,20 +82,21 @@ def memory(work: Workload) -> KeptActivations:
 
 def shape_on_rank(shape: Sequence[int], axes: Sequence[str], name: str, layout: Layout) -> list[int]:
     """Returns the shape of a rank's shard of a parameter."""
-    return [shape[0] // layout.weight, *shape[1:]] if _is_sharded(name, len(shape)) else list(shape)
+    return [shape[0] // layout.weight, *shape[1:]] if _is_sharded(axes, name) else list(shape)
 
 
 def partial_axis(axes: Sequence[str], name: str, layout: Layout) -> str | None:
     """Returns the axis over which a parameter's gradients are summed after the last backward pass of a step.
 
-    For norms and biases it is "weight"; for the other parameters None, because their gradients are reduce-scattered.
+    For parameters that are replicated it is "weight"; for the others None, because their gradients are reduce-scattered.
     """
-    return None if axes and len(axes) > 1 and name == "weight" else "weight"
+    return None if _is_sharded(axes, name) else "weight"
 
 
-def _is_sharded(name: str, dims: int) -> bool:
-    """Whether a parameter is sharded: matrices are, norms and biases are replicated."""
-    return name == "weight" and dims == 2
+def _is_sharded(axes: Sequence[str], name: str) -> bool:
+    """Whether a parameter of a module with these axes is sharded: matrices are; norms, biases, the router and the gate of the
+    shared expert are replicated."""
+    return name == "weight" and len(axes) == 2 and axes[0] not in ("expert", "one")
 
 
 class InternSequenceParallel:
@@ -117,33 +122,35 @@ class InternSequenceParallel:
         partial_gradients: dict[str, Group] = {}
         for path, module in model.named_modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
-                if _is_sharded(name, parameter.dim()) and self.mesh.size() > 1 and ADAPTER_INFIX not in f"{path}.":
+                if isinstance(module, ExpertLinear):
+                    continue
+                axes = getattr(module, "axes", ())
+                if _is_sharded(axes, name) and self.mesh.size() > 1 and ADAPTER_INFIX not in f"{path}.":
                     sharded = nn.Parameter(distribute_tensor(parameter.data, self.mesh, [Shard(0)], src_data_rank=None))
                     module.register_parameter(name, sharded)
                 elif self.mesh.size() > 1:
                     partial_gradients[f"{path}.{name}"] = self.weight_group
         model.tie()
-        gathered_weights = [weights for _, layer in model.numbered_layers() for weights in self._apply_to_layer(layer)]
-        set_prefetch_order(gathered_weights, self.config)
+        set_prefetch_order([self._apply_to_layer(layer) for _, layer in model.numbered_layers()], self.config)
         if model.embed is not None:
             model.embed.look_up = self._look_up
         if model.head is not None:
             model.head.whole_rows, model.head.loss = self._gather_weight, self._loss
-        return AppliedStrategy(partial_gradients, self)
+        return AppliedStrategy(partial_gradients, (self,))
 
     def _apply_to_layer(self, layer: DecoderLayer) -> list[GatheredWeights]:
-        """Replaces a layer's functions. Returns its weights, in the order of ``PER_LAYER``."""
-        attn, mlp = layer.attn, layer.mlp
-        assert isinstance(mlp, GatedMLP)
-        of_layer = [
-            GatheredWeights(layer, linears, self.weight_group, self.deferred)
-            for linears in ([attn.q, attn.k, attn.v], [attn.o], [mlp.gate, mlp.up], [mlp.down])
-        ]
+        """Replaces a layer's functions. Returns its weights, in the order of the forward pass."""
+        attn, of_layer = layer.attn, list[GatheredWeights]()
+        mlp = layer.mlp.shared if isinstance(layer.mlp, MoE) else layer.mlp
+        blocks: list[tuple[Attention | GatedMLP, list[Linear], Linear]] = [(attn, [attn.q, attn.k, attn.v], attn.o)]
+        if isinstance(mlp, GatedMLP):
+            blocks.append((mlp, [mlp.gate, mlp.up], mlp.down))
+        for block, first, last in blocks:
+            inputs, output = (GatheredWeights(layer, linears, self.weight_group, self.deferred) for linears in (first, [last]))
+            block.project, block.finish = partial(_project, inputs), partial(_finish, output)
+            of_layer += [inputs, output]
         for weights in of_layer:
             weights.of_layer = of_layer
-        wqkv, wo, w1, w2 = of_layer
-        attn.project, attn.finish = partial(_project, wqkv), partial(_finish, wo)
-        mlp.project, mlp.finish = partial(_project, w1), partial(_finish, w2)
         attn.split_heads, attn.join_heads, attn.own_heads = self._split_heads, self._join_heads, self._local_heads
         return of_layer
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..config import Config
-from ..config.check import expert_size
+from ..config.check import expert_inner_size, expert_ranks, expert_size, inner_size
 from .orders import rank_of
 from .views import Groups, View
 
@@ -56,7 +56,7 @@ class Layout:
     expert: int = 1
     """Ranks that have different experts."""
     expert_inner: int = 1
-    """Ranks over which each expert is sharded."""
+    """Ranks over which each expert is sharded: those of the tensor axis, or in isp those of the expert weight axis."""
     expert_zero: int = 1
     """Ranks over which the optimizer state of an expert is sharded."""
 
@@ -68,7 +68,7 @@ class Layout:
         mode = parallel.tensor.mode
         outer = world // ((weight if mode == "isp" else tensor) * pipeline)
         zero = parallel.zero1.size if parallel.zero1.size > 0 else outer
-        expert, expert_zero = _expert_sizes(config, world // pipeline, zero, outer)
+        expert, expert_inner, expert_zero = _expert_sizes(config, world, zero, outer)
         kv_heads = config.model.num_kv_attention_heads or config.model.num_attention_heads
         kv_replicas = max(1, tensor // kv_heads) if mode != "isp" else 1
         return cls(
@@ -83,6 +83,7 @@ class Layout:
             config.model.num_chunks,
             parallel.pipeline.mode,
             expert=expert,
+            expert_inner=expert_inner,
             expert_zero=expert_zero,
         )
 
@@ -141,6 +142,16 @@ class Layout:
         return self.world // (self.pipeline * self.inner * self.zero)
 
     @property
+    def experts_apart(self) -> bool:
+        """Whether the weights of experts are over other ranks than the dense ones, and so are units of their own."""
+        return self.expert > 1 or self.expert_inner != self.inner
+
+    @property
+    def experts_by_tensor(self) -> bool:
+        """Whether experts are sharded over the tensor axis, as a dense MLP is. Each rank has all tokens of its rows then."""
+        return self.mode != "isp" and self.expert_inner == self.tensor
+
+    @property
     def shards_sequence(self) -> bool:
         """Whether the ranks of a tensor group have different tokens outside attention."""
         return self.tensor > 1 and self.mode != "mtp"
@@ -164,10 +175,10 @@ class Layout:
         }
         found |= {"tensor": activations.groups("tensor"), "data": activations.groups("data")}
         found["kv replicas"] = self.kv_weights.groups("kv_replicas")
-        if self.expert > 1:
+        if self.experts_apart:
             experts = self.experts
-            found |= {"expert": experts.groups("expert"), "expert zero": experts.groups("zero")}
-            found["expert replicate"] = experts.groups("replicate")
+            found |= {"expert": experts.groups("expert"), "expert weight": experts.groups("inner")}
+            found |= {"expert zero": experts.groups("zero"), "expert replicate": experts.groups("replicate")}
         found["pipeline"] = weights.groups("stage")
         last = self.rank_of_stage(self.stages - 1)
         found["first and last"] = [[ranks[0], ranks[last]] if last else [ranks[0]] for ranks in found["pipeline"]]
@@ -195,6 +206,11 @@ class Layout:
             ("zero", self.zero, f"ranks over which the optimizer state is sharded ({kind})"),
             ("replicate", self.replicate, "replicas of the optimizer state"),
             *([("expert", self.expert, "ranks that have different experts")] if self.expert > 1 else []),
+            *(
+                [("expert weight", self.expert_inner, "ranks over which each expert is sharded")]
+                if self.mode == "isp" and self.expert_inner > 1
+                else []
+            ),
             (
                 "pipeline",
                 self.pipeline,
@@ -203,18 +219,18 @@ class Layout:
         ]
 
 
-def _expert_sizes(config: Config, ranks: int, zero: int, outer: int) -> tuple[int, int]:
-    """Returns the number of ranks that have different experts, and over how many the optimizer state of an expert is sharded.
+def _expert_sizes(config: Config, world: int, zero: int, outer: int) -> tuple[int, int, int]:
+    """Returns the number of ranks that have different experts, over how many ranks each expert is sharded, and over how many
+    its optimizer state is.
 
     Args:
-        ranks: ranks of a stage, which are data ranks.
-        zero, outer: the same number for the dense weights, and the largest that it can be.
+        zero, outer: ranks over which the optimizer state of dense weights is sharded, and the largest number that it can be.
     """
     if config.model.num_experts == 1:
-        return 1, zero
-    expert = expert_size(config, ranks)
-    rest, size = ranks // expert, config.parallel.expert_zero1.size
-    return expert, size if size > 0 else rest if zero == outer else math.gcd(zero, rest)
+        return 1, inner_size(config), zero
+    expert, ranks, size = expert_size(config, world), expert_ranks(config, world), config.parallel.expert_zero1.size
+    rest = ranks // expert
+    return expert, expert_inner_size(config), size if size > 0 else rest if zero == outer else math.gcd(zero, rest)
 
 
 @dataclass(frozen=True)

@@ -86,19 +86,22 @@ def _build_stage(
     inner = AppliedStrategy()
     if meshes is not None and layout.mode != "isp" and layout.tensor > 1:
         kv_mesh = meshes.kv_weights["heads", "kv_replicas"] if meshes.kv_weights is not None else None
-        inner = TensorParallel(meshes.weights["inner"], layout.mode, kv_mesh, deferred).apply(model)
+        mesh = meshes.weights["inner"]
+        inner = TensorParallel(mesh, layout.mode, layout.experts_by_tensor, kv_mesh, deferred).apply(model)
     elif meshes is not None and layout.mode == "isp" and max(layout.tensor, layout.weight) > 1:
         tokens = meshes.activations["tensor"]
         inner = InternSequenceParallel(meshes.weights["inner"], tokens, config.parallel.weight, deferred).apply(model)
-    if meshes is not None and layout.expert > 1:
-        ExpertParallel(meshes.experts["expert"]).apply(model)
+    if meshes is not None and decoder.experts is not None:
+        inner += ExpertParallel(layout, meshes, config.parallel.expert_weight.overlap, deferred).apply(model)
     if deferred is not None:
         deferred.apply(model)
     if decoder.lora is not None:
         freeze_all_but_adapters(model)
     # Recomputation comes before compilation, so that compiled layers contain it. isp's linears, those that defer gradients, and
     # experts over ranks are not compiled, so with them no layer is compiled as a whole.
-    whole_layers = layout.weight == 1 and layout.expert == 1 and deferred is None
+    whole_layers = (
+        layout.weight == layout.expert == 1 and deferred is None and (layout.mode != "isp" or layout.expert_inner == 1)
+    )
     compiled: Literal["no", "inside", "around"] = "no" if not section.compile else "around" if whole_layers else "inside"
     recompute(layers, section.checkpoint, config.selective_checkpoint, compiled)
     # Compilation comes before the data axis, so that the hooks of ``fully_shard`` stay outside the compiled code.
@@ -109,7 +112,8 @@ def _build_stage(
     dtype = COMPUTE[section.dtype]
     if meshes is None or layout.world == layout.pipeline:
         return model, SingleProcess(model, device, dtype)
-    return model, Sharded(model, meshes, device, dtype, layout.fsdp, inner, config.hybrid_zero_optimizer)
+    zero = config.hybrid_zero_optimizer
+    return model, Sharded(model, meshes, device, dtype, layout.fsdp, inner, layout.experts_apart, zero)
 
 
 def _initialize(axis: Weights, decoder: DecoderConfig, config: Config) -> None:
@@ -207,12 +211,13 @@ def _on_rank(work: Workload, stage: Stage) -> tuple[list[list[OnRank]], list[lis
     for module in model.modules():
         axes = tuple(getattr(module, "axes", ()))
         for name, parameter in module.named_parameters(recurse=False):
-            shape = inner.shape_on_rank(parameter.shape, axes, name, layout)
             if isinstance(module, ExpertLinear):
-                shape[0] //= layout.expert
-            deferred = isinstance(module, Linear) and name == "weight"
-            found[id(parameter)] = OnRank(shape, inner.partial_axis(axes, name, layout), deferred)
-    apart, bucket = layout.expert > 1, None if layout.fsdp else work.bucket_elements
+                found[id(parameter)] = OnRank(expert.shape_on_rank(parameter.shape, axes, layout), None, True)
+            else:
+                shape = inner.shape_on_rank(parameter.shape, axes, name, layout)
+                deferred = isinstance(module, Linear) and name == "weight"
+                found[id(parameter)] = OnRank(shape, inner.partial_axis(axes, name, layout), deferred)
+    apart, bucket = layout.experts_apart, None if layout.fsdp else work.bucket_elements
     joined = data_axis.units(model, bucket, lambda parameter: math.prod(found[id(parameter)].shape), apart)
     experts = data_axis.experts_in([model]) if apart else []
     of_experts = [[found.pop(id(parameter)) for parameter in unit.parameters()] for unit in experts]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -15,6 +15,12 @@ from ..models.init import Initializer
 def local(tensor: Tensor) -> Tensor:
     """Returns this rank's shard of a DTensor, and any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_dim_of_experts(shape: Sequence[int], ranks: int) -> int:
+    """Returns the dimension along which the weights [experts, out, in] of a rank's experts are sharded: the experts, if the
+    ranks get the same number of them, else the rows of each expert, if that divides them evenly."""
+    return 1 if shape[0] % ranks and shape[1] % ranks == 0 else 0
 
 
 def initialize(masters: dict[str, nn.Parameter], initializer: Initializer) -> None:

@@ -180,11 +180,16 @@ class KeptActivations:
 
 @dataclass(frozen=True)
 class AppliedStrategy:
-    """What the data axis must know about the strategy that was applied inside the layers."""
+    """What the data axis must know about the strategies that were applied inside the layers."""
 
     partial_gradients: Mapping[str, dist.ProcessGroup] = field(default_factory=dict)
     """Parameters whose gradients must still be summed over a group of ranks -> that group."""
-    strategy: ShardsSequence | None = None
+    strategies: tuple[ShardsSequence, ...] = ()
+
+    def __add__(self, other: AppliedStrategy) -> AppliedStrategy:
+        """Returns both together."""
+        summed = {**self.partial_gradients, **other.partial_gradients}
+        return AppliedStrategy(summed, (*self.strategies, *other.strategies))
 
 
 class ShardsSequence(Protocol):

@@ -37,8 +37,9 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 
 from .. import ops
 from ..models.decoder import Decoder
-from ..models.layers import Attention, GatedMLP
+from ..models.layers import Attention, GatedMLP, scale_gradient
 from ..models.linear import ADAPTER_INFIX, Adapter, Linear
+from ..models.moe import ExpertLinear, MoE, Routing
 from . import collectives
 from .collectives import Group, all_gather, start_all_gather, start_reduce_scatter, tokens_first, wait
 from .deferred import Deferred, product
@@ -54,21 +55,30 @@ def traffic(work: Workload) -> list[Collectives]:
     """Returns the collectives over the tensor group in the forward and backward passes of a step.
 
     A recomputed layer repeats its collectives except the last one: recomputation ends when it has the input of the last linear.
+    A layer with experts is as one with an MLP, except that fsp does not gather its input again. If the experts are not sharded
+    over the tensor axis, only the shared one is an MLP, whose output is needed again.
     """
     decoder, ranks, mode = work.decoder, work.layout.tensor, work.layout.mode
-    blocks, again = 2 * len(work.layers), len(work.recomputed_layers)  # blocks: attentions and MLPs
+    sparse = [layer for layer in work.layers if decoder.is_sparse(layer)]
+    whole = [] if work.layout.experts_by_tensor else sparse
+    shared = whole if decoder.experts is not None and decoder.experts.shared_size else []
+    mlps = [layer for layer in work.layers if layer not in whole or layer in shared]
+    again_in_fsp = [layer for layer in mlps if layer not in sparse or layer in shared]
+    blocks, recomputed = len(work.layers) + len(mlps), work.recomputed_layers  # blocks: attentions and MLPs
+    inputs_again = work.recomputed_attentions + len([layer for layer in recomputed if layer in mlps])
+    outputs_again = len(recomputed) + len([layer for layer in recomputed if layer in shared])
     activation = work.tokens * decoder.hidden_size * work.element_bytes
     chunks = -(-work.tokens // ops.chunk_tokens(work.tokens, decoder.vocab_size // ranks, work.device))
     statistics = Collectives("all-gather", "tensor", chunks, 3 * 4 * work.tokens * ranks).times(work.heads)
     # Forward: outputs of the blocks and the embedding. (Backward: inputs of the blocks and the head.)
-    outputs = blocks + work.embeddings + again
+    outputs = blocks + work.embeddings + outputs_again
     if mode == "mtp":
         count = outputs + blocks + work.heads
         rows = [Collectives("all-reduce", "tensor", count, count * activation), statistics]
     else:
         # Forward: inputs of the blocks and the head. (Backward: outputs of the blocks and the embedding.)
-        inputs = blocks + work.heads + work.recomputed_attentions + again
-        gathers = inputs + blocks + work.embeddings + (blocks if mode == "fsp" else 0)
+        inputs = blocks + work.heads + inputs_again
+        gathers = inputs + blocks + work.embeddings + (len(work.layers) + len(again_in_fsp) if mode == "fsp" else 0)
         scatters = outputs + blocks + work.heads
         rows = [
             Collectives("all-gather", "tensor", gathers, gathers * activation), statistics,
@@ -109,7 +119,14 @@ def partial_axis(axes: Sequence[str], name: str, layout: Layout) -> str | None:
     """Returns the axis over which a parameter's gradients are summed after the last backward pass of a step, or None."""
     if sharded_dim(axes, name) is not None:
         return "kv replicas" if axes[0] == "kv_heads" and layout.kv_replicas > 1 else None
-    return "tensor" if layout.shards_sequence or tuple(axes) == ("head",) else None
+    return "tensor" if is_partial(axes, layout.shards_sequence, layout.experts_by_tensor) else None
+
+
+def is_partial(axes: Sequence[str], shards_sequence: bool, shards_experts: bool) -> bool:
+    """Whether each rank has only a part of the gradient of a replicated parameter of a module with these axes: that of its
+    tokens, of its heads (norms of queries and keys), or of its part of the experts (the router, the gate of the shared one)."""
+    router, shared_gate = axes[:1] == ("expert",), axes[:1] == ("one",)
+    return shards_sequence or tuple(axes) == ("head",) or router or (shared_gate and shards_experts)
 
 
 def sharded_dim(axes: Sequence[str], name: str) -> int | None:
@@ -123,16 +140,22 @@ class TensorParallel:
     """Shards the weights of a model over the ranks of a mesh, and adds the collectives to its layers."""
 
     def __init__(
-        self, mesh: DeviceMesh, mode: str, kv_mesh: DeviceMesh | None = None, deferred: Deferred | None = None
+        self,
+        mesh: DeviceMesh,
+        mode: str,
+        shard_experts: bool,
+        kv_mesh: DeviceMesh | None = None,
+        deferred: Deferred | None = None,
     ) -> None:
         """
         Args:
             mesh: the ranks of the tensor group, as a mesh of one dimension.
             mode: mtp, msp or fsp.
+            shard_experts: whether each expert is sharded as an MLP is.
             kv_mesh: the same ranks with the dimensions ("heads", "kv_replicas"), if there are fewer key/value heads than ranks.
             deferred: where the gradients of weights are left, if the schedule computes them later.
         """
-        self.deferred = deferred
+        self.shard_experts, self.deferred = shard_experts, deferred
         self.mesh, self.mode, self.size, self.rank = mesh, mode, mesh.size(), mesh.get_local_rank()
         self.kv_mesh = kv_mesh
         self.group: Group = mesh.get_group()
@@ -145,14 +168,14 @@ class TensorParallel:
         partial_gradients: dict[str, Group] = {}
         for path, module in model.named_modules():
             axes = getattr(module, "axes", ())
-            for name, parameter in list(module.named_parameters(recurse=False)):
+            for name, parameter in list(module.named_parameters(recurse=False)) if not isinstance(module, ExpertLinear) else ():
                 mesh, placements = self._placements(axes, name)
                 if placements:
                     sharded = nn.Parameter(distribute_tensor(parameter.data, mesh, placements, src_data_rank=None))
                     module.register_parameter(name, sharded)
                 if Replicate() in placements:  # each replica of a key/value head has the gradient from its own query heads only
                     partial_gradients[f"{path}.{name}"] = mesh.get_group("kv_replicas")
-                elif not placements and (self.shard_sequence or axes == ("head",) or ADAPTER_INFIX in f"{path}."):
+                elif not placements and (self._is_partial(axes) or ADAPTER_INFIX in f"{path}."):
                     partial_gradients[f"{path}.{name}"] = self.group
             if isinstance(module, Adapter):
                 module.local_part = local
@@ -161,11 +184,25 @@ class TensorParallel:
             elif isinstance(module, GatedMLP):
                 module.project, module.finish = self._project, self._finish
         model.tie()
+        if self.shard_experts:
+            self._experts(model)
         if model.embed is not None:
             model.embed.look_up = self._look_up
         if (head := model.head) is not None:
             head.whole_rows, head.logits, head.loss = local, self._logits, partial(self._loss, model.config.vocab_size)
-        return AppliedStrategy(partial_gradients, self)
+        return AppliedStrategy(partial_gradients, (self,))
+
+    def _experts(self, model: Decoder) -> None:
+        """Makes layers with experts gather their input and reduce their output once, for all experts and the shared one."""
+        model.pool = self._pool
+        for module in model.modules():
+            if isinstance(module, MoE):
+                module.enter, module.leave = self._copy_or_gather, self._reduce_or_scatter
+                if isinstance(module.shared, GatedMLP):
+                    module.shared.project, module.shared.finish = self._products, self._partial_sum
+
+    def _is_partial(self, axes: Sequence[str]) -> bool:
+        return is_partial(axes, self.shard_sequence, self.shard_experts)
 
     def _placements(self, axes: Sequence[str], name: str) -> tuple[DeviceMesh, list[Placement]]:
         """Returns the mesh over which a parameter is sharded, and its placements; no placements if it stays a plain tensor."""
@@ -191,24 +228,36 @@ class TensorParallel:
         return collectives.scatter_tokens(x_BSD, self.group) if self.shard_sequence else collectives.reduce(x_BSD, self.group)
 
     def _project(self, x_BSD: Tensor, linears: Sequence[Linear]) -> list[Tensor]:
-        weights = [local(linear.weight) for linear in linears]
-        biases = [None if linear.bias is None else local(linear.bias) for linear in linears]
         adapted = any(linear.lora is not None for linear in linears)
         if self.mode == "fsp" and self.shard_sequence and not adapted:  # adapters need the gathered input for their gradients
+            weights = [local(linear.weight) for linear in linears]
             if self.deferred is None:
                 outs = list(_GatheredInputLinears.apply(x_BSD, self.group, None, (), *weights))
             else:
                 outs = list(_deferred_input_linears(x_BSD, self.group, self.deferred, weights))
-            return [out if bias is None else out + bias for out, bias in zip(outs, biases, strict=True)]
-        x_BSD = self._copy_or_gather(x_BSD)
-        return [
-            linear.adapt(x_BSD, linear.product(x_BSD, weight, bias))
-            for linear, weight, bias in zip(linears, weights, biases, strict=True)
-        ]
+            return [out if linear.bias is None else out + local(linear.bias) for out, linear in zip(outs, linears, strict=True)]
+        return self._products(self._copy_or_gather(x_BSD), linears)
+
+    def _products(self, x_BSD: Tensor, linears: Sequence[Linear]) -> list[Tensor]:
+        """Computes this rank's part of linears from all tokens."""
+        parts = [(local(linear.weight), None if linear.bias is None else local(linear.bias)) for linear in linears]
+        return [linear.adapt(x_BSD, linear.product(x_BSD, *part)) for linear, part in zip(linears, parts, strict=True)]
 
     def _finish(self, x_BSF: Tensor, linear: Linear) -> Tensor:
-        out_BSD = self._reduce_or_scatter(linear.adapt(x_BSF, linear.product(x_BSF, local(linear.weight), None)))
+        out_BSD = self._reduce_or_scatter(self._partial_sum(x_BSF, linear))
         return out_BSD if linear.bias is None else out_BSD + linear.bias
+
+    def _partial_sum(self, x_BSF: Tensor, linear: Linear) -> Tensor:
+        """Computes this rank's summand of a linear's output, without the bias."""
+        return linear.adapt(x_BSF, linear.product(x_BSF, local(linear.weight), None))
+
+    def _pool(self, sums: dict[int, Routing]) -> dict[int, Routing]:
+        """Each rank has the routers' sums over all tokens, and the gradients of the routers are summed over the ranks: so each
+        rank takes its share of the gradient of the routers' losses."""
+        share = 1 / self.size
+        return {
+            layer: r._replace(probs=scale_gradient(r.probs, share), z=scale_gradient(r.z, share)) for layer, r in sums.items()
+        }
 
     def _look_up(self, tokens_BS: Tensor, weight_VD: Tensor) -> Tensor:
         rows_VD = local(weight_VD)

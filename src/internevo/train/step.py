@@ -126,7 +126,8 @@ class Stepper:
         square_sum, sums, counts, routing, numbers = sum_over_ranks(
             squares.view(1), losses.sums, losses.counts, routed.values, numbers
         )
-        counts = counts / self.parts.layout.tensor  # all ranks of a tensor group have counted the same tokens
+        # All ranks of a tensor group have counted the same tokens.
+        counts, routing = counts / self.parts.layout.tensor, routing / self.parts.layout.tensor
         predicted = float(counts.sum())
         to_mean = unscale / max(predicted, 1.0)
         norm = float(square_sum.sqrt()) * to_mean

@@ -187,7 +187,7 @@ def test_all_problems_are_reported_together() -> None:
         (
             4,
             {"model_type": "MIXTRALMOE", "model__num_experts": 6, "parallel__expert": {"size": 4}},
-            "must divide model.num_experts = 6 and the number of data ranks, 4; use a divisor of 2",
+            "must divide model.num_experts = 6 and the number of ranks that can have different experts, 4; use a divisor of 2",
         ),
         (
             4,

@@ -1,5 +1,7 @@
 """The functions of experts that a strategy replaces: two ranks with half of the tokens each equal one with all of them."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -35,12 +37,17 @@ def _half(world: World, policy: str, capacity: float) -> tuple[Tensor, list[Tens
     mine = slice(world.rank * 10, world.rank * 10 + 10)
     calls: list[int] = []
 
-    def run_experts(experts: ExpertMLPs, rows_RD: Tensor, ends_E: Tensor, complete: bool) -> Tensor:
+    def run_experts(
+        experts: ExpertMLPs, rows_RD: Tensor, ends_E: Tensor, complete: bool, meanwhile: Callable[[], Tensor | None]
+    ) -> tuple[Tensor, Tensor | None]:
         calls.append(rows_RD.shape[0])
-        return experts(rows_RD, ends_E, complete)
+        return experts(rows_RD, ends_E, complete), meanwhile()
 
-    moe.router.all_tokens = lambda values: all_gather(values, group)
-    moe.router.own_tokens = lambda values: values[mine]
+    def gather(values_1Sk: Tensor) -> Tensor:
+        return all_gather(values_1Sk.transpose(0, 1), group).transpose(0, 1)
+
+    moe.router.all_tokens = lambda probs_BSk, experts_BSk: (gather(probs_BSk), gather(experts_BSk))
+    moe.router.own_tokens = lambda values_BSk: values_BSk[:, mine]
     moe.run_experts = run_experts
     out, routing = moe(x[:, mine])
     pooled = Routing(*(reduce(value, group) for value in routing))

@@ -5,22 +5,29 @@ import itertools
 import pytest
 
 from internevo.config.parallel import Weight
-from internevo.parallel.gathered import PER_LAYER, GatheredWeights, set_prefetch_order
+from internevo.parallel.gathered import GatheredWeights, set_prefetch_order, set_prefetch_order_of_experts
+
+PER_LAYER = ("wqkv", "wo", "w1", "w2")
+"""The weights of a layer, in the order of the forward pass. A layer with experts and without a shared one has the first two."""
 
 PLACES = {"wqkv": "wqkv", "attn": "wo", "wo": "wo", "w1": "w1"}
 """``launch_allgather_before`` -> the weights with whose use the prefetch begins. Attention has no weights; Next is wo."""
 CASES = [("module", "wo"), *(("layer", before) for before in PLACES)]
 
 
-def prefetches(layers: int, unit: str, before: str, overlap: bool = True) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+def prefetches(
+    layers: int, unit: str, before: str, overlap: bool = True, sparse: int = 0
+) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """Returns weights -> the weights that are prefetched while they are used, in the forward and in the backward pass.
 
-    Weights are named LAYER.NAME.
+    Weights are named LAYER.NAME. ``sparse``: each layer whose number is a multiple of it has experts, and no MLP.
     """
-    names = [f"{layer}.{name}" for layer in range(layers) for name in PER_LAYER]
-    made = [GatheredWeights(None, [], None) for _ in range(layers) for _ in PER_LAYER]  # type: ignore[arg-type]
+    per_layer = [PER_LAYER[:2] if sparse and layer % sparse == 0 else PER_LAYER for layer in range(layers)]
+    names = [f"{layer}.{name}" for layer in range(layers) for name in per_layer[layer]]
+    by_layer = [[GatheredWeights(None, [], None) for _ in of_layer] for of_layer in per_layer]  # type: ignore[arg-type]
+    made = list(itertools.chain.from_iterable(by_layer))
     settings = {"overlap": overlap, "forward_overlap_per": unit, "launch_allgather_before": before}
-    set_prefetch_order(made, Weight.model_validate(settings))
+    set_prefetch_order(by_layer, Weight.model_validate(settings))
     assert {weights.overlap for weights in made} == {overlap}
     name_of = dict(zip(map(id, made), names, strict=True))
     forward, backward = (
@@ -32,8 +39,11 @@ def prefetches(layers: int, unit: str, before: str, overlap: bool = True) -> tup
 
 @pytest.mark.parametrize(("unit", "before"), CASES)
 @pytest.mark.parametrize("layers", [1, 2, 5])
-def test_all_weights_but_the_first_are_prefetched_once_and_before_their_use(layers: int, unit: str, before: str) -> None:
-    forward, backward = prefetches(layers, unit, before)
+@pytest.mark.parametrize("sparse", [0, 1, 2])
+def test_all_weights_but_the_first_are_prefetched_once_and_before_their_use(
+    layers: int, unit: str, before: str, sparse: int
+) -> None:
+    forward, backward = prefetches(layers, unit, before, sparse=sparse)
     order = list(forward)
     for direction, names in ((forward, order), (backward, order[::-1])):
         prefetched = list(itertools.chain.from_iterable(direction[name] for name in names))
@@ -71,3 +81,11 @@ def test_in_the_backward_pass_the_weights_before_are_prefetched(unit: str, befor
 @pytest.mark.parametrize("overlap", [True, False])
 def test_all_weights_know_whether_to_prefetch(overlap: bool) -> None:
     prefetches(2, "module", "wo", overlap)
+
+
+def test_experts_of_a_layer_prefetch_those_of_the_next_and_in_the_backward_pass_of_the_layer_before() -> None:
+    made = [GatheredWeights(None, [], None) for _ in range(3)]  # type: ignore[arg-type]
+    set_prefetch_order_of_experts(made, overlap=True)
+    assert [weights.next_forward for weights in made] == [[made[1]], [made[2]], []]
+    assert [weights.next_backward for weights in made] == [[], [made[0]], [made[1]]]
+    assert all(weights.overlap for weights in made)
