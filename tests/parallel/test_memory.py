@@ -125,6 +125,7 @@ PIPELINES = {
     "ZBH1 2, isp 2 x 2, recomputed": scheduled(
         "ZBH1", pipelined(4, 2, mode="isp", tensor=2, weight=2, weights=PREFETCH, **RECOMPUTED)
     ),
+    "ZBV 2, experts": scheduled("ZBV", pipelined(2, 2, 2, layers=4, **EXPERTS, model__moe_type="Dropless")),
     "ZBV 3": scheduled("ZBV", pipelined(3, 3, 2)),
     "ZBV 2, zero 2, bf16, tied": scheduled(
         "ZBV", pipelined(4, 2, 2, **BF16, model_type="INTERNLM2", model__tie_word_embeddings=True)
