@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .orders import Action, Order, goes_to, sends_before
+from .spans import SEND, WAIT, Spans
 from .views import Groups
 
 
@@ -142,6 +143,7 @@ class Channels:
         self.ranks = next(ranks for ranks in pipelines if dist.get_rank() in ranks)
         """The ranks of this pipeline, by their numbers in the world."""
         self.rank, self.size = self.ranks.index(dist.get_rank()), len(self.ranks)
+        self.spans = Spans(device)
         self._out: dict[int, Outbox] = {}
         self._in: dict[int, Inbox] = {}
         self._here: dict[Action, Tensor] = {}
@@ -187,15 +189,19 @@ class Channels:
         if receiver == self.rank:
             self._here[result_of] = tensor.detach()
         elif receiver is not None:
-            self._out[receiver].send(tensor)
-            self._sent += 1
-            for inbox in self._in.values():
-                inbox.receive(self._sent)
+            with self.spans(SEND, result_of):
+                self._out[receiver].send(tensor)
+                self._sent += 1
+                for inbox in self._in.values():
+                    inbox.receive(self._sent)
 
     def take(self, result_of: Action) -> Tensor:
         """Waits for the result of an action of another stage."""
         sender = self.rank_of[result_of.stage]
-        return self._here.pop(result_of) if sender == self.rank else self._in[sender].take(result_of, self._sent)
+        if sender == self.rank:
+            return self._here.pop(result_of)
+        with self.spans(WAIT, result_of):
+            return self._in[sender].take(result_of, self._sent)
 
     def wait(self) -> None:
         """Waits until everything has been sent."""

@@ -26,7 +26,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.profiler import record_function
 
 from ..data.batches import MicroBatch
 from ..models.decoder import Decoder
@@ -35,9 +34,10 @@ from ..models.losses import HandedOn, Loss, LossTerms
 from .data_axis import DataAxis, Weights
 from .deferred import Deferred
 from .messages import Channels
-from .orders import BACKWARD, FORWARD, Action, forwards, orders
+from .orders import BACKWARD, FORWARD, Action, forwards, needs, orders
 from .schedule import OnResult
 from .shards import local
+from .spans import SEND
 from .strategy import Collectives, Workload
 
 TIED = "embed.weight"
@@ -166,15 +166,9 @@ class Pipeline:
         plan = self._training(count)
         self.channels.expect(plan, self._shape(micro_batches[0]))
         for action in plan.order:
-            last = action.micro_batch == count - 1  # in every schedule, a stage has the micro-batches in their order
-            with record_function(f"pipeline {action.kind} stage {action.stage} micro-batch {action.micro_batch}"):
-                if action.kind == FORWARD:
-                    self._forward(action, step)
-                elif action.kind == BACKWARD:
-                    self._backward(action, step, last)
-                else:
-                    self._weights(action, step, last)
-        self.channels.wait()
+            self._run(action, step)
+        with self.channels.spans(SEND, plan.order[-1]):
+            self.channels.wait()
         self.axis.after_backwards()
 
     @torch.no_grad()
@@ -188,7 +182,7 @@ class Pipeline:
             plan = self._evaluation(len(group))
             self.channels.expect(plan, self._shape(group[0]))
             for action in plan.order:
-                self._forward(action, step)
+                self._run(action, step)
             self.channels.wait()
         for chunk in self.chunks.values():
             chunk.model.train()
@@ -199,18 +193,35 @@ class Pipeline:
         rows, tokens = micro_batch.tokens.shape
         return rows, tokens // self.sequence_ranks, next(iter(self.chunks.values())).model.config.hidden_size
 
-    def _forward(self, action: Action, step: Step) -> None:
+    def _run(self, action: Action, step: Step) -> None:
+        """Runs one pass: receives what it needs from another stage, and sends its result."""
+        needed, received = needs(action, self.channels.stages), None
+        if needed is not None and needed.stage != action.stage:
+            received = self.channels.take(needed)
+        result: Tensor | None = None
+        last = action.micro_batch == len(step.micro_batches) - 1  # a stage has the micro-batches in their order
+        with self.channels.spans(action.kind, action):
+            if action.kind == FORWARD:
+                result = self._forward(action, step, received)
+            elif action.kind == BACKWARD:
+                result = self._backward(action, step, received, last)
+            else:
+                self._weights(action, step, last)
+        if result is not None:
+            self.channels.send(action, result)
+
+    def _forward(self, action: Action, step: Step, hidden: Tensor | None) -> Tensor | None:
+        """``hidden``: what the stage before has handed on."""
         _, stage, number = action
-        batch, hidden = step.micro_batches[number], None
-        if stage:
-            hidden = self.channels.take(Action(FORWARD, stage - 1, number)).requires_grad_(torch.is_grad_enabled())
+        batch = step.micro_batches[number]
+        if hidden is not None:
+            hidden.requires_grad_(torch.is_grad_enabled())
         result = self.chunks[stage].model(
             batch.tokens, cu_seqlens=batch.cu_seqlens, labels=batch.labels, terms=step.terms, hidden=hidden
         )
         step.on_result(batch, result)
         output = None
         if isinstance(result, HandedOn):
-            self.channels.send(action, result.hidden)
             loss = result.routed.loss
             if result.hidden.requires_grad:
                 output = get_gradient_edge(result.hidden)  # keeps the graph, and not the output
@@ -219,16 +230,16 @@ class Pipeline:
             loss = result.total
         if torch.is_grad_enabled():
             step.in_flight[stage, number] = InFlight(hidden, output, None if loss is None else loss * step.scale)
+        return result.hidden if isinstance(result, HandedOn) else None
 
-    def _backward(self, action: Action, step: Step, last: bool) -> None:
+    def _backward(self, action: Action, step: Step, gradient: Tensor | None, last: bool) -> Tensor | None:
+        """``gradient``: that of the output, from the stage after."""
         _, stage, number = action
         chunk, (hidden, output, loss) = self.chunks[stage], step.in_flight.pop((stage, number))
         roots: list[Tensor | GradientEdge] = []
         gradients: list[Tensor | None] = []
-        if not chunk.model.stage.heads:
-            gradient = self.channels.take(Action(BACKWARD, stage + 1, number))
-            if output is not None:
-                roots, gradients = [output], [gradient]
+        if output is not None:
+            roots, gradients = [output], [gradient]
         if loss is not None:
             roots, gradients = [*roots, loss], [*gradients, None]
         chunk.axis.before_backward(last and chunk.deferred is None)
@@ -236,8 +247,9 @@ class Pipeline:
             torch.autograd.backward(cast(Any, roots), gradients)  # both kinds may be mixed
         if chunk.deferred is not None:
             step.left[stage, number] = chunk.deferred.take()
-        if hidden is not None:
-            self.channels.send(action, torch.zeros_like(hidden) if hidden.grad is None else hidden.grad)
+        if hidden is None:
+            return None
+        return torch.zeros_like(hidden) if hidden.grad is None else hidden.grad
 
     def _weights(self, action: Action, step: Step, last: bool) -> None:
         _, stage, number = action
