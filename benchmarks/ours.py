@@ -18,7 +18,7 @@ from internevo.train.step import Stepper
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"layers": 4, "hidden": 32, "mlp": 48, "heads": 4, "kv": 2, "vocab": 96, "rows": 2, "seq": 16},
     "S": {"layers": 6, "hidden": 384, "mlp": 1024, "heads": 6, "kv": 6, "vocab": 8192, "rows": 4, "seq": 512},
-    "S12": {"layers": 12, "hidden": 256, "mlp": 704, "heads": 4, "kv": 4, "vocab": 2048, "rows": 2, "seq": 512},
+    "S12": {"layers": 12, "hidden": 256, "mlp": 704, "heads": 4, "kv": 4, "vocab": 2048, "rows": 1, "seq": 512},
     "M": {"layers": 8, "hidden": 768, "mlp": 2048, "heads": 12, "kv": 4, "vocab": 32000, "rows": 2, "seq": 1024},
     "1B": {"layers": 22, "hidden": 2048, "mlp": 5632, "heads": 32, "kv": 4, "vocab": 32000, "rows": 2, "seq": 4096},
 }

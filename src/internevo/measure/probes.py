@@ -77,7 +77,7 @@ class Probes:
             idle, played = passes["idle"], passes["idle_played"]
             self.lines.append(
                 f"timeline of the pipeline's passes: {self.folder / 'timeline.json'} (drawn in report.html); "
-                f"{idle:.1%} of the time idle, {played:.1%} by its schedule"
+                f"the ranks are idle {idle:.1%} of the time (simulated: {played:.1%})"
             )
 
     @contextmanager
