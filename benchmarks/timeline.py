@@ -1,10 +1,10 @@
 """Draws the timeline of one rank as a picture: ``python benchmarks/timeline.py runs/X/trace-rank0.json.gz --out timeline.svg``;
 or that of all ranks of a pipeline: ``python benchmarks/timeline.py runs/X/timeline.json --out timeline.svg``.
 
-The files are those of ``monitor.trace=true``. The picture of a pipeline is the one in report.html. In that of one rank on a CPU,
-one lane has the main thread's products and attention and where it waits for a collective, the others gloo's threads; on a GPU
-one lane has all kernels that compute, the others the streams that carry collectives. Also printed: in how much of the time with
-a collective under way something is computed.
+The files are those of ``monitor.trace=true``. The picture of a pipeline is the one in report.html. In that of one rank on a
+CPU, one lane has the main thread's products and attention and where it waits for a collective, the others gloo's threads; on a
+GPU one lane has all kernels that compute, the others the streams that carry collectives. Also printed: in how much of the time
+with a collective under way something is computed.
 """
 
 from __future__ import annotations

@@ -204,8 +204,8 @@ class Monitor(Section):
     )
     trace: bool = option(
         False,
-        "Record a timeline of the third step in trace-rankN.json.gz, which Chrome and Perfetto can show. With a pipeline, the passes "
-        "and messages of its ranks are also in timeline.json, and drawn in report.html.",
+        "Record a timeline of the third step in trace-rankN.json.gz, which Chrome and Perfetto can show. With a pipeline, the "
+        "passes and messages of its ranks are also in timeline.json, and drawn in report.html.",
     )
 
 

@@ -54,10 +54,10 @@ def name_of(schedule: str, chunks: int) -> str:
 
 
 def _title(timeline: dict[str, Any]) -> str:
-    name = name_of(timeline["schedule"], timeline["chunks"])
+    name = html.escape(str(name_of(timeline["schedule"], timeline["chunks"])))
     facts = f"{len(timeline['ranks'])} ranks, {timeline['micro_batches']:d} micro-batches"
-    idle = f"ranks are idle {timeline['idle']:.1%} of the time (simulated: {timeline['idle_played']:.1%})"
-    return f'<text x="{LEFT}" y="20" font-size="15"><tspan font-weight="600">{html.escape(str(name))}</tspan>, {facts}: the {idle}</text>'
+    idle = f"the ranks are idle {timeline['idle']:.1%} of the time (simulated: {timeline['idle_played']:.1%})"
+    return f'<text x="{LEFT}" y="20" font-size="15"><tspan font-weight="600">{name}</tspan>, {facts}: {idle}</text>'
 
 
 def _legend(kinds: list[str], chunks: int) -> str:

@@ -11,7 +11,7 @@ from internevo.parallel.spans import Span
 def test_ranks_that_follow_their_schedule_are_idle_as_long_as_in_the_simulation(mode: str, chunks: int) -> None:
     seconds = {"F": 0.02, "B": 0.03, "W": 0.01}
     played = play(orders(mode, 3, chunks, 6), lambda action: seconds[action.kind] * (2 if action.stage == 1 else 1))
-    recorded = [[Span(timed.action.kind, timed.action, 1e9 + timed.start, 1e9 + timed.end) for timed in rank] for rank in played]
+    recorded = [[Span(action.kind, action, 1e9 + start, 1e9 + end) for action, start, end in rank] for rank in played]
     recorded[1].insert(0, Span("wait", Action("F", 0, 0), 1e9 - 0.5, 1e9 + 0.02))
     recorded[1].append(Span("send", Action("B", 1, 5), 1e9 + 8, 1e9 + 9))
     found = timeline(recorded, mode)

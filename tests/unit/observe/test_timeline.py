@@ -13,7 +13,8 @@ from internevo.observe.timeline import COLOURS, draw
 GOOD: dict[str, Any] = {
     "schedule": "ZBV", "chunks": 2, "micro_batches": 1, "idle": 0.25, "idle_played": 0.2,
     "ranks": [
-        [["F", 0, 0, 0.0, 0.1], ["send", 0, 0, 0.1, 0.101], ["wait", 2, 0, 0.101, 0.2], ["F", 3, 0, 0.2, 0.3], ["W", 3, 0, 0.3, 0.4]],
+        [["F", 0, 0, 0.0, 0.1], ["send", 0, 0, 0.1, 0.101], ["wait", 2, 0, 0.101, 0.2], ["F", 3, 0, 0.2, 0.3],
+         ["W", 3, 0, 0.3, 0.4]],
         [["wait", 0, 0, -0.05, 0.11], ["F", 1, 0, 0.11, 0.15], ["F", 2, 0, 0.15, 0.19]],
     ],
 }  # fmt: skip
