@@ -73,6 +73,12 @@ def pipelined(
     }  # fmt: skip
 
 
+def scheduled(mode: str, case: Case) -> Case:
+    """Returns a pipeline with another schedule."""
+    processes, changes = case
+    return processes, {**changes, "parallel__pipeline": {**changes["parallel__pipeline"], "mode": mode}}
+
+
 EXPERTS: dict[str, Any] = {
     "model_type": "QWEN2MOE", "model__num_experts": 4, "model__top_k": 2, "model__num_shared_experts": 1,
     "model__moe_intermediate_size": 24,

@@ -9,17 +9,16 @@ import pytest
 from internevo.text.tokenizer import train_bpe
 from tests.conftest import metrics, write_config
 from tests.parallel.conftest import Runs, assert_same, assert_same_rows
-from tests.parallel.layouts import COMMON, EXPERTS, MODELS, PREFETCH, Case, layout, pipelined
+from tests.parallel.layouts import COMMON, EXPERTS, MODELS, PREFETCH, Case, layout, pipelined, scheduled
 from tests.pool import Pool
 
 
-def zbh1(case: Case, mode: str = "ZBH1") -> Case:
-    processes, changes = case
-    return processes, {**changes, "parallel__pipeline": {**changes["parallel__pipeline"], "mode": mode}}
+def zbh1(case: Case) -> Case:
+    return scheduled("ZBH1", case)
 
 
 def zbv(case: Case) -> Case:
-    return zbh1(case, "ZBV")
+    return scheduled("ZBV", case)
 
 
 CASES = {
@@ -54,7 +53,7 @@ def test_a_pipeline_trains_the_same_model_as_one_process(pool: Pool, world: Runs
 @pytest.mark.parametrize("model", ["internlm2, tied", "adapters", "alibi", "gemma", "biased, one key/value head"])
 def test_other_models(pool: Pool, world: Runs, tmp_path: Path, model: str, mode: str) -> None:
     _, dataset, _ = world
-    processes, changes = zbh1(pipelined(2, 2, layers=4), "1F1B") if mode == "1F1B" else zbv(pipelined(2, 2, 2, layers=4))
+    processes, changes = pipelined(2, 2, layers=4) if mode == "1F1B" else zbv(pipelined(2, 2, 2, layers=4))
     model_changes = {**COMMON, **MODELS[model], "model__num_layers": 4}
     pool.train(write_config(tmp_path, dataset, "one", **{**model_changes, **layout(1)[1]}), 1)
     pool.train(write_config(tmp_path, dataset, "many", **{**model_changes, **changes}), processes)

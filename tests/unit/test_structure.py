@@ -28,6 +28,7 @@ SUBROOMS = {
 PRIVATE = {
     "parallel/collectives.py": "functional collectives",
     "parallel/gloo.py": "gloo",
+    "measure/memory.py": "gradients that fully_shard adds up",
     "ops/dispatch.py": "dispatch modes",
     "ops/compiler.py": "the compiler",
     "ops/foreach.py": "operators on many tensors",

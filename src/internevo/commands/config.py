@@ -64,19 +64,24 @@ def layout_lines(config: Config, world_size: int, per_node: int) -> list[str]:
     if groups:
         lines += _rank_table(groups, world_size, per_node)
     sizes = BatchSizes.from_config(config.data, data_size(config, world_size))
-    rows = sizes.rows(config.data.total_steps)
+    last = config.data.total_steps - 1
+    rows, micro_batches = sizes.rows(last), sizes.micro_batches(last)
     lines.append(
-        f"  step        {rows:>6}  rows of {config.data.seq_len} tokens = {rows * config.data.seq_len:,} tokens "
-        f"({sizes.micro_num} micro-batches of {sizes.micro_bsz} on each of {sizes.data_ranks} data ranks)"
+        f"  {'last step' if sizes.rampup_steps else 'step':<11} {rows:>6}  rows of {config.data.seq_len} tokens = "
+        f"{rows * config.data.seq_len:,} tokens ({micro_batches} micro-batches of {sizes.micro_bsz} on each of "
+        f"{sizes.data_ranks} data ranks)"
     )
     decoder = decoder_config(config.model_type, config.model)
     if layout.pipeline > 1:
-        lines += _pipeline_lines(config, decoder, layout, sizes.micro_batches(config.data.total_steps))
+        lines += _pipeline_lines(config, decoder, layout, micro_batches)
     if decoder.lora is not None:
         return [*lines, "  memory and collectives are not known for model.lora"]
-    work = Workload.from_config(decoder, config, layout, sizes.micro_num, "cuda")
-    memory = _memory_lines(plan.memory(work)) if layout.pipeline == 1 else []
-    return [*lines, *memory, *_traffic_lines(plan.traffic(work), layout)]
+    # The first rank of each stage; their shards are the largest.
+    works = [
+        Workload.from_config(decoder, config, layout, micro_batches, "cuda", rank) for rank in layout.weights.groups("stage")[0]
+    ]
+    memory = _memory_lines(plan.memory(works[0])) if len(works) == 1 else _memory_table([plan.memory(w) for w in works])
+    return [*lines, *memory, *_traffic_lines(plan.traffic(works[0]), layout)]
 
 
 def _pipeline_lines(config: Config, decoder: DecoderConfig, layout: Layout, micro_batches: int) -> Iterator[str]:
@@ -109,6 +114,18 @@ def _pipeline_lines(config: Config, decoder: DecoderConfig, layout: Layout, micr
 def _memory_lines(memory: Memory) -> Iterator[str]:
     parts = ", ".join(f"{name} {getattr(memory, field) / 2**30:.2f}" for field, name in memory.NAMES.items())
     yield f"  memory      {memory.total / 2**30:>6.2f}  GiB on rank 0, without temporary buffers: {parts}"
+
+
+def _memory_table(memories: list[Memory]) -> Iterator[str]:
+    """Formats the memory of the ranks of a pipeline as a table."""
+    parts = {**memories[0].NAMES, "total": "total"}
+    yield f"  {'GiB':>7}{'rank':>6}" + "".join(f"  {name:>7}" for name in parts.values()) + "  most after the"
+    for rank, memory in enumerate(memories):
+        numbers = "".join(f"  {getattr(memory, part) / 2**30:>{max(7, len(name))}.2f}" for part, name in parts.items())
+        kind, stage, micro_batch = memory.after
+        after = f"{'forward' if kind == 'F' else 'backward'} pass of micro-batch {micro_batch} through stage {stage}"
+        yield f"  {'':>7}{rank:>6}{numbers}  {after}"
+    yield f"  {'':13}  without temporary buffers"
 
 
 def _traffic_lines(rows: list[Collectives], layout: Layout) -> Iterator[str]:

@@ -32,8 +32,6 @@ def missing_features(config: Config) -> list[str]:
         lines.append("not available yet: loss.moe_loss_kind = 'pooled' with a pipeline (it adds up the routers of all stages)")
     if config.model.num_experts > 1 and parallel.pipeline.size > 1 and parallel.pipeline.mode != "1F1B":
         lines.append(f"not available yet: experts with parallel.pipeline.mode = {parallel.pipeline.mode!r}")
-    if config.monitor.memory and parallel.pipeline.size > 1:
-        lines.append("not available yet: monitor.memory with a pipeline (parallel.pipeline.size); leave it out")
     info = config.ckpt.load_ckpt_info
     if info and info.path and info.ckpt_type in ("llama", "LLAMA", "normal"):
         lines.append(f"not available yet: loading checkpoints of ckpt.load_ckpt_info.ckpt_type = {info.ckpt_type!r}")

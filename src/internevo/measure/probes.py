@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config.run import Monitor
+from ..parallel.data_axis import Weights
 from ..parallel.layout import Layout
 from ..parallel.memory import Memory
 from ..parallel.pipeline import PipelinedModel
+from ..parallel.schedule import Schedule, nothing
 from ..parallel.shards import local
 from ..parallel.strategy import Collectives
 from ..storage.jsonfile import write_json
 from . import collectives, memory
 from .timeline import record_passes, record_timeline
+
+Formulas = Callable[[int], tuple[Memory | None, list[Collectives] | None]]
+"""Micro-batches of a step -> the memory of this rank and the collectives, as the strategies state them, if they are known."""
 
 
 class Probes:
@@ -29,17 +35,19 @@ class Probes:
         monitor: Monitor,
         layout: Layout,
         model: nn.Module,
+        axis: Weights,
+        schedule: Schedule,
         state: Mapping[str, Tensor],
-        formula: tuple[Memory | None, list[Collectives] | None],
+        formulas: Formulas,
         folder: Path,
         rank: int,
     ) -> None:
         """
         Args:
             state: master weights (model/NAME) and moments (optimizer/NAME), as DTensors or plain tensors.
-            formula: the memory and the collectives of a step as the strategies state them, if they are known.
         """
-        self.monitor, self.layout, self.model, self.state, self.formula = monitor, layout, model, state, formula
+        self.monitor, self.layout, self.model, self.axis, self.schedule = monitor, layout, model, axis, schedule
+        self.state, self.formulas = state, formulas
         self.folder, self.rank = folder, rank
         self.steps = 0
         """Steps that this process has taken. A resumed run counts from 0 again."""
@@ -47,15 +55,15 @@ class Probes:
         """Lines to print about the last step."""
 
     @contextmanager
-    def __call__(self) -> Iterator[None]:
-        """The context of one step."""
+    def __call__(self, micro_batches: int) -> Iterator[None]:
+        """The context of one step of this number of micro-batches."""
         self.steps, self.lines = self.steps + 1, []
         monitor = self.monitor
         if monitor.memory and self.steps == 1:
-            with self._memory():
+            with self._memory(micro_batches):
                 yield
         elif monitor.comm and self.steps == 2:  # not the first step, which also connects the ranks
-            with self._collectives():
+            with self._collectives(micro_batches):
                 yield
         elif monitor.trace and self.steps == 3:
             with self._timeline():
@@ -81,27 +89,39 @@ class Probes:
             )
 
     @contextmanager
-    def _memory(self) -> Iterator[None]:
-        with memory.Meter(self.model) as meter:
-            yield
-        state = {name: local(tensor) for name, tensor in self.state.items()}
-        storages = {tensor.untyped_storage().data_ptr() for tensor in state.values()}
+    def _memory(self, micro_batches: int) -> Iterator[None]:
+        formula, _ = self.formulas(micro_batches)
+        assert formula is not None, "config.check refuses monitor.memory where the formula is not known"
+        with memory.Meter(self.model, (*self.axis.masters.values(), *self.axis.copies)) as meter:
+            self.schedule.after_pass = meter.read
+            try:
+                yield
+            finally:
+                self.schedule.after_pass = nothing
         masters, moments = (
-            sum(tensor.nbytes for name, tensor in state.items() if name.startswith(kind)) for kind in ("model/", "optimizer/")
+            [local(tensor) for name, tensor in self.state.items() if name.startswith(kind)] for kind in ("model/", "optimizer/")
         )
+        masters += [local(copy.detach()) for copy in self.axis.copies]
+        storages = {tensor.untyped_storage().data_ptr() for tensor in masters}
         weights = [local(weight.detach()) for weight in self.model.parameters()]
-        copies = sum(w.nbytes for w in weights if w.untyped_storage().data_ptr() not in storages)
-        measured = meter.memory(masters, moments, copies)
-        formula = self.formula[0]
-        self.lines = memory.table(formula, measured)
-        self._write("memory.json", {"formula": formula and asdict(formula), "measured": asdict(measured)})
+        made_before = [weight for weight in weights if weight.untyped_storage().data_ptr() not in storages]
+        bytes_before = (sum(tensor.nbytes for tensor in kind) for kind in (masters, moments, made_before))
+        self._gather(formula, meter.memory(*bytes_before, formula.after))
+
+    def _gather(self, formula: Memory, measured: Memory) -> None:
+        """Gathers the memory of all ranks, for ``memory.json``, and shows that of the ranks of the first pipeline."""
+        ranks: list[Any] = [None] * self.layout.world
+        dist.all_gather_object(ranks, memory.OfRank(self.rank, formula, measured))
+        self.lines = memory.table([ranks[rank] for rank in self.layout.weights.groups("stage")[0]])
+        rows = [{"formula": asdict(rank.formula), "measured": asdict(rank.measured)} for rank in ranks]
+        self._write("memory.json", {**rows[0], "ranks": rows})
 
     @contextmanager
-    def _collectives(self) -> Iterator[None]:
+    def _collectives(self, micro_batches: int) -> Iterator[None]:
         with collectives.Counter(self.layout) as counter:
             yield
         rows = counter.rows()
-        self.lines = collectives.table(rows, self.layout, self.formula[1])
+        self.lines = collectives.table(rows, self.layout, self.formulas(micro_batches)[1])
         self._write("comm.json", [asdict(row) for row in rows])
 
     def _write(self, name: str, values: object) -> None:

@@ -48,6 +48,8 @@ class Weights(Protocol):
 
     masters: dict[str, nn.Parameter]
     """Name -> fp32 master weight, with its gradient. The optimizer updates them, and checkpoints contain them."""
+    copies: Sequence[nn.Parameter]
+    """Copies of master weights on this rank, which the optimizer does not see."""
 
     def masters_changed(self) -> None:
         """Must be called after the master weights have been changed, and before the next forward pass."""
@@ -86,6 +88,7 @@ class SingleProcess:
         model.materialize(device)
         self.weights = dict(model.named_parameters())
         self.masters = self.weights
+        self.copies: Sequence[nn.Parameter] = ()
         self.with_master: list[str] = []
         """Names of the weights whose master is another tensor."""
         if dtype != torch.float32:
@@ -194,6 +197,7 @@ class Sharded:
             _set_forward_prefetch(self.units, apart)
         model.to_empty(device=device)
         self.masters = dict(model.named_parameters())
+        self.copies: Sequence[nn.Parameter] = ()
 
     def before_backward(self, last: bool) -> None:
         if not self.fsdp:
@@ -338,7 +342,7 @@ def traffic(
         ("zero", "replicate", layout.zero, shapes, []),
         ("expert zero", "expert replicate", layout.expert_zero, list(experts.values()), again),
     ):
-        shard = _expert_shard if axis == "expert zero" else _shard
+        shard = largest_expert_shard if axis == "expert zero" else largest_shard
         shards, repeated = ([sum(shard(shape, ranks) for shape in unit) for unit in kind if unit] for kind in (units_, more))
         elements, count = ranks * sum(shards), len(shards)
         rows += [
@@ -348,41 +352,17 @@ def traffic(
             Collectives("all-reduce", replicas, count, sum(shards) * work.gradient_bytes).times(passes),
         ]
     for axis, shapes_of_axis in summed.items():
-        rows.append(Collectives("all-reduce", axis, 1, 4 * sum(_shard(shape, layout.zero) for shape in shapes_of_axis)))
+        rows.append(Collectives("all-reduce", axis, 1, 4 * sum(largest_shard(shape, layout.zero) for shape in shapes_of_axis)))
     return rows
 
 
-def memory(work: Workload, shapes: Sequence[Shape], experts: Sequence[Shape]) -> tuple[int, int, int]:
-    """Returns the bytes of masters, of moments, and of weights with gradients, on rank 0 (whose shards are the largest).
-
-    | policy         | masters | moments | full weights             | gradients |
-    |----------------|---------|---------|--------------------------|-----------|
-    | ZeRO-1.5       | 4 P / z | 8 P / z | c P                      | g P       |
-    | FSDP           | 4 P / z | 8 P / z | those of units in use    | 4 P / z   |
-    | single process | 4 P     | 8 P     | c P; fp32: the masters   | 4 P       |
-
-    P = number of parameters on a rank before the data axis shards them, z = ranks of a ZeRO group, c = bytes per element of the
-    weights with which the model computes, g = bytes per element of a gradient. The units in use of FSDP are not counted. With
-    one micro-batch per step there are no gradients yet when its backward pass begins.
-    """
-    layout = work.layout
-    full = sum(math.prod(shape) for shape in (*shapes, *experts))
-    shard = sum(_shard(shape, layout.zero) for shape in shapes)
-    shard += sum(_expert_shard(shape, layout.expert_zero) for shape in experts)
-    alone = layout.world == 1
-    weights = 0 if layout.fsdp or (alone and work.element_bytes == 4) else work.element_bytes * full
-    gradients = 4 * shard if layout.fsdp else (4 if alone else work.gradient_bytes) * full
-    gradients *= work.micro_batches > 1
-    return 4 * shard, 8 * shard, weights + gradients
-
-
-def _shard(shape: Shape, ranks: int) -> int:
+def largest_shard(shape: Shape, ranks: int) -> int:
     """Returns the number of elements of the largest shard of a tensor that is sharded along dimension 0."""
     return -(-shape[0] // ranks) * math.prod(shape[1:])
 
 
-def _expert_shard(shape: Shape, ranks: int) -> int:
+def largest_expert_shard(shape: Shape, ranks: int) -> int:
     """The same of the weights of a rank's experts."""
     if expert_shard_dim(shape, ranks) == 1:
         return math.prod(shape) // ranks
-    return _shard(shape, ranks)
+    return largest_shard(shape, ranks)

@@ -45,6 +45,7 @@ class Deferred:
 
         Args:
             weights: parameters, or what was computed from them: autograd takes the gradients on to the parameters.
+            products: must have no tensor with a graph, which would keep the input of the stage alive.
         """
         self._left.append(partial(_accumulate, weights, products))
 
@@ -75,7 +76,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-        (x,) = ctx.saved_tensors
+        x = ctx.saved_tensors[0].detach()
         ctx.deferred.leave([ctx.weight], lambda: [product(grad, x)])
         return grad @ ctx.weight, None, None
 

@@ -201,7 +201,7 @@ class _GatheredWeightLinears(torch.autograd.Function):
         for grad, weight in zip(flat_TF[1:], full[1:], strict=True):
             grad_TD += grad @ weight
         if weights.deferred is not None and any(shard.requires_grad for shard in ctx.deferred_shards):
-            weights.deferred.leave(ctx.deferred_shards, partial(weights.reduced_products, grads, x_BSD))
+            weights.deferred.leave(ctx.deferred_shards, partial(weights.reduced_products, grads, x_BSD.detach()))
         elif weights.overlap:
             weights.keep_alive(full_grads)
         else:

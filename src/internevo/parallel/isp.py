@@ -71,6 +71,7 @@ def memory(work: Workload) -> KeptActivations:
         mlp_tokens=tokens,
         attention_outputs=2 if ranks > 1 else 1,  # before and after the all-to-all
         loss_tokens=tokens,
+        output_tokens=tokens,
         head_rows=decoder.vocab_size,
     )
 

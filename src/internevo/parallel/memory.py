@@ -1,33 +1,46 @@
-"""The memory of one rank by formula: here, what a forward pass keeps for the backward pass (``activations``).
+"""The memory of one rank by formula: here, what a forward pass keeps for the backward pass (``activations``), and what a
+backward pass keeps until the gradients of weights are computed, with a zero-bubble schedule (``left``).
 
-Weights, gradients and optimizer state are ``data_axis.memory``; how many tokens and heads a strategy keeps on a rank are
-``tensor.memory`` and ``isp.memory``; ``plan.memory`` puts all of it together.
+Weights and gradients are ``weights_and_gradients``; how many tokens and heads a strategy keeps on a rank are ``tensor.memory``
+and ``isp.memory``; ``plan.memory`` puts all of it together.
 
 For each token, a dense layer keeps the inputs of both norms, the input of q, k and v, and the input of gate and up (D elements
 each); q, k, v and the output of attention; gate, up and their product. A layer with experts keeps the same for each of the k
 experts of a token, and what its router computes.
+
+For the gradients of weights, the inputs of all linears are kept, and the gradients of their outputs.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from .data_axis import Shape, largest_expert_shard, largest_shard
+from .orders import BACKWARD, FORWARD, WEIGHTS, Action
 from .strategy import KeptActivations, Workload
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank between the last forward pass of a step and its backward pass."""
+    """Bytes on one rank after the pass that leaves the most.
+
+    It is the last forward pass after which they are most. With a zero-bubble schedule it may also be a backward pass, because
+    these keep something, too. (If there are many micro-batches, it may be an earlier pass, with the same bytes.)
+    """
 
     masters: int
     """The master weights."""
     moments: int
     """The moments of AdamW."""
     state: int
-    """Full weights and gradients, as they are before that forward pass."""
+    """Full weights and gradients."""
     activations: int
-    """What that forward pass has kept for the backward pass."""
+    """What passes keep for later passes, and the messages of the pipeline."""
+    after: Action
+    """The pass."""
 
     NAMES: ClassVar = {
         "masters": "master weights", "moments": "moments", "state": "weights and gradients", "activations": "activations",
@@ -40,7 +53,7 @@ class Memory:
 
 
 def activations(work: Workload, kept: KeptActivations) -> int:
-    """Returns the bytes that one forward pass keeps for the backward pass."""
+    """Returns the bytes that one forward pass through the stages of ``work`` keeps for the backward pass."""
     decoder, d = work.decoder, work.decoder.hidden_size
     norm = kept.residual_tokens * (d * work.element_bytes + 4)  # the input of a norm, and one fp32 number per token
     kernel, attention = _attention(work, kept)
@@ -56,7 +69,27 @@ def activations(work: Workload, kept: KeptActivations) -> int:
             layers += 2 * norm + attention + mlp
     head = norm + work.element_bytes * d * (kept.loss_tokens + kept.head_rows)  # gradients, computed with the loss
     angles = work.element_bytes * work.tokens * decoder.head_dim if decoder.rope else 0
-    return layers + work.heads * head + len(work.on_rank) * angles
+    return layers + work.embeddings * kept.looked_up + work.heads * head + len(work.on_rank) * angles
+
+
+def left(work: Workload, kept: KeptActivations) -> int:
+    """Returns the bytes that one backward pass through the stages of ``work`` keeps, with a zero-bubble schedule, until the
+    gradients of weights are computed."""
+    decoder, d, size = work.decoder, work.decoder.hidden_size, work.decoder.head_dim
+    heads, kv_heads = decoder.num_heads // kept.head_ranks, max(1, decoder.num_kv_heads // kept.head_ranks)
+    ends = d * (kept.input_tokens + kept.output_tokens)  # of attention, and of an MLP
+    attention = ends + 2 * kept.attention_tokens * (heads + kv_heads) * size
+    total = 0
+    for number in work.layers:
+        experts = decoder.experts if decoder.is_sparse(number) else None
+        total += attention
+        if experts is None:
+            total += ends + 3 * decoder.intermediate_size * kept.mlp_tokens
+        else:
+            total += kept.input_tokens * experts.top_k * (2 * d + 3 * experts.size)
+            if experts.shared_size:
+                total += ends + 3 * experts.shared_size * kept.mlp_tokens + kept.input_tokens
+    return work.element_bytes * total
 
 
 def _attention(work: Workload, kept: KeptActivations) -> tuple[int, int]:
@@ -94,3 +127,64 @@ def _experts(work: Workload, kept: KeptActivations) -> int:
     if experts.shared_size:
         return total + _mlp(work, kept, experts.shared_size) + work.element_bytes * tokens * (d + 1)
     return total + (work.element_bytes * d * tokens if work.element_bytes == 4 else 0)
+
+
+# Weights and gradients -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Elements:
+    """The numbers of elements of the parameters of a stage on rank 0 of the ranks that share it. Its shards are the largest."""
+
+    full: int
+    """Before the data axis shards them."""
+    deferred: int
+    """Of these, how many are in weights whose gradients a zero-bubble schedule computes apart."""
+    shard: int
+    """Of a rank's shards."""
+
+    @classmethod
+    def of(cls, work: Workload, shapes: Sequence[Shape], experts: Sequence[Shape], deferred: Sequence[Shape]) -> Elements:
+        """Counts them.
+
+        Args:
+            experts: the shapes of experts that are a unit of their own.
+            deferred: the shapes of all weights whose gradients are computed apart.
+        """
+        shard = sum(largest_shard(shape, work.layout.zero) for shape in shapes)
+        shard += sum(largest_expert_shard(shape, work.layout.expert_zero) for shape in experts)
+        full, apart = (sum(math.prod(shape) for shape in kind) for kind in ((*shapes, *experts), deferred))
+        return cls(full, apart if work.zero_bubble else 0, shard)
+
+
+def weights_and_gradients(work: Workload, stage: Elements, passes: str) -> int:
+    """Returns the bytes of the full weights and the gradients of a stage.
+
+    | policy         | masters | moments | full weights             | gradients |
+    |----------------|---------|---------|--------------------------|-----------|
+    | ZeRO-1.5       | 4 P / z | 8 P / z | c P                      | g P       |
+    | FSDP           | 4 P / z | 8 P / z | those of units in use    | 4 P / z   |
+    | single process | 4 P     | 8 P     | c P; fp32: the masters   | 4 P       |
+
+    P = number of parameters on a rank before the data axis shards them, z = ranks of a ZeRO group, c = bytes per element of the
+    weights with which the model computes, g = bytes per element of a gradient. The units in use of FSDP are not counted. There
+    are gradients from the first backward pass on; after the last one, those of ZeRO-1.5 are sharded, too, and the full weights
+    are freed. With a zero-bubble schedule, ZeRO-1.5 computes gradients of weights with c bytes, and adds them to the others (g)
+    in the next backward pass.
+
+    Args:
+        passes: the kinds of the passes through the stage so far in this step, such as "FFBFB".
+    """
+    layout, compute, gradient = work.layout, work.element_bytes, work.gradient_bytes
+    last = WEIGHTS if work.zero_bubble else BACKWARD
+    others, deferred = ((stage.full - stage.deferred) * (BACKWARD in passes), stage.deferred * (last in passes))
+    if layout.world == layout.pipeline:
+        return (0 if compute == 4 else compute * stage.full) + 4 * (others + deferred)
+    if layout.fsdp or passes.count(last) == work.micro_batches:
+        return 4 * stage.shard * (BACKWARD in passes)
+    weights = compute * stage.full * (FORWARD in passes)
+    if not work.zero_bubble or compute == gradient:
+        return weights + gradient * (others + deferred)
+    back = passes.replace(FORWARD, "")
+    added, computed = WEIGHTS + BACKWARD in back, back.endswith(WEIGHTS)
+    return weights + gradient * others + stage.deferred * (gradient * added + compute * computed)

@@ -8,12 +8,16 @@ channel carries a message when it is made.
 
 A rank is already receiving the next message while it computes, but only if that message does not wait for something that this
 rank still has to send: while a GPU is receiving, it may not be able to load a kernel or to free memory.
+
+A rank keeps what it sends until a message from the receiver shows that it has arrived there (``Expected.arrived``), or until
+the end of the step. So how many messages a rank keeps follows from the orders (``kept``), and not from time.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain, pairwise
 from typing import NamedTuple
 
@@ -21,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .orders import Action, Order, goes_to, sends_before
+from .orders import Action, Order, goes_to, needs, sends_before
 from .spans import SEND, WAIT, Spans
 from .views import Groups
 
@@ -39,26 +43,31 @@ def rounds(ranks_of_stages: Sequence[int]) -> list[list[tuple[int, int]]]:
 
 
 class Outbox:
-    """Sends tensors to one rank, and keeps each of them alive until it has been sent."""
+    """Sends tensors to one rank, and keeps each of them alive until it is known to have arrived."""
 
     def __init__(self, group: dist.ProcessGroup, peer: int) -> None:
         """``peer``: the receiver's rank in the world."""
         self.group, self.peer = group, peer
         self._sending: deque[tuple[dist.Work, Tensor]] = deque()
+        self._arrived = 0
 
     def send(self, tensor: Tensor) -> None:
         """Starts to send a tensor."""
-        while self._sending and self._sending[0][0].is_completed():
-            self._sending.popleft()
         tensor = tensor.detach().contiguous()
         work = dist.isend(tensor, self.peer, self.group)
         assert work is not None
         self._sending.append((work, tensor))
 
+    def arrived(self, count: int) -> None:
+        """Frees the first ``count`` tensors of the current plan, because they have arrived."""
+        for _ in range(count - self._arrived):
+            self._sending.popleft()[0].wait()
+            self._arrived += 1
+
     def wait(self) -> None:
         """Waits until everything has been sent."""
-        while self._sending:
-            self._sending.popleft()[0].wait()
+        self.arrived(self._arrived + len(self._sending))
+        self._arrived = 0
 
 
 class Expected(NamedTuple):
@@ -67,6 +76,8 @@ class Expected(NamedTuple):
     result_of: Action
     sends_before: int
     """How many results this rank sends before this one can come."""
+    arrived: int
+    """How many results of this rank have arrived at the sender before it sends this one."""
 
 
 class Plan(NamedTuple):
@@ -76,6 +87,63 @@ class Plan(NamedTuple):
     expected: dict[int, list[Expected]]
     """Sender -> its results, in the order in which it sends them."""
 
+    @classmethod
+    def of(cls, rank: int, orders: Sequence[Order], ranks_of_stages: Sequence[int]) -> Plan:
+        """Returns what a rank does when all ranks follow their orders."""
+        before, expected = sends_before(orders, rank), dict[int, list[Expected]]()
+        for sender in {*chain(*(pair for pair in pairwise(ranks_of_stages) if rank in pair))} - {rank}:
+            sent = [action for action in orders[rank] if _receiver(action, ranks_of_stages) == sender]
+            number, arrived = {action: n for n, action in enumerate(sent, start=1)}, 0
+            expected[sender] = []
+            for action in orders[sender]:
+                needed = needs(action, len(ranks_of_stages))
+                arrived = max(arrived, number.get(needed, 0) if needed else 0)
+                if _receiver(action, ranks_of_stages) == rank:
+                    expected[sender].append(Expected(action, before[action], arrived))
+        return cls(orders[rank], expected)
+
+
+def _receiver(action: Action, ranks_of_stages: Sequence[int]) -> int | None:
+    """Returns the rank that needs the result of an action; None if there is none."""
+    stage = goes_to(action, len(ranks_of_stages))
+    return None if stage is None else ranks_of_stages[stage]
+
+
+def kept(plan: Plan, rank: int, ranks_of_stages: Sequence[int]) -> list[int]:
+    """Returns how many messages a rank keeps after each action of its plan.
+
+    Those are what it receives ahead of its use, and what it has sent and does not know to have arrived. (The input of a stage
+    is one of its activations.)
+    """
+    coming = {sender: deque(expected) for sender, expected in plan.expected.items()}
+    receiving, ahead, here = dict[int, Expected](), set[Action](), 0
+    sent, arrived, results = Counter[int](), Counter[int](), list[int]()
+
+    def receive(sender: int) -> None:
+        if sender not in receiving and coming[sender] and coming[sender][0].sends_before <= sent.total():
+            receiving[sender] = coming[sender].popleft()
+
+    for sender in coming:
+        receive(sender)
+    for action in plan.order:
+        needed, receiver = needs(action, len(ranks_of_stages)), _receiver(action, ranks_of_stages)
+        if needed is not None and needed.stage != action.stage:
+            sender = ranks_of_stages[needed.stage]
+            here -= sender == rank
+            while sender != rank and needed not in ahead:
+                result = receiving.pop(sender)
+                ahead.add(result.result_of)
+                arrived[sender] = result.arrived
+                receive(sender)
+            ahead.discard(needed)
+        here += receiver == rank
+        if receiver is not None and receiver != rank:
+            sent[receiver] += 1
+            for sender in coming:
+                receive(sender)
+        results.append(here + len(receiving) + len(ahead) + sent.total() - arrived.total())
+    return results
+
 
 class Inbox:
     """Receives tensors from one rank: one at a time, in the order in which they are sent."""
@@ -83,19 +151,21 @@ class Inbox:
     def __init__(self, group: dist.ProcessGroup, peer: int) -> None:
         """``peer``: the sender's rank in the world."""
         self.group, self.peer = group, peer
+        self.arrived = 0
+        """How many results of this rank have arrived at the sender."""
         self._expected: deque[Expected] = deque()
-        self._buffer = torch.empty(0)
-        self._receiving: tuple[Action, dist.Work, Tensor] | None = None
+        self._new: Callable[[], Tensor] = partial(torch.empty, 0)
+        self._receiving: tuple[Expected, dist.Work, Tensor] | None = None
         self._arrived: dict[Action, Tensor] = {}
 
-    def expect(self, results: Sequence[Expected], like: Tensor) -> None:
+    def expect(self, results: Sequence[Expected], new: Callable[[], Tensor]) -> None:
         """Says which results will come.
 
         Args:
-            like: a tensor of the same shape, dtype and device.
+            new: makes a tensor for one of them.
         """
         assert not self._expected and self._receiving is None and not self._arrived
-        self._expected, self._buffer = deque(results), like
+        self._expected, self._new, self.arrived = deque(results), new, 0
 
     def receive(self, sent: int) -> None:
         """Starts to receive the next result, unless one is being received, or the next one waits for this rank.
@@ -104,18 +174,18 @@ class Inbox:
             sent: how many results this rank has sent.
         """
         if self._receiving is None and self._expected and self._expected[0].sends_before <= sent:
-            tensor = torch.empty_like(self._buffer)
+            tensor = self._new()
             work = dist.irecv(tensor, self.peer, self.group)
             assert work is not None
-            self._receiving = self._expected.popleft().result_of, work, tensor
+            self._receiving = self._expected.popleft(), work, tensor
 
     def take(self, result_of: Action, sent: int) -> Tensor:
         """Waits for the result of an action, and starts to receive the next one."""
         while result_of not in self._arrived:
             assert self._receiving is not None
-            action, work, tensor = self._receiving
+            result, work, tensor = self._receiving
             work.wait()
-            self._arrived[action], self._receiving = tensor, None
+            self._arrived[result.result_of], self._receiving, self.arrived = tensor, None, result.arrived
             self.receive(sent)
         return self._arrived.pop(result_of)
 
@@ -139,7 +209,7 @@ class Channels:
             dtype: dtype of the tensors.
         """
         self.group, self.device, self.dtype = groups.get(pipelines), device, dtype
-        self.rank_of, self.stages = ranks_of_stages, len(ranks_of_stages)
+        self.rank_of = ranks_of_stages
         self.ranks = next(ranks for ranks in pipelines if dist.get_rank() in ranks)
         """The ranks of this pipeline, by their numbers in the world."""
         self.rank, self.size = self.ranks.index(dist.get_rank()), len(self.ranks)
@@ -170,22 +240,18 @@ class Channels:
 
     def plan(self, orders: Sequence[Order]) -> Plan:
         """Returns what this rank does when all ranks follow their orders."""
-        before = sends_before(orders, self.rank)
-        return Plan(orders[self.rank], {
-            sender: [Expected(action, before[action]) for action in orders[sender] if self._receiver(action) == self.rank]
-            for sender in self._in
-        })  # fmt: skip
+        return Plan.of(self.rank, orders, self.rank_of)
 
     def expect(self, plan: Plan, shape: Sequence[int]) -> None:
         """Prepares to receive what comes from the other ranks, tensors of ``shape``."""
-        like, self._sent = torch.empty(*shape, dtype=self.dtype, device=self.device), 0
+        new, self._sent = partial(torch.empty, *shape, dtype=self.dtype, device=self.device), 0
         for sender, inbox in self._in.items():
-            inbox.expect(plan.expected[sender], like)
+            inbox.expect(plan.expected[sender], new)
             inbox.receive(self._sent)
 
     def send(self, result_of: Action, tensor: Tensor) -> None:
         """Starts to send the result of an action to the rank that needs it."""
-        receiver = self._receiver(result_of)
+        receiver = _receiver(result_of, self.rank_of)
         if receiver == self.rank:
             self._here[result_of] = tensor.detach()
         elif receiver is not None:
@@ -201,13 +267,11 @@ class Channels:
         if sender == self.rank:
             return self._here.pop(result_of)
         with self.spans(WAIT, result_of):
-            return self._in[sender].take(result_of, self._sent)
+            tensor = self._in[sender].take(result_of, self._sent)
+            self._out[sender].arrived(self._in[sender].arrived)
+        return tensor
 
     def wait(self) -> None:
         """Waits until everything has been sent."""
         for outbox in self._out.values():
             outbox.wait()
-
-    def _receiver(self, action: Action) -> int | None:
-        stage = goes_to(action, self.stages)
-        return None if stage is None else self.rank_of[stage]

@@ -18,6 +18,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 Kind = Literal["F", "B", "W"]
@@ -99,6 +100,7 @@ def zbh1(rank: int, ranks: int, micro_batches: int) -> Order:
     return order + [Action(WEIGHTS, rank, n) for n in range(done, micro_batches)]
 
 
+@lru_cache(maxsize=4)
 def zbv(ranks: int, micro_batches: int) -> list[Order]:
     """ZB-V: each rank has two stages, and a micro-batch goes down the ranks and up again.
 

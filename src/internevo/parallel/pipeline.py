@@ -35,7 +35,7 @@ from .data_axis import DataAxis, Weights
 from .deferred import Deferred
 from .messages import Channels
 from .orders import BACKWARD, FORWARD, Action, forwards, needs, orders
-from .schedule import OnResult
+from .schedule import OnResult, nothing
 from .shards import local
 from .spans import SEND
 from .strategy import Collectives, Workload
@@ -54,9 +54,19 @@ def traffic(work: Workload) -> list[Collectives]:
     sent = Collectives("send", "pipeline", sends, sends * tokens * decoder.hidden_size * work.element_bytes)
     rows = [sent.times(work.micro_batches)]
     if decoder.tie_embeddings and (work.embeddings or work.heads):
-        shard = -(-decoder.vocab_size // (layout.inner * layout.zero)) * decoder.hidden_size
-        rows.append(Collectives("all-reduce", "first and last", 1, 4 * shard))
+        rows.append(Collectives("all-reduce", "first and last", 1, 4 * _tied_shard(work)))
     return rows
+
+
+def copied_elements(work: Workload) -> int:
+    """Returns the number of elements of the weight that is on this rank twice: tied, in the first and in the last stage."""
+    twice = len(work.on_rank) > 1 and work.embeddings and work.heads and work.decoder.tie_embeddings
+    return _tied_shard(work) if twice else 0
+
+
+def _tied_shard(work: Workload) -> int:
+    ranks = work.layout.inner * work.layout.zero
+    return -(-work.decoder.vocab_size // ranks) * work.decoder.hidden_size
 
 
 class Chunk(NamedTuple):
@@ -91,7 +101,8 @@ class Chunks:
         """
         self.axes, self.tied = axes, tied
         self.masters = {name: master for axis in reversed(axes) for name, master in axis.masters.items()}
-        self.copies = [axis.masters[TIED] for axis in axes[1:] if TIED in axis.masters and TIED in axes[0].masters]
+        tied_here = [axis.masters[TIED] for axis in axes if TIED in axis.masters]
+        self.copies: Sequence[nn.Parameter] = tied_here[1:]
         """The tied weight of the last stage, if the first is on this rank as well: a copy, which the optimizer does not see."""
 
     @torch.no_grad()
@@ -134,6 +145,7 @@ class Step:
     """The micro-batches of a step, or of a part of an evaluation."""
 
     micro_batches: Sequence[MicroBatch]
+    """On the host. A forward pass copies to the device what its stage needs."""
     terms: LossTerms
     scale: float
     on_result: OnResult
@@ -141,6 +153,26 @@ class Step:
     """(stage, micro-batch) -> what its backward pass needs."""
     left: dict[tuple[int, int], list[Callable[[], None]]] = field(default_factory=dict)
     """(stage, micro-batch) -> what computes the gradients of the weights that its backward pass has left for later."""
+
+
+def to_device(micro_batch: MicroBatch, model: Decoder, device: torch.device) -> MicroBatch:
+    """Copies what a stage needs of a micro-batch to the device; the rest has the right shape, and no memory.
+
+    The embedding needs tokens; the loss needs labels and dataset types; routers need labels, because their losses are weighted
+    by the number of predicted tokens.
+    """
+    stage, config = model.stage, model.config
+    routes = any(config.is_sparse(layer) for layer in stage.layers)
+
+    def copied(tensor: Tensor, needed: bool) -> Tensor:
+        if needed:
+            return tensor.to(device, non_blocking=True)
+        return torch.empty(1, dtype=tensor.dtype, device=device).expand(tensor.shape)
+
+    return MicroBatch(
+        copied(micro_batch.tokens, stage.embeds), copied(micro_batch.labels, stage.heads or routes),
+        copied(micro_batch.types, stage.heads), micro_batch.cu_seqlens,
+    )  # fmt: skip
 
 
 class Pipeline:
@@ -155,6 +187,7 @@ class Pipeline:
         """
         self.chunks = {chunk.stage: chunk for chunk in chunks}
         self.axis, self.channels, self.sequence_ranks = axis, channels, sequence_ranks
+        self.after_pass: Callable[[Action], None] = nothing
         size, per_rank = channels.size, len(chunks)
         self._training = cache(lambda count: channels.plan(orders(mode, size, per_rank, count)))
         self._evaluation = cache(lambda count: channels.plan(forwards(mode, size, per_rank, count)))
@@ -162,11 +195,12 @@ class Pipeline:
     def train(self, micro_batches: Sequence[MicroBatch], terms: LossTerms, scale: float, on_result: OnResult) -> None:
         """Runs the passes of this rank in the order of the schedule."""
         count = len(micro_batches)
-        step = Step([m.to(self.channels.device) for m in micro_batches], terms, scale, on_result)
+        step = Step(micro_batches, terms, scale, on_result)
         plan = self._training(count)
         self.channels.expect(plan, self._shape(micro_batches[0]))
         for action in plan.order:
             self._run(action, step)
+            self.after_pass(action)
         with self.channels.spans(SEND, plan.order[-1]):
             self.channels.wait()
         self.axis.after_backwards()
@@ -178,7 +212,7 @@ class Pipeline:
             chunk.model.eval()
         iterator = iter(micro_batches)
         while group := list(itertools.islice(iterator, self.channels.size)):
-            step = Step([m.to(self.channels.device) for m in group], LossTerms(), 1.0, on_result)
+            step = Step(group, LossTerms(), 1.0, on_result)
             plan = self._evaluation(len(group))
             self.channels.expect(plan, self._shape(group[0]))
             for action in plan.order:
@@ -213,12 +247,11 @@ class Pipeline:
     def _forward(self, action: Action, step: Step, hidden: Tensor | None) -> Tensor | None:
         """``hidden``: what the stage before has handed on."""
         _, stage, number = action
-        batch = step.micro_batches[number]
+        model = self.chunks[stage].model
         if hidden is not None:
             hidden.requires_grad_(torch.is_grad_enabled())
-        result = self.chunks[stage].model(
-            batch.tokens, cu_seqlens=batch.cu_seqlens, labels=batch.labels, terms=step.terms, hidden=hidden
-        )
+        batch = to_device(step.micro_batches[number], model, self.channels.device)
+        result = model(batch.tokens, cu_seqlens=batch.cu_seqlens, labels=batch.labels, terms=step.terms, hidden=hidden)
         step.on_result(batch, result)
         output = None
         if isinstance(result, HandedOn):

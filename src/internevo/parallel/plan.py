@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from ..config import Config
 from ..models.config import DecoderConfig, Stage
 from ..models.decoder import Decoder
 from ..models.init import Initializer
+from ..models.linear import Linear
 from ..models.lora import freeze_all_but_adapters
 from ..models.moe import ExpertLinear
 from ..ops.precision import COMPUTE
@@ -23,8 +25,10 @@ from .deferred import Deferred
 from .expert import ExpertParallel
 from .isp import InternSequenceParallel
 from .layout import Layout, Meshes
-from .memory import Memory, activations
-from .messages import Channels
+from .memory import Elements, Memory, activations, left, weights_and_gradients
+from .messages import Channels, Plan
+from .messages import kept as kept_messages
+from .orders import BACKWARD, FORWARD, WEIGHTS, orders, stages_on
 from .pipeline import Chunk, Chunks, Pipeline, PipelinedModel
 from .recompute import recompute
 from .schedule import OneStage, Schedule
@@ -143,13 +147,45 @@ def traffic(work: Workload) -> list[Collectives]:
 
 
 def memory(work: Workload) -> Memory:
-    """Returns the bytes on rank 0. If shards have uneven sizes, rank 0 has the largest."""
-    dense, experts = list[Sequence[int]](), list[Sequence[int]]()
-    for stage in work.on_rank:
-        for shapes, units in zip((dense, experts), _on_rank(work, stage), strict=True):
-            shapes += [parameter.shape for parameter in itertools.chain(*units)]
-    inner = isp if work.layout.mode == "isp" else tensor
-    return Memory(*data_axis.memory(work, dense, experts), activations(work, inner.memory(work)))
+    """Returns the bytes on the rank, after the pass that leaves the most (``Memory``).
+
+    If shards have uneven sizes, they are those of the rank with the largest ones.
+    """
+    layout, rank, inner = work.layout, work.pipeline_rank, isp if work.layout.mode == "isp" else tensor
+    work = replace(work, micro_batches=_enough(work.micro_batches, layout.pipeline))
+    ranks_of_stages = [layout.rank_of_stage(number) for number in range(layout.stages)]
+    planned = Plan.of(rank, orders(work.schedule, layout.pipeline, layout.chunks, work.micro_batches), ranks_of_stages)
+    numbers = stages_on(rank, layout.pipeline, layout.chunks, work.schedule)
+    stages = {number: replace(work, stages=(stage,)) for number, stage in zip(numbers, work.on_rank, strict=True)}
+    elements, kept = {number: _elements(stage) for number, stage in stages.items()}, inner.memory(work)
+    of_forward = {number: activations(stage, kept) for number, stage in stages.items()}
+    of_backward = {number: left(stage, kept) if work.zero_bubble else 0 for number, stage in stages.items()}
+    message = kept.residual_tokens * work.decoder.hidden_size * work.element_bytes
+    shards = sum(stage.shard for stage in elements.values())
+    moments = 8 * (shards - pipeline.copied_elements(work))
+    passes, state, now, found = dict.fromkeys(stages, ""), dict.fromkeys(stages, 0), 0, list[Memory]()
+    for action, messages in zip(planned.order, kept_messages(planned, rank, ranks_of_stages), strict=True):
+        kind, number, _ = action
+        passes[number] += kind
+        state[number] = weights_and_gradients(work, elements[number], passes[number])
+        now += of_forward[number] * (kind == FORWARD) + of_backward[number] * (kind == BACKWARD)
+        now -= of_forward[number] * (kind == BACKWARD) + of_backward[number] * (kind == WEIGHTS)
+        if kind == FORWARD or (kind == BACKWARD and work.zero_bubble):
+            found.append(Memory(4 * shards, moments, sum(state.values()), now + messages * message, action))
+    return max(reversed(found), key=lambda memory: memory.total)
+
+
+def _enough(micro_batches: int, ranks: int) -> int:
+    """Returns a number of micro-batches that is not larger, and with which the most memory is the same: passes repeat."""
+    enough = 2 * ranks * (ranks + 1)
+    return micro_batches if micro_batches <= enough else enough + micro_batches % ranks
+
+
+def _elements(work: Workload) -> Elements:
+    """Counts the parameters of the one stage of ``work``."""
+    dense, experts = (list(itertools.chain(*units)) for units in _on_rank(work, work.on_rank[0]))
+    deferred = [parameter.shape for parameter in (*dense, *experts) if parameter.deferred]
+    return Elements.of(work, [parameter.shape for parameter in dense], [parameter.shape for parameter in experts], deferred)
 
 
 class OnRank(NamedTuple):
@@ -158,6 +194,8 @@ class OnRank(NamedTuple):
     shape: list[int]
     partial: str | None
     """Axis over which its gradients are summed after the last backward pass of a step."""
+    deferred: bool
+    """Whether a zero-bubble schedule computes its gradients apart from the backward passes."""
 
 
 def _on_rank(work: Workload, stage: Stage) -> tuple[list[list[OnRank]], list[list[OnRank]]]:
@@ -172,7 +210,8 @@ def _on_rank(work: Workload, stage: Stage) -> tuple[list[list[OnRank]], list[lis
             shape = inner.shape_on_rank(parameter.shape, axes, name, layout)
             if isinstance(module, ExpertLinear):
                 shape[0] //= layout.expert
-            found[id(parameter)] = OnRank(shape, inner.partial_axis(axes, name, layout))
+            deferred = isinstance(module, Linear) and name == "weight"
+            found[id(parameter)] = OnRank(shape, inner.partial_axis(axes, name, layout), deferred)
     apart, bucket = layout.expert > 1, None if layout.fsdp else work.bucket_elements
     joined = data_axis.units(model, bucket, lambda parameter: math.prod(found[id(parameter)].shape), apart)
     experts = data_axis.experts_in([model]) if apart else []

@@ -18,14 +18,22 @@ from ..data.batches import MicroBatch
 from ..models.decoder import Decoder
 from ..models.losses import HandedOn, Loss, LossTerms
 from .data_axis import DataAxis
+from .orders import BACKWARD, FORWARD, Action
 
 OnResult = Callable[[MicroBatch, Loss | HandedOn], None]
-"""A function that is called with each micro-batch (on the device) and the result of each stage of this rank: the loss, or what
-the stage has handed on."""
+"""A function that is called with the result of each stage of this rank, the loss or what the stage has handed on, and with the
+micro-batch: on the device, as far as the stage needs it. With a loss, it has its labels and dataset types."""
+
+
+def nothing(action: Action) -> None:
+    """Is called after each pass, if nobody measures."""
 
 
 class Schedule(Protocol):
     """Runs micro-batches through all stages. All ranks of a pipeline must call its methods in the same order."""
+
+    after_pass: Callable[[Action], None]
+    """Is called after each pass of a step. (``monitor.memory`` measures there.)"""
 
     def train(self, micro_batches: Sequence[MicroBatch], terms: LossTerms, scale: float, on_result: OnResult) -> None:
         """Runs the forward and backward passes of the micro-batches of a step.
@@ -45,15 +53,18 @@ class OneStage:
 
     def __init__(self, model: Decoder, axis: DataAxis, device: torch.device) -> None:
         self.model, self.axis, self.device = model, axis, device
+        self.after_pass: Callable[[Action], None] = nothing
 
     def train(self, micro_batches: Sequence[MicroBatch], terms: LossTerms, scale: float, on_result: OnResult) -> None:
         """Runs the micro-batches one after the other."""
-        for number, micro_batch in enumerate(micro_batches, start=1):
+        for number, micro_batch in enumerate(micro_batches):
             on_device = micro_batch.to(self.device)
             loss = self.model(on_device.tokens, cu_seqlens=on_device.cu_seqlens, labels=on_device.labels, terms=terms)
-            self.axis.before_backward(last=number == len(micro_batches))
+            self.after_pass(Action(FORWARD, 0, number))
+            self.axis.before_backward(last=number == len(micro_batches) - 1)
             (loss.total * scale).backward()
             on_result(on_device, loss)
+            self.after_pass(Action(BACKWARD, 0, number))
         self.axis.after_backwards()
 
     @torch.no_grad()

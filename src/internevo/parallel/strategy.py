@@ -41,6 +41,8 @@ class Workload:
     device: str = "cpu"
     stages: tuple[Stage, ...] = ()
     """The stages of the rank whose collectives and memory are asked for. Empty: the whole model."""
+    pipeline_rank: int = 0
+    """The place of this rank in its pipeline."""
 
     @classmethod
     def from_config(
@@ -61,12 +63,23 @@ class Workload:
             4 if config.hybrid_zero_optimizer.grad_dtype == "float32" else 2,
             config.model.checkpoint, config.selective_checkpoint, config.hybrid_zero_optimizer.reduce_bucket_size, device,
             tuple(stage for number, stage in enumerate(stages) if layout.rank_of_stage(number) == mine),
+            mine,
         )  # fmt: skip
 
     @property
     def on_rank(self) -> tuple[Stage, ...]:
         """The stages of the rank."""
         return self.stages or (Stage(range(self.decoder.num_layers)),)
+
+    @property
+    def schedule(self) -> str:
+        """The schedule, as for ``orders.orders``."""
+        return self.layout.schedule if self.layout.pipeline > 1 else "1F1B"
+
+    @property
+    def zero_bubble(self) -> bool:
+        """Whether the schedule computes the gradients of weights apart from the backward passes."""
+        return self.schedule != "1F1B"
 
     @property
     def layers(self) -> list[int]:
@@ -157,8 +170,12 @@ class KeptActivations:
     """How many times the output of attention is kept."""
     loss_tokens: int
     """Tokens whose loss this rank computes."""
+    output_tokens: int
+    """Tokens in the gradients of the outputs of attention and MLP, from which those of weights are computed."""
     head_rows: int
     """Rows of the head's weight whose gradient this rank has; it is computed together with the loss."""
+    looked_up: int = 0
+    """Bytes that the embedding keeps."""
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,9 @@ def memory(work: Workload) -> KeptActivations:
         mlp_tokens=tokens // ranks,
         attention_outputs=1,
         loss_tokens=tokens,
+        output_tokens=tokens,
         head_rows=decoder.vocab_size // ranks,
+        looked_up=(8 + 1) * tokens if ranks > 1 else 0,  # the row of each token, and whether it is on this rank
     )
 
 
@@ -271,7 +273,7 @@ class _GatheredInputLinears(torch.autograd.Function):
             all_SBD = wait(gathering[0])
             grad_weights = [product(grad_SBF, all_SBD) for grad_SBF in grads_SBF]
         else:
-            group = ctx.group
+            group, x_BSD = ctx.group, x_BSD.detach()
 
             def products() -> list[Tensor]:
                 all_SBD = all_gather(tokens_first(x_BSD), group)

@@ -135,17 +135,15 @@ class Stepper:
         return StepResult(Losses(sums, counts), norm, not finite, Shared.unpack(numbers.tolist()), summary), to_mean
 
 
-def formulas(parts: Parts) -> tuple[Memory | None, list[Collectives] | None]:
-    """Returns the memory of rank 0 and the collectives of a step, as the strategies state them.
-
-    With adapters both are None, and with a pipeline the memory is, because the strategies do not state it.
-    """
+def formulas(parts: Parts, micro_batches: int) -> tuple[Memory | None, list[Collectives] | None]:
+    """Returns the memory of this rank and the collectives of a step of this number of micro-batches, as the strategies state
+    them; None with adapters, for which they do not."""
     if parts.decoder.lora is not None:
         return None, None
-    micro_batches = parts.sizes.micro_batches(parts.state.cursor.batch)
-    work = Workload.from_config(parts.decoder, parts.config, parts.layout, micro_batches, parts.world.device.type)
+    world = parts.world
+    work = Workload.from_config(parts.decoder, parts.config, parts.layout, micro_batches, world.device.type, world.rank)
     rows = [*plan.traffic(work), traffic(parts.decoder, len(parts.source.types), parts.layout)]
-    return plan.memory(work) if parts.layout.pipeline == 1 else None, add_up(rows, parts.layout)
+    return plan.memory(work), add_up(rows, parts.layout)
 
 
 def traffic(decoder: DecoderConfig, types: int, layout: Layout) -> Collectives:

@@ -70,7 +70,10 @@ class Trainer:
         self.saved_step = self.state.step
         self.stop_time = StopTime("TORCHELASTIC_RUN_ID" in os.environ)
         parts = self.parts
-        self.probes = Probes(config.monitor, parts.layout, parts.model, parts.tensors(), formulas(parts), self.run, world.rank)
+        self.probes = Probes(
+            config.monitor, parts.layout, parts.model, parts.axis, parts.schedule, parts.tensors(), partial(formulas, parts),
+            self.run, world.rank,
+        )  # fmt: skip
         self.peak = peak_tflops(world.device, config.model.dtype, config.monitor.peak_tflops)
         if config.ckpt.stop_file_path and world.rank == 0:
             stops.watch(config.ckpt.stop_file_path)
@@ -116,7 +119,7 @@ class Trainer:
         """Takes one step. Returns its record, whether to stop after it, and whether to save after it."""
         config, begin = self.config, time.perf_counter()
         lr = learning_rate(batch.number, config.data.total_steps, config.adam.lr, config.lr_scheduler)
-        with self.probes(), self.watchdog.step(batch.tokens):
+        with self.probes(len(batch.micro_batches)), self.watchdog.step(batch.tokens):
             get_shared = partial(self._shared, len(batch.skipped))
             result = self.stepper(batch, lr, beta2(batch.number, config.adam, config.beta2_scheduler), get_shared)
         self.state.cursor = batch.next_cursor

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from internevo.commands.config import layout_lines
 from internevo.config import Config, load_config, notices, validate
 from internevo.config.check import smallest_world
 from internevo.config.option import walk
@@ -343,6 +344,23 @@ def test_config_command(tmp_path: Path) -> None:
     assert ["all-gather", "zero", "2", "4"] in [row[:4] for row in rows] and "GiB on rank 0" in done.stdout
     assert "did you mean data.seq_len" in run("config", path, "data.seqlen=3", code=2).stderr
     assert "does not exist" in run("train", path, code=2).stderr
+
+
+@pytest.mark.parametrize(("ramp", "micro_batches"), [("", 8), ("2 2 3", 4), ("2 2 1", 8)])
+def test_the_layout_of_a_pipeline_is_that_of_the_last_step(ramp: str, micro_batches: int) -> None:
+    """Its rows, the bubble, the messages, and the memory of each rank."""
+    pipeline = {"size": 2, "mode": "ZBV"}
+    config = tiny(
+        parallel__pipeline=pipeline, model__num_chunks=2, model__num_layers=4, data__rampup_batch_size=ramp,
+        data__total_steps=6, data__micro_num=8, data__global_batch_size=None,
+    )  # fmt: skip
+    lines = layout_lines(config, 4, 8)
+    assert any(f"({micro_batches} micro-batches of" in line for line in lines)
+    assert any(line.startswith("  bubble") and f"with {micro_batches} micro-batches," in line for line in lines)
+    assert any(line.split()[:4] == ["send", "pipeline", "2", str(2 * micro_batches)] for line in lines)
+    first = next(n for n, line in enumerate(lines) if line.split()[:2] == ["GiB", "rank"])
+    rows = [line.split() for line in lines[first + 1 : first + 3]]
+    assert [row[0] for row in rows] == ["0", "1"] and all("pass of micro-batch" in " ".join(row) for row in rows)
 
 
 def test_targets_of_adapters_have_several_names_and_are_checked() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from internevo.parallel import messages
-from internevo.parallel.messages import Channels
+from internevo.parallel.messages import Channels, kept
 from internevo.parallel.orders import needs, orders, rank_of
 
 PATIENCE = 5.0
@@ -63,7 +63,7 @@ class Nccl:
         group.connect(self.get_rank())
         group.carried.put(tensor)
         sent: Any = Future()
-        sent.is_completed, sent.wait = lambda: True, lambda: None
+        sent.wait = lambda: None
         return sent
 
     def irecv(self, tensor: Tensor, peer: int, group: Link) -> Receiving:
@@ -80,8 +80,11 @@ class Nccl:
 
 @pytest.mark.parametrize(("mode", "chunks"), [("1F1B", 1), ("1F1B", 2), ("ZBH1", 1), ("ZBV", 2)])
 @pytest.mark.parametrize("waiting", [0, 1, 2])
-def test_no_rank_waits_for_itself(monkeypatch: pytest.MonkeyPatch, mode: str, chunks: int, waiting: int) -> None:
-    nccl, ranks, stages, micro_batches = Nccl(), 3, 3 * chunks, 5
+def test_no_rank_waits_for_itself_or_keeps_more_messages_than_stated(
+    monkeypatch: pytest.MonkeyPatch, mode: str, chunks: int, waiting: int
+) -> None:
+    nccl, ranks, stages, micro_batches = Nccl(), 3, 3 * chunks, 20
+    most = [0] * ranks
     monkeypatch.setattr(messages, "dist", nccl)
     all_orders = orders(mode, ranks, chunks, micro_batches)
 
@@ -92,14 +95,18 @@ def test_no_rank_waits_for_itself(monkeypatch: pytest.MonkeyPatch, mode: str, ch
         channels = Channels(groups, [list(range(ranks))], ranks_of_stages, torch.device("cpu"), torch.float32)
         plan = channels.plan(all_orders)
         channels.expect(plan, (2,))
-        for action in plan.order:
+        for action, count in zip(plan.order, kept(plan, rank, ranks_of_stages), strict=True):
             for receiving in nccl.thread.posted if rank == waiting else []:
                 receiving.wait()
             needed = needs(action, stages)
             if needed is not None and needed.stage != action.stage:
                 assert channels.take(needed).tolist() == [needed.stage, needed.micro_batch]
             channels.send(action, torch.tensor([action.stage, action.micro_batch], dtype=torch.float32))
+            ahead = sum(len(inbox._arrived) + (inbox._receiving is not None) for inbox in channels._in.values())
+            assert ahead + sum(len(outbox._sending) for outbox in channels._out.values()) + len(channels._here) == count
+            most[rank] = max(most[rank], count)
         channels.wait()
 
     with ThreadPoolExecutor(ranks) as pool:
         list(pool.map(run, range(ranks)))
+    assert max(most) <= 2 * ranks * chunks  # not as many as micro-batches
