@@ -229,7 +229,7 @@ class Pipeline:
 
     def _run(self, action: Action, step: Step) -> None:
         """Runs one pass: receives what it needs from another stage, and sends its result."""
-        needed, received = needs(action, self.channels.stages), None
+        needed, received = needs(action, len(self.channels.rank_of)), None
         if needed is not None and needed.stage != action.stage:
             received = self.channels.take(needed)
         result: Tensor | None = None
