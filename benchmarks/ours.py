@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,9 +16,9 @@ from internevo.train.shared import Shared
 from internevo.train.step import Stepper
 
 SHAPES: dict[str, dict[str, int]] = {
-    "tiny": {"layers": 2, "hidden": 32, "mlp": 48, "heads": 4, "kv": 2, "vocab": 96, "rows": 2, "seq": 16},
+    "tiny": {"layers": 4, "hidden": 32, "mlp": 48, "heads": 4, "kv": 2, "vocab": 96, "rows": 2, "seq": 16},
     "S": {"layers": 6, "hidden": 384, "mlp": 1024, "heads": 6, "kv": 6, "vocab": 8192, "rows": 4, "seq": 512},
-    "S12": {"layers": 12, "hidden": 256, "mlp": 704, "heads": 4, "kv": 4, "vocab": 2048, "rows": 2, "seq": 512},
+    "S12": {"layers": 12, "hidden": 256, "mlp": 704, "heads": 4, "kv": 4, "vocab": 2048, "rows": 1, "seq": 512},
     "M": {"layers": 8, "hidden": 768, "mlp": 2048, "heads": 12, "kv": 4, "vocab": 32000, "rows": 2, "seq": 1024},
     "1B": {"layers": 22, "hidden": 2048, "mlp": 5632, "heads": 32, "kv": 4, "vocab": 32000, "rows": 2, "seq": 4096},
 }
@@ -54,17 +55,12 @@ def build(
     return Parts.build(config_of(shape, dtype, steps, compiled, parallel), world)
 
 
-def train(
-    world: World,
-    shape: dict[str, int],
-    dtype: str,
-    steps: int,
-    compiled: bool = False,
-    parallel: dict[str, Any] | None = None,
+def steps_of(
+    world: World, shape: dict[str, int], dtype: str, steps: int, compiled: bool = False, parallel: dict[str, Any] | None = None,
     micro_batches: int = 1,
-) -> list[float]:
-    """Seconds per step, as ``internevo train`` takes it."""
-    stepper, times = Stepper(build(world, shape, dtype, steps, compiled, parallel)), []
+) -> Iterator[float]:  # fmt: skip
+    """Takes steps as ``internevo train`` does, and yields the seconds of each."""
+    stepper = Stepper(build(world, shape, dtype, steps, compiled, parallel))
     for number in range(steps):
         micros = []
         for _ in range(micro_batches):
@@ -74,5 +70,11 @@ def train(
         begin = time.perf_counter()
         stepper(batch, 1e-4, 0.95, lambda: Shared(0.0, 0.0, 0.0, [0.0] * world.size))
         finish(world.device)
-        times.append(time.perf_counter() - begin)
-    return times
+        yield time.perf_counter() - begin
+
+
+def train(
+    world: World, shape: dict[str, int], dtype: str, steps: int, compiled: bool = False, parallel: dict[str, Any] | None = None
+) -> list[float]:
+    """Seconds per step, as ``internevo train`` takes it."""
+    return list(steps_of(world, shape, dtype, steps, compiled, parallel))

@@ -1,6 +1,6 @@
 """Training speed of the strategies against PyTorch's own, in one run: ``python benchmarks/parallel.py``.
 
-Two processes (1F1B: four) with one thread each on gloo. Every measurement starts processes that train a few steps of the same
+Two processes with one thread each on gloo. Every measurement starts processes that train a few steps of the same
 model on random tokens; ours and theirs take turns, so that both see the same machine. Printed are medians over the rounds.
 
 | ours       | theirs                                                                                     |
@@ -8,7 +8,6 @@ model on random tokens; ours and theirs take turns, so that both see the same ma
 | ZeRO-1.5   | DistributedDataParallel and ZeroRedundancyOptimizer over AdamW                              |
 | FSDP       | bare fully_shard of every layer and the model, AdamW                                       |
 | mtp, msp   | parallelize_module with the column, row and sequence styles, loss_parallel, AdamW          |
-| 1F1B       | Schedule1F1B with static shapes over the same stages, 8 micro-batches, AdamW               |
 
 Theirs have the same Decoder, gradient clipping and fused AdamW, in fp32.
 """
@@ -35,7 +34,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -49,8 +47,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from internevo.models.decoder import Decoder
 from internevo.models.families.registry import decoder_config
-from internevo.models.losses import HandedOn
-from internevo.parallel.stages import split
 from internevo.parallel.world import join
 from internevo.train.process import keep_freed_memory
 
@@ -60,15 +56,12 @@ OURS: dict[str, dict[str, Any]] = {
     "fsdp": {"zero1": {"size": RANKS, "fsdp": True}},
     "mtp": {"tensor": {"size": RANKS, "mode": "mtp"}},
     "msp": {"tensor": {"size": RANKS, "mode": "msp"}},
-    "1F1B": {"pipeline": {"size": 2 * RANKS}},
 }
-PIPELINE_MICRO_BATCHES = 8
 PEERS = {
     "zero": "DDP + ZeroRedundancy",
     "fsdp": "bare fully_shard",
     "mtp": "parallelize_module",
     "msp": "parallelize_module, SP",
-    "1F1B": "Schedule1F1B",
 }
 
 
@@ -106,46 +99,6 @@ def theirs(which: str, shape: dict[str, int], steps: int) -> Iterator[float]:
         with around():
             (model(tokens, labels=labels).total / labels.numel()).backward()
         clip(list(model.parameters()))
-        optimizer.step()
-        optimizer.zero_grad()
-        yield time.perf_counter() - begin
-
-
-def theirs_1f1b(shape: dict[str, int], steps: int) -> Iterator[float]:
-    """Seconds per step of PyTorch's pipeline, whose stages look up the tokens of a micro-batch by its number."""
-    rank, ranks, count = dist.get_rank(), dist.get_world_size(), PIPELINE_MICRO_BATCHES
-    decoder = decoder_config("LLAMA2", config_of(shape, "float32", 1).model)
-    model = Decoder(decoder, split(decoder, ranks, shape["seq"])[rank])
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.02)
-    batches = [tokens_and_labels(shape) for _ in range(count)]
-
-    class Stage(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, hidden: Tensor | None = None, *, number: Tensor) -> Tensor:
-            tokens, labels = batches[int(number)]
-            result = self.model(tokens, labels=labels, hidden=hidden)
-            return result.hidden if isinstance(result, HandedOn) else result.total / (labels.numel() * count)
-
-    hidden = torch.empty(shape["rows"], shape["seq"], shape["hidden"], requires_grad=True)
-    stage = PipelineStage(
-        Stage(), rank, ranks, torch.device("cpu"), input_args=() if rank == 0 else hidden,
-        output_args=torch.empty((), requires_grad=True) if rank == ranks - 1 else hidden,
-    )  # fmt: skip
-    schedule = Schedule1F1B(stage, count, loss_fn=lambda output, _: output, scale_grads=False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    for _ in range(steps):
-        batches[:] = [tokens_and_labels(shape) for _ in range(count)]
-        numbers = torch.arange(count)
-        begin = time.perf_counter()
-        schedule.step(number=numbers, target=numbers, return_outputs=False)
-        square = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).square()
-        dist.all_reduce(square)
-        nn.utils.clip_grads_with_norm_(model.parameters(), 1.0, square.sqrt())
         optimizer.step()
         optimizer.zero_grad()
         yield time.perf_counter() - begin
@@ -207,13 +160,11 @@ def work(which: str, side: str, shape: str, steps: int) -> None:
     """Prints rank 0's seconds of the median step, the first two left out."""
     if side == "ours":
         with join() as world:
-            count = PIPELINE_MICRO_BATCHES if which == "1F1B" else 1
-            times = train(world, SHAPES[shape], "float32", steps, parallel=OURS[which], micro_batches=count)
+            times = train(world, SHAPES[shape], "float32", steps, parallel=OURS[which])
     else:
         keep_freed_memory()  # as ours do
         dist.init_process_group("gloo")
-        found = theirs_1f1b(SHAPES[shape], steps) if which == "1F1B" else theirs(which, SHAPES[shape], steps)
-        times = list(found)
+        times = list(theirs(which, SHAPES[shape], steps))
         dist.destroy_process_group()
     if os.environ["RANK"] == "0":
         print(json.dumps(statistics.median(times[2:])), flush=True)
@@ -221,11 +172,15 @@ def work(which: str, side: str, shape: str, steps: int) -> None:
 
 def measure(which: str, side: str, shape: str, steps: int) -> float:
     """Runs one measurement in processes of its own."""
+    command = [sys.executable, __file__, "--worker", which, side, "--shape", shape, "--steps", str(steps)]
+    return float(run_processes(command, RANKS).splitlines()[-1])
+
+
+def run_processes(command: list[str], number: int) -> str:
+    """Runs a command as the ranks of a world on this machine, with one thread each. Returns what rank 0 prints."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    number = 2 * RANKS if which == "1F1B" else RANKS
-    command = [sys.executable, __file__, "--worker", which, side, "--shape", shape, "--steps", str(steps)]
     common = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -244,8 +199,8 @@ def measure(which: str, side: str, shape: str, steps: int) -> float:
     outputs = [rank.communicate() for rank in ranks]
     for rank, (_, errors) in zip(ranks, outputs, strict=True):
         if rank.returncode:
-            raise SystemExit(f"{which} {side} failed:\n{errors[-3000:]}")
-    return float(outputs[0][0].splitlines()[-1])
+            raise SystemExit(f"{' '.join(command)} failed:\n{errors[-3000:]}")
+    return outputs[0][0]
 
 
 def main() -> None:

@@ -1,8 +1,10 @@
-"""Draws the timeline of one rank as a picture: ``python benchmarks/timeline.py runs/X/trace-rank0.json.gz --out timeline.svg``.
+"""Draws the timeline of one rank as a picture: ``python benchmarks/timeline.py runs/X/trace-rank0.json.gz --out timeline.svg``;
+or that of all ranks of a pipeline: ``python benchmarks/timeline.py runs/X/timeline.json --out timeline.svg``.
 
-The trace is that of ``monitor.trace=true``. On a CPU one lane has the main thread's products and attention and where it waits
-for a collective, the others gloo's threads; on a GPU one lane has all kernels that compute, the others the streams that carry
-collectives. Also printed: in how much of the time with a collective under way something is computed.
+The files are those of ``monitor.trace=true``. The picture of a pipeline is the one in report.html. In that of one rank on a
+CPU, one lane has the main thread's products and attention and where it waits for a collective, the others gloo's threads; on a
+GPU one lane has all kernels that compute, the others the streams that carry collectives. Also printed: in how much of the time
+with a collective under way something is computed.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
+
+from internevo.observe.timeline import draw as draw_pipeline
 
 COMPUTE = ("aten::mm", "aten::addmm", "aten::bmm", "internevo::document_attention", "aten::_scaled_dot_product_flash_attention")
 WAIT = "_c10d_functional::wait_tensor"
@@ -103,6 +107,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--window", type=float, nargs=2, metavar=("FIRST", "LAST"), help="milliseconds; default: all")
     a = parser.parse_args()
+    if a.trace.suffix == ".json":
+        a.out.write_text(draw_pipeline(json.loads(a.trace.read_text(encoding="utf-8"))), encoding="utf-8")
+        return
     found = lanes(a.trace)
     end = max(at + length for _, at, length in found["main"])
     a.out.write_text(draw(found, *(a.window or (0.0, end))), encoding="utf-8")

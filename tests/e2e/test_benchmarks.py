@@ -71,6 +71,23 @@ def test_timeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert picture.read_text().count("<title>") == 3
 
 
+def test_pipelines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import pipeline
+
+    def table(*options: str) -> list[list[str]]:
+        monkeypatch.setattr("sys.argv", [str(ROOT / "benchmarks" / "pipeline.py"), "--rounds", "1", *options])
+        pipeline.main()
+        return [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+
+    rows = table("--seconds", "0.001", "--out", str(tmp_path))
+    assert [row[0] for row in rows] == ["1F1B", "interleaved", "ZBH1", "ZBV"]
+    # The activations are counted, and do not depend on time. Those of interleaved stages are the formula's 2 (p - 1) + p + 1
+    # passes through half of the layers of a rank.
+    assert [float(row[-1]) for row in rows] == [4.0, 5.5, 4.0, 4.0]
+    assert len(list(tmp_path.glob("*.svg"))) == 4
+    assert [row[0] for row in table("--speed", "--shape", "tiny", "--steps", "1")] == ["1", "median"]
+
+
 def test_no_script_is_missing_in_this_file() -> None:
     names = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
-    assert names == {"checkpoint", "convert", "data", "gpu", "ours", "parallel", "timeline", "vs_transformers"}
+    assert names == {"checkpoint", "convert", "data", "gpu", "ours", "parallel", "pipeline", "timeline", "vs_transformers"}

@@ -23,12 +23,6 @@ NUMBER = "[0-9]{1,18}"
 def missing_features(config: Config) -> list[str]:
     """Returns one line for each feature that the config asks for and that this version does not have."""
     lines = unavailable(config)
-<<<<<<< HEAD
-=======
-    parallel = config.parallel
-    if config.model.num_experts > 1 and parallel.pipeline.size > 1 and config.loss.moe_loss_kind == "pooled":
-        lines.append("not available yet: loss.moe_loss_kind = 'pooled' with a pipeline (it adds up the routers of all stages)")
->>>>>>> i15-MEM
     info = config.ckpt.load_ckpt_info
     if info and info.path and info.ckpt_type in ("llama", "LLAMA", "normal"):
         lines.append(f"not available yet: loading checkpoints of ckpt.load_ckpt_info.ckpt_type = {info.ckpt_type!r}")

@@ -203,7 +203,9 @@ class Monitor(Section):
         "waits for each collective, so that its time can be measured.",
     )
     trace: bool = option(
-        False, "Record a timeline of the third step in trace-rankN.json.gz, which Chrome and Perfetto can show."
+        False,
+        "Record a timeline of the third step in trace-rankN.json.gz, which Chrome and Perfetto can show. With a pipeline, the "
+        "passes and messages of its ranks are also in timeline.json, and drawn in report.html.",
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,13 @@ from ..config.run import Monitor
 from ..parallel.data_axis import Weights
 from ..parallel.layout import Layout
 from ..parallel.memory import Memory
+from ..parallel.pipeline import PipelinedModel
 from ..parallel.schedule import Schedule, nothing
 from ..parallel.shards import local
 from ..parallel.strategy import Collectives
 from ..storage.jsonfile import write_json
 from . import collectives, memory
-from .timeline import record_timeline
+from .timeline import record_passes, record_timeline
 
 Formulas = Callable[[int], tuple[Memory | None, list[Collectives] | None]]
 """Micro-batches of a step -> the memory of this rank and the collectives, as the strategies state them, if they are known."""
@@ -65,12 +66,27 @@ class Probes:
             with self._collectives(micro_batches):
                 yield
         elif monitor.trace and self.steps == 3:
-            path = self.folder / f"trace-rank{self.rank}.json.gz"
-            with record_timeline(path):
+            with self._timeline():
                 yield
-            self.lines = [f"timeline of step 3: {path} (open it in chrome://tracing or https://ui.perfetto.dev)"]
         else:
             yield
+
+    @contextmanager
+    def _timeline(self) -> Iterator[None]:
+        path, passes = self.folder / f"trace-rank{self.rank}.json.gz", dict[str, Any]()
+        with ExitStack() as stack:
+            if isinstance(self.model, PipelinedModel):
+                passes = stack.enter_context(record_passes(self.model.channels, self.layout.schedule))
+            stack.enter_context(record_timeline(path))
+            yield
+        self.lines = [f"timeline of step 3: {path} (open it in chrome://tracing or https://ui.perfetto.dev)"]
+        if passes and self.rank == 0:
+            self._write("timeline.json", passes)
+            idle, played = passes["idle"], passes["idle_played"]
+            self.lines.append(
+                f"timeline of the pipeline's passes: {self.folder / 'timeline.json'} (drawn in report.html); "
+                f"the ranks are idle {idle:.1%} of the time (simulated: {played:.1%})"
+            )
 
     @contextmanager
     def _memory(self, micro_batches: int) -> Iterator[None]:

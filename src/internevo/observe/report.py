@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..storage.jsonfile import read_object
 from ..storage.naming import naming
 from .metrics import usable_rows
+from .timeline import draw
 
 NUMBER = int | float | None
 """NaN is null in metrics.jsonl."""
@@ -56,7 +58,7 @@ def write_report(run: Path) -> Path:
         f"<script>{get_plotlyjs()}</script></head><body>"
         f"<h1>{html.escape(title)}</h1>{note}{_figures(train, valid)}"
         f"<h2>Training</h2><div class='plots'>{_plots(train, valid)}</div>"
-        f"{_samples(samples)}<h2>Config</h2><details><summary>the resolved config</summary>"
+        f"{_timeline(run / 'timeline.json')}{_samples(samples)}<h2>Config</h2><details><summary>the resolved config</summary>"
         f"<pre>{html.escape(config)}</pre></details>"
         "</body></html>"
     )
@@ -154,6 +156,17 @@ def _plots(train: list[dict[str, Any]], valid: list[dict[str, Any]]) -> str:
             )
         )
     return "".join(f"<div>{part}</div>" for part in parts)
+
+
+def _timeline(path: Path) -> str:
+    """Returns the picture of a pipeline's timeline, if the run has one."""
+    if not path.is_file():
+        return ""
+    try:
+        picture = draw(read_object(path))
+    except (UsageError, ValueError):
+        picture = "<p>timeline.json is damaged, and left out.</p>"
+    return f"<h2>Pipeline</h2>{picture}"
 
 
 def _samples(samples: list[dict[str, Any]]) -> str:

@@ -103,11 +103,7 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-<<<<<<< HEAD
         rows, ends = (saved.detach() for saved in ctx.saved_tensors)
-=======
-        rows, ends = (tensor.detach() for tensor in ctx.saved_tensors)
->>>>>>> i15-MEM
         ctx.deferred.leave([ctx.weight], lambda: [ops.grouped_product(grad, rows, ends)])
         return ops.grouped_linear(grad, ctx.weight.detach().transpose(1, 2), ends, ctx.complete), None, None, None, None
 

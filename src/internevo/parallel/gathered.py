@@ -274,12 +274,7 @@ class _GatheredExperts(torch.autograd.Function):
             gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
             hidden = ops.gated(gate, up, ctx.activation)
         grad_gate, grad_up = torch.autograd.grad(hidden, (gate, up), grad_hidden)
-<<<<<<< HEAD
         pairs = ((grad_gate, rows.detach()), (grad_up, rows.detach()), (grad, hidden.detach()))
-=======
-        x = rows.detach()
-        pairs = ((grad_gate, x), (grad_up, x), (grad, hidden.detach()))
->>>>>>> i15-MEM
 
         def products() -> list[Tensor]:
             return [ops.grouped_product(grad, x, ends) for grad, x in pairs]

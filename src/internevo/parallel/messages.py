@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .orders import Action, Order, goes_to, needs, sends_before
+from .spans import SEND, WAIT, Spans
 from .views import Groups
 
 
@@ -225,6 +226,7 @@ class Channels:
         self.ranks = next(ranks for ranks in pipelines if dist.get_rank() in ranks)
         """The ranks of this pipeline, by their numbers in the world."""
         self.rank, self.size = self.ranks.index(dist.get_rank()), len(self.ranks)
+        self.spans = Spans(device)
         self._out: dict[int, Outbox] = {}
         self._in: dict[int, Inbox] = {}
         self._here: dict[Action, Message] = {}
@@ -276,18 +278,20 @@ class Channels:
         if receiver == self.rank:
             self._here[result_of] = [tensor.detach() for tensor in message]
         elif receiver is not None:
-            self._out[receiver].send(message)
-            self._sent += 1
-            for inbox in self._in.values():
-                inbox.receive(self._sent)
+            with self.spans(SEND, result_of):
+                self._out[receiver].send(message)
+                self._sent += 1
+                for inbox in self._in.values():
+                    inbox.receive(self._sent)
 
     def take(self, result_of: Action) -> Message:
         """Waits for the result of an action of another stage."""
         sender = self.rank_of[result_of.stage]
         if sender == self.rank:
             return self._here.pop(result_of)
-        tensor = self._in[sender].take(result_of, self._sent)
-        self._out[sender].arrived(self._in[sender].arrived)
+        with self.spans(WAIT, result_of):
+            tensor = self._in[sender].take(result_of, self._sent)
+            self._out[sender].arrived(self._in[sender].arrived)
         return tensor
 
     def wait(self) -> None:

@@ -245,9 +245,9 @@ def play(all_orders: Sequence[Order], seconds: Callable[[Action], float], messag
 
 def bubble(played: Sequence[Sequence[Timed]]) -> float:
     """Returns the share of the time in which the ranks are idle, from the first start to the last end."""
-    end = max(timed.end for timeline in played for timed in timeline)
-    busy = sum(timed.end - timed.start for timeline in played for timed in timeline)
-    return 1.0 - busy / (end * len(played))
+    actions = list(itertools.chain(*played))
+    length = max(timed.end for timed in actions) - min(timed.start for timed in actions)
+    return 1.0 - sum(timed.end - timed.start for timed in actions) / (length * len(played))
 
 
 def most_in_flight(order: Order) -> int:

@@ -29,7 +29,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.profiler import record_function
 
 from ..data.batches import MicroBatch
 from ..models.decoder import Decoder
@@ -38,9 +37,10 @@ from ..models.losses import HandedOn, Loss, LossTerms
 from .data_axis import DataAxis, Weights
 from .deferred import Deferred
 from .messages import Channels, Message
-from .orders import BACKWARD, FORWARD, Action, forwards, orders
+from .orders import BACKWARD, FORWARD, Action, forwards, needs, orders
 from .schedule import OnResult, nothing
 from .shards import local
+from .spans import SEND
 from .strategy import Collectives, Workload
 
 TIED = "embed.weight"
@@ -206,16 +206,10 @@ class Pipeline:
         pooled = config.experts.count if config.experts and terms.pools(config) else 0
         self.channels.expect(plan, self._shape(micro_batches[0]), pooled)
         for action in plan.order:
-            last = action.micro_batch == count - 1  # in every schedule, a stage has the micro-batches in their order
-            with record_function(f"pipeline {action.kind} stage {action.stage} micro-batch {action.micro_batch}"):
-                if action.kind == FORWARD:
-                    self._forward(action, step)
-                elif action.kind == BACKWARD:
-                    self._backward(action, step, last)
-                else:
-                    self._weights(action, step, last)
+            self._run(action, step)
             self.after_pass(action)
-        self.channels.wait()
+        with self.channels.spans(SEND, plan.order[-1]):
+            self.channels.wait()
         self.axis.after_backwards()
 
     @torch.no_grad()
@@ -229,7 +223,7 @@ class Pipeline:
             plan = self._evaluation(len(group))
             self.channels.expect(plan, self._shape(group[0]))
             for action in plan.order:
-                self._forward(action, step)
+                self._run(action, step)
             self.channels.wait()
         for chunk in self.chunks.values():
             chunk.model.train()
@@ -240,22 +234,39 @@ class Pipeline:
         rows, tokens = micro_batch.tokens.shape
         return rows, tokens // self.sequence_ranks, next(iter(self.chunks.values())).model.config.hidden_size
 
-    def _forward(self, action: Action, step: Step) -> None:
+    def _run(self, action: Action, step: Step) -> None:
+        """Runs one pass: receives what it needs from another stage, and sends its result."""
+        needed = needs(action, len(self.channels.rank_of))
+        received: Message = ()
+        if needed is not None and needed.stage != action.stage:
+            received = self.channels.take(needed)
+        result: Message = ()
+        last = action.micro_batch == len(step.micro_batches) - 1  # a stage has the micro-batches in their order
+        with self.channels.spans(action.kind, action):
+            if action.kind == FORWARD:
+                result = self._forward(action, step, received)
+            elif action.kind == BACKWARD:
+                result = self._backward(action, step, received, last)
+            else:
+                self._weights(action, step, last)
+        if result:
+            self.channels.send(action, result)
+
+    def _forward(self, action: Action, step: Step, received: Message) -> Message:
+        """``received``: what the stage before has handed on."""
         _, stage, number = action
-        model, inputs = self.chunks[stage].model, list[Tensor]()
-        if stage:
-            received = self.channels.take(Action(FORWARD, stage - 1, number))
-            inputs = [tensor.requires_grad_(torch.is_grad_enabled()) for tensor in received]
+        model = self.chunks[stage].model
         batch = to_device(step.micro_batches[number], model, self.channels.device)
+        inputs = [tensor.requires_grad_(torch.is_grad_enabled()) for tensor in received]
         result = model(
             batch.tokens, cu_seqlens=batch.cu_seqlens, labels=batch.labels, terms=step.terms,
             **dict(zip(("hidden", "pooled"), inputs, strict=False)),
         )  # fmt: skip
         step.on_result(batch, result)
         outputs = list[GradientEdge | None]()
+        message: Message = ()
         if isinstance(result, HandedOn):
             message, loss = result.message(), result.routed.loss
-            self.channels.send(action, message)
             # An edge keeps the graph, and not the output.
             outputs = [get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in message]
         else:
@@ -263,17 +274,17 @@ class Pipeline:
             loss = result.total
         if torch.is_grad_enabled():
             step.in_flight[stage, number] = InFlight(inputs, outputs, None if loss is None else loss * step.scale)
+        return message
 
-    def _backward(self, action: Action, step: Step, last: bool) -> None:
+    def _backward(self, action: Action, step: Step, received: Message, last: bool) -> Message:
+        """``received``: the gradients of what it has handed on, from the stage after."""
         _, stage, number = action
         chunk, (inputs, outputs, loss) = self.chunks[stage], step.in_flight.pop((stage, number))
         roots: list[Tensor | GradientEdge] = []
         gradients: list[Tensor | None] = []
-        if outputs:
-            received = self.channels.take(Action(BACKWARD, stage + 1, number))
-            for output, gradient in zip(outputs, received, strict=True):
-                if output is not None:
-                    roots, gradients = [*roots, output], [*gradients, gradient]
+        for output, gradient in zip(outputs, received, strict=True):
+            if output is not None:
+                roots, gradients = [*roots, output], [*gradients, gradient]
         if loss is not None:
             roots, gradients = [*roots, loss], [*gradients, None]
         chunk.axis.before_backward(last and chunk.deferred is None)
@@ -281,8 +292,7 @@ class Pipeline:
             torch.autograd.backward(cast(Any, roots), gradients)  # both kinds may be mixed
         if chunk.deferred is not None:
             step.left[stage, number] = chunk.deferred.take()
-        if inputs:
-            self.channels.send(action, [torch.zeros_like(x) if x.grad is None else x.grad for x in inputs])
+        return [torch.zeros_like(x) if x.grad is None else x.grad for x in inputs]
 
     def _weights(self, action: Action, step: Step, last: bool) -> None:
         _, stage, number = action

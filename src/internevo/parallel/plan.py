@@ -214,15 +214,9 @@ def _on_rank(work: Workload, stage: Stage) -> tuple[list[list[OnRank]], list[lis
             if isinstance(module, ExpertLinear):
                 found[id(parameter)] = OnRank(expert.shape_on_rank(parameter.shape, axes, layout), None, True)
             else:
-<<<<<<< HEAD
                 shape, deferred = inner.shape_on_rank(parameter.shape, axes, name, layout), isinstance(module, Linear)
                 partial_axis = inner.partial_axis(axes, name, layout)
                 found[id(parameter)] = OnRank(shape, partial_axis, deferred and name == "weight")
-=======
-                shape = inner.shape_on_rank(parameter.shape, axes, name, layout)
-                deferred = isinstance(module, Linear) and name == "weight"
-                found[id(parameter)] = OnRank(shape, inner.partial_axis(axes, name, layout), deferred)
->>>>>>> i15-MEM
     apart, bucket = layout.experts_apart, None if layout.fsdp else work.bucket_elements
     joined = data_axis.units(model, bucket, lambda parameter: math.prod(found[id(parameter)].shape), apart)
     experts = data_axis.experts_in([model]) if apart else []
