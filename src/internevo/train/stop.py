@@ -54,6 +54,10 @@ class StopRequests:
         self.launcher = launcher
         self.asked = ""
         """Why this rank asks to stop: the name of the signal that it has received, for example. Empty if it does not."""
+        self.launcher_lost = False
+        """Whether the launcher of this rank has ended."""
+        self.cut_off = False
+        """Whether the run stops because the launcher of any rank has ended, rather than because somebody wants it to."""
         self.file: Path | None = None
 
     def watch(self, file: str) -> None:
@@ -98,14 +102,14 @@ class StopRequests:
 
     def launcher_has_ended(self) -> None:
         """Asks to stop because the launcher has ended. May be called from any thread."""
-        self.asked = self.asked or "the launcher has ended"
+        self.asked, self.launcher_lost = self.asked or "the launcher has ended", True
 
-    def requests(self) -> tuple[float, float]:
-        """Returns the requests of this rank, which are summed over all ranks: 1 if it asks to stop, otherwise 0; and the number
-        in the stop file."""
+    def requests(self) -> tuple[float, float, float]:
+        """Returns the requests of this rank, which are summed over all ranks: 1 if it asks to stop; 1 if its launcher has
+        ended; and the number in the stop file. What does not apply is 0."""
         if self.is_orphan():
             self.launcher_has_ended()
-        return float(bool(self.asked)), self._read()
+        return float(bool(self.asked)), float(self.launcher_lost), self._read()
 
     def decide(self, step: int, shared: Shared) -> tuple[bool, bool]:
         """Decides what to do after ``step``. Returns (whether to stop, whether to save).
@@ -115,6 +119,7 @@ class StopRequests:
         """
         at = int(shared.stop_at)
         stop = shared.stop_asked > 0 or 0 < at <= step
+        self.cut_off = shared.launcher_ended > 0
         if stop and self.asked:
             log.info(f"{self.asked}: the run stops after step {step}")
         return stop, stop or (at < 0 and -at == step)
