@@ -1,4 +1,4 @@
-"""Each rank reads from a checkpoint of any layout what it needs, and nothing else, a few rows at a time. So does a conversion."""
+"""Each rank reads from a checkpoint of any layout only what it needs, a few rows at a time; and so does convert."""
 
 import os
 from collections.abc import Iterator

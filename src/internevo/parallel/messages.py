@@ -24,6 +24,9 @@ from torch import Tensor
 from .orders import Action, Order, goes_to, sends_before
 from .views import Groups
 
+DOWN, UP = "down", "up"
+"""What the two process groups of two neighbours are for: messages to the higher rank, and to the lower."""
+
 
 def rounds(ranks_of_stages: Sequence[int]) -> list[list[tuple[int, int]]]:
     """Returns the pairs of pipeline ranks with neighbouring stages, in rounds: a rank is in at most one pair of a round."""
@@ -137,19 +140,21 @@ class Channels:
             ranks_of_stages: the pipeline rank of each stage.
             dtype: dtype of the tensors.
         """
-        self.group, self.device, self.dtype = groups.get(pipelines), device, dtype
+        self.device, self.dtype = device, dtype
         self.rank_of, self.stages = ranks_of_stages, len(ranks_of_stages)
+        self.first = pipelines[0]
+        """The ranks of the first pipeline, by their numbers in the world."""
         self.ranks = next(ranks for ranks in pipelines if dist.get_rank() in ranks)
-        """The ranks of this pipeline, by their numbers in the world."""
+        """The same of this pipeline."""
         self.rank, self.size = self.ranks.index(dist.get_rank()), len(self.ranks)
         self._out: dict[int, Outbox] = {}
         self._in: dict[int, Inbox] = {}
         self._here: dict[Action, Tensor] = {}
         self._sent = 0
         """How many results of the current plan have been sent to other ranks."""
-        for number, links in enumerate(rounds(ranks_of_stages)):
+        for links in rounds(ranks_of_stages):
             pairs = [[ranks[n] for n in pair] for ranks in pipelines for pair in links]
-            both_ways = [groups.get(pairs, f"pipeline, round {number}, {way}") for way in ("down", "up")]
+            both_ways = [groups.get(pairs, way) for way in (DOWN, UP)]
             for a, b in links:
                 if self.rank in (a, b):
                     out, back = both_ways if self.rank == a else reversed(both_ways)

@@ -24,7 +24,7 @@ from .expert import ExpertParallel
 from .isp import InternSequenceParallel
 from .layout import Layout, Meshes
 from .memory import Memory, activations
-from .messages import Channels
+from .messages import DOWN, Channels
 from .pipeline import Chunk, Chunks, Pipeline, PipelinedModel
 from .recompute import recompute
 from .schedule import OneStage, Schedule
@@ -84,9 +84,8 @@ def _build_stage(
         kv_mesh = meshes.kv_weights["heads", "kv_replicas"] if meshes.kv_weights is not None else None
         inner = TensorParallel(meshes.weights["inner"], layout.mode, kv_mesh, deferred).apply(model)
     elif meshes is not None and layout.mode == "isp" and max(layout.tensor, layout.weight) > 1:
-        tokens = meshes.activations["tensor"]
-        inner = InternSequenceParallel(meshes.weights["inner"], tokens, config.parallel.weight, deferred).apply(model)
-    if meshes is not None and layout.expert > 1:
+        inner = InternSequenceParallel(meshes.weights["inner"], meshes.tensor, config.parallel.weight, deferred).apply(model)
+    if meshes is not None and meshes.experts is not None:
         ExpertParallel(meshes.experts["expert"]).apply(model)
     if deferred is not None:
         deferred.apply(model)
@@ -118,7 +117,7 @@ def _tied_group(decoder: DecoderConfig, layout: Layout, meshes: Meshes) -> dist.
     ends = layout.groups().get("first and last")  # there are none if both stages are on the same rank
     if not decoder.tie_embeddings or ends is None:
         return None
-    group = meshes.groups.get(ends, "first and last stage")
+    group = meshes.groups.get(ends, DOWN)  # the same as that of their messages, if they are neighbours
     return group if group.size() > 1 else None
 
 

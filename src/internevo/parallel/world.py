@@ -109,9 +109,9 @@ def of_this_start(store: dist.Store, rank: int, size: int) -> dist.Store:
         if time.monotonic() > end:
             raise InternEvoError(f"only {store.add(f'{name}/here', 0) + 1} of {size} ranks have come within {TIMEOUT}")
         for other in range(1, size):
-            if store.check([f"asks/{other}"]) and (word := store.get(f"asks/{other}")) != answered.get(other):
-                store.set(f"name/{word.decode()}", name)
-                answered[other] = word
+            if store.check([f"asks/{other}"]) and (asked := store.get(f"asks/{other}")) != answered.get(other):
+                store.set(f"name/{asked.decode()}", name)
+                answered[other] = asked
         time.sleep(0.01)
     return dist.PrefixStore(name, store)
 

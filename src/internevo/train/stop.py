@@ -14,11 +14,10 @@ from pathlib import Path
 from ..errors import UsageError
 from ..observe.console import log
 from ..observe.record import StepRecord
+from ..parallel.launcher import STOP_SIGNALS
 from ..storage.naming import naming
 from .shared import Shared
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-"""These signals and Ctrl-C ask a run to stop. SIGHUP does not if it is ignored, as under nohup."""
 TORCHRUN_PATIENCE = 30.0
 """Seconds after a signal until torchrun kills the processes, by default."""
 
@@ -86,7 +85,7 @@ class StopRequests:
             elif number == signal.SIGHUP:
                 _leave_terminal()
 
-        heard = [n for n in (*SIGNALS, signal.SIGINT) if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        heard = [n for n in (*STOP_SIGNALS, signal.SIGINT) if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
         old = {number: signal.signal(number, ask) for number in heard}
         blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, heard)
         try:

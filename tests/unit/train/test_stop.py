@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internevo.commands import launch
 from internevo.observe.record import StepRecord
+from internevo.parallel.launcher import STOP_SIGNALS
 from internevo.train.shared import Shared
-from internevo.train.stop import SIGNALS, StopRequests, StopTime
+from internevo.train.stop import StopRequests, StopTime
 
 
 def shared(asked: float = 0.0, at: float = 0.0, lost: float = 0.0) -> Shared:
@@ -98,18 +98,18 @@ def test_a_signal_becomes_a_request_and_the_old_handlers_are_restored(number: si
     assert {n: signal.getsignal(n) for n in before} == before
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_before_listening_becomes_a_request_and_one_after_it_is_ignored(number: signal.Signals) -> None:
     """In a process that was started with the signals blocked, as the launcher does."""
-    handlers = {n: signal.getsignal(n) for n in SIGNALS}
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    handlers = {n: signal.getsignal(n) for n in STOP_SIGNALS}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         signal.pthread_kill(threading.get_ident(), number)  # to this thread: others do not block it
         stops = StopRequests()
         with stops.listening():
             assert stops.requests() == (1.0, 0.0, 0.0)
         os.kill(os.getpid(), number)
-        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask | set(SIGNALS)
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask | set(STOP_SIGNALS)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for n, handler in handlers.items():
@@ -124,10 +124,6 @@ def test_a_second_ctrl_c_interrupts_immediately() -> None:
         assert stops.asked
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) == before
-
-
-def test_the_launcher_forwards_the_signals_that_the_ranks_listen_to() -> None:
-    assert launch.SIGNALS == SIGNALS
 
 
 def test_under_nohup_a_process_ignores_sighup() -> None:
