@@ -147,7 +147,7 @@ def step(shape: dict[str, int], compiled: bool, steps: int, out: Path) -> dict[s
 def take(stepper: Stepper, batch: StepBatch) -> float:
     """One step; its seconds."""
     begin = time.perf_counter()
-    stepper(batch, 1e-4, 0.95, lambda: Shared(0.0, 0.0, 0.0, [0.0]))
+    stepper(batch, 1e-4, 0.95, lambda: Shared(0.0, 0.0, 0.0, 0.0, [0.0]))
     finish(GPU)
     return time.perf_counter() - begin
 

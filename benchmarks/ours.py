@@ -68,7 +68,7 @@ def steps_of(
             micros.append(MicroBatch(tokens, labels, torch.zeros_like(tokens), None))
         batch = StepBatch(micros, number, Cursor(), micro_batches * tokens.numel())
         begin = time.perf_counter()
-        stepper(batch, 1e-4, 0.95, lambda: Shared(0.0, 0.0, 0.0, [0.0] * world.size))
+        stepper(batch, 1e-4, 0.95, lambda: Shared(0.0, 0.0, 0.0, 0.0, [0.0] * world.size))
         finish(world.device)
         yield time.perf_counter() - begin
 

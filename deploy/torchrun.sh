@@ -6,6 +6,10 @@
 # NODES machines (default 1), GPUS processes on each (default: its GPUs), meeting at HEAD. The agents find each other there and
 # agree on ranks; a machine that is lost ends the run on all, and the same command goes on from the last checkpoint.
 #
+# RESTARTS (default 0): how often all ranks may start again after one of them has failed, from the last checkpoint. When a machine is
+# lost, the others wait 600 s (or PET_RDZV_CONF=join_timeout=SECONDS) for another one: run the same command there. Only the first
+# machine, which is HEAD, may not be lost; then start the scripts again on all.
+#
 # SIGTERM, SIGUSR1, SIGHUP or Ctrl-C to this script on any machine: all ranks finish their step, save and exit with 0, and so do
 # the scripts. It takes as long as it takes. A signal to torchrun itself does the same, but torchrun kills the ranks of its machine
 # after STOP seconds (default 600; torchrun's own default is 30), prints a traceback, and returns 1.
@@ -19,9 +23,12 @@ HEAD=${HEAD:-localhost:0} # alone, on any free port: two runs on a machine must 
 GPUS=${GPUS:-$(command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus | wc -l || echo 1)}
 
 set -m # torchrun gets a process group of its own, so that a terminal sends Ctrl-C to this script alone
+RESTARTS=${RESTARTS:-0}
+# By default the agents keep one store for all starts and its address, so a machine that replaces another one would not find it.
+[ "$RESTARTS" = 0 ] || export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 torchrun \
     --nnodes "$NODES" --nproc-per-node "$GPUS" \
-    --rdzv-backend c10d --rdzv-endpoint "$HEAD" --rdzv-id "${JOB:-internevo}" \
+    --rdzv-backend c10d --rdzv-endpoint "$HEAD" --rdzv-id "${JOB:-internevo}" --max-restarts "$RESTARTS" \
     --shutdown-timeout "${STOP:-600}" --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
     "$(dirname "$0")/../train.py" --config "$config" --launcher torch "$@" &
 torchrun=$!

@@ -27,10 +27,14 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "INTERNEVO_DEVICE": "cpu", "GLOO_SOCKET_IFNAME": "lo", **more}
 
 
-def finish(*processes: subprocess.Popen[str]) -> None:
+def finish(*processes: subprocess.Popen[str]) -> str:
+    """Waits for processes, which must succeed. Returns what they have printed."""
+    printed = ""
     for process in processes:
         output, _ = process.communicate(timeout=600)
         assert process.returncode == 0, output
+        printed += output
+    return printed
 
 
 def start(*command: object, env: dict[str, str], cwd: Path = ROOT) -> subprocess.Popen[str]:
@@ -67,8 +71,9 @@ def test_modules_of_the_users_folder_replace_none_of_pythons(tmp_path: Path, nam
     assert len(metrics(tmp_path / "runs" / "tiny")) == 1
 
 
-def assert_one_run(pool: Pool, config: WriteConfig, folder: Path, name: str) -> None:
-    pool.train(config("one"))
+def assert_one_run(pool: Pool, config: WriteConfig, folder: Path, name: str, processes: int = 1) -> None:
+    """Compares a run with one from beginning to end on this machine."""
+    pool.train(config("one"), processes)
     rows, wanted = metrics(folder / name), metrics(folder / "one")
     assert len(rows) == len(wanted)
     for row, reference in zip(rows, wanted, strict=True):

@@ -27,6 +27,7 @@ from internevo.train.step import Stepper, StepResult
 from tests.conftest import ROOT, WriteConfig, metrics, rows_so_far
 from tests.e2e.test_training import start
 from tests.pool import launcher_env
+from tests.processes import is_alive, processes_below
 
 Fault = Callable[[int], None]
 """A function that is called with each rank and prepares what goes wrong on it."""
@@ -238,18 +239,6 @@ def test_ctrl_c_twice_ends_a_run_that_is_starting(config: WriteConfig, tmp_path:
     assert output.endswith("interrupted\n") and "failed" not in output
 
 
-def _processes_below(parent: int) -> list[int]:
-    found = subprocess.run(["pgrep", "-P", str(parent)], capture_output=True, text=True).stdout.split()
-    return [int(child) for child in found] + [below for child in found for below in _processes_below(int(child))]
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 BIN = Path(sys.executable).parent
 LAUNCHERS = {
     "internevo": [sys.executable, "-m", "internevo", "train", "--nproc", "2"],
@@ -287,11 +276,11 @@ def test_ranks_save_and_end_when_their_launcher_ends(
             text=True,
         )
     _wait_until(partial(_has_reached, 2, tmp_path / "left"), process)
-    ranks = _processes_below(process.pid)
+    ranks = processes_below(process.pid)
     process.send_signal(number)
     assert process.wait(PATIENCE) == code
     deadline = time.monotonic() + PATIENCE
-    while any(map(_is_alive, ranks)):
+    while any(map(is_alive, ranks)):
         assert time.monotonic() < deadline, f"processes {ranks} train on"
         time.sleep(0.05)
     text, last = (tmp_path / "output").read_text(), metrics(tmp_path / "left")[-1]["step"]

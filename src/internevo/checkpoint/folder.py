@@ -147,11 +147,20 @@ class Checkpoint:
 
     def _file(self, name: str) -> TensorFile:
         if name not in self._files:
-            try:
-                self._files[name] = TensorFile(self.folder / name)
-            except UsageError as error:
-                raise CheckpointError(f"{error}; use an earlier checkpoint") from error
+            self._files[name] = open_file(self.folder / name)
         return self._files[name]
+
+
+def open_file(path: Path) -> TensorFile:
+    """Opens a safetensors file for reading.
+
+    Raises:
+        CheckpointError: if it cannot be opened.
+    """
+    try:
+        return TensorFile(path)
+    except UsageError as error:
+        raise CheckpointError(f"{error}; use an earlier checkpoint") from error
 
 
 def _row_ranges(chunk: Chunk, spec: Spec) -> Iterator[tuple[int, int, int]]:

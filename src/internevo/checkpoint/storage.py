@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.checkpoint import StorageReader, StorageWriter
 from torch.distributed.checkpoint.metadata import (
@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from ..errors import CheckpointError
+from .folder import open_file
 from .manifest import Chunk, FileEntry, Manifest, TensorEntry, describe_file
 
 KINDS = ("model", "optimizer")
@@ -147,12 +148,9 @@ class SafetensorsReader(StorageReader):
             file, key = self.stored[request.storage_index]
             by_file[file].append((key, request))
         for name, requests in by_file.items():
-            with open_file(self.folder / name) as file:
-                for key, request in requests:
-                    chunk = file.get_slice(key)
-                    slices = tuple(slice(o, o + n) for o, n in zip(request.storage_offsets, request.lengths, strict=True))
-                    part = chunk[slices] if slices else file.get_tensor(key)
-                    planner.resolve_tensor(request).detach().copy_(part)
+            file = open_file(self.folder / name)
+            for key, request in requests:
+                file.read_box(key, request.storage_offsets, planner.resolve_tensor(request).detach())
         future: Future[None] = Future()
         future.set_result(None)
         return future
@@ -160,15 +158,3 @@ class SafetensorsReader(StorageReader):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
         return True
-
-
-def open_file(path: Path) -> Any:
-    """Opens a safetensors file for reading.
-
-    Raises:
-        CheckpointError: if it cannot be opened.
-    """
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error

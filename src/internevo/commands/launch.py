@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from ..parallel.launcher import STOP_SIGNALS
+
 PARENT = "INTERNEVO_PARENT"
 """Environment variable with the process id of the launcher."""
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-"""Signals that ask a run to stop. They are the same as in ``train.stop``, which cannot be imported without PyTorch."""
 GRACE = 60.0
 """Seconds after a process has failed, in which the others may end by themselves; they may be saving a checkpoint."""
 
@@ -60,7 +60,7 @@ def launch(
     children: list[subprocess.Popen[bytes]] = []
     signals = _Signals(children)
     for rank in range(processes):
-        with open(errors[rank], "w") as stderr, _blocked((*SIGNALS, signal.SIGINT)):
+        with open(errors[rank], "w") as stderr, _blocked((*STOP_SIGNALS, signal.SIGINT)):
             child = subprocess.Popen(
                 [sys.executable, "-m", "internevo", *arguments],
                 stderr=stderr,
@@ -102,7 +102,7 @@ class _Signals:
         """The signals sent so far, for processes that are started later."""
         self.interrupts = 0
         """Number of Ctrl-C."""
-        for number in SIGNALS:
+        for number in STOP_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup lets a process ignore SIGHUP
                 signal.signal(number, self.forward)
         signal.signal(signal.SIGINT, self.interrupt)

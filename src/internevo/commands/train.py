@@ -82,7 +82,13 @@ def _train_here(config: Config, info: LauncherInfo, parent: int) -> int:
     ):
         if launcher_has_store(os.environ):
             watchdog.on_lost_store = stops.launcher_has_ended
-        Trainer(config, world, stops, watchdog, lock).fit()
+        trainer = Trainer(config, world, stops, watchdog, lock)
+        trainer.fit()
+    if stops.cut_off and trainer.state.step < config.data.total_steps:  # torchrun must not take this for the end of the run
+        raise InternEvoError(
+            f"the launcher of a rank has ended, so the run has stopped after step {trainer.state.step} of "
+            f"{config.data.total_steps}; the same command continues it"
+        )
     return 0
 
 

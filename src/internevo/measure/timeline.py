@@ -36,21 +36,21 @@ def record_timeline(path: Path) -> Iterator[None]:
 
 @contextmanager
 def record_passes(channels: Channels, mode: str) -> Iterator[dict[str, Any]]:
-    """Records the timeline of the pipeline of this rank in this context. All of its ranks take part.
+    """Records the timeline of the first pipeline in this context. All ranks take part.
 
     Args:
         mode: the schedule.
 
     Yields:
-        A dictionary, which the first rank of the pipeline fills in at the end: see ``timeline``.
+        A dictionary, which rank 0 fills in at the end: see ``timeline``.
     """
     found: dict[str, Any] = {}
     with channels.spans.record() as spans:
         yield found
-    ranks: list[Any] | None = [None] * channels.size if channels.rank == 0 else None
-    dist.gather_object(spans, ranks, group=channels.group, group_dst=0)
-    if ranks is not None:
-        found.update(timeline(ranks, mode))
+    everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(spans, everyone)
+    if everyone is not None:
+        found.update(timeline([everyone[rank] for rank in channels.first], mode))
 
 
 def timeline(ranks: Sequence[Sequence[Span]], mode: str) -> dict[str, Any]:

@@ -149,7 +149,6 @@ class Sharded:
         dtype: torch.dtype,
         fsdp: bool,
         inner: AppliedStrategy,
-        apart: bool,
         config: HybridZeroOptimizer,
     ) -> None:
         """
@@ -158,28 +157,30 @@ class Sharded:
             dtype: dtype of the full weights with which the model computes.
             fsdp: whether weights are gathered for each use (FSDP), or once per step (ZeRO-1.5).
             inner: what the strategies inside the layers have returned.
-            apart: whether the weights of experts are over other ranks than the dense ones (``Layout.experts_apart``).
             config: overlap, buckets and the dtype in which gradients are reduced.
         """
         self.model, self.fsdp, self.inner, self.device = model, fsdp, inner, device
-        self.ranks = meshes.weights.size() // meshes.weights["stage"].size()
+        self.ranks = meshes.weights.size()
         """The number of ranks that share the weights of this stage."""
         compute = None if dtype == torch.float32 else dtype
         precision = MixedPrecisionPolicy(
             param_dtype=compute, reduce_dtype=getattr(torch, config.grad_dtype), cast_forward_inputs=False
         )
+        apart = meshes.experts is not None
         joined = units(model, None if fsdp else config.reduce_bucket_size, lambda parameter: local(parameter).numel(), apart)
         shard = partial(fully_shard, mp_policy=precision, reshard_after_forward=fsdp)
-        placement = _expert_placement(meshes.experts["zero"].size())
-        for experts in experts_in([model]) if apart else []:
-            shard(experts, mesh=_data_mesh(meshes.experts), shard_placement_fn=placement)
+        if meshes.experts is not None:
+            placement = _expert_placement(meshes.experts["zero"].size())
+            for experts in experts_in([model]):
+                shard(experts, mesh=_data_mesh(meshes.experts), shard_placement_fn=placement)
         for modules in joined:
             shard(modules, mesh=_data_mesh(meshes.weights))
         if fsdp:
             _set_backward_prefetch(joined[:-1], apart)
         may_defer = config.overlap_sync_grad and not fsdp
         self.reduce_scatter, self.reduce_scatter_experts = (
-            ReduceScatter(may_defer and mesh["replicate"].size() == 1) for mesh in (meshes.weights, meshes.experts)
+            ReduceScatter(may_defer and mesh["replicate"].size() == 1)
+            for mesh in (meshes.weights, meshes.experts or meshes.weights)
         )
         # In the order of the forward pass; the whole model is the first.
         self.units = [module for module in model.modules() if isinstance(module, FSDPModule)]

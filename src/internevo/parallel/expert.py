@@ -106,8 +106,7 @@ class ExpertParallel:
             deferred: where the gradients of weights are left, if the schedule computes them later.
         """
         self.layout, self.overlap, self.deferred = layout, overlap, deferred
-        self.mesh = meshes.experts if layout.experts_apart else meshes.weights
-        tensor = meshes.activations["tensor"]
+        self.mesh, tensor = meshes.experts or meshes.weights, meshes.tensor
         self.token_group, self.size, self.rank = tensor.get_group(), tensor.size(), tensor.get_local_rank()
         self.shard_sequence = not layout.experts_by_tensor and layout.tensor > 1
         """Whether a rank of the tensor group routes its own tokens only. It is turned off for generation."""

@@ -1,14 +1,18 @@
-"""What torchrun or Slurm has written to the environment of a process: its rank, and where the ranks meet. Without PyTorch."""
+"""What a launcher and its ranks agree on: what torchrun or Slurm writes to the environment of a process (its rank, and where
+the ranks meet), and which signals stop a run. Without PyTorch."""
 
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import UsageError
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+"""These signals and Ctrl-C ask a run to stop. SIGHUP does not if it is ignored, as under nohup."""
 PORT = 8888
 """Port of the first host under Slurm, if nothing else is known."""
 FIRST_PORT, PORTS = 10_000, 20_000

@@ -235,16 +235,17 @@ def _expert_sizes(config: Config, world: int, zero: int, outer: int) -> tuple[in
 
 @dataclass(frozen=True)
 class Meshes:
-    """The views as meshes with process groups. All process groups of training are made here."""
+    """The views as meshes of the ranks of a stage, with process groups. Axes without collectives of their own have none: what
+    the data ranks add up, all ranks add up."""
 
     weights: DeviceMesh
-    """Dimensions: stage, replicate, zero, inner."""
+    """Dimensions: replicate, zero, inner."""
     kv_weights: DeviceMesh | None
-    """Dimensions: stage, replicate, zero, heads, kv_replicas. None if no key/value head is on several ranks."""
-    activations: DeviceMesh
-    """Dimensions: stage, data, tensor."""
-    experts: DeviceMesh
-    """Dimensions: stage, replicate, zero, expert, inner."""
+    """Dimensions: replicate, zero, heads, kv_replicas. None if no key/value head is on several ranks."""
+    tensor: DeviceMesh
+    """Dimension: tensor, of the activations."""
+    experts: DeviceMesh | None
+    """Dimensions: replicate, zero, expert, inner. None if the weights of experts are over the same ranks as the others."""
     groups: Groups
 
     @classmethod
@@ -254,7 +255,7 @@ class Meshes:
         return cls(
             layout.weights.mesh(groups, device_type),
             layout.kv_weights.mesh(groups, device_type) if layout.kv_replicas > 1 else None,
-            layout.activations.mesh(groups, device_type),
-            layout.experts.mesh(groups, device_type),
+            DeviceMesh.from_group(groups.get(layout.activations.groups("tensor")), device_type),
+            layout.experts.mesh(groups, device_type) if layout.experts_apart else None,
             groups,
         )

@@ -30,6 +30,9 @@ from .orders import Action, Order, goes_to, needs, sends_before
 from .spans import SEND, WAIT, Spans
 from .views import Groups
 
+DOWN, UP = "down", "up"
+"""What the two process groups of two neighbours are for: messages to the higher rank, and to the lower."""
+
 
 def rounds(ranks_of_stages: Sequence[int]) -> list[list[tuple[int, int]]]:
     """Returns the pairs of pipeline ranks with neighbouring stages, in rounds: a rank is in at most one pair of a round."""
@@ -221,10 +224,11 @@ class Channels:
             ranks_of_stages: the pipeline rank of each stage.
             dtype: dtype of the residual stream.
         """
-        self.group, self.device, self.dtype = groups.get(pipelines), device, dtype
-        self.rank_of = ranks_of_stages
+        self.device, self.dtype, self.rank_of = device, dtype, ranks_of_stages
+        self.first = pipelines[0]
+        """The ranks of the first pipeline, by their numbers in the world."""
         self.ranks = next(ranks for ranks in pipelines if dist.get_rank() in ranks)
-        """The ranks of this pipeline, by their numbers in the world."""
+        """The same of this pipeline."""
         self.rank, self.size = self.ranks.index(dist.get_rank()), len(self.ranks)
         self.spans = Spans(device)
         self._out: dict[int, Outbox] = {}
@@ -232,9 +236,9 @@ class Channels:
         self._here: dict[Action, Message] = {}
         self._sent = 0
         """How many results of the current plan have been sent to other ranks."""
-        for number, links in enumerate(rounds(ranks_of_stages)):
+        for links in rounds(ranks_of_stages):
             pairs = [[ranks[n] for n in pair] for ranks in pipelines for pair in links]
-            both_ways = [groups.get(pairs, f"pipeline, round {number}, {way}") for way in ("down", "up")]
+            both_ways = [groups.get(pairs, way) for way in (DOWN, UP)]
             for a, b in links:
                 if self.rank in (a, b):
                     out, back = both_ways if self.rank == a else reversed(both_ways)

@@ -335,5 +335,6 @@ class PipelinedModel(nn.Module):
         channels.wait()
         if logits is None:
             logits = torch.empty(*tokens.shape, config.vocab_size, dtype=channels.dtype, device=channels.device)
-        dist.broadcast(logits, channels.ranks[channels.rank_of[-1]], channels.group)
+        # All pipelines compute the same. One of them gives its result to all ranks, and no pipeline needs a group of its own.
+        dist.broadcast(logits, channels.first[channels.rank_of[-1]])
         return logits

@@ -26,7 +26,7 @@ from .expert import ExpertParallel
 from .isp import InternSequenceParallel
 from .layout import Layout, Meshes
 from .memory import Elements, Memory, activations, left, weights_and_gradients
-from .messages import Channels, Plan
+from .messages import DOWN, Channels, Plan
 from .messages import kept as kept_messages
 from .orders import BACKWARD, FORWARD, WEIGHTS, orders, stages_on
 from .pipeline import Chunk, Chunks, Pipeline, PipelinedModel
@@ -89,8 +89,7 @@ def _build_stage(
         mesh = meshes.weights["inner"]
         inner = TensorParallel(mesh, layout.mode, layout.experts_by_tensor, kv_mesh, deferred).apply(model)
     elif meshes is not None and layout.mode == "isp" and max(layout.tensor, layout.weight) > 1:
-        tokens = meshes.activations["tensor"]
-        inner = InternSequenceParallel(meshes.weights["inner"], tokens, config.parallel.weight, deferred).apply(model)
+        inner = InternSequenceParallel(meshes.weights["inner"], meshes.tensor, config.parallel.weight, deferred).apply(model)
     if meshes is not None and decoder.experts is not None:
         inner += ExpertParallel(layout, meshes, config.parallel.expert_weight.overlap, deferred).apply(model)
     if deferred is not None:
@@ -113,7 +112,7 @@ def _build_stage(
     if meshes is None or layout.world == layout.pipeline:
         return model, SingleProcess(model, device, dtype)
     zero = config.hybrid_zero_optimizer
-    return model, Sharded(model, meshes, device, dtype, layout.fsdp, inner, layout.experts_apart, zero)
+    return model, Sharded(model, meshes, device, dtype, layout.fsdp, inner, zero)
 
 
 def _initialize(axis: Weights, decoder: DecoderConfig, config: Config) -> None:
@@ -126,7 +125,7 @@ def _tied_group(decoder: DecoderConfig, layout: Layout, meshes: Meshes) -> dist.
     ends = layout.groups().get("first and last")  # there are none if both stages are on the same rank
     if not decoder.tie_embeddings or ends is None:
         return None
-    group = meshes.groups.get(ends, "first and last stage")
+    group = meshes.groups.get(ends, DOWN)  # the same as that of their messages, if they are neighbours
     return group if group.size() > 1 else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from ..models.init import Initializer
+from ..models.init import BLOCK, Initializer
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -37,9 +38,12 @@ def fill_local(parameter: nn.Parameter, values: Callable[[int, int], Tensor]) ->
         values: ``values(start, stop)`` returns the full tensor's slice [start:stop] along dimension 0.
     """
     (start, stop), *others = local_box(parameter)
-    part = local(parameter)
-    if part.numel():
-        part.copy_(values(start, stop)[(slice(None), *(slice(a, b) for a, b in others))])
+    part, columns = local(parameter), tuple(slice(a, b) for a, b in others)
+    # A few blocks of random numbers at a time: the full tensor, of which this rank may have some columns, can be large.
+    step = 16 * max(1, BLOCK // max(1, math.prod(parameter.shape[1:])))
+    for first in range(start - start % step, stop if part.numel() else start, step):
+        a, b = max(start, first), min(stop, first + step)
+        part[a - start : b - start].copy_(values(a, b)[(slice(None), *columns)])
 
 
 def local_box(parameter: Tensor) -> list[tuple[int, int]]:

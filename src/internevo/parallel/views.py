@@ -7,7 +7,7 @@ is made once.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -46,10 +46,14 @@ class View:
         return [[first + n * stride for n in range(size)] for first in firsts]
 
     def mesh(self, groups: Groups, device_type: str) -> DeviceMesh:
-        """Makes a ``DeviceMesh`` with the same dimensions. Every rank must call it, because it makes process groups."""
-        ranks = torch.arange(self.world).view(*self.axes.values())
-        made = [groups.get(self.groups(axis)) for axis in self.axes]
-        return DeviceMesh.from_group(made, device_type, mesh=ranks, mesh_dim_names=tuple(self.axes))
+        """Makes a ``DeviceMesh`` of the ranks of this rank's stage, with the other axes as dimensions.
+
+        Every rank must call it, because it makes process groups.
+        """
+        stage, *axes = self.axes
+        ranks = torch.arange(self.world).view(*self.axes.values())[self.coordinate(dist.get_rank())[stage]]
+        made = [groups.get(self.groups(axis)) for axis in axes]
+        return DeviceMesh.from_group(made, device_type, mesh=ranks, mesh_dim_names=tuple(axes))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, View) and self.axes == other.axes
@@ -89,3 +93,6 @@ class Groups:
 
     def __len__(self) -> int:
         return len(self._made)
+
+    def __iter__(self) -> Iterator[dist.ProcessGroup]:
+        return iter(self._made.values())

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ import torch.distributed as dist
 
 from ..errors import InternEvoError
 from . import gloo
-from .launcher import LauncherInfo, read_launcher
+from .launcher import LauncherInfo, launcher_has_store, read_launcher
 
 TIMEOUT = timedelta(minutes=30)
 """Default time-out of the collectives of training. The first ones wait for ranks that load, compile and connect. Later, the
@@ -82,7 +84,36 @@ def _store(info: LauncherInfo) -> dist.Store:
         raise InternEvoError(f"rank {info.rank} cannot open the store of the run: {_explain(info, error)}") from error
     store.set_timeout(TIMEOUT)
     assert isinstance(store, dist.Store)
-    return store
+    return of_this_start(store, info.rank, info.size) if launcher_has_store(os.environ) else store
+
+
+def of_this_start(store: dist.Store, rank: int, size: int) -> dist.Store:
+    """Returns the part of a launcher's store that belongs to this start of the ranks. Every rank must call it.
+
+    When torchrun restarts the ranks (``--max-restarts``), its store still has all keys of the ranks before. The number of
+    restarts cannot tell them apart, because an agent that replaces a lost one counts from 0. So rank 0 draws a name for each
+    start. The other ranks ask for it, each under a word of its own, so that no rank reads an answer to an earlier one.
+
+    Raises:
+        InternEvoError: if a rank has not come within ``TIMEOUT``.
+    """
+    if rank:
+        word = secrets.token_hex(8)
+        store.set(f"asks/{rank}", word)
+        name = store.get(f"name/{word}").decode()
+        store.add(f"{name}/here", 1)
+        return dist.PrefixStore(name, store)
+    name, answered = secrets.token_hex(8), dict[int, bytes]()
+    end = time.monotonic() + TIMEOUT.total_seconds()
+    while store.add(f"{name}/here", 0) < size - 1:
+        if time.monotonic() > end:
+            raise InternEvoError(f"only {store.add(f'{name}/here', 0) + 1} of {size} ranks have come within {TIMEOUT}")
+        for other in range(1, size):
+            if store.check([f"asks/{other}"]) and (asked := store.get(f"asks/{other}")) != answered.get(other):
+                store.set(f"name/{asked.decode()}", name)
+                answered[other] = asked
+        time.sleep(0.01)
+    return dist.PrefixStore(name, store)
 
 
 def _explain(info: LauncherInfo, error: dist.DistError) -> str:

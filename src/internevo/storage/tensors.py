@@ -14,7 +14,7 @@ import math
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,40 @@ class TensorFile:
         out = torch.empty((count, *self.specs[name].row_shape), dtype=source.dtype)
         if out.numel():
             _read_into(_bytes(out), self.path, source.descriptor, source.offset)
+        return out
+
+    def read_box(self, name: str, offsets: Sequence[int], out: Tensor) -> None:
+        """Fills ``out`` with the part of tensor ``name`` that begins at ``offsets``. Only its bytes are read, a few at a time.
+
+        Args:
+            offsets: index of the first element along every dimension.
+            out: of the shape of the part; any dtype and device.
+        """
+        spec = self.specs[name]
+        if not out.numel():
+            return
+        if out.dim() < 2:
+            matrices = [(sum(offsets), out.view(-1))]
+        elif out.dim() == 2:
+            matrices = [(offsets[0], out)]
+        else:
+            matrices = [((offsets[0] + n) * spec.shape[1] + offsets[1], part) for n, part in enumerate(out)]
+        columns = range(offsets[-1], offsets[-1] + out.shape[-1]) if out.dim() > 1 else None
+        for first, rows in matrices:
+            for row, count in spec.chunks(first, len(rows)):
+                rows[row - first : row - first + count].copy_(self._read_columns(name, row, count, columns))
+
+    def _read_columns(self, name: str, start: int, count: int, columns: range | None) -> Tensor:
+        """Reads some columns of rows ``start`` to ``start + count``; None: all of them, or elements of a vector."""
+        spec = self.specs[name]
+        if columns is None or len(columns) == spec.shape[-1]:
+            return self.read(name, start, count)
+        source, size = self.byte_range(name, start, count), spec.dtype.itemsize
+        out = torch.empty((count, len(columns)), dtype=spec.dtype)
+        memory, width, row_bytes = _bytes(out), len(columns) * size, spec.shape[-1] * size
+        for row in range(count):
+            part = memory[row * width : (row + 1) * width]
+            _read_into(part, self.path, source.descriptor, source.offset + row * row_bytes + columns.start * size)
         return out
 
     def byte_range(self, name: str, start: int, count: int) -> ByteRange:

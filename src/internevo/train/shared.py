@@ -11,6 +11,8 @@ class Shared:
 
     stop_asked: float
     """1 on a rank that a signal has asked to stop, otherwise 0."""
+    launcher_ended: float
+    """1 on a rank whose launcher has ended, otherwise 0."""
     stop_at: float
     """Number in the stop file, which rank 0 reads; 0 on the other ranks."""
     data_skipped: float
@@ -26,5 +28,5 @@ class Shared:
     @classmethod
     def unpack(cls, values: list[float]) -> Shared:
         """Makes a ``Shared`` from what ``pack`` returns."""
-        stop_asked, stop_at, data_skipped, *memory_peak = values
-        return cls(stop_asked, stop_at, data_skipped, memory_peak)
+        stop_asked, launcher_ended, stop_at, data_skipped, *memory_peak = values
+        return cls(stop_asked, launcher_ended, stop_at, data_skipped, memory_peak)

@@ -14,11 +14,10 @@ from pathlib import Path
 from ..errors import UsageError
 from ..observe.console import log
 from ..observe.record import StepRecord
+from ..parallel.launcher import STOP_SIGNALS
 from ..storage.naming import naming
 from .shared import Shared
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-"""These signals and Ctrl-C ask a run to stop. SIGHUP does not if it is ignored, as under nohup."""
 TORCHRUN_PATIENCE = 30.0
 """Seconds after a signal until torchrun kills the processes, by default."""
 
@@ -54,6 +53,10 @@ class StopRequests:
         self.launcher = launcher
         self.asked = ""
         """Why this rank asks to stop: the name of the signal that it has received, for example. Empty if it does not."""
+        self.launcher_lost = False
+        """Whether the launcher of this rank has ended."""
+        self.cut_off = False
+        """Whether the run stops because the launcher of any rank has ended, rather than because somebody wants it to."""
         self.file: Path | None = None
 
     def watch(self, file: str) -> None:
@@ -82,7 +85,7 @@ class StopRequests:
             elif number == signal.SIGHUP:
                 _leave_terminal()
 
-        heard = [n for n in (*SIGNALS, signal.SIGINT) if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        heard = [n for n in (*STOP_SIGNALS, signal.SIGINT) if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
         old = {number: signal.signal(number, ask) for number in heard}
         blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, heard)
         try:
@@ -98,14 +101,14 @@ class StopRequests:
 
     def launcher_has_ended(self) -> None:
         """Asks to stop because the launcher has ended. May be called from any thread."""
-        self.asked = self.asked or "the launcher has ended"
+        self.asked, self.launcher_lost = self.asked or "the launcher has ended", True
 
-    def requests(self) -> tuple[float, float]:
-        """Returns the requests of this rank, which are summed over all ranks: 1 if it asks to stop, otherwise 0; and the number
-        in the stop file."""
+    def requests(self) -> tuple[float, float, float]:
+        """Returns the requests of this rank, which are summed over all ranks: 1 if it asks to stop; 1 if its launcher has
+        ended; and the number in the stop file. What does not apply is 0."""
         if self.is_orphan():
             self.launcher_has_ended()
-        return float(bool(self.asked)), self._read()
+        return float(bool(self.asked)), float(self.launcher_lost), self._read()
 
     def decide(self, step: int, shared: Shared) -> tuple[bool, bool]:
         """Decides what to do after ``step``. Returns (whether to stop, whether to save).
@@ -115,6 +118,7 @@ class StopRequests:
         """
         at = int(shared.stop_at)
         stop = shared.stop_asked > 0 or 0 < at <= step
+        self.cut_off = shared.launcher_ended > 0
         if stop and self.asked:
             log.info(f"{self.asked}: the run stops after step {step}")
         return stop, stop or (at < 0 and -at == step)

@@ -99,13 +99,14 @@ def _shapes_of_meshes(world: World, layout: Layout) -> dict[str, Any]:
 
     meshes = Meshes.from_layout(layout, world.device.type)
     found: dict[str, Any] = {}
-    views = {"weights": layout.weights, "activations": layout.activations, "experts": layout.experts}
+    views = {"weights": layout.weights, "tensor": layout.activations, "experts": layout.experts}
     for name, view in views.items():
         mesh = getattr(meshes, name)
-        for axis in view.axes:
+        for axis in mesh.mesh_dim_names or ["tensor"]:
             ranks = next(group for group in view.groups(axis) if world.rank in group)
-            assert dist.get_process_group_ranks(mesh.get_group(axis)) == ranks
-            assert mesh.get_local_rank(axis) == view.coordinate(world.rank)[axis]
+            dim = axis if mesh.mesh_dim_names else None
+            assert dist.get_process_group_ranks(mesh.get_group(dim)) == ranks
+            assert mesh.get_local_rank(dim) == view.coordinate(world.rank)[axis]
         found[name] = tuple(mesh.shape)
     groups = Groups()
     first, again = (groups.get(layout.activations.groups("tensor")) for _ in range(2))
@@ -115,7 +116,4 @@ def _shapes_of_meshes(world: World, layout: Layout) -> dict[str, Any]:
 
 def test_meshes_have_the_groups_of_their_views(pool: Pool) -> None:
     layout = Layout(4, 2, "mtp", 1, 1, 2, False, 1, expert=2, expert_inner=1, expert_zero=2)
-    assert (
-        pool.run(_shapes_of_meshes, 4, layout)
-        == [{"weights": (1, 1, 2, 2), "activations": (1, 2, 2), "experts": (1, 1, 2, 2, 1)}] * 4
-    )
+    assert pool.run(_shapes_of_meshes, 4, layout) == [{"weights": (1, 2, 2), "tensor": (2,), "experts": (1, 2, 2, 1)}] * 4

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch.distributed as dist
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from internevo.errors import InternEvoError, UsageError
 from internevo.parallel.launcher import LauncherInfo, first_host, launched_by, local_world_size, read_launcher
-from internevo.parallel.world import join
+from internevo.parallel.world import join, of_this_start
 
 TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "gpu7", "MASTER_PORT": "1234"}
 SLURM = {
@@ -208,3 +209,15 @@ def test_a_node_list_that_cannot_be_read_is_shown(nodes: str) -> None:
 )  # fmt: skip
 def test_the_number_of_ranks_on_this_node(env: dict[str, str], ranks: int) -> None:
     assert local_world_size(env) == ranks
+
+
+def test_each_start_of_the_ranks_has_keys_of_its_own() -> None:
+    """In the same store, also after a start in which a rank has asked for a name and then died."""
+    store = dist.HashStore()
+    store.set("asks/1", "a word of a rank that was killed")
+    with ThreadPoolExecutor(3) as ranks:
+        for start in ("1", "2"):
+            found = list(ranks.map(lambda rank: of_this_start(store, rank, 3), range(3)))
+            assert not found[0].check(["run folder"])
+            found[1].set("run folder", start)
+            assert {own.get("run folder").decode() for own in found} == {start}

@@ -343,3 +343,20 @@ def test_a_header_that_does_not_fit_is_named(tmp_path: Path, header: Any) -> Non
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"none\.safetensors cannot be read"):
         TensorFile(tmp_path / "none.safetensors")
+
+
+@given(st.data(), st.lists(st.integers(1, 5), min_size=1, max_size=3))
+def test_a_part_of_a_tensor_is_read_wherever_it_is(
+    tmp_path_factory: pytest.TempPathFactory, data: Any, shape: list[int]
+) -> None:
+    path = tmp_path_factory.mktemp("part") / "model.safetensors"
+    tensor = torch.randn(shape)
+    save_file({"before": torch.ones(3), "x": tensor}, path)
+    slices = []
+    for size in shape:
+        start = data.draw(st.integers(0, size - 1))
+        slices.append(slice(start, data.draw(st.integers(start, size))))
+    expected = tensor[tuple(slices)]
+    out = torch.full((2, *expected.shape), -1.0)[1]  # a part of another tensor
+    TensorFile(path).read_box("x", [part.start for part in slices], out)
+    assert torch.equal(out, expected)

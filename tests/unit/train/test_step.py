@@ -60,7 +60,7 @@ def make(world: World) -> Make:
 
 
 def shared(stop_asked: float, stop_at: float, data_skipped: float) -> Shared:
-    return Shared(stop_asked, stop_at, data_skipped, [7.0])
+    return Shared(stop_asked, 0.0, stop_at, data_skipped, [7.0])
 
 
 def micro_batch(draw: torch.Generator, masked: float, packed: bool) -> MicroBatch:

@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internevo.commands import launch
 from internevo.observe.record import StepRecord
+from internevo.parallel.launcher import STOP_SIGNALS
 from internevo.train.shared import Shared
-from internevo.train.stop import SIGNALS, StopRequests, StopTime
+from internevo.train.stop import StopRequests, StopTime
 
 
-def shared(asked: float = 0.0, at: float = 0.0) -> Shared:
-    return Shared(stop_asked=asked, stop_at=at, data_skipped=0.0, memory_peak=[])
+def shared(asked: float = 0.0, at: float = 0.0, lost: float = 0.0) -> Shared:
+    return Shared(stop_asked=asked, launcher_ended=lost, stop_at=at, data_skipped=0.0, memory_peak=[])
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_0_is_written_to_the_stop_file_at_the_start(watched: StopRequests) -> No
     file_of(watched).write_text("7")
     watched.watch(str(file_of(watched)))
     assert file_of(watched).read_text() == "0"
-    assert watched.requests() == (0.0, 0.0)
+    assert watched.requests() == (0.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_0_is_written_to_the_stop_file_at_the_start(watched: StopRequests) -> No
 )
 def test_the_number_in_the_stop_file_is_shared(watched: StopRequests, content: bytes, number: int) -> None:
     file_of(watched).write_bytes(content)
-    assert watched.requests() == (0.0, float(number))
+    assert watched.requests() == (0.0, 0.0, float(number))
 
 
 @pytest.mark.parametrize(
@@ -55,22 +55,22 @@ def test_the_number_in_the_stop_file_is_shared(watched: StopRequests, content: b
 )
 def test_a_damaged_stop_file_requests_nothing(watched: StopRequests, content: bytes) -> None:
     file_of(watched).write_bytes(content)
-    assert watched.requests() == (0.0, 0.0)
+    assert watched.requests() == (0.0, 0.0, 0.0)
 
 
 def test_a_missing_stop_file_requests_nothing_until_it_exists_again(watched: StopRequests) -> None:
     path = file_of(watched)
     path.unlink()
-    assert watched.requests() == (0.0, 0.0)
+    assert watched.requests() == (0.0, 0.0, 0.0)
     path.mkdir()
-    assert watched.requests() == (0.0, 0.0)
+    assert watched.requests() == (0.0, 0.0, 0.0)
     path.rmdir()
     path.write_text("3")
-    assert watched.requests() == (0.0, 3.0)
+    assert watched.requests() == (0.0, 0.0, 3.0)
 
 
 def test_ranks_without_a_stop_file_request_nothing() -> None:
-    assert StopRequests().requests() == (0.0, 0.0)
+    assert StopRequests().requests() == (0.0, 0.0, 0.0)
 
 
 @given(step=st.integers(1, 1000), at=st.integers(-1000, 1000), ranks=st.lists(st.booleans(), min_size=1, max_size=5))
@@ -92,24 +92,24 @@ def test_a_signal_becomes_a_request_and_the_old_handlers_are_restored(number: si
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     stops = StopRequests()
     with stops.listening():
-        assert stops.requests() == (0.0, 0.0)
+        assert stops.requests() == (0.0, 0.0, 0.0)
         os.kill(os.getpid(), number)
-        assert stops.requests() == (1.0, 0.0)
+        assert stops.requests() == (1.0, 0.0, 0.0)
     assert {n: signal.getsignal(n) for n in before} == before
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_before_listening_becomes_a_request_and_one_after_it_is_ignored(number: signal.Signals) -> None:
     """In a process that was started with the signals blocked, as the launcher does."""
-    handlers = {n: signal.getsignal(n) for n in SIGNALS}
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    handlers = {n: signal.getsignal(n) for n in STOP_SIGNALS}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         signal.pthread_kill(threading.get_ident(), number)  # to this thread: others do not block it
         stops = StopRequests()
         with stops.listening():
-            assert stops.requests() == (1.0, 0.0)
+            assert stops.requests() == (1.0, 0.0, 0.0)
         os.kill(os.getpid(), number)
-        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask | set(SIGNALS)
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask | set(STOP_SIGNALS)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for n, handler in handlers.items():
@@ -126,17 +126,13 @@ def test_a_second_ctrl_c_interrupts_immediately() -> None:
     assert signal.getsignal(signal.SIGINT) == before
 
 
-def test_the_launcher_forwards_the_signals_that_the_ranks_listen_to() -> None:
-    assert launch.SIGNALS == SIGNALS
-
-
 def test_under_nohup_a_process_ignores_sighup() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         stops = StopRequests()
         with stops.listening():
             os.kill(os.getpid(), signal.SIGHUP)
-            assert stops.requests() == (0.0, 0.0)
+            assert stops.requests() == (0.0, 0.0, 0.0)
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -144,17 +140,24 @@ def test_under_nohup_a_process_ignores_sighup() -> None:
 
 def test_a_run_stops_when_its_launcher_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     stops, alone = StopRequests(os.getppid()), StopRequests()
-    assert stops.requests() == alone.requests() == (0.0, 0.0)
+    assert stops.requests() == alone.requests() == (0.0, 0.0, 0.0)
     monkeypatch.setattr(os, "getppid", lambda: 1)
-    assert stops.requests() == (1.0, 0.0)
+    assert stops.requests() == (1.0, 1.0, 0.0)
     assert stops.asked == "the launcher has ended"
-    assert alone.requests() == (0.0, 0.0)
+    assert alone.requests() == (0.0, 0.0, 0.0)
+
+
+def test_every_rank_knows_that_the_run_stops_because_a_launcher_has_ended() -> None:
+    for lost in (0.0, 1.0):
+        stops = StopRequests()
+        assert stops.decide(2, shared(asked=1.0, lost=lost)) == (True, True)
+        assert stops.cut_off == (lost > 0)
 
 
 def test_init_may_be_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a container whose first process is torchrun."""
     monkeypatch.setattr(os, "getppid", lambda: 1)
-    assert StopRequests(1).requests() == (0.0, 0.0)
+    assert StopRequests(1).requests() == (0.0, 0.0, 0.0)
 
 
 CLOSED_TERMINAL = """

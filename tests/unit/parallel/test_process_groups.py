@@ -1,0 +1,66 @@
+"""How many process groups a rank of a large run makes. PyTorch's fake backend stands for the other ranks."""
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from internevo.parallel.layout import Layout, Meshes
+from internevo.parallel.messages import DOWN, Channels
+
+PIPELINES = [(1, 1, "1F1B"), (2, 2, "ZBV"), (3, 2, "1F1B"), (4, 1, "ZBH1"), (8, 2, "1F1B")]
+"""Ranks, chunks and schedule. Of three ranks in a ring, no two links can be made at the same time."""
+MODES = [("mtp", 1, 1, 1), ("mtp", 8, 1, 4), ("fsp", 4, 1, 1), ("isp", 1, 8, 1), ("isp", 8, 16, 1), ("isp", 16, 4, 1)]
+"""Mode, tensor, weight, ranks with the same key/value head."""
+ZERO = [4, None]
+"""None: as many as there are."""
+EXPERTS = [(1, None), (4, 2), (16, None)]
+"""Ranks with different experts; over how many their optimizer state is sharded."""
+
+
+def large_layouts() -> Iterator[Layout]:
+    for (stages, chunks, schedule), (mode, tensor, weight, kv), zero, (expert, expert_zero) in itertools.product(
+        PIPELINES, MODES, ZERO, EXPERTS
+    ):
+        world = 768 if stages == 3 else 1024
+        ranks, inner = world // stages, weight if mode == "isp" else tensor
+        yield Layout(
+            world, tensor, mode, weight, stages, zero or ranks // inner, False, kv, chunks, schedule,
+            expert=expert, expert_zero=expert_zero or ranks // expert,
+        )  # fmt: skip
+
+
+@pytest.fixture
+def fake_ranks() -> Iterator[None]:
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sizes(layout: Layout, rank: int) -> list[int]:
+    """The sizes of the process groups that a rank makes besides that of all ranks."""
+    dist.init_process_group("fake", rank=rank, world_size=layout.world, store=FakeStore())
+    groups = Meshes.from_layout(layout, "cpu").groups
+    if layout.pipeline > 1:
+        of_stages = [layout.rank_of_stage(stage) for stage in range(layout.stages)]
+        Channels(groups, layout.weights.groups("stage"), of_stages, torch.device("cpu"), torch.float32)
+        if ends := layout.groups().get("first and last"):
+            groups.get(ends, DOWN)  # tied embeddings
+    found = [dist.get_world_size(group) for group in groups]
+    dist.destroy_process_group()
+    return found
+
+
+@pytest.mark.usefixtures("fake_ranks")
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: "-".join(map(str, mode)))
+def test_a_rank_is_in_fewer_than_12_process_groups(mode: tuple[str, int, int, int]) -> None:
+    layouts = [layout for layout in large_layouts() if (layout.mode, layout.tensor, layout.weight, layout.kv_replicas) == mode]
+    assert len(layouts) == len(PIPELINES) * len(ZERO) * len(EXPERTS)
+    for layout in layouts:
+        for rank in {0, layout.world // 2}:  # of the first stage, and of one in the middle
+            found = sizes(layout, rank)
+            assert sum(size > 1 for size in found) < 12, (layout, rank, found)
+            assert found.count(1) <= 3, "groups of one rank, where others have a group that this rank is not in"
