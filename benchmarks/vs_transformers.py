@@ -27,7 +27,7 @@ from internevo.observe.record import memory_peak
 from internevo.parallel.world import join, pick_device
 
 
-def theirs(shape: dict[str, int], dtype: str, steps: int) -> list[float]:
+def theirs(shape: dict[str, int], dtype: str, steps: int, micro_batches: int = 1) -> list[float]:
     """Seconds per step of transformers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -44,12 +44,13 @@ def theirs(shape: dict[str, int], dtype: str, steps: int) -> list[float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     times = []
     for _ in range(steps):
-        tokens = torch.randint(0, shape["vocab"], (shape["rows"], shape["seq"]))
+        batches = [torch.randint(0, shape["vocab"], (shape["rows"], shape["seq"])) for _ in range(micro_batches)]
         begin = time.perf_counter()
-        tokens = tokens.to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
-            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
-        loss.backward()
+        for batch in batches:
+            tokens = batch.to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
+                loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+            (loss / micro_batches).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

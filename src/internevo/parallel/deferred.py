@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..models.decoder import Decoder
 from ..models.linear import ADAPTER_INFIX, Linear
+from ..ops.compiler import not_compiled
 
 Products = Callable[[], Sequence[Tensor]]
 """Computes the gradients of weights."""
@@ -34,7 +35,7 @@ class Deferred:
             if isinstance(module, Linear) and ADAPTER_INFIX not in f"{name}.":
                 module.product = self.linear
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @not_compiled
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Computes x W^T + b. It is not compiled: compiled code could not leave anything."""
         y = _Linear.apply(x, self, (weight,)) if weight.requires_grad else F.linear(x, weight)

@@ -27,6 +27,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from ..models.decoder import Decoder
 from ..models.moe import ExpertLinear, ExpertMLPs, MoE
+from ..ops.compiler import not_compiled
 from .collectives import Group, all_to_all, exchange_rows
 from .shards import local
 from .strategy import Collectives, Workload
@@ -64,7 +65,7 @@ class ExpertParallel:
                 module.run_experts = partial(run_experts, self.group)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@not_compiled
 def run_experts(group: Group, experts: ExpertMLPs, rows_RD: Tensor, ends_E: Tensor, complete: bool) -> Tensor:
     """Sends rows, which are sorted by expert, to the ranks of their experts, through these, and back.
 

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from ..config.parallel import Weight
 from ..models.layers import DecoderLayer
+from ..ops.compiler import not_compiled
 from .collectives import Group, start_all_gather, start_reduce_scatter, wait
 from .deferred import Deferred, product
 from .recompute import is_recomputing
@@ -152,7 +153,7 @@ def set_prefetch_order(layers: list[GatheredWeights], config: Weight) -> None:
         weights.next_backward = layers[index - 1 : index] if index else []
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@not_compiled
 def linears(weights: GatheredWeights, x_BSD: Tensor) -> tuple[Tensor, ...]:
     """Computes linears that share an input, without their biases. It is not compiled, because the compiler would move each wait
     to its gather."""

@@ -91,6 +91,7 @@ class Chunks:
         """
         self.axes, self.tied = axes, tied
         self.masters = {name: master for axis in reversed(axes) for name, master in axis.masters.items()}
+        self.model_weights = {name: weight for axis in reversed(axes) for name, weight in axis.model_weights.items()}
         self.copies = [axis.masters[TIED] for axis in axes[1:] if TIED in axis.masters and TIED in axes[0].masters]
         """The tied weight of the last stage, if the first is on this rank as well: a copy, which the optimizer does not see."""
 
@@ -100,6 +101,12 @@ class Chunks:
             local(copy).copy_(local(self.masters[TIED]))
         for axis in self.axes:
             axis.masters_changed()
+
+    def masters_updated(self) -> None:
+        if self.copies:
+            self.masters_changed()
+        for axis in self.axes:
+            axis.masters_updated()
 
     def after_forwards(self) -> None:
         for axis in self.axes:
