@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from ours import SHAPES, config_of, finish
+from ours import SHAPES, config_of, finish, options
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -277,7 +277,8 @@ def speed(config: Config, decoder: DecoderConfig, seconds_per_step: float) -> di
 
 def measure(name: str, shape: str, steps: int, out: Path) -> dict[str, float]:
     """One measurement, in a process of its own; empty when it failed."""
-    command = [sys.executable, __file__, "--worker", name, "--shape", shape, "--steps", str(steps), "--out", str(out)]
+    out.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, __file__, "--worker", name, "--shapes", shape, "--steps", str(steps), "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         print(f"{name} failed:\n{done.stderr[-2000:]}", flush=True)
@@ -308,16 +309,13 @@ def table(found: dict[str, dict[str, float]], shape: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", default="1B", choices=list(SHAPES))
-    parser.add_argument("--steps", type=int, default=14)
+    parser = options(__doc__, ["1B"], steps=14, rounds=1)
     parser.add_argument("--out", type=Path, default=Path("build/gpu"))
     names = ["card", "kernels", "eager", "compiled", "plain loop", "transformers", "liger"]
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="which measurements (all)")
     parser.add_argument("--worker", choices=names, help=argparse.SUPPRESS)
     a = parser.parse_args()
-    a.out.mkdir(parents=True, exist_ok=True)
-    shape = SHAPES[a.shape]
+    shape = SHAPES[a.shapes[0]]
     work: dict[str, Callable[[], dict[str, float]]] = {
         "card": card, "kernels": kernels,
         "eager": lambda: step(shape, False, a.steps, a.out), "compiled": lambda: step(shape, True, a.steps, a.out),
@@ -327,9 +325,11 @@ def main() -> None:
     if a.worker:
         print(json.dumps(work[a.worker]()))
         return
-    found = {name: measure(name, a.shape, a.steps, a.out) for name in a.only}
-    (a.out / "gpu.json").write_text(json.dumps(found, indent=1))
-    table(found, a.shape)
+    for name in a.shapes:
+        out = a.out / name
+        found = {which: measure(which, name, a.steps, out) for which in a.only}
+        (out / "gpu.json").write_text(json.dumps(found, indent=1))
+        table(found, name)
 
 
 if __name__ == "__main__":
