@@ -160,7 +160,8 @@ def test_adamw(device: str, dtype: torch.dtype | None) -> None:
         Shard(
             master.to(device),
             torch.empty(0),
-            *(torch.zeros(master.shape, device=device) for _ in range(2)),
+            torch.zeros(master.shape, device=device),
+            torch.zeros(master.shape, device=device),
             None if dtype is None else torch.zeros(master.shape, dtype=dtype, device=device),
         )
         for master in masters
