@@ -8,7 +8,7 @@ ARGS ?=
 # Arguments of the demo, for example: make demo DEMO="--steps 20"
 DEMO ?=
 
-.PHONY: demo test lint types spelling docs coverage check clean
+.PHONY: demo test lint types spelling docs coverage check bench clean
 
 demo: $(VENV)/ready
 	$(BIN)/internevo demo $(DEMO)
@@ -40,6 +40,10 @@ coverage: $(VENV)/ready
 
 # What CI runs.
 check: lint types spelling docs coverage
+
+# Speed next to PyTorch and transformers on this machine, compared with benchmarks/ratios.json. It is no part of the check.
+bench: $(VENV)/ready
+	$(BIN)/python benchmarks/bench.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) demo site build

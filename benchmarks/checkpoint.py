@@ -38,12 +38,17 @@ def measure(world: World, shape: dict[str, int], rounds: int, folder: Path) -> t
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", default="M", choices=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", default=["M"], choices=list(SHAPES))
     parser.add_argument("--rounds", type=int, default=5)
     a = parser.parse_args()
-    with join() as world, tempfile.TemporaryDirectory() as folder:
-        size, copy, wait, whole = measure(world, SHAPES[a.shape], a.rounds, Path(folder))
-    print(f"{size:.2f} GB: copy {copy:.2f} s, the step waits {wait:.2f} s, written after {whole:.2f} s")
+    with join() as world:
+        for shape in a.shapes:
+            with tempfile.TemporaryDirectory() as folder:
+                report(shape, *measure(world, SHAPES[shape], a.rounds, Path(folder)))
+
+
+def report(shape: str, size: float, copy: float, wait: float, whole: float) -> None:
+    print(f"{shape}, {size:.2f} GB: copy {copy:.2f} s, the step waits {wait:.2f} s, written after {whole:.2f} s")
 
 
 if __name__ == "__main__":

@@ -2,33 +2,40 @@
 
 Every measurement is a process of its own, so that each has the card's memory to itself:
 
-- the card: a large product in bf16, and a copy;
+- card: a large product in bf16, and a copy;
 - kernels: norms, gates, attention of packed documents and the loss, in the forms that there are;
-- the training step of ``internevo train`` on packed documents, eager and compiled, with a profile by part;
-- the same model in a plain PyTorch loop, compiled as a whole.
+- eager, compiled: the training step of ``internevo train`` on packed documents. A profile gives the time of kernels by
+  part, and next to it the least time that the part could take on this card;
+- plain loop: the same model in a plain PyTorch loop, compiled as a whole;
+- transformers, liger: ``LlamaForCausalLM`` with its best attention, and patched by Liger (if that is installed).
+
+All of it takes about 5 minutes on an H200; ``--only compiled`` less than one.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from ours import SHAPES, config_of, finish
+from ours import SHAPES, config_of, finish, options
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from internevo import ops
 from internevo.config import Config, validate
 from internevo.data.batches import Cursor, StepBatch, TrainBatches
+from internevo.models.config import DecoderConfig
 from internevo.models.decoder import Decoder
 from internevo.parallel.world import join
 from internevo.train.parts import Parts
@@ -36,15 +43,23 @@ from internevo.train.shared import Shared
 from internevo.train.step import Stepper
 
 MICRO_BATCHES = 2
+FIRST = 4
+"""Number of steps before the clock starts."""
 GPU = torch.device("cuda")
 PARTS = {
-    "attention": ("flash", "fmha", "attention"),
-    "products": ("gemm", "cutlass", "nvjet", "sm90_xmma", "cublas"),
-    "optimizer": ("adam", "multi_tensor_apply"),
-    "copies": ("memcpy", "memset", "copy_kernel", "_to_copy"),
+    "attention": ("flash", "fmha", "sdpa", "attention"),
+    "products": ("gemm", "cutlass", "nvjet", "xmma", "cublas"),
+    "optimizer": ("adam",),
+    "norm of the gradients": ("lpnorm",),
+    "gradients into fp32": ("accumulate", "functor_add<float>", "direct_copy_kernel"),
+    "loss": ("softmax", "logsumexp", "scatter", "log_lt"),
+    "norms, residual stream": ("norm", "gammabeta"),
+    "gates": ("silu", "gelu"),
+    "rotary embedding": ("_cat_", "sin", "cos"),
+    "copies": ("memcpy", "memset", "copy", "multi_tensor_apply"),
 }
 """Kernels by words in their names, the first that fits."""
-OTHERS = "norms, gates, rotary, loss"
+OTHERS, GAPS = "others", "the GPU waits for the host"
 
 
 def seconds(work: Callable[[], Any], repeats: int = 10) -> float:
@@ -75,8 +90,8 @@ def kernels() -> dict[str, float]:
     def time_of(name: str, function: Any, *inputs: Tensor) -> None:
         outs = function(*inputs)
         grad = torch.randn_like(outs)
-        found[f"{name}: forward"] = 1e6 * seconds(lambda: function(*inputs))
         wanted = [given for given in inputs if given.requires_grad]
+        found[f"{name}: forward"] = 1e6 * seconds(lambda: function(*inputs))
         found[f"{name}: both"] = 1e6 * seconds(lambda: torch.autograd.grad(function(*inputs), wanted, grad))
 
     def leaf(*size: int) -> Tensor:
@@ -84,18 +99,16 @@ def kernels() -> dict[str, float]:
 
     x, weight = leaf(tokens, d), leaf(d)
     time_of("norm, ours", lambda x, w: ops.rms_norm(x, w, 1e-5), x, weight)
-    time_of("norm, F.rms_norm", lambda x, w: F.rms_norm(x, (d,), w, 1e-5), x, weight)
     time_of("norm, compiled", torch.compile(plain_norm), x, weight)
     gate, up = leaf(tokens, f), leaf(tokens, f)
     time_of("gate, ours", ops.gated, gate, up)
-    time_of("gate, plain", plain_gate, gate, up)
     time_of("gate, compiled", torch.compile(plain_gate), gate, up)
-    heads, kv, n = shape["heads"], shape["kv"], d // shape["heads"]
-    q, k, v = leaf(1, tokens, heads, n), leaf(1, tokens, kv, n), leaf(1, tokens, kv, n)
-    boundaries = torch.arange(0, tokens + 1, 1024, dtype=torch.int32, device=GPU)
-    time_of("attention of documents of 1,024", lambda q, k, v: ops.attention(q, k, v, boundaries, 1024), q, k, v)
-    whole = torch.tensor([0, tokens // 2, tokens], dtype=torch.int32, device=GPU)
-    time_of("attention of documents of 4,096", lambda q, k, v: ops.attention(q, k, v, whole, 4096), q, k, v)
+    for heads, kv, n in ((shape["heads"], shape["kv"], d // shape["heads"]), (32, 8, 128)):
+        q, k, v = leaf(1, tokens, heads, n), leaf(1, tokens, kv, n), leaf(1, tokens, kv, n)
+        for length in (512, 4096):
+            boundaries = torch.arange(0, tokens + 1, length, dtype=torch.int32, device=GPU)
+            function = partial(ops.attention, cu_seqlens=boundaries, max_seqlen=length)
+            time_of(f"attention, {heads} heads of {n}, documents of {length:,}", function, q, k, v)
     head, labels = leaf(shape["vocab"], d), torch.randint(0, shape["vocab"], (tokens,), device=GPU)
     time_of("loss, ours", lambda x, w: ops.linear_cross_entropy(x, w, labels)[0], x, head)
     time_of("loss, compiled logits", torch.compile(plain_loss), x, head, labels)
@@ -126,43 +139,84 @@ def packed(shape: dict[str, int], compiled: bool) -> Config:
 
 
 def step(shape: dict[str, int], compiled: bool, steps: int, out: Path) -> dict[str, float]:
-    """The training step; and the shares of its parts in a profile."""
+    """The training step; and its parts in a profile, with the least time of each."""
     config = packed(shape, compiled)
     with join() as world:
         parts = Parts.build(config, world)
         stepper = Stepper(parts)
-        batches = TrainBatches(parts.source, parts.sizes, 0, True, 100, pin_memory=True).iterate(Cursor())
-        times = [take(stepper, next(batches)) for _ in range(steps)]
+        batches = iter(TrainBatches(parts.source, parts.sizes, 0, True, 100, pin_memory=GPU.type == "cuda").prefetch(Cursor()))
+        losses = []
+
+        def take(batch: StepBatch) -> None:
+            result = stepper(batch, 1e-4, 0.95, lambda: Shared(0.0, 0.0, 0.0, 0.0, [0.0]))
+            losses.append(result.losses.mean())
+
+        seconds_per_step = clock(lambda: take(next(batches)), steps)
         batch = next(batches)
-        torch.cuda.synchronize()
+        finish(GPU)
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-            profiled = take(stepper, batch)
+            take(batch)
+            finish(GPU)
         name = "compiled" if compiled else "eager"
         profiler.export_chrome_trace(str(out / f"step-{name}.json.gz"))
         (out / f"step-{name}.txt").write_text(profiler.key_averages().table(sort_by="self_device_time_total", row_limit=60))
-        found = speed(config, parts.decoder.flops_per_token(shape["seq"]), times[3:])
-        return {**found, **{f"ms of {part}": ms for part, ms in by_part(profiler)}, "ms of the step": 1e3 * profiled}
+        found = speed(config, parts.decoder, seconds_per_step)
+        least = floors(parts.decoder, batch, card())
+        for part, ms in by_part(profiler):
+            found[f"ms of {part}"] = ms
+            found |= {f"least ms of {part}": least[part]} if part in least else {}
+        return {**found, "last loss": losses[-1]}
 
 
-def take(stepper: Stepper, batch: StepBatch) -> float:
-    """One step; its seconds."""
-    begin = time.perf_counter()
-    stepper(batch, 1e-4, 0.95, lambda: Shared(0.0, 0.0, 0.0, 0.0, [0.0]))
+def clock(take: Callable[[], None], steps: int) -> float:
+    """Seconds per step, without waiting for the GPU after each, like ``internevo train``."""
+    for _ in range(FIRST):
+        take()
     finish(GPU)
-    return time.perf_counter() - begin
+    begin = time.perf_counter()
+    for _ in range(steps - FIRST):
+        take()
+    finish(GPU)
+    return (time.perf_counter() - begin) / (steps - FIRST)
 
 
 def by_part(profiler: Any) -> Iterator[tuple[str, float]]:
-    """Milliseconds of the GPU's kernels, by part."""
-    totals: dict[str, float] = {}
+    """Milliseconds of the GPU's kernels by part, and of the gaps between kernels."""
+    totals, spans = dict[str, float](), []
     for event in profiler.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if event.device_type == torch.autograd.DeviceType.CUDA and event.name != "Command Buffer Full":
             name = event.name.lower()
-            part = next(
-                (part for part, words in PARTS.items() if any(word in name for word in words)), "norms, gates, rotary, loss"
-            )
+            part = next((part for part, words in PARTS.items() if any(word in name for word in words)), OTHERS)
             totals[part] = totals.get(part, 0.0) + event.device_time / 1e3
-    yield from sorted(totals.items())
+            spans.append((event.time_range.start, event.time_range.end))
+    spans.sort()
+    ends = itertools.accumulate((end for _, end in spans), max)
+    totals[GAPS] = sum(max(0.0, after - end) for end, (after, _) in zip(ends, spans[1:], strict=False)) / 1e3
+    yield from ((part, totals[part]) for part in (*PARTS, OTHERS, GAPS) if part in totals)
+
+
+def floors(config: DecoderConfig, batch: StepBatch, measured: dict[str, float]) -> dict[str, float]:
+    """Milliseconds that each part takes at least on this card, for FLOPs at the speed of a large product, and for bytes at that
+    of a copy, if each input is read once and each result written once."""
+    flops, bandwidth = measured["product TFLOPS"] * 1e9, measured["copy TB/s"] * 1e9
+    micros = [m for m in batch.micro_batches if m.cu_seqlens is not None]
+    weights, tokens, layers = config.parameters(), batch.tokens, config.num_layers
+    squares = sum(float(m.cu_seqlens.diff().double().square().sum()) for m in micros if m.cu_seqlens is not None)
+    heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    d, f, half = config.hidden_size, config.intermediate_size, 2 * tokens / bandwidth
+    return {
+        # 2 products of 2 FLOPs forward and 5 backward, on half of the square
+        "attention": 7 * layers * heads * squares / flops,
+        "products": 6 * (weights - config.vocab_size * d) * tokens / flops,
+        "optimizer": 30 * weights / bandwidth,
+        "norm of the gradients": 4 * weights / bandwidth,
+        "gradients into fp32": (6 + 10 * (len(micros) - 1)) * weights / bandwidth,
+        "loss": 2 * config.vocab_size * half,
+        # forward: reads the stream and what is added to it, writes both; backward: reads three, writes one
+        "norms, residual stream": 8 * 2 * layers * d * half,
+        "gates": 8 * layers * f * half,
+        "rotary embedding": 4 * layers * (heads + kv) * half,
+    }
 
 
 def plain_loop(shape: dict[str, int], steps: int) -> dict[str, float]:
@@ -183,58 +237,99 @@ def plain_loop(shape: dict[str, int], steps: int) -> dict[str, float]:
         with torch.autocast("cuda", torch.bfloat16):
             return F.cross_entropy(model(tokens).flatten(0, 1).float(), labels.flatten())
 
-    times = []
-    for _ in range(steps):
-        begin = time.perf_counter()
+    def take() -> None:
         for _ in range(MICRO_BATCHES):
             tokens, labels = (torch.randint(0, shape["vocab"], size, device=GPU) for _ in range(2))
             (loss_of(tokens, labels) / MICRO_BATCHES).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        finish(GPU)
-        times.append(time.perf_counter() - begin)
-    return speed(config, decoder.flops_per_token(shape["seq"]), times[3:])
+
+    return speed(config, decoder, clock(take, steps))
 
 
-def speed(config: Config, flops: float, times: list[float]) -> dict[str, float]:
+def transformers(shape: dict[str, int], steps: int, liger: bool) -> dict[str, float]:
+    """The plain loop of ``vs_transformers.py``, with as many micro-batches."""
+    from vs_transformers import theirs
+
+    from internevo.models.families.registry import decoder_config
+
+    if liger:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama()
+    config = packed(shape, False)
+    times = theirs(shape, "bf16", steps, MICRO_BATCHES)
+    return speed(config, decoder_config("LLAMA2", config.model), statistics.median(times[FIRST:]))
+
+
+def speed(config: Config, decoder: DecoderConfig, seconds_per_step: float) -> dict[str, float]:
     """Tokens per second, TFLOPS by the model's FLOPs, and peak memory."""
-    tokens = config.data.seq_len * config.data.micro_bsz * MICRO_BATCHES / statistics.median(times)
-    return {"tokens/s": tokens, "TFLOPS": tokens * flops / 1e12, "GB": torch.cuda.max_memory_allocated() / 1e9}
+    tokens = config.data.seq_len * config.data.micro_bsz * MICRO_BATCHES / seconds_per_step
+    tflops = tokens * decoder.flops_per_token(config.data.seq_len) / 1e12
+    return {
+        "tokens/s": tokens,
+        "TFLOPS": tflops,
+        "ms": 1e3 * seconds_per_step,
+        "GB": torch.cuda.max_memory_allocated() / 1e9,
+    }
 
 
 def measure(name: str, shape: str, steps: int, out: Path) -> dict[str, float]:
     """One measurement, in a process of its own; empty when it failed."""
-    command = [sys.executable, __file__, "--only", name, "--shape", shape, "--steps", str(steps), "--out", str(out)]
+    out.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, __file__, "--worker", name, "--shapes", shape, "--steps", str(steps), "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         print(f"{name} failed:\n{done.stderr[-2000:]}", flush=True)
         return {}
-    return json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(f"{name}: {json.dumps({key: round(value, 2) for key, value in found.items() if ' ms ' not in key})}", flush=True)
+    return found
+
+
+def table(found: dict[str, dict[str, float]], shape: str) -> None:
+    """Prints the results of all measurements, and where the time of a step goes."""
+    print(f"\n{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, shape {shape}")
+    for name, values in found.items():
+        for key, value in values.items():
+            if "tokens/s" not in values:
+                print(f"{name:14}{key:64}{value:12.1f}")
+    print(f"\n{'':14}{'tokens/s':>10}{'TFLOPS':>10}{'ms':>10}{'GB':>10}")
+    for name, values in found.items():
+        if "tokens/s" in values:
+            print(f"{name:14}{values['tokens/s']:10.0f}" + "".join(f"{values[key]:10.1f}" for key in ("TFLOPS", "ms", "GB")))
+    profiled = {name: values for name, values in found.items() if f"ms of {GAPS}" in values}
+    if profiled:
+        print(f"\n{'ms of a step':30}{'least':>10}" + "".join(f"{name:>12}" for name in profiled))
+        for part in (*PARTS, OTHERS, GAPS):
+            least = next((v[f"least ms of {part}"] for v in profiled.values() if f"least ms of {part}" in v), None)
+            times = "".join(f"{values.get(f'ms of {part}', 0.0):12.1f}" for values in profiled.values())
+            print(f"{part:30}{'' if least is None else f'{least:.1f}':>10}{times}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", default="1B", choices=list(SHAPES))
-    parser.add_argument("--steps", type=int, default=14)
+    parser = options(__doc__, ["1B"], steps=14, rounds=1)
     parser.add_argument("--out", type=Path, default=Path("build/gpu"))
-    parser.add_argument("--only", choices=["card", "kernels", "eager", "compiled", "plain loop"])
+    names = ["card", "kernels", "eager", "compiled", "plain loop", "transformers", "liger"]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="which measurements (all)")
+    parser.add_argument("--worker", choices=names, help=argparse.SUPPRESS)
     a = parser.parse_args()
-    a.out.mkdir(parents=True, exist_ok=True)
-    shape = SHAPES[a.shape]
+    shape = SHAPES[a.shapes[0]]
     work: dict[str, Callable[[], dict[str, float]]] = {
-        "card": card, "kernels": kernels, "eager": lambda: step(shape, False, a.steps, a.out),
-        "compiled": lambda: step(shape, True, a.steps, a.out), "plain loop": lambda: plain_loop(shape, a.steps),
+        "card": card, "kernels": kernels,
+        "eager": lambda: step(shape, False, a.steps, a.out), "compiled": lambda: step(shape, True, a.steps, a.out),
+        "plain loop": lambda: plain_loop(shape, a.steps),
+        "transformers": lambda: transformers(shape, a.steps, False), "liger": lambda: transformers(shape, a.steps, True),
     }  # fmt: skip
-    if a.only:
-        print(json.dumps(work[a.only]()))
+    if a.worker:
+        print(json.dumps(work[a.worker]()))
         return
-    print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, shape {a.shape}")
-    found = {name: measure(name, a.shape, a.steps, a.out) for name in work}
-    (a.out / "gpu.json").write_text(json.dumps(found, indent=1))
-    for name, values in found.items():
-        for key, value in values.items():
-            print(f"{name:12}{key:44}{value:12.1f}")
+    for name in a.shapes:
+        out = a.out / name
+        found = {which: measure(which, name, a.steps, out) for which in a.only}
+        (out / "gpu.json").write_text(json.dumps(found, indent=1))
+        table(found, name)
 
 
 if __name__ == "__main__":

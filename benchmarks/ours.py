@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +23,15 @@ SHAPES: dict[str, dict[str, int]] = {
     "M": {"layers": 8, "hidden": 768, "mlp": 2048, "heads": 12, "kv": 4, "vocab": 32000, "rows": 2, "seq": 1024},
     "1B": {"layers": 22, "hidden": 2048, "mlp": 5632, "heads": 32, "kv": 4, "vocab": 32000, "rows": 2, "seq": 4096},
 }
+
+
+def options(description: str, shapes: list[str], steps: int, rounds: int) -> argparse.ArgumentParser:
+    """The options that the benchmarks of training share, with these defaults."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", default=shapes, choices=list(SHAPES))
+    parser.add_argument("--steps", type=int, default=steps, help="steps of each measurement")
+    parser.add_argument("--rounds", type=int, default=rounds, help="rounds, in which the programs take turns")
+    return parser
 
 
 def config_of(shape: dict[str, int], dtype: str, steps: int, compiled: bool = False, parallel: Any = None) -> Config:

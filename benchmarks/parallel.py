@@ -15,6 +15,7 @@ Theirs have the same Decoder, gradient clipping and fused AdamW, in fp32.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import socket
@@ -29,7 +30,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from ours import SHAPES, config_of, tokens_and_labels, train
+from ours import SHAPES, config_of, options, tokens_and_labels, train
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -204,23 +205,30 @@ def run_processes(command: list[str], number: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options(__doc__, ["M"], steps=6, rounds=3)
     parser.add_argument("--strategies", nargs="+", default=list(OURS), choices=list(OURS))
-    parser.add_argument("--shape", default="M", choices=list(SHAPES))
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.worker:
         which, side = a.worker
-        work(which, side, a.shape, a.steps)
+        work(which, side, a.shapes[0], a.steps)
         return
-    print(f"{'ours':6}{'theirs':26}{'s/step':>8}{'theirs':>8}{'speed ratio':>13}")
-    for which in a.strategies:
-        rounds = [[measure(which, side, a.shape, a.steps) for side in ("ours", "theirs")] for _ in range(a.rounds)]
-        mine, peer = (statistics.median(pair[n] for pair in rounds) for n in range(2))
-        ratio = statistics.median(theirs / ours for ours, theirs in rounds)
-        print(f"{which:6}{PEERS[which]:26}{mine:8.3f}{peer:8.3f}{ratio:13.2f}", flush=True)
+    lines = [f"{'shape':6}{'ours':6}{'theirs':26}{'s/step':>8}{'theirs':>8}{'speed ratio':>13}"]
+    for shape, which in itertools.product(a.shapes, a.strategies):
+        mine, peer, ratio = compare(which, shape, a.steps, a.rounds)
+        lines.append(f"{shape:6}{which:6}{PEERS[which]:26}{mine:8.3f}{peer:8.3f}{ratio:13.2f}")
+    print("\n".join(lines))
+
+
+def compare(which: str, shape: str, steps: int, rounds: int) -> tuple[float, float, float]:
+    """Measures both in turns, and prints each measurement. Returns the medians of ours, theirs, and the ratio of the speeds."""
+    found = list[tuple[float, float]]()
+    for number in range(1, rounds + 1):
+        mine, peer = (measure(which, side, shape, steps) for side in ("ours", "theirs"))
+        print(f"round {number}: {shape} {which}: {mine:.3f} s/step, {PEERS[which]}: {peer:.3f}", flush=True)
+        found.append((mine, peer))
+    mine, peer = (statistics.median(side) for side in zip(*found, strict=True))
+    return mine, peer, statistics.median(theirs / ours for ours, theirs in found)
 
 
 if __name__ == "__main__":

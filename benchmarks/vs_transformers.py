@@ -12,6 +12,7 @@ ratios.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -21,13 +22,16 @@ import time
 from typing import Any
 
 import torch
-from ours import SHAPES, finish, train
+from ours import SHAPES, finish, options, train
 
 from internevo.observe.record import memory_peak
+from internevo.ops.precision import is_slow
 from internevo.parallel.world import join, pick_device
 
+NAMES = {"theirs": "transformers", "eager": "eager", "compiled": "compiled"}
 
-def theirs(shape: dict[str, int], dtype: str, steps: int) -> list[float]:
+
+def theirs(shape: dict[str, int], dtype: str, steps: int, micro_batches: int = 1) -> list[float]:
     """Seconds per step of transformers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -44,12 +48,13 @@ def theirs(shape: dict[str, int], dtype: str, steps: int) -> list[float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     times = []
     for _ in range(steps):
-        tokens = torch.randint(0, shape["vocab"], (shape["rows"], shape["seq"]))
+        batches = [torch.randint(0, shape["vocab"], (shape["rows"], shape["seq"])) for _ in range(micro_batches)]
         begin = time.perf_counter()
-        tokens = tokens.to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
-            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
-        loss.backward()
+        for batch in batches:
+            tokens = batch.to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
+                loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+            (loss / micro_batches).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -82,30 +87,49 @@ def worker(which: str, shape: str, dtype: str, steps: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", default=["S", "M"], choices=list(SHAPES))
+    parser = options(__doc__, ["S", "M"], steps=8, rounds=3)
     parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"], choices=["bf16", "fp32"])
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--worker", choices=["theirs", "eager", "compiled"], help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.worker:
         worker(a.worker, a.shapes[0], a.dtypes[0], a.steps)
         return
-    print(f"{'shape':6}{'dtype':6}{'':10}{'tokens/s':>10}{'ratio':>8}{'GB':>8}{'ratio':>8}")
-    for shape in a.shapes:
-        for dtype in a.dtypes:
-            found: dict[str, list[dict[str, Any]]] = {w: [] for w in ("theirs", "eager", "compiled")}
-            for _ in range(a.rounds):
-                for which, rows in found.items():
-                    rows.append(measure(which, shape, dtype, a.steps, a.threads))
-            base = found["theirs"]
-            for which, rows in found.items():
-                speed, memory = (statistics.median(r[k] for r in rows) for k in ("speed", "memory"))
-                ratios = [statistics.median(r[k] / b[k] for r, b in zip(rows, base, strict=True)) for k in ("speed", "memory")]
-                name = "transformers" if which == "theirs" else which
-                print(f"{shape:6}{dtype:6}{name:12}{speed:8.0f}{ratios[0]:8.2f}{memory:8.2f}{ratios[1]:8.2f}", flush=True)
+    lines = [f"{'shape':6}{'dtype':6}{'':10}{'tokens/s':>10}{'ratio':>8}{'GB':>8}{'ratio':>8}"]
+    for shape, dtype in itertools.product(a.shapes, possible(a.dtypes)):
+        found = compare(shape, dtype, a.steps, a.rounds, a.threads)
+        for which, rows in found.items():
+            speed, memory = (statistics.median(row[key] for row in rows) for key in ("speed", "memory"))
+            ratios = [ratio(found, which, key) for key in ("speed", "memory")]
+            lines.append(f"{shape:6}{dtype:6}{NAMES[which]:12}{speed:8.0f}{ratios[0]:8.2f}{memory:8.2f}{ratios[1]:8.2f}")
+    print("\n".join(lines))
+
+
+def possible(dtypes: list[str]) -> list[str]:
+    """Leaves out bf16 on a CPU that has no instructions for it, and says so: it would take hundreds of times as long."""
+    if "bf16" in dtypes and is_slow("bfloat16", pick_device(0)):
+        print("bf16 is left out: this CPU has no instructions for it", flush=True)
+        return [dtype for dtype in dtypes if dtype != "bf16"]
+    return dtypes
+
+
+def compare(shape: str, dtype: str, steps: int, rounds: int, threads: int) -> dict[str, list[dict[str, float]]]:
+    """Measures all in turns, and prints each measurement. Returns those of all rounds."""
+    found: dict[str, list[dict[str, float]]] = {which: [] for which in NAMES}
+    for number in range(1, rounds + 1):
+        for which, rows in found.items():
+            rows.append(measure(which, shape, dtype, steps, threads))
+            now = rows[-1]
+            print(
+                f"round {number}: {shape} {dtype} {NAMES[which]}: {now['speed']:.0f} tokens/s, {now['memory']:.2f} GB",
+                flush=True,
+            )
+    return found
+
+
+def ratio(found: dict[str, list[dict[str, float]]], which: str, key: str) -> float:
+    """The median over the rounds of the ratio to transformers."""
+    return statistics.median(row[key] / base[key] for row, base in zip(found[which], found["theirs"], strict=True))
 
 
 if __name__ == "__main__":

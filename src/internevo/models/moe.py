@@ -136,7 +136,7 @@ class Router(nn.Module):
         """
         assert self.bias is not None
         # The counts are multiplied, and not divided, so that the comparison with the mean is exact.
-        self.bias += speed * (load.sum() - self.experts.count * load).sign().float()
+        self.bias += speed * (load.sum() - self.experts.count * load).sign().float().to(self.bias.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         """Applies what ``module.to(...)`` and the like do to tensors. The bias goes to another device, but stays in fp32: such

@@ -1,11 +1,18 @@
-"""Hints about tensors for ``torch.compile``."""
+"""Hints for ``torch.compile``. A run that compiles nothing does not import the compiler, which takes a second."""
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
+
+not_compiled = _disable_dynamo
+"""Decorator of functions that compiled code calls as they are: ``torch.compiler.disable``, which imports the compiler."""
 
 
 def mark_dynamic(tensor: Tensor, dim: int) -> None:
     """Tells the compiler that a dimension's size changes from step to step, so that it does not compile again for each size."""
-    torch._dynamo.maybe_mark_dynamic(tensor, dim)
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.maybe_mark_dynamic(tensor, dim)

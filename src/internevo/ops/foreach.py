@@ -13,9 +13,28 @@ def copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     torch._foreach_copy_(list(targets), list(sources))
 
 
-def scale(tensors: Sequence[Tensor], factor: float) -> None:
-    """Multiplies each tensor by ``factor``, in place."""
-    torch._foreach_mul_(list(tensors), factor)
+def adamw(
+    masters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    firsts: Sequence[Tensor],
+    seconds: Sequence[Tensor],
+    step: Tensor,
+    rates: tuple[float, float, float, float, float],
+    divisor: Tensor,
+    overflow: Tensor,
+) -> None:
+    """Divides the gradients by ``divisor`` and updates all tensors in place; if ``overflow`` is 1, nothing changes.
+
+    Args:
+        step: number of the update, from 1.
+        rates: the learning rate, beta1, beta2, epsilon and the weight decay.
+    """
+    lr, beta1, beta2, eps, decay = rates
+    torch._fused_adamw_(
+        list(masters), list(gradients), list(firsts), list(seconds), [], [step] * len(masters),
+        lr=lr, beta1=beta1, beta2=beta2, weight_decay=decay, eps=eps,
+        amsgrad=False, maximize=False, grad_scale=divisor, found_inf=overflow,
+    )  # fmt: skip
 
 
 def norms(tensors: Sequence[Tensor]) -> Tensor:

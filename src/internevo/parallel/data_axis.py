@@ -28,13 +28,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.pipelining import PipelineStage
 from torch.distributed.tensor import DTensor, Shard
 
 from ..config.training import HybridZeroOptimizer
 from ..models.decoder import Decoder
 from ..models.moe import ExpertMLPs
 from ..ops import foreach
+from ..ops.accumulate import accumulate
 from .gloo import AllGather, ReduceScatter, wait_for_reduction
 from .layout import Meshes
 from .shards import local, shard_dim_of_experts
@@ -51,8 +51,14 @@ class Weights(Protocol):
     copies: Sequence[nn.Parameter]
     """Copies of master weights on this rank, which the optimizer does not see."""
 
+    model_weights: dict[str, Tensor]
+    """Name -> the model's weight, where it is another tensor than the master. The optimizer updates it together with that."""
+
     def masters_changed(self) -> None:
-        """Must be called after the master weights have been changed, and before the next forward pass."""
+        """Must be called after the master weights have been filled, and before the next forward pass."""
+
+    def masters_updated(self) -> None:
+        """Must be called after the optimizer has updated the master weights and ``model_weights``."""
 
     def after_forwards(self) -> None:
         """Must be called after forward passes that no backward pass follows. Frees gathered weights."""
@@ -80,24 +86,24 @@ class DataAxis(Weights, Protocol):
 class SingleProcess:
     """The data axis of a single rank, which shards nothing.
 
-    In half precision, the model's weights are copies of the masters and are updated in place; each gradient is added to its
+    In half precision, the model's weights are copies of the masters, which the optimizer updates; each gradient is added to its
     master's as soon as it is computed. (``fully_shard`` on one rank would copy every gradient two more times.)
     """
 
     def __init__(self, model: Decoder, device: torch.device, dtype: torch.dtype) -> None:
         model.materialize(device)
-        self.weights = dict(model.named_parameters())
-        self.masters = self.weights
+        weights = dict(model.named_parameters())
+        self.masters = weights
         self.copies: Sequence[nn.Parameter] = ()
-        self.with_master: list[str] = []
-        """Names of the weights whose master is another tensor."""
+        self.model_weights: dict[str, Tensor] = {}
         if dtype != torch.float32:
             # Frozen weights are not updated, so they need no master in fp32.
-            self.with_master = [name for name, weight in self.weights.items() if weight.requires_grad]
-            self.masters = {**self.weights, **{n: nn.Parameter(torch.empty_like(self.weights[n])) for n in self.with_master}}
+            trained = {name: weight for name, weight in weights.items() if weight.requires_grad}
+            self.masters = {**weights, **{name: nn.Parameter(torch.empty_like(weight)) for name, weight in trained.items()}}
             model.to(dtype)
-            for name in self.with_master:
-                self.weights[name].register_post_accumulate_grad_hook(_AddToMaster(self.masters[name]))
+            for name, weight in trained.items():
+                weight.register_post_accumulate_grad_hook(_AddToMaster(self.masters[name]))
+            self.model_weights = {name: weight.detach() for name, weight in trained.items()}
 
     def before_backward(self, last: bool) -> None:
         pass
@@ -107,8 +113,11 @@ class SingleProcess:
 
     @torch.no_grad()
     def masters_changed(self) -> None:
-        if self.with_master:
-            foreach.copy([self.weights[n] for n in self.with_master], [self.masters[n] for n in self.with_master])
+        if self.model_weights:
+            foreach.copy(list(self.model_weights.values()), [self.masters[name] for name in self.model_weights])
+
+    def masters_updated(self) -> None:
+        pass
 
     def after_forwards(self) -> None:
         pass
@@ -131,10 +140,7 @@ class _AddToMaster:
 
     def __call__(self, weight: Tensor) -> None:
         assert weight.grad is not None
-        if self.master.grad is None:
-            self.master.grad = weight.grad.float()
-        else:
-            self.master.grad += weight.grad
+        self.master.grad = accumulate(self.master.grad, weight.grad)
         weight.grad = None
 
 
@@ -160,6 +166,7 @@ class Sharded:
             config: overlap, buckets and the dtype in which gradients are reduced.
         """
         self.model, self.fsdp, self.inner, self.device = model, fsdp, inner, device
+        self.model_weights: dict[str, Tensor] = {}
         self.ranks = meshes.weights.size()
         """The number of ranks that share the weights of this stage."""
         compute = None if dtype == torch.float32 else dtype
@@ -208,11 +215,16 @@ class Sharded:
             root.set_reshard_after_backward(last)
 
     def reduce_gradients(self) -> None:
-        # PyTorch's own schedules do it by this method, the only public way.
+        # PyTorch's own schedules do it by this method, the only public way. The import takes a second.
+        from torch.distributed.pipelining import PipelineStage
+
         PipelineStage(self.model, 0, dist.get_world_size(), self.device).perform_reduce_grad(1)
 
     def masters_changed(self) -> None:
         pass  # the next forward pass gathers them
+
+    def masters_updated(self) -> None:
+        pass
 
     def after_forwards(self) -> None:
         for unit in self.units:

@@ -19,6 +19,7 @@ from .. import ops
 from ..models.decoder import Decoder
 from ..models.linear import ADAPTER_INFIX, Linear
 from ..models.moe import ExpertLinear
+from ..ops.compiler import not_compiled
 
 Products = Callable[[], Sequence[Tensor]]
 """Computes the gradients of weights."""
@@ -38,13 +39,13 @@ class Deferred:
             elif isinstance(module, ExpertLinear):
                 module.product = self.grouped_linear
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @not_compiled
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Computes x W^T + b. It is not compiled: compiled code could not leave anything."""
         y = _Linear.apply(x, self, (weight,)) if weight.requires_grad else F.linear(x, weight)
         return y if bias is None else y + bias
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @not_compiled
     def grouped_linear(self, rows: Tensor, weight: Tensor, ends: Tensor, complete: bool) -> Tensor:
         """Multiplies rows by the weights of their experts. Arguments as for ``ops.grouped_linear``."""
         return _GroupedLinear.apply(rows, self, (weight,), ends, complete)

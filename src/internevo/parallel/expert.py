@@ -42,6 +42,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from ..models.decoder import Decoder
 from ..models.moe import ExpertLinear, ExpertMLPs, MoE, Routing
+from ..ops.compiler import not_compiled
 from . import gathered
 from .collectives import Group, Travel, all_gather, all_to_all, join_tokens, reduce, share_tokens, tokens_first
 from .deferred import Deferred
@@ -178,7 +179,7 @@ class ExpertParallel:
         return {layer: Routing(*(next(totals).view(value.shape) for value in r)) for layer, r in sums.items()}
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@not_compiled
 def run_experts(
     group: Group, experts: ExpertMLPs, rows_RD: Tensor, ends_E: Tensor, complete: bool, meanwhile: Callable[[], Tensor | None]
 ) -> tuple[Tensor, Tensor | None]:

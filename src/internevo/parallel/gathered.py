@@ -20,6 +20,7 @@ from .. import ops
 from ..config.parallel import Weight
 from ..models.layers import DecoderLayer
 from ..models.moe import ExpertLinear, ExpertMLPs
+from ..ops.compiler import not_compiled
 from .collectives import Group, start_all_gather, start_reduce_scatter, wait
 from .deferred import Deferred, Products, product
 from .recompute import is_recomputing
@@ -181,7 +182,7 @@ def set_prefetch_order_of_experts(layers: Sequence[GatheredWeights], overlap: bo
         weights.next_forward, following.next_backward = [following], [weights]
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@not_compiled
 def linears(weights: GatheredWeights, x_BSD: Tensor) -> tuple[Tensor, ...]:
     """Computes linears that share an input, without their biases. It is not compiled, because the compiler would move each wait
     to its gather."""
@@ -241,7 +242,7 @@ def _products(grads: Sequence[Tensor], x_BSD: Tensor) -> list[Tensor]:
     return [product(grad, x_BSD) for grad in grads]
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@not_compiled
 def mlps(weights: GatheredWeights, experts: ExpertMLPs, rows_RD: Tensor, ends_E: Tensor, complete: bool) -> Tensor:
     """Replaces ``models.moe.mlps``."""
     shards, deferred = weights.local(), weights.deferred is not None

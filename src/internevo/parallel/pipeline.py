@@ -106,6 +106,7 @@ class Chunks:
         """
         self.axes, self.tied = axes, tied
         self.masters = {name: master for axis in reversed(axes) for name, master in axis.masters.items()}
+        self.model_weights = {name: weight for axis in reversed(axes) for name, weight in axis.model_weights.items()}
         tied_here = [axis.masters[TIED] for axis in axes if TIED in axis.masters]
         self.copies: Sequence[nn.Parameter] = tied_here[1:]
         """The tied weight of the last stage, if the first is on this rank as well: a copy, which the optimizer does not see."""
@@ -116,6 +117,12 @@ class Chunks:
             local(copy).copy_(local(self.masters[TIED]))
         for axis in self.axes:
             axis.masters_changed()
+
+    def masters_updated(self) -> None:
+        if self.copies:
+            self.masters_changed()
+        for axis in self.axes:
+            axis.masters_updated()
 
     def after_forwards(self) -> None:
         for axis in self.axes:

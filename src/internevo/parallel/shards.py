@@ -41,7 +41,7 @@ def fill_local(parameter: nn.Parameter, values: Callable[[int, int], Tensor]) ->
     part, columns = local(parameter), tuple(slice(a, b) for a, b in others)
     # A few blocks of random numbers at a time: the full tensor, of which this rank may have some columns, can be large.
     step = 16 * max(1, BLOCK // max(1, math.prod(parameter.shape[1:])))
-    for first in range(start - start % step, stop if part.numel() else start, step):
+    for first in range(start - start % step, stop, step) if part.numel() else ():
         a, b = max(start, first), min(stop, first + step)
         part[a - start : b - start].copy_(values(a, b)[(slice(None), *columns)])
 

@@ -40,6 +40,7 @@ from ..models.decoder import Decoder
 from ..models.layers import Attention, GatedMLP, scale_gradient
 from ..models.linear import ADAPTER_INFIX, Adapter, Linear
 from ..models.moe import ExpertLinear, MoE, Routing
+from ..ops.compiler import not_compiled
 from . import collectives
 from .collectives import Group, all_gather, start_all_gather, start_reduce_scatter, tokens_first, wait
 from .deferred import Deferred, product
@@ -289,7 +290,7 @@ class TensorParallel:
         return all_gather(x.unsqueeze(0), self.group)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@not_compiled
 def _deferred_input_linears(x_BSD: Tensor, group: Group, deferred: Deferred, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return _GatheredInputLinears.apply(x_BSD, group, deferred, tuple(weights), *(weight.detach() for weight in weights))
 

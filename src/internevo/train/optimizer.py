@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
 from ..config.training import Adam
-from ..ops import foreach
+from ..ops.adamw import Rates, Shard, adamw
 from ..parallel.shards import local
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -15,33 +16,27 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Optimizer:
-    """PyTorch's fused AdamW (https://arxiv.org/abs/1711.05101). Weight decay applies to matrices, not to norms and biases.
+    """AdamW (https://arxiv.org/abs/1711.05101). Weight decay applies to matrices, not to norms and biases.
 
     It updates this rank's shard of each parameter as a plain tensor. The moments exist from the start, so that a checkpoint can
     be loaded into them in place. All parameters have the same number of updates, since a step updates all of them or none.
     """
 
-    def __init__(self, masters: dict[str, nn.Parameter], config: Adam) -> None:
+    def __init__(
+        self, masters: dict[str, nn.Parameter], config: Adam, model_weights: Mapping[str, Tensor] | None = None
+    ) -> None:
         """
         Args:
             masters: name -> master weight, for all weights. Those that do not require a gradient are never updated.
             config: ``adam``.
+            model_weights: name -> the model's weight, of the masters that are other tensors. They are updated, too.
         """
-        self.named, self.config = masters, config
+        self.named, self.config, self.model_weights = masters, config, model_weights or {}
         trained = {name: p for name, p in masters.items() if p.requires_grad}
         self.moments = {name: [torch.zeros_like(p, requires_grad=False) for _ in MOMENTS] for name, p in trained.items()}
-        device = local(next(iter(masters.values()))).device
-        self._steps = {name: torch.zeros((), dtype=torch.float32, device=device) for name in trained}
-
-    @property
-    def steps(self) -> int:
+        self.one = torch.ones((), device=local(next(iter(masters.values()))).device)
+        self.steps = 0
         """The number of updates so far."""
-        return int(next(iter(self._steps.values())).item())
-
-    @steps.setter
-    def steps(self, value: int) -> None:
-        for step in self._steps.values():
-            step.fill_(value)
 
     def state(self) -> dict[str, Tensor]:
         """Returns the moments, which are DTensors like their parameters, as ``NAME.exp_avg`` and ``NAME.exp_avg_sq``."""
@@ -57,24 +52,29 @@ class Optimizer:
         return {name: local(p.grad) for name, p in self.named.items() if p.grad is not None}
 
     @torch.no_grad()
-    def step(self, lr: float, beta2: float) -> None:
-        """Updates all parameters that have a gradient."""
-        gradients = self.gradients()
-        for decays in (True, False):
-            names = [name for name in gradients if (self.named[name].dim() >= 2) == decays]
-            if names:
-                first, second = ([local(self.moments[name][m]) for name in names] for m in range(2))
-                adamw(
-                    [local(self.named[name]) for name in names], [gradients[name] for name in names], first, second, [],
-                    [self._steps[name] for name in names],
-                    fused=True, amsgrad=False, beta1=self.config.adam_beta1, beta2=beta2, lr=lr,
-                    weight_decay=self.config.weight_decay if decays else 0.0, eps=self.config.adam_eps, maximize=False,
-                )  # fmt: skip
+    def step(self, lr: float, beta2: float, factor: Tensor | None = None, finite: Tensor | None = None) -> None:
+        """Updates all parameters that have a gradient. Afterwards the values of the gradients are undefined.
 
-    @torch.no_grad()
-    def scale_gradients(self, factor: float) -> None:
-        """Multiplies every gradient by ``factor``, in place."""
-        foreach.scale(list(self.gradients().values()), factor)
+        Args:
+            factor: the number by which the gradients are multiplied first; a scalar in fp32 on the device. None: 1.
+            finite: 1, or 0 to update nothing; a scalar in fp32 on the device. ``skipped`` must be called after a 0.
+        """
+        self.steps += 1
+        gradients, config = self.gradients(), self.config
+        for decays in (True, False):
+            shards = [self._shard(name, grad) for name, grad in gradients.items() if (self.named[name].dim() >= 2) == decays]
+            if shards:
+                decay = config.weight_decay if decays else 0.0
+                rates = Rates(lr, config.adam_beta1, beta2, config.adam_eps, decay, self.steps)
+                adamw(shards, rates, self.one if factor is None else factor, self.one if finite is None else finite)
+
+    def skipped(self) -> None:
+        """Must be called if the last step has updated nothing. (This is only known later, when the device is that far.)"""
+        self.steps -= 1
+
+    def _shard(self, name: str, gradient: Tensor) -> Shard:
+        first, second = (local(moment) for moment in self.moments[name])
+        return Shard(local(self.named[name]), gradient, first, second, self.model_weights.get(name))
 
     def zero_grad(self) -> None:
         """Frees the gradients."""

@@ -62,7 +62,7 @@ class Parts:
         source, valid = _open_data(config, world, layout)
         decoder = decoder_config(config.model_type, config.model)
         model, axis, schedule = plan.build(decoder, config, layout, world.device)
-        optimizer = Optimizer(axis.masters, config.adam)
+        optimizer = Optimizer(axis.masters, config.adam, axis.model_weights)
         scaler = LossScaler.from_config(config.grad_scaler, config.model.dtype)
         sizes = BatchSizes.from_config(config.data, layout.data)
         return cls(config, world, layout, source, valid, sizes, decoder, model, axis, schedule, optimizer, scaler, RunState())

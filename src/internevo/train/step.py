@@ -3,8 +3,7 @@ everything that all ranks must know, clipping, and the update."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -93,14 +92,18 @@ class Stepper:
         # all-reduce, so gradients are scaled to it together with clipping.
         expected = float(batch.tokens)
         losses, routed = self._forward_backward(batch, parts.scaler.scale / expected)
-        result, to_mean = self._reduce(losses, routed, expected / parts.scaler.scale, get_shared())
-        if not result.skipped:
-            parts.optimizer.scale_gradients(to_mean * clip_factor(result.grad_norm, self.clip))
-            parts.optimizer.step(lr, beta2)
-            parts.axis.masters_changed()
-            if self.bias_speed:
-                routed.balance(routers(parts.model.numbered_layers()), self.bias_speed)
+        sums = self._reduce(losses, routed, get_shared())
+        norm, factor, finite = self._scale(sums, expected / parts.scaler.scale)
+        # A GPU may be far behind. Only the numbers of this step are waited for, and meanwhile it updates the weights.
+        numbers = Later(torch.cat([norm, finite, *sums]))
+        parts.optimizer.step(lr, beta2, factor[0].float(), finite[0].float())
+        parts.axis.masters_updated()
         parts.optimizer.zero_grad()
+        result = self._result(numbers.get().split([1, 1, *(vector.numel() for vector in sums)]), routed)
+        if result.skipped:
+            parts.optimizer.skipped()
+        elif self.bias_speed:
+            routed.balance(routers(parts.model.numbered_layers()), self.bias_speed)
         parts.scaler.update(result.skipped)
         return result
 
@@ -115,29 +118,63 @@ class Stepper:
         self.parts.schedule.train(batch.micro_batches, self.terms, scale, on_result)
         return losses, routed
 
-    def _reduce(self, losses: Losses, routed: RouterSums, unscale: float, shared: Shared) -> tuple[StepResult, float]:
+    def _reduce(self, losses: Losses, routed: RouterSums, shared: Shared) -> list[Tensor]:
         """Adds up everything that all ranks must know, in one all-reduce.
 
         Returns:
-            The result of the step, and the factor that turns the gradients into those of the mean loss.
+            The square of the norm of all gradients, the sums of losses, the numbers of predicted tokens, the sums of the
+            routers, and ``shared``: fp64 vectors on the device.
         """
         gradients = self.parts.optimizer.gradients()
         norms = foreach.norms(list(gradients.values())).double()
         # Each shard must count once in the norm, even if several ranks have it.
-        replicas = torch.tensor([self.replicas[name] for name in gradients], dtype=torch.float64, device=self.device)
+        replicas = on_device([self.replicas[name] for name in gradients], self.device)
         squares = (norms.square() / replicas).sum()
-        numbers = torch.tensor(shared.pack(), dtype=torch.float64, device=self.device)
-        square_sum, sums, counts, routing, numbers = sum_over_ranks(
-            squares.view(1), losses.sums, losses.counts, routed.values, numbers
-        )
+        numbers = on_device(shared.pack(), self.device)
+        sums = sum_over_ranks(squares.view(1), losses.sums, losses.counts, routed.values, numbers)
         # All ranks of a tensor group have counted the same tokens.
-        counts, routed.values = counts / self.parts.layout.tensor, routing / self.parts.layout.tensor
-        predicted = float(counts.sum())
-        to_mean = unscale / max(predicted, 1.0)
-        norm = float(square_sum.sqrt()) * to_mean
-        finite = math.isfinite(norm) and bool(torch.isfinite(sums).all())
-        summary = routed.summary(predicted)
-        return StepResult(Losses(sums, counts), norm, not finite, Shared.unpack(numbers.tolist()), summary), to_mean
+        sums[2:4] = (counted / self.parts.layout.tensor for counted in sums[2:4])
+        return sums
+
+    def _scale(self, sums: list[Tensor], unscale: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Computes how the gradients are scaled, on the device: fp64 tensors of one number.
+
+        Returns:
+            The norm of the gradients of the mean loss; the factor that turns the gradients into those, and clips them; and
+            1, or 0 if something is not finite.
+        """
+        squares, losses, counts = sums[:3]
+        to_mean = unscale / counts.sum(0, keepdim=True).clamp(min=1.0)
+        norm = squares.sqrt() * to_mean
+        finite = torch.isfinite(norm) & torch.isfinite(losses).all()
+        return norm, to_mean * clip_factor(norm, self.clip), finite.double()
+
+    def _result(self, numbers: Sequence[Tensor], routed: RouterSums) -> StepResult:
+        norm, finite, _, losses, counts, routed.values, shared = numbers
+        summary = routed.summary(float(counts.sum()))
+        return StepResult(Losses(losses, counts), float(norm), not finite, Shared.unpack(shared.tolist()), summary)
+
+
+def on_device(numbers: Sequence[float], device: torch.device) -> Tensor:
+    """Returns an fp64 vector on ``device``, without waiting for a GPU."""
+    vector = torch.tensor(numbers, dtype=torch.float64)
+    return vector.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else vector
+
+
+class Later:
+    """A tensor that is copied from the device while it goes on computing."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.copied = tensor.to("cpu", non_blocking=True)
+        self.event = torch.cuda.Event() if tensor.is_cuda else None
+        if self.event is not None:
+            self.event.record()
+
+    def get(self) -> Tensor:
+        """Waits for the copy, and returns it."""
+        if self.event is not None:
+            self.event.synchronize()
+        return self.copied
 
 
 def formulas(parts: Parts, micro_batches: int) -> tuple[Memory | None, list[Collectives] | None]:
@@ -157,14 +194,14 @@ def traffic(decoder: DecoderConfig, types: int, layout: Layout) -> Collectives:
     return Collectives("all-reduce", "world", 1, 8 * (1 + 2 * types + RouterSums.size(decoder) + numbers))
 
 
-def clip_factor(norm: float, limit: float) -> float:
+def clip_factor(norm: Tensor, limit: float) -> Tensor:
     """Returns the factor by which ``clip_grad_norm_`` multiplies gradients.
 
     Args:
         norm: global L2 norm of the gradients.
         limit: the largest norm allowed; 0: no limit.
     """
-    return min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
+    return (limit / (norm + 1e-6)).clamp(max=1.0) if limit > 0 else torch.ones_like(norm)
 
 
 def sum_over_ranks(*vectors: Tensor) -> list[Tensor]:

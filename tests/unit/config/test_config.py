@@ -260,13 +260,6 @@ def test_without_a_world_size_a_config_is_checked_on_the_smallest_that_fits(chan
 @pytest.mark.parametrize(
     "changes",
     [
-        {"model_type": "MIXTRALMOE", "model__num_experts": 4, "parallel__tensor": 2, "model__vocab_size": 98},
-        {
-            "model_type": "MIXTRALMOE",
-            "model__num_experts": 4,
-            "parallel__pipeline": {"size": 2, "mode": "ZBH1"},
-        },
-        {"parallel__pipeline": 2, "monitor__memory": True},
         {"model_type": "INTERNLM_MoE"},
         {"model_type": "MIXTRALMOE", "model__num_experts": 4, "model__moe_layer_kwargs": {"noisy_gate_policy": "Jitter"}},
         {"model__norm_type": "layernorm"},

@@ -1,4 +1,5 @@
-"""Compares the kernels of this machine's devices with formulas in fp64: attention, experts, norm, activation, loss."""
+"""Compares the kernels of this machine's devices with formulas in fp64: attention, experts, norm, activation, loss, and the
+update of weights."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from internevo import ops
+from internevo.ops.accumulate import accumulate
+from internevo.ops.adamw import Rates, Shard, adamw
 from tests.references import plain_attention
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -144,3 +147,49 @@ def test_loss(device: str, dtype: torch.dtype, smoothing: float) -> None:
         assert x.grad is not None
         assert reference.grad is not None
         assert_close(x.grad, reference.grad, dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_adamw(device: str, dtype: torch.dtype | None) -> None:
+    """Two updates of tensors of many sizes, and one that is skipped."""
+    draw = torch.Generator().manual_seed(0)
+    sizes, lr, decay, eps, beta1, beta2 = [1, 5, 2048, 70_001], 1e-2, 0.1, 1e-8, 0.9, 0.95
+    masters = [torch.randn(size, generator=draw) for size in sizes]
+    mine = [
+        Shard(
+            master.to(device),
+            torch.empty(0),
+            torch.zeros(master.shape, device=device),
+            torch.zeros(master.shape, device=device),
+            None if dtype is None else torch.zeros(master.shape, dtype=dtype, device=device),
+        )
+        for master in masters
+    ]
+    exact = [master.double() for master in masters]
+    moments = [[torch.zeros(size, dtype=torch.float64) for size in sizes] for _ in range(2)]
+    for step, finite in ((1, 1.0), (2, 0.0), (2, 1.0)):
+        gradients = [torch.randn(size, generator=draw) for size in sizes]
+        factor = 0.5 if finite else float("nan")
+        mine = [shard._replace(gradient=gradient.clone().to(device)) for shard, gradient in zip(mine, gradients, strict=True)]
+        adamw(mine, Rates(lr, beta1, beta2, eps, decay, step), *(torch.tensor(x, device=device) for x in (factor, finite)))
+        for n, gradient in enumerate(gradients if finite else []):
+            first = moments[0][n].lerp_(gradient.double() / 2, 1 - beta1)
+            second = moments[1][n].lerp_((gradient.double() / 2).square(), 1 - beta2)
+            exact[n] *= 1 - lr * decay
+            exact[n] -= lr * (first / (1 - beta1**step)) / ((second / (1 - beta2**step)).sqrt() + eps)
+    for shard, master, first, second in zip(mine, exact, *moments, strict=True):
+        for tensor, wanted in ((shard.master, master), (shard.first, first), (shard.second, second)):
+            torch.testing.assert_close(tensor.cpu().double(), wanted, rtol=1e-5, atol=1e-6)
+        assert shard.weight is None or torch.equal(shard.weight, shard.master.to(shard.weight.dtype))
+
+
+@pytest.mark.parametrize(("device", "dtype"), KINDS)
+def test_gradients_are_added_in_fp32(device: str, dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(5, 1001, generator=draw).to(device, dtype) for _ in range(3)]
+    total = accumulate(None, gradients[0].clone())
+    assert total.dtype == torch.float32
+    for gradient in gradients[1:]:
+        assert accumulate(total, gradient) is total
+    assert torch.equal(total, gradients[0].float() + gradients[1].float() + gradients[2].float())

@@ -1,6 +1,8 @@
-"""The optimizer compared with PyTorch's plain AdamW with two parameter groups; the names of its state; frozen parameters."""
+"""The optimizer compared with PyTorch's plain AdamW with two parameter groups; scaled gradients and skipped steps; the
+names of its state; frozen parameters."""
 
 import copy
+import math
 
 import torch
 from hypothesis import given, settings
@@ -115,13 +117,43 @@ def test_frozen_parameters_do_not_change() -> None:
     assert torch.equal(mine[FROZEN], before)
 
 
-def test_gradients_are_scaled_in_place_and_freed() -> None:
+def test_a_step_multiplies_the_gradients_by_a_factor_and_writes_the_models_weights() -> None:
+    config = Adam(lr=1, weight_decay=0.1)
+    mine, other = parameters(0, torch.float32), parameters(0, torch.float32)
+    weights = {name: torch.zeros_like(mine[name], dtype=torch.bfloat16, requires_grad=False) for name in SHAPES}
+    optimizer, wanted = Optimizer(mine, config, weights), Optimizer(other, config)
+    for seed in range(3):
+        give_gradients(mine, other, draw=torch.Generator().manual_seed(seed))
+        for name in SHAPES:
+            other[name].grad = optimizer.gradients()[name] / 4
+        optimizer.step(0.1, 0.95, torch.tensor(0.25), torch.tensor(1.0))
+        wanted.step(0.1, 0.95)
+        assert all(torch.equal(mine[name], parameter) for name, parameter in other.items())
+        assert all(torch.equal(weight, other[name].bfloat16()) for name, weight in weights.items())
+    assert all(torch.equal(moment, wanted.state()[name]) for name, moment in optimizer.state().items())
+
+
+def test_a_step_with_gradients_that_are_not_finite_changes_nothing() -> None:
+    mine = parameters(0, torch.float32)
+    weights = {name: torch.full_like(mine[name], 7.0, dtype=torch.bfloat16, requires_grad=False) for name in SHAPES}
+    optimizer = Optimizer(mine, Adam(lr=1), weights)
+    give_gradients(mine, draw=torch.Generator().manual_seed(1))
+    optimizer.step(0.1, 0.95)
+    before = {name: tensor.detach().clone() for name, tensor in optimizer.checkpoint_tensors().items()}
+    give_gradients(mine, draw=torch.Generator().manual_seed(2))
+    optimizer.gradients()["norm"].fill_(math.inf)
+    optimizer.step(0.1, 0.95, torch.tensor(math.nan), torch.tensor(0.0))
+    optimizer.skipped()
+    assert optimizer.steps == 1
+    assert all(torch.equal(tensor, before[name]) for name, tensor in optimizer.checkpoint_tensors().items())
+    assert all(torch.equal(weight, mine[name].bfloat16()) for name, weight in weights.items())
+
+
+def test_gradients_are_freed() -> None:
     mine = parameters(0, torch.float64)
     optimizer = Optimizer(mine, Adam(lr=1))
     give_gradients(mine, draw=torch.Generator().manual_seed(1))
-    before = {name: gradient.clone() for name, gradient in optimizer.gradients().items()}
-    optimizer.scale_gradients(0.25)
-    assert all(torch.equal(gradient, before[name] / 4) for name, gradient in optimizer.gradients().items())
+    assert optimizer.gradients()
     optimizer.zero_grad()
     assert not optimizer.gradients() and all(parameter.grad is None for parameter in mine.values())
 

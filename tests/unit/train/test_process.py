@@ -1,6 +1,8 @@
-"""When the garbage collector runs during training."""
+"""When the garbage collector runs during training, and what a process imports."""
 
 import gc
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -63,3 +65,10 @@ def test_objects_that_exist_after_the_first_step_are_not_visited_again() -> None
 def test_release_without_a_step_changes_nothing() -> None:
     GarbageCollector().release()
     assert gc.isenabled()
+
+
+def test_a_run_that_compiles_nothing_does_not_import_the_compiler() -> None:
+    """It takes a second of each process's start."""
+    unused = ["torch._dynamo", "torch.distributed.pipelining", "plotly"]
+    code = f"import sys, internevo.train.trainer; print([name for name in {unused} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

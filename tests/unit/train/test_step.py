@@ -151,7 +151,7 @@ def test_the_clip_factor_is_that_of_clip_grad_norm_(norms: list[float], limit: f
     parameters = [nn.Parameter(torch.zeros_like(gradient)) for gradient in gradients]
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient.clone()
-    norm = float(nn.utils.clip_grad_norm_(parameters, limit))
+    norm = nn.utils.clip_grad_norm_(parameters, limit)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         assert parameter.grad is not None
         torch.testing.assert_close(parameter.grad, gradient * clip_factor(norm, limit))
