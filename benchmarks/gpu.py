@@ -6,6 +6,7 @@ Every measurement is a process of its own, so that each has the card's memory to
 - kernels: norms, gates, attention of packed documents and the loss, in the forms that there are;
 - eager, compiled: the training step of ``internevo train`` on packed documents. A profile gives the time of kernels by
   part, and next to it the least time that the part could take on this card;
+- experts: as compiled, with 8 experts of half the MLP's width, of which each token chooses 2: as many active parameters;
 - plain loop: the same model in a plain PyTorch loop, compiled as a whole;
 - transformers, liger: ``LlamaForCausalLM`` with its best attention, and patched by Liger (if that is installed).
 
@@ -131,16 +132,25 @@ def plain_loss(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy((x @ weight.t()).float(), labels)
 
 
-def packed(shape: dict[str, int], compiled: bool) -> Config:
+def packed(shape: dict[str, int], name: str) -> Config:
     """A config of packed documents of random lengths."""
-    values = config_of(shape, "bf16", 100, compiled).model_dump(exclude_unset=True)
+    values = config_of(shape, "bf16", 100, name != "eager").model_dump(exclude_unset=True)
     values["data"] |= {"fixed_random_dataset_seqlen": False, "micro_num": MICRO_BATCHES}
+    if name == "experts":
+        values["model_type"] = "MIXTRALMOE"
+        values["model"] |= {
+            "num_experts": 8, "top_k": 2, "moe_intermediate_size": shape["mlp"] // 2, "moe_type": "Dropless",
+        }  # fmt: skip
     return validate(values)
 
 
-def step(shape: dict[str, int], compiled: bool, steps: int, out: Path) -> dict[str, float]:
-    """The training step; and its parts in a profile, with the least time of each."""
-    config = packed(shape, compiled)
+def step(shape: dict[str, int], name: str, steps: int, out: Path) -> dict[str, float]:
+    """The training step; and its parts in a profile, with the least time of each.
+
+    Args:
+        name: "eager", "compiled" or "experts".
+    """
+    config = packed(shape, name)
     with join() as world:
         parts = Parts.build(config, world)
         stepper = Stepper(parts)
@@ -157,11 +167,10 @@ def step(shape: dict[str, int], compiled: bool, steps: int, out: Path) -> dict[s
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
             take(batch)
             finish(GPU)
-        name = "compiled" if compiled else "eager"
         profiler.export_chrome_trace(str(out / f"step-{name}.json.gz"))
         (out / f"step-{name}.txt").write_text(profiler.key_averages().table(sort_by="self_device_time_total", row_limit=60))
         found = speed(config, parts.decoder, seconds_per_step)
-        least = floors(parts.decoder, batch, card())
+        least = floors(parts.decoder, batch, card()) if name != "experts" else {}
         for part, ms in by_part(profiler):
             found[f"ms of {part}"] = ms
             found |= {f"least ms of {part}": least[part]} if part in least else {}
@@ -223,7 +232,7 @@ def plain_loop(shape: dict[str, int], steps: int) -> dict[str, float]:
     """The same model on whole rows, compiled as a whole, bf16 autocast over fp32 weights, fused AdamW."""
     from internevo.models.families.registry import decoder_config
 
-    config = packed(shape, True)
+    config = packed(shape, "compiled")
     decoder = decoder_config("LLAMA2", config.model)
     with torch.device(GPU):
         model = Decoder(decoder)
@@ -258,7 +267,7 @@ def transformers(shape: dict[str, int], steps: int, liger: bool) -> dict[str, fl
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
         apply_liger_kernel_to_llama()
-    config = packed(shape, False)
+    config = packed(shape, "eager")
     times = theirs(shape, "bf16", steps, MICRO_BATCHES)
     return speed(config, decoder_config("LLAMA2", config.model), statistics.median(times[FIRST:]))
 
@@ -311,14 +320,14 @@ def table(found: dict[str, dict[str, float]], shape: str) -> None:
 def main() -> None:
     parser = options(__doc__, ["1B"], steps=14, rounds=1)
     parser.add_argument("--out", type=Path, default=Path("build/gpu"))
-    names = ["card", "kernels", "eager", "compiled", "plain loop", "transformers", "liger"]
+    names = ["card", "kernels", "eager", "compiled", "experts", "plain loop", "transformers", "liger"]
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="which measurements (all)")
     parser.add_argument("--worker", choices=names, help=argparse.SUPPRESS)
     a = parser.parse_args()
     shape = SHAPES[a.shapes[0]]
     work: dict[str, Callable[[], dict[str, float]]] = {
         "card": card, "kernels": kernels,
-        "eager": lambda: step(shape, False, a.steps, a.out), "compiled": lambda: step(shape, True, a.steps, a.out),
+        **{name: partial(step, shape, name, a.steps, a.out) for name in ("eager", "compiled", "experts")},
         "plain loop": lambda: plain_loop(shape, a.steps),
         "transformers": lambda: transformers(shape, a.steps, False), "liger": lambda: transformers(shape, a.steps, True),
     }  # fmt: skip

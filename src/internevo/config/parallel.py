@@ -106,7 +106,11 @@ class ExpertWeight(Section):
     size: int = option(
         1, "Number of ranks over which each weight of an expert is sharded (isp).", ge=1, needs="model.num_experts"
     )
-    overlap: bool = option(False, "Gather the experts of the next layer that has experts while those of one layer are used.")
+    overlap: bool = option(
+        False,
+        "Gather the experts of the next layer that has experts while those of one layer are used.",
+        needs="parallel.expert_weight.size",
+    )
     forward_overlap_per: Literal["layer", "module"] = option(
         "layer", "The same as parallel.weight.forward_overlap_per, for experts.", ignored=AHEAD
     )
