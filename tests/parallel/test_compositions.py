@@ -18,7 +18,18 @@ from internevo.parallel.strategy import Workload, add_up
 from internevo.train import step
 from tests.conftest import metrics, write_config, write_dataset
 from tests.parallel.conftest import assert_same
-from tests.parallel.layouts import DRAWN, ROWS, STEPS, Composition, composition, compositions
+from tests.parallel.layouts import (
+    DRAWN,
+    PREFETCH,
+    ROWS,
+    STEPS,
+    Composition,
+    composition,
+    compositions,
+    layout,
+    pipelined,
+    scheduled,
+)
 from tests.pool import DEVICE, Pool
 
 One = Callable[[Composition, int], Path]
@@ -57,18 +68,18 @@ def assert_same_routing(many: Path, one: Path) -> None:
 def assert_stated(run: Path, config: Config, processes: int) -> None:
     """Compares the collectives of a step of rank 0 with what the strategies state. How many rows travel to experts depends on
     the router."""
-    layout, decoder = Layout.from_config(config, processes), decoder_config(config.model_type, config.model)
+    sizes, decoder = Layout.from_config(config, processes), decoder_config(config.model_type, config.model)
     if decoder.lora is not None:
         return
-    micro_batches = ROWS // (config.data.micro_bsz * layout.data)
-    work = Workload.from_config(decoder, config, layout, micro_batches, DEVICE)
+    micro_batches = ROWS // (config.data.micro_bsz * sizes.data)
+    work = Workload.from_config(decoder, config, sizes, micro_batches, DEVICE)
     types = len(metrics(run)[0]["loss_by_type"])
     stated = {
         (row.kind, row.axis): (row.count, row.nbytes)
-        for row in add_up([*plan.traffic(work), step.traffic(decoder, types, layout)], layout)
+        for row in add_up([*plan.traffic(work), step.traffic(decoder, types, sizes)], sizes)
     }
     counted = {(row["kind"], row["axis"]): (row["count"], row["nbytes"]) for row in json.loads((run / "comm.json").read_text())}
-    for key in [key for key in stated if key[0] == "all-to-all" and layout.expert > 1]:
+    for key in [key for key in stated if key[0] == "all-to-all" and sizes.expert > 1]:
         assert counted[key][0] == stated[key][0]
         del counted[key], stated[key]
     assert counted == stated
@@ -83,6 +94,32 @@ def test_compositions_train_the_same_model_as_one_process(pool: Pool, one_proces
     assert_same(tmp_path / "many", one, STEPS)
     assert_same_routing(tmp_path / "many", one)
     assert_stated(tmp_path / "many", load_config(path), drawn.processes)
+
+
+HALF = {
+    "1F1B": pipelined(2, 2), "interleaved": pipelined(2, 2, 2), "ZBH1, zero 2": scheduled("ZBH1", pipelined(4, 2)),
+    "ZBV, msp 2": scheduled("ZBV", pipelined(4, 2, 2, mode="msp", tensor=2)),
+    "experts over 4": layout(4), "experts, mtp 2": layout(4, "mtp", 2), "whole experts, msp 2": layout(
+        4, "msp", 2, parallel__expert={"no_tp": True}
+    ),
+    "experts, isp 2 x 2": layout(4, "isp", 2, 2, parallel__expert_weight={"size": 2, "overlap": True}, weights=PREFETCH),
+    "experts, fsdp, recomputed": layout(4, fsdp=True, model__checkpoint=True),
+    "experts, ZBV": scheduled("ZBV", pipelined(4, 2, 2)),
+}  # fmt: skip
+"""Layouts in bf16, which are those that run on GPUs."""
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_half_precision_follows_one_process(pool: Pool, one_process: One, tmp_path: Path, name: str) -> None:
+    processes, changes = HALF[name]
+    model = "dropless experts" if "experts" in name else "llama"
+    training = {"model__num_layers": changes.get("model__num_layers", 2), "data__micro_bsz": 3, "model__dtype": "bfloat16"}
+    drawn = Composition(processes, {**changes, "data__micro_bsz": 3}, model, training)
+    one = one_process(drawn, STEPS)
+    pool.train(write_config(tmp_path, one.parent / "data", "many", **drawn.changes), processes)
+    for row, reference in zip(metrics(tmp_path / "many"), metrics(one), strict=True):
+        assert row["loss"] == pytest.approx(reference["loss"], rel=2e-3)
+        assert row["grad_norm"] == pytest.approx(reference["grad_norm"], rel=5e-2)
 
 
 @pytest.mark.parametrize("seed", range(CHAINS))
