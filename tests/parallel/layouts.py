@@ -152,7 +152,7 @@ class Composition(NamedTuple):
     def one_process(self) -> dict[str, Any]:
         """All changes to the config, for the run on one process."""
         model = {**MODELS, **EXPERT_MODELS}[self.model]
-        return {**COMMON, "data__total_steps": STEPS, **self.training, **model}
+        return {**COMMON, "data__total_steps": STEPS, **model, **self.training}
 
 
 def compositions(seed: int) -> Iterator[Composition]:
@@ -173,18 +173,18 @@ def composition(seed: int) -> Composition:
 def _draw(draw: random.Random) -> Composition:
     """Draws a combination, which need not be possible."""
     processes, mode = draw.choice([2, 4, 4, 8]), draw.choice(["mtp", "msp", "fsp", "isp", "isp"])
-    sizes = [n for n in (1, 2, 4, 8) if processes % n == 0]
-    stages = draw.choice([1, 1, *sizes])
+    stages = draw.choice([n for n in (1, 1, 1, 2, 2, 4, 8) if processes % n == 0])
+    sizes = [n for n in (1, 2, 4, 8) if processes // stages % n == 0]
     schedule = draw.choice(["1F1B", "1F1B", "ZBH1", "ZBV"]) if stages > 1 else "1F1B"
     chunks = 2 if schedule == "ZBV" else draw.choice([1, 2]) if stages > 1 and schedule == "1F1B" else 1
-    models = draw.choice([list(MODELS), list(EXPERT_MODELS)])
+    models = draw.choice([list(MODELS), list(EXPERT_MODELS), list(EXPERT_MODELS)])
     isp, experts = mode == "isp", models[0] in EXPERT_MODELS
     layers = draw.choice([n for n in (4, 8) if n >= stages * chunks] or [8])
     split: list[int] = []
     if stages * chunks == 2 and draw.random() < 0.3:
         split = [1, layers - 1]
     layout: dict[str, Any] = {
-        "parallel__tensor": {"size": draw.choice([1, 2, 4]), "mode": mode},
+        "parallel__tensor": {"size": draw.choice([*sizes[:3], *sizes[1:3]]), "mode": mode},
         "parallel__weight": {
             "size": draw.choice(sizes) if isp else 1, "overlap": draw.random() < 0.7,
             "forward_overlap_per": draw.choice(["module", "layer"]),
@@ -204,8 +204,11 @@ def _draw(draw: random.Random) -> Composition:
         },
         "parallel__expert_zero1": {"size": draw.choice([-1, -1, 1, 2]) if experts else -1},
     }  # fmt: skip
-    training = {
+    training: dict[str, Any] = {
         "model__num_layers": layers, "data__micro_bsz": 3,  # routing is by micro-batch
         "data__use_packed_dataset": draw.random() < 0.7,
     }  # fmt: skip
+    if experts:
+        training["loss__moe_loss_kind"] = draw.choice(["gshard", "pooled"])
+        training["model__moe_layer_kwargs__bias_update_speed"] = draw.choice([None, 1e-3])
     return Composition(processes, layout, draw.choice(models), training)

@@ -145,11 +145,14 @@ def _rank_table(groups: dict[str, list[list[int]]], world_size: int, per_node: i
     """Formats a table of all ranks (or of some, if there are many): the node of each, and its group of every axis."""
     number = {(axis, rank): n for axis, of in groups.items() for n, group in enumerate(of) for rank in group}
     shown = [*range(world_size)] if world_size <= 32 else [*range(24), *range(world_size - 4, world_size)]
-    lines = ["  rank   node" + "".join(f"{axis:>12}" for axis in groups) + "   (numbers of groups)"]
+    widths = {axis: max(12, len(axis) + 2) for axis in groups}
+    lines = ["  rank   node" + "".join(f"{axis:>{width}}" for axis, width in widths.items()) + "   (numbers of groups)"]
     for before, rank in zip([-1, *shown], shown, strict=False):
         if rank != before + 1:
             lines.append("  ...")
-        lines.append(f"  {rank:<6} {rank // per_node:<4}" + "".join(f"{number[axis, rank]:>12}" for axis in groups))
+        # Only the ranks of the first and the last stage are in a group of those.
+        numbers = "".join(f"{number.get((axis, rank), '-'):>{width}}" for axis, width in widths.items())
+        lines.append(f"  {rank:<6} {rank // per_node:<4}{numbers}")
     return lines
 
 

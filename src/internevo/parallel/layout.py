@@ -177,7 +177,9 @@ class Layout:
         found["kv replicas"] = self.kv_weights.groups("kv_replicas")
         if self.experts_apart:
             experts = self.experts
-            found |= {"expert": experts.groups("expert"), "expert weight": experts.groups("inner")}
+            found["expert"] = experts.groups("expert")
+            if self.mode == "isp":
+                found["expert weight"] = experts.groups("inner")
             found |= {"expert zero": experts.groups("zero"), "expert replicate": experts.groups("replicate")}
         found["pipeline"] = weights.groups("stage")
         last = self.rank_of_stage(self.stages - 1)
@@ -198,6 +200,9 @@ class Layout:
     def describe(self) -> list[tuple[str, int, str]]:
         """Returns (axis, size, meaning) of every axis, for printing."""
         kind = "FSDP" if self.fsdp else "ZeRO-1.5" if self.zero > 1 else "plain data parallel"
+        experts = [("expert", self.expert, "ranks that have different experts")]
+        if self.mode == "isp":
+            experts.append(("expert weight", self.expert_inner, "ranks over which each expert is sharded"))
         return [
             ("world", self.world, "processes"),
             ("data", self.data, "ranks with different rows"),
@@ -205,12 +210,7 @@ class Layout:
             ("weight", self.weight, "ranks over which each weight is sharded (isp)"),
             ("zero", self.zero, f"ranks over which the optimizer state is sharded ({kind})"),
             ("replicate", self.replicate, "replicas of the optimizer state"),
-            *([("expert", self.expert, "ranks that have different experts")] if self.expert > 1 else []),
-            *(
-                [("expert weight", self.expert_inner, "ranks over which each expert is sharded")]
-                if self.mode == "isp" and self.expert_inner > 1
-                else []
-            ),
+            *(experts if self.experts_apart else ()),
             (
                 "pipeline",
                 self.pipeline,

@@ -333,6 +333,18 @@ def test_config_command(tmp_path: Path) -> None:
     assert "does not exist" in run("train", path, code=2).stderr
 
 
+def test_the_layout_of_experts_in_a_long_pipeline_is_printed() -> None:
+    config = tiny(
+        model_type="MIXTRALMOE", model__num_experts=4, model__num_layers=4, model__tie_word_embeddings=False,
+        parallel__pipeline=4, parallel__tensor={"size": 2, "mode": "isp"}, parallel__expert_weight={"size": 2},
+        data__global_batch_size=16,
+    )  # fmt: skip
+    assert not problems(config, 16)
+    lines = [line.split() for line in layout_lines(config, 16, 8)]
+    assert ["expert", "2"] in [line[:2] for line in lines] and ["expert", "weight", "2"] in [line[:3] for line in lines]
+    assert any(line[:2] == ["4", "0"] and line[-1] == "-" for line in lines), "a rank in the middle has neither end"
+
+
 @pytest.mark.parametrize(("ramp", "micro_batches"), [("", 8), ("2 2 3", 4), ("2 2 1", 8)])
 def test_the_layout_of_a_pipeline_is_that_of_the_last_step(ramp: str, micro_batches: int) -> None:
     """Its rows, the bubble, the messages, and the memory of each rank."""
