@@ -173,7 +173,7 @@ def work(which: str, side: str, shape: str, steps: int) -> None:
 
 def measure(which: str, side: str, shape: str, steps: int) -> float:
     """Runs one measurement in processes of its own."""
-    command = [sys.executable, __file__, "--worker", which, side, "--shape", shape, "--steps", str(steps)]
+    command = [sys.executable, __file__, "--worker", which, side, "--shapes", shape, "--steps", str(steps)]
     return float(run_processes(command, RANKS).splitlines()[-1])
 
 

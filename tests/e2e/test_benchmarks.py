@@ -88,6 +88,26 @@ def test_pipelines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
     assert [row[0] for row in table("--speed", "--shape", "tiny", "--steps", "1")] == ["1", "median"]
 
 
+def test_experts(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import experts
+
+    monkeypatch.setattr("sys.argv", [str(ROOT / "benchmarks" / "experts.py"), "--rounds", "1"])
+    experts.main()  # the ranks also compare the two results
+    assert [line.split()[:2] for line in capfd.readouterr().out.splitlines()] == [["one", "process"], ["4", "processes"]]
+
+
 def test_no_script_is_missing_in_this_file() -> None:
     names = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
-    assert names == {"checkpoint", "convert", "data", "gpu", "ours", "parallel", "pipeline", "timeline", "vs_transformers"}
+    assert names == {
+        "bench",
+        "checkpoint",
+        "convert",
+        "data",
+        "experts",
+        "gpu",
+        "ours",
+        "parallel",
+        "pipeline",
+        "timeline",
+        "vs_transformers",
+    }

@@ -77,18 +77,18 @@ def _has_kernel(x: Tensor, *sizes: int) -> bool:
     return x.is_cuda and x.dtype == torch.bfloat16 and all(size * x.dtype.itemsize % 16 == 0 for size in sizes)
 
 
-def _groups(ends: Tensor) -> Iterator[tuple[int, slice]]:
-    """Yields (expert, its rows) of every expert that has rows."""
-    for expert, (a, b) in enumerate(itertools.pairwise([0, *ends.tolist()])):
-        if b > a:
-            yield expert, slice(a, b)
+def _groups(ends: Tensor) -> Iterator[slice]:
+    """Yields the rows of each expert."""
+    return (slice(a, b) for a, b in itertools.pairwise([0, *ends.tolist()]))
 
 
 @torch.library.custom_op("internevo::grouped_linear", mutates_args=())
 def _grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    out = x.new_zeros(x.shape[0], weight.shape[1])
-    for expert, rows in _groups(ends):
-        torch.mm(x[rows], weight[expert].t(), out=out[rows])
+    out, end = x.new_empty(x.shape[0], weight.shape[1]), 0
+    for rows, weight_FD in zip(_groups(ends), weight, strict=True):
+        torch.mm(x[rows], weight_FD.t(), out=out[rows])
+        end = rows.stop
+    out[end:] = 0
     return out
 
 
@@ -99,9 +99,9 @@ def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 @torch.library.custom_op("internevo::grouped_product", mutates_args=())
 def _grouped_product(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
-    out = x.new_zeros(ends.shape[0], grad.shape[1], x.shape[1])
-    for expert, rows in _groups(ends):
-        torch.mm(grad[rows].t(), x[rows], out=out[expert])
+    out = x.new_empty(ends.shape[0], grad.shape[1], x.shape[1])
+    for rows, out_FD in zip(_groups(ends), out, strict=True):
+        torch.mm(grad[rows].t(), x[rows], out=out_FD)  # zeros, if there are no rows
     return out
 
 

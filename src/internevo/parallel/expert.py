@@ -40,6 +40,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from .. import ops
 from ..models.decoder import Decoder
 from ..models.moe import ExpertLinear, ExpertMLPs, MoE, Routing
 from ..ops.compiler import not_compiled
@@ -198,9 +199,9 @@ def run_experts(
     # They arrive sorted by rank and then by expert, and are sorted by expert.
     numbers_E = torch.arange(received_nE.shape[1], device=rows_RD.device).repeat(group.size())
     order_R = numbers_E.repeat_interleave(received_nE.flatten()).argsort(stable=True)
-    ends = received_nE.sum(0).cumsum(0).int()
-    out_RD = experts(arrived_RD[order_R], ends, True)
-    back_RD = back.arrive(back.start(out_RD[order_R.argsort()]))
+    inverse_R, ends = order_R.argsort(), received_nE.sum(0).cumsum(0).int()
+    out_RD = experts(ops.take_rows(arrived_RD, order_R, inverse_R), ends, True)
+    back_RD = back.arrive(back.start(ops.take_rows(out_RD, inverse_R, order_R)))
     if not complete and kept < rows_RD.shape[0]:
         back_RD = torch.cat([back_RD, back_RD.new_zeros(rows_RD.shape[0] - kept, back_RD.shape[1])])
     return back_RD, other
