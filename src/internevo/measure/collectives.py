@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -33,6 +34,7 @@ class Counter(TorchDispatchMode):
         super().__init__()
         self.layout = layout
         self.found: dict[tuple[str, str], Collectives] = {}
+        self._axis_of = cache(lambda kind, ranks: layout.axis_of(kind, list(ranks)))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = collective_name(func)
@@ -46,7 +48,7 @@ class Counter(TorchDispatchMode):
         if kind != "send":
             wait(out)
         if len(ranks) > 1:
-            axis = self.layout.axis_of(kind, ranks)
+            axis = self._axis_of(kind, tuple(ranks))
             row = self.found.setdefault((kind, axis), Collectives(kind, axis))
             row.count += 1
             row.nbytes += _nbytes(args[1] if name in OUTPUT_FIRST else args[0]) * (len(ranks) if kind == "all-gather" else 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from ..ops.dispatch import TorchDispatchMode, tree_leaves
+from ..ops.dispatch import PLAIN, FakeTensor, TorchDispatchMode
 from ..parallel.memory import Memory
 from ..parallel.orders import Action
 from ..parallel.shards import local
@@ -34,30 +34,44 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        inputs = {id(tensor.untyped_storage()) for tensor in _tensors((args, kwargs))}
-        for tensor in _tensors(out):
-            storage = tensor.untyped_storage()
-            if id(storage) not in inputs:
-                self._made[id(storage)] = weakref.ref(storage)
+        storages = [tensor.untyped_storage() for tensor in _tensors(out)]
+        new = [storage for storage in storages if not self._knows(storage)]
+        inputs = {id(tensor.untyped_storage()) for tensor in _tensors((args, kwargs))} if new else set[int]()
+        self._made.update({id(storage): weakref.ref(storage) for storage in new if id(storage) not in inputs})
         return out
 
+    def _knows(self, storage: torch.UntypedStorage) -> bool:
+        reference = self._made.get(id(storage))
+        return reference is not None and reference() is storage
+
+    @torch.no_grad()
     def read(self, action: Action) -> None:
         """Measures. Must be called after each pass."""
         self._made = {number: reference for number, reference in self._made.items() if reference() is not None}
         everything = _stable(self._read)
-        storages = {id(s): s for tensor in self._state() if id(s := local(tensor.detach()).untyped_storage()) in self._made}
+        storages = {id(s): s for tensor in self._state() if id(s := local(tensor).untyped_storage()) in self._made}
         state = sum(storage.nbytes() for storage in storages.values())
         self.readings[action] = state, everything - state
 
-    def memory(self, masters: int, moments: int, weights: int, after: Action) -> Memory:
-        """Returns the memory after a pass.
+    def memory(self, tensors: Mapping[str, Tensor], copies: Iterable[Tensor], after: Action | None = None) -> Memory:
+        """Returns the memory after a pass; None: after the last one that leaves the most.
 
         Args:
-            masters, moments: bytes of the master weights and of the moments, which were made before this context.
-            weights: bytes of other weights that were made before this context.
+            tensors: the master weights (model/NAME) and moments (optimizer/NAME), which were made before this context.
+            copies: the other copies of master weights.
         """
+        masters, moments = (
+            [local(tensor) for name, tensor in tensors.items() if name.startswith(kind)] for kind in ("model/", "optimizer/")
+        )
+        masters += [local(copy.detach()) for copy in copies]
+        storages = {id(tensor.untyped_storage()) for tensor in masters}
+        weights = [local(weight.detach()) for weight in self.model.parameters()]
+        made_before = [weight for weight in weights if id(weight.untyped_storage()) not in storages]
+        if after is None:
+            after = max(reversed(self.readings), key=lambda action: sum(self.readings[action]))
         state, activations = self.readings[after]
-        return Memory(masters, moments, weights + state, activations, after)
+        bytes_before = [sum(tensor.nbytes for tensor in kind) for kind in (masters, moments, made_before)]
+        return Memory(*bytes_before[:2], bytes_before[2] + state, activations, after)
 
     def _state(self) -> Iterator[Tensor]:
         """Yields weights and gradients. (``fully_shard`` adds up those of another dtype than their weights apart.)"""
@@ -85,10 +99,17 @@ def _stable(read: Callable[[], int]) -> int:
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
     """Yields the plain tensors in a tree that have memory; of a DTensor, this rank's shard."""
-    for leaf in tree_leaves(tree):
-        leaf = leaf.to_local() if isinstance(leaf, DTensor) else leaf
-        if type(leaf) in (Tensor, nn.Parameter) and leaf.device.type != "meta":
-            yield leaf
+    if isinstance(tree, Tensor):
+        if isinstance(tree, DTensor):
+            with torch.no_grad():
+                tree = tree.to_local()
+        if type(tree) is FakeTensor or (type(tree) in PLAIN and not tree.is_meta):  # a fake tensor has to look for its device
+            yield tree
+    elif isinstance(tree, list | tuple):
+        for item in tree:
+            yield from _tensors(item)
+    elif isinstance(tree, dict):
+        yield from _tensors(list(tree.values()))
 
 
 class OfRank(NamedTuple):

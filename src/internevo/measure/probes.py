@@ -17,7 +17,6 @@ from ..parallel.layout import Layout
 from ..parallel.memory import Memory
 from ..parallel.pipeline import PipelinedModel
 from ..parallel.schedule import Schedule, nothing
-from ..parallel.shards import local
 from ..parallel.strategy import Collectives
 from ..storage.jsonfile import write_json
 from . import collectives, memory
@@ -98,15 +97,7 @@ class Probes:
                 yield
             finally:
                 self.schedule.after_pass = nothing
-        masters, moments = (
-            [local(tensor) for name, tensor in self.state.items() if name.startswith(kind)] for kind in ("model/", "optimizer/")
-        )
-        masters += [local(copy.detach()) for copy in self.axis.copies]
-        storages = {tensor.untyped_storage().data_ptr() for tensor in masters}
-        weights = [local(weight.detach()) for weight in self.model.parameters()]
-        made_before = [weight for weight in weights if weight.untyped_storage().data_ptr() not in storages]
-        bytes_before = (sum(tensor.nbytes for tensor in kind) for kind in (masters, moments, made_before))
-        self._gather(formula, meter.memory(*bytes_before, formula.after))
+        self._gather(formula, meter.memory(self.state, self.axis.copies, formula.after))
 
     def _gather(self, formula: Memory, measured: Memory) -> None:
         """Gathers the memory of all ranks, for ``memory.json``, and shows that of the ranks of the first pipeline."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
+    "PLAIN",
+    "FakeTensor",
+    "FakeTensorMode",
     "TorchDispatchMode",
     "collective_name",
     "group_ranks",
@@ -17,8 +22,13 @@ __all__ = [
     "synchronize",
     "tree_leaves",
     "tree_map",
+    "unset_fake_temporarily",
     "wait",
 ]
+
+
+PLAIN = frozenset([torch.Tensor, torch.nn.Parameter, FakeTensor])
+"""Types of tensors that are no wrappers of others. A fake tensor has a shape and no memory."""
 
 
 def operator_name(operator: Any) -> str:
@@ -26,6 +36,7 @@ def operator_name(operator: Any) -> str:
     return str(operator.name() if hasattr(operator, "name") else operator).split(".")[0]
 
 
+@cache
 def collective_name(operator: Any) -> str | None:
     """Returns the name of an operator in one of the two namespaces of collectives; None for other operators."""
     namespace, _, name = operator_name(operator).partition("::")

@@ -180,9 +180,29 @@ class ExpertParallel:
         return {layer: Routing(*(next(totals).view(value.shape) for value in r)) for layer, r in sums.items()}
 
 
+RowCounts = Callable[[int, Tensor, Tensor], tuple[list[int], list[int]]]
+
+
+def row_counts(rows: int, sent_nE: Tensor, received_nE: Tensor) -> tuple[list[int], list[int]]:
+    """Returns how many rows a rank sends to each rank, and how many it gets from each. The host waits for the device.
+
+    Args:
+        rows: how many rows the rank has. Some of them may belong to no expert.
+        sent_nE: how many rows it sends to each expert of each rank.
+        received_nE: how many rows it gets from each rank for each of its own experts.
+    """
+    return sent_nE.sum(1).tolist(), received_nE.sum(1).tolist()
+
+
 @not_compiled
 def run_experts(
-    group: Group, experts: ExpertMLPs, rows_RD: Tensor, ends_E: Tensor, complete: bool, meanwhile: Callable[[], Tensor | None]
+    group: Group,
+    experts: ExpertMLPs,
+    rows_RD: Tensor,
+    ends_E: Tensor,
+    complete: bool,
+    meanwhile: Callable[[], Tensor | None],
+    row_counts: RowCounts = row_counts,
 ) -> tuple[Tensor, Tensor | None]:
     """Sends rows, which are sorted by expert, to the ranks of their experts, through these, and back.
 
@@ -191,14 +211,14 @@ def run_experts(
     """
     counts_nE = torch.diff(ends_E, prepend=ends_E.new_zeros(1)).view(group.size(), -1)
     received_nE = all_to_all(counts_nE, group)  # [rank, this rank's experts]
-    sent, received = counts_nE.sum(1).tolist(), received_nE.sum(1).tolist()
+    sent, received = row_counts(rows_RD.shape[0], counts_nE, received_nE)
     kept, there, back = sum(sent), Travel(sent, received, group), Travel(received, sent, group)
     travelling_RD = there.start(rows_RD[:kept])
     other = meanwhile()
     arrived_RD = there.arrive(travelling_RD)
     # They arrive sorted by rank and then by expert, and are sorted by expert.
     numbers_E = torch.arange(received_nE.shape[1], device=rows_RD.device).repeat(group.size())
-    order_R = numbers_E.repeat_interleave(received_nE.flatten()).argsort(stable=True)
+    order_R = numbers_E.repeat_interleave(received_nE.flatten(), output_size=sum(received)).argsort(stable=True)
     inverse_R, ends = order_R.argsort(), received_nE.sum(0).cumsum(0).int()
     out_RD = experts(ops.take_rows(arrived_RD, order_R, inverse_R), ends, True)
     back_RD = back.arrive(back.start(ops.take_rows(out_RD, inverse_R, order_R)))

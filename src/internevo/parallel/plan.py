@@ -41,7 +41,7 @@ from .tensor import TensorParallel
 def build(
     decoder: DecoderConfig, config: Config, layout: Layout, device: torch.device
 ) -> tuple[Decoder | PipelinedModel, Weights, Schedule]:
-    """Builds the model of a run, or this rank's stages of it; applies all strategies; and fills in the initial weights.
+    """Builds the model of a run, or this rank's stages of it, and applies all strategies. Its weights are not filled in yet.
 
     Every rank must call it.
 
@@ -51,7 +51,6 @@ def build(
     meshes = Meshes.from_layout(layout, device.type) if layout.world > 1 else None
     if meshes is None or layout.pipeline == 1:
         model, axis = _build_stage(Stage(range(decoder.num_layers)), decoder, config, layout, meshes, device)
-        _initialize(axis, decoder, config)
         return model, axis, OneStage(model, axis, device)
     stages = split(decoder, layout.stages, config.data.seq_len, config.parallel.pipeline.layers)
     pipelines, dtype = layout.weights.groups("stage"), COMPUTE[config.model.dtype]
@@ -63,7 +62,6 @@ def build(
             deferred = Deferred() if mode != "1F1B" else None
             chunks.append(Chunk(number, *_build_stage(stage, decoder, config, layout, meshes, device, deferred), deferred))
     both = Chunks([chunk.axis for chunk in chunks], _tied_group(decoder, layout, meshes))
-    _initialize(both, decoder, config)
     sequence_ranks = layout.tensor if layout.shards_sequence else 1
     return PipelinedModel(mode, chunks, channels), both, Pipeline(mode, chunks, both, channels, sequence_ranks)
 
@@ -115,7 +113,8 @@ def _build_stage(
     return model, Sharded(model, meshes, device, dtype, layout.fsdp, inner, zero)
 
 
-def _initialize(axis: Weights, decoder: DecoderConfig, config: Config) -> None:
+def fill(axis: Weights, decoder: DecoderConfig, config: Config) -> None:
+    """Fills in the initial weights."""
     initialize(axis.masters, Initializer.of(config.model, config.seed, decoder.norm_unit_offset))
     axis.masters_changed()
 

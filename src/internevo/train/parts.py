@@ -59,7 +59,13 @@ class Parts:
     def build(cls, config: Config, world: World) -> Parts:
         """Opens the data, and builds the model with its initial weights. Every rank must call it."""
         layout = Layout.from_config(config, world.size)
-        source, valid = _open_data(config, world, layout)
+        parts = cls.without_weights(config, world, layout, *_open_data(config, world, layout))
+        plan.fill(parts.axis, parts.decoder, config)
+        return parts
+
+    @classmethod
+    def without_weights(cls, config: Config, world: World, layout: Layout, source: Source, valid: Rows | None) -> Parts:
+        """Builds everything, but does not fill in the weights. Every rank must call it."""
         decoder = decoder_config(config.model_type, config.model)
         model, axis, schedule = plan.build(decoder, config, layout, world.device)
         optimizer = Optimizer(axis.masters, config.adam, axis.model_weights)

@@ -88,6 +88,22 @@ class Stepper:
             get_shared: returns the numbers that this rank shares. It is called after the backward passes.
         """
         parts = self.parts
+        numbers, routed = self.enqueue(batch, lr, beta2, get_shared)
+        result = self._result(numbers.get(), routed)
+        if result.skipped:
+            parts.optimizer.skipped()
+        elif self.bias_speed:
+            routed.balance(routers(parts.model.numbered_layers()), self.bias_speed)
+        parts.scaler.update(result.skipped)
+        return result
+
+    def enqueue(self, batch: StepBatch, lr: float, beta2: float, get_shared: Callable[[], Shared]) -> tuple[Later, RouterSums]:
+        """Does all of a step that the device computes, and waits for nothing. Arguments as for a step.
+
+        Returns:
+            The numbers of the step (``_result``), and the sums of the routers.
+        """
+        parts = self.parts
         # The loss is first divided by the number of all tokens. The number of predicted tokens is only known after the
         # all-reduce, so gradients are scaled to it together with clipping.
         expected = float(batch.tokens)
@@ -99,13 +115,7 @@ class Stepper:
         parts.optimizer.step(lr, beta2, factor[0].float(), finite[0].float())
         parts.axis.masters_updated()
         parts.optimizer.zero_grad()
-        result = self._result(numbers.get().split([1, 1, *(vector.numel() for vector in sums)]), routed)
-        if result.skipped:
-            parts.optimizer.skipped()
-        elif self.bias_speed:
-            routed.balance(routers(parts.model.numbered_layers()), self.bias_speed)
-        parts.scaler.update(result.skipped)
-        return result
+        return numbers, routed
 
     def _forward_backward(self, batch: StepBatch, scale: float) -> tuple[Losses, RouterSums]:
         losses, routed = Losses.zeros(self.types, self.device), RouterSums(self.parts.decoder, self.device)
@@ -149,8 +159,9 @@ class Stepper:
         finite = torch.isfinite(norm) & torch.isfinite(losses).all()
         return norm, to_mean * clip_factor(norm, self.clip), finite.double()
 
-    def _result(self, numbers: Sequence[Tensor], routed: RouterSums) -> StepResult:
-        norm, finite, _, losses, counts, routed.values, shared = numbers
+    def _result(self, numbers: Tensor, routed: RouterSums) -> StepResult:
+        sizes = [1, 1, 1, self.types, self.types, routed.values.numel()]
+        norm, finite, _, losses, counts, routed.values, shared = numbers.split([*sizes, numbers.numel() - sum(sizes)])
         summary = routed.summary(float(counts.sum()))
         return StepResult(Losses(losses, counts), float(norm), not finite, Shared.unpack(shared.tolist()), summary)
 

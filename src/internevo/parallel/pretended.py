@@ -1,0 +1,78 @@
+"""One rank of a pretended world: its collectives do nothing, and its tensors have shapes and no memory.
+
+The process groups are PyTorch's fake ones. The tensors are fake from the moment that a module on the meta device is given memory;
+everything before (meshes, process groups, the way in which the strategies shard weights) is done as in a real run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from ..ops.dispatch import PLAIN, FakeTensor, FakeTensorMode, TorchDispatchMode, tree_leaves, unset_fake_temporarily
+from .world import World
+
+
+@contextmanager
+def pretend(rank: int, size: int) -> Iterator[World]:
+    """Makes this process the rank ``rank`` of a world of ``size`` ranks, the others of which do not exist, on CPUs."""
+    store = FakeStore()
+    dist.init_process_group("fake", rank=rank, world_size=size, store=store)
+    try:
+        yield World(rank, size, 0, torch.device("cpu"), store)
+    finally:
+        dist.destroy_process_group()
+
+
+class NoMemory:
+    """Tensors without memory, of which operators compute only the shapes."""
+
+    def __init__(self) -> None:
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def building(self) -> AbstractContextManager[Any]:
+        """A context in which weights are without memory. Meshes compute with the numbers of ranks, which exist."""
+        return _Weights(self._fake)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """A context in which all new tensors are without memory, if they are not computed from existing ones alone, such as the
+        borders of documents, which the host reads."""
+        with self._fake, _Existing():
+            yield
+
+
+class _Weights(TorchDispatchMode):
+    """Makes what leaves the meta device a tensor without memory."""
+
+    def __init__(self, fake: FakeTensorMode) -> None:
+        super().__init__()
+        self.fake = fake
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not PLAIN.issuperset(types):
+            return NotImplemented  # a DTensor comes back with its shard
+        device = kwargs.get("device")
+        if func is not torch.ops.aten.empty_like.default or device is None or not args[0].is_meta:
+            return func(*args, **kwargs)
+        with self.fake:
+            dtype = kwargs.get("dtype") or args[0].dtype
+            return torch.empty_strided(args[0].shape, args[0].stride(), dtype=dtype, device=device)
+
+
+class _Existing(TorchDispatchMode):
+    """Computes operators on tensors that exist. It must be entered inside a ``FakeTensorMode``, which does all others."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not PLAIN.issuperset(types):
+            return NotImplemented
+        tensors = () if FakeTensor in types else [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        with unset_fake_temporarily() if tensors and not tensors[0].is_meta else nullcontext():
+            return func(*args, **(kwargs or {}))

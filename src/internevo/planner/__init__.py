@@ -1,0 +1,1 @@
+"""A run on paper: what it needs, before it has the machines."""

@@ -1,0 +1,146 @@
+"""A dry run: one rank of a pretended world builds its part of the model and takes a step, without memory and without computing.
+
+The strategies, the schedule and the optimizer are those of a real run; only the other ranks, the values of tensors and the data
+are left out. Each micro-batch has rows of one document. The rows of experts are balanced: every rank sends as many to each rank
+of the expert axis, or one more.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import Config
+from ..config.data import Data, name_of
+from ..data.batches import Cursor, MicroBatch, StepBatch
+from ..data.rows import RandomRows
+from ..data.source import ShuffledRows
+from ..data.tokenized.index import dataset_type
+from ..measure.collectives import Counter
+from ..measure.memory import Meter
+from ..models.moe import MoE
+from ..parallel.layout import Layout
+from ..parallel.memory import Memory
+from ..parallel.pretended import NoMemory, pretend
+from ..parallel.schedule import nothing
+from ..parallel.strategy import Collectives
+from ..train.parts import Parts
+from ..train.process import prepare
+from ..train.shared import Shared
+from ..train.step import Stepper, formulas
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What one rank of a run has in memory and sends, counted in a dry run and by formula."""
+
+    rank: int
+    world: int
+    coordinate: dict[str, int]
+    """Axis of the layout -> the position of the rank."""
+    micro_batches: int
+    """Of a step."""
+    parameters: int
+    """Number of parameters of the whole model."""
+    memory: Memory
+    collectives: list[Collectives]
+    stated_memory: Memory | None
+    """By formula; None with adapters."""
+    stated_collectives: list[Collectives] | None
+    balanced: bool
+    """Whether rows travel to experts: the counted bytes of all-to-alls are then those of balanced rows."""
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the content of ``dryrun.json``."""
+        return asdict(self)
+
+
+def dry_run(config: Config, world_size: int, rank: int) -> DryRun:
+    """Takes one step of a rank without computing.
+
+    The config must be one that can be trained on ``world_size`` processes.
+    """
+    begin = time.perf_counter()
+    config = config.model_copy(update={"model": config.model.model_copy(update={"compile": False})})
+    with pretend(rank, world_size) as world:
+        prepare(config, world.device)
+        no_memory, layout = NoMemory(), Layout.from_config(config, world_size)
+        with no_memory.building():
+            parts = Parts.without_weights(config, world, layout, _source(config.data), None)
+        balanced = _balance_rows(parts)
+        stepper = Stepper(parts)
+        with no_memory.running():
+            batch = _batch(parts)
+        meter = Meter(parts.model, (*parts.axis.masters.values(), *parts.axis.copies))
+        parts.schedule.after_pass = meter.read
+        with no_memory.running(), Counter(layout) as counter, meter:
+            stepper.enqueue(batch, config.adam.lr, config.adam.adam_beta2, partial(_shared, world_size))
+        parts.schedule.after_pass = nothing
+        count = len(batch.micro_batches)
+        stated_memory, stated = formulas(parts, count)
+        memory = meter.memory(parts.tensors(), parts.axis.copies, stated_memory.after if stated_memory else None)
+        return DryRun(
+            rank, world_size, layout.weights.coordinate(rank), count, parts.decoder.parameters(), memory, counter.rows(),
+            stated_memory, stated, balanced, time.perf_counter() - begin,
+        )  # fmt: skip
+
+
+def _source(data: Data) -> ShuffledRows:
+    """Returns a source of random rows, with as many dataset types as the data has, as far as it is here."""
+    rows = RandomRows(data.seq_len, 2, data.seed)
+    folder = Path(data.folders[0] or "")
+    if data.mixture:
+        rows.types = [name_of(part) for part in data.mixture]
+    elif data.folders[0] and (files := [path.relative_to(folder) for path in folder.rglob("*.bin")]):
+        rows.types = sorted({dataset_type(folder, str(path)) for path in files})
+    return ShuffledRows(rows, data.seed)
+
+
+def _batch(parts: Parts) -> StepBatch:
+    """Returns the micro-batches of the last step, with one document in each row."""
+    data, sizes, last = parts.config.data, parts.sizes, parts.config.data.total_steps - 1
+    rows, size = data.micro_bsz, data.seq_len
+    shape = (1, rows * size) if data.use_packed_dataset else (rows, size)
+    # Borders of documents exist, since the host reads them.
+    borders = torch.from_numpy(np.arange(0, (rows + 1) * size, size, dtype=np.int32)) if data.use_packed_dataset else None
+
+    def micro_batch() -> MicroBatch:
+        tokens, labels = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
+        return MicroBatch(tokens, labels, torch.zeros(shape, dtype=torch.int16), borders)
+
+    return StepBatch([micro_batch() for _ in range(sizes.micro_batches(last))], last, Cursor(), sizes.rows(last) * size)
+
+
+def _shared(world_size: int) -> Shared:
+    return Shared(0.0, 0.0, 0.0, 0.0, [0.0] * world_size)
+
+
+def _balance_rows(parts: Parts) -> bool:
+    """Makes the same number of rows travel to each rank of the expert axis, if experts are over ranks. Returns whether they are."""
+    if parts.layout.expert == 1:
+        return False
+    rank = parts.layout.experts.coordinate(parts.world.rank)["expert"]
+    for _, layer in parts.model.numbered_layers():
+        if isinstance(layer.mlp, MoE):
+            layer.mlp.run_experts = partial(layer.mlp.run_experts, row_counts=partial(_balanced, rank))
+    return True
+
+
+def _balanced(rank: int, rows: int, sent_nE: Tensor, received_nE: Tensor) -> tuple[list[int], list[int]]:
+    """Returns how many rows a rank sends to each rank, and how many it gets from each, if these are the same as far as possible.
+
+    Args:
+        rank: its position along the expert axis.
+    """
+    ranks = len(sent_nE)
+    each, rest = divmod(rows, ranks)
+    sent, received = ([each + (sign * (other - rank) % ranks < rest) for other in range(ranks)] for sign in (1, -1))
+    return sent, received
