@@ -88,11 +88,23 @@ def train(
     config: ConfigFile,
     overrides: Overrides = None,
     nproc: Annotated[int | None, typer.Option(min=1, help="Number of local processes (default: one per GPU, or 1).")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Do not train: count the memory and the collectives of one rank of --world-size.")
+    ] = False,
+    world_size: Annotated[int | None, typer.Option(min=1, help="Number of ranks of a dry run.", metavar="N")] = None,
+    rank: Annotated[int | None, typer.Option(min=0, help="The rank that a dry run is of (default: 0).", metavar="R")] = None,
 ) -> None:
     """Train a model. Under torchrun or srun, this process is one rank of the run; otherwise it starts the processes itself."""
+    from .commands.train import dry_run as pretend
     from .commands.train import train as start
 
-    raise typer.Exit(start(config, overrides or [], nproc))
+    if not dry_run and (world_size, rank) != (None, None):
+        raise UsageError("--world-size and --rank belong to --dry-run; a run has as many ranks as processes (--nproc)")
+    if not dry_run:
+        raise typer.Exit(start(config, overrides or [], nproc))
+    if world_size is None or nproc is not None:
+        raise UsageError("--dry-run needs --world-size N, the number of ranks of the run, and no --nproc: it is one process")
+    pretend(config, overrides or [], world_size, rank or 0)
 
 
 @app.command("config", epilog=_epilog("internevo config configs/7B_internlm2.py --world-size 8"))

@@ -28,6 +28,7 @@ SUBROOMS = {
 PRIVATE = {
     "parallel/collectives.py": "functional collectives",
     "parallel/gloo.py": "gloo",
+    "parallel/pretended.py": "fake process groups",
     "measure/memory.py": "gradients that fully_shard adds up",
     "ops/dispatch.py": "dispatch modes",
     "ops/compiler.py": "the compiler",

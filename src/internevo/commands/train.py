@@ -12,7 +12,7 @@ from pathlib import Path
 from ..config import Config, load_config, notices
 from ..errors import InternEvoError, UsageError
 from ..parallel.launcher import LauncherInfo, launcher_has_store, read_launcher
-from ..train.check import check
+from ..train.check import check, check_config
 from .launch import PARENT, default_processes, launch
 
 
@@ -50,6 +50,27 @@ def train(path: Path, overrides: list[str], processes: int | None, port: int | N
     else:
         check(config, info.size)
     return _train_here(config, info, parent)
+
+
+def dry_run(path: Path, overrides: list[str], world_size: int, rank: int) -> None:
+    """Takes one step of a rank of ``world_size`` ranks without computing. Prints what it has counted, and writes it to
+    ``dryrun.json`` in the run folder. The data need not be here.
+
+    Raises:
+        UsageError: if there is no such rank, or the file is not from a dry run.
+        ConfigError: if the config cannot be trained on ``world_size`` processes.
+    """
+    if rank >= world_size:
+        raise UsageError(f"--rank {rank}: the ranks of --world-size {world_size} are 0 to {world_size - 1}")
+    config = load_config(path, overrides)
+    check_config(config, world_size)
+    _print_notices(config)
+    from ..planner import dryrun
+
+    dryrun.check_file(config.run_folder)
+    result = dryrun.dry_run(config, world_size, rank)
+    print("\n".join(result.lines()))
+    print(f"written to {result.write(config.run_folder)}")
 
 
 def _collective_timeout(step: float) -> timedelta:

@@ -47,7 +47,9 @@ class Meter(TorchDispatchMode):
     @torch.no_grad()
     def read(self, action: Action) -> None:
         """Measures. Must be called after each pass."""
-        self._made = {number: reference for number, reference in self._made.items() if reference() is not None}
+        # ``fully_shard`` pads fake masters again in the first forward pass, because it compares addresses.
+        masters = {id(local(master).untyped_storage()) for master in self.masters}
+        self._made = {n: reference for n, reference in self._made.items() if n not in masters and reference() is not None}
         everything = _stable(self._read)
         storages = {id(s): s for tensor in self._state() if id(s := local(tensor).untyped_storage()) in self._made}
         state = sum(storage.nbytes() for storage in storages.values())

@@ -35,6 +35,7 @@ from ..models.decoder import Decoder
 from ..models.moe import ExpertMLPs
 from ..ops import foreach
 from ..ops.accumulate import accumulate
+from . import gloo
 from .gloo import AllGather, ReduceScatter, wait_for_reduction
 from .layout import Meshes
 from .shards import local, shard_dim_of_experts
@@ -184,6 +185,7 @@ class Sharded:
             shard(modules, mesh=_data_mesh(meshes.weights))
         if fsdp:
             _set_backward_prefetch(joined[:-1], apart)
+        on_gloo = gloo.is_used(device)
         may_defer = config.overlap_sync_grad and not fsdp
         self.reduce_scatter, self.reduce_scatter_experts = (
             ReduceScatter(may_defer and mesh["replicate"].size() == 1)
@@ -197,10 +199,10 @@ class Sharded:
             unit.set_force_sum_reduction_for_comms(True)
             if not config.overlap_sync_grad:
                 unit.set_all_reduce_hook(wait_for_reduction)
-            if device.type == "cpu" and config.grad_dtype == "float32":
+            if on_gloo and config.grad_dtype == "float32":
                 of_experts = apart and isinstance(unit, ExpertMLPs)
                 unit.set_custom_reduce_scatter(cast(Any, self.reduce_scatter_experts if of_experts else self.reduce_scatter))
-            if device.type == "cpu" and config.overlap_sync_param:
+            if on_gloo and config.overlap_sync_param:
                 unit.set_custom_all_gather(cast(Any, AllGather()))
         if config.overlap_sync_param:
             _set_forward_prefetch(self.units, apart)

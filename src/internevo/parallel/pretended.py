@@ -1,7 +1,7 @@
 """One rank of a pretended world: its collectives do nothing, and its tensors have shapes and no memory.
 
-The process groups are PyTorch's fake ones. The tensors are fake from the moment that a module on the meta device is given memory;
-everything before (meshes, process groups, the way in which the strategies shard weights) is done as in a real run.
+The process groups are PyTorch's fake ones. Tensors are fake from the moment at which a module leaves the meta device; all before that
+(meshes, process groups, how the strategies shard weights) is done as in a real run.
 """
 
 from __future__ import annotations
@@ -71,6 +71,8 @@ class _Existing(TorchDispatchMode):
     """Computes operators on tensors that exist. It must be entered inside a ``FakeTensorMode``, which does all others."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default and type(args[0]) is FakeTensor:
+            return args[0].fake_device  # most calls are such ones
         if not PLAIN.issuperset(types):
             return NotImplemented
         tensors = () if FakeTensor in types else [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]

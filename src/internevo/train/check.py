@@ -5,7 +5,7 @@ It needs no PyTorch, and runs before any process is started.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,15 +26,25 @@ def check(config: Config, world_size: int) -> None:
         NotAvailableYet: if the config is right, but needs a feature that this version does not have.
         DataError: if the tokenized data has ids outside the model's vocabulary, or cannot be read.
     """
-    wrong = problems(config, world_size) + rules.missing_paths(config)
+    missing = rules.missing_paths(config)
     if config.enable_tb and find_spec("tensorboard") is None:
-        wrong.append("enable_tb = True needs the package tensorboard: pip install tensorboard, or set enable_tb = False")
+        missing.append("enable_tb = True needs the package tensorboard: pip install tensorboard, or set enable_tb = False")
+    check_config(config, world_size, missing)
+    check_data(config)
+
+
+def check_config(config: Config, world_size: int, missing: Sequence[str] = ()) -> None:
+    """As ``check``, but for the config alone: files and packages need not be there.
+
+    Args:
+        missing: problems that are already known.
+    """
+    wrong = [*problems(config, world_size), *missing]
     if wrong:
         raise ConfigError("the config cannot be trained:\n" + "\n".join(f"  {line}" for line in wrong))
     later = missing_features(config)
     if later:
         raise NotAvailableYet("\n".join(later))
-    check_data(config)
 
 
 def problems(config: Config, world_size: int) -> list[str]:

@@ -18,6 +18,8 @@ LOCK = "internevo.lock"
 """The lock file in a run folder."""
 INHERITED = "INTERNEVO_LOCK"
 """Environment variable with the file descriptor of the lock that the launcher has acquired for rank 0."""
+DRY_RUN = "dryrun.json"
+"""What a dry run writes, into a folder that need not be a run's yet."""
 FOLDERS, FILES = (
     ("log", CHECKPOINTS, SNAPSHOTS, "tensorboard"),
     ("config.json", "metrics.jsonl", "samples.jsonl", "report.html"),
@@ -94,8 +96,8 @@ def _check_content(run: Path) -> None:
 
 
 def _is_harmless(entry: Path) -> bool:
-    """Whether an entry of a folder says nothing about what the folder is for: hidden files, and what launchers print."""
-    return entry.name.startswith(".") or entry.name == "lost+found" or (entry.suffix in OUTPUT and entry.is_file())
+    """Whether an entry of a folder says nothing about what the folder is for: hidden, printed by launchers, of dry runs."""
+    return entry.name.startswith(".") or entry.name in ("lost+found", DRY_RUN) or (entry.suffix in OUTPUT and entry.is_file())
 
 
 def _is_run(run: Path) -> bool:
