@@ -10,11 +10,11 @@ import pytest
 
 from internevo.config import load_config
 from internevo.planner.dryrun import dry_run
-from tests.conftest import write_config, write_dataset
-from tests.parallel.layouts import EXPERT_MODELS, Composition, compositions
+from tests.conftest import write_config
+from tests.parallel.layouts import Composition, compositions
 from tests.pool import Pool
 
-DRAWN = int(os.environ.get("INTERNEVO_TEST_DRY_RUNS", "6"))
+DRAWN = int(os.environ.get("INTERNEVO_TEST_DRY_RUNS", "4"))
 """Number of random layouts."""
 MICRO_BATCHES = 2
 

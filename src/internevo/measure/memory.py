@@ -72,8 +72,10 @@ class Meter(TorchDispatchMode):
         if after is None:
             after = max(reversed(self.readings), key=lambda action: sum(self.readings[action]))
         state, activations = self.readings[after]
-        bytes_before = [sum(tensor.nbytes for tensor in kind) for kind in (masters, moments, made_before)]
-        return Memory(*bytes_before[:2], bytes_before[2] + state, activations, after)
+        master_bytes, moment_bytes, weight_bytes = (
+            sum(tensor.nbytes for tensor in kind) for kind in (masters, moments, made_before)
+        )
+        return Memory(master_bytes, moment_bytes, weight_bytes + state, activations, after)
 
     def _state(self) -> Iterator[Tensor]:
         """Yields weights and gradients. (``fully_shard`` adds up those of another dtype than their weights apart.)"""

@@ -37,7 +37,7 @@ from ..models.losses import HandedOn, Loss, LossTerms
 from .data_axis import DataAxis, Weights
 from .deferred import Deferred
 from .messages import Channels, Message
-from .orders import BACKWARD, FORWARD, Action, forwards, needs, orders
+from .orders import BACKWARD, FORWARD, Action, forwards, needs, orders, stages_on
 from .schedule import OnResult, nothing
 from .shards import local
 from .spans import SEND
@@ -53,7 +53,9 @@ def traffic(work: Workload) -> list[Collectives]:
     if layout.pipeline == 1:
         return []
     tokens = work.tokens // layout.tensor if layout.shards_sequence else work.tokens
-    sends = sum((not stage.heads) + (not stage.embeds) for stage in work.on_rank)
+    here = stages_on(work.pipeline_rank, layout.pipeline, layout.chunks, work.schedule)
+    neighbours = [stage + way for stage in here for way in (-1, 1) if 0 <= stage + way < layout.stages]
+    sends = sum(layout.rank_of_stage(stage) != work.pipeline_rank for stage in neighbours)
     pooled = 8 * decoder.experts.count if work.pools and decoder.experts else 0
     nbytes = tokens * decoder.hidden_size * work.element_bytes + pooled
     rows = [Collectives("send", "pipeline", 2 if pooled else 1, nbytes).times(sends * work.micro_batches)]

@@ -1,7 +1,7 @@
 """One rank of a pretended world: its collectives do nothing, and its tensors have shapes and no memory.
 
-The process groups are PyTorch's fake ones. Tensors are fake from the moment at which a module leaves the meta device; all before that
-(meshes, process groups, how the strategies shard weights) is done as in a real run.
+The process groups are PyTorch's fake ones. Tensors are fake from the moment at which a module leaves the meta
+device; all before that (meshes, process groups, how the strategies shard weights) is done as in a real run.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -41,7 +41,6 @@ from ..train.parts import Parts
 from ..train.process import prepare
 from ..train.shared import Shared
 from ..train.step import Stepper, formulas
-
 
 FORMAT = "dry run 1"
 """Says in ``dryrun.json`` what it is, with the version of its format."""
@@ -206,11 +205,11 @@ def _balance_rows(parts: Parts) -> bool:
     rank = parts.layout.experts.coordinate(parts.world.rank)["expert"]
     for _, layer in parts.model.numbered_layers():
         if isinstance(layer.mlp, MoE):
-            layer.mlp.run_experts = partial(layer.mlp.run_experts, row_counts=partial(_balanced, rank))
+            layer.mlp.run_experts = partial(cast(Any, layer.mlp.run_experts), row_counts=partial(balanced_rows, rank))
     return True
 
 
-def _balanced(rank: int, rows: int, sent_nE: Tensor, received_nE: Tensor) -> tuple[list[int], list[int]]:
+def balanced_rows(rank: int, rows: int, sent_nE: Tensor, received_nE: Tensor) -> tuple[list[int], list[int]]:
     """Returns how many rows a rank sends to each rank, and how many it gets from each: the same number, or one more.
 
     Args:
