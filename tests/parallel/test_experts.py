@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import metrics, write_config
+from tests.conftest import metrics, tensors, write_config
 from tests.parallel.conftest import Runs, assert_same
 from tests.parallel.layouts import COMMON, EXPERTS, PREFETCH, Case, layout, pipelined
 from tests.pool import Pool
@@ -61,6 +61,17 @@ CASES = {
         4, 2, layers=2, mode="isp", tensor=2, weights=PREFETCH, model__checkpoint=True, **gathered(2)
     ),
 }
+
+
+def test_overlap_changes_no_bit(pool: Pool, world: Runs, tmp_path: Path) -> None:
+    _, dataset, _ = world
+    for name, overlap in (("overlapped", True), ("not-overlapped", False)):
+        processes, changes = layout(4, "isp", 2, 2, weights={**PREFETCH, "overlap": overlap}, **gathered(2, overlap))
+        common = {**COMMON, **FAMILIES["capacity"], "data__total_steps": 3, "data__micro_bsz": ROWS}
+        synchronized = {f"hybrid_zero_optimizer__overlap_sync_{kind}": overlap for kind in ("grad", "param")}
+        pool.train(write_config(tmp_path, dataset, name, **{**changes, **common, **synchronized}), processes)
+    mine, theirs = (tensors(tmp_path / name, 3) for name in ("overlapped", "not-overlapped"))
+    assert mine.keys() == theirs.keys() and all(mine[name].equal(tensor) for name, tensor in theirs.items())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -17,19 +17,21 @@ MODES = [("mtp", 1, 1, 1), ("mtp", 8, 1, 4), ("fsp", 4, 1, 1), ("isp", 1, 8, 1),
 """Mode, tensor, weight, ranks with the same key/value head."""
 ZERO = [4, None]
 """None: as many as there are."""
-EXPERTS = [(1, None), (4, 2), (16, None)]
-"""Ranks with different experts; over how many their optimizer state is sharded."""
+EXPERTS = [(1, None, 1), (4, 2, 1), (16, None, 1), (4, None, 2), (8, None, 4)]
+"""Ranks with different experts; over how many their optimizer state is sharded; over how many each expert is."""
 
 
 def large_layouts() -> Iterator[Layout]:
-    for (stages, chunks, schedule), (mode, tensor, weight, kv), zero, (expert, expert_zero) in itertools.product(
+    for (stages, chunks, schedule), (mode, tensor, weight, kv), zero, (expert, expert_zero, expert_inner) in itertools.product(
         PIPELINES, MODES, ZERO, EXPERTS
     ):
+        if mode != "isp" and expert_inner > 1:
+            expert_inner = tensor
         world = 768 if stages == 3 else 1024
         ranks, inner = world // stages, weight if mode == "isp" else tensor
         yield Layout(
             world, tensor, mode, weight, stages, zero or ranks // inner, False, kv, chunks, schedule,
-            expert=expert, expert_zero=expert_zero or ranks // expert,
+            expert=expert, expert_inner=expert_inner, expert_zero=expert_zero or ranks // (expert * expert_inner),
         )  # fmt: skip
 
 
