@@ -347,7 +347,8 @@ def test_the_layout_of_experts_in_a_long_pipeline_is_printed(tied: bool) -> None
     assert any(line[:2] == ["4", "0"] and line[-1] == "-" for line in lines) == tied, "a rank in the middle has neither end"
     assert any("first and last" in line for line in text) == tied, "the group exists for tied embeddings only"
     assert len({line.index(" groups  ") for line in text if " groups  " in line}) == 1, "the columns are aligned"
-    assert any("1 micro-batch of" in line for line in text) and any("MiB" in line for line in text)
+    assert any("(8 micro-batches of 1 on each of 2 data ranks)" in line for line in text)
+    assert any(line.split()[:1] == ["MiB"] for line in text), "a small model is not 0.00 GiB"
 
 
 @pytest.mark.parametrize(("ramp", "micro_batches"), [("", 8), ("2 2 3", 4), ("2 2 1", 8)])
