@@ -363,7 +363,7 @@ def test_the_layout_of_a_pipeline_is_that_of_the_last_step(ramp: str, micro_batc
     assert any(f"({micro_batches} micro-batches of" in line for line in lines)
     assert any(line.startswith("  bubble") and f"with {micro_batches} micro-batches," in line for line in lines)
     assert any(line.split()[:4] == ["send", "pipeline", "2", str(2 * micro_batches)] for line in lines)
-    first = next(n for n, line in enumerate(lines) if line.split()[:2] == ["GiB", "rank"])
+    first = next(n for n, line in enumerate(lines) if line.split()[:2] == ["MiB", "rank"])
     rows = [line.split() for line in lines[first + 1 : first + 3]]
     assert [row[0] for row in rows] == ["0", "1"] and all("pass of micro-batch" in " ".join(row) for row in rows)
 
