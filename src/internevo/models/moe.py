@@ -128,15 +128,15 @@ class Router(nn.Module):
         return experts_Tk, weights_Tk, kept_Tk, routing
 
     @torch.no_grad()
-    def balance(self, load: Tensor, speed: float) -> None:
+    def balance(self, load: Tensor, speed: float | Tensor) -> None:
         """Moves the bias of each expert by ``speed``: up if its load is less than the mean, and down if it is more.
 
         Args:
-            load: how many times each expert was chosen in a step, by the tokens of all ranks [E], in fp64.
+            load: how many times each expert was chosen in a step, by the tokens of all ranks [E], in fp64 on the device.
         """
         assert self.bias is not None
         # The counts are multiplied, and not divided, so that the comparison with the mean is exact.
-        self.bias += speed * (load.sum() - self.experts.count * load).sign().float().to(self.bias.device)
+        self.bias += (speed * (load.sum() - self.experts.count * load).sign()).float()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         """Applies what ``module.to(...)`` and the like do to tensors. The bias goes to another device, but stays in fp32: such
