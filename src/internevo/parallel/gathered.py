@@ -260,7 +260,7 @@ class _GatheredExperts(torch.autograd.Function):
         deferred_shards: tuple[Tensor, ...], *shards: Tensor,
     ):  # fmt: skip
         ctx.weights, ctx.activation, ctx.complete, ctx.deferred_shards = weights, activation, complete, deferred_shards
-        gate_weight, up_weight, down_weight = weights.forward(shards, any(ctx.needs_input_grad) or bool(deferred_shards))
+        gate_weight, up_weight, down_weight = weights.forward(shards, any(ctx.needs_input_grad))
         gate, up = (ops.grouped_linear(rows, weight, ends, complete) for weight in (gate_weight, up_weight))
         ctx.save_for_backward(rows, ends, gate, up, *shards)
         return ops.grouped_linear(ops.gated(gate, up, activation), down_weight, ends, complete)
