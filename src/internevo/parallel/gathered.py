@@ -2,7 +2,8 @@
 
 The weights of linears that share an input are gathered together: q, k and v; o; gate and up; down. While they are used, the
 next ones are prefetched. The gradient of a full weight is reduce-scattered as soon as it is computed, and waited for at the end
-of the layer's backward pass. All weights of a layer's experts are gathered together, while those of the layer before are used.
+of the layer's backward pass. All weights of a layer's experts are gathered together, while those of the layer before are used;
+their gradients are waited for at the end of the experts' backward pass.
 """
 
 from __future__ import annotations
