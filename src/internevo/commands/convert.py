@@ -13,6 +13,7 @@ from ..checkpoint.folder import CHECKPOINTS, SNAPSHOTS
 from ..checkpoint.open import open_source
 from ..checkpoint.weights import write_checkpoint
 from ..errors import UsageError
+from ..models.config import DecoderConfig
 from ..models.huggingface.folder import write_hf
 from ..models.huggingface.upcycle import upcycled
 from ..models.source import ParameterSource
@@ -34,7 +35,7 @@ def convert(
     top_k: int | None = None,
     seed: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> None:
+) -> DecoderConfig:
     """Converts a Hugging Face folder or a checkpoint to either of them. Only a few rows of one tensor are in memory at a time.
 
     Args:
@@ -50,6 +51,9 @@ def convert(
         top_k: with ``upcycle``: number of experts that each token chooses.
         seed: with ``upcycle``: seed of the routers' weights; None: 0.
         progress: is called with the number of bytes written and the total.
+
+    Returns:
+        The shape of the model that was written.
 
     Raises:
         UsageError: if the target cannot be written or is not empty, or the options contradict each other.
@@ -71,6 +75,7 @@ def convert(
         write_hf(model, target, dtype=dtype, shard_bytes=shard_bytes, write_as=write_as, overwrite=overwrite, progress=progress)
     else:
         write_checkpoint(model, target, dtype=dtype, shard_bytes=shard_bytes, progress=progress)
+    return model.config
 
 
 def _check_outside(source: Path, target: Path) -> None:
@@ -84,8 +89,8 @@ def _check_outside(source: Path, target: Path) -> None:
 def convert_with_progress(source: Path, target: Path, to: str, **options: Any) -> None:
     """Calls ``convert`` with a progress bar, and prints a line at the end."""
     with progress_bar("converting") as (progress, _):
-        convert(source, target, to, progress=progress, **options)
-    print(f"{source} -> {target}")
+        written = convert(source, target, to, progress=progress, **options)
+    print(f"{source} -> {target} ({written.family}, {written.parameters():,} parameters)")
     config = target / "config.json"
     if to == "hf" and "auto_map" in (values := json.loads(config.read_text(encoding="utf-8"))):
         file = values["auto_map"]["AutoConfig"].split(".")[0] + ".py"

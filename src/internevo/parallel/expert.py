@@ -191,14 +191,14 @@ def run_experts(
     """
     counts_nE = torch.diff(ends_E, prepend=ends_E.new_zeros(1)).view(group.size(), -1)
     received_nE = all_to_all(counts_nE, group)  # [rank, this rank's experts]
-    sent, received = counts_nE.sum(1).tolist(), received_nE.sum(1).tolist()
+    sent, received = torch.stack([counts_nE.sum(1), received_nE.sum(1)]).tolist()  # the host waits for the device once
     kept, there, back = sum(sent), Travel(sent, received, group), Travel(received, sent, group)
     travelling_RD = there.start(rows_RD[:kept])
     other = meanwhile()
     arrived_RD = there.arrive(travelling_RD)
     # They arrive sorted by rank and then by expert, and are sorted by expert.
     numbers_E = torch.arange(received_nE.shape[1], device=rows_RD.device).repeat(group.size())
-    order_R = numbers_E.repeat_interleave(received_nE.flatten()).argsort(stable=True)
+    order_R = numbers_E.repeat_interleave(received_nE.flatten(), output_size=sum(received)).argsort(stable=True)
     inverse_R, ends = order_R.argsort(), received_nE.sum(0).cumsum(0).int()
     out_RD = experts(ops.take_rows(arrived_RD, order_R, inverse_R), ends, True)
     back_RD = back.arrive(back.start(ops.take_rows(out_RD, inverse_R, order_R)))

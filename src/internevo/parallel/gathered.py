@@ -2,7 +2,8 @@
 
 The weights of linears that share an input are gathered together: q, k and v; o; gate and up; down. While they are used, the
 next ones are prefetched. The gradient of a full weight is reduce-scattered as soon as it is computed, and waited for at the end
-of the layer's backward pass. All weights of a layer's experts are gathered together, while those of the layer before are used.
+of the layer's backward pass. All weights of a layer's experts are gathered together, while those of the layer before are used;
+their gradients are waited for at the end of the experts' backward pass.
 """
 
 from __future__ import annotations
@@ -260,7 +261,7 @@ class _GatheredExperts(torch.autograd.Function):
         deferred_shards: tuple[Tensor, ...], *shards: Tensor,
     ):  # fmt: skip
         ctx.weights, ctx.activation, ctx.complete, ctx.deferred_shards = weights, activation, complete, deferred_shards
-        gate_weight, up_weight, down_weight = weights.forward(shards, any(ctx.needs_input_grad) or bool(deferred_shards))
+        gate_weight, up_weight, down_weight = weights.forward(shards, any(ctx.needs_input_grad))
         gate, up = (ops.grouped_linear(rows, weight, ends, complete) for weight in (gate_weight, up_weight))
         ctx.save_for_backward(rows, ends, gate, up, *shards)
         return ops.grouped_linear(ops.gated(gate, up, activation), down_weight, ends, complete)

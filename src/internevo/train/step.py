@@ -99,11 +99,11 @@ class Stepper:
         parts.optimizer.step(lr, beta2, factor[0].float(), finite[0].float())
         parts.axis.masters_updated()
         parts.optimizer.zero_grad()
+        if self.bias_speed:
+            routed.balance(routers(parts.model.numbered_layers()), sums[3], self.bias_speed * finite)
         result = self._result(numbers.get().split([1, 1, *(vector.numel() for vector in sums)]), routed)
         if result.skipped:
             parts.optimizer.skipped()
-        elif self.bias_speed:
-            routed.balance(routers(parts.model.numbered_layers()), self.bias_speed)
         parts.scaler.update(result.skipped)
         return result
 
