@@ -53,6 +53,8 @@ class Section(BaseModel):
         kinds = field_kinds(cls.model_fields[info.field_name or ""])
         if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
             raise ValueError("must be a number")
+        if isinstance(value, list | tuple) and any(isinstance(item, bool) for item in value):  # no option is a list of them
+            raise ValueError("must have no True or False in it")
         value = check(value)
         if isinstance(value, int) and abs(value) > LARGEST_INT:
             raise ValueError(f"must be at most {LARGEST_INT} (2**63 - 1)")

@@ -48,6 +48,8 @@ class Deferred:
     @not_compiled
     def grouped_linear(self, rows: Tensor, weight: Tensor, ends: Tensor, complete: bool) -> Tensor:
         """Multiplies rows by the weights of their experts. Arguments as for ``ops.grouped_linear``."""
+        if not weight.requires_grad:
+            return ops.grouped_linear(rows, weight, ends, complete)
         return _GroupedLinear.apply(rows, self, (weight,), ends, complete)
 
     def leave(self, weights: Sequence[Tensor], products: Products) -> None:
