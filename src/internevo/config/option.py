@@ -29,6 +29,10 @@ MAX_SIZE = 2**31 - 1
 """The largest size of a tensor's dimension: positions and document boundaries are int32."""
 
 
+MAX_EXPERTS = 65_536
+"""The largest number of experts in a layer."""
+
+
 def _path(text: str) -> str:
     if not text:
         raise ValueError("must not be empty; leave the key out")
