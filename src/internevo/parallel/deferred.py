@@ -38,6 +38,8 @@ class Deferred:
                 module.product = self.linear
             elif isinstance(module, ExpertLinear):
                 module.product = self.grouped_linear
+                # Compiled, it could share a graph with other results, which the first part of the backward pass frees.
+                module.local_part = not_compiled(module.local_part)
 
     @not_compiled
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
