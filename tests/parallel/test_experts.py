@@ -19,6 +19,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "model_type": "QWEN3MOE", "model__num_experts": 4, "model__top_k": 2, "model__moe_intermediate_size": 24,
         "model__moe_type": "Dropless", "model__mlp_only_layers": [0],
     },
+    "frozen, with adapters": {
+        **EXPERTS, "loss__moe_loss_coeff": 0.1, "model__lora": {"rank": 3, "alpha": 6, "targets": ["wq", "wo"]},
+        "adam__lr": 2e-2, "adam__adam_eps": 1e-3,
+    },
 }  # fmt: skip
 
 
@@ -75,7 +79,14 @@ def test_overlap_changes_no_bit(pool: Pool, world: Runs, tmp_path: Path) -> None
     assert mine.keys() == theirs.keys() and all(mine[name].equal(tensor) for name, tensor in theirs.items())
 
 
-@pytest.mark.parametrize(("name", "family"), zip(CASES, itertools.cycle(FAMILIES), strict=False))
+TRAINED = [
+    *zip(CASES, itertools.cycle(name for name in FAMILIES if "frozen" not in name), strict=False),
+    *((name, family) for name in CASES for family in FAMILIES if "frozen" in family and name.startswith("ZB")),
+]
+"""Frozen experts matter where the gradients of weights are computed apart."""
+
+
+@pytest.mark.parametrize(("name", "family"), TRAINED)
 def test_experts_over_ranks_train_the_same_model(pool: Pool, world: Runs, tmp_path: Path, name: str, family: str) -> None:
     folder, dataset, _ = world
     processes, more = CASES[name]

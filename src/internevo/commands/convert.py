@@ -12,6 +12,7 @@ import torch
 from ..checkpoint.folder import CHECKPOINTS, SNAPSHOTS
 from ..checkpoint.open import open_source
 from ..checkpoint.weights import write_checkpoint
+from ..config.option import MAX_EXPERTS
 from ..errors import UsageError
 from ..models.config import DecoderConfig
 from ..models.huggingface.folder import write_hf
@@ -63,6 +64,8 @@ def convert(
             raise UsageError(f"{option} is only for Hugging Face folders: use it with --to hf")
     if upcycle is None and (top_k is not None or seed is not None):
         raise UsageError(f"{'--seed' if top_k is None else '--top-k'} is only for --upcycle")
+    if upcycle is not None and upcycle > MAX_EXPERTS:
+        raise UsageError(f"--upcycle {upcycle}: a layer can have at most {MAX_EXPERTS} experts")
     if upcycle is not None and (top_k is None or not 1 <= top_k <= upcycle):
         given = "" if top_k is None else f", not {top_k}"
         raise UsageError(f"--upcycle {upcycle} needs --top-k, the experts that each token chooses: 1 to {upcycle}{given}")
