@@ -65,6 +65,8 @@ class GatheredWeights:
         self._backwards_due = 0
         """How many forward passes have had no backward pass yet; in a pipeline there may be several."""
         self._shards: list[Tensor] | None = None
+        self._sending: list[Tensor] = []
+        """Shards that are being gathered, or copies of them: kept alive like gradients."""
         self._in_flight: list[Tensor] = []
         """Gradients of full weights that a collective still reads. The collective does not keep them alive."""
 
@@ -142,10 +144,13 @@ class GatheredWeights:
         pending = pending if pending is not None else self._start_gathering(shards)
         for weights in following if self.overlap else ():
             weights._prefetch()
-        return self._transposed([wait(weight) for weight in pending])
+        full = self._transposed([wait(weight) for weight in pending])
+        self._sending = []
+        return full
 
     def _start_gathering(self, shards: Sequence[Tensor]) -> list[Tensor]:
-        return start_all_gather(self._transposed(shards), self.group)
+        self._sending = [shard.contiguous() for shard in self._transposed(shards)]
+        return start_all_gather(self._sending, self.group)
 
 
 def set_prefetch_order(layers: Sequence[Sequence[GatheredWeights]], config: Weight) -> None:
