@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import metrics, tensors, write_config
 from tests.parallel.conftest import Runs, assert_same
-from tests.parallel.layouts import COMMON, EXPERTS, PREFETCH, Case, layout, pipelined
+from tests.parallel.layouts import COMMON, EXPERTS, PREFETCH, layout, pipelined, scheduled
 from tests.pool import Pool
 
 ROWS = 3
@@ -29,11 +29,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def gathered(ranks: int, overlap: bool = True) -> dict[str, Any]:
     """Returns changes to the config: the weights of experts are sharded over ranks, and gathered for use."""
     return {"parallel__expert_weight": {"size": ranks, "overlap": overlap}}
-
-
-def zero_bubble(case: Case, mode: str) -> Case:
-    processes, changes = case
-    return processes, {**changes, "parallel__pipeline": {**changes["parallel__pipeline"], "mode": mode}}
 
 
 CASES = {
@@ -57,10 +52,10 @@ CASES = {
     "isp 2, expert weights over 2, recomputed": layout(4, "isp", 2, 1, model__checkpoint=True, **gathered(2)),
     "isp 1, weights over 4, expert weights over 2 x 2, fsdp": layout(4, "isp", 1, 4, fsdp=True, **gathered(2)),
     "isp 2, experts on 1 rank": layout(4, "isp", 2, 2, parallel__expert={"size": 1}),
-    "ZBH1, 2 ranks": zero_bubble(pipelined(4, 2, layers=2), "ZBH1"),
-    "ZBV, msp 2": zero_bubble(pipelined(4, 2, 2, layers=4, mode="msp", tensor=2), "ZBV"),
-    "ZBH1, isp 2, expert weights over 2": zero_bubble(
-        pipelined(4, 2, layers=2, mode="isp", tensor=2, weight=2, weights=PREFETCH, **gathered(2)), "ZBH1"
+    "ZBH1, 2 ranks": scheduled("ZBH1", pipelined(4, 2, layers=2)),
+    "ZBV, msp 2": scheduled("ZBV", pipelined(4, 2, 2, layers=4, mode="msp", tensor=2)),
+    "ZBH1, isp 2, expert weights over 2": scheduled(
+        "ZBH1", pipelined(4, 2, layers=2, mode="isp", tensor=2, weight=2, weights=PREFETCH, **gathered(2))
     ),
     "1F1B, isp 2, expert weights over 2, recomputed": pipelined(
         4, 2, layers=2, mode="isp", tensor=2, weights=PREFETCH, model__checkpoint=True, **gathered(2)

@@ -168,9 +168,8 @@ def set_prefetch_order(layers: Sequence[Sequence[GatheredWeights]], config: Weig
         weights.overlap = config.overlap
     for weights, following in pairwise(in_order):
         following.next_backward = [weights]
-        if (
-            config.forward_overlap_per == "module" or following in layers[0]
-        ):  # no layer before it has prefetched the first layer
+        # No layer before it has prefetched the first layer.
+        if config.forward_overlap_per == "module" or following in layers[0]:
             weights.next_forward = [following]
     if config.forward_overlap_per == "layer":
         place = {"wqkv": 0, "attn": 1, "wo": 1, "w1": 2}[config.launch_allgather_before]
