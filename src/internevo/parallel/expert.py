@@ -69,8 +69,9 @@ def traffic(work: Workload) -> list[Collectives]:
     weights = 3 * experts.count // layout.expert * experts.size * d * e
     rows = [Collectives("all-to-all", "expert", moved + forwards, nbytes)]
     if layout.mode == "isp":
-        rows.append(Collectives("all-gather", "expert weight", 2 * len(layers), 2 * len(layers) * weights))
-        rows.append(Collectives("reduce-scatter", "expert weight", len(layers), len(layers) * weights))
+        axis = "expert weight" if layout.experts_apart else "weight"
+        rows.append(Collectives("all-gather", axis, 2 * len(layers), 2 * len(layers) * weights))
+        rows.append(Collectives("reduce-scatter", axis, len(layers), len(layers) * weights))
     if not layout.experts_by_tensor:
         sums = sum(any(decoder.is_sparse(layer) for layer in stage.layers) for stage in work.on_rank)
         rows.append(Collectives("all-reduce", "tensor", sums, len(layers) * (3 * experts.count + 3) * 4))
