@@ -182,9 +182,7 @@ def convert(
     ] = False,
     upcycle: Annotated[
         int | None,
-        typer.Option(
-            min=2, max=2**20, metavar="EXPERTS", help="Give a dense model this many experts per layer: copies of its MLP."
-        ),
+        typer.Option(min=2, metavar="EXPERTS", help="Give a dense model this many experts per layer: copies of its MLP."),
     ] = None,
     top_k: Annotated[
         int | None, typer.Option(min=1, metavar="K", help="With --upcycle: number of experts that each token chooses.")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import WriteConfig, metrics, run, tensors
+from tests.parallel.layouts import EXPERTS
 
 
 def tokenize(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
@@ -138,3 +139,19 @@ def test_other_data_or_another_model_is_refused_on_resume(tmp_path: Path, config
     done = run("train", path, "data.total_steps=4", "data.seq_len=16", "data.on_change=continue")
     assert "the training data has changed" in done.stdout
     assert "model.vocab_size = 98 in the config, and 97 in" in run("train", path, "model.vocab_size=98", code=2).stderr
+
+
+@pytest.mark.parametrize("resumed", [True, False], ids=["own checkpoint", "other run"])
+def test_a_checkpoint_of_another_number_of_experts_is_refused_before_a_process_starts(
+    tmp_path: Path, config: WriteConfig, resumed: bool
+) -> None:
+    first = config("first", data__total_steps=1, **EXPERTS)
+    run("train", first)
+    again = "first" if resumed else "second"
+    places = {} if resumed else {"ckpt__load_ckpt_info": {"path": str(tmp_path / "first")}}
+    path = config(again, **{**EXPERTS, **places, "model__num_experts": 8})
+    logs = sorted((tmp_path / again / "log").glob("*"))
+    done = run("train", path, "--nproc", 2, code=2)
+    assert done.stderr.startswith("error: the config's model is not that of")
+    assert "  model.num_experts = 8 in the config, and 4 in" in done.stderr
+    assert "rank" not in done.stderr and sorted((tmp_path / again / "log").glob("*")) == logs

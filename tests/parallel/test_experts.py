@@ -1,13 +1,14 @@
 """Experts over ranks train the same model as one process: losses, gradient norms, weights; router counts are equal."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import metrics, write_config
+from tests.conftest import metrics, tensors, write_config
 from tests.parallel.conftest import Runs, assert_same
-from tests.parallel.layouts import COMMON, EXPERTS, PREFETCH, Case, layout, pipelined
+from tests.parallel.layouts import COMMON, EXPERTS, PREFETCH, layout, pipelined, scheduled
 from tests.pool import Pool
 
 ROWS = 3
@@ -18,17 +19,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "model_type": "QWEN3MOE", "model__num_experts": 4, "model__top_k": 2, "model__moe_intermediate_size": 24,
         "model__moe_type": "Dropless", "model__mlp_only_layers": [0],
     },
+    "frozen, with adapters": {
+        **EXPERTS, "loss__moe_loss_coeff": 0.1, "model__lora": {"rank": 3, "alpha": 6, "targets": ["wq", "wo"]},
+        "adam__lr": 2e-2, "adam__adam_eps": 1e-3,
+    },
 }  # fmt: skip
 
 
 def gathered(ranks: int, overlap: bool = True) -> dict[str, Any]:
     """Returns changes to the config: the weights of experts are sharded over ranks, and gathered for use."""
     return {"parallel__expert_weight": {"size": ranks, "overlap": overlap}}
-
-
-def zero_bubble(case: Case, mode: str) -> Case:
-    processes, changes = case
-    return processes, {**changes, "parallel__pipeline": {**changes["parallel__pipeline"], "mode": mode}}
 
 
 CASES = {
@@ -52,10 +52,10 @@ CASES = {
     "isp 2, expert weights over 2, recomputed": layout(4, "isp", 2, 1, model__checkpoint=True, **gathered(2)),
     "isp 1, weights over 4, expert weights over 2 x 2, fsdp": layout(4, "isp", 1, 4, fsdp=True, **gathered(2)),
     "isp 2, experts on 1 rank": layout(4, "isp", 2, 2, parallel__expert={"size": 1}),
-    "ZBH1, 2 ranks": zero_bubble(pipelined(4, 2, layers=2), "ZBH1"),
-    "ZBV, msp 2": zero_bubble(pipelined(4, 2, 2, layers=4, mode="msp", tensor=2), "ZBV"),
-    "ZBH1, isp 2, expert weights over 2": zero_bubble(
-        pipelined(4, 2, layers=2, mode="isp", tensor=2, weight=2, weights=PREFETCH, **gathered(2)), "ZBH1"
+    "ZBH1, 2 ranks": scheduled("ZBH1", pipelined(4, 2, layers=2)),
+    "ZBV, msp 2": scheduled("ZBV", pipelined(4, 2, 2, layers=4, mode="msp", tensor=2)),
+    "ZBH1, isp 2, expert weights over 2": scheduled(
+        "ZBH1", pipelined(4, 2, layers=2, mode="isp", tensor=2, weight=2, weights=PREFETCH, **gathered(2))
     ),
     "1F1B, isp 2, expert weights over 2, recomputed": pipelined(
         4, 2, layers=2, mode="isp", tensor=2, weights=PREFETCH, model__checkpoint=True, **gathered(2)
@@ -63,8 +63,25 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", CASES)
+def test_overlap_changes_no_bit(pool: Pool, world: Runs, tmp_path: Path) -> None:
+    _, dataset, _ = world
+    for name, overlap in (("overlapped", True), ("not-overlapped", False)):
+        processes, changes = layout(4, "isp", 2, 2, weights={**PREFETCH, "overlap": overlap}, **gathered(2, overlap))
+        common = {**COMMON, **FAMILIES["capacity"], "data__total_steps": 3, "data__micro_bsz": ROWS}
+        synchronized = {f"hybrid_zero_optimizer__overlap_sync_{kind}": overlap for kind in ("grad", "param")}
+        pool.train(write_config(tmp_path, dataset, name, **{**changes, **common, **synchronized}), processes)
+    mine, theirs = (tensors(tmp_path / name, 3) for name in ("overlapped", "not-overlapped"))
+    assert mine.keys() == theirs.keys() and all(mine[name].equal(tensor) for name, tensor in theirs.items())
+
+
+TRAINED = [
+    *zip(CASES, itertools.cycle(name for name in FAMILIES if "frozen" not in name), strict=False),
+    *((name, family) for name in CASES for family in FAMILIES if "frozen" in family and name.startswith("ZB")),
+]
+"""Frozen experts matter where the gradients of weights are computed apart."""
+
+
+@pytest.mark.parametrize(("name", "family"), TRAINED)
 def test_experts_over_ranks_train_the_same_model(pool: Pool, world: Runs, tmp_path: Path, name: str, family: str) -> None:
     folder, dataset, _ = world
     processes, more = CASES[name]

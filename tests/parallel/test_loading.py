@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from internevo.checkpoint import Checkpoint
 from internevo.checkpoint.saver import Saver
 from internevo.commands.convert import convert
 from internevo.config import load_config
@@ -69,8 +70,9 @@ def _save(world: World, path: Path) -> None:
 def _load(world: World, path: Path, checkpoint: Path) -> tuple[int, int, int]:
     """Returns how many bytes this rank has read, at most at once, and how many its tensors have."""
     parts = Parts.build(load_config(path, []), world)
+    wanted = LoadCkptInfo(path=str(checkpoint), content=("model", "optimizer", "scheduler"))
     with _reads() as reads:
-        load_checkpoint(parts, checkpoint, LoadCkptInfo(path=str(checkpoint), content=("model", "optimizer", "scheduler")))
+        load_checkpoint(parts, Checkpoint(checkpoint), wanted)
     return sum(reads), max(reads), sum(local(tensor).nbytes for tensor in parts.tensors().values())
 
 

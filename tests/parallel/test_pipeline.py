@@ -111,6 +111,7 @@ def test_routers_of_a_pipeline(pool: Pool, world: Runs, tmp_path: Path, name: st
 COMPILED = {
     "interleaved": pipelined(2, 2, 2),
     "ZBH1": zbh1(pipelined(2, 2)),
+    "ZBH1, mtp 2": zbh1(pipelined(4, 2, mode="mtp", tensor=2)),
     "ZBV, fsp 2, half recomputed": zbv(pipelined(4, 2, 2, mode="fsp", tensor=2, model__checkpoint=0.5)),
 }
 

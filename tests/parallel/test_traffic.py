@@ -105,7 +105,7 @@ EXPERTS_OVER_RANKS = {
         4, "isp", 2, 2, **EXPERTS, fsdp=True, parallel__expert_weight={"size": 4, "overlap": True}, weights=PREFETCH
     ),
     "ZBH1, isp 2 x 2, expert weights over 2": pipelined(
-        4, 2, layers=2, **MIXED, mode="isp", tensor=2, weight=2, parallel__expert_weight={"size": 2}
+        4, 2, layers=4, **MIXED, mode="isp", tensor=2, weight=2, parallel__expert_weight={"size": 2}
     ),
 }  # fmt: skip
 

@@ -56,22 +56,26 @@ def layout_lines(config: Config, world_size: int, per_node: int) -> list[str]:
     from ..parallel.layout import Layout
     from ..parallel.strategy import Workload
 
-    layout = Layout.from_config(config, world_size)
-    lines = [f"layout on {world_size} processes"]
-    lines += [f"  {axis:<11} {size:>6}  {meaning}" for axis, size, meaning in layout.describe()]
+    layout, decoder = Layout.from_config(config, world_size), decoder_config(config.model_type, config.model)
+    lines = [f"layout on {_count(world_size, 'process', 'processes')}"]
+    axes = [row for row in layout.describe() if row[0] != "weight" or layout.mode == "isp"]
     groups = layout.groups()
-    lines += [f"  {axis:<11} groups  {_some([_ranks(group) for group in of])}" for axis, of in groups.items()]
+    if not decoder.tie_embeddings:
+        groups.pop("first and last", None)  # made for the shared embedding only
+    width = max(11, *(len(axis) for axis in [*groups, *(axis for axis, _, _ in axes)]))
+    lines += [f"  {axis:<{width}} {size:>6}  {meaning}" for axis, size, meaning in axes]
+    lines += [f"  {axis:<{width}} groups  {_some([_ranks(group) for group in of])}" for axis, of in groups.items()]
     if groups:
         lines += _rank_table(groups, world_size, per_node)
     sizes = BatchSizes.from_config(config.data, data_size(config, world_size))
     last = config.data.total_steps - 1
     rows, micro_batches = sizes.rows(last), sizes.micro_batches(last)
+    micro = _count(micro_batches, "micro-batch", "micro-batches")
     lines.append(
         f"  {'last step' if sizes.rampup_steps else 'step':<11} {rows:>6}  rows of {config.data.seq_len} tokens = "
-        f"{rows * config.data.seq_len:,} tokens ({micro_batches} micro-batches of {sizes.micro_bsz} on each of "
-        f"{sizes.data_ranks} data ranks)"
+        f"{rows * config.data.seq_len:,} tokens ({micro} of {sizes.micro_bsz} on "
+        f"{f'each of {sizes.data_ranks} data ranks' if sizes.data_ranks > 1 else 'one data rank'})"
     )
-    decoder = decoder_config(config.model_type, config.model)
     if layout.pipeline > 1:
         lines += _pipeline_lines(config, decoder, layout, micro_batches)
     if decoder.lora is not None:
@@ -104,24 +108,27 @@ def _pipeline_lines(config: Config, decoder: DecoderConfig, layout: Layout, micr
     times = {"F": 1.0, "B": 2.0 if layout.schedule == "1F1B" else 1.0, "W": 1.0}
     idle = orders.bubble(orders.play(all_orders, lambda action: times[action.kind] * flops[action.stage]))
     kept = max(orders.most_in_flight(order) for order in all_orders)
+    micro = _count(micro_batches, "micro-batch", "micro-batches")
     yield (
-        f"  bubble      {idle:>6.1%}  of the time of a rank, with {micro_batches} micro-batches, if backward passes take\n"
+        f"  bubble      {idle:>6.1%}  of the time of a rank, with {micro}, if backward passes take\n"
         "                      twice as long as forward passes, and messages no time\n"
-        f"                      at most {kept} passes in flight on a rank"
+        f"                      at most {_count(kept, 'pass', 'passes')} in flight on a rank"
     )
 
 
 def _memory_lines(memory: Memory) -> Iterator[str]:
-    parts = ", ".join(f"{name} {getattr(memory, field) / 2**30:.2f}" for field, name in memory.NAMES.items())
-    yield f"  memory      {memory.total / 2**30:>6.2f}  GiB on rank 0, without temporary buffers: {parts}"
+    unit, size = _unit(memory.total, GiB=2**30, MiB=2**20)
+    parts = ", ".join(f"{name} {getattr(memory, field) / size:.2f}" for field, name in memory.NAMES.items())
+    yield f"  memory      {memory.total / size:>6.2f}  {unit} on rank 0, without temporary buffers: {parts}"
 
 
 def _memory_table(memories: list[Memory]) -> Iterator[str]:
     """Formats the memory of the ranks of a pipeline as a table."""
     parts = {**memories[0].NAMES, "total": "total"}
-    yield f"  {'GiB':>7}{'rank':>6}" + "".join(f"  {name:>7}" for name in parts.values()) + "  most after the"
+    unit, size = _unit(max(memory.total for memory in memories), GiB=2**30, MiB=2**20)
+    yield f"  {unit:>7}{'rank':>6}" + "".join(f"  {name:>7}" for name in parts.values()) + "  most after the"
     for rank, memory in enumerate(memories):
-        numbers = "".join(f"  {getattr(memory, part) / 2**30:>{max(7, len(name))}.2f}" for part, name in parts.items())
+        numbers = "".join(f"  {getattr(memory, part) / size:>{max(7, len(name))}.2f}" for part, name in parts.items())
         kind, stage, micro_batch = memory.after
         after = f"{'forward' if kind == 'F' else 'backward'} pass of micro-batch {micro_batch} through stage {stage}"
         yield f"  {'':>7}{rank:>6}{numbers}  {after}"
@@ -133,11 +140,14 @@ def _traffic_lines(rows: list[Collectives], layout: Layout) -> Iterator[str]:
     if not rows:
         return
     title = "collectives of a step" if layout.pipeline == 1 else "collectives of rank 0"
-    yield f"  {title:24}{'group':>12}{'ranks':>8}{'count':>8}{'GB':>12}{'GB on the wire':>16}"
+    unit, size = _unit(max(row.nbytes for row in rows), GB=1e9, MB=1e6)
+    width = max(12, *(len(row.axis) + 2 for row in rows))
+    yield f"  {title:24}{'group':>{width}}{'ranks':>8}{'count':>8}{unit:>12}{f'{unit} on the wire':>16}"
     groups = layout.groups()
     for row in rows:
         ranks = len(groups[row.axis][0]) if row.axis in groups else layout.world
-        yield f"  {row.kind:24}{row.axis:>12}{ranks:>8}{row.count:>8}{row.nbytes / 1e9:>12.3f}{row.wire(ranks) / 1e9:>16.3f}"
+        sent = row.wire(ranks) / size
+        yield f"  {row.kind:24}{row.axis:>{width}}{ranks:>8}{row.count:>8}{row.nbytes / size:>12.3f}{sent:>16.3f}"
     yield "  and one small all-reduce over all ranks, of the losses, token counts, gradient norm and requests to stop"
 
 
@@ -154,6 +164,15 @@ def _rank_table(groups: dict[str, list[list[int]]], world_size: int, per_node: i
         numbers = "".join(f"{number.get((axis, rank), '-'):>{width}}" for axis, width in widths.items())
         lines.append(f"  {rank:<6} {rank // per_node:<4}{numbers}")
     return lines
+
+
+def _unit(most: float, **units: float) -> tuple[str, float]:
+    """Returns the first unit, from large to small, that the largest number has one of (or the last), and its bytes."""
+    return next((unit for unit in units.items() if most >= unit[1]), [*units.items()][-1])
+
+
+def _count(number: int, one: str, several: str) -> str:
+    return f"{number} {one if number == 1 else several}"
 
 
 def _ranks(group: list[int]) -> str:

@@ -12,7 +12,9 @@ import torch
 from ..checkpoint.folder import CHECKPOINTS, SNAPSHOTS
 from ..checkpoint.open import open_source
 from ..checkpoint.weights import write_checkpoint
+from ..config.option import MAX_EXPERTS
 from ..errors import UsageError
+from ..models.config import DecoderConfig
 from ..models.huggingface.folder import write_hf
 from ..models.huggingface.upcycle import upcycled
 from ..models.source import ParameterSource
@@ -34,7 +36,7 @@ def convert(
     top_k: int | None = None,
     seed: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> None:
+) -> DecoderConfig:
     """Converts a Hugging Face folder or a checkpoint to either of them. Only a few rows of one tensor are in memory at a time.
 
     Args:
@@ -51,6 +53,9 @@ def convert(
         seed: with ``upcycle``: seed of the routers' weights; None: 0.
         progress: is called with the number of bytes written and the total.
 
+    Returns:
+        The shape of the model that was written.
+
     Raises:
         UsageError: if the target cannot be written or is not empty, or the options contradict each other.
     """
@@ -59,6 +64,8 @@ def convert(
             raise UsageError(f"{option} is only for Hugging Face folders: use it with --to hf")
     if upcycle is None and (top_k is not None or seed is not None):
         raise UsageError(f"{'--seed' if top_k is None else '--top-k'} is only for --upcycle")
+    if upcycle is not None and upcycle > MAX_EXPERTS:
+        raise UsageError(f"--upcycle {upcycle}: a layer can have at most {MAX_EXPERTS} experts")
     if upcycle is not None and (top_k is None or not 1 <= top_k <= upcycle):
         given = "" if top_k is None else f", not {top_k}"
         raise UsageError(f"--upcycle {upcycle} needs --top-k, the experts that each token chooses: 1 to {upcycle}{given}")
@@ -71,6 +78,7 @@ def convert(
         write_hf(model, target, dtype=dtype, shard_bytes=shard_bytes, write_as=write_as, overwrite=overwrite, progress=progress)
     else:
         write_checkpoint(model, target, dtype=dtype, shard_bytes=shard_bytes, progress=progress)
+    return model.config
 
 
 def _check_outside(source: Path, target: Path) -> None:
@@ -84,8 +92,8 @@ def _check_outside(source: Path, target: Path) -> None:
 def convert_with_progress(source: Path, target: Path, to: str, **options: Any) -> None:
     """Calls ``convert`` with a progress bar, and prints a line at the end."""
     with progress_bar("converting") as (progress, _):
-        convert(source, target, to, progress=progress, **options)
-    print(f"{source} -> {target}")
+        written = convert(source, target, to, progress=progress, **options)
+    print(f"{source} -> {target} ({written.family}, {written.parameters():,} parameters)")
     config = target / "config.json"
     if to == "hf" and "auto_map" in (values := json.loads(config.read_text(encoding="utf-8"))):
         file = values["auto_map"]["AutoConfig"].split(".")[0] + ".py"

@@ -36,9 +36,11 @@ def train(path: Path, overrides: list[str], processes: int | None, port: int | N
         check(config, processes)
         if processes > 1:
             from ..train.folder import INHERITED, acquire
+            from ..train.start import check_start
 
             _print_notices(config)
             with acquire(config) as lock:
+                check_start(config)
                 variables = {INHERITED: str(lock.descriptor)}
                 arguments = ["train", str(path), *overrides]
                 return launch(arguments, processes, config.run_folder / "log", variables, (lock.descriptor,))

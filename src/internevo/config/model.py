@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from .option import MAX_SIZE, REQUIRED, Section, dtype_name, listed, option
+from .option import MAX_EXPERTS, MAX_SIZE, REQUIRED, Section, dtype_name, listed, option
 
 KERNELS = "the fastest kernel for the device is chosen in one place (internevo/ops)"
 ROTARY = "rotary pairs are always half-split, as in Hugging Face's models; weights are reordered when they are converted"
@@ -223,7 +223,7 @@ class Model(Section):
     attn_drop_rate: float = option(
         0.0, "Dropout rate of the attention weights.", not_available="attention dropout", supported=(0,), ge=0, le=1
     )
-    num_experts: int = option(1, "Number of experts in a layer (QWEN2MOE, QWEN3MOE, MIXTRALMOE).", ge=1, le=65_536)
+    num_experts: int = option(1, "Number of experts in a layer (QWEN2MOE, QWEN3MOE, MIXTRALMOE).", ge=1, le=MAX_EXPERTS)
     top_k: int = option(1, "Number of experts that each token is sent to.", ge=1, needs="model.num_experts")
     moe_type: Literal["GShard", "Dropless", "MegaBlock", "MegaBlock-D", "MegaBlock-Dropless"] = option(
         "GShard",

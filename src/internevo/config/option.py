@@ -29,6 +29,10 @@ MAX_SIZE = 2**31 - 1
 """The largest size of a tensor's dimension: positions and document boundaries are int32."""
 
 
+MAX_EXPERTS = 65_536
+"""The largest number of experts in a layer."""
+
+
 def _path(text: str) -> str:
     if not text:
         raise ValueError("must not be empty; leave the key out")
@@ -53,6 +57,8 @@ class Section(BaseModel):
         kinds = field_kinds(cls.model_fields[info.field_name or ""])
         if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
             raise ValueError("must be a number")
+        if isinstance(value, list | tuple) and any(isinstance(item, bool) for item in value):  # no option is a list of them
+            raise ValueError("must have no True or False in it")
         value = check(value)
         if isinstance(value, int) and abs(value) > LARGEST_INT:
             raise ValueError(f"must be at most {LARGEST_INT} (2**63 - 1)")

@@ -116,10 +116,9 @@ class Router(nn.Module):
         weights_Tk = chosen_Tk / chosen_Tk.sum(-1, keepdim=True) if self.experts.normalize else chosen_Tk
         kept_Tk = self._kept(*(choices.unflatten(0, x_BSD.shape[:2]) for choices in (chosen_Tk.detach(), experts_Tk)))
         log_probs = logits_TE.detach().log_softmax(-1)
-        counts = F.one_hot(experts_Tk, self.experts.count).sum(0).float()
         routing = Routing(
-            load=counts.sum(0),
-            first=counts[0],
+            load=self._counts(experts_Tk),
+            first=self._counts(experts_Tk[:, 0]),
             probs=probs_TE.sum(0),
             z=logits_TE.logsumexp(-1).square().sum(),
             entropy=-(log_probs.exp() * log_probs).sum(),
@@ -128,15 +127,15 @@ class Router(nn.Module):
         return experts_Tk, weights_Tk, kept_Tk, routing
 
     @torch.no_grad()
-    def balance(self, load: Tensor, speed: float) -> None:
+    def balance(self, load: Tensor, speed: float | Tensor) -> None:
         """Moves the bias of each expert by ``speed``: up if its load is less than the mean, and down if it is more.
 
         Args:
-            load: how many times each expert was chosen in a step, by the tokens of all ranks [E], in fp64.
+            load: how many times each expert was chosen in a step, by the tokens of all ranks [E], in fp64 on the device.
         """
         assert self.bias is not None
         # The counts are multiplied, and not divided, so that the comparison with the mean is exact.
-        self.bias += speed * (load.sum() - self.experts.count * load).sign().float().to(self.bias.device)
+        self.bias += (speed * (load.sum() - self.experts.count * load).sign()).float()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         """Applies what ``module.to(...)`` and the like do to tensors. The bias goes to another device, but stays in fp32: such
@@ -147,6 +146,12 @@ class Router(nn.Module):
             moved = fn(bias.view(torch.int32)).view(torch.float32)
             self.bias = torch.zeros_like(moved) if bias.is_meta else moved
         return self
+
+    def _counts(self, experts: Tensor) -> Tensor:
+        """Returns how often each expert is among ``experts`` [E]. (One-hot vectors would take E times the memory.)"""
+        chosen = experts.flatten()
+        ones = torch.ones_like(chosen, dtype=torch.float32)
+        return torch.zeros(self.experts.count, device=chosen.device).scatter_add(0, chosen, ones)
 
     def _kept(self, probs_BSk: Tensor, experts_BSk: Tensor) -> Tensor:
         """Returns which choices of this rank's tokens are kept [T, k]: each expert keeps as many as its capacity. First choices
@@ -164,10 +169,12 @@ class Router(nn.Module):
             order_kT = probs_Tk.t().argsort(dim=1, descending=True, stable=True)
         else:
             order_kT = torch.arange(tokens, device=probs_Tk.device).expand(k, tokens)
-        wanted_kT = experts_Tk.t().gather(1, order_kT)
-        # The number of each choice, from 1, among those of the same expert.
-        numbers = F.one_hot(wanted_kT.flatten(), e.count).cumsum(0).gather(1, wanted_kT.reshape(-1, 1))
-        fits_kT = (numbers <= capacity).view(k, tokens)
+        wanted = experts_Tk.t().gather(1, order_kT).flatten()
+        # The number of each choice, from 0, among those of the same expert.
+        by_expert = wanted.argsort(stable=True)
+        first = torch.searchsorted(wanted[by_expert], wanted[by_expert])
+        fits = torch.arange(len(wanted), device=wanted.device) - first < capacity
+        fits_kT = torch.zeros_like(fits).scatter(0, by_expert, fits).view(k, tokens)
         kept_Tk = torch.zeros_like(fits_kT).scatter(1, order_kT, fits_kT).t()
         return self.own_tokens(kept_Tk.unflatten(0, experts_BSk.shape[:2])).flatten(0, 1)
 
@@ -238,7 +245,7 @@ class MoE(nn.Module):
         targets_R = torch.where(kept_Tk, experts_Tk, count).flatten()
         order_R = targets_R.argsort(stable=True)
         inverse_R = order_R.argsort()
-        ends_E = F.one_hot(targets_R, count + 1).sum(0).cumsum(0)[:count].int()
+        ends_E = torch.searchsorted(targets_R[order_R], torch.arange(count, device=x_TD.device), right=True).int()
         rows_RD = ops.take_rows(x_TD, order_R // self.top_k, inverse_R, copies=self.top_k)
         out_RD, other = self.run_experts(self.experts, rows_RD, ends_E, self.dropless, meanwhile)
         out_TkD = ops.take_rows(out_RD, inverse_R, order_R).view(*experts_Tk.shape, -1)

@@ -38,6 +38,8 @@ class Deferred:
                 module.product = self.linear
             elif isinstance(module, ExpertLinear):
                 module.product = self.grouped_linear
+                # Compiled, it could share a graph with other results, which the first part of the backward pass frees.
+                module.local_part = not_compiled(module.local_part)
 
     @not_compiled
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -48,6 +50,8 @@ class Deferred:
     @not_compiled
     def grouped_linear(self, rows: Tensor, weight: Tensor, ends: Tensor, complete: bool) -> Tensor:
         """Multiplies rows by the weights of their experts. Arguments as for ``ops.grouped_linear``."""
+        if not weight.requires_grad:
+            return ops.grouped_linear(rows, weight, ends, complete)
         return _GroupedLinear.apply(rows, self, (weight,), ends, complete)
 
     def leave(self, weights: Sequence[Tensor], products: Products) -> None:

@@ -69,8 +69,9 @@ def traffic(work: Workload) -> list[Collectives]:
     weights = 3 * experts.count // layout.expert * experts.size * d * e
     rows = [Collectives("all-to-all", "expert", moved + forwards, nbytes)]
     if layout.mode == "isp":
-        rows.append(Collectives("all-gather", "expert weight", 2 * len(layers), 2 * len(layers) * weights))
-        rows.append(Collectives("reduce-scatter", "expert weight", len(layers), len(layers) * weights))
+        axis = "expert weight" if layout.experts_apart else "weight"
+        rows.append(Collectives("all-gather", axis, 2 * len(layers), 2 * len(layers) * weights))
+        rows.append(Collectives("reduce-scatter", axis, len(layers), len(layers) * weights))
     if not layout.experts_by_tensor:
         sums = sum(any(decoder.is_sparse(layer) for layer in stage.layers) for stage in work.on_rank)
         rows.append(Collectives("all-reduce", "tensor", sums, len(layers) * (3 * experts.count + 3) * 4))
@@ -184,14 +185,15 @@ RowCounts = Callable[[int, Tensor, Tensor], tuple[list[int], list[int]]]
 
 
 def row_counts(rows: int, sent_nE: Tensor, received_nE: Tensor) -> tuple[list[int], list[int]]:
-    """Returns how many rows a rank sends to each rank, and how many it gets from each. The host waits for the device.
+    """Returns how many rows a rank sends to each rank, and how many it gets from each. The host waits for the device once.
 
     Args:
         rows: how many rows the rank has. Some of them may belong to no expert.
         sent_nE: how many rows it sends to each expert of each rank.
         received_nE: how many rows it gets from each rank for each of its own experts.
     """
-    return sent_nE.sum(1).tolist(), received_nE.sum(1).tolist()
+    sent, received = torch.stack([sent_nE.sum(1), received_nE.sum(1)]).tolist()
+    return sent, received
 
 
 @not_compiled

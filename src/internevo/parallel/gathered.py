@@ -2,7 +2,8 @@
 
 The weights of linears that share an input are gathered together: q, k and v; o; gate and up; down. While they are used, the
 next ones are prefetched. The gradient of a full weight is reduce-scattered as soon as it is computed, and waited for at the end
-of the layer's backward pass. All weights of a layer's experts are gathered together, while those of the layer before are used.
+of the layer's backward pass. All weights of a layer's experts are gathered together, while those of the layer before are used;
+their gradients are waited for at the end of the experts' backward pass.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ class GatheredWeights:
         self._backwards_due = 0
         """How many forward passes have had no backward pass yet; in a pipeline there may be several."""
         self._shards: list[Tensor] | None = None
+        self._sending: list[Tensor] = []
+        """Shards that are being gathered, or copies of them: kept alive like gradients."""
         self._in_flight: list[Tensor] = []
         """Gradients of full weights that a collective still reads. The collective does not keep them alive."""
 
@@ -141,10 +144,13 @@ class GatheredWeights:
         pending = pending if pending is not None else self._start_gathering(shards)
         for weights in following if self.overlap else ():
             weights._prefetch()
-        return self._transposed([wait(weight) for weight in pending])
+        full = self._transposed([wait(weight) for weight in pending])
+        self._sending = []
+        return full
 
     def _start_gathering(self, shards: Sequence[Tensor]) -> list[Tensor]:
-        return start_all_gather(self._transposed(shards), self.group)
+        self._sending = [shard.contiguous() for shard in self._transposed(shards)]
+        return start_all_gather(self._sending, self.group)
 
 
 def set_prefetch_order(layers: Sequence[Sequence[GatheredWeights]], config: Weight) -> None:
@@ -162,9 +168,8 @@ def set_prefetch_order(layers: Sequence[Sequence[GatheredWeights]], config: Weig
         weights.overlap = config.overlap
     for weights, following in pairwise(in_order):
         following.next_backward = [weights]
-        if (
-            config.forward_overlap_per == "module" or following in layers[0]
-        ):  # no layer before it has prefetched the first layer
+        # No layer before it has prefetched the first layer.
+        if config.forward_overlap_per == "module" or following in layers[0]:
             weights.next_forward = [following]
     if config.forward_overlap_per == "layer":
         place = {"wqkv": 0, "attn": 1, "wo": 1, "w1": 2}[config.launch_allgather_before]
@@ -260,7 +265,7 @@ class _GatheredExperts(torch.autograd.Function):
         deferred_shards: tuple[Tensor, ...], *shards: Tensor,
     ):  # fmt: skip
         ctx.weights, ctx.activation, ctx.complete, ctx.deferred_shards = weights, activation, complete, deferred_shards
-        gate_weight, up_weight, down_weight = weights.forward(shards, any(ctx.needs_input_grad) or bool(deferred_shards))
+        gate_weight, up_weight, down_weight = weights.forward(shards, any(ctx.needs_input_grad))
         gate, up = (ops.grouped_linear(rows, weight, ends, complete) for weight in (gate_weight, up_weight))
         ctx.save_for_backward(rows, ends, gate, up, *shards)
         return ops.grouped_linear(ops.gated(gate, up, activation), down_weight, ends, complete)

@@ -189,13 +189,14 @@ class Layout:
     def axis_of(self, kind: str, ranks: list[int]) -> str:
         """Returns the axis that a collective of a kind over ``ranks`` belongs to.
 
-        If two axes have the same groups, it is the first one (for an all-to-all, tensor). If no axis has this group, it is
-        "world", which is all ranks. A message between two ranks belongs to the pipeline.
+        If two axes have the same groups, it is the first one (for an all-to-all, tensor or expert). If no axis has this group,
+        it is "world", which is all ranks. A message between two ranks belongs to the pipeline.
         """
         if kind == "send":
             return "pipeline"
         axes = [axis for axis, groups in self.groups().items() if ranks in groups] or ["world"]
-        return "tensor" if kind == "all-to-all" and "tensor" in axes else axes[0]
+        exchanging = [axis for axis in axes if axis in ("tensor", "expert")] if kind == "all-to-all" else []
+        return [*exchanging, *axes][0]
 
     def describe(self) -> list[tuple[str, int, str]]:
         """Returns (axis, size, meaning) of every axis, for printing."""

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..models.config import Experts
 from .data_axis import Shape, largest_expert_shard, largest_shard
 from .orders import BACKWARD, FORWARD, WEIGHTS, Action
 from .strategy import KeptActivations, Workload
@@ -86,8 +87,7 @@ def left(work: Workload, kept: KeptActivations) -> int:
         if experts is None:
             total += ends + 3 * decoder.intermediate_size * kept.mlp_tokens
         else:
-            width = experts.size // work.layout.tensor if work.layout.experts_by_tensor else experts.size
-            total += work.routed_tokens * experts.top_k * (2 * d + 3 * width)
+            total += work.routed_tokens * experts.top_k * (2 * d + 3 * _width(work, experts))
             if experts.shared_size:
                 total += ends + 3 * experts.shared_size * kept.mlp_tokens + work.routed_tokens
     return work.element_bytes * total
@@ -109,6 +109,11 @@ def _mlp(work: Workload, kept: KeptActivations, width: int) -> int:
     return work.element_bytes * (work.decoder.hidden_size * kept.input_tokens + 3 * width * kept.mlp_tokens)
 
 
+def _width(work: Workload, experts: Experts) -> int:
+    """Returns the number of columns of an expert that a rank computes with."""
+    return experts.size // work.layout.tensor if work.layout.experts_by_tensor else experts.size
+
+
 def _experts(work: Workload, kept: KeptActivations) -> int:
     """Returns the bytes that a layer with experts keeps.
 
@@ -119,9 +124,7 @@ def _experts(work: Workload, kept: KeptActivations) -> int:
     assert experts is not None
     tokens, d = work.routed_tokens, decoder.hidden_size
     rows = tokens * experts.top_k
-    width, parts = experts.size // layout.tensor if layout.experts_by_tensor else experts.size, 3
-    if layout.mode == "isp" and layout.expert_inner > 1:
-        parts = 2
+    width, parts = _width(work, experts), 2 if layout.mode == "isp" and layout.expert_inner > 1 else 3
     router = tokens * (8 * experts.count + 12) + rows * (4 + 8 + 4 + 1)
     if work.element_bytes != 4:
         router += 4 * d * (tokens + experts.count)  # its input and weight in fp32

@@ -46,6 +46,11 @@ def rounds(ranks_of_stages: Sequence[int]) -> list[list[tuple[int, int]]]:
     return found
 
 
+def pairs(pipelines: Sequence[Sequence[int]], links: Sequence[tuple[int, int]]) -> list[list[int]]:
+    """Returns the ranks in the world of these pairs of pipeline ranks, in all pipelines."""
+    return [[ranks[n] for n in pair] for ranks in pipelines for pair in links]
+
+
 Message = Sequence[Tensor]
 """The tensors of one message."""
 
@@ -237,8 +242,7 @@ class Channels:
         self._sent = 0
         """How many results of the current plan have been sent to other ranks."""
         for links in rounds(ranks_of_stages):
-            pairs = [[ranks[n] for n in pair] for ranks in pipelines for pair in links]
-            both_ways = [groups.get(pairs, way) for way in (DOWN, UP)]
+            both_ways = [groups.get(pairs(pipelines, links), way) for way in (DOWN, UP)]
             for a, b in links:
                 if self.rank in (a, b):
                     out, back = both_ways if self.rank == a else reversed(both_ways)

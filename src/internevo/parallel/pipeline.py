@@ -121,7 +121,7 @@ class Chunks:
             axis.masters_changed()
 
     def masters_updated(self) -> None:
-        if self.copies:
+        if self.copies:  # the optimizer has not seen them, nor the model's weight that belongs to each
             self.masters_changed()
         for axis in self.axes:
             axis.masters_updated()

@@ -26,7 +26,7 @@ from .expert import ExpertParallel
 from .isp import InternSequenceParallel
 from .layout import Layout, Meshes
 from .memory import Elements, Memory, activations, left, weights_and_gradients
-from .messages import DOWN, Channels, Plan
+from .messages import DOWN, Channels, Plan, pairs, rounds
 from .messages import kept as kept_messages
 from .orders import BACKWARD, FORWARD, WEIGHTS, orders, stages_on
 from .pipeline import Chunk, Chunks, Pipeline, PipelinedModel
@@ -36,6 +36,7 @@ from .shards import initialize
 from .stages import split
 from .strategy import AppliedStrategy, Collectives, Workload, add_up
 from .tensor import TensorParallel
+from .views import Groups
 
 
 def build(
@@ -61,7 +62,7 @@ def build(
         if channels.rank_of[number] == channels.rank:
             deferred = Deferred() if mode != "1F1B" else None
             chunks.append(Chunk(number, *_build_stage(stage, decoder, config, layout, meshes, device, deferred), deferred))
-    both = Chunks([chunk.axis for chunk in chunks], _tied_group(decoder, layout, meshes))
+    both = Chunks([chunk.axis for chunk in chunks], _tied_group(decoder, layout, meshes.groups, ranks_of_stages))
     sequence_ranks = layout.tensor if layout.shards_sequence else 1
     return PipelinedModel(mode, chunks, channels), both, Pipeline(mode, chunks, both, channels, sequence_ranks)
 
@@ -119,13 +120,17 @@ def fill(axis: Weights, decoder: DecoderConfig, config: Config) -> None:
     axis.masters_changed()
 
 
-def _tied_group(decoder: DecoderConfig, layout: Layout, meshes: Meshes) -> dist.ProcessGroup | None:
-    """Makes the group of the ranks of the first and the last stage, if they share the embedding's weight."""
-    ends = layout.groups().get("first and last")  # there are none if both stages are on the same rank
-    if not decoder.tie_embeddings or ends is None:
+def _tied_group(
+    decoder: DecoderConfig, layout: Layout, groups: Groups, ranks_of_stages: Sequence[int]
+) -> dist.ProcessGroup | None:
+    """Makes the group of the ranks of the first and the last stage, if they share the embedding's weight; it is that of their
+    messages, if they are neighbours. Returns None on other ranks, and if both stages are on the same rank."""
+    first, last = ranks_of_stages[0], ranks_of_stages[-1]
+    if not decoder.tie_embeddings or first == last:
         return None
-    group = meshes.groups.get(ends, DOWN)  # the same as that of their messages, if they are neighbours
-    return group if group.size() > 1 else None
+    links = next((links for links in rounds(ranks_of_stages) if (first, last) in links), [(first, last)])
+    group = groups.get(pairs(layout.weights.groups("stage"), links), DOWN)
+    return group if layout.weights.coordinate(dist.get_rank())["stage"] in (first, last) else None
 
 
 # What it costs, by formula -------------------------------------------------------------------------------------------

@@ -163,6 +163,8 @@ class TensorParallel:
         self.shard_sequence = mode != "mtp"
         """Whether the sequence is sharded outside attention and MLP. It is turned off for generation, which computes one token
         at a time."""
+        # Compiled, it could share a graph with other results, which the first part of a backward pass in two parts frees.
+        self.local_part = local if deferred is None else not_compiled(local)
 
     def apply(self, model: Decoder) -> AppliedStrategy:
         """Shards the weights and replaces the layers' functions, in place. The model must be on the meta device."""
@@ -231,7 +233,7 @@ class TensorParallel:
     def _project(self, x_BSD: Tensor, linears: Sequence[Linear]) -> list[Tensor]:
         adapted = any(linear.lora is not None for linear in linears)
         if self.mode == "fsp" and self.shard_sequence and not adapted:  # adapters need the gathered input for their gradients
-            weights = [local(linear.weight) for linear in linears]
+            weights = [self.local_part(linear.weight) for linear in linears]
             if self.deferred is None:
                 outs = list(_GatheredInputLinears.apply(x_BSD, self.group, None, (), *weights))
             else:
@@ -241,7 +243,7 @@ class TensorParallel:
 
     def _products(self, x_BSD: Tensor, linears: Sequence[Linear]) -> list[Tensor]:
         """Computes this rank's part of linears from all tokens."""
-        parts = [(local(linear.weight), None if linear.bias is None else local(linear.bias)) for linear in linears]
+        parts = [(self.local_part(linear.weight), None if linear.bias is None else local(linear.bias)) for linear in linears]
         return [linear.adapt(x_BSD, linear.product(x_BSD, *part)) for linear, part in zip(linears, parts, strict=True)]
 
     def _finish(self, x_BSF: Tensor, linear: Linear) -> Tensor:
@@ -250,7 +252,7 @@ class TensorParallel:
 
     def _partial_sum(self, x_BSF: Tensor, linear: Linear) -> Tensor:
         """Computes this rank's summand of a linear's output, without the bias."""
-        return linear.adapt(x_BSF, linear.product(x_BSF, local(linear.weight), None))
+        return linear.adapt(x_BSF, linear.product(x_BSF, self.local_part(linear.weight), None))
 
     def _pool(self, sums: dict[int, Routing]) -> dict[int, Routing]:
         """Each rank has the routers' sums over all tokens, and the gradients of the routers are summed over the ranks: so each

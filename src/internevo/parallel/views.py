@@ -69,27 +69,29 @@ class Groups:
     """The process groups of a run. All ranks must ask for the same ones in the same order."""
 
     def __init__(self) -> None:
-        self._made: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {}
+        self._made: dict[tuple[str, tuple[tuple[int, ...], ...]], dist.ProcessGroup] = {}
 
     def get(self, partition: Sequence[Sequence[int]], purpose: str = "") -> dist.ProcessGroup:
         """Returns the process group that this rank is in.
 
+        All ranks make a group or none does: NCCL makes it out of that of the world, in which all ranks must take part, and
+        PyTorch names it after its ranks and the number of groups so far.
+
         Args:
-            partition: the ranks of each group. A rank that is in none of them gets a group of its own, because PyTorch names a
-                group after its ranks and the number of groups so far, which must be the same on all of them.
+            partition: the ranks of each group. A rank that is in none of them gets a group of its own.
             purpose: groups of the same ranks with different purposes are different groups.
         """
-        rank = dist.get_rank()
-        ranks = next((tuple(group) for group in partition if rank in group), (rank,))
+        rank, key = dist.get_rank(), (purpose, tuple(map(tuple, partition)))
+        ranks = next((group for group in key[1] if rank in group), (rank,))
         if len(ranks) == dist.get_world_size() and not purpose:
             assert dist.group.WORLD is not None
             return dist.group.WORLD
-        if (purpose, ranks) not in self._made:
+        if key not in self._made:
             # With local synchronization, only the ranks of a group make it: of 1,024 ranks, each makes one group, not hundreds.
             made = dist.new_group(list(ranks), use_local_synchronization=True)
             assert isinstance(made, dist.ProcessGroup)
-            self._made[purpose, ranks] = made
-        return self._made[purpose, ranks]
+            self._made[key] = made
+        return self._made[key]
 
     def __len__(self) -> int:
         return len(self._made)

@@ -36,20 +36,22 @@ class RouterSums:
         """Adds the statistics of a forward pass through a model or a stage of it."""
         if not self.layers:
             return
-        table = self._table()
+        table = self._table(self.values)
         for layer, r in routed.sums.items():
             table[self.sparse.index(layer)] += torch.cat([r.load, r.entropy.view(1), r.dropped.view(1)]).double()
         if routed.loss is not None:
             self.values[-1] += routed.loss.detach().double()
 
-    def balance(self, routers: dict[int, Router], speed: float) -> None:
-        """Moves the balance biases of routers, by the load of all ranks.
+    def balance(self, routers: dict[int, Router], values: Tensor, speed: Tensor) -> None:
+        """Moves the balance biases of routers, without waiting for a GPU.
 
         Args:
             routers: layer -> its router, for the layers of this rank.
+            values: ``values`` of all ranks, on the device.
+            speed: by how much; a scalar in fp64 on the device.
         """
         for layer, router in routers.items():
-            router.balance(self._table()[self.sparse.index(layer), : self.experts], speed)
+            router.balance(self._table(values)[self.sparse.index(layer), : self.experts], speed)
 
     def summary(self, predicted: float) -> dict[str, Any] | None:
         """Returns the statistics of all ranks for metrics.jsonl; None if the model has no experts.
@@ -59,7 +61,7 @@ class RouterSums:
         """
         if not self.layers:
             return None
-        table = self._table()
+        table = self._table(self.values)
         load = table[:, : self.experts]
         choices = load.sum()
         shares = load / load.sum(1, keepdim=True)
@@ -71,5 +73,5 @@ class RouterSums:
             "auxiliary_loss": float(self.values[-1] / max(predicted, 1.0)),
         }
 
-    def _table(self) -> Tensor:
-        return self.values[:-1].view(self.layers, self.experts + 2)
+    def _table(self, values: Tensor) -> Tensor:
+        return values[:-1].view(self.layers, self.experts + 2)

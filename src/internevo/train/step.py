@@ -92,8 +92,6 @@ class Stepper:
         result = self._result(numbers.get(), routed)
         if result.skipped:
             parts.optimizer.skipped()
-        elif self.bias_speed:
-            routed.balance(routers(parts.model.numbered_layers()), self.bias_speed)
         parts.scaler.update(result.skipped)
         return result
 
@@ -115,6 +113,8 @@ class Stepper:
         parts.optimizer.step(lr, beta2, factor[0].float(), finite[0].float())
         parts.axis.masters_updated()
         parts.optimizer.zero_grad()
+        if self.bias_speed:
+            routed.balance(routers(parts.model.numbered_layers()), sums[3], self.bias_speed * finite)
         return numbers, routed
 
     def _forward_backward(self, batch: StepBatch, scale: float) -> tuple[Losses, RouterSums]:

@@ -62,7 +62,7 @@ def test_a_target_that_is_a_link_is_written_to_the_folder_it_points_to(tmp_path:
     assert sorted(os.listdir(tmp_path)) == ["disk", "from", "out"]
 
 
-Write = Callable[[Path, Path, Decoder], None]
+Write = Callable[[Path, Path, Decoder], object]
 """Writes a model (also in the first folder) to the second folder."""
 WAYS: dict[str, Write] = {
     "save_hf": lambda source, folder, model: save_hf(model, folder),

@@ -1,6 +1,7 @@
 """Configs: InternEvo's files work unchanged, mistakes are named, and nothing is ignored without a notice."""
 
 import json
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -203,6 +204,11 @@ def test_all_problems_are_reported_together() -> None:
         (1, {"model_type": "LLAMA2", "model__num_experts": 4}, "model.num_experts = 4 is not supported by"),
         (
             1,
+            {"model__moe_layer_kwargs": {"bias_update_speed": 0.1}},
+            "model.moe_layer_kwargs = {'bias_update_speed': 0.1} is not supported by",
+        ),
+        (
+            1,
             {"model_type": "QWEN3MOE", "model__num_shared_experts": 1, "model__num_experts": 4},
             "num_shared_experts = 1 is not",
         ),
@@ -224,11 +230,13 @@ def test_contradictions_are_found_before_anything_starts(world: int, changes: di
         ("model__num_layers", "x", "must be a whole number"),
         ("model__num_layers", 2.5, "must be a whole number"),
         ("adam__lr", "high", "must be a number"),
+        ("parallel__pipeline__layers", [True, True], "must have no True or False in it"),
+        ("model__mlp_only_layers", [0, True], "must have no True or False in it"),
         ("enable_tb", "maybe", "must be True or False"),
     ],
 )
 def test_a_value_of_another_type_is_described_in_plain_words(key: str, value: object, message: str) -> None:
-    with pytest.raises(ConfigError, match=rf"{key.replace('__', '.')}: {message} \(got {value!r}\)"):
+    with pytest.raises(ConfigError, match=re.escape(f"{key.replace('__', '.')}: {message} (got {value!r})")):
         tiny(**{key: value})
 
 
@@ -328,21 +336,27 @@ def test_config_command(tmp_path: Path) -> None:
     done = run("config", path, "--world-size", 4, "parallel.zero1.size=2")
     assert "zero" in done.stdout and "4  rows of 32 tokens" in done.stdout
     rows = [line.split() for line in done.stdout.splitlines()]
-    assert ["all-gather", "zero", "2", "4"] in [row[:4] for row in rows] and "GiB on rank 0" in done.stdout
+    assert ["all-gather", "zero", "2", "4"] in [row[:4] for row in rows] and "MiB on rank 0" in done.stdout
     assert "did you mean data.seq_len" in run("config", path, "data.seqlen=3", code=2).stderr
     assert "does not exist" in run("train", path, code=2).stderr
 
 
-def test_the_layout_of_experts_in_a_long_pipeline_is_printed() -> None:
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_layout_of_experts_in_a_long_pipeline_is_printed(tied: bool) -> None:
     config = tiny(
-        model_type="MIXTRALMOE", model__num_experts=4, model__num_layers=4, model__tie_word_embeddings=False,
+        model_type="MIXTRALMOE", model__num_experts=4, model__num_layers=4, model__tie_word_embeddings=tied,
         parallel__pipeline=4, parallel__tensor={"size": 2, "mode": "isp"}, parallel__expert_weight={"size": 2},
         data__global_batch_size=16,
     )  # fmt: skip
     assert not problems(config, 16)
-    lines = [line.split() for line in layout_lines(config, 16, 8)]
+    text = layout_lines(config, 16, 8)
+    lines = [line.split() for line in text]
     assert ["expert", "2"] in [line[:2] for line in lines] and ["expert", "weight", "2"] in [line[:3] for line in lines]
-    assert any(line[:2] == ["4", "0"] and line[-1] == "-" for line in lines), "a rank in the middle has neither end"
+    assert any(line[:2] == ["4", "0"] and line[-1] == "-" for line in lines) == tied, "a rank in the middle has neither end"
+    assert any("first and last" in line for line in text) == tied, "the group exists for tied embeddings only"
+    assert len({line.index(" groups  ") for line in text if " groups  " in line}) == 1, "the columns are aligned"
+    assert any("(8 micro-batches of 1 on each of 2 data ranks)" in line for line in text)
+    assert any(line.split()[:1] == ["MiB"] for line in text), "a small model is not 0.00 GiB"
 
 
 @pytest.mark.parametrize(("ramp", "micro_batches"), [("", 8), ("2 2 3", 4), ("2 2 1", 8)])
@@ -357,7 +371,7 @@ def test_the_layout_of_a_pipeline_is_that_of_the_last_step(ramp: str, micro_batc
     assert any(f"({micro_batches} micro-batches of" in line for line in lines)
     assert any(line.startswith("  bubble") and f"with {micro_batches} micro-batches," in line for line in lines)
     assert any(line.split()[:4] == ["send", "pipeline", "2", str(2 * micro_batches)] for line in lines)
-    first = next(n for n, line in enumerate(lines) if line.split()[:2] == ["GiB", "rank"])
+    first = next(n for n, line in enumerate(lines) if line.split()[:2] == ["MiB", "rank"])
     rows = [line.split() for line in lines[first + 1 : first + 3]]
     assert [row[0] for row in rows] == ["0", "1"] and all("pass of micro-batch" in " ".join(row) for row in rows)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ...config.model import Model, MoeLayerKwargs
+from ...config.option import Section
 
 DEFAULT_VALUES: dict[str, tuple[Any, ...]] = {
     "add_unit_offset": (None, False),
@@ -49,7 +50,8 @@ def problems(model: Model, family: str, allowed: Allowed | None = None) -> Itera
     for key, values in {**DEFAULT_VALUES, **(allowed or {})}.items():
         value = getattr(model, key)
         if values is not ANY_VALUE and value not in values:
-            yield f"model.{key} = {value!r} is not supported by model_type = {family!r}; leave it out"
+            given = value.model_dump(exclude_defaults=True) if isinstance(value, Section) else value
+            yield f"model.{key} = {given!r} is not supported by model_type = {family!r}; leave it out"
     given = model.model_fields_set
     if model.use_sliding_window and not model.sliding_window:
         yield "model.use_sliding_window needs model.sliding_window"

@@ -101,6 +101,7 @@ def test_training_starts_with_the_loss_of_the_dense_model(tmp_path: Path, datase
         (TINY, {"top_k": 5}, "--upcycle 4 needs --top-k, .*: 1 to 4, not 5"),
         (TINY, {"top_k": None}, "--upcycle 4 needs --top-k, .*: 1 to 4$"),
         (TINY, {"upcycle": None}, "--top-k is only for --upcycle"),
+        (TINY, {"upcycle": 65_537}, "--upcycle 65537: a layer can have at most 65536 experts"),
         (TINY, {"upcycle": None, "top_k": None, "seed": 1}, "--seed is only for --upcycle"),
         (TINY, {"write_as": "LLAMA2"}, "LlamaForCausalLM cannot describe this model"),
     ],
