@@ -1,0 +1,1 @@
+"""A run on paper: what a layout would cost on a cluster, by formula."""
