@@ -1,8 +1,8 @@
 """The arithmetic and the memory traffic of each module, as it is computed on one rank: FLOPs and bytes, no times.
 
 T tokens of a micro-batch, D hidden size, N query and K key/value heads of size H, F width of the MLP, V vocabulary, E experts
-of width X of which a token chooses k, t ranks of the tensor axis, A tokens that a token attends to on average (S/2 in a row of S
-tokens that is one document: the kernel leaves out what the causal mask hides).
+of width X of which a token chooses k, t ranks of the tensor axis, A tokens that a token attends to on average (S/2 in a row of
+S tokens that is one document: the kernel leaves out what the causal mask hides).
 
 | module          | forward FLOPs on a rank       | backward | source                                             |
 |-----------------|-------------------------------|----------|----------------------------------------------------|

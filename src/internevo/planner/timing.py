@@ -1,8 +1,8 @@
 """The time of a pipeline's schedule: its order, played out event by event, with the times of its passes.
 
 ``Played`` does what ``orders.play`` does. It keeps who waits for whom, so that an order that has been played once is played
-again with other times in a fraction of a millisecond. Of many micro-batches only the first are played: from some point on, each more
-takes the time of the slowest rank.
+again with other times in a fraction of a millisecond. Of many micro-batches only the first are played: from some point on, each
+more takes the time of the slowest rank.
 """
 
 from __future__ import annotations
