@@ -1,9 +1,10 @@
 """The planner against measurements that others published: ``python benchmarks/plan.py --measurements FILE.csv``.
 
 One calibration is fitted for each pair of source and GPU, by least squares on the logarithms of the errors. No row is predicted
-with a calibration that has seen it: the rows of a pair are dealt into folds (runs of one model stay together where there are
-enough models), and each fold is predicted with a calibration of the others. Few rows say little about ten numbers, so that each
-fit is drawn to a calibration of the rows of all other pairs, those of the same GPU above all.
+with a calibration that has seen it: the rows of a pair are dealt into folds, and each fold is predicted with a calibration of
+the others. ``--by-model`` makes it harder: a model is predicted with a calibration that has only seen other models. Few rows
+say little about ten numbers, so that each fit is drawn to a calibration of the rows of all other pairs, those of the same GPU
+above all.
 
 ``--folds 0`` fits and predicts the same rows: what the formulas could reach at best.
 """
@@ -99,18 +100,20 @@ def fit(cases: Sequence[Case], prior: Calibration, spread: float = 1.0, rounds: 
     return from_vector(x)
 
 
-def folds_of(cases: Sequence[Case], count: int) -> list[list[int]]:
-    """Deals the rows of a pair into folds. Rows of one model stay together if there are at least ``count`` models."""
+def folds_of(cases: Sequence[Case], count: int, by_model: bool) -> list[list[int]]:
+    """Deals the rows of a pair into folds. ``by_model``: all rows of a model stay together, if there are several models."""
     models = sorted({case.measured.row["model"] for case in cases})
-    count = min(count, len(cases))
+    count = min(count, len(models) if by_model and len(models) > 1 else len(cases))
     folds: list[list[int]] = [[] for _ in range(count)]
     for number, case in enumerate(cases):
-        place = models.index(case.measured.row["model"]) if len(models) >= count else number
+        place = models.index(case.measured.row["model"]) if by_model and len(models) > 1 else number
         folds[place % count].append(number)
-    return [fold for fold in folds if fold]
+    return folds
 
 
-def cross_validated(groups: dict[tuple[str, str], list[Case]], folds: int, say: Callable[[str], None]) -> dict[str, float]:
+def cross_validated(
+    groups: dict[tuple[str, str], list[Case]], folds: int, by_model: bool, say: Callable[[str], None]
+) -> dict[str, float]:
     """Returns row -> the logarithm of prediction / measurement, predicted without the row."""
     errors = dict[str, float]()
     for group, cases in groups.items():
@@ -124,7 +127,7 @@ def cross_validated(groups: dict[tuple[str, str], list[Case]], folds: int, say: 
             errors |= {case.measured.name: case.error(calibration) for case in cases}
             say(f"{group}: {calibration}")
             continue
-        for fold in folds_of(cases, folds):
+        for fold in folds_of(cases, folds, by_model):
             seen = [case for number, case in enumerate(cases) if number not in fold]
             calibration = fit(seen, prior) if seen else prior
             errors |= {cases[number].measured.name: cases[number].error(calibration) for number in fold}
@@ -153,11 +156,45 @@ def table(title: str, errors: dict[str, float], key: Callable[[str], str]) -> No
         )
 
 
+def winners(found: Sequence[Measured], errors: dict[str, float]) -> None:
+    """Prints, for each number of GPUs of InternEvo's table, the fastest layout, and the one that is predicted to be."""
+    columns = defaultdict[int, list[Measured]](list)
+    for measured in found:
+        if measured.source == "internevo" and "pack_sample_into_one=False" in measured.row["note"]:
+            columns[measured.job.work.layout.world].append(measured)
+    print("\nInternEvo's layouts: GPUs, layouts measured, the fastest, the one predicted, and what it loses")
+    for gpus, rows in sorted(columns.items()):
+        best = max(rows, key=lambda row: row.tgs)
+        chosen = max(rows, key=lambda row: row.tgs * math.exp(errors[row.name]))
+        names = [f"tp {row.job.work.layout.tensor} zero {row.row['zero_group']}" for row in (best, chosen)]
+        print(f"{gpus:>6}{len(rows):>3}  {names[0]:<14}{names[1]:<14}{1 - chosen.tgs / best.tgs:>6.1%}")
+
+
+def memories(path: Path, say: bool) -> None:
+    """Prints how far predicted memory is from measured memory."""
+    errors, reasons = dict[str, float](), Counter[str]()
+    for row in published.rows(path):
+        if row["metric_memory_gb"]:
+            try:
+                predicted, measured = published.memory(row)
+            except published.NotExpressibleError as reason:
+                reasons[str(reason)] += 1
+            else:
+                errors[row["id"]] = math.log(predicted / measured)
+                if say:
+                    print(f"{row['id']:<20}{measured / 1e9:>8.1f} GB{math.expm1(errors[row['id']]):>+8.1%}")
+    table("memory", errors, lambda name: name.rpartition("-")[0])
+    print(f"\n{reasons.total()} rows of memory do not count:")
+    for reason, count in reasons.most_common():
+        print(f"{count:>6}  {reason}")
+
+
 def main() -> None:
     """Reads the table, fits, predicts and prints."""
     parser = argparse.ArgumentParser(description="Compares the planner with published measurements.")
     parser.add_argument("--measurements", type=Path, required=True, help="CSV file, one measurement a row")
-    parser.add_argument("--folds", type=int, default=5, help="folds of the cross-validation; 0: fit and predict the same rows")
+    parser.add_argument("--folds", type=int, default=10, help="folds of the cross-validation; 0: fit and predict the same rows")
+    parser.add_argument("--by-model", action="store_true", help="predict the rows of a model without any row of that model")
     parser.add_argument("--source", default="", help="only sources whose name begins so; the others are still fitted to")
     parser.add_argument("--rows", action="store_true", help="print every row")
     arguments = parser.parse_args()
@@ -167,7 +204,7 @@ def main() -> None:
     groups = defaultdict[tuple[str, str], list[Case]](list)
     for measured in found:
         groups[measured.group].append(Case(measured, step.count(measured.job)))
-    errors = cross_validated(dict(groups), arguments.folds, print)
+    errors = cross_validated(dict(groups), arguments.folds, arguments.by_model, print)
     of = {measured.name: measured for measured in found}
     errors = {name: error for name, error in errors.items() if of[name].source.startswith(arguments.source)}
     if arguments.rows:
@@ -181,6 +218,9 @@ def main() -> None:
     print(f"\n{len(reasons)} rows do not count:")
     for reason, count in Counter(reasons.values()).most_common():
         print(f"{count:>6}  {reason}")
+    if "internevo".startswith(arguments.source):
+        winners(found, errors)
+    memories(arguments.measurements, arguments.rows)
 
 
 if __name__ == "__main__":

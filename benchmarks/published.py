@@ -13,6 +13,7 @@ from pathlib import Path
 from internevo.models.config import DecoderConfig, Experts
 from internevo.parallel.layout import Layout
 from internevo.parallel.strategy import Workload
+from internevo.planner import memory as planned
 from internevo.planner.hardware import GPU, GPUS
 from internevo.planner.job import Again, Job
 
@@ -64,6 +65,14 @@ class Source:
     """Of an element of a gradient when it is reduced."""
     vocab: int = 51200
     """If the column is empty."""
+    later_stages_have_more: bool = False
+    """Where layers go that cannot be divided evenly: to the last stages, one each. Otherwise they are divided by cost."""
+    step_bytes: int = 0
+    """What the optimizer allocates in its step for each element of a shard, in bytes."""
+    logit_bytes: int = 0
+    """What a loss that is not computed in chunks keeps for each logit, in bytes."""
+    no_memory: str = ""
+    """Why memory is not predicted."""
     network: float = 0.0
     """Network of a GPU in 10^9 bytes per second; 0: as usual with that GPU."""
 
@@ -71,23 +80,26 @@ class Source:
 BY_OPERATOR = Again(0.5, 0.0, 1.0)  # torchtitan keeps every second matrix product, and attention
 NORMS = Again(0.0, 0.0, 0.7)  # norms and the activation
 CORE = Again(0.0, 1.0, 0.3)  # the core of attention, arXiv:2205.05198
+SCORES = "attention that keeps its scores"
+FP32_STEP = 12  # gradients in fp32, and the two intermediate results of PyTorch's foreach AdamW
+LOGITS = 10  # in the dtype of the model and in fp32, and their gradient
 SOURCES = {
     "foundry": Source(unstated="none"),
-    "internevo": Source(network=6.25, gradient_bytes=2),
+    "internevo": Source(network=6.25, gradient_bytes=2, step_bytes=FP32_STEP, later_stages_have_more=True),
     "bridge": Source(attention=0.5),
     "automodel": Source(attention=0.5, unstated="none"),
-    "titan": Source(selective=BY_OPERATOR, stops_early=True, sequence="y"),
+    "titan": Source(selective=BY_OPERATOR, stops_early=True, sequence="y", logit_bytes=LOGITS),
     "fms": Source(stops_early=True),
     "nemolauncher": Source(unstated="none", vocab=50304, sequence="y"),
     "moezoo": Source(attention=0.5, selective=NORMS),
     "xtuner-moe": Source(attention=0.5, selective=NORMS, unstated="none"),
     "kwai": Source(attention=0.5, selective=NORMS, network=12.5),
-    "zerobubble": Source(unstated="none", vocab=50304),
-    "korthikanti": Source(selective=CORE, overlaps=False),
+    "zerobubble": Source(unstated="none", vocab=50304, no_memory=SCORES),
+    "korthikanti": Source(selective=CORE, overlaps=False, no_memory=SCORES),
     "ptdp": Source(overlaps=False),
     "megascale": Source(vocab=64000, unstated="none"),
-    "bloom": Source(overlaps=False, vocab=250880, network=6.25),
-    "nanotron": Source(unstated="none", sequence="?"),
+    "bloom": Source(overlaps=False, vocab=250880, network=6.25, no_memory=SCORES),
+    "nanotron": Source(unstated="none", sequence="?", logit_bytes=LOGITS),
     "maxtext": Source(selective=Again(0.0, 0.0, 1.0)),
     "torchao": Source(selective=BY_OPERATOR, stops_early=True),
 }  # fmt: skip
@@ -120,12 +132,40 @@ WITHOUT_GATE = ("GPT", "MPT")
 PRECISIONS = {"": "bf16", "bf16": "bf16", "fp16": "bf16", "fp8": "fp8", "mxfp8": "fp8"}
 
 
+CONTEXT = 1.5e9
+"""Bytes of CUDA, its libraries and NCCL, which a source that does not count the allocator's bytes alone has on top."""
+
+
+def memory(row: Row) -> tuple[float, float]:
+    """Returns the predicted and the measured bytes of the most loaded rank.
+
+    Raises:
+        NotExpressibleError: with the reason.
+    """
+    source, note = SOURCES.get(row["id"].rpartition("-")[0]), row["note"]
+    if source is not None and source.no_memory:
+        raise NotExpressibleError(source.no_memory)
+    job = measured({**row, "metric_tokens_per_s_per_gpu": "1"}).job  # any, if it has none
+    assert source is not None
+    if job.again is not None and not job.work.recomputed:
+        raise NotExpressibleError("what selective recomputation keeps")
+    work, totals = job.work, []
+    for rank in range(work.layout.pipeline):
+        found = planned.on_rank(job, rank)
+        last = rank == work.layout.rank_of_stage(work.layout.stages - 1)
+        logits = source.logit_bytes * last * work.tokens * work.decoder.vocab_size // work.layout.tensor
+        step = found.kept.total - found.kept.activations + source.step_bytes * found.kept.masters // 4
+        totals.append(max(found.total + logits, step))
+    allocator = any(word in note for word in ("allocated=", "reserved", "as drawn", "torchtitan"))
+    return max(totals) + (0 if allocator else CONTEXT), float(row["metric_memory_gb"]) * (2**30 if "GiB" in note else 1e9)
+
+
 def read(path: Path) -> tuple[list[Measured], dict[str, str]]:
     """Returns the rows that can be predicted, and row -> reason for the others. ``derived.csv`` beside it is read, too."""
     derived = path.with_name("derived.csv")
-    tgs = {row["id"]: float(row["tokens_per_s_per_gpu_derived"]) for row in _rows(derived)} if derived.is_file() else {}
+    tgs = {row["id"]: float(row["tokens_per_s_per_gpu_derived"]) for row in rows(derived)} if derived.is_file() else {}
     found, reasons = list[Measured](), dict[str, str]()
-    for row in _rows(path):
+    for row in rows(path):
         try:
             found.append(measured(row, tgs.get(row["id"])))
         except NotExpressibleError as reason:
@@ -133,7 +173,7 @@ def read(path: Path) -> tuple[list[Measured], dict[str, str]]:
     return found, reasons
 
 
-def _rows(path: Path) -> list[Row]:
+def rows(path: Path) -> list[Row]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
@@ -221,12 +261,13 @@ def _job(row: Row, source: Source, decoder: DecoderConfig) -> Job:
         chunks = decoder.num_layers // pipeline // int(per_chunk)
     if pipeline == 1:
         chunks = 1
+    if pipeline > 1 and "chunks not listed" in row["note"]:
+        raise NotExpressibleError("number of model chunks not stated")
     mode = {"ZB-1p": "ZBH1", "ZB-2p": "?"}.get(_item(row["note"], "schedule"), "1F1B")
     if mode == "?":
         raise NotExpressibleError("schedule ZB-2p")
     if _item(row["note"], "schedule").startswith("1F1B-I") or "interleaved" in _item(row["note"], "schedule").lower():
-        chunks = max(chunks, 2)
-        chunks = decoder.num_layers // pipeline if row["id"].startswith("zerobubble") else chunks
+        chunks = (decoder.num_layers + 2) // pipeline  # one layer in each, also of the two that have none
     if gpus % (tensor * pipeline):
         raise NotExpressibleError("ranks that do not divide evenly")
     data, micro = gpus // (tensor * pipeline), _number(row, "micro_batch")
@@ -255,7 +296,7 @@ def _job(row: Row, source: Source, decoder: DecoderConfig) -> Job:
         expert, inner, max(1, min(zero, gpus // pipeline // (expert * inner))),
     )  # fmt: skip
     if decoder.num_layers < layout.stages:
-        raise NotExpressibleError("more stages than layers")
+        raise NotExpressibleError("stages without layers")
     if layout.expert * layout.expert_inner * layout.expert_zero * pipeline > gpus:
         raise NotExpressibleError("ranks that do not divide evenly")
     recompute = row["recompute"] or source.unstated
@@ -272,8 +313,13 @@ def _job(row: Row, source: Source, decoder: DecoderConfig) -> Job:
             again = Again(extra, extra, extra)
         if again is None:
             raise NotExpressibleError("what is recomputed selectively is not stated")
-    even = decoder.num_layers % layout.stages == 0
-    layers = (decoder.num_layers // layout.stages,) * layout.stages if even and pipeline > 1 else ()
+    fewer = 2 if "first and last stage have one layer fewer" in row["note"] else 0
+    each, uneven = divmod(decoder.num_layers + fewer, layout.stages)
+    layers = () if uneven or pipeline == 1 else (each,) * layout.stages
+    if uneven and source.later_stages_have_more:
+        layers = (each,) * (layout.stages - uneven) + (each + 1,) * uneven
+    if fewer and layers:
+        layers = (each - 1, *layers[2:], each - 1)
     work = Workload(
         decoder, layout, micro * _number(row, "seq_len"), steps, 2, source.gradient_bytes, share, False, None, "cuda"
     )

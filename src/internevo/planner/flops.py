@@ -18,7 +18,7 @@ in and N out moves M K + K N + M N elements; its backward pass twice that, and t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from .job import Again, Job
@@ -46,6 +46,10 @@ class Amounts(NamedTuple):
     def plus(self, other: Amounts, times: float = 1.0) -> Amounts:
         """Returns the sum with ``times`` the other."""
         return Amounts(*(a + times * b for a, b in zip(self, other, strict=True)))
+
+
+Linears = tuple[float, float, float, float]
+"""Rows, columns in, columns out, and how many of them."""
 
 
 class Passes(NamedTuple):
@@ -82,7 +86,7 @@ def layer(job: Job, number: int, recomputed: bool) -> Passes:
     return Passes(forward, inputs, weights, _again(job, forward, _linears(attention, e), mlp, recomputed))
 
 
-def _again(job: Job, forward: Amounts, attention: Amounts, mlp: list[tuple[float, ...]], recomputed: bool) -> Amounts:
+def _again(job: Job, forward: Amounts, attention: Amounts, mlp: Sequence[Linears], recomputed: bool) -> Amounts:
     """Returns what is recomputed of a layer: until the input of the last linear is there."""
     work = job.work
     if job.again is not None:
@@ -101,16 +105,14 @@ def _again(job: Job, forward: Amounts, attention: Amounts, mlp: list[tuple[float
     )  # fmt: skip
 
 
-def _attention_linears(rows: float, d: float, heads: float, kv: float) -> Iterator[tuple[float, float, float, float]]:
+def _attention_linears(rows: float, d: float, heads: float, kv: float) -> Iterator[Linears]:
     """Yields (rows, columns in, columns out, how many) of the linears of attention."""
     yield rows, d, heads, 1
     yield rows, d, kv, 2
     yield rows, heads, d, 1
 
 
-def _mlp_linears(
-    job: Job, number: int, rows: float, width: float
-) -> tuple[list[tuple[float, float, float, float]], Amounts, float]:
+def _mlp_linears(job: Job, number: int, rows: float, width: float) -> tuple[list[Linears], Amounts, float]:
     """Returns the linears of an MLP or of experts, with the router apart, and the bytes of what is around them."""
     work, decoder, layout = job.work, job.work.decoder, job.work.layout
     e, d, experts = work.element_bytes, decoder.hidden_size, job.work.decoder.experts
@@ -130,7 +132,7 @@ def _mlp_linears(
     return linears, Amounts(head=2.0 * work.routed_tokens * d * experts.count), around
 
 
-def _linears(linears: list[tuple[float, ...]], e: int) -> Amounts:
+def _linears(linears: Sequence[Linears], e: int) -> Amounts:
     """Adds up matrix products: (rows, columns in, columns out, how many) of each."""
     flops = sum(2.0 * m * k * n * times for m, k, n, times in linears)
     return Amounts(products=flops, moved=e * sum((m * k + k * n + m * n) * times for m, k, n, times in linears))

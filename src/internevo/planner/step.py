@@ -42,7 +42,7 @@ class Message(NamedTuple):
     """Collectives of one kind over one group."""
 
     kind: str
-    count: float
+    number: float
     nbytes: float
     group: Group
 

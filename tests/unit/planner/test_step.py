@@ -23,13 +23,14 @@ IDEAL = Calibration(*(1.0 if field.name in EFFICIENCIES else 0.0 for field in fi
 A100 = GPUS["a100"]
 
 
-def job(layout: Layout, decoder: DecoderConfig = DENSE, micro_batches: int = 4, seq_len: int = 2048, **changes: float) -> Job:
-    work = Workload(decoder, layout, seq_len, micro_batches, 2, 4, 0.0, False, None, "cuda")
-    return Job(replace(work, **{k: v for k, v in changes.items() if hasattr(work, k)}), seq_len)
+def job(
+    layout: Layout, decoder: DecoderConfig = DENSE, micro_batches: int = 4, seq_len: int = 2048, recomputed: float = 0.0
+) -> Job:
+    return Job(Workload(decoder, layout, seq_len, micro_batches, 2, 4, recomputed, False, None, "cuda"), seq_len)
 
 
-def one(**sizes: int) -> Layout:
-    return replace(Layout(1, 1, "mtp", 1, 1, 1, False), **sizes)  # type: ignore[arg-type]
+def one() -> Layout:
+    return Layout(1, 1, "mtp", 1, 1, 1, False)
 
 
 @pytest.mark.parametrize("windows", [(), (256,) * 32], ids=["all", "windows"])
@@ -55,7 +56,7 @@ def test_documents_shorten_attention_and_nothing_else() -> None:
 @pytest.mark.parametrize("mode", ["mtp", "msp", "fsp", "isp"])
 def test_a_tensor_group_divides_the_products_among_its_ranks(mode: str) -> None:
     alone = flops.stage(job(one()), range(32), True)
-    shared = flops.stage(job(one(world=4, tensor=4, mode=mode, weight=4 if mode == "isp" else 1)), range(32), True)
+    shared = flops.stage(job(Layout(4, 4, mode, 4 if mode == "isp" else 1, 1, 1, False)), range(32), True)
     for whole, part in zip(alone, shared, strict=True):
         assert part.products == pytest.approx(whole.products / 4)
         assert part.attention == pytest.approx(whole.attention / 4)
