@@ -117,11 +117,7 @@ def cross_validated(
     """Returns row -> the logarithm of prediction / measurement, predicted without the row."""
     errors = dict[str, float]()
     for group, cases in groups.items():
-        others = [case for other, of in groups.items() if other != group for case in _some(of, 6)]
-        same = [case for case in others if case.measured.gpu.name.partition("-")[0] == group[1].partition("-")[0]]
-        prior = fit(others, Calibration(), 2.0, 4)
-        if len(same) >= 3:
-            prior = fit(same, prior, 1.0, 4)
+        prior = prior_of(groups, group)
         if folds == 0:
             calibration = fit(cases, prior)
             errors |= {case.measured.name: case.error(calibration) for case in cases}
@@ -132,6 +128,14 @@ def cross_validated(
             calibration = fit(seen, prior) if seen else prior
             errors |= {cases[number].measured.name: cases[number].error(calibration) for number in fold}
     return errors
+
+
+def prior_of(groups: dict[tuple[str, str], list[Case]], group: tuple[str, str]) -> Calibration:
+    """Returns what all other pairs say about a pair: those of the same GPU, drawn to those of all GPUs."""
+    others = [case for other, of in groups.items() if other != group for case in _some(of, 6)]
+    same = [case for case in others if case.measured.gpu.name.partition("-")[0] == group[1].partition("-")[0]]
+    prior = fit(others, Calibration(), 2.0, 4)
+    return fit(same, prior, 1.0, 4) if len(same) >= 3 else prior
 
 
 def _some(cases: Sequence[Case], count: int) -> list[Case]:
@@ -156,18 +160,27 @@ def table(title: str, errors: dict[str, float], key: Callable[[str], str]) -> No
         )
 
 
-def winners(found: Sequence[Measured], errors: dict[str, float]) -> None:
-    """Prints, for each number of GPUs of InternEvo's table, the fastest layout, and the one that is predicted to be."""
-    columns = defaultdict[int, list[Measured]](list)
-    for measured in found:
-        if measured.source == "internevo" and "pack_sample_into_one=False" in measured.row["note"]:
-            columns[measured.job.work.layout.world].append(measured)
-    print("\nInternEvo's layouts: GPUs, layouts measured, the fastest, the one predicted, and what it loses")
-    for gpus, rows in sorted(columns.items()):
-        best = max(rows, key=lambda row: row.tgs)
-        chosen = max(rows, key=lambda row: row.tgs * math.exp(errors[row.name]))
-        names = [f"tp {row.job.work.layout.tensor} zero {row.row['zero_group']}" for row in (best, chosen)]
-        print(f"{gpus:>6}{len(rows):>3}  {names[0]:<14}{names[1]:<14}{1 - chosen.tgs / best.tgs:>6.1%}")
+def winners(groups: dict[tuple[str, str], list[Case]]) -> None:
+    """Prints, for each number of GPUs of InternEvo's table, the fastest layout, and the one that is predicted to be, with a
+    calibration that has seen no row with this number of GPUs."""
+    print("\nInternEvo's layouts: GPUs, layouts, the fastest, the one that is predicted to be, what it loses; largest error")
+    for group in [group for group in groups if group[0] == "internevo"]:
+        prior = prior_of(groups, group)
+        columns = defaultdict[int, list[Case]](list)
+        for case in groups[group]:
+            columns[case.measured.job.work.layout.world].append(case)
+        for gpus, column in sorted(columns.items()):
+            rows = [case for case in column if "pack_sample_into_one=False" in case.measured.row["note"]]
+            if len(rows) < 2:
+                continue
+            seen = [case for other, cases in columns.items() if other != gpus for case in cases]
+            calibration = fit(seen, prior)
+            errors = {id(case): case.error(calibration) for case in rows}
+            best = max(rows, key=lambda case: case.measured.tgs)
+            chosen = max(rows, key=lambda case: case.measured.tgs * math.exp(errors[id(case)]))
+            names = [f"tp {of.tensor} zero {of.zero}" for of in (case.measured.job.work.layout for case in (best, chosen))]
+            loss, worst = 1 - chosen.measured.tgs / best.measured.tgs, max(abs(math.expm1(e)) for e in errors.values())
+            print(f"{gpus:>6}{len(rows):>3}  {names[0]:<15}{names[1]:<15}{loss:>6.1%}{worst:>8.1%}")
 
 
 def memories(path: Path, say: bool) -> None:
@@ -185,8 +198,8 @@ def memories(path: Path, say: bool) -> None:
                     print(f"{row['id']:<20}{measured / 1e9:>8.1f} GB{math.expm1(errors[row['id']]):>+8.1%}")
     table("memory", errors, lambda name: name.rpartition("-")[0])
     print(f"\n{reasons.total()} rows of memory do not count:")
-    for reason, count in reasons.most_common():
-        print(f"{count:>6}  {reason}")
+    for text, count in reasons.most_common():
+        print(f"{count:>6}  {text}")
 
 
 def main() -> None:
@@ -219,7 +232,7 @@ def main() -> None:
     for reason, count in Counter(reasons.values()).most_common():
         print(f"{count:>6}  {reason}")
     if "internevo".startswith(arguments.source):
-        winners(found, errors)
+        winners(dict(groups))
     memories(arguments.measurements, arguments.rows)
 
 

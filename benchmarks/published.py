@@ -65,6 +65,8 @@ class Source:
     """Of an element of a gradient when it is reduced."""
     vocab: int = 51200
     """If the column is empty."""
+    model_gradients: int = 0
+    """Bytes of an element of the gradients that it has besides those that are reduced (in the dtype of the model)."""
     later_stages_have_more: bool = False
     """Where layers go that cannot be divided evenly: to the last stages, one each. Otherwise they are divided by cost."""
     step_bytes: int = 0
@@ -78,6 +80,7 @@ class Source:
 
 
 BY_OPERATOR = Again(0.5, 0.0, 1.0)  # torchtitan keeps every second matrix product, and attention
+EVERY_SECOND_LAYER = Again(0.5, 0.5, 0.5)
 NORMS = Again(0.0, 0.0, 0.7)  # norms and the activation
 CORE = Again(0.0, 1.0, 0.3)  # the core of attention, arXiv:2205.05198
 SCORES = "attention that keeps its scores"
@@ -99,7 +102,7 @@ SOURCES = {
     "ptdp": Source(overlaps=False),
     "megascale": Source(vocab=64000, unstated="none"),
     "bloom": Source(overlaps=False, vocab=250880, network=6.25, no_memory=SCORES),
-    "nanotron": Source(unstated="none", sequence="?", logit_bytes=LOGITS),
+    "nanotron": Source(unstated="none", sequence="?", logit_bytes=LOGITS, model_gradients=2),
     "maxtext": Source(selective=Again(0.0, 0.0, 1.0)),
     "torchao": Source(selective=BY_OPERATOR, stops_early=True),
 }  # fmt: skip
@@ -123,6 +126,10 @@ OTHER_RUNS = {
     "rowwise": "fp8 with a scale for each row",
     "routing not forced": "unbalanced routing, by an unknown amount",
     "natural routing": "unbalanced routing, by an unknown amount",
+    "DeepEP": "another exchange of experts: a token is sent once to each node, while others compute",
+    "deepep": "another exchange of experts: a token is sent once to each node, while others compute",
+    "HybridEP": "another exchange of experts: a token is sent once to each node, while others compute",
+    "as in Table 1": "number of model chunks not stated",
     "split not in the copy": "layout not stated",
     "heading says": "the source contradicts itself",
     "shifted cells": "the source contradicts itself",
@@ -149,9 +156,9 @@ def memory(row: Row) -> tuple[float, float]:
     assert source is not None
     if job.again is not None and not job.work.recomputed:
         raise NotExpressibleError("what selective recomputation keeps")
-    work, totals = job.work, []
+    work, totals = replace(job.work, gradient_bytes=job.work.gradient_bytes + source.model_gradients), list[float]()
     for rank in range(work.layout.pipeline):
-        found = planned.on_rank(job, rank)
+        found = planned.on_rank(replace(job, work=work), rank)
         last = rank == work.layout.rank_of_stage(work.layout.stages - 1)
         logits = source.logit_bytes * last * work.tokens * work.decoder.vocab_size // work.layout.tensor
         step = found.kept.total - found.kept.activations + source.step_bytes * found.kept.masters // 4
@@ -306,7 +313,7 @@ def _job(row: Row, source: Source, decoder: DecoderConfig) -> Job:
     if recompute == "full":
         share, again = 1.0, None if source.stops_early else Again(1.0, 1.0, 1.0)
     elif recompute == "selective":
-        again = source.selective
+        again = EVERY_SECOND_LAYER if "ac=selective layer" in row["note"] else source.selective
         hfu = _item(row["note"], "hfu")
         if again is None and hfu and row["metric_mfu"]:
             extra = min(1.0, max(0.0, 3 * (float(hfu) / float(row["metric_mfu"]) - 1)))
