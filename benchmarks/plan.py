@@ -228,6 +228,10 @@ def main() -> None:
     table("source and GPU", errors, lambda name: " ".join(of[name].group))
     table("precision", errors, lambda name: of[name].job.precision)
     table("model", errors, lambda name: "experts" if of[name].job.work.decoder.experts else "dense")
+    print("\nrows that are more than 20 % off:")
+    for name, error in sorted(errors.items()):
+        if abs(math.expm1(error)) > 0.2:
+            print(f"  {name:<18}{math.expm1(error):>+6.0%}  {published.EXPLANATIONS.get(name, 'not explained')}")
     print(f"\n{len(reasons)} rows do not count:")
     for reason, count in Counter(reasons.values()).most_common():
         print(f"{count:>6}  {reason}")
