@@ -140,7 +140,6 @@ EXPLANATIONS = {
     "bloom-096": "a head size of 108: attention that is not one kernel gets slow if 8 does not divide it",
     "bloom-065": "the source itself calls it off the trend of the other batch sizes",
     "foundry-080": "a micro-batch at the end of the memory: the same model is much faster with other lengths",
-    "foundry-140": "a micro-batch at the end of the memory: MPT-70b on 40 GB",
     "internevo-024": "at 1,024 GPUs the ring over 512 ranks decides, and smaller rings say little about its latency",
     "nemolauncher-006": "tensor parallelism that overlaps with products; ours waits",
     "ptdp-016": "ZeRO-3 of 2021 on 2,240 GPUs, from a second-hand copy",
