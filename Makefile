@@ -8,7 +8,7 @@ ARGS ?=
 # Arguments of the demo, for example: make demo DEMO="--steps 20"
 DEMO ?=
 
-.PHONY: demo test lint types spelling docs coverage check bench clean
+.PHONY: demo test lint types spelling docs coverage check bench validate-plan clean
 
 demo: $(VENV)/ready
 	$(BIN)/internevo demo $(DEMO)
@@ -44,6 +44,11 @@ check: lint types spelling docs coverage
 # Speed next to PyTorch and transformers on this machine, compared with benchmarks/ratios.json. It is no part of the check.
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/bench.py $(ARGS)
+
+# The planner next to measurements that others published; the table is not a part of this repository.
+MEASUREMENTS ?= measurements.csv
+validate-plan: $(VENV)/ready
+	$(BIN)/python benchmarks/plan.py --measurements $(MEASUREMENTS) $(ARGS)
 
 clean:
 	rm -rf $(VENV) demo site build

@@ -211,20 +211,23 @@ class DecoderConfig:
         Args:
             active: count only the parameters that one token uses, which is less than all in a model with experts.
         """
+        ends = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2) + self.hidden_size
+        return ends + sum(self.layer_parameters(layer, active) for layer in range(self.num_layers))
+
+    def layer_parameters(self, layer: int, active: bool = False) -> int:
+        """Returns the number of parameters of a layer, without adapters.
+
+        Args:
+            active: as for ``parameters``.
+        """
         d, heads, kv = self.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        attention = d * (heads + 2 * kv) + heads * d + self.qkv_bias * (heads + 2 * kv) + self.o_bias * d
-        attention += 2 * self.head_dim * self.qk_norm
-        mlp = 3 * d * self.intermediate_size + self.mlp_bias * (2 * self.intermediate_size + d)
-        total = self.vocab_size * d * (1 if self.tie_embeddings else 2) + d
-        for layer in range(self.num_layers):
-            total += attention + 2 * d
-            if self.experts is not None and self.is_sparse(layer):
-                e = self.experts
-                total += 3 * d * e.size * (e.top_k if active else e.count) + d * e.count
-                total += (3 * d * e.shared_size + d) if e.shared_size else 0
-            else:
-                total += mlp
-        return total
+        total = d * (heads + 2 * kv) + heads * d + self.qkv_bias * (heads + 2 * kv) + self.o_bias * d + 2 * d
+        total += 2 * self.head_dim * self.qk_norm
+        if self.experts is None or not self.is_sparse(layer):
+            return total + 3 * d * self.intermediate_size + self.mlp_bias * (2 * self.intermediate_size + d)
+        e = self.experts
+        total += 3 * d * e.size * (e.top_k if active else e.count) + d * e.count
+        return total + (3 * d * e.shared_size + d if e.shared_size else 0)
 
     def attended(self, layer: int, seq_len: int) -> float:
         """Returns how many tokens a token attends to in a layer, on average over a row of ``seq_len`` tokens."""

@@ -10,18 +10,12 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 from ..models.config import DecoderConfig, Stage
-from ..models.decoder import parameter_shapes
 
 
 def layer_costs(decoder: DecoderConfig, seq_len: int) -> list[float]:
     """Returns the FLOPs of the forward pass of each layer for one token."""
-    weights = [0] * decoder.num_layers
-    for name, shape in parameter_shapes(decoder).items():
-        if name.startswith("layers."):
-            layer = int(name.split(".")[1])
-            share = decoder.experts.top_k / decoder.experts.count if decoder.experts and ".experts." in name else 1.0
-            weights[layer] += int(shape.numel() * share)
     heads = 4.0 * decoder.num_heads * decoder.head_dim
+    weights = (decoder.layer_parameters(layer, active=True) for layer in range(decoder.num_layers))
     return [2.0 * count + heads * decoder.attended(layer, seq_len) for layer, count in enumerate(weights)]
 
 

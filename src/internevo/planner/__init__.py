@@ -1,1 +1,1 @@
-"""A run on paper: what it needs, before it has the machines."""
+"""A run on paper: what it needs and how long it takes, before it has the machines."""

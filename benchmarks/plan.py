@@ -1,0 +1,244 @@
+"""The planner against measurements that others published: ``python benchmarks/plan.py --measurements FILE.csv``.
+
+One calibration is fitted for each pair of source and GPU, by least squares on the logarithms of the errors. No row is predicted
+with a calibration that has seen it: the rows of a pair are dealt into folds, and each fold is predicted with a calibration of
+the others. ``--by-model`` makes it harder: a model is predicted with a calibration that has only seen other models. Few rows
+say little about ten numbers, so that each fit is drawn to a calibration of the rows of all other pairs, those of the same GPU
+above all.
+
+``--folds 0`` fits and predicts the same rows: what the formulas could reach at best.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import published
+from published import Measured
+
+from internevo.planner import step
+from internevo.planner.calibration import EFFICIENCIES, Calibration
+
+SPREAD = {"launch": 0.5, "step": 1.0, "hop_inside": 0.5, "hop_across": 1.0}
+"""How far the logarithm of a number may move, in one standard deviation; of the others: 0.3."""
+NOISE = 0.03
+"""Of a measurement, and of the formulas."""
+NAMES = [field.name for field in fields(Calibration)]
+Array = np.ndarray
+
+
+@dataclass
+class Case:
+    """A row, counted once and priced often."""
+
+    measured: Measured
+    counts: step.Counts
+
+    def error(self, calibration: Calibration) -> float:
+        """Returns the logarithm of prediction / measurement."""
+        return math.log(step.price(self.counts, self.measured.gpu, calibration).tgs / self.measured.tgs)
+
+
+def to_vector(calibration: Calibration) -> Array:
+    """Returns its numbers so that every vector is a calibration: logits of shares, logarithms of seconds."""
+    values = [getattr(calibration, name) for name in NAMES]
+    return np.array(
+        [math.log(v / (1.02 - v)) if n in EFFICIENCIES else math.log(v) for n, v in zip(NAMES, values, strict=True)]
+    )
+
+
+def from_vector(vector: Array) -> Calibration:
+    """The inverse of ``to_vector``."""
+    values = (
+        1.02 / (1 + math.exp(-v)) if n in EFFICIENCIES else math.exp(v) for n, v in zip(NAMES, vector.tolist(), strict=True)
+    )
+    return Calibration(*(min(v, 1.0) if n in EFFICIENCIES else v for n, v in zip(NAMES, values, strict=True)))
+
+
+def fit(cases: Sequence[Case], prior: Calibration, spread: float = 1.0, rounds: int = 8) -> Calibration:
+    """Returns the calibration with the smallest sum of squared errors and of squared distances to ``prior``.
+
+    Errors are weighed as in Huber's loss, so that a row that fits nothing does not pull at everything (Gauss-Newton steps).
+    """
+    centre = to_vector(prior)
+    widths = np.array([2.0 if n in EFFICIENCIES and n == "overlap" else SPREAD.get(n, 0.6) for n in NAMES]) * spread
+    x, damping = centre.copy(), 0.1
+    errors = np.array([case.error(prior) for case in cases])
+
+    def cost(errors: Array, x: Array) -> float:
+        scaled = np.abs(errors) / NOISE
+        huber = np.where(scaled < 2, scaled**2, 4 * scaled - 4)
+        return float(huber.sum() + (((x - centre) / widths) ** 2).sum())
+
+    now = cost(errors, x)
+    for _ in range(rounds):
+        jacobian = np.empty((len(cases), len(x)))
+        for column in range(len(x)):
+            moved = x.copy()
+            moved[column] += 0.02
+            near = from_vector(moved)
+            jacobian[:, column] = [(case.error(near) - error) / 0.02 for case, error in zip(cases, errors, strict=True)]
+        weights = np.sqrt(np.minimum(1.0, 2 * NOISE / np.maximum(np.abs(errors), 1e-9))) / NOISE
+        left = np.vstack([jacobian * weights[:, None], np.diag(1 / widths), damping * np.diag(1 / widths)])
+        right = np.concatenate([-errors * weights, -(x - centre) / widths, np.zeros(len(x))])
+        new = x + np.linalg.lstsq(left, right, rcond=None)[0]
+        new_errors = np.array([case.error(from_vector(new)) for case in cases])
+        if (then := cost(new_errors, new)) < now:
+            done, x, errors, now, damping = now - then < 1e-3 * now, new, new_errors, then, damping / 3
+            if done:
+                break
+        else:
+            damping *= 10
+    return from_vector(x)
+
+
+def folds_of(cases: Sequence[Case], count: int, by_model: bool) -> list[list[int]]:
+    """Deals the rows of a pair into folds. ``by_model``: all rows of a model stay together, if there are several models."""
+    models = sorted({case.measured.row["model"] for case in cases})
+    count = min(count, len(models) if by_model and len(models) > 1 else len(cases))
+    folds: list[list[int]] = [[] for _ in range(count)]
+    for number, case in enumerate(cases):
+        place = models.index(case.measured.row["model"]) if by_model and len(models) > 1 else number
+        folds[place % count].append(number)
+    return folds
+
+
+def cross_validated(
+    groups: dict[tuple[str, str], list[Case]], folds: int, by_model: bool, say: Callable[[str], None]
+) -> dict[str, float]:
+    """Returns row -> the logarithm of prediction / measurement, predicted without the row."""
+    errors = dict[str, float]()
+    for group, cases in groups.items():
+        prior = prior_of(groups, group)
+        if folds == 0:
+            calibration = fit(cases, prior)
+            errors |= {case.measured.name: case.error(calibration) for case in cases}
+            say(f"{group}: {calibration}")
+            continue
+        for fold in folds_of(cases, folds, by_model):
+            seen = [case for number, case in enumerate(cases) if number not in fold]
+            calibration = fit(seen, prior) if seen else prior
+            errors |= {cases[number].measured.name: cases[number].error(calibration) for number in fold}
+    return errors
+
+
+def prior_of(groups: dict[tuple[str, str], list[Case]], group: tuple[str, str]) -> Calibration:
+    """Returns what all other pairs say about a pair: those of the same GPU, drawn to those of all GPUs."""
+    others = [case for other, of in groups.items() if other != group for case in _some(of, 6)]
+    same = [case for case in others if case.measured.gpu.name.partition("-")[0] == group[1].partition("-")[0]]
+    prior = fit(others, Calibration(), 2.0, 4)
+    return fit(same, prior, 1.0, 4) if len(same) >= 3 else prior
+
+
+def _some(cases: Sequence[Case], count: int) -> list[Case]:
+    """Returns ``count`` of them, evenly spaced, so that no source outweighs the others."""
+    return [cases[n * len(cases) // count] for n in range(count)] if len(cases) > count else list(cases)
+
+
+def table(title: str, errors: dict[str, float], key: Callable[[str], str]) -> None:
+    """Prints the errors by group: rows, median, 90th percentile, share within 10 %, worst."""
+    by = defaultdict[str, list[str]](list)
+    for name in errors:
+        by[key(name)].append(name)
+    print(f"\n{title:<28}{'rows':>5}{'median':>9}{'90 %':>8}{'within 10 %':>13}  worst")
+    for group, names in [*sorted(by.items()), ("all", list(errors))]:
+        sizes = sorted(abs(math.expm1(errors[name])) for name in names)
+        worst = max(names, key=lambda name: abs(math.expm1(errors[name])))
+        within = sum(size <= 0.1 for size in sizes) / len(sizes)
+        ninety = sizes[min(len(sizes) - 1, math.ceil(0.9 * len(sizes)) - 1)]
+        print(
+            f"{group:<28}{len(sizes):>5}{statistics.median(sizes):>9.1%}{ninety:>8.1%}{within:>13.0%}  "
+            f"{worst} {math.expm1(errors[worst]):+.0%}"
+        )
+
+
+def winners(groups: dict[tuple[str, str], list[Case]]) -> None:
+    """Prints, for each number of GPUs of InternEvo's table, the fastest layout, and the one that is predicted to be, with a
+    calibration that has seen no row with this number of GPUs."""
+    print("\nInternEvo's layouts: GPUs, layouts, the fastest, the one that is predicted to be, what it loses; largest error")
+    for group in [group for group in groups if group[0] == "internevo"]:
+        prior = prior_of(groups, group)
+        columns = defaultdict[int, list[Case]](list)
+        for case in groups[group]:
+            columns[case.measured.job.work.layout.world].append(case)
+        for gpus, column in sorted(columns.items()):
+            rows = [case for case in column if "pack_sample_into_one=False" in case.measured.row["note"]]
+            if len(rows) < 2:
+                continue
+            seen = [case for other, cases in columns.items() if other != gpus for case in cases]
+            calibration = fit(seen, prior)
+            errors = {id(case): case.error(calibration) for case in rows}
+            best = max(rows, key=lambda case: case.measured.tgs)
+            chosen = max(rows, key=lambda case: case.measured.tgs * math.exp(errors[id(case)]))
+            names = [f"tp {of.tensor} zero {of.zero}" for of in (case.measured.job.work.layout for case in (best, chosen))]
+            loss, worst = 1 - chosen.measured.tgs / best.measured.tgs, max(abs(math.expm1(e)) for e in errors.values())
+            print(f"{gpus:>6}{len(rows):>3}  {names[0]:<15}{names[1]:<15}{loss:>6.1%}{worst:>8.1%}")
+
+
+def memories(path: Path, say: bool) -> None:
+    """Prints how far predicted memory is from measured memory."""
+    errors, reasons = dict[str, float](), Counter[str]()
+    for row in published.rows(path):
+        if row["metric_memory_gb"]:
+            try:
+                predicted, measured = published.memory(row)
+            except published.NotExpressibleError as reason:
+                reasons[str(reason)] += 1
+            else:
+                errors[row["id"]] = math.log(predicted / measured)
+                if say:
+                    print(f"{row['id']:<20}{measured / 1e9:>8.1f} GB{math.expm1(errors[row['id']]):>+8.1%}")
+    table("memory", errors, lambda name: name.rpartition("-")[0])
+    print(f"\n{reasons.total()} rows of memory do not count:")
+    for text, count in reasons.most_common():
+        print(f"{count:>6}  {text}")
+
+
+def main() -> None:
+    """Reads the table, fits, predicts and prints."""
+    parser = argparse.ArgumentParser(description="Compares the planner with published measurements.")
+    parser.add_argument("--measurements", type=Path, required=True, help="CSV file, one measurement a row")
+    parser.add_argument("--folds", type=int, default=10, help="folds of the cross-validation; 0: fit and predict the same rows")
+    parser.add_argument("--by-model", action="store_true", help="predict the rows of a model without any row of that model")
+    parser.add_argument("--source", default="", help="only sources whose name begins so; the others are still fitted to")
+    parser.add_argument("--rows", action="store_true", help="print every row")
+    arguments = parser.parse_args()
+    if not arguments.measurements.is_file():
+        sys.exit(f"error: {arguments.measurements} is no file; give the published table with --measurements FILE.csv")
+    found, reasons = published.read(arguments.measurements)
+    groups = defaultdict[tuple[str, str], list[Case]](list)
+    for measured in found:
+        groups[measured.group].append(Case(measured, step.count(measured.job)))
+    errors = cross_validated(dict(groups), arguments.folds, arguments.by_model, print)
+    of = {measured.name: measured for measured in found}
+    errors = {name: error for name, error in errors.items() if of[name].source.startswith(arguments.source)}
+    if arguments.rows:
+        for name, error in sorted(errors.items()):
+            print(
+                f"{name:<20}{of[name].gpu.name:<12}{of[name].row['model']:<22}{of[name].tgs:>10.1f}{math.expm1(error):>+8.1%}"
+            )
+    table("source and GPU", errors, lambda name: " ".join(of[name].group))
+    table("precision", errors, lambda name: of[name].job.precision)
+    table("model", errors, lambda name: "experts" if of[name].job.work.decoder.experts else "dense")
+    print("\nrows that are more than 20 % off:")
+    for name, error in sorted(errors.items()):
+        if abs(math.expm1(error)) > 0.2:
+            print(f"  {name:<18}{math.expm1(error):>+6.0%}  {published.EXPLANATIONS.get(name, 'not explained')}")
+    print(f"\n{len(reasons)} rows do not count:")
+    for reason, count in Counter(reasons.values()).most_common():
+        print(f"{count:>6}  {reason}")
+    if "internevo".startswith(arguments.source):
+        winners(dict(groups))
+    memories(arguments.measurements, arguments.rows)
+
+
+if __name__ == "__main__":
+    main()

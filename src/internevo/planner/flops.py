@@ -1,0 +1,174 @@
+"""The arithmetic and the memory traffic of each module, as it is computed on one rank: FLOPs and bytes, no times.
+
+T tokens of a micro-batch, D hidden size, N query and K key/value heads of size H, F width of the MLP, V vocabulary, E experts
+of width X of which a token chooses k, t ranks of the tensor axis, A tokens that a token attends to on average (S/2 in a row of
+S tokens that is one document: the kernel leaves out what the causal mask hides).
+
+| module          | forward FLOPs on a rank       | backward | source                                             |
+|-----------------|-------------------------------|----------|----------------------------------------------------|
+| q, k, v, o      | 2 T D H (2N + 2K) / t         | 2 times  | PaLM, arXiv:2204.02311, appendix B                 |
+| attention       | 4 T N H A / t                 | 2.5      | FlashAttention-2, arXiv:2307.08691, section 4.1    |
+| MLP             | 6 T D F / t                   | 2        |                                                    |
+| router, experts | 2 T D E + 6 T k D X, shared t | 2        | rows of the rank's experts, times their imbalance  |
+| head            | 2 T D V / t                   | 2        |                                                    |
+
+The backward pass of attention computes the scores again, so that it has 5 products in place of 2. A linear of M rows, K columns
+in and N out moves M K + K N + M N elements; its backward pass twice that, and the gradient of the weight in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from .job import Again, Job
+
+FUSED = 0.6
+"""The share of the bytes that compiled kernels move, which keep results between them in registers."""
+
+
+class Amounts(NamedTuple):
+    """What kernels have to do."""
+
+    products: float = 0.0
+    """FLOPs of matrix products of the layers."""
+    head: float = 0.0
+    """FLOPs of matrix products that are never in fp8: of the head and of routers."""
+    moved: float = 0.0
+    """Bytes that matrix products read and write."""
+    attention: float = 0.0
+    """FLOPs of the attention kernel."""
+    memory: float = 0.0
+    """Bytes that other kernels read and write."""
+    kernels: float = 0.0
+    """Number of kernels."""
+
+    def plus(self, other: Amounts, times: float = 1.0) -> Amounts:
+        """Returns the sum with ``times`` the other."""
+        return Amounts(*(a + times * b for a, b in zip(self, other, strict=True)))
+
+
+Linears = tuple[float, float, float, float]
+"""Rows, columns in, columns out, and how many of them."""
+
+
+class Passes(NamedTuple):
+    """A forward pass, and the parts of a backward pass."""
+
+    forward: Amounts
+    inputs: Amounts
+    """Of the gradients of inputs."""
+    weights: Amounts
+    """Of the gradients of weights."""
+    again: Amounts
+    """Of recomputation."""
+
+
+def layer(job: Job, number: int, recomputed: bool) -> Passes:
+    """Returns what one micro-batch costs in a layer, on one rank."""
+    work, decoder, layout = job.work, job.work.decoder, job.work.layout
+    e, d, t = work.element_bytes, decoder.hidden_size, layout.tensor
+    own = work.tokens / t  # this rank's tokens, if the sequence is sharded
+    rows, width = (own, 1) if layout.mode == "isp" else (work.tokens, t)  # of linears: tokens, and ranks that share columns
+    residual = own if layout.shards_sequence else work.tokens
+    heads, kv = decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
+    attention = list(_attention_linears(rows, d, heads / width, max(kv / width, decoder.head_dim)))
+    mlp, routers, mlp_bytes = _mlp_linears(job, number, rows, width)
+    kernel = 4.0 * work.tokens * heads / t * job.attended(number)
+    # Norms read and write D elements, the sums of the residual stream read 2 D and write D; the rotary embedding; gate * up.
+    outside = e * (10 * d * residual + 2 * (heads + kv) * work.tokens / t * (decoder.rope is not None)) + mlp_bytes
+    outside *= FUSED if job.compiled else 1.0
+    count = 12.0 + (12.0 if decoder.is_sparse(number) else 3.0)
+    forward = _linears([*attention, *mlp], e)._replace(attention=kernel, memory=outside, kernels=count).plus(routers)
+    inputs = _linears([*attention, *mlp], e)._replace(attention=2.5 * kernel, memory=2 * outside, kernels=count).plus(routers)
+    written = 8.0 * sum(columns_in * columns_out * times for _, columns_in, columns_out, times in (*attention, *mlp))
+    weights = _linears([*attention, *mlp], e)._replace(memory=written, kernels=count / 2).plus(routers)
+    return Passes(forward, inputs, weights, _again(job, forward, _linears(attention, e), mlp, recomputed))
+
+
+def _again(job: Job, forward: Amounts, attention: Amounts, mlp: Sequence[Linears], recomputed: bool) -> Amounts:
+    """Returns what is recomputed of a layer: until the input of the last linear is there."""
+    work = job.work
+    if job.again is not None:
+        share = job.again
+    elif work.recomputed == "attention":
+        linears = attention.products * (1 - 1 / 4) / max(forward.products, 1.0)  # all but the last of four
+        share = Again(linears, 0.0 if work.keeps_attention else 1.0, 0.3)
+    elif recomputed:
+        last = _linears(mlp[-1:], work.element_bytes).products / max(forward.products, 1.0)
+        share = Again(1.0 - last, 0.0 if work.keeps_attention else 1.0, 1.0)
+    else:
+        return Amounts()
+    return Amounts(
+        forward.products * share.products, forward.head * share.products, forward.moved * share.products,
+        forward.attention * share.attention, forward.memory * share.memory, forward.kernels * max(share),
+    )  # fmt: skip
+
+
+def _attention_linears(rows: float, d: float, heads: float, kv: float) -> Iterator[Linears]:
+    """Yields (rows, columns in, columns out, how many) of the linears of attention."""
+    yield rows, d, heads, 1
+    yield rows, d, kv, 2
+    yield rows, heads, d, 1
+
+
+def _mlp_linears(job: Job, number: int, rows: float, width: float) -> tuple[list[Linears], Amounts, float]:
+    """Returns the linears of an MLP or of experts, with the router apart, and the bytes of what is around them."""
+    work, decoder, layout = job.work, job.work.decoder, job.work.layout
+    e, d, experts = work.element_bytes, decoder.hidden_size, job.work.decoder.experts
+    if experts is None or not decoder.is_sparse(number):
+        columns = decoder.intermediate_size / width
+        return [(rows, d, columns, 2), (rows, columns, d, 1)], Amounts(), 3.0 * e * rows * columns
+    routed, local = work.routed_tokens * experts.top_k * job.imbalance, experts.count / layout.expert
+    columns = experts.size / layout.tensor if layout.experts_by_tensor else float(experts.size)
+    each = routed / local
+    linears = [(each, d, columns, 2 * local), (each, columns, d, local)]
+    # Rows are copied to the order of the experts and back, gate * up, and the weighted sum of a token's choices.
+    around = e * routed * (6 * d + 3 * columns) + 4.0 * work.routed_tokens * (d + 3 * experts.count)
+    if experts.shared_size:
+        shared = experts.shared_size / width
+        linears += [(rows, d, shared, 2), (rows, shared, d, 1)]
+        around += 3.0 * e * rows * shared
+    return linears, Amounts(head=2.0 * work.routed_tokens * d * experts.count), around
+
+
+def _linears(linears: Sequence[Linears], e: int) -> Amounts:
+    """Adds up matrix products: (rows, columns in, columns out, how many) of each."""
+    flops = sum(2.0 * m * k * n * times for m, k, n, times in linears)
+    return Amounts(products=flops, moved=e * sum((m * k + k * n + m * n) * times for m, k, n, times in linears))
+
+
+def head(job: Job) -> Passes:
+    """Returns what one micro-batch costs in the last norm, the head and the loss. Gradients are computed with the loss."""
+    work, decoder, layout = job.work, job.work.decoder, job.work.layout
+    d, v, t, e = decoder.hidden_size, decoder.vocab_size, layout.tensor, work.element_bytes
+    rows, columns = (work.tokens / t, float(v)) if layout.mode == "isp" else (float(work.tokens), v / t)
+    once = _linears([(rows, d, columns, 1)], e)
+    forward = Amounts(0.0, once.products, once.moved, 0.0, 12.0 * rows * columns + 2 * e * d * rows, 6.0)
+    return Passes(
+        forward,
+        Amounts(0.0, once.products, once.moved, 0.0, 2.0 * e * d * rows, 2.0),
+        Amounts(0.0, once.products, once.moved, 0.0, 8.0 * d * columns, 2.0),
+        Amounts(),
+    )
+
+
+def stage(job: Job, layers: range, heads: bool) -> Passes:
+    """Returns what one micro-batch costs in a stage. Layers of one kind are counted once."""
+    decoder, recomputed = job.work.decoder, job.work.recomputed
+    first = 0 if isinstance(recomputed, str) else int(len(layers) * recomputed)
+    kinds: dict[tuple[bool, int, bool], list[int]] = {}
+    for place, number in enumerate(layers):
+        kinds.setdefault((decoder.is_sparse(number), decoder.window(number), place < first), []).append(number)
+    total = Passes(Amounts(), Amounts(), Amounts(), Amounts())
+    parts = [(layer(job, numbers[0], kind[2]), len(numbers)) for kind, numbers in kinds.items()]
+    for passes, times in [*parts, *([(head(job), 1)] if heads else [])]:
+        total = Passes(*(a.plus(b, times) for a, b in zip(total, passes, strict=True)))
+    return total
+
+
+def forward_flops_per_token(job: Job) -> float:
+    """Returns the FLOPs of the forward pass of the whole model for one token, on all ranks together."""
+    passes = stage(job, range(job.work.decoder.num_layers), True).forward
+    flops = passes.products + passes.head + passes.attention
+    return flops * job.work.layout.tensor / job.work.tokens

@@ -1,0 +1,138 @@
+"""Machines by name or from a file: what a GPU can do at most, and what connects the GPUs of a node, and the nodes.
+
+Peaks are those of the makers' data sheets, without sparsity. What is reached of them is a matter of ``Calibration``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+
+TERA, GIGA = 1e12, 1e9
+
+
+@dataclass(frozen=True)
+class GPU:
+    """One GPU."""
+
+    name: str
+    bf16_tflops: float
+    """Peak of matrix products in bf16 and fp16, in 10^12 FLOPs per second."""
+    fp8_tflops: float
+    """The same in fp8; 0: it has none."""
+    memory_gib: float
+    memory_gb_per_s: float
+    """Bandwidth of its memory, in 10^9 bytes per second."""
+    gpus_per_node: int
+    """Number of GPUs that are connected by ``node_gb_per_s``."""
+    node_gb_per_s: float
+    """What a GPU can send to the others of its node, and receive at the same time (NVLink, PCIe), in 10^9 bytes per second."""
+    network_gb_per_s: float
+    """What a GPU can send to other nodes, if all of its node do so (InfiniBand, RoCE), in 10^9 bytes per second."""
+    watts: float
+    """Power that it draws in training."""
+    dollars_per_hour: float
+    """Price of an hour, with its share of the node. A round number to change: prices differ between sellers, and change."""
+
+    def peak(self, precision: str) -> float:
+        """Returns the peak of matrix products in a precision ("bf16" or "fp8"), in FLOPs per second.
+
+        Raises:
+            UsageError: if the GPU cannot compute in it.
+        """
+        tflops = self.fp8_tflops if precision == "fp8" else self.bf16_tflops
+        if tflops <= 0:
+            raise UsageError(f"{self.name} does not compute in {precision}")
+        return tflops * TERA
+
+
+def _gpu(name: str, bf16: float, fp8: float, gib: float, memory: float, node: float, watts: float, price: float) -> GPU:
+    """A GPU in a node of eight, with a network card of 400 Gbit/s for each (A100 and A800: 200 Gbit/s)."""
+    return GPU(name, bf16, fp8, gib, memory, 8, node, 25.0 if name.startswith("a") else 50.0, watts, price)
+
+
+# Data sheets of NVIDIA and AMD: tensor core peaks without sparsity, memory, and NVLink in one direction (half of the print).
+_ALL = (
+    # name, bf16, fp8, GiB, memory GB/s, NVLink GB/s, W, dollars
+    _gpu("a100", 312, 0, 80, 2039, 300, 400, 2.0),
+    _gpu("a100-40gb", 312, 0, 40, 1555, 300, 400, 1.5),
+    _gpu("a800", 312, 0, 80, 2039, 200, 400, 2.0),
+    _gpu("h100", 989.4, 1978.9, 80, 3350, 450, 700, 3.0),
+    _gpu("h100-hbm2e", 989.4, 1978.9, 96, 2400, 450, 500, 3.0),
+    _gpu("h800", 989.4, 1978.9, 80, 3350, 200, 700, 3.0),
+    _gpu("h20", 148, 296, 96, 4000, 450, 400, 1.5),
+    _gpu("h200", 989.4, 1978.9, 141, 4800, 450, 700, 3.5),
+    _gpu("b200", 2250, 4500, 180, 7700, 900, 1000, 5.0),
+    _gpu("b300", 2250, 4500, 270, 7700, 900, 1100, 6.0),
+    replace(_gpu("gb200", 2500, 5000, 186, 8000, 900, 1200, 6.0), gpus_per_node=72),
+    replace(_gpu("gb300", 2500, 5000, 279, 8000, 900, 1400, 7.0), gpus_per_node=72),
+    _gpu("mi300x", 1307.4, 2614.9, 192, 5300, 448, 750, 2.5),
+)
+GPUS = {gpu.name: gpu for gpu in _ALL}
+"""Name -> GPU, in nodes as they are usually built."""
+
+EXAMPLE = "\n".join(
+    f"  {key} = {value!r}".replace("'", '"') for key, value in asdict(replace(GPUS["h100"], name="my-h100")).items()
+)
+"""The format of a file."""
+
+
+def find(name: str) -> GPU:
+    """Returns a GPU by its name, or from a TOML file (a name that ends with ``.toml``).
+
+    Raises:
+        UsageError: if there is none of this name, or the file cannot be used. The message says what is possible.
+    """
+    if name.endswith(".toml"):
+        return read(Path(name))
+    if name.lower() in GPUS:
+        return GPUS[name.lower()]
+    near = difflib.get_close_matches(name.lower(), GPUS, 1, 0.4)
+    meant = f"; did you mean {near[0]}?" if near else ""
+    raise UsageError(
+        f"unknown GPU {name!r}{meant} Known are {', '.join(GPUS)}. For any other, write a file NAME.toml:\n{EXAMPLE}"
+    )
+
+
+def read(path: Path) -> GPU:
+    """Reads a GPU from a TOML file. Keys that are not there are those of ``based_on``, if the file names a known GPU.
+
+    Raises:
+        UsageError: if the file cannot be read, or a key is missing, unknown or no positive number.
+    """
+    try:
+        values = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"{path} cannot be read as a description of a GPU: {error}. The format is\n{EXAMPLE}") from error
+    base: dict[str, Any] = asdict(find(str(values.pop("based_on")))) if "based_on" in values else {}
+    known = [field.name for field in fields(GPU)]
+    problems = []
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            problems.append(f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else ""))
+    values = {"name": path.stem, **base, **values}
+    problems += [f"{key} is missing" for key in known if key not in values]
+    for key in known[1:]:
+        if key in values and not _is_size(values[key], whole=key == "gpus_per_node", zero=key in FREE):
+            kind = "a whole number of at least 1" if key == "gpus_per_node" else "a number of at least 0" if key in FREE else ""
+            problems.append(f"{key} = {values[key]!r} must be {kind or 'a positive number'}")
+    if problems:
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        raise UsageError(f"{path} does not describe a GPU:\n{lines}\nThe format is\n{EXAMPLE}")
+    return GPU(**{**values, "name": str(values["name"])})
+
+
+FREE = ("fp8_tflops", "watts", "dollars_per_hour")
+"""Keys that may be 0."""
+
+
+def _is_size(value: Any, *, whole: bool, zero: bool) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+        return False
+    return 0 <= value < float("inf") if zero else 0 < value < float("inf")

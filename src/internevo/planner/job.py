@@ -1,0 +1,89 @@
+"""What is predicted: the sizes of a step, and how it computes and communicates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import NamedTuple
+
+from ..config import Config
+from ..models.config import DecoderConfig, Stage
+from ..parallel.layout import Layout
+from ..parallel.stages import deal, head_cost, layer_costs, split
+from ..parallel.strategy import Workload
+
+
+class Again(NamedTuple):
+    """The shares of what a layer computes in its forward pass that it computes again in its backward pass."""
+
+    products: float
+    attention: float
+    memory: float
+
+
+@dataclass(frozen=True)
+class Job:
+    """A step of a run."""
+
+    work: Workload
+    """The sizes, of no rank in particular."""
+    seq_len: int
+    """Tokens of a row."""
+    precision: str = "bf16"
+    """In which the products of the layers are computed: "bf16" (which stands for fp16, too) or "fp8"; the head is in bf16."""
+    document_len: int = 0
+    """Tokens of a document, on average: what tokens attend within. 0: a row is one document."""
+    overlaps_gradients: bool = True
+    """Whether gradients are reduced while a backward pass runs (``overlap_sync_grad``; FSDP always does)."""
+    overlaps_weights: bool = True
+    """Whether weights are gathered while a pass runs (``overlap_sync_param``; FSDP always does)."""
+    prefetches: bool = False
+    """isp: whether weights are gathered while those before them are used (``parallel.weight.overlap``)."""
+    compiled: bool = False
+    """Whether layers are compiled (``model.compile``), so that kernels which only move memory become one with others."""
+    imbalance: float = 1.0
+    """Tokens of the rank whose experts get the most, divided by the mean."""
+    again: Again | None = None
+    """What is recomputed, if it is not what ``model.checkpoint`` can say."""
+    layers: tuple[int, ...] = ()
+    """Number of layers of each stage. Empty: they are divided by cost."""
+
+    @classmethod
+    def from_config(cls, decoder: DecoderConfig, config: Config, layout: Layout, micro_batches: int) -> Job:
+        """Takes the sizes from a run's config.
+
+        Args:
+            micro_batches: micro-batches per step on each data rank.
+        """
+        zero = config.hybrid_zero_optimizer
+        work = replace(Workload.from_config(decoder, config, layout, micro_batches, "cuda"), stages=(), pipeline_rank=0)
+        return cls(
+            work, config.data.seq_len,
+            overlaps_gradients=layout.fsdp or zero.overlap_sync_grad,
+            overlaps_weights=layout.fsdp or zero.overlap_sync_param,
+            prefetches=config.parallel.weight.overlap,
+            compiled=config.model.compile,
+            layers=tuple(config.parallel.pipeline.layers),
+        )  # fmt: skip
+
+    @property
+    def global_tokens(self) -> int:
+        """Tokens of a global batch."""
+        return self.work.tokens * self.work.micro_batches * self.work.layout.data
+
+    def stages(self) -> list[Stage]:
+        """Returns the stages of the pipeline, in the order in which a micro-batch goes through them."""
+        decoder, count = self.work.decoder, self.work.layout.stages
+        if self.layers or count == 1:
+            return split(decoder, count, self.seq_len, self.layers or (decoder.num_layers,))
+        return split(decoder, count, self.seq_len, _dealt(tuple(layer_costs(decoder, self.seq_len)), count, head_cost(decoder)))
+
+    def attended(self, layer: int) -> float:
+        """Returns how many tokens a token attends to in a layer, on average."""
+        return self.work.decoder.attended(layer, min(self.document_len or self.seq_len, self.seq_len))
+
+
+@lru_cache(maxsize=256)
+def _dealt(costs: tuple[float, ...], parts: int, last: float) -> tuple[int, ...]:
+    """``deal``, which takes much longer than all other formulas, once for each question."""
+    return tuple(deal(costs, parts, last))

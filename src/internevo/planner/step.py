@@ -1,0 +1,289 @@
+"""The time of a step: what each stage computes and communicates, what of that hides, and what the pipeline makes of it.
+
+``count`` says what has to be done, which depends on the layout; ``price`` says how long it takes, which depends on the machine.
+
+| communication                           | waited for                                                          |
+|-----------------------------------------|---------------------------------------------------------------------|
+| tensor (mtp, msp, fsp; isp's all-to-all)| yes                                                                 |
+| expert all-to-all                       | yes                                                                 |
+| weight, expert weight (isp)             | with prefetching, only what is longer than what the pass computes   |
+| zero, replicate with FSDP               | the same, in each pass                                              |
+| zero, replicate with ZeRO-1.5           | the same, in the first forward and the last backward pass of a step |
+| pipeline                                | as the schedule, played out, says                                   |
+
+What hides takes its share of the GPU's multiprocessors and of its memory bandwidth: of the time in which both run,
+``Calibration.overlap`` is gained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from ..models.config import Stage
+from ..parallel import data_axis, expert, isp, tensor
+from ..parallel.layout import Layout
+from ..parallel.orders import rank_of
+from ..parallel.strategy import Collectives, Workload
+from . import flops, kernels, links, timing
+from .calibration import Calibration
+from .flops import Amounts, Passes
+from .hardware import GIGA, GPU
+from .job import Job
+from .links import Group
+
+OPTIMIZER_BYTES = 30
+"""For each element of a shard: AdamW reads the master weight, two moments and the gradient in fp32, and writes the first three
+and a weight in bf16."""
+
+
+class Message(NamedTuple):
+    """Collectives of one kind over one group."""
+
+    kind: str
+    number: float
+    nbytes: float
+    group: Group
+
+
+class StageCounts(NamedTuple):
+    """What one micro-batch costs in a stage, and what a step costs besides."""
+
+    passes: Passes
+    waited: list[Message]
+    """Collectives of a micro-batch that are waited for, in both passes together."""
+    prefetched: list[Message]
+    """Collectives of a micro-batch that can run while it computes, in both passes together."""
+    gathered: list[Message]
+    """ZeRO-1.5: of weights, once per step."""
+    reduced: list[Message]
+    """ZeRO-1.5: of gradients, once per step."""
+    shard: float
+    """Elements of the rank's shards, which the optimizer updates."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a step costs, on every stage."""
+
+    job: Job
+    stages: tuple[StageCounts, ...]
+    message: Message | None
+    """What a stage sends to the next one."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A step on paper. The seconds are those of the pipeline rank that computes the longest; they add up to the step."""
+
+    compute: float
+    communication: float
+    """Exposed: what is waited for."""
+    bubble: float
+    optimizer: float
+    other: float
+    step: float
+    tgs: float
+    """Tokens per GPU and second."""
+    tflops: float
+    """Model FLOPs per GPU and second, in 10^12 (``DecoderConfig.flops_per_token``: recomputation is not counted, and of
+    attention what the causal mask leaves)."""
+    mfu: float
+    """Those, as a share of the GPU's peak in bf16, whatever the precision."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a number of tokens costs."""
+
+    hours: float
+    gpu_hours: float
+    megawatt_hours: float
+    """Of the GPUs alone."""
+    dollars: float
+
+
+def budget(tokens: float, prediction: Prediction, gpus: int, gpu: GPU) -> Budget:
+    """Returns what it costs to train on ``tokens`` tokens."""
+    hours = tokens / (prediction.tgs * gpus) / 3600
+    return Budget(hours, hours * gpus, hours * gpus * gpu.watts / 1e6, hours * gpus * gpu.dollars_per_hour)
+
+
+def predict(job: Job, gpu: GPU, calibration: Calibration) -> Prediction:
+    """Returns the time of a step, and what it is made of."""
+    return price(count(job), gpu, calibration)
+
+
+# What has to be done -------------------------------------------------------------------------------------------------
+
+
+def count(job: Job) -> Counts:
+    """Returns what a step costs. Stages with the same layers are counted once."""
+    layout, known = job.work.layout, dict[object, StageCounts]()
+    groups, stages = groups_of(layout), list[StageCounts]()
+    decoder = job.work.decoder
+    for stage in job.stages():
+        kinds = tuple((decoder.is_sparse(number), decoder.window(number)) for number in stage.layers)
+        key = kinds, stage.embeds, stage.heads
+        if key not in known:
+            known[key] = _count_stage(job, stage, groups)
+        stages.append(known[key])
+    message = None
+    if layout.pipeline > 1:
+        tokens = job.work.tokens / (layout.tensor if layout.shards_sequence else 1)
+        stride = layout.world // layout.pipeline
+        message = Message("send", 1, tokens * decoder.hidden_size * job.work.element_bytes, Group(2, stride))
+    return Counts(job, tuple(stages), message)
+
+
+def groups_of(layout: Layout) -> dict[str, Group]:
+    """Returns where the ranks of the groups of each axis are."""
+    weights, activations, experts = layout.weights, layout.activations, layout.experts
+    found = {
+        "tensor": (activations, "tensor"), "data": (activations, "data"), "weight": (weights, "inner"),
+        "zero": (weights, "zero"), "replicate": (weights, "replicate"),
+        "expert": (experts, "expert"), "expert weight": (experts, "inner"),
+        "expert zero": (experts, "zero"), "expert replicate": (experts, "replicate"),
+    }  # fmt: skip
+    return {name: Group(view.axes[axis], view.stride(axis)) for name, (view, axis) in found.items()}
+
+
+def _count_stage(job: Job, stage: Stage, groups: dict[str, Group]) -> StageCounts:
+    work = replace(job.work, stages=(stage,), micro_batches=1)
+    layout = work.layout
+    waited, prefetched = list[Message](), list[Message]()
+    inner = isp if layout.mode == "isp" else tensor
+    for row in (*inner.traffic(work), *expert.traffic(work)):
+        hides = row.axis in ("weight", "expert weight") and job.prefetches
+        (prefetched if hides else waited).extend(_messages([row], groups))
+    units, experts = _units(work, stage)
+    shapes = [[(elements,)] for elements in units]
+    of_data = _messages(data_axis.traffic(work, shapes, experts, {}), groups)
+    shard = sum(-(-elements // layout.zero) for elements in units)
+    shard += sum(data_axis.largest_expert_shard(shape, layout.expert_zero) for unit in experts.values() for shape in unit)
+    gathers = [message for message in of_data if message.kind == "all-gather"]
+    reductions = [message for message in of_data if message.kind != "all-gather"]
+    if layout.fsdp:
+        prefetched, gathers, reductions = [*prefetched, *of_data], [], []
+    passes = flops.stage(job, stage.layers, stage.heads)
+    return StageCounts(passes, waited, prefetched, gathers, reductions, shard)
+
+
+def _messages(rows: Iterable[Collectives], groups: dict[str, Group]) -> list[Message]:
+    return [
+        Message(row.kind, row.count, row.nbytes, groups[row.axis])
+        for row in rows
+        if row.count and row.axis in groups and groups[row.axis].size > 1
+    ]
+
+
+def _units(work: Workload, stage: Stage) -> tuple[list[int], dict[int, list[tuple[int, int, int]]]]:
+    """Returns the elements on a rank of each unit of the data axis, before that shards them; and layer -> the shapes of its
+    experts, if they are a unit of their own."""
+    layout, decoder = work.layout, work.decoder
+    d, heads, kv = decoder.hidden_size, decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
+    inner, e = layout.inner, decoder.experts
+    attention = (2 * d * heads + 2 * d * kv * layout.kv_replicas) // inner + 2 * d
+    layers, experts = list[int](), dict[int, list[tuple[int, int, int]]]()
+    for number in stage.layers:
+        if e is None or not decoder.is_sparse(number):
+            layers.append(attention + 3 * d * decoder.intermediate_size // inner)
+            continue
+        columns = e.size // layout.expert_inner
+        shapes = [(e.count // layout.expert, columns, d)] * 2 + [(e.count // layout.expert, d, columns)]
+        elements = attention + 3 * d * e.shared_size // inner + d * e.count
+        if layout.experts_apart:
+            experts[number] = shapes
+        else:
+            elements += 3 * d * e.count * columns
+        layers.append(elements)
+    ends = decoder.vocab_size * d // inner
+    joined = _join(layers, None if layout.fsdp else work.bucket_elements)
+    tied_twice = decoder.tie_embeddings and stage.embeds and stage.heads
+    return [*([ends] * stage.embeds), *joined, *([ends * (not tied_twice) + d] * stage.heads)], experts
+
+
+def _join(layers: Sequence[int], bucket: int | None) -> list[int]:
+    """Joins consecutive layers to units of up to ``bucket`` elements."""
+    units = list[int]()
+    for elements in layers:
+        if units and bucket is not None and units[-1] + elements <= bucket:
+            units[-1] += elements
+        else:
+            units.append(elements)
+    return units
+
+
+# How long it takes ---------------------------------------------------------------------------------------------------
+
+
+class StageSeconds(NamedTuple):
+    """Times of a stage."""
+
+    forward: float
+    backward: float
+    weights: float
+    """Of the gradients of weights, if the schedule computes them apart; otherwise 0."""
+    exposed: float
+    """What of these is communication."""
+    data: float
+    """Exposed communication of the data axis, once per step."""
+    optimizer: float
+
+
+def price(counts: Counts, gpu: GPU, calibration: Calibration) -> Prediction:
+    """Returns the time of a step on a machine."""
+    job, layout, work = counts.job, counts.job.work.layout, counts.job.work
+    known = {id(stage): _price_stage(job, stage, gpu, calibration) for stage in counts.stages}
+    stages = [known[id(stage)] for stage in counts.stages]
+    times = [value for stage in stages for value in (stage.forward, stage.backward, stage.weights)]
+    message = _seconds([counts.message], gpu, calibration) if counts.message else 0.0
+    passes = timing.seconds(work.schedule, layout.pipeline, layout.chunks, work.micro_batches, times, message)
+    on_rank: list[list[StageSeconds]] = [[] for _ in range(layout.pipeline)]
+    for number, stage in enumerate(stages):
+        on_rank[rank_of(number, layout.pipeline, work.schedule)].append(stage)
+    slowest = max(on_rank, key=lambda rank: sum(s.forward + s.backward + s.weights for s in rank))
+    data, optimizer = max((sum(s.data for s in rank), sum(s.optimizer for s in rank)) for rank in on_rank)
+    busy = work.micro_batches * sum(s.forward + s.backward + s.weights for s in slowest)
+    exposed = work.micro_batches * sum(s.exposed for s in slowest)
+    step = passes + data + optimizer + calibration.step
+    tgs = job.global_tokens / layout.world / step
+    achieved = tgs * work.decoder.flops_per_token(job.seq_len)
+    return Prediction(
+        busy - exposed, exposed + data, passes - busy, optimizer, calibration.step, step,
+        tgs, achieved / 1e12, achieved / gpu.peak("bf16"),
+    )  # fmt: skip
+
+
+def _price_stage(job: Job, counts: StageCounts, gpu: GPU, calibration: Calibration) -> StageSeconds:
+    def time(amounts: Amounts) -> float:
+        return kernels.seconds(amounts, gpu, calibration, job.precision)
+
+    passes, apart = counts.passes, job.work.zero_bubble
+    forward, again, weights = time(passes.forward), time(passes.again), time(passes.weights)
+    backward = time(passes.inputs) + again + (0.0 if apart else weights)
+    repeats = again / forward if forward else 0.0
+    waited = _seconds(counts.waited, gpu, calibration)
+    waited_forward = waited / (2 + repeats)  # what the backward pass has is the same twice: its own, and what it repeats
+    gathered = _seconds([m for m in counts.prefetched if m.kind == "all-gather"], gpu, calibration)
+    reduced = _seconds([m for m in counts.prefetched if m.kind != "all-gather"], gpu, calibration)
+    beside_forward, beside_backward = forward * job.overlaps_weights, backward * job.overlaps_gradients
+    exposed_forward = waited_forward + exposed(gathered / 2, beside_forward, calibration)
+    exposed_backward = waited - waited_forward + exposed(gathered / 2 + reduced, beside_backward, calibration)
+    once = exposed(_seconds(counts.gathered, gpu, calibration), beside_forward, calibration)
+    once += exposed(_seconds(counts.reduced, gpu, calibration), beside_backward, calibration)
+    optimizer = counts.shard * OPTIMIZER_BYTES / (gpu.memory_gb_per_s * GIGA * calibration.memory)
+    return StageSeconds(
+        forward + exposed_forward, backward + exposed_backward, weights if apart else 0.0,
+        exposed_forward + exposed_backward, once, optimizer,
+    )  # fmt: skip
+
+
+def exposed(communication: float, computation: float, calibration: Calibration) -> float:
+    """Returns how much longer a pass gets by communication that runs at the same time."""
+    return communication - calibration.overlap * min(communication, computation)
+
+
+def _seconds(messages: Iterable[Message], gpu: GPU, calibration: Calibration) -> float:
+    return sum(links.seconds(*message, gpu, calibration) for message in messages)

@@ -1,0 +1,49 @@
+"""The memory of the most loaded rank."""
+
+from dataclasses import replace
+
+import pytest
+
+from internevo.models.config import DecoderConfig, Experts
+from internevo.parallel import plan
+from internevo.parallel.layout import Layout
+from internevo.parallel.strategy import Workload
+from internevo.planner import memory
+from internevo.planner.job import Job
+
+TINY = DecoderConfig("llama", 1024, 64, 96, 6, 4, 2, 16)
+
+
+def job(layout: Layout, recomputed: float = 0.0, decoder: DecoderConfig = TINY) -> Job:
+    return Job(Workload(decoder, layout, 256, 4, 2, 4, recomputed, False, None, "cuda"), 128)
+
+
+def test_the_most_loaded_rank_is_found() -> None:
+    this = job(Layout(4, 1, "mtp", 1, 4, 1, False))
+    ranks = [memory.on_rank(this, rank) for rank in range(4)]
+    found = memory.most_loaded(this)
+    assert found in ranks and found.total == max(rank.total for rank in ranks) == found.kept.total + found.temporary
+    stages = this.stages()
+    for rank in ranks:
+        work = replace(this.work, stages=(stages[rank.pipeline_rank],), pipeline_rank=rank.pipeline_rank)
+        assert rank.kept == plan.memory(work)
+
+
+def test_temporary_buffers_by_hand() -> None:
+    # Gradients of gate, up and their product, and two of the residual stream, of 256 tokens in bf16; or logits in fp32 twice.
+    backward, logits = 2 * 256 * (3 * 96 + 2 * 64), 8 * 256 * 1024
+    alone = job(Layout(1, 1, "mtp", 1, 1, 1, False)).work
+    assert memory.temporary(alone) == logits
+    assert memory.temporary(replace(alone, decoder=replace(TINY, vocab_size=8))) == backward
+
+
+@pytest.mark.parametrize("experts", [None, Experts(8, 2, 48)], ids=["dense", "experts"])
+@pytest.mark.parametrize("mode", ["mtp", "fsp", "isp"])
+def test_fsdp_has_full_weights_for_a_while_and_recomputation_a_layer(mode: str, experts: Experts | None) -> None:
+    decoder = replace(TINY, experts=experts, vocab_size=16)
+    layout = Layout(8, 2, mode, 2 if mode == "isp" else 1, 1, 4, False)
+    plain = memory.most_loaded(job(layout, decoder=decoder))
+    fsdp = memory.most_loaded(job(replace(layout, fsdp=True), decoder=decoder))
+    again = memory.most_loaded(job(layout, 1.0, decoder))
+    assert fsdp.temporary > plain.temporary < again.temporary
+    assert again.total < plain.total and fsdp.kept.state < plain.kept.state
