@@ -244,7 +244,7 @@ class MoE(nn.Module):
         count = routing.load.shape[0]
         targets_R = torch.where(kept_Tk, experts_Tk, count).flatten()
         order_R = targets_R.argsort(stable=True)
-        inverse_R = order_R.argsort()
+        inverse_R = ops.inverse(order_R)
         ends_E = torch.searchsorted(targets_R[order_R], torch.arange(count, device=x_TD.device), right=True).int()
         rows_RD = ops.take_rows(x_TD, order_R // self.top_k, inverse_R, copies=self.top_k)
         out_RD, other = self.run_experts(self.experts, rows_RD, ends_E, self.dropless, meanwhile)

@@ -3,7 +3,7 @@
 from .attention import attention
 from .cross_entropy import VocabShard, chunk_tokens, linear_cross_entropy
 from .gated import gated
-from .grouped import grouped_linear, grouped_product, take_rows
+from .grouped import grouped_linear, grouped_product, inverse, take_rows
 from .norm import rms_norm
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "gated",
     "grouped_linear",
     "grouped_product",
+    "inverse",
     "linear_cross_entropy",
     "rms_norm",
     "take_rows",

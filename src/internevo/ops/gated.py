@@ -25,7 +25,7 @@ class _Gated(torch.autograd.Function):
     def forward(ctx, gate: Tensor, up: Tensor, activation: str) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
-        return _act(gate, activation) * up
+        return _act(gate, activation).mul_(up)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
@@ -34,4 +34,4 @@ class _Gated(torch.autograd.Function):
             grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
         else:
             grad_gate = torch.ops.aten.gelu_backward(grad * up, gate, approximate="tanh")
-        return grad_gate, grad * _act(gate, ctx.activation), None
+        return grad_gate, _act(gate, ctx.activation).mul_(grad), None

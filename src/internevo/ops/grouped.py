@@ -59,17 +59,22 @@ def take_rows(x_ID: Tensor, rows_R: Tensor, inverse_R: Tensor, copies: int = 1) 
     return _TakeRows.apply(x_ID, rows_R, inverse_R, copies)
 
 
+def inverse(order_R: Tensor) -> Tensor:
+    """Returns the inverse of a permutation, without sorting again."""
+    return torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
+
+
 class _TakeRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, rows: Tensor, inverse: Tensor, copies: int) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(inverse)
         ctx.copies = copies
-        return x[rows]
+        return x.index_select(0, rows)  # twice as fast as x[rows] on a CPU
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         (inverse,) = ctx.saved_tensors
-        grad = grad[inverse]
+        grad = grad.index_select(0, inverse)
         return (grad if ctx.copies == 1 else grad.view(-1, ctx.copies, grad.shape[1]).sum(1)), None, None, None
 
 

@@ -221,7 +221,7 @@ def run_experts(
     # They arrive sorted by rank and then by expert, and are sorted by expert.
     numbers_E = torch.arange(received_nE.shape[1], device=rows_RD.device).repeat(group.size())
     order_R = numbers_E.repeat_interleave(received_nE.flatten(), output_size=sum(received)).argsort(stable=True)
-    inverse_R, ends = order_R.argsort(), received_nE.sum(0).cumsum(0).int()
+    inverse_R, ends = ops.inverse(order_R), received_nE.sum(0).cumsum(0).int()
     out_RD = experts(ops.take_rows(arrived_RD, order_R, inverse_R), ends, True)
     back_RD = back.arrive(back.start(ops.take_rows(out_RD, inverse_R, order_R)))
     if not complete and kept < rows_RD.shape[0]:
