@@ -6,7 +6,7 @@ import json
 import logging
 import re
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -251,11 +251,20 @@ def as_family(config: DecoderConfig, name: str) -> DecoderConfig:
         )
     wanted = replace(config, family=name, experts=config.experts and config.experts.dropless())
     read = module.from_hf(json.loads(json.dumps(module.to_hf(wanted))))
-    for field in fields(DecoderConfig):
-        mine, theirs = getattr(wanted, field.name), getattr(read, field.name)
-        if mine != theirs:
-            raise UsageError(
-                f"a Hugging Face folder of {module.ARCHITECTURE} cannot describe this model: "
-                f"its {field.name} is {mine}, and in the folder it would be {theirs}"
-            )
+    if difference := _difference(wanted, read):
+        raise UsageError(f"a Hugging Face folder of {module.ARCHITECTURE} cannot describe this model: {difference}")
     return wanted
+
+
+def _difference(mine: Any, theirs: Any, prefix: str = "") -> str:
+    """Says in which field two configs differ first; empty if they do not."""
+    for field in fields(mine):
+        values, name = (getattr(mine, field.name), getattr(theirs, field.name)), prefix + field.name
+        if values[0] == values[1]:
+            continue
+        if all(map(is_dataclass, values)):
+            return _difference(*values, f"{name}.")
+        if any(map(is_dataclass, values)):
+            return f"it has {name}, and the folder cannot" if values[1] is None else f"it has no {name}, and the folder would"
+        return f"its {name} is {values[0]}, and in the folder it would be {values[1]}"
+    return ""

@@ -103,7 +103,7 @@ def test_training_starts_with_the_loss_of_the_dense_model(tmp_path: Path, datase
         (TINY, {"upcycle": None}, "--top-k is only for --upcycle"),
         (TINY, {"upcycle": 65_537}, "--upcycle 65537: a layer can have at most 65536 experts"),
         (TINY, {"upcycle": None, "top_k": None, "seed": 1}, "--seed is only for --upcycle"),
-        (TINY, {"write_as": "LLAMA2"}, "LlamaForCausalLM cannot describe this model"),
+        (TINY, {"write_as": "LLAMA2"}, "LlamaForCausalLM cannot describe this model: it has experts, and the folder cannot"),
     ],
 )
 def test_what_cannot_be_upcycled_is_refused_and_nothing_is_written(
