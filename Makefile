@@ -39,7 +39,7 @@ coverage: $(VENV)/ready
 	$(BIN)/coverage report
 
 # What CI runs.
-check: lint types spelling docs coverage
+check: lint types spelling docs test
 
 # Speed next to PyTorch and transformers on this machine, compared with benchmarks/ratios.json. It is no part of the check.
 bench: $(VENV)/ready

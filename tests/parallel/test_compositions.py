@@ -71,7 +71,7 @@ def assert_stated(run: Path, config: Config, processes: int) -> None:
     sizes, decoder = Layout.from_config(config, processes), decoder_config(config.model_type, config.model)
     if decoder.lora is not None:
         return
-    micro_batches = ROWS // (config.data.micro_bsz * sizes.data)
+    micro_batches = config.data.global_batch_size // (config.data.micro_bsz * sizes.data)
     work = Workload.from_config(decoder, config, sizes, micro_batches, DEVICE)
     types = len(metrics(run)[0]["loss_by_type"])
     stated = {
@@ -85,9 +85,17 @@ def assert_stated(run: Path, config: Config, processes: int) -> None:
     assert counted == stated
 
 
+def few_rows(drawn: Composition) -> int:
+    """Returns the rows of a global batch for two micro-batches, or for two for each rank of the pipeline."""
+    stages = drawn.layout["parallel__pipeline"]["size"]
+    data = drawn.processes // (stages * drawn.layout["parallel__tensor"]["size"])
+    return min(ROWS, 2 * stages * data * drawn.training["data__micro_bsz"])
+
+
 @pytest.mark.parametrize("seed", range(DRAWN))
 def test_compositions_train_the_same_model_as_one_process(pool: Pool, one_process: One, tmp_path: Path, seed: int) -> None:
     drawn = composition(seed)
+    drawn = drawn._replace(training={**drawn.training, "data__global_batch_size": few_rows(drawn)})
     one = one_process(drawn, STEPS)
     path = write_config(tmp_path, one.parent / "data", "many", **drawn.changes, monitor__comm=True)
     pool.train(path, drawn.processes)
