@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from ..ops.dispatch import PLAIN, FakeTensor, FakeTensorMode, TorchDispatchMode, tree_leaves, unset_fake_temporarily
+from ..ops.dispatch import PLAIN, FakeTensor, FakeTensorMode, QuickMode, TorchDispatchMode, tree_leaves, unset_fake_temporarily
 from .world import World
 
 
@@ -67,7 +67,7 @@ class _Weights(TorchDispatchMode):
             return torch.empty_strided(args[0].shape, args[0].stride(), dtype=dtype, device=device)
 
 
-class _Existing(TorchDispatchMode):
+class _Existing(QuickMode):
     """Computes operators on tensors that exist. It must be entered inside a ``FakeTensorMode``, which does all others."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,0 +1,112 @@
+"""Measures the most memory of one rank at any moment of a step, within passes too."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..ops.dispatch import QuickMode, local_part, operator_name, tensors_in
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The moment at which most bytes are alive."""
+
+    nbytes: int = 0
+    """Of all tensors that were made in the step."""
+    passes: int = 0
+    """How many passes were complete."""
+    operator: str = ""
+    """What made the last of these tensors."""
+    module: str = ""
+    """The innermost module in whose forward pass (or recomputation) it was made; empty: none, as in a backward pass."""
+    made: int = 0
+    """The bytes of that tensor."""
+
+
+class Peak(QuickMode):
+    """Adds up the bytes of all tensors that are made in this context, and takes off those that are freed.
+
+    What operators need inside, and never return, is not seen.
+    """
+
+    def __init__(self, model: nn.Module, masters: Iterable[nn.Parameter]) -> None:
+        """
+        Args:
+            masters: weights whose memory counts as that of before the step, even if they are made again. (``fully_shard`` pads
+                fake ones a second time.)
+        """
+        super().__init__()
+        self.most, self.passes = Moment(), 0
+        self._names = {id(module): name for name, module in model.named_modules()}
+        self._masters, self._now = list(masters), 0
+        self._alive: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
+        self._resized: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        """Storages that something is written to: ``fully_shard`` frees and allocates their memory without an operator."""
+
+    def after_pass(self, action: object) -> None:
+        """Must be called after each pass."""
+        self.passes += 1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if kwargs and "out" in kwargs:
+            for tensor in tensors_in(kwargs["out"]):
+                storage = tensor.untyped_storage()
+                if id(storage) in self._alive:
+                    self._resized[id(storage)] = weakref.ref(storage)
+                    self._count(storage)
+        inputs: set[int] | None = None
+        for tensor in tensors_in(out):
+            storage = tensor.untyped_storage()
+            if id(storage) in self._alive:
+                continue
+            inputs = {id(given.untyped_storage()) for given in tensors_in((args, kwargs))} if inputs is None else inputs
+            if id(storage) not in inputs:
+                self._count(storage)
+        if self._now > self.most.nbytes:
+            self._correct()
+            if self._now > self.most.nbytes:
+                made = sum(tensor.nbytes for tensor in tensors_in(out))
+                self.most = Moment(self._now, self.passes, operator_name(func), self._module(), made)
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        number, nbytes = id(storage), storage.nbytes()
+        if number in self._alive:
+            self._now -= self._alive[number][1]
+            self._alive[number] = self._alive[number][0], nbytes
+        else:
+            self._alive[number] = weakref.ref(storage, self._freed(number)), nbytes
+        self._now += nbytes
+
+    def _freed(self, number: int) -> Callable[[object], None]:
+        def freed(_: object) -> None:
+            self._resized.pop(number, None)
+            if number in self._alive:
+                self._now -= self._alive.pop(number)[1]
+
+        return freed
+
+    def _correct(self) -> None:
+        """Takes off what was freed without an operator, and the masters."""
+        for reference in list(self._resized.values()):
+            if (storage := reference()) is not None:
+                self._count(storage)
+        for master in self._masters:
+            _, nbytes = self._alive.pop(id(local_part(master).untyped_storage()), (None, 0))
+            self._now -= nbytes
+
+    def _module(self) -> str:
+        frame = inspect.currentframe()
+        while frame is not None:
+            if (name := self._names.get(id(frame.f_locals.get("self")))) is not None:
+                return name
+            frame = frame.f_back
+        return ""
