@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ..ops.dispatch import QuickMode, local_part, operator_name, tensors_in
 
@@ -20,8 +21,6 @@ class Moment:
 
     nbytes: int = 0
     """Of all tensors that were made in the step."""
-    passes: int = 0
-    """How many passes were complete."""
     operator: str = ""
     """What made the last of these tensors."""
     module: str = ""
@@ -43,16 +42,37 @@ class Peak(QuickMode):
                 fake ones a second time.)
         """
         super().__init__()
-        self.most, self.passes = Moment(), 0
-        self._names = {id(module): name for name, module in model.named_modules()}
-        self._masters, self._now = list(masters), 0
+        self.moments = [Moment()]
+        """The moment of most bytes in each pass, and last, in what comes after them."""
+        self._model, self._modules = model, list[str]()
+        """The modules that are in their forward pass now, from the outermost one."""
+        self._masters, self._now, self._hooks = list(masters), 0, list[RemovableHandle]()
         self._alive: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
         self._resized: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         """Storages that something is written to: ``fully_shard`` frees and allocates their memory without an operator."""
 
     def after_pass(self, action: object) -> None:
         """Must be called after each pass."""
-        self.passes += 1
+        self.moments.append(Moment())
+
+    def __enter__(self) -> Self:
+        for name, module in self._model.named_modules():
+            self._hooks += [
+                module.register_forward_pre_hook(partial(self._begins, name)),
+                module.register_forward_hook(self._ends, always_call=True),
+            ]
+        return super().__enter__()  # type: ignore[no-any-return]
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        super().__exit__(*error)
+
+    def _begins(self, name: str, *_: object) -> None:
+        self._modules.append(name)
+
+    def _ends(self, *_: object) -> None:
+        self._modules.pop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -70,11 +90,11 @@ class Peak(QuickMode):
             inputs = {id(given.untyped_storage()) for given in tensors_in((args, kwargs))} if inputs is None else inputs
             if id(storage) not in inputs:
                 self._count(storage)
-        if self._now > self.most.nbytes:
+        if self._now > self.moments[-1].nbytes:
             self._correct()
-            if self._now > self.most.nbytes:
+            if self._now > self.moments[-1].nbytes:
                 made = sum(tensor.nbytes for tensor in tensors_in(out))
-                self.most = Moment(self._now, self.passes, operator_name(func), self._module(), made)
+                self.moments[-1] = Moment(self._now, operator_name(func), self._modules[-1] if self._modules else "", made)
         return out
 
     def _count(self, storage: torch.UntypedStorage) -> None:
@@ -102,11 +122,3 @@ class Peak(QuickMode):
         for master in self._masters:
             _, nbytes = self._alive.pop(id(local_part(master).untyped_storage()), (None, 0))
             self._now -= nbytes
-
-    def _module(self) -> str:
-        frame = inspect.currentframe()
-        while frame is not None:
-            if (name := self._names.get(id(frame.f_locals.get("self")))) is not None:
-                return name
-            frame = frame.f_back
-        return ""

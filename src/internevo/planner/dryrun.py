@@ -265,13 +265,13 @@ class _Step:
 
     def memory(self, examples: Mapping[Action, Action], after: Action | None) -> tuple[Memory, Peak]:
         """Returns the memory after a pass of the whole step (None: the last one that leaves the most), and the peak."""
-        readings, most = self.meter.readings, self.peak.most
+        readings, moments = self.meter.readings, self.peak.moments
         self.meter.readings = {action: readings[example] for action, example in examples.items()}
         memory = self.meter.memory(self.parts.tensors(), self.parts.axis.copies, after)
         before = memory.total - sum(self.meter.readings[memory.after])
-        run = list(readings)
-        example = run[most.passes] if most.passes < len(run) else None
-        during = next((action for action, its in examples.items() if its == example), None)
+        of_run = dict(zip(readings, moments, strict=False))
+        found = [(action, of_run[example]) for action, example in examples.items()]
+        during, most = max([*found, (None, moments[-1])], key=lambda pair: pair[1].nbytes)
         return memory, Peak(before + most.nbytes, during, most.module, most.operator, most.made)
 
 
