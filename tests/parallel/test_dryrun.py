@@ -40,13 +40,13 @@ def balanced(router: Router, probs_TE: Tensor) -> Tensor:
 
 
 def train_and_measure(path: Path, overrides: tuple[str, ...]) -> None:
-    """Trains with balanced routers. The third step is measured by ``Peak``: writes the most bytes to ``peak-RANK.json``."""
+    """Trains with balanced routers. The first step is measured by ``Peak``: writes the most bytes to ``peak-RANK.json``."""
     step, choose, steps = Stepper.__call__, Router.choose, 0
 
     def measured(stepper: Stepper, *arguments: Any) -> StepResult:
         nonlocal steps
         steps += 1
-        if steps < 3:
+        if steps > 1:
             return step(stepper, *arguments)
         parts = stepper.parts
         state = [*parts.tensors().values(), *parts.axis.masters.values(), *parts.axis.copies, *parts.model.parameters()]
@@ -65,12 +65,12 @@ def train_and_measure(path: Path, overrides: tuple[str, ...]) -> None:
 
 
 def real_run(pool: Pool, folder: Path, drawn: Composition) -> tuple[Path, list[dict[str, Any]], list[dict[str, Any]]]:
-    """Trains three steps. Returns the config, the memory of all ranks, and the collectives of rank 0."""
+    """Trains two steps. Returns the config, the memory of all ranks, and the collectives of rank 0."""
     layout = drawn.layout
     data = drawn.processes // layout["parallel__tensor"]["size"] // layout["parallel__pipeline"]["size"]
     # One document in each row, as in a dry run, and one dataset type.
     sizes = {
-        "data__micro_bsz": 1, "data__global_batch_size": 2 * MICRO_BATCHES * data, "data__total_steps": 3,
+        "data__micro_bsz": 1, "data__global_batch_size": 2 * MICRO_BATCHES * data, "data__total_steps": 2,
         "data__type": "mocked", "ckpt__enable_save_ckpt": False, "monitor__comm": True,
         "monitor__memory": "lora" not in str(drawn.changes),
     }  # fmt: skip
@@ -132,7 +132,8 @@ def check_formulas(found: DryRun) -> None:
         assert {k: v for k, v in memory.items() if k != "activations"} == {
             k: v for k, v in stated.items() if k != "activations"
         }
-        assert memory["activations"] == pytest.approx(stated["activations"], rel=0.02, abs=300)
+        # What routers have summed up, and the losses of tokens, are not stated.
+        assert memory["activations"] == pytest.approx(stated["activations"], rel=0.03, abs=1300)
     else:
         assert {key: count for key, (count, _) in counted.items()} == {key: count for key, (count, _) in formula.items()}
         assert all(counted[key] <= formula[key] for key in formula)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ..ops.dispatch import QuickMode, local_part, operator_name, tensors_in
+from ..ops.dispatch import FakeTensorMode, QuickMode, local_part, operator_name, tensors_in
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,17 @@ class Peak(QuickMode):
     What operators need inside, and never return, is not seen.
     """
 
-    def __init__(self, model: nn.Module, masters: Iterable[nn.Parameter]) -> None:
+    def __init__(self, model: nn.Module, masters: Iterable[nn.Parameter], fake: FakeTensorMode | None = None) -> None:
         """
         Args:
             masters: weights whose memory counts as that of before the step, even if they are made again. (``fully_shard`` pads
                 fake ones a second time.)
+            fake: the mode of the tensors, if they have no memory. (DTensors compute shapes with tensors of other such modes.)
         """
         super().__init__()
         self.moments = [Moment()]
         """The moment of most bytes in each pass, and last, in what comes after them."""
+        self._fake = fake
         self._model, self._modules = model, list[str]()
         """The modules that are in their forward pass now, from the outermost one."""
         self._masters, self._now, self._hooks = list(masters), 0, list[RemovableHandle]()
@@ -77,25 +79,28 @@ class Peak(QuickMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if kwargs and "out" in kwargs:
-            for tensor in tensors_in(kwargs["out"]):
+            for tensor in self._tensors(kwargs["out"]):
                 storage = tensor.untyped_storage()
                 if id(storage) in self._alive:
                     self._resized[id(storage)] = weakref.ref(storage)
                     self._count(storage)
         inputs: set[int] | None = None
-        for tensor in tensors_in(out):
+        for tensor in self._tensors(out):
             storage = tensor.untyped_storage()
             if id(storage) in self._alive:
                 continue
-            inputs = {id(given.untyped_storage()) for given in tensors_in((args, kwargs))} if inputs is None else inputs
+            inputs = {id(given.untyped_storage()) for given in self._tensors((args, kwargs))} if inputs is None else inputs
             if id(storage) not in inputs:
                 self._count(storage)
         if self._now > self.moments[-1].nbytes:
             self._correct()
             if self._now > self.moments[-1].nbytes:
-                made = sum(tensor.nbytes for tensor in tensors_in(out))
+                made = sum(tensor.nbytes for tensor in self._tensors(out))
                 self.moments[-1] = Moment(self._now, operator_name(func), self._modules[-1] if self._modules else "", made)
         return out
+
+    def _tensors(self, tree: object) -> Iterator[torch.Tensor]:
+        return (tensor for tensor in tensors_in(tree) if getattr(tensor, "fake_mode", None) is self._fake)
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         number, nbytes = id(storage), storage.nbytes()

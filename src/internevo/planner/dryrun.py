@@ -7,6 +7,7 @@ of the expert axis, or one more. Of many micro-batches, only as many are run as 
 
 from __future__ import annotations
 
+import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,8 +41,7 @@ from ..parallel.repeats import shortened
 from ..parallel.schedule import nothing
 from ..parallel.strategy import Collectives
 from ..storage.jsonfile import read_object, write_json
-from ..storage.naming import naming
-from ..train.folder import DRY_RUN
+from ..train.folder import DRY_RUN, OTHER_FOLDER
 from ..train.parts import Parts
 from ..train.process import prepare
 from ..train.shared import Shared
@@ -167,8 +167,10 @@ class DryRun:
 
     def write(self, folder: Path) -> Path:
         """Writes ``dryrun.json`` to a run folder. Returns its path."""
-        with naming(folder):
+        try:
             folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"the run folder {folder} cannot be made: {error.strerror}; {OTHER_FOLDER}") from error
         write_json(folder / DRY_RUN, self.to_dict(), indent=1)
         return folder / DRY_RUN
 
@@ -188,11 +190,17 @@ def check_file(folder: Path) -> None:
     """Checks that a dry run may write to a run folder.
 
     Raises:
-        UsageError: if its ``dryrun.json`` is not one that a dry run has written.
+        UsageError: if its ``dryrun.json`` is not one that a dry run has written, or nothing can be written there.
     """
     path = folder / DRY_RUN
+    nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        what = "cannot be written to" if nearest.is_dir() else "is not a folder"
+        raise UsageError(f"the run folder {folder} cannot be used: {nearest} {what}; {OTHER_FOLDER}")
+    if os.path.lexists(path) and not path.is_file():
+        raise UsageError(f"{path} is not a file, and is not replaced: {OTHER_FOLDER}")
     if path.exists() and not str(read_object(path).get("format")).startswith("dry run"):
-        raise UsageError(f"{path} is not from a dry run, and is not replaced: choose another folder (ckpt.save_ckpt_folder)")
+        raise UsageError(f"{path} is not from a dry run, and is not replaced: {OTHER_FOLDER}")
 
 
 def dry_run(config: Config, world_size: int, rank: int, whole: bool = False) -> DryRun:
@@ -215,7 +223,7 @@ def dry_run(config: Config, world_size: int, rank: int, whole: bool = False) -> 
         run, examples = _examples(layout, rank, count, whole)
         with no_memory.running():
             batch = _batch(parts, run)
-        step = _Step(parts)
+        step = _Step(parts, no_memory)
         with step.measured(), no_memory.running():
             stepper.enqueue(batch, config.adam.lr, config.adam.adam_beta2, partial(_shared, world_size))
         stated_memory, stated = formulas(parts, count)
@@ -239,10 +247,10 @@ def _examples(layout: Layout, rank: int, count: int, whole: bool) -> tuple[int, 
 class _Step:
     """What is counted and measured in the step that is run."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, no_memory: NoMemory) -> None:
         masters = (*parts.axis.masters.values(), *parts.axis.copies)
         self.parts, self.counter = parts, Counter(parts.layout)
-        self.meter, self.peak = Meter(parts.model, masters), measure.Peak(parts.model, masters)
+        self.meter, self.peak = Meter(parts.model, masters), measure.Peak(parts.model, masters, no_memory.mode)
         self.passes, self._counted = dict[Action, list[Collectives]](), 0
 
     @contextmanager
