@@ -81,20 +81,6 @@ def real_run(pool: Pool, folder: Path, drawn: Composition) -> tuple[Path, list[d
     return path, ranks, json.loads((folder / "run" / "comm.json").read_text())
 
 
-def note(drawn: Composition, rank: int, found: DryRun, most: int) -> None:
-    line = {
-        "drawn": str(drawn),
-        "rank": rank,
-        "real": most,
-        "dry": found.peak.nbytes,
-        "where": found.peak.where(),
-        "memory": asdict(found.memory),
-        "stated": found.stated_memory and asdict(found.stated_memory),
-    }
-    with open("/tmp/scratch_EXACT/peaks.jsonl", "a") as out:
-        out.write(json.dumps(line) + "\n")
-
-
 def by_group(rows: list[Any]) -> dict[tuple[str, str], tuple[int, int]]:
     rows = [row if isinstance(row, dict) else asdict(row) for row in rows]
     return {(row["kind"], row["axis"]): (row["count"], row["nbytes"]) for row in rows}
@@ -117,8 +103,9 @@ def test_a_dry_run_counts_what_a_real_run_does(pool: Pool, tmp_path: Path, drawn
         if drops and found.balanced and memory:
             assert parts.pop("activations") == pytest.approx(measured.pop("activations"), rel=0.05)
         assert json.loads(json.dumps(parts)) == measured or not memory
+        # A gloo thread may free a tensor a moment later; other ranks than 0 have padding in their shards.
         most = int((tmp_path / "run" / f"peak-{rank}.json").read_text())
-        note(drawn, rank, found, most)
+        assert found.peak.nbytes == pytest.approx(most, rel=0.05 if rank else 0.01)
 
 
 def check_formulas(found: DryRun) -> None:

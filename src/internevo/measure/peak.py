@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ..ops.dispatch import FakeTensorMode, QuickMode, local_part, operator_name, tensors_in
+from ..ops.dispatch import FakeTensorMode, QuickMode, collective_name, local_part, operator_name, tensors_in
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Peak(QuickMode):
                 module.register_forward_pre_hook(partial(self._begins, name)),
                 module.register_forward_hook(self._ends, always_call=True),
             ]
-        return super().__enter__()  # type: ignore[no-any-return]
+        return super().__enter__()
 
     def __exit__(self, *error: object) -> None:
         for hook in self._hooks:
@@ -84,13 +84,16 @@ class Peak(QuickMode):
                 if id(storage) in self._alive:
                     self._resized[id(storage)] = weakref.ref(storage)
                     self._count(storage)
+        if collective_name(func) == "wait_tensor":  # without memory, it makes another tensor instead of returning its argument
+            for tensor in self._tensors(args):
+                self._freed(id(tensor.untyped_storage()))(None)
         inputs: set[int] | None = None
         for tensor in self._tensors(out):
             storage = tensor.untyped_storage()
             if id(storage) in self._alive:
                 continue
             inputs = {id(given.untyped_storage()) for given in self._tensors((args, kwargs))} if inputs is None else inputs
-            if id(storage) not in inputs:
+            if id(storage) not in inputs or collective_name(func) == "wait_tensor":
                 self._count(storage)
         if self._now > self.moments[-1].nbytes:
             self._correct()

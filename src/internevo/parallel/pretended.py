@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -46,7 +46,7 @@ class NoMemory:
         """A context in which all new tensors are without memory, if they are not computed from existing ones alone, such as the
         borders of documents, which the host reads."""
         lock = ShardingPropagator._fake_mode_lock
-        ShardingPropagator._fake_mode_lock = _Apart()
+        ShardingPropagator._fake_mode_lock = cast(Any, _Apart())
         try:
             with self.mode, _Existing():
                 yield
