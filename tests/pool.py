@@ -93,13 +93,23 @@ class Pool:
         self.workers: list[tuple[BaseProcess, Connection]] = []
         atexit.register(self.stop)
 
-    def train(self, path: Path, processes: int = 1, *overrides: str, timeout: float = 400) -> None:
+    def train(
+        self,
+        path: Path,
+        processes: int = 1,
+        *overrides: str,
+        timeout: float = 400,
+        function: Callable[[Path, tuple[str, ...]], None] = _train,
+    ) -> None:
         """Runs ``internevo train PATH OVERRIDES`` on several processes.
+
+        Args:
+            function: another function of a module that does so, with the same arguments.
 
         Raises:
             AssertionError: with the tracebacks, in the order in which the ranks have failed.
         """
-        self._do(_train, (path, overrides), processes, timeout, DEVICE)
+        self._do(function, (path, overrides), processes, timeout, DEVICE)
 
     def run(
         self, function: Callable[..., Any], processes: int, *arguments: Any, timeout: float = 120, device: str = DEVICE

@@ -7,9 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
+from internevo.commands.train import train
 from internevo.config import load_config
-from internevo.planner.dryrun import dry_run
+from internevo.measure.peak import Peak
+from internevo.models.moe import Router
+from internevo.parallel.shards import local
+from internevo.planner.dryrun import DryRun, dry_run
+from internevo.train.step import Stepper, StepResult
 from tests.conftest import write_config
 from tests.parallel.layouts import Composition, compositions
 from tests.pool import Pool
@@ -25,6 +32,38 @@ def layouts() -> list[Composition]:
     return [one for one in drawn if one.processes >= 4][:DRAWN]
 
 
+def balanced(router: Router, probs_TE: Tensor) -> Tensor:
+    """Chooses as many tokens for each expert. (What the router prefers decides how many rows travel in a run.)"""
+    count, k = router.experts.count, router.experts.top_k
+    choices = torch.arange(len(probs_TE) * k, device=probs_TE.device).view(-1, k)
+    return choices % count
+
+
+def train_and_measure(path: Path, overrides: tuple[str, ...]) -> None:
+    """Trains with balanced routers. The first step is measured by ``Peak``: writes the most bytes to ``peak-RANK.json``."""
+    step, choose, steps = Stepper.__call__, Router.choose, 0
+
+    def measured(stepper: Stepper, *arguments: Any) -> StepResult:
+        nonlocal steps
+        steps += 1
+        if steps > 1:
+            return step(stepper, *arguments)
+        parts = stepper.parts
+        state = [*parts.tensors().values(), *parts.axis.masters.values(), *parts.axis.copies, *parts.model.parameters()]
+        storages = {id(storage): storage for tensor in state if (storage := local(tensor.detach()).untyped_storage())}
+        with Peak(parts.model, parts.axis.masters.values()) as peak:
+            result = step(stepper, *arguments)
+        most = max(moment.nbytes for moment in peak.moments) + sum(storage.nbytes() for storage in storages.values())
+        (parts.config.run_folder / f"peak-{parts.world.rank}.json").write_text(str(most))
+        return result
+
+    Stepper.__call__, Router.choose = measured, balanced  # type: ignore[method-assign, assignment]
+    try:
+        train(path, list(overrides), None, launcher="torch")
+    finally:
+        Stepper.__call__, Router.choose = step, choose  # type: ignore[method-assign]
+
+
 def real_run(pool: Pool, folder: Path, drawn: Composition) -> tuple[Path, list[dict[str, Any]], list[dict[str, Any]]]:
     """Trains two steps. Returns the config, the memory of all ranks, and the collectives of rank 0."""
     layout = drawn.layout
@@ -36,7 +75,7 @@ def real_run(pool: Pool, folder: Path, drawn: Composition) -> tuple[Path, list[d
         "monitor__memory": "lora" not in str(drawn.changes),
     }  # fmt: skip
     path = write_config(folder, None, "run", **{**drawn.changes, **sizes})
-    pool.train(path, drawn.processes)
+    pool.train(path, drawn.processes, function=train_and_measure)
     memory = folder / "run" / "memory.json"
     ranks = json.loads(memory.read_text())["ranks"] if memory.exists() else []
     return path, ranks, json.loads((folder / "run" / "comm.json").read_text())
@@ -53,18 +92,36 @@ def test_a_dry_run_counts_what_a_real_run_does(pool: Pool, tmp_path: Path, drawn
     config, last = load_config(path), drawn.processes - 1
     dry = {rank: dry_run(config, drawn.processes, rank) for rank in (0, last)}
     counted, real = by_group(dry[0].collectives), by_group(collectives)
-    if dry[0].balanced:  # in a run, the router decides how many rows travel
+    drops = drawn.model == "eight experts"  # they keep fewer rows than there are, so that not all rows travel
+    if drops and dry[0].balanced:
         assert {key: count for key, (count, _) in counted.items()} == {key: count for key, (count, _) in real.items()}
         counted, real = ({k: v for k, v in rows.items() if k[0] != "all-to-all"} for rows in (counted, real))
     assert counted == real
-    for found in dry.values():
-        if (stated := found.stated_collectives) is not None:
-            numbers, formula = by_group(found.collectives), by_group(stated)
-            assert {key: count for key, (count, _) in numbers.items()} == {key: count for key, (count, _) in formula.items()}
-            # Formulas state the largest shards, which rank 0 has.
-            assert all(numbers[key] == formula[key] if found.rank == 0 else numbers[key] <= formula[key] for key in formula)
-    for rank, found in dry.items() if memory else ():
-        measured, parts = memory[rank]["measured"], asdict(found.memory)
-        if found.balanced:
-            assert parts.pop("activations") == pytest.approx(measured.pop("activations"), rel=0.2)
-        assert json.loads(json.dumps(parts)) == measured
+    for rank, found in dry.items():
+        check_formulas(found, drawn.model == "alibi")
+        measured, parts = memory[rank]["measured"] if memory else {}, asdict(found.memory)
+        if drops and found.balanced and memory:
+            assert parts.pop("activations") == pytest.approx(measured.pop("activations"), rel=0.05)
+        assert json.loads(json.dumps(parts)) == measured or not memory
+        # A gloo thread may free a tensor a moment later; other ranks than 0 have padding in their shards.
+        most = int((tmp_path / "run" / f"peak-{rank}.json").read_text())
+        assert found.peak.nbytes == pytest.approx(most, rel=0.05 if rank else 0.01)
+
+
+def check_formulas(found: DryRun, alibi: bool) -> None:
+    """Checks that the strategies state what was counted."""
+    if found.stated_collectives is None or found.stated_memory is None:
+        return  # adapters
+    counted, formula = by_group(found.collectives), by_group(found.stated_collectives)
+    memory, stated = asdict(found.memory), asdict(found.stated_memory)
+    if found.rank == 0:  # it has the largest shards, which formulas state
+        assert counted == formula
+        assert {k: v for k, v in memory.items() if k != "activations"} == {
+            k: v for k, v in stated.items() if k != "activations"
+        }
+        # Not stated are what routers have summed up, the losses of tokens, and that q and k stay with v in isp if nothing turns
+        # them (ALiBi), and its gathered head there.
+        assert memory["activations"] == pytest.approx(stated["activations"], rel=0.3 if alibi else 0.03, abs=2000)
+    else:
+        assert {key: count for key, (count, _) in counted.items()} == {key: count for key, (count, _) in formula.items()}
+        assert all(counted[key] <= formula[key] for key in formula)

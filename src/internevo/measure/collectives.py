@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -33,7 +34,8 @@ class Counter(TorchDispatchMode):
     def __init__(self, layout: Layout) -> None:
         super().__init__()
         self.layout = layout
-        self.found: dict[tuple[str, str], Collectives] = {}
+        self.calls: list[Collectives] = []
+        """Each collective, in their order."""
         self._axis_of = cache(lambda kind, ranks: layout.axis_of(kind, list(ranks)))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -49,15 +51,22 @@ class Counter(TorchDispatchMode):
             wait(out)
         if len(ranks) > 1:
             axis = self._axis_of(kind, tuple(ranks))
-            row = self.found.setdefault((kind, axis), Collectives(kind, axis))
-            row.count += 1
-            row.nbytes += _nbytes(args[1] if name in OUTPUT_FIRST else args[0]) * (len(ranks) if kind == "all-gather" else 1)
-            row.seconds += time.perf_counter() - begin
+            nbytes = _nbytes(args[1] if name in OUTPUT_FIRST else args[0]) * (len(ranks) if kind == "all-gather" else 1)
+            self.calls.append(Collectives(kind, axis, 1, nbytes, time.perf_counter() - begin))
         return out
 
     def rows(self) -> list[Collectives]:
-        """Returns what was counted, sorted by kind and axis."""
-        return [self.found[key] for key in sorted(self.found)]
+        """Returns what was counted, added up and sorted by kind and axis."""
+        return added_up(self.calls)
+
+
+def added_up(calls: Iterable[Collectives]) -> list[Collectives]:
+    """Adds up collectives of the same kind over the same axis, and sorts them."""
+    found = dict[tuple[str, str], Collectives]()
+    for call in calls:
+        row = found.setdefault((call.kind, call.axis), Collectives(call.kind, call.axis))
+        row.count, row.nbytes, row.seconds = row.count + call.count, row.nbytes + call.nbytes, row.seconds + call.seconds
+    return [found[key] for key in sorted(found)]
 
 
 def _nbytes(tensors: Any) -> int:

@@ -10,12 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
-from ..ops.dispatch import PLAIN, FakeTensor, TorchDispatchMode
+from ..ops.dispatch import TorchDispatchMode, local_part, tensors_in
 from ..parallel.memory import Memory
 from ..parallel.orders import Action
-from ..parallel.shards import local
 
 
 class Meter(TorchDispatchMode):
@@ -34,9 +32,9 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        storages = [tensor.untyped_storage() for tensor in _tensors(out)]
+        storages = [tensor.untyped_storage() for tensor in tensors_in(out)]
         new = [storage for storage in storages if not self._knows(storage)]
-        inputs = {id(tensor.untyped_storage()) for tensor in _tensors((args, kwargs))} if new else set[int]()
+        inputs = {id(tensor.untyped_storage()) for tensor in tensors_in((args, kwargs))} if new else set[int]()
         self._made.update({id(storage): weakref.ref(storage) for storage in new if id(storage) not in inputs})
         return out
 
@@ -48,10 +46,10 @@ class Meter(TorchDispatchMode):
     def read(self, action: Action) -> None:
         """Measures. Must be called after each pass."""
         # ``fully_shard`` pads fake masters again in the first forward pass, because it compares addresses.
-        masters = {id(local(master).untyped_storage()) for master in self.masters}
+        masters = {id(local_part(master).untyped_storage()) for master in self.masters}
         self._made = {n: reference for n, reference in self._made.items() if n not in masters and reference() is not None}
         everything = _stable(self._read)
-        storages = {id(s): s for tensor in self._state() if id(s := local(tensor).untyped_storage()) in self._made}
+        storages = {id(s): s for tensor in self._state() if id(s := local_part(tensor).untyped_storage()) in self._made}
         state = sum(storage.nbytes() for storage in storages.values())
         self.readings[action] = state, everything - state
 
@@ -63,11 +61,12 @@ class Meter(TorchDispatchMode):
             copies: the other copies of master weights.
         """
         masters, moments = (
-            [local(tensor) for name, tensor in tensors.items() if name.startswith(kind)] for kind in ("model/", "optimizer/")
+            [local_part(tensor) for name, tensor in tensors.items() if name.startswith(kind)]
+            for kind in ("model/", "optimizer/")
         )
-        masters += [local(copy.detach()) for copy in copies]
+        masters += [local_part(copy) for copy in copies]
         storages = {id(tensor.untyped_storage()) for tensor in masters}
-        weights = [local(weight.detach()) for weight in self.model.parameters()]
+        weights = [local_part(weight) for weight in self.model.parameters()]
         made_before = [weight for weight in weights if id(weight.untyped_storage()) not in storages]
         if after is None:
             after = max(reversed(self.readings), key=lambda action: sum(self.readings[action]))
@@ -99,21 +98,6 @@ def _stable(read: Callable[[], int]) -> int:
         time.sleep(0.001)
         values.append(read())
     return values[-1]
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    """Yields the plain tensors in a tree that have memory; of a DTensor, this rank's shard."""
-    if isinstance(tree, Tensor):
-        if isinstance(tree, DTensor):
-            with torch.no_grad():
-                tree = tree.to_local()
-        if type(tree) is FakeTensor or (type(tree) in PLAIN and not tree.is_meta):  # a fake tensor has to look for its device
-            yield tree
-    elif isinstance(tree, list | tuple):
-        for item in tree:
-            yield from _tensors(item)
-    elif isinstance(tree, dict):
-        yield from _tensors(list(tree.values()))
 
 
 class OfRank(NamedTuple):

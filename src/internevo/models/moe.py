@@ -111,7 +111,7 @@ class Router(nn.Module):
         """
         logits_TE = F.linear(x_BSD.flatten(0, 1).float(), self.weight.float())
         probs_TE = logits_TE.softmax(-1)
-        experts_Tk = (probs_TE if self.bias is None else probs_TE + self.bias).topk(self.experts.top_k).indices
+        experts_Tk = self.choose(probs_TE)
         chosen_Tk = probs_TE.gather(1, experts_Tk)
         weights_Tk = chosen_Tk / chosen_Tk.sum(-1, keepdim=True) if self.experts.normalize else chosen_Tk
         kept_Tk = self._kept(*(choices.unflatten(0, x_BSD.shape[:2]) for choices in (chosen_Tk.detach(), experts_Tk)))
@@ -125,6 +125,10 @@ class Router(nn.Module):
             dropped=(~kept_Tk).sum().float(),
         )
         return experts_Tk, weights_Tk, kept_Tk, routing
+
+    def choose(self, probs_TE: Tensor) -> Tensor:
+        """Returns the experts of each token [T, k]."""
+        return (probs_TE if self.bias is None else probs_TE + self.bias).topk(self.experts.top_k).indices
 
     @torch.no_grad()
     def balance(self, load: Tensor, speed: float | Tensor) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -15,11 +17,14 @@ __all__ = [
     "PLAIN",
     "FakeTensor",
     "FakeTensorMode",
+    "QuickMode",
     "TorchDispatchMode",
     "collective_name",
     "group_ranks",
+    "local_part",
     "operator_name",
     "synchronize",
+    "tensors_in",
     "tree_leaves",
     "tree_map",
     "unset_fake_temporarily",
@@ -27,8 +32,29 @@ __all__ = [
 ]
 
 
+class QuickMode(TorchDispatchMode):
+    """A dispatch mode for code that is never compiled, so that the compiler need not be turned off in every call of it."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
 PLAIN = frozenset([torch.Tensor, torch.nn.Parameter, FakeTensor])
 """Types of tensors that are no wrappers of others. A fake tensor has a shape and no memory."""
+
+
+def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
+    """Yields the plain tensors in a tree that have memory; of a DTensor, this rank's shard."""
+    if isinstance(tree, torch.Tensor):
+        tree = local_part(tree)
+        if type(tree) is FakeTensor or (type(tree) in PLAIN and not tree.is_meta):  # a fake tensor has to look for its device
+            yield tree
+    elif isinstance(tree, list | tuple):
+        for item in tree:
+            yield from tensors_in(item)
+    elif isinstance(tree, dict):
+        yield from tensors_in(list(tree.values()))
 
 
 def operator_name(operator: Any) -> str:
@@ -51,6 +77,11 @@ def group_ranks(arguments: list[Any]) -> list[int]:
         if _is(value, "ProcessGroup"):
             return dist.get_process_group_ranks(dist.ProcessGroup.unbox(value))
     raise AssertionError("a collective without a group")
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns this rank's shard of a DTensor, and any other tensor as it is, without an operator that a mode would see."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def synchronize(arguments: Any) -> None:

@@ -92,6 +92,7 @@ class SingleProcess:
     """
 
     def __init__(self, model: Decoder, device: torch.device, dtype: torch.dtype) -> None:
+        model.to(dtype)
         model.materialize(device)
         weights = dict(model.named_parameters())
         self.masters = weights
@@ -100,8 +101,7 @@ class SingleProcess:
         if dtype != torch.float32:
             # Frozen weights are not updated, so they need no master in fp32.
             trained = {name: weight for name, weight in weights.items() if weight.requires_grad}
-            self.masters = {**weights, **{name: nn.Parameter(torch.empty_like(weight)) for name, weight in trained.items()}}
-            model.to(dtype)
+            self.masters = {**weights, **{name: _master_of(weight) for name, weight in trained.items()}}
             for name, weight in trained.items():
                 weight.register_post_accumulate_grad_hook(_AddToMaster(self.masters[name]))
             self.model_weights = {name: weight.detach() for name, weight in trained.items()}
@@ -131,6 +131,10 @@ class SingleProcess:
 
     def unsharded_sequences(self) -> AbstractContextManager[None]:
         return nullcontext()
+
+
+def _master_of(weight: Tensor) -> nn.Parameter:
+    return nn.Parameter(torch.empty_like(weight, dtype=torch.float32))
 
 
 class _AddToMaster:

@@ -149,6 +149,8 @@ class Elements:
 
     full: int
     """Before the data axis shards them."""
+    gathered: int
+    """The same with the padding of shards of uneven sizes, which is gathered too."""
     deferred: int
     """Of these, how many are in weights whose gradients a zero-bubble schedule computes apart."""
     shard: int
@@ -162,10 +164,12 @@ class Elements:
             experts: the shapes of experts that are a unit of their own.
             deferred: the shapes of all weights whose gradients are computed apart.
         """
-        shard = sum(largest_shard(shape, work.layout.zero) for shape in shapes)
-        shard += sum(largest_expert_shard(shape, work.layout.expert_zero) for shape in experts)
+        zero, expert_zero = work.layout.zero, work.layout.expert_zero
+        dense = sum(largest_shard(shape, zero) for shape in shapes)
+        of_experts = sum(largest_expert_shard(shape, expert_zero) for shape in experts)
         full, apart = (sum(math.prod(shape) for shape in kind) for kind in ((*shapes, *experts), deferred))
-        return cls(full, apart if work.zero_bubble else 0, shard)
+        gathered = zero * dense + expert_zero * of_experts
+        return cls(full, gathered, apart if work.zero_bubble else 0, dense + of_experts)
 
 
 def weights_and_gradients(work: Workload, stage: Elements, passes: str) -> int:
@@ -173,7 +177,7 @@ def weights_and_gradients(work: Workload, stage: Elements, passes: str) -> int:
 
     | policy         | masters | moments | full weights             | gradients |
     |----------------|---------|---------|--------------------------|-----------|
-    | ZeRO-1.5       | 4 P / z | 8 P / z | c P                      | g P       |
+    | ZeRO-1.5       | 4 P / z | 8 P / z | c P, with padding        | g P       |
     | FSDP           | 4 P / z | 8 P / z | those of units in use    | 4 P / z   |
     | single process | 4 P     | 8 P     | c P; fp32: the masters   | 4 P       |
 
@@ -193,7 +197,7 @@ def weights_and_gradients(work: Workload, stage: Elements, passes: str) -> int:
         return (0 if compute == 4 else compute * stage.full) + 4 * (others + deferred)
     if layout.fsdp or passes.count(last) == work.micro_batches:
         return 4 * stage.shard * (BACKWARD in passes)
-    weights = compute * stage.full * (FORWARD in passes)
+    weights = compute * stage.gathered * (FORWARD in passes)
     if not work.zero_bubble or compute == gradient:
         return weights + gradient * (others + deferred)
     back = passes.replace(FORWARD, "")

@@ -169,7 +169,7 @@ def memory(work: Workload) -> Memory:
     of_backward = {number: left(stage, kept) if work.zero_bubble else 0 for number, stage in stages.items()}
     message = kept.residual_tokens * work.decoder.hidden_size * work.element_bytes
     shards = sum(stage.shard for stage in elements.values())
-    moments = 8 * (shards - pipeline.copied_elements(work))
+    masters, moments = 4 * (shards + _biases(work)), 8 * (shards - pipeline.copied_elements(work))
     passes, state, now, found = dict.fromkeys(stages, ""), dict.fromkeys(stages, 0), 0, list[Memory]()
     for action, messages in zip(planned.order, kept_messages(planned, rank, ranks_of_stages), strict=True):
         kind, number, _ = action
@@ -178,8 +178,16 @@ def memory(work: Workload) -> Memory:
         now += of_forward[number] * (kind == FORWARD) + of_backward[number] * (kind == BACKWARD)
         now -= of_forward[number] * (kind == BACKWARD) + of_backward[number] * (kind == WEIGHTS)
         if kind == FORWARD or (kind == BACKWARD and work.zero_bubble):
-            found.append(Memory(4 * shards, moments, sum(state.values()), now + messages * message, action))
+            found.append(Memory(masters, moments, sum(state.values()), now + messages * message, action))
     return max(reversed(found), key=lambda memory: memory.total)
+
+
+def _biases(work: Workload) -> int:
+    """Returns the number of elements of the balance biases of the routers, which are never sharded."""
+    experts = work.decoder.experts
+    return (
+        sum(work.decoder.is_sparse(layer) for layer in work.layers) * experts.count if experts and experts.balance_bias else 0
+    )
 
 
 def _enough(micro_batches: int, ranks: int) -> int:

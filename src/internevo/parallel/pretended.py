@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from ..ops.dispatch import PLAIN, FakeTensor, FakeTensorMode, TorchDispatchMode, tree_leaves, unset_fake_temporarily
+from ..ops.dispatch import PLAIN, FakeTensor, FakeTensorMode, QuickMode, TorchDispatchMode, tree_leaves, unset_fake_temporarily
 from .world import World
 
 
@@ -34,18 +35,35 @@ class NoMemory:
     """Tensors without memory, of which operators compute only the shapes."""
 
     def __init__(self) -> None:
-        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def building(self) -> AbstractContextManager[Any]:
         """A context in which weights are without memory. Meshes compute with the numbers of ranks, which exist."""
-        return _Weights(self._fake)
+        return _Weights(self.mode)
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """A context in which all new tensors are without memory, if they are not computed from existing ones alone, such as the
         borders of documents, which the host reads."""
-        with self._fake, _Existing():
-            yield
+        lock = ShardingPropagator._fake_mode_lock
+        ShardingPropagator._fake_mode_lock = cast(Any, _Apart())
+        try:
+            with self.mode, _Existing():
+                yield
+        finally:
+            ShardingPropagator._fake_mode_lock = lock
+
+
+class _Apart:
+    """A context in which a DTensor computes shapes: with tensors of whole weights, which must not count as this rank's. They
+    are of another mode than the rank's tensors."""
+
+    def __enter__(self) -> None:
+        self._unset = unset_fake_temporarily()
+        self._unset.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._unset.__exit__(*error)
 
 
 class _Weights(TorchDispatchMode):
@@ -67,7 +85,7 @@ class _Weights(TorchDispatchMode):
             return torch.empty_strided(args[0].shape, args[0].stride(), dtype=dtype, device=device)
 
 
-class _Existing(TorchDispatchMode):
+class _Existing(QuickMode):
     """Computes operators on tensors that exist. It must be entered inside a ``FakeTensorMode``, which does all others."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -2,18 +2,21 @@
 
 The strategies, the schedule and the optimizer are those of a real run; only the other ranks, the values of tensors and the data
 are left out. Each micro-batch has rows of one document. The rows of experts are balanced: every rank sends as many to each rank
-of the expert axis, or one more.
+of the expert axis, or one more. Of many micro-batches, only as many are run as differ (``parallel.repeats``).
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain, groupby
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -21,22 +24,24 @@ from torch import Tensor
 
 from ..config import Config
 from ..config.data import Data, name_of
-from ..data.batches import Cursor, MicroBatch, StepBatch
+from ..data.batches import Cursor, MicroBatch, StepBatch, TrainBatches
 from ..data.rows import RandomRows
 from ..data.source import ShuffledRows
 from ..data.tokenized.index import dataset_type
 from ..errors import UsageError
-from ..measure.collectives import Counter
+from ..measure import peak as measure
+from ..measure.collectives import Counter, added_up
 from ..measure.memory import Meter
 from ..models.moe import MoE
 from ..parallel.layout import Layout
 from ..parallel.memory import Memory
+from ..parallel.orders import Action, orders
 from ..parallel.pretended import NoMemory, pretend
+from ..parallel.repeats import shortened
 from ..parallel.schedule import nothing
 from ..parallel.strategy import Collectives
 from ..storage.jsonfile import read_object, write_json
-from ..storage.naming import naming
-from ..train.folder import DRY_RUN
+from ..train.folder import DRY_RUN, OTHER_FOLDER
 from ..train.parts import Parts
 from ..train.process import prepare
 from ..train.shared import Shared
@@ -44,6 +49,35 @@ from ..train.step import Stepper, formulas
 
 FORMAT = "dry run 1"
 """Says in ``dryrun.json`` what it is, with the version of its format."""
+
+
+class Pass(NamedTuple):
+    """A pass of a step, with its collectives in their order."""
+
+    action: Action
+    calls: list[Collectives]
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The moment at which the rank has the most in memory."""
+
+    nbytes: int
+    """Master weights, moments, and everything else that is alive."""
+    during: Action | None
+    """The pass; None: after the passes, in the update of the weights."""
+    module: str
+    """The innermost module in whose forward pass (or recomputation) it is; empty: in no one's."""
+    operator: str
+    """The operator that has made the last tensor."""
+    made: int
+    """The bytes of that tensor."""
+
+    def where(self) -> str:
+        """Says when and where it is, to print."""
+        kind, stage, number = self.during or ("", 0, 0)
+        when = f"pass {kind} of stage {stage}, micro-batch {number}" if self.during else "the update of the weights"
+        return f"in {when}, at {self.operator} ({self.made:,} bytes{self.module and ', '}{self.module})"
 
 
 @dataclass(frozen=True)
@@ -59,7 +93,10 @@ class DryRun:
     parameters: int
     """Number of parameters of the whole model."""
     memory: Memory
-    collectives: list[Collectives]
+    peak: Peak
+    passes: list[Pass]
+    update: list[Collectives]
+    """The collectives after the last pass, in their order."""
     stated_memory: Memory | None
     """By formula; None with adapters."""
     stated_collectives: list[Collectives] | None
@@ -67,7 +104,14 @@ class DryRun:
     """Axis of a collective -> the number of ranks of a group."""
     balanced: bool
     """Whether rows travel to experts: the counted bytes of all-to-alls are then those of balanced rows."""
+    data: dict[str, Any]
+    """Which rows the rank reads (``data_plan``)."""
     seconds: float
+
+    @property
+    def collectives(self) -> list[Collectives]:
+        """All collectives, added up."""
+        return added_up([*chain(*(calls for _, calls in self.passes)), *self.update])
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the content of ``dryrun.json``."""
@@ -83,9 +127,20 @@ class DryRun:
             for kind, axis in sorted({*counted, *stated})
         ]
         memory = {"counted": asdict(self.memory), "formula": self.stated_memory and asdict(self.stated_memory)}
-        names = ("rank", "world", "coordinate", "micro_batches", "parameters", "seconds")
+        names = ("rank", "world", "coordinate", "micro_batches", "parameters", "seconds", "data")
         return {"format": FORMAT, **{name: getattr(self, name) for name in names}, "balanced_rows": self.balanced,
-                "memory": memory, "collectives": rows}  # fmt: skip
+                "memory": memory, "peak": asdict(self.peak), "collectives": rows, **self._in_order()}  # fmt: skip
+
+    def _in_order(self) -> dict[str, Any]:
+        """Returns the passes with their collectives in their order. Passes with the same ones share a list."""
+        lists = list[list[list[Any]]]()
+        passes = []
+        for action, calls in [*self.passes, (None, self.update)]:
+            found = _repeated(calls)
+            if found not in lists:
+                lists.append(found)
+            passes.append([*(action or ("update", None, None)), lists.index(found)])
+        return {"calls": lists, "passes": passes}
 
     def lines(self) -> list[str]:
         """Returns the tables to print."""
@@ -98,6 +153,7 @@ class DryRun:
         for part, name in {**Memory.NAMES, "total": "total"}.items():
             stated = f"{getattr(self.stated_memory, part):,}" if self.stated_memory else "-"
             lines.append(f"{name:32}{getattr(self.memory, part):>20,}{stated:>20}")
+        lines.append(f"{'most, within passes too':32}{self.peak.nbytes:>20,}  {self.peak.where()}")
         lines.append(f"{'collective':16}{'group':>16}{'ranks':>7}{'count':>9}{'bytes':>22}  by formula")
         for row in self.to_dict()["collectives"]:
             count, nbytes = row["counted"]["count"], row["counted"]["nbytes"]
@@ -111,10 +167,17 @@ class DryRun:
 
     def write(self, folder: Path) -> Path:
         """Writes ``dryrun.json`` to a run folder. Returns its path."""
-        with naming(folder):
+        try:
             folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"the run folder {folder} cannot be made: {error.strerror}; {OTHER_FOLDER}") from error
         write_json(folder / DRY_RUN, self.to_dict(), indent=1)
         return folder / DRY_RUN
+
+
+def _repeated(calls: Sequence[Collectives]) -> list[list[Any]]:
+    """Returns [kind, group, bytes, how many one after the other] for collectives."""
+    return [[*key, len(list(same))] for key, same in groupby(calls, key=lambda call: (call.kind, call.axis, call.nbytes))]
 
 
 def _by_group(rows: Sequence[Collectives]) -> defaultdict[tuple[str, str], dict[str, int]]:
@@ -127,17 +190,26 @@ def check_file(folder: Path) -> None:
     """Checks that a dry run may write to a run folder.
 
     Raises:
-        UsageError: if its ``dryrun.json`` is not one that a dry run has written.
+        UsageError: if its ``dryrun.json`` is not one that a dry run has written, or nothing can be written there.
     """
     path = folder / DRY_RUN
+    nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        what = "cannot be written to" if nearest.is_dir() else "is not a folder"
+        raise UsageError(f"the run folder {folder} cannot be used: {nearest} {what}; {OTHER_FOLDER}")
+    if os.path.lexists(path) and not path.is_file():
+        raise UsageError(f"{path} is not a file, and is not replaced: {OTHER_FOLDER}")
     if path.exists() and not str(read_object(path).get("format")).startswith("dry run"):
-        raise UsageError(f"{path} is not from a dry run, and is not replaced: choose another folder (ckpt.save_ckpt_folder)")
+        raise UsageError(f"{path} is not from a dry run, and is not replaced: {OTHER_FOLDER}")
 
 
-def dry_run(config: Config, world_size: int, rank: int) -> DryRun:
+def dry_run(config: Config, world_size: int, rank: int, whole: bool = False) -> DryRun:
     """Takes one step of a rank without computing.
 
     The config must be one that can be trained on ``world_size`` processes.
+
+    Args:
+        whole: run all micro-batches, also those that only repeat what others do.
     """
     begin = time.perf_counter()
     config = config.model_copy(update={"model": config.model.model_copy(update={"compile": False})})
@@ -147,21 +219,80 @@ def dry_run(config: Config, world_size: int, rank: int) -> DryRun:
         with no_memory.building():
             parts = Parts.without_weights(config, world, layout, _source(config.data), None)
         balanced = _balance_rows(parts)
-        stepper = Stepper(parts)
+        stepper, count = Stepper(parts), parts.sizes.micro_batches(config.data.total_steps - 1)
+        run, examples = _examples(layout, rank, count, whole)
         with no_memory.running():
-            batch = _batch(parts)
-        meter = Meter(parts.model, (*parts.axis.masters.values(), *parts.axis.copies))
-        parts.schedule.after_pass = meter.read
-        with Counter(layout) as counter, meter, no_memory.running():
+            batch = _batch(parts, run)
+        step = _Step(parts, no_memory)
+        with step.measured(), no_memory.running():
             stepper.enqueue(batch, config.adam.lr, config.adam.adam_beta2, partial(_shared, world_size))
-        parts.schedule.after_pass = nothing
-        count = len(batch.micro_batches)
         stated_memory, stated = formulas(parts, count)
-        memory = meter.memory(parts.tensors(), parts.axis.copies, stated_memory.after if stated_memory else None)
+        memory, peak = step.memory(examples, stated_memory.after if stated_memory else None)
+        passes = [Pass(action, step.passes[example]) for action, example in examples.items()]
         return DryRun(
-            rank, world_size, layout.weights.coordinate(rank), count, parts.decoder.parameters(), memory, counter.rows(),
-            stated_memory, stated, _sizes(layout), balanced, time.perf_counter() - begin,
+            rank, world_size, layout.weights.coordinate(rank), count, parts.decoder.parameters(), memory, peak, passes,
+            step.update, stated_memory, stated, _sizes(layout), balanced, data_plan(parts), time.perf_counter() - begin,
         )  # fmt: skip
+
+
+def _examples(layout: Layout, rank: int, count: int, whole: bool) -> tuple[int, dict[Action, Action]]:
+    """Returns how many micro-batches to run, and for each pass of a step of ``count`` the one of these that does the same."""
+    mode, place = layout.schedule if layout.pipeline > 1 else "1F1B", layout.weights.coordinate(rank)["stage"]
+    on = [layout.rank_of_stage(stage) for stage in range(layout.stages)]
+    if whole:
+        return count, {action: action for action in orders(mode, layout.pipeline, layout.chunks, count)[place]}
+    return shortened(mode, layout.pipeline, layout.chunks, count, place, on)
+
+
+class _Step:
+    """What is counted and measured in the step that is run."""
+
+    def __init__(self, parts: Parts, no_memory: NoMemory) -> None:
+        masters = (*parts.axis.masters.values(), *parts.axis.copies)
+        self.parts, self.counter = parts, Counter(parts.layout)
+        self.meter, self.peak = Meter(parts.model, masters), measure.Peak(parts.model, masters, no_memory.mode)
+        self.passes, self._counted = dict[Action, list[Collectives]](), 0
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """The context of the step."""
+        self.parts.schedule.after_pass = self._after_pass
+        with self.counter, self.meter, self.peak:
+            yield
+        self.parts.schedule.after_pass = nothing
+
+    def _after_pass(self, action: Action) -> None:
+        self.meter.read(action)
+        self.peak.after_pass(action)
+        self.passes[action], self._counted = self.counter.calls[self._counted :], len(self.counter.calls)
+
+    @property
+    def update(self) -> list[Collectives]:
+        """The collectives after the last pass."""
+        return self.counter.calls[self._counted :]
+
+    def memory(self, examples: Mapping[Action, Action], after: Action | None) -> tuple[Memory, Peak]:
+        """Returns the memory after a pass of the whole step (None: the last one that leaves the most), and the peak."""
+        readings, moments = self.meter.readings, self.peak.moments
+        self.meter.readings = {action: readings[example] for action, example in examples.items()}
+        memory = self.meter.memory(self.parts.tensors(), self.parts.axis.copies, after)
+        before = memory.total - sum(self.meter.readings[memory.after])
+        of_run = dict(zip(readings, moments, strict=False))
+        found = [(action, of_run[example]) for action, example in examples.items()]
+        during, most = max([*found, (None, moments[-1])], key=lambda pair: pair[1].nbytes)
+        return memory, Peak(before + most.nbytes, during, most.module, most.operator, most.made)
+
+
+def data_plan(parts: Parts) -> dict[str, Any]:
+    """Returns which rows of a global batch the rank reads, in the order of its micro-batches, and how many there are."""
+    data, layout = parts.config.data, parts.layout
+    rank = layout.activations.coordinate(parts.world.rank)["data"]
+    batches = TrainBatches(parts.source, parts.sizes, rank, data.use_packed_dataset, data.total_steps)
+    last = data.total_steps - 1
+    return {
+        "data_rank": rank, "data_ranks": layout.data, "rows_per_micro_batch": data.micro_bsz, "tokens_per_row": data.seq_len,
+        "rows_per_step": parts.sizes.rows(last), "rows_of_the_first_step": batches.rank_rows(0),
+    }  # fmt: skip
 
 
 def _source(data: Data) -> ShuffledRows:
@@ -175,8 +306,8 @@ def _source(data: Data) -> ShuffledRows:
     return ShuffledRows(rows, data.seed)
 
 
-def _batch(parts: Parts) -> StepBatch:
-    """Returns the micro-batches of the last step, with one document in each row."""
+def _batch(parts: Parts, count: int) -> StepBatch:
+    """Returns micro-batches of the last step, with one document in each row."""
     data, sizes, last = parts.config.data, parts.sizes, parts.config.data.total_steps - 1
     rows, size = data.micro_bsz, data.seq_len
     shape = (1, rows * size) if data.use_packed_dataset else (rows, size)
@@ -187,7 +318,7 @@ def _batch(parts: Parts) -> StepBatch:
         tokens, labels = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
         return MicroBatch(tokens, labels, torch.zeros(shape, dtype=torch.int16), borders)
 
-    return StepBatch([micro_batch() for _ in range(sizes.micro_batches(last))], last, Cursor(), sizes.rows(last) * size)
+    return StepBatch([micro_batch() for _ in range(count)], last, Cursor(), sizes.rows(last) * size)
 
 
 def _sizes(layout: Layout) -> dict[str, int]:

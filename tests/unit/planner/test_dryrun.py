@@ -30,9 +30,8 @@ LARGE: dict[str, dict[str, Any]] = {
 
 
 def dry(rank: int, world: int, **changes: Any) -> DryRun:
-    config = validate(
-        tiny(data={"seq_len": 32, "micro_bsz": 1, "micro_num": 4, "total_steps": 8}, **{"model__vocab_size": 128, **changes})
-    )
+    data = {"seq_len": 32, "micro_bsz": 1, "micro_num": 4, "total_steps": 8, **changes.pop("data", {})}
+    config = validate(tiny(data=data, **{"model__vocab_size": 128, **changes}))
     return dry_run(config, world, rank)
 
 
@@ -51,6 +50,55 @@ def test_a_rank_of_1024_has_what_the_strategies_state(name: str, rank: int) -> N
         assert (memory["masters"], memory["after"]) == (formula["masters"], formula["after"])
         assert memory["activations"] == pytest.approx(formula["activations"], rel=0.03)
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("name", [*LARGE, "1F1B 2 x 2"])
+def test_a_shortened_step_shows_what_a_whole_one_does(name: str) -> None:
+    changes: dict[str, Any] = {"parallel__pipeline": {"size": 2}, "model__num_chunks": 2, "model__num_layers": 4}
+    config = validate(tiny(data={"seq_len": 8, "micro_bsz": 1, "micro_num": 15, "total_steps": 1},
+                           **{"model__vocab_size": 128, "model__num_layers": 2, **LARGE.get(name, changes)}))  # fmt: skip
+    short, whole = (dry_run(config, 64, 33, whole=whole) for whole in (False, True))
+    assert {**short.to_dict(), "seconds": 0} == {**whole.to_dict(), "seconds": 0}
+    assert len(short.passes) in (2 * 15, 3 * 15, 4 * 15, 6 * 15)
+
+
+def test_collectives_are_written_in_their_order() -> None:
+    found = dry(0, 4, data={"seq_len": 8, "micro_num": 3}, parallel__zero1={"size": -1, "fsdp": True})
+    written = found.to_dict()
+    sums: dict[tuple[str, str], list[int]] = {}
+    for *_, number in written["passes"]:
+        for kind, group, nbytes, repeated in written["calls"][number]:
+            count = sums.setdefault((kind, group), [0, 0])
+            count[0], count[1] = count[0] + repeated, count[1] + repeated * nbytes
+    assert sums == {(row["kind"], row["group"]): list(row["counted"].values()) for row in written["collectives"]}
+    assert [entry[:3] for entry in written["passes"]] == [
+        *([kind, 0, number] for number in range(3) for kind in "FB"), ["update", None, None],
+    ]  # fmt: skip
+    assert written["passes"][2][3] == written["passes"][4][3]  # the same lists are written once
+    assert written["data"]["rows_of_the_first_step"] == [0, 4, 8] and written["data"]["rows_per_step"] == 12
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model__dtype": "torch.bfloat16"},
+        {"model__dtype": "torch.float16", "parallel__pipeline": {"size": 2, "mode": "ZBV"}, "model__num_chunks": 2},
+        {"model__compile": True, "data__use_packed_dataset": False},
+        {"data__type": "streaming", "data__tokenizer_path": "/not/here"},
+    ],
+    ids=["bf16", "fp16, ZBV", "compiled, padded", "streaming"],
+)
+def test_every_kind_of_run_has_a_dry_run(changes: dict[str, Any]) -> None:
+    size = 2 if "parallel__pipeline" in changes else 1
+    found = dry(0, size, model__num_layers=4, **changes)
+    assert found.memory.total > found.memory.masters > 0 and found.stated_memory is not None
+    assert (found.memory.masters, found.memory.moments) == (found.stated_memory.masters, found.stated_memory.moments)
+
+
+def test_the_peak_is_at_least_what_is_kept_after_a_pass() -> None:
+    found = dry(0, 2, parallel__zero1={"size": -1, "fsdp": True})
+    assert found.peak.nbytes > found.memory.total and found.peak.during is not None and found.peak.operator
+    assert any(line.startswith("most, within passes too") and "pass" in line for line in found.lines())
 
 
 def test_what_is_known_without_formulas_is_counted_with_adapters() -> None:
@@ -108,6 +156,18 @@ def test_what_does_not_fit_is_refused(
     assert run(write_config(tmp_path, None), *arguments) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("exits_in_process")
+@pytest.mark.parametrize("name", ["file", "file/run", "folder"])
+def test_a_folder_that_cannot_be_written_is_refused_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder" / "dryrun.json").mkdir(parents=True)
+    assert run(write_config(tmp_path, None), *DRY, 4, f"ckpt.save_ckpt_folder={tmp_path / name}") == 2
+    assert "choose another folder (ckpt.save_ckpt_folder)" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.usefixtures("exits_in_process")
