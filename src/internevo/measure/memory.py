@@ -34,9 +34,9 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        storages = [tensor.untyped_storage() for tensor in _tensors(out)]
+        storages = [tensor.untyped_storage() for tensor in tensors_in(out)]
         new = [storage for storage in storages if not self._knows(storage)]
-        inputs = {id(tensor.untyped_storage()) for tensor in _tensors((args, kwargs))} if new else set[int]()
+        inputs = {id(tensor.untyped_storage()) for tensor in tensors_in((args, kwargs))} if new else set[int]()
         self._made.update({id(storage): weakref.ref(storage) for storage in new if id(storage) not in inputs})
         return out
 
@@ -78,14 +78,9 @@ class Meter(TorchDispatchMode):
         return Memory(master_bytes, moment_bytes, weight_bytes + state, activations, after)
 
     def _state(self) -> Iterator[Tensor]:
-        """Yields weights and gradients. (``fully_shard`` adds up those of another dtype than their weights apart.)"""
-        for parameter in (*self.model.parameters(), *self.masters):
-            yield from (tensor for tensor in (parameter, parameter.grad) if tensor is not None)
-        for module in self.model.modules():
-            group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
-            for sharded in group.fsdp_params if group is not None else ():
-                if sharded.unsharded_accumulated_grad is not None:
-                    yield sharded.unsharded_accumulated_grad
+        """Yields weights and gradients."""
+        yield from (*self.model.parameters(), *self.masters)
+        yield from (gradient for _, gradient in gradients_of(self.model, (("", master) for master in self.masters)))
 
     def _read(self) -> int:
         storages = (reference() for reference in self._made.values())
@@ -101,7 +96,20 @@ def _stable(read: Callable[[], int]) -> int:
     return values[-1]
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
+def gradients_of(model: nn.Module, masters: Iterable[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
+    """Yields the gradients of a model's parameters and of master weights, with their names. (``fully_shard`` adds up those of
+    another dtype than their weights apart.)"""
+    for name, parameter in (*model.named_parameters(), *masters):
+        if parameter.grad is not None:
+            yield name, parameter.grad
+    for path, module in model.named_modules():
+        group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
+        for sharded in group.fsdp_params if group is not None else ():
+            if sharded.unsharded_accumulated_grad is not None:
+                yield sharded._param_fqn or path, sharded.unsharded_accumulated_grad
+
+
+def tensors_in(tree: Any) -> Iterator[Tensor]:
     """Yields the plain tensors in a tree that have memory; of a DTensor, this rank's shard."""
     if isinstance(tree, Tensor):
         if isinstance(tree, DTensor):
@@ -111,9 +119,9 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
             yield tree
     elif isinstance(tree, list | tuple):
         for item in tree:
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(tree, dict):
-        yield from _tensors(list(tree.values()))
+        yield from tensors_in(list(tree.values()))
 
 
 class OfRank(NamedTuple):

@@ -1,0 +1,106 @@
+"""Plays the recorded allocations of a step (``measure.profile``) again, and adds them up: by kind, by phase, and by module."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+from .profile import KINDS, Event, Profile
+
+POINTS = 400
+"""Largest number of points of a timeline."""
+ByKind = dict[str, int]
+"""Kind -> bytes; and "total"."""
+
+
+def replay(profile: Profile) -> dict[str, Any]:
+    """Returns what was alive, and when.
+
+    Returns:
+        ``peak``: what was alive at the peak, by kind, with its total; the phase, the operator and the module that reached it.
+        ``phases``: the name of each, its pass, its end in seconds, and by kind what was alive at its end and at its own peak.
+        ``modules``: module -> kind -> bytes at the peak. ``kept``: the same after the pass that has left the most, by ``pass``.
+        ``timeline``: rows of seconds, phase and bytes of each kind.
+    """
+    events, phases = profile.events, profile.phases
+    kinds = [block.kind(phases) for block in profile.blocks]
+    now, ends, peaks = _nothing(), list[ByKind](), list[ByKind]()
+    at, number, times = 0, -1, list[float]()
+    rows = list[tuple[float, int, ByKind]]()
+    length = events[-1].time or 1.0
+    begin = 0
+    for phase_number, phase in enumerate(phases):
+        peak = dict(now)
+        for index in range(begin, phase.events):
+            event = events[index]
+            now[kinds[event.block]] += event.size
+            now["total"] += event.size
+            if now["total"] > peak["total"]:
+                peak = dict(now)
+                if now["total"] > max((one["total"] for one in peaks), default=0):
+                    at, number = index, phase_number
+            rows = _add_point(rows, event, phase_number, now, length)
+        begin = phase.events
+        peaks, ends = [*peaks, peak], [*ends, dict(now)]
+        times.append(events[begin - 1].time if begin else 0.0)
+    block = profile.blocks[events[at].block]
+    passes = [n for n, phase in enumerate(phases) if phase.action is not None]
+    fullest = max(reversed(passes), key=lambda n: ends[n]["total"])
+    return {
+        "peak": {**peaks[number], "phase": phases[number].name, "operator": block.operator, "module": block.path},
+        "phases": [
+            {"name": phase.name, "pass": phase.action, "end": round(seconds, 6), "alive": alive, "peak": peak}
+            for phase, seconds, alive, peak in zip(phases, times, ends, peaks, strict=True)
+        ],
+        "modules": _modules(profile, kinds, at + 1),
+        "kept": {"pass": phases[fullest].action, "modules": _modules(profile, kinds, phases[fullest].events)},
+        "timeline": [[round(seconds, 6), phase, *(alive[kind] for kind in KINDS)] for seconds, phase, alive in rows],
+    }
+
+
+def _nothing() -> ByKind:
+    return {**dict.fromkeys(KINDS, 0), "total": 0}
+
+
+def _add_point(
+    rows: list[tuple[float, int, ByKind]], event: Event, phase: int, now: ByKind, length: float
+) -> list[tuple[float, int, ByKind]]:
+    """Adds a point to a timeline. Of the points of a short time in one phase, the one with the most bytes stays."""
+    if rows and rows[-1][1] == phase and int(rows[-1][0] / length * POINTS) == int(event.time / length * POINTS):
+        if now["total"] > rows[-1][2]["total"]:
+            rows[-1] = (rows[-1][0], phase, dict(now))
+    else:
+        rows.append((event.time, phase, dict(now)))
+    return rows
+
+
+def _modules(profile: Profile, kinds: list[str], events: int) -> dict[str, dict[str, int]]:
+    """Returns module -> kind -> bytes that are alive after a number of events."""
+    sizes: defaultdict[int, int] = defaultdict(int)
+    for event in profile.events[:events]:
+        sizes[event.block] += event.size
+    found: defaultdict[str, defaultdict[str, int]] = defaultdict(lambda: defaultdict(int))
+    for number, size in sizes.items():
+        if size:
+            found[profile.blocks[number].path][kinds[number]] += size
+    return {path: dict(found[path]) for path in sorted(found, key=_order)}
+
+
+def _order(path: str) -> list[tuple[int, str]]:
+    """Sorts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")]
+
+
+def by_layer(modules: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
+    """Adds up modules to layers ("layers.0"), the embedding ("embed"), and so on; "" is what belongs to none."""
+    found: defaultdict[str, defaultdict[str, int]] = defaultdict(lambda: defaultdict(int))
+    for path, kinds in modules.items():
+        for kind, size in kinds.items():
+            found[_layer(path)][kind] += size
+    return {layer: dict(kinds) for layer, kinds in found.items()}
+
+
+def _layer(path: str) -> str:
+    first, *rest = path.split(".")
+    return f"{first}.{rest[0]}" if rest and rest[0].isdigit() else first
