@@ -128,7 +128,8 @@ class OfRank(NamedTuple):
     """The memory of a rank."""
 
     rank: int
-    formula: Memory
+    formula: Memory | None
+    """None with adapters."""
     measured: Memory
 
 
@@ -136,7 +137,9 @@ def table(ranks: Sequence[OfRank]) -> list[str]:
     """Formats the measured memory of the first rank as a table, next to that of the formula; and the totals of the others."""
     first, *others = ranks
     lines = [f"{f'memory of rank {first.rank}, MB':28}{'measured':>12}{'by formula':>12}"]
-    parts = {**Memory.NAMES, "total": "total"}.items()
-    rows = [(name, getattr(first.measured, part), getattr(first.formula, part)) for part, name in parts]
-    rows += [(f"total of rank {rank}", measured.total, formula.total) for rank, formula, measured in others]
-    return lines + [f"{name:28}{measured / 1e6:>12.3f}{formula / 1e6:>12.3f}" for name, measured, formula in rows]
+    rows = [(name, part, first) for part, name in {**Memory.NAMES, "total": "total"}.items()]
+    rows += [(f"total of rank {of_rank.rank}", "total", of_rank) for of_rank in others]
+    for name, part, (_, formula, measured) in rows:
+        stated = f"{getattr(formula, part) / 1e6:.3f}" if formula is not None else "-"
+        lines.append(f"{name:28}{getattr(measured, part) / 1e6:>12.3f}{stated:>12}")
+    return lines

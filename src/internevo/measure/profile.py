@@ -1,7 +1,7 @@
 """Where the memory of one rank goes in a step: every allocation with its size, its kind, and the module that it belongs to.
 
-A dispatch mode sees each operator's results, and a weak reference of each storage tells when it is freed. What a storage was for
-is known in the end; the first of these that holds counts:
+A dispatch mode sees each operator's results, and a weak reference of each storage tells when it is freed. What a storage was
+for is known in the end; the first of these that holds counts:
 
 | kind            | is                                                                                                  |
 |-----------------|-----------------------------------------------------------------------------------------------------|
@@ -15,9 +15,9 @@ is known in the end; the first of these that holds counts:
 | temporary       | everything else                                                                                     |
 | other           | allocated before the step, and none of these (on a GPU)                                             |
 
-A tensor in a forward pass belongs to the module whose ``forward`` runs; a saved one to the module that has saved it first; one in
-a backward pass to the module whose saved tensors autograd has used last; weights, gradients and moments to the module that has
-the parameter. Storages are counted once, however many tensors are views of them.
+A tensor in a forward pass belongs to the module whose ``forward`` runs; a saved one to the module that has saved it first; one
+in a backward pass to the module whose saved tensors autograd has used last; weights, gradients and moments to the module that
+has the parameter. Storages are counted once, however many tensors are views of them.
 """
 
 from __future__ import annotations
@@ -36,16 +36,10 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ..ops.dispatch import TorchDispatchMode, collective_name, operator_name
 from ..parallel.orders import FORWARD, Action
-from ..parallel.shards import local
 from .memory import gradients_of, tensors_in
 
 CUDA_BLOCK = 512
 """Bytes. PyTorch's allocator for GPUs rounds up to a multiple of this."""
-KINDS = {
-    "masters": "master weights", "moments": "moments", "weights": "weights", "gradients": "gradients",
-    "activations": "activations", "communication": "communication", "temporary": "temporary", "other": "other",
-}  # fmt: skip
-"""Kind -> what it is called."""
 
 
 @dataclass(slots=True)
@@ -135,16 +129,25 @@ class Profile(TorchDispatchMode):
         """The modules whose forward pass is running: path, and number of blocks before it."""
         self._last = ""
         """The module whose saved tensors the backward pass has used last."""
+        self._copies: dict[int, int] = {}
+        """Id of the result of a reduce-scatter that gloo has not completed -> block of gloo's copy of the input."""
         self._hooked: set[int] = set()
         self._stack = ExitStack()
 
     # What surrounds the step -----------------------------------------------------------------------------------------
 
     @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Records in this context. Nothing is left registered after it."""
+    def recording(self, allocated: int = 0) -> Iterator[None]:
+        """Records in this context. Nothing is left registered after it.
+
+        Args:
+            allocated: bytes that are allocated before, as far as it is known.
+        """
         self.start = time.perf_counter()
         self._add_state()
+        if (rest := allocated - sum(block.size for block in self.blocks)) > 0:
+            self.blocks.append(Block(0, "", 0, state="other"))
+            self._resize(len(self.blocks) - 1, rest)
         with self._stack as stack:
             for model in self.models:
                 for path, module in model.named_modules():
@@ -198,11 +201,6 @@ class Profile(TorchDispatchMode):
             if id(plain.untyped_storage()) not in self._known and plain.device == self.device:
                 self._add(plain.untyped_storage(), Block(0, _module_of(name), 0, state=kind))
 
-    def add_other(self, size: int) -> None:
-        """Adds bytes that were allocated before, and are none of the known tensors'."""
-        self.blocks.append(Block(size, "", 0, state="other"))
-        self.events.append(Event(0.0, len(self.blocks) - 1, size))
-
     # What PyTorch calls ----------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -213,7 +211,7 @@ class Profile(TorchDispatchMode):
         self._look_at_units()
         collective = collective_name(func)
         known = [self._known[key][1] for key in given if key in self._known]
-        copies = collective is not None and "gather" in collective or name in ("aten::clone", "aten::_to_copy")
+        copies = "gather" in (collective or "") or name in ("aten::clone", "aten::_to_copy")
         gathered = copies and bool(known) and all(self._is_weight(self.blocks[number]) for number in known)
         for key, storage in made.items():
             if key not in self._known and storage.device == self.device:
@@ -223,7 +221,25 @@ class Profile(TorchDispatchMode):
         if collective is not None or name.startswith("fsdp::"):
             for number in known:
                 self.blocks[number].communicated = True
+            self._gloo_copies(str(collective), args, out)
         return out
+
+    def _gloo_copies(self, collective: str, inputs: Any, outputs: Any) -> None:
+        """gloo reduces a copy of the input of a functional reduce-scatter, until it is waited for."""
+        if self.device.type != "cpu" or collective not in (
+            "reduce_scatter_tensor",
+            "reduce_scatter_tensor_coalesced",
+            "wait_tensor",
+        ):
+            return
+        key = id(next(tensors_in(outputs)).untyped_storage())
+        if collective != "wait_tensor":
+            size = sum(tensor.nbytes for tensor in tensors_in(inputs))
+            self.blocks.append(Block(0, self._path(), len(self.phases), "gloo's copy", communicated=True))
+            self._copies[key] = len(self.blocks) - 1
+            self._resize(self._copies[key], size)
+        elif key in self._copies:
+            self._resize(self._copies.pop(key), 0)
 
     @staticmethod
     def _is_weight(block: Block) -> bool:

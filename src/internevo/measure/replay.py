@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from .profile import KINDS, Event, Profile
+from ..observe.memory import KINDS
+from .profile import Event, Profile
 
 POINTS = 400
 """Largest number of points of a timeline."""
@@ -21,14 +22,13 @@ def replay(profile: Profile) -> dict[str, Any]:
         ``peak``: what was alive at the peak, by kind, with its total; the phase, the operator and the module that reached it.
         ``phases``: the name of each, its pass, its end in seconds, and by kind what was alive at its end and at its own peak.
         ``modules``: module -> kind -> bytes at the peak. ``kept``: the same after the pass that has left the most, by ``pass``.
-        ``timeline``: rows of seconds, phase and bytes of each kind.
+        ``timeline``: rows of the number of events, seconds, phase, and bytes of each kind.
     """
     events, phases = profile.events, profile.phases
     kinds = [block.kind(phases) for block in profile.blocks]
     now, ends, peaks = _nothing(), list[ByKind](), list[ByKind]()
     at, number, times = 0, -1, list[float]()
-    rows = list[tuple[float, int, ByKind]]()
-    length = events[-1].time or 1.0
+    rows = list[Row]()
     begin = 0
     for phase_number, phase in enumerate(phases):
         peak = dict(now)
@@ -40,7 +40,7 @@ def replay(profile: Profile) -> dict[str, Any]:
                 peak = dict(now)
                 if now["total"] > max((one["total"] for one in peaks), default=0):
                     at, number = index, phase_number
-            rows = _add_point(rows, event, phase_number, now, length)
+            _add_point(rows, index, event, phase_number, now, len(events))
         begin = phase.events
         peaks, ends = [*peaks, peak], [*ends, dict(now)]
         times.append(events[begin - 1].time if begin else 0.0)
@@ -50,12 +50,19 @@ def replay(profile: Profile) -> dict[str, Any]:
     return {
         "peak": {**peaks[number], "phase": phases[number].name, "operator": block.operator, "module": block.path},
         "phases": [
-            {"name": phase.name, "pass": phase.action, "end": round(seconds, 6), "alive": alive, "peak": peak}
+            {
+                "name": phase.name,
+                "pass": phase.action,
+                "end": round(seconds, 6),
+                "events": phase.events,
+                "alive": alive,
+                "peak": peak,
+            }
             for phase, seconds, alive, peak in zip(phases, times, ends, peaks, strict=True)
         ],
         "modules": _modules(profile, kinds, at + 1),
         "kept": {"pass": phases[fullest].action, "modules": _modules(profile, kinds, phases[fullest].events)},
-        "timeline": [[round(seconds, 6), phase, *(alive[kind] for kind in KINDS)] for seconds, phase, alive in rows],
+        "timeline": [[row.index, round(row.time, 6), row.phase, *(row.alive[kind] for kind in KINDS)] for row in rows],
     }
 
 
@@ -63,16 +70,23 @@ def _nothing() -> ByKind:
     return {**dict.fromkeys(KINDS, 0), "total": 0}
 
 
-def _add_point(
-    rows: list[tuple[float, int, ByKind]], event: Event, phase: int, now: ByKind, length: float
-) -> list[tuple[float, int, ByKind]]:
-    """Adds a point to a timeline. Of the points of a short time in one phase, the one with the most bytes stays."""
-    if rows and rows[-1][1] == phase and int(rows[-1][0] / length * POINTS) == int(event.time / length * POINTS):
-        if now["total"] > rows[-1][2]["total"]:
-            rows[-1] = (rows[-1][0], phase, dict(now))
+class Row(NamedTuple):
+    """A point of a timeline."""
+
+    index: int
+    """Number of events before it."""
+    time: float
+    phase: int
+    alive: ByKind
+
+
+def _add_point(rows: list[Row], index: int, event: Event, phase: int, now: ByKind, events: int) -> None:
+    """Adds a point to a timeline. Of neighbouring points in one phase, the one with the most bytes stays."""
+    if rows and rows[-1].phase == phase and rows[-1].index * POINTS // events == index * POINTS // events:
+        if now["total"] > rows[-1].alive["total"]:
+            rows[-1] = rows[-1]._replace(alive=dict(now))
     else:
-        rows.append((event.time, phase, dict(now)))
-    return rows
+        rows.append(Row(index, event.time, phase, dict(now)))
 
 
 def _modules(profile: Profile, kinds: list[str], events: int) -> dict[str, dict[str, int]]:
