@@ -43,7 +43,7 @@ def replay(profile: Profile) -> dict[str, Any]:
             _add_point(rows, index, event, phase_number, now, len(events))
         begin = phase.events
         peaks, ends = [*peaks, peak], [*ends, dict(now)]
-        times.append(events[begin - 1].time if begin else 0.0)
+        times.append(round(events[begin - 1].time, 6) if begin else 0.0)
     block = profile.blocks[events[at].block]
     passes = [n for n, phase in enumerate(phases) if phase.action is not None]
     fullest = max(reversed(passes), key=lambda n: ends[n]["total"])

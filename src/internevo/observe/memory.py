@@ -1,5 +1,5 @@
-"""Draws the memory of a step, as ``monitor.memory`` records it: where it was at the peak, as a sunburst of the model's modules, and
-what was alive when, as areas; both as SVG pictures."""
+"""Draws the memory of a step, as ``monitor.memory`` records it, as SVG pictures: where it was at the peak, as a sunburst of the
+model's modules; and what was alive when, as areas."""
 
 from __future__ import annotations
 
@@ -203,16 +203,13 @@ def _phase(phase: Mapping[str, Any], start: float, end: float) -> str:
     """Returns the place of a phase under the areas, and over them what it has to say."""
     name, bottom = html.escape(str(phase["name"])), TOP + HEIGHT
     about = f"{name}: {size(phase['alive']['total'])} at its end, {size(phase['peak']['total'])} at its peak"
-    label = ""
+    label, box = "", f'x="{start:.1f}" y="{TOP}" width="{end - start:.1f}" height="{HEIGHT}" fill="transparent"'
     if end - start > 13:
-        x, short = (start + end) / 2, name.replace("micro-batch", "mb")
-        label = (
-            f'<text transform="translate({x:.1f} {bottom + 12}) rotate(-35)" text-anchor="end" font-size="11">{short}</text>'
-        )
-    return (
-        f'<line x1="{end:.1f}" y1="{TOP}" x2="{end:.1f}" y2="{bottom + 6}" stroke="#1c2733" stroke-width=".4"/>{label}'
-        f'<rect x="{start:.1f}" y="{TOP}" width="{end - start:.1f}" height="{HEIGHT}" fill="transparent"><title>{about}</title></rect>'
-    )
+        place = f"translate({(start + end) / 2:.1f} {bottom + 12}) rotate(-35)"
+        short = name.replace("micro-batch", "mb")
+        label = f'<text transform="{place}" text-anchor="end" font-size="11">{short}</text>'
+    line = f'x1="{end:.1f}" y1="{TOP}" x2="{end:.1f}" y2="{bottom + 6}" stroke="#1c2733" stroke-width=".4"'
+    return f"<line {line}/>{label}<rect {box}><title>{about}</title></rect>"
 
 
 def _vertical_axis(top: float) -> str:

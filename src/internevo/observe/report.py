@@ -61,7 +61,8 @@ def write_report(run: Path) -> Path:
         f"<script>{get_plotlyjs()}</script></head><body>"
         f"<h1>{html.escape(title)}</h1>{note}{_figures(train, valid)}"
         f"<h2>Training</h2><div class='plots'>{_plots(train, valid)}</div>"
-        f"{_memory(run)}{_timeline(run / 'timeline.json')}{_samples(samples)}<h2>Config</h2><details><summary>the resolved config</summary>"
+        f"{_memory(run)}{_timeline(run / 'timeline.json')}{_samples(samples)}"
+        "<h2>Config</h2><details><summary>the resolved config</summary>"
         f"<pre>{html.escape(config)}</pre></details>"
         "</body></html>"
     )
