@@ -370,7 +370,7 @@ def _exit(code: int) -> NoReturn:
 
 
 def train_py() -> None:
-    """InternEvo's own command line: ``train.py --config CONFIG [--launcher slurm|torch] [--port P] [--seed S] [--profiling]``."""
+    """InternEvo's own command line: ``train.py --config CONFIG [--launcher slurm|torch] [--port P] [--seed S] ...``."""
     import argparse
 
     parser = argparse.ArgumentParser(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..config.run import Monitor
 from ..observe.memory import KINDS
+from ..ops.compiler import running_uncompiled
 from ..parallel.data_axis import Weights
 from ..parallel.layout import Layout
 from ..parallel.memory import Memory
@@ -132,7 +133,8 @@ class Probes:
             meter.read(action)
             profile.end_pass(action)
 
-        with watch(self.device, folder / f"rank-{self.rank}.pickle") as usage, meter, profile.recording(usage.before):
+        history = watch(self.device, folder / f"rank-{self.rank}.pickle")
+        with running_uncompiled(), history as usage, meter, profile.recording(usage.before):
             self.schedule.after_pass, self._profile = after_pass, profile
             try:
                 yield
@@ -180,7 +182,7 @@ class Probes:
 
     @contextmanager
     def _collectives(self, micro_batches: int) -> Iterator[None]:
-        with collectives.Counter(self.layout) as counter:
+        with running_uncompiled(), collectives.Counter(self.layout) as counter:
             yield
         rows = counter.rows()
         self.lines = collectives.table(rows, self.layout, self.formulas(micro_batches)[1])

@@ -9,7 +9,7 @@ for is known in the end; the first of these that holds counts:
 | moments         | a moment of AdamW                                                                                   |
 | weights         | a weight with which the model computes, if that is not its master; also gathered ones               |
 | gradients       | a gradient of a weight                                                                              |
-| activations     | saved for the backward pass (``saved_tensors_hooks``), or left by a recomputation                   |
+| activations     | saved for the backward pass (``saved_tensors_hooks``), or by a recomputation in a backward pass     |
 | communication   | sent or received by a collective or a message, or a buffer for it                                   |
 | activations     | alive after the pass that made it, though autograd has not saved it                                 |
 | temporary       | everything else                                                                                     |
@@ -59,8 +59,8 @@ class Block:
     gathered: bool = False
     """Whether it was made by gathering or copying weights."""
     communicated: bool = False
-    left: bool = False
-    """Whether it was alive when the module that made it returned."""
+    detached: bool = False
+    """Whether ``detach`` was called for it: ``checkpoint`` does so with what a recomputation saves."""
     kept: bool = False
     """Whether it was alive at the end of the pass that made it."""
     alive: bool = True
@@ -72,7 +72,7 @@ class Block:
             return self.state or "activations"
         if self.gathered:
             return "weights"
-        if phase.action is not None and phase.action.kind != FORWARD and self.left:
+        if phase.action is not None and phase.action.kind != FORWARD and self.detached:
             return "activations"
         return "communication" if self.communicated else "activations" if self.kept else "temporary"
 
@@ -120,13 +120,15 @@ class Profile(TorchDispatchMode):
         self.blocks: list[Block] = []
         self.events: list[Event] = []
         self.phases: list[Phase] = []
+        self.existing = 0
+        """Number of events that say what was there before."""
         self.start = 0.0
         self._known: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
         """Id of a living storage -> the storage and its block."""
         self._units: list[list[tuple[int, weakref.ref[torch.UntypedStorage]]]] = []
         """Blocks of weights that ``fully_shard`` empties and fills again together, with their storages."""
-        self._calls: list[tuple[str, int]] = []
-        """The modules whose forward pass is running: path, and number of blocks before it."""
+        self._calls: list[str] = []
+        """The modules whose forward pass is running."""
         self._last = ""
         """The module whose saved tensors the backward pass has used last."""
         self._copies: dict[int, int] = {}
@@ -148,6 +150,7 @@ class Profile(TorchDispatchMode):
         if (rest := allocated - sum(block.size for block in self.blocks)) > 0:
             self.blocks.append(Block(0, "", 0, state="other"))
             self._resize(len(self.blocks) - 1, rest)
+        self.existing = len(self.events)
         with self._stack as stack:
             for model in self.models:
                 for path, module in model.named_modules():
@@ -222,6 +225,9 @@ class Profile(TorchDispatchMode):
             for number in known:
                 self.blocks[number].communicated = True
             self._gloo_copies(str(collective), args, out)
+        elif name == "aten::detach":
+            for number in known:
+                self.blocks[number].detached = True
         return out
 
     def _gloo_copies(self, collective: str, inputs: Any, outputs: Any) -> None:
@@ -246,11 +252,11 @@ class Profile(TorchDispatchMode):
         return block.state in ("masters", "weights") or block.gathered
 
     def _path(self) -> str:
-        return self._calls[-1][0] if self._calls else self._last
+        return self._calls[-1] if self._calls else self._last
 
     def _enter(self, path: str, module: nn.Module, inputs: Any) -> None:
         """Is called before a module's forward pass, when ``fully_shard`` has gathered its weights."""
-        self._calls.append((path, len(self.blocks)))
+        self._calls.append(path)
         if id(module) in self._hooked:
             return
         self._hooked.add(id(module))
@@ -264,10 +270,7 @@ class Profile(TorchDispatchMode):
         self._units += [unit] if path and unit else [[weight] for weight in unit]
 
     def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        _, first = self._calls.pop()
-        if not self._calls:
-            for block in self.blocks[first:]:
-                block.left = block.left or block.alive
+        self._calls.pop()
 
     def _gradient(self, name: str, gradient: Tensor) -> None:
         self._mark(gradient, "gradients", name)
@@ -295,7 +298,8 @@ class Profile(TorchDispatchMode):
         return number
 
     def _free(self, key: int, number: int, reference: object) -> None:
-        del self._known[key]
+        if self._known.pop(key, None) is None:
+            return  # the recording is over
         self._resize(number, 0)
         self.blocks[number].alive = False
 

@@ -21,7 +21,7 @@ def replay(profile: Profile) -> dict[str, Any]:
     Returns:
         ``peak``: what was alive at the peak, by kind, with its total; the phase, the operator and the module that reached it.
         ``phases``: the name of each, its pass, its end in seconds, and by kind what was alive at its end and at its own peak.
-        ``modules``: module -> kind -> bytes at the peak. ``kept``: the same after the pass that has left the most, by ``pass``.
+        ``modules``: module -> kind -> bytes at the peak. ``kept``: the same after the pass that has left the most activations.
         ``timeline``: rows of the number of events, seconds, phase, and bytes of each kind.
     """
     events, phases = profile.events, profile.phases
@@ -29,7 +29,10 @@ def replay(profile: Profile) -> dict[str, Any]:
     now, ends, peaks = _nothing(), list[ByKind](), list[ByKind]()
     at, number, times = 0, -1, list[float]()
     rows = list[Row]()
-    begin = 0
+    begin = profile.existing
+    for event in events[:begin]:
+        now[kinds[event.block]] += event.size
+        now["total"] += event.size
     for phase_number, phase in enumerate(phases):
         peak = dict(now)
         for index in range(begin, phase.events):
@@ -38,7 +41,7 @@ def replay(profile: Profile) -> dict[str, Any]:
             now["total"] += event.size
             if now["total"] > peak["total"]:
                 peak = dict(now)
-                if now["total"] > max((one["total"] for one in peaks), default=0):
+                if now["total"] > max((one["total"] for one in peaks), default=-1):
                     at, number = index, phase_number
             _add_point(rows, index, event, phase_number, now, len(events))
         begin = phase.events
@@ -46,7 +49,7 @@ def replay(profile: Profile) -> dict[str, Any]:
         times.append(round(events[begin - 1].time, 6) if begin else 0.0)
     block = profile.blocks[events[at].block]
     passes = [n for n, phase in enumerate(phases) if phase.action is not None]
-    fullest = max(reversed(passes), key=lambda n: ends[n]["total"])
+    fullest = max(reversed(passes), key=lambda n: ends[n]["activations"])
     return {
         "peak": {**peaks[number], "phase": phases[number].name, "operator": block.operator, "module": block.path},
         "phases": [

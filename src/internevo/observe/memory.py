@@ -66,7 +66,7 @@ def _legend(peak: Mapping[str, Any], x: float, y: float, column: bool) -> str:
             text = f"{name} {size(peak[kind])}"
             parts.append(f'<rect x="{x:.0f}" y="{y - 12:.0f}" width="14" height="14" rx="2" fill="{colour}"/>')
             parts.append(f'<text x="{x + 20:.0f}" y="{y:.0f}">{text}</text>')
-            x, y = (x, y + 24) if column else (x + 36 + 6.6 * len(text), y)
+            x, y = (x, y + 24) if column else (x + 36 + 7 * len(text), y)
     return "".join(parts)
 
 
@@ -154,8 +154,8 @@ def _sector(start: float, end: float, inner: float, outer: float) -> str:
 
 def _label(node: _Node, angle: float, inner: float, outer: float, width: float) -> str:
     """Returns the name of a sector, along the radius, if there is room for it."""
-    radius = (inner + outer) / 2
-    if width * radius < 12 or 6.4 * len(node.name) > outer - inner - 2:
+    radius, name = (inner + outer) / 2, f"layer {node.name}" if node.name.isdigit() else node.name
+    if width * radius < 12 or 6.4 * len(name) > outer - inner - 2:
         return ""
     degrees = math.degrees(angle) - 90
     turn = degrees + 180 if angle > math.pi else degrees
@@ -163,7 +163,7 @@ def _label(node: _Node, angle: float, inner: float, outer: float, width: float) 
     ink = "white" if node.colour is not None else "#1c2733"
     return (
         f'<text transform="translate({x:.1f} {y:.1f}) rotate({turn:.1f})" text-anchor="middle" dy="4" font-size="11" '
-        f'fill="{ink}" pointer-events="none">{html.escape(node.name)}</text>'
+        f'fill="{ink}" pointer-events="none">{html.escape(name)}</text>'
     )
 
 
@@ -172,10 +172,11 @@ def _label(node: _Node, angle: float, inner: float, outer: float, width: float) 
 
 def _areas(profile: Mapping[str, Any]) -> str:
     rows, peak, phases = profile["timeline"], profile["peak"], profile["phases"]
+    first = rows[0][0]
     sums = [sum(row[3:]) for row in rows]
-    length, top = rows[-1][0], max(sums)
-    across, up = WIDTH / length, HEIGHT / top
-    xs = [LEFT + row[0] * across for row in rows]
+    top = max(sums)
+    across, up = WIDTH / (phases[-1]["events"] - first), HEIGHT / top
+    xs = [LEFT + (row[0] - first) * across for row in rows]
     parts, below = [_vertical_axis(top)], [0.0] * len(rows)
     for column, (name, colour) in enumerate(KINDS.values(), 3):
         above = [y + row[column] for y, row in zip(below, rows, strict=True)]
@@ -191,11 +192,9 @@ def _areas(profile: Mapping[str, Any]) -> str:
     )
     title = f"rank {profile['rank']:d}: what was alive when, in the order of the allocations; the peak is {size(top)}"
     parts.append(f'<text x="{LEFT}" y="20" font-size="15" font-weight="600">{title}</text>{_legend(peak, LEFT, 46, False)}')
-    start = 0
     for phase in phases:
-        end = phase["events"]
-        parts.append(_phase(phase, LEFT + start * across, LEFT + end * across))
-        start = end
+        parts.append(_phase(phase, LEFT + (first - rows[0][0]) * across, LEFT + (phase["events"] - rows[0][0]) * across))
+        first = phase["events"]
     return _svg(LEFT + WIDTH + 24, TOP + HEIGHT + 130, parts)
 
 
