@@ -90,9 +90,7 @@ def train(
     config: ConfigFile,
     overrides: Overrides = None,
     nproc: Annotated[int | None, typer.Option(min=1, help="Number of local processes (default: one per GPU, or 1).")] = None,
-    profiling: Annotated[
-        bool, typer.Option("--profiling", help="Measure memory and times: monitor.memory=true monitor.trace=true.")
-    ] = False,
+    profiling: Annotated[bool, typer.Option("--profiling", help="The same as monitor.memory=true monitor.trace=true.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Do not train: count the memory and the collectives of one rank of --world-size.")
     ] = False,
@@ -107,10 +105,8 @@ def train(
         raise UsageError("--world-size and --rank belong to --dry-run; a run has as many ranks as processes (--nproc)")
     if not dry_run:
         raise typer.Exit(start(config, [*(overrides or []), *(PROFILING if profiling else ())], nproc))
-    if profiling:
-        raise UsageError("--profiling measures a run that computes; --dry-run counts memory and collectives without it")
-    if world_size is None or nproc is not None:
-        raise UsageError("--dry-run needs --world-size N, the number of ranks of the run, and no --nproc: it is one process")
+    if world_size is None or nproc is not None or profiling:
+        raise UsageError("--dry-run needs --world-size N, the number of ranks, and no --nproc or --profiling: it only counts")
     pretend(config, overrides or [], world_size, rank or 0)
 
 

@@ -15,7 +15,7 @@ from internevo.parallel.shards import local
 from internevo.train.step import Stepper
 from tests.conftest import write_config, write_dataset
 from tests.parallel.layouts import EXPERTS, PREFETCH, RECOMPUTED, Case, layout, pipelined, scheduled
-from tests.parallel.test_memory import BF16, DROPLESS, SHAPE
+from tests.parallel.test_memory import BF16, DROPLESS, PARTS, SHAPE
 from tests.pool import Pool
 
 STEPS = 5
@@ -97,8 +97,20 @@ def test_the_parts_add_up_to_the_peak_that_the_profiler_counts(pool: Pool, tmp_p
         assert summary[rank]["peak"] == peak and peak["measured"] == peak["total"] == sum(peak[kind] for kind in KINDS)
         if peaks:  # how many rows an expert gets changes from step to step
             assert 0.98 * min(peaks) <= peak["total"] <= 1.02 * max(peaks)
+        passed = next(phase for phase in profiled["phases"] if phase["pass"] == summary[rank]["measured"]["after"])
+        total = sum(summary[rank]["measured"][part] for part in PARTS)
+        assert passed["alive"]["total"] == pytest.approx(total, rel=1e-3, abs=3000)
         check_profile(profiled, SHAPE["model__num_layers"] if stages == 1 else None)
     assert "<h2>Memory of a step</h2><table>" in write_report(tmp_path / "run").read_text()
+
+
+def test_a_measured_step_runs_uncompiled(pool: Pool, tmp_path: Path) -> None:
+    """A dispatch mode cannot see what compiled code does."""
+    more = {"model__compile": True, "monitor__memory": True, "monitor__comm": True, "data__total_steps": 2}
+    path = write_config(tmp_path, write_dataset(tmp_path / "data"), "run", **more)
+    pool.train(path)
+    run = tmp_path / "run"
+    assert json.loads((run / "memory.json").read_text())["peak"]["activations"] and (run / "comm.json").is_file()
 
 
 def check_profile(profiled: dict[str, Any], layers: int | None) -> None:

@@ -27,7 +27,7 @@ def replay(profile: Profile) -> dict[str, Any]:
     events, phases = profile.events, profile.phases
     kinds = [block.kind(phases) for block in profile.blocks]
     now, ends, peaks = _nothing(), list[ByKind](), list[ByKind]()
-    at, number, times = 0, -1, list[float]()
+    at, number, times = profile.existing - 1, 0, list[float]()
     rows = list[Row]()
     begin = profile.existing
     for event in events[:begin]:
