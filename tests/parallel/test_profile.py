@@ -60,7 +60,7 @@ def train_and_count(path: Path) -> list[int]:
             peaks.append(sum(before.values()) + highest)
         return result
 
-    Stepper.enqueue = count  # type: ignore[method-assign]
+    Stepper.enqueue = count  # type: ignore[assignment,method-assign]
     try:
         train(path, [], None, launcher="torch")
     finally:
@@ -71,7 +71,7 @@ def train_and_count(path: Path) -> list[int]:
 def allocations(profiler: profile) -> list[tuple[int, int]]:
     """Address and size of each allocation, in the order of time; the sizes of freed ones are negative."""
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
-    found, todo = [], list(profiler.profiler.kineto_results.experimental_event_tree())
+    found, todo = [], list[Any](profiler.profiler.kineto_results.experimental_event_tree())
     while todo:
         event = todo.pop()
         todo += event.children

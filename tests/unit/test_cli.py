@@ -74,7 +74,12 @@ def test_the_original_command_line_reads_paths_too(
 def test_profiling_measures_memory_and_times(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("{}")
     calls = list[list[str]]()
-    monkeypatch.setattr("internevo.commands.train.train", lambda path, overrides, *rest, **more: calls.append(overrides) or 0)
+
+    def train(path: Path, overrides: list[str], *rest: object, **more: object) -> int:
+        calls.append(overrides)
+        return 0
+
+    monkeypatch.setattr("internevo.commands.train.train", train)
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(tmp_path / "a.json"), "--profiling", "--seed", "3"])
     for start in (cli.train_py, lambda: cli.main(["train", str(tmp_path / "a.json"), "seed=3", "--profiling"])):
         with pytest.raises(SystemExit) as caught:

@@ -65,7 +65,7 @@ def replay(profile: Profile) -> dict[str, Any]:
         ],
         "modules": _modules(profile, kinds, at + 1),
         "kept": {"pass": phases[fullest].action, "modules": _modules(profile, kinds, phases[fullest].events)},
-        "timeline": [[row.index, round(row.time, 6), row.phase, *(row.alive[kind] for kind in KINDS)] for row in rows],
+        "timeline": [[row.events, round(row.time, 6), row.phase, *(row.alive[kind] for kind in KINDS)] for row in rows],
     }
 
 
@@ -76,7 +76,7 @@ def _nothing() -> ByKind:
 class Row(NamedTuple):
     """A point of a timeline."""
 
-    index: int
+    events: int
     """Number of events before it."""
     time: float
     phase: int
@@ -85,7 +85,7 @@ class Row(NamedTuple):
 
 def _add_point(rows: list[Row], index: int, event: Event, phase: int, now: ByKind, events: int) -> None:
     """Adds a point to a timeline. Of neighbouring points in one phase, the one with the most bytes stays."""
-    if rows and rows[-1].phase == phase and rows[-1].index * POINTS // events == index * POINTS // events:
+    if rows and rows[-1].phase == phase and rows[-1].events * POINTS // events == index * POINTS // events:
         if now["total"] > rows[-1].alive["total"]:
             rows[-1] = rows[-1]._replace(alive=dict(now))
     else:
