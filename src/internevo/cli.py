@@ -17,6 +17,8 @@ from .errors import InternEvoError, UsageError
 
 DEBUG = "INTERNEVO_DEBUG"
 """Environment variable that passes --debug on to the processes that a command starts."""
+PROFILING = ("monitor.memory=true", "monitor.trace=true")
+"""What --profiling means, as overrides of the config."""
 
 app = typer.Typer(
     name="internevo",
@@ -88,6 +90,7 @@ def train(
     config: ConfigFile,
     overrides: Overrides = None,
     nproc: Annotated[int | None, typer.Option(min=1, help="Number of local processes (default: one per GPU, or 1).")] = None,
+    profiling: Annotated[bool, typer.Option("--profiling", help="The same as monitor.memory=true monitor.trace=true.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Do not train: count the memory and the collectives of one rank of --world-size.")
     ] = False,
@@ -101,9 +104,9 @@ def train(
     if not dry_run and (world_size, rank) != (None, None):
         raise UsageError("--world-size and --rank belong to --dry-run; a run has as many ranks as processes (--nproc)")
     if not dry_run:
-        raise typer.Exit(start(config, overrides or [], nproc))
-    if world_size is None or nproc is not None:
-        raise UsageError("--dry-run needs --world-size N, the number of ranks of the run, and no --nproc: it is one process")
+        raise typer.Exit(start(config, [*(overrides or []), *(PROFILING if profiling else ())], nproc))
+    if world_size is None or nproc is not None or profiling:
+        raise UsageError("--dry-run needs --world-size N, the number of ranks, and no --nproc or --profiling: it only counts")
     pretend(config, overrides or [], world_size, rank or 0)
 
 
@@ -363,7 +366,7 @@ def _exit(code: int) -> NoReturn:
 
 
 def train_py() -> None:
-    """InternEvo's own command line: ``train.py --config CONFIG [--launcher slurm|torch] [--port P] [--seed S]``."""
+    """InternEvo's own command line: ``train.py --config CONFIG [--launcher slurm|torch] [--port P] [--seed S] ...``."""
     import argparse
 
     parser = argparse.ArgumentParser(
@@ -380,11 +383,12 @@ def train_py() -> None:
         "--port", type=int, help="port of the first host, under Slurm (default: MASTER_PORT, or one for each job)"
     )
     parser.add_argument("--seed", type=int, help="seed of the initial weights")
+    parser.add_argument("--profiling", action="store_true", help=f"the same as {' '.join(PROFILING)}")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("overrides", nargs="*", metavar="KEY.PATH=VALUE", help="overrides of config keys")
     a = parser.parse_args()
     _print_anything()
-    overrides = [*a.overrides, *([f"seed={a.seed}"] if a.seed is not None else [])]
+    overrides = [*a.overrides, *([f"seed={a.seed}"] if a.seed is not None else []), *(PROFILING if a.profiling else ())]
 
     @app.command("train.py", hidden=True)
     def start() -> None:

@@ -71,6 +71,29 @@ def test_the_original_command_line_reads_paths_too(
     assert capsys.readouterr().err == f"error: config file {tmp_path}/missing.py does not exist\n"
 
 
+def test_profiling_measures_memory_and_times(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("{}")
+    calls = list[list[str]]()
+
+    def train(path: Path, overrides: list[str], *rest: object, **more: object) -> int:
+        calls.append(overrides)
+        return 0
+
+    monkeypatch.setattr("internevo.commands.train.train", train)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(tmp_path / "a.json"), "--profiling", "--seed", "3"])
+    for start in (cli.train_py, lambda: cli.main(["train", str(tmp_path / "a.json"), "seed=3", "--profiling"])):
+        with pytest.raises(SystemExit) as caught:
+            start()
+        assert caught.value.code == 0
+    assert calls == [["seed=3", "monitor.memory=true", "monitor.trace=true"]] * 2
+
+
+def test_a_dry_run_computes_nothing_that_could_be_profiled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.json").write_text("{}")
+    message = fail(capsys, "train", str(tmp_path / "a.json"), "--dry-run", "--world-size", "2", "--profiling")
+    assert "no --nproc or --profiling" in message
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("kind", ["folder", "binary", "empty", "fifo", "long", "nothing", "null"])
 def test_input_of_a_wrong_kind(

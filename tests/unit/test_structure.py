@@ -30,6 +30,7 @@ PRIVATE = {
     "parallel/gloo.py": "gloo",
     "parallel/pretended.py": "fake process groups",
     "measure/memory.py": "gradients that fully_shard adds up",
+    "measure/allocator.py": "the history of a GPU's allocator",
     "ops/dispatch.py": "dispatch modes",
     "ops/compiler.py": "the compiler",
     "ops/foreach.py": "operators on many tensors",

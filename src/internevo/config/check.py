@@ -100,8 +100,6 @@ def _lora(config: Config, world: int) -> Iterator[str]:
         return
     if config.model.num_experts > 1 and set(lora.targets) & {"gate", "up", "down"}:
         yield f"model.lora.targets = {lora.targets}: experts cannot have adapters; choose from q, k, v, o"
-    if config.monitor.memory:
-        yield "monitor.memory does not work with model.lora, because its formula is for training all weights; leave it out"
 
 
 def _heads(config: Config, world: int) -> Iterator[str]:

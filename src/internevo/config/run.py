@@ -195,7 +195,9 @@ class Monitor(Section):
     )
     memory: bool = option(
         False,
-        "Measure the memory of the first step and compare it with the formula, in a table on the console and in memory.json.",
+        "Measure the memory of the first step: compare it with the formula, in a table on the console and in memory.json; and "
+        "record what was alive when, by kind and module, in memory/rank-N.json, drawn in report.html. On a GPU, "
+        "memory/rank-N.pickle is the history of PyTorch's allocator. The layers are not compiled in this step.",
     )
     comm: bool = option(
         False,

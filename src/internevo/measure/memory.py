@@ -77,14 +77,9 @@ class Meter(TorchDispatchMode):
         return Memory(master_bytes, moment_bytes, weight_bytes + state, activations, after)
 
     def _state(self) -> Iterator[Tensor]:
-        """Yields weights and gradients. (``fully_shard`` adds up those of another dtype than their weights apart.)"""
-        for parameter in (*self.model.parameters(), *self.masters):
-            yield from (tensor for tensor in (parameter, parameter.grad) if tensor is not None)
-        for module in self.model.modules():
-            group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
-            for sharded in group.fsdp_params if group is not None else ():
-                if sharded.unsharded_accumulated_grad is not None:
-                    yield sharded.unsharded_accumulated_grad
+        """Yields weights and gradients."""
+        yield from (*self.model.parameters(), *self.masters)
+        yield from (gradient for _, gradient in gradients_of(self.model, (("", master) for master in self.masters)))
 
     def _read(self) -> int:
         storages = (reference() for reference in self._made.values())
@@ -100,11 +95,25 @@ def _stable(read: Callable[[], int]) -> int:
     return values[-1]
 
 
+def gradients_of(model: nn.Module, masters: Iterable[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
+    """Yields the gradients of a model's parameters and of master weights, with their names. (``fully_shard`` adds up those of
+    another dtype than their weights apart.)"""
+    for name, parameter in (*model.named_parameters(), *masters):
+        if parameter.grad is not None:
+            yield name, parameter.grad
+    for path, module in model.named_modules():
+        group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
+        for sharded in group.fsdp_params if group is not None else ():
+            if sharded.unsharded_accumulated_grad is not None:
+                yield sharded._param_fqn or path, sharded.unsharded_accumulated_grad
+
+
 class OfRank(NamedTuple):
     """The memory of a rank."""
 
     rank: int
-    formula: Memory
+    formula: Memory | None
+    """None with adapters."""
     measured: Memory
 
 
@@ -112,7 +121,9 @@ def table(ranks: Sequence[OfRank]) -> list[str]:
     """Formats the measured memory of the first rank as a table, next to that of the formula; and the totals of the others."""
     first, *others = ranks
     lines = [f"{f'memory of rank {first.rank}, MB':28}{'measured':>12}{'by formula':>12}"]
-    parts = {**Memory.NAMES, "total": "total"}.items()
-    rows = [(name, getattr(first.measured, part), getattr(first.formula, part)) for part, name in parts]
-    rows += [(f"total of rank {rank}", measured.total, formula.total) for rank, formula, measured in others]
-    return lines + [f"{name:28}{measured / 1e6:>12.3f}{formula / 1e6:>12.3f}" for name, measured, formula in rows]
+    rows = [(name, part, first) for part, name in {**Memory.NAMES, "total": "total"}.items()]
+    rows += [(f"total of rank {of_rank.rank}", "total", of_rank) for of_rank in others]
+    for name, part, (_, formula, measured) in rows:
+        stated = f"{getattr(formula, part) / 1e6:.3f}" if formula is not None else "-"
+        lines.append(f"{name:28}{getattr(measured, part) / 1e6:>12.3f}{stated:>12}")
+    return lines

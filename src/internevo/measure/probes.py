@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config.run import Monitor
+from ..observe.memory import KINDS
+from ..ops.compiler import running_uncompiled
 from ..parallel.data_axis import Weights
 from ..parallel.layout import Layout
 from ..parallel.memory import Memory
+from ..parallel.orders import Action, stages_on
 from ..parallel.pipeline import PipelinedModel
 from ..parallel.schedule import Schedule, nothing
 from ..parallel.strategy import Collectives
 from ..storage.jsonfile import write_json
+from ..storage.naming import naming
 from . import collectives, memory
+from .allocator import Usage, watch
+from .profile import Profile
+from .replay import replay
 from .timeline import record_passes, record_timeline
 
 Formulas = Callable[[int], tuple[Memory | None, list[Collectives] | None]]
 """Micro-batches of a step -> the memory of this rank and the collectives, as the strategies state them, if they are known."""
+FORMAT = "memory profile 1"
+"""Says in ``memory/rank-N.json`` what it is, with the version of its format."""
 
 
 class Probes:
@@ -40,6 +51,7 @@ class Probes:
         formulas: Formulas,
         folder: Path,
         rank: int,
+        device: torch.device,
     ) -> None:
         """
         Args:
@@ -47,11 +59,15 @@ class Probes:
         """
         self.monitor, self.layout, self.model, self.axis, self.schedule = monitor, layout, model, axis, schedule
         self.state, self.formulas = state, formulas
-        self.folder, self.rank = folder, rank
+        self.folder, self.rank, self.device = folder, rank, device
         self.steps = 0
         """Steps that this process has taken. A resumed run counts from 0 again."""
         self.lines: list[str] = []
         """Lines to print about the last step."""
+        self._profile: Profile | None = None
+        """Records the memory of the step that is running, if it is measured."""
+        self._measured_seconds = 0.0
+        """Time of the step whose memory was measured, until another step has been compared with it."""
 
     @contextmanager
     def __call__(self, micro_batches: int) -> Iterator[None]:
@@ -68,7 +84,23 @@ class Probes:
             with self._timeline():
                 yield
         else:
+            begin = time.perf_counter()
             yield
+            self._compare(time.perf_counter() - begin)
+
+    def end_phase(self, name: str) -> None:
+        """Must be called when a part of a step ends that is not a pass."""
+        if self._profile is not None:
+            self._profile.end_phase(name)
+
+    def _compare(self, seconds: float) -> None:
+        """Compares a step in which nothing is measured with the one whose memory was."""
+        if self._measured_seconds:
+            measured, self._measured_seconds = self._measured_seconds, 0.0
+            self.lines.append(
+                f"step 1, whose memory was measured, took {measured:.2f} s, {measured / seconds:.1f} times as long as step "
+                f"{self.steps}: {seconds:.2f} s (a first step also connects the ranks)"
+            )
 
     @contextmanager
     def _timeline(self) -> Iterator[None]:
@@ -90,26 +122,67 @@ class Probes:
     @contextmanager
     def _memory(self, micro_batches: int) -> Iterator[None]:
         formula, _ = self.formulas(micro_batches)
-        assert formula is not None, "config.check refuses monitor.memory where the formula is not known"
-        with memory.Meter(self.model, (*self.axis.masters.values(), *self.axis.copies)) as meter:
-            self.schedule.after_pass = meter.read
+        folder = self.folder / "memory"
+        with naming(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        stages = [chunk.model for chunk in self.model.chunks] if isinstance(self.model, PipelinedModel) else [self.model]
+        profile = Profile(stages, self.state, self.axis.masters, self.axis.copies, self.device)
+        meter, begin = memory.Meter(self.model, (*self.axis.masters.values(), *self.axis.copies)), time.perf_counter()
+
+        def after_pass(action: Action) -> None:
+            meter.read(action)
+            profile.end_pass(action)
+
+        history = watch(self.device, folder / f"rank-{self.rank}.pickle")
+        with running_uncompiled(), history as usage, meter, profile.recording(usage.before):
+            self.schedule.after_pass, self._profile = after_pass, profile
             try:
                 yield
             finally:
-                self.schedule.after_pass = nothing
-        self._gather(formula, meter.memory(self.state, self.axis.copies, formula.after))
+                self.schedule.after_pass, self._profile = nothing, None
+        self._measured_seconds = time.perf_counter() - begin
+        peak = self._write_profile(profile, usage, folder / f"rank-{self.rank}.json")
+        measured = meter.memory(self.state, self.axis.copies, formula.after if formula else None)
+        self._gather(memory.OfRank(self.rank, formula, measured), peak)
 
-    def _gather(self, formula: Memory, measured: Memory) -> None:
+    def _write_profile(self, profile: Profile, usage: Usage, path: Path) -> dict[str, Any]:
+        """Writes the profile of this rank. Returns its peak."""
+        found, on_gpu = replay(profile), self.device.type == "cuda"
+        layout, stage = self.layout, self.layout.weights.coordinate(self.rank)["stage"]
+        found["peak"] |= {
+            "stages": stages_on(stage, layout.pipeline, layout.chunks, layout.schedule),
+            "measured": usage.peak if on_gpu else found["peak"]["total"],
+            "measured_by": "torch.cuda.max_memory_allocated" if on_gpu else "living storages",
+            "reserved": usage.reserved if on_gpu else None,
+            "slack": usage.reserved - usage.peak,
+        }
+        facts = {
+            "format": FORMAT, "rank": self.rank, "world": layout.world, "device": self.device.type,
+            "step": self.steps, "seconds": round(self._measured_seconds, 3),
+        }  # fmt: skip
+        write_json(path, {**facts, **found})
+        return found["peak"]
+
+    def _gather(self, mine: memory.OfRank, peak: dict[str, Any]) -> None:
         """Gathers the memory of all ranks, for ``memory.json``, and shows that of the ranks of the first pipeline."""
         ranks: list[Any] = [None] * self.layout.world
-        dist.all_gather_object(ranks, memory.OfRank(self.rank, formula, measured))
-        self.lines = memory.table([ranks[rank] for rank in self.layout.weights.groups("stage")[0]])
-        rows = [{"formula": asdict(rank.formula), "measured": asdict(rank.measured)} for rank in ranks]
+        dist.all_gather_object(ranks, (mine, peak))
+        self.lines = memory.table([ranks[rank][0] for rank in self.layout.weights.groups("stage")[0]])
+        rows = [
+            {"formula": of_rank.formula and asdict(of_rank.formula), "measured": asdict(of_rank.measured), "peak": its_peak}
+            for of_rank, its_peak in ranks
+        ]
         self._write("memory.json", {**rows[0], "ranks": rows})
+        peaks = [row["peak"] for row in rows]
+        most = max(range(len(peaks)), key=lambda rank: peaks[rank]["measured"])
+        self.lines += [
+            _describe(most, peaks[most]),
+            f"memory of every rank by module: {self.folder / 'memory'} (drawn in report.html)",
+        ]
 
     @contextmanager
     def _collectives(self, micro_batches: int) -> Iterator[None]:
-        with collectives.Counter(self.layout) as counter:
+        with running_uncompiled(), collectives.Counter(self.layout) as counter:
             yield
         rows = counter.rows()
         self.lines = collectives.table(rows, self.layout, self.formulas(micro_batches)[1])
@@ -118,3 +191,11 @@ class Probes:
     def _write(self, name: str, values: object) -> None:
         if self.rank == 0:
             write_json(self.folder / name, values, indent=1)
+
+
+def _describe(rank: int, peak: Mapping[str, Any]) -> str:
+    """Describes the peak of the rank on which it is highest."""
+    parts = ", ".join(f"{name} {peak[kind] / 1e6:.3f}" for kind, (name, _) in KINDS.items() if peak[kind])
+    slack = f", slack {peak['slack'] / 1e6:.3f}" if peak["slack"] else ""
+    where = f"{peak['phase']}, {peak['module'] or 'no module'}, {peak['operator']}"
+    return f"peak, MB: {peak['measured'] / 1e6:.3f} on rank {rank} ({where}): {parts}{slack}"

@@ -13,6 +13,7 @@ from typing import Any
 from ..errors import UsageError
 from ..storage.jsonfile import read_object
 from ..storage.naming import naming
+from .memory import draw_peak, draw_timeline, peaks_table
 from .metrics import usable_rows
 from .timeline import draw
 
@@ -29,6 +30,8 @@ h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem }
 .figure { background: #f2f5f9; border-radius: 8px; padding: .7rem 1.1rem }
 .figure b { display: block; font-size: 1.35rem }
 pre { background: #f2f5f9; border-radius: 8px; padding: 1rem; overflow: auto; white-space: pre-wrap }
+table { border-collapse: collapse; margin-bottom: 1rem } td, th { padding: .2rem .7rem; text-align: right }
+tr:nth-child(even) { background: #f2f5f9 }
 mark { background: #d6e9ff } @media (max-width: 600px) { .plots { grid-template-columns: 1fr } }
 """
 
@@ -58,7 +61,8 @@ def write_report(run: Path) -> Path:
         f"<script>{get_plotlyjs()}</script></head><body>"
         f"<h1>{html.escape(title)}</h1>{note}{_figures(train, valid)}"
         f"<h2>Training</h2><div class='plots'>{_plots(train, valid)}</div>"
-        f"{_timeline(run / 'timeline.json')}{_samples(samples)}<h2>Config</h2><details><summary>the resolved config</summary>"
+        f"{_memory(run)}{_timeline(run / 'timeline.json')}{_samples(samples)}"
+        "<h2>Config</h2><details><summary>the resolved config</summary>"
         f"<pre>{html.escape(config)}</pre></details>"
         "</body></html>"
     )
@@ -167,6 +171,24 @@ def _timeline(path: Path) -> str:
     except (UsageError, ValueError):
         picture = "<p>timeline.json is damaged, and left out.</p>"
     return f"<h2>Pipeline</h2>{picture}"
+
+
+def _memory(run: Path) -> str:
+    """Returns the pictures of the memory of the rank with the highest peak, and a table of all, if the run has measured it."""
+    path = run / "memory.json"
+    if not path.is_file():
+        return ""
+    try:
+        ranks = read_object(path).get("ranks")
+        if not isinstance(ranks, list) or not all(isinstance(row, dict) and "peak" in row for row in ranks):
+            return ""  # written by an older version
+        table = peaks_table(ranks)
+        most = max(range(len(ranks)), key=lambda rank: ranks[rank]["peak"]["measured"])
+        profile = read_object(run / "memory" / f"rank-{most}.json")
+        shown = f"{table}{draw_timeline(profile)}{draw_peak(profile)}"
+    except (UsageError, ValueError):
+        shown = "<p>memory.json, or a file of the folder memory, is damaged or missing, and left out.</p>"
+    return f"<h2>Memory of a step</h2>{shown}"
 
 
 def _samples(samples: list[dict[str, Any]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -10,6 +11,12 @@ from torch._compile import _disable_dynamo
 
 not_compiled = _disable_dynamo
 """Decorator of functions that compiled code calls as they are: ``torch.compiler.disable``, which imports the compiler."""
+
+
+def running_uncompiled() -> AbstractContextManager[object]:
+    """A context in which compiled functions run as they are written. A dispatch mode needs it, since it cannot see
+    what compiled code does."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def mark_dynamic(tensor: Tensor, dim: int) -> None:

@@ -73,7 +73,12 @@ class StepResult:
 class Stepper:
     """Takes the steps of a run."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, end_phase: Callable[[str], None] = lambda name: None) -> None:
+        """
+        Args:
+            end_phase: is called with the name of each part of a step that is not a pass, at its end.
+        """
+        self.end_phase = end_phase
         self.parts, self.device = parts, parts.world.device
         self.types, self.terms = len(parts.source.types), parts.terms
         self.clip = parts.config.hybrid_zero_optimizer.clip_grad_norm
@@ -110,8 +115,10 @@ class Stepper:
         norm, factor, finite = self._scale(sums, expected / parts.scaler.scale)
         # A GPU may be far behind. Only the numbers of this step are waited for, and meanwhile it updates the weights.
         numbers = Later(torch.cat([norm, finite, *sums]))
+        self.end_phase("reduction of the gradients")
         parts.optimizer.step(lr, beta2, factor[0].float(), finite[0].float())
         parts.axis.masters_updated()
+        self.end_phase("optimizer")
         parts.optimizer.zero_grad()
         if self.bias_speed:
             routed.balance(routers(parts.model.numbered_layers()), sums[3], self.bias_speed * finite)

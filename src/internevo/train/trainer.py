@@ -58,7 +58,6 @@ class Trainer:
         self.start_lines = [*restore(self.parts, self.run), *_warnings(config, world)]
         self.parts.axis.masters_changed()
         self.state = self.parts.state
-        self.stepper = Stepper(self.parts)
         self.batches = _batches(self.parts)
         self.tokenizer = _sample_tokenizer(config)
         self.exporter = Exporter(self.run, COMPUTE[config.model.dtype], log.warning)
@@ -72,8 +71,9 @@ class Trainer:
         parts = self.parts
         self.probes = Probes(
             config.monitor, parts.layout, parts.model, parts.axis, parts.schedule, parts.tensors(), partial(formulas, parts),
-            self.run, world.rank,
+            self.run, world.rank, world.device,
         )  # fmt: skip
+        self.stepper = Stepper(parts, self.probes.end_phase)
         self.peak = peak_tflops(world.device, config.model.dtype, config.monitor.peak_tflops)
         if config.ckpt.stop_file_path and world.rank == 0:
             stops.watch(config.ckpt.stop_file_path)

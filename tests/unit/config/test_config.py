@@ -386,4 +386,3 @@ def test_targets_of_adapters_have_several_names_and_are_checked() -> None:
         tiny(data__mixture=[{"folder": "a", "wieght": 1}])
     experts = tiny(model_type="MIXTRALMOE", model__num_experts=4, model__lora={"targets": ["q", "up"]})
     assert any("experts cannot have adapters" in line for line in problems(experts, 1))
-    assert any("monitor.memory" in line for line in problems(tiny(model__lora={}, monitor__memory=True), 1))
