@@ -36,9 +36,9 @@ CASES: dict[str, Case] = {
 
 
 def train_and_count(path: Path) -> list[tuple[int, bool]]:
-    """Trains. Returns the peaks of the second and all later steps, as PyTorch's profiler counts them, and whether each is exact.
+    """Trains. Returns the peaks of the second and all later steps, as PyTorch's profiler counts them, and if each is exact.
 
-    The profiler sees what one thread allocates and frees. If gloo's thread is the last to have a tensor, the profiler counts too
+    The profiler sees what one thread allocates and frees. If gloo's thread is the last to have a tensor, it counts too
     much: an address is used again that was not freed, or more is left after the step than its results.
     """
     peaks, steps, plain = list[tuple[int, bool]](), itertools.count(1), Stepper.enqueue
