@@ -35,13 +35,13 @@ CASES: dict[str, Case] = {
 }
 
 
-def train_and_count(path: Path) -> list[int]:
-    """Trains. Returns the peaks of the second and all later steps, as PyTorch's profiler counts them.
+def train_and_count(path: Path) -> list[tuple[int, bool]]:
+    """Trains. Returns the peaks of the second and all later steps, as PyTorch's profiler counts them, and if each is exact.
 
-    The profiler sees what one thread allocates and frees. gloo's thread sometimes is the last to have a tensor; steps in which
-    it was are left out: an address was used again that had not been freed, or more is left after the step than its results.
+    The profiler sees what one thread allocates and frees. If gloo's thread is the last to have a tensor, it counts too
+    much: an address is used again that was not freed, or more is left after the step than its results.
     """
-    peaks, steps, plain = list[int](), itertools.count(1), Stepper.enqueue
+    peaks, steps, plain = list[tuple[int, bool]](), itertools.count(1), Stepper.enqueue
 
     def count(self: Stepper, *arguments: Any) -> Any:
         if next(steps) == 1:
@@ -56,8 +56,7 @@ def train_and_count(path: Path) -> list[int]:
             now += size if size > 0 else -living.pop(address, 0)
             living |= {address: size} if size > 0 else {}
             highest = max(highest, now)
-        if seen and now < 2000:
-            peaks.append(sum(before.values()) + highest)
+        peaks.append((sum(before.values()) + highest, seen and now < 2000))
         return result
 
     Stepper.enqueue = count  # type: ignore[assignment,method-assign]
@@ -89,14 +88,15 @@ def test_the_parts_add_up_to_the_peak_that_the_profiler_counts(pool: Pool, tmp_p
     sizes = {"data__micro_bsz": 2, "data__global_batch_size": rows * ranks, "data__total_steps": STEPS}
     path = write_config(tmp_path, write_dataset(tmp_path / "data"), "run", **{**SHAPE, **changes, **sizes})
     counted = pool.run_alone(train_and_count, processes, path)
-    assert sum(map(len, counted)) > 0, "gloo's thread was the last to have a tensor in every step of every rank"
     summary = json.loads((tmp_path / "run" / "memory.json").read_text())["ranks"]
     for rank, peaks in enumerate(counted):
         profiled = json.loads((tmp_path / "run" / "memory" / f"rank-{rank}.json").read_text())
         peak = profiled["peak"]
         assert summary[rank]["peak"] == peak and peak["measured"] == peak["total"] == sum(peak[kind] for kind in KINDS)
-        if peaks:  # how many rows an expert gets changes from step to step
-            assert 0.98 * min(peaks) <= peak["total"] <= 1.02 * max(peaks)
+        exact = [size for size, is_exact in peaks if is_exact]
+        # How many rows an expert gets changes from step to step.
+        assert peak["total"] <= 1.02 * max(exact or [size for size, _ in peaks])
+        assert not exact or peak["total"] >= 0.98 * min(exact)
         passed = next(phase for phase in profiled["phases"] if phase["pass"] == summary[rank]["measured"]["after"])
         total = sum(summary[rank]["measured"][part] for part in PARTS)
         assert passed["alive"]["total"] == pytest.approx(total, rel=1e-3, abs=3000)
