@@ -75,6 +75,8 @@ class Source:
     """What a loss that is not computed in chunks keeps for each logit, in bytes."""
     no_memory: str = ""
     """Why memory is not predicted."""
+    keeps_scores: bool = False
+    """Whether attention keeps its scores."""
     network: float = 0.0
     """Network of a GPU in 10^9 bytes per second; 0: as usual with that GPU."""
 
@@ -97,11 +99,11 @@ SOURCES = {
     "moezoo": Source(attention=0.5, selective=NORMS),
     "xtuner-moe": Source(attention=0.5, selective=NORMS, unstated="none"),
     "kwai": Source(attention=0.5, selective=NORMS, network=12.5),
-    "zerobubble": Source(unstated="none", vocab=50304, no_memory=SCORES),
-    "korthikanti": Source(selective=CORE, overlaps=False, no_memory=SCORES),
-    "ptdp": Source(overlaps=False),
+    "zerobubble": Source(unstated="none", vocab=50304, keeps_scores=True, no_memory=SCORES),
+    "korthikanti": Source(selective=CORE, overlaps=False, keeps_scores=True, no_memory=SCORES),
+    "ptdp": Source(overlaps=False, keeps_scores=True),
     "megascale": Source(vocab=64000, unstated="none"),
-    "bloom": Source(overlaps=False, vocab=250880, network=6.25, no_memory=SCORES),
+    "bloom": Source(overlaps=False, vocab=250880, network=6.25, keeps_scores=True, no_memory=SCORES),
     "nanotron": Source(unstated="none", sequence="?", logit_bytes=LOGITS, model_gradients=2),
     "maxtext": Source(selective=Again(0.0, 0.0, 1.0)),
     "torchao": Source(selective=BY_OPERATOR, stops_early=True),
@@ -146,6 +148,8 @@ EXPLANATIONS = {
     "titan-007": "the only row with 32,768 tokens: no other says how fast its attention is",
 }
 """Large errors that are understood, by row."""
+ENDS_HAVE_FEWER = ("first and last stage have one layer fewer", "embeddings as own slots")
+"""In a note: the embedding and the head count as a layer, where layers are dealt to stages."""
 WITHOUT_GATE = ("GPT", "MPT")
 PRECISIONS = {"": "bf16", "bf16": "bf16", "fp16": "bf16", "fp8": "fp8", "mxfp8": "fp8"}
 
@@ -331,7 +335,7 @@ def _job(row: Row, source: Source, decoder: DecoderConfig) -> Job:
             again = Again(extra, extra, extra)
         if again is None:
             raise NotExpressibleError("what is recomputed selectively is not stated")
-    fewer = 2 if "first and last stage have one layer fewer" in row["note"] else 0
+    fewer = 2 if any(sign in row["note"] for sign in ENDS_HAVE_FEWER) else 0
     each, uneven = divmod(decoder.num_layers + fewer, layout.stages)
     layers = () if uneven or pipeline == 1 else (each,) * layout.stages
     if uneven and source.later_stages_have_more:
@@ -344,7 +348,7 @@ def _job(row: Row, source: Source, decoder: DecoderConfig) -> Job:
     return Job(
         work, _number(row, "seq_len"), PRECISIONS[row["precision"]],
         overlaps_gradients=source.overlaps, overlaps_weights=source.overlaps and not row["id"].startswith("internevo"),
-        compiled=row["compile"] == "y", again=again, layers=layers,
+        compiled=row["compile"] == "y", keeps_scores=source.keeps_scores, again=again, layers=layers,
     )  # fmt: skip
 
 
