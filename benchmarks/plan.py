@@ -2,9 +2,9 @@
 
 One calibration is fitted for each pair of source and GPU, by least squares on the logarithms of the errors. No row is predicted
 with a calibration that has seen it: the rows of a pair are dealt into folds, and each fold is predicted with a calibration of
-the others. ``--by-model`` makes it harder: a model is predicted with a calibration that has only seen other models. Few rows
-say little about ten numbers, so that each fit is drawn to a calibration of the rows of all other pairs, those of the same GPU
-above all.
+the others. ``--together`` makes it harder: a model, or a number of GPUs, is predicted with a calibration that has only seen
+others. Few rows say little about ten numbers, so that each fit is drawn to a calibration of the rows of all other pairs, those
+of the same GPU above all.
 
 ``--folds 0`` fits and predicts the same rows: what the formulas could reach at best.
 """
@@ -100,19 +100,29 @@ def fit(cases: Sequence[Case], prior: Calibration, spread: float = 1.0, rounds: 
     return from_vector(x)
 
 
-def folds_of(cases: Sequence[Case], count: int, by_model: bool) -> list[list[int]]:
-    """Deals the rows of a pair into folds. ``by_model``: all rows of a model stay together, if there are several models."""
-    models = sorted({case.measured.row["model"] for case in cases})
-    count = min(count, len(models) if by_model and len(models) > 1 else len(cases))
-    folds: list[list[int]] = [[] for _ in range(count)]
-    for number, case in enumerate(cases):
-        place = models.index(case.measured.row["model"]) if by_model and len(models) > 1 else number
-        folds[place % count].append(number)
+TOGETHER: dict[str, Callable[[Measured], object]] = {
+    "row": lambda measured: measured.name,
+    "model": lambda measured: measured.row["model"],
+    "gpus": lambda measured: measured.job.work.layout.world,
+}
+"""What can be left out together -> what rows have in common then."""
+
+
+def folds_of(cases: Sequence[Case], count: int, together: str = "row") -> list[list[int]]:
+    """Deals the rows of a pair into folds. Rows that have in common what ``together`` says are in the same one, unless all of
+    the pair have it in common."""
+    keys = [TOGETHER[together](case.measured) for case in cases]
+    known = list(dict.fromkeys(keys))
+    if len(known) < 2:
+        known = keys = list(range(len(cases)))
+    folds: list[list[int]] = [[] for _ in range(min(count, len(known)))]
+    for number, key in enumerate(keys):
+        folds[known.index(key) % len(folds)].append(number)
     return folds
 
 
 def cross_validated(
-    groups: dict[tuple[str, str], list[Case]], folds: int, by_model: bool, say: Callable[[str], None]
+    groups: dict[tuple[str, str], list[Case]], folds: int, together: str, say: Callable[[str], None]
 ) -> dict[str, float]:
     """Returns row -> the logarithm of prediction / measurement, predicted without the row."""
     errors = dict[str, float]()
@@ -123,7 +133,7 @@ def cross_validated(
             errors |= {case.measured.name: case.error(calibration) for case in cases}
             say(f"{group}: {calibration}")
             continue
-        for fold in folds_of(cases, folds, by_model):
+        for fold in folds_of(cases, folds, together):
             seen = [case for number, case in enumerate(cases) if number not in fold]
             calibration = fit(seen, prior) if seen else prior
             errors |= {cases[number].measured.name: cases[number].error(calibration) for number in fold}
@@ -207,7 +217,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compares the planner with published measurements.")
     parser.add_argument("--measurements", type=Path, required=True, help="CSV file, one measurement a row")
     parser.add_argument("--folds", type=int, default=10, help="folds of the cross-validation; 0: fit and predict the same rows")
-    parser.add_argument("--by-model", action="store_true", help="predict the rows of a model without any row of that model")
+    parser.add_argument(
+        "--together", choices=TOGETHER, default="row", help="rows of one model, or number of GPUs, are left out together"
+    )
     parser.add_argument("--source", default="", help="only sources whose name begins so; the others are still fitted to")
     parser.add_argument("--rows", action="store_true", help="print every row")
     arguments = parser.parse_args()
@@ -217,7 +229,7 @@ def main() -> None:
     groups = defaultdict[tuple[str, str], list[Case]](list)
     for measured in found:
         groups[measured.group].append(Case(measured, step.count(measured.job)))
-    errors = cross_validated(dict(groups), arguments.folds, arguments.by_model, print)
+    errors = cross_validated(dict(groups), arguments.folds, arguments.together, print)
     of = {measured.name: measured for measured in found}
     errors = {name: error for name, error in errors.items() if of[name].source.startswith(arguments.source)}
     if arguments.rows:

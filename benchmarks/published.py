@@ -75,6 +75,8 @@ class Source:
     """What a loss that is not computed in chunks keeps for each logit, in bytes."""
     no_memory: str = ""
     """Why memory is not predicted."""
+    bucket: int | None = None
+    """Elements that are reduced together."""
     keeps_scores: bool = False
     """Whether attention keeps its scores."""
     network: float = 0.0
@@ -343,7 +345,7 @@ def _job(row: Row, source: Source, decoder: DecoderConfig) -> Job:
     if fewer and layers:
         layers = (each - 1, *layers[2:], each - 1)
     work = Workload(
-        decoder, layout, micro * _number(row, "seq_len"), steps, 2, source.gradient_bytes, share, False, None, "cuda"
+        decoder, layout, micro * _number(row, "seq_len"), steps, 2, source.gradient_bytes, share, False, source.bucket, "cuda"
     )
     return Job(
         work, _number(row, "seq_len"), PRECISIONS[row["precision"]],

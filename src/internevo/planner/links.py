@@ -6,11 +6,12 @@ A group is ``size`` ranks, ``stride`` apart. With n ranks, of which k are in a n
 |----------------|--------------|-------------------------------------|------------------------------------------|
 | all-gather     | ring         | n-1                                 | X (n-1)/n                                |
 | reduce-scatter | ring         | n-1                                 | X (n-1)/n                                |
-| all-reduce     | ring or tree | 2 (n-1), or 2 log2(n)               | 2 X (n-1)/n; the faster one is taken     |
+| all-reduce     | ring         | 2 (n-1)                             | 2 X (n-1)/n                              |
 | all-to-all     | direct       | log2(n)                             | X (k-1)/n inside and X (n-k)/n across    |
 | send           | direct       | 1                                   | X                                        |
 
-(Thakur et al. 2005, https://doi.org/10.1177/1094342005051521; rings and trees as in NCCL.) All ranks of a ring take a step
+(Thakur et al. 2005, https://doi.org/10.1177/1094342005051521; as in NCCL, which has trees
+for small all-reduces, those that do not count in a step.) All ranks of a ring take a step
 together, so that each of its steps is as slow as the slowest link, one across nodes if there is one. A ring over nodes enters and leaves
 each node once, through the network cards of all k members, so that each byte crosses at k times the rate of one GPU, but not
 faster than the link inside. All groups of a layout communicate at the same time: a GPU has its own share of the network, and
@@ -55,10 +56,9 @@ def seconds(kind: str, count: float, nbytes: float, group: Group, gpu: GPU, cali
     hop = calibration.hop_across if n > k else calibration.hop_inside
     if kind == "all-to-all":
         return count * math.log2(n) * hop + max(nbytes * (k - 1) / n / inside, nbytes * (n - k) / n / across)
-    steps = count * (n - 1) * hop
-    ring = steps + nbytes * (n - 1) / n / (inside if n == k else min(inside, k * across))
+    ring = count * (n - 1) * hop + nbytes * (n - 1) / n / (inside if n == k else min(inside, k * across))
     if kind in ("all-gather", "reduce-scatter"):
         return ring
     if kind == "all-reduce":
-        return min(2 * ring, 2 * (ring - steps) + count * 2 * math.log2(n) * hop)
+        return 2 * ring
     raise ValueError(f"unknown collective {kind}")
