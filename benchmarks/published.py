@@ -71,6 +71,13 @@ class Source:
     """Where layers go that cannot be divided evenly: to the last stages, one each. Otherwise they are divided by cost."""
     step_bytes: int = 0
     """What the optimizer allocates in its step for each element of a shard, in bytes."""
+    both_dtypes: bool = False
+    """Whether there are gradients in fp32 besides those in the dtype of the model (with FSDP: shards of weights and gradients in
+    the dtype of the model besides those in fp32)."""
+    blocks_stay: bool = False
+    """Whether memory is what the allocator has reserved: the step does not get the blocks in which activations were."""
+    gib: bool = False
+    """Whether memory is in GiB, although it is called GB."""
     logit_bytes: int = 0
     """What a loss that is not computed in chunks keeps for each logit, in bytes."""
     no_memory: str = ""
@@ -87,12 +94,15 @@ BY_OPERATOR = Again(0.5, 0.0, 1.0)  # torchtitan keeps every second matrix produ
 EVERY_SECOND_LAYER = Again(0.5, 0.5, 0.5)
 NORMS = Again(0.0, 0.0, 0.7)  # norms and the activation
 CORE = Again(0.0, 1.0, 0.3)  # the core of attention, arXiv:2205.05198
-SCORES = "attention that keeps its scores"
-FP32_STEP = 12  # gradients in fp32, and the two intermediate results of PyTorch's foreach AdamW
+NODES = "nvidia-smi on some nodes: with what the allocator keeps, and not of the most loaded rank"
+ADAMW = 8  # the two intermediate results of PyTorch's foreach AdamW
 LOGITS = 10  # in the dtype of the model and in fp32, and their gradient
 SOURCES = {
     "foundry": Source(unstated="none"),
-    "internevo": Source(network=6.25, gradient_bytes=2, step_bytes=FP32_STEP, later_stages_have_more=True),
+    "internevo": Source(
+        network=6.25, gradient_bytes=2, later_stages_have_more=True, logit_bytes=LOGITS,
+        step_bytes=ADAMW, both_dtypes=True, blocks_stay=True, gib=True,
+    ),
     "bridge": Source(attention=0.5),
     "automodel": Source(attention=0.5, unstated="none"),
     "titan": Source(selective=BY_OPERATOR, stops_early=True, sequence="y", logit_bytes=LOGITS),
@@ -101,11 +111,11 @@ SOURCES = {
     "moezoo": Source(attention=0.5, selective=NORMS),
     "xtuner-moe": Source(attention=0.5, selective=NORMS, unstated="none"),
     "kwai": Source(attention=0.5, selective=NORMS, network=12.5),
-    "zerobubble": Source(unstated="none", vocab=50304, keeps_scores=True, no_memory=SCORES),
-    "korthikanti": Source(selective=CORE, overlaps=False, keeps_scores=True, no_memory=SCORES),
+    "zerobubble": Source(unstated="none", vocab=50304, keeps_scores=True, gradient_bytes=2),
+    "korthikanti": Source(selective=CORE, overlaps=False, keeps_scores=True),
     "ptdp": Source(overlaps=False, keeps_scores=True),
     "megascale": Source(vocab=64000, unstated="none"),
-    "bloom": Source(overlaps=False, vocab=250880, network=6.25, keeps_scores=True, no_memory=SCORES),
+    "bloom": Source(overlaps=False, vocab=250880, network=6.25, keeps_scores=True, no_memory=NODES),
     "nanotron": Source(unstated="none", sequence="?", logit_bytes=LOGITS, model_gradients=2),
     "maxtext": Source(selective=Again(0.0, 0.0, 1.0)),
     "torchao": Source(selective=BY_OPERATOR, stops_early=True),
@@ -173,15 +183,28 @@ def memory(row: Row) -> tuple[float, float]:
     assert source is not None
     if job.again is not None and not job.work.recomputed:
         raise NotExpressibleError("what selective recomputation keeps")
-    work, totals = replace(job.work, gradient_bytes=job.work.gradient_bytes + source.model_gradients), list[float]()
-    for rank in range(work.layout.pipeline):
-        found = planned.on_rank(replace(job, work=work), rank)
-        last = rank == work.layout.rank_of_stage(work.layout.stages - 1)
-        logits = source.logit_bytes * last * work.tokens * work.decoder.vocab_size // work.layout.tensor
-        step = found.kept.total - found.kept.activations + source.step_bytes * found.kept.masters // 4
-        totals.append(max(found.total + logits, step))
     allocator = any(word in note for word in ("allocated=", "reserved", "as drawn", "torchtitan"))
-    return max(totals) + (0 if allocator else CONTEXT), float(row["metric_memory_gb"]) * (2**30 if "GiB" in note else 1e9)
+    predicted = max(_rank_memory(job, rank, source) for rank in range(job.work.layout.pipeline))
+    unit = 2**30 if "GiB" in note or source.gib else 1e9
+    return predicted + (0 if allocator else CONTEXT), float(row["metric_memory_gb"]) * unit
+
+
+def _rank_memory(job: Job, rank: int, source: Source) -> int:
+    """Returns the bytes of a rank with what a source has besides what InternEvo has."""
+    layout = job.work.layout
+    work = replace(job.work, gradient_bytes=job.work.gradient_bytes + source.model_gradients)
+    found = planned.on_rank(replace(job, work=work), rank)
+    kept, elements = found.kept, found.kept.masters // 4
+    passes = found.total
+    if rank == layout.rank_of_stage(layout.stages - 1):
+        passes += source.logit_bytes * work.tokens * work.decoder.vocab_size // layout.tensor
+    if layout.world == layout.pipeline:  # then ours are in fp32
+        passes += (source.gradient_bytes - 4) * elements
+    if source.both_dtypes:
+        passes += 4 * elements
+    if source.blocks_stay:
+        return passes + source.step_bytes * elements
+    return max(passes, passes - kept.activations - found.temporary + source.step_bytes * elements)
 
 
 def read(path: Path) -> tuple[list[Measured], dict[str, str]]:
