@@ -10,12 +10,11 @@ A group is ``size`` ranks, ``stride`` apart. With n ranks, of which k are in a n
 | all-to-all     | direct       | log2(n)                             | X (k-1)/n inside and X (n-k)/n across    |
 | send           | direct       | 1                                   | X                                        |
 
-(Thakur et al. 2005, https://doi.org/10.1177/1094342005051521; as in NCCL, which has trees
-for small all-reduces, those that do not count in a step.) All ranks of a ring take a step
-together, so that each of its steps is as slow as the slowest link, one across nodes if there is one. A ring over nodes enters and leaves
-each node once, through the network cards of all k members, so that each byte crosses at k times the rate of one GPU, but not
-faster than the link inside. All groups of a layout communicate at the same time: a GPU has its own share of the network, and
-groups with one member in each node (k = 1) have no more than that share.
+(Thakur et al. 2005, https://doi.org/10.1177/1094342005051521; as in NCCL, whose trees are for small all-reduces, which do not
+count in a step.) All ranks of a ring take a step together, so that each of its steps is as slow as the slowest link: one across
+nodes, if there is one. A ring over nodes enters and leaves each node once, through the network cards of all k members, so that
+each byte crosses at k times the rate of one GPU, but not faster than the link inside. All groups of a layout communicate at the
+same time: a GPU has its own share of the network, and groups with one member in each node (k = 1) have no more than that share.
 """
 
 from __future__ import annotations

@@ -62,8 +62,8 @@ class StageCounts(NamedTuple):
     shard: float
     """Elements of the rank's shards, which the optimizer updates."""
     first: float
-    """The share of the first unit of the data axis in all: nothing computes before its weights are there, nor when its gradients
-    are reduced."""
+    """The share of the first unit of the data axis in all: nothing computes before its weights are there, nor while its
+    gradients are reduced."""
 
 
 @dataclass(frozen=True)
