@@ -82,8 +82,10 @@ class Source:
     """What a loss that is not computed in chunks keeps for each logit, in bytes."""
     no_memory: str = ""
     """Why memory is not predicted."""
-    bucket: int | None = None
-    """Elements that are reduced together."""
+    ulysses: bool = False
+    """Whether "cp" shards the sequence as DeepSpeed-Ulysses does, and isp."""
+    sharding: str = ""
+    """If the column is empty."""
     keeps_scores: bool = False
     """Whether attention keeps its scores."""
     network: float = 0.0
@@ -110,6 +112,7 @@ SOURCES = {
     "nemolauncher": Source(unstated="none", vocab=50304, sequence="y"),
     "moezoo": Source(attention=0.5, selective=NORMS),
     "xtuner-moe": Source(attention=0.5, selective=NORMS, unstated="none"),
+    "xtuner-long": Source(ulysses=True, sharding="zero3", unstated="full"),  # 70B fit no other way; its FLOPs count it
     "kwai": Source(attention=0.5, selective=NORMS, network=12.5),
     "zerobubble": Source(unstated="none", vocab=50304, keeps_scores=True, gradient_bytes=2),
     "korthikanti": Source(selective=CORE, overlaps=False, keeps_scores=True),
@@ -151,7 +154,7 @@ OTHER_RUNS = {
 """Part of a note -> why the row is not predicted."""
 EXPLANATIONS = {
     "bloom-065": "the source itself calls it off the trend of the other batch sizes",
-    "bloom-090": "alone in its kind: other runs with micro-batches of one row lose 5 to 15 % to those with two, this one 30 %",
+    "bloom-090": "other runs with micro-batches of one row lose 5 to 15 % to those with two, this one 30 %: not explained",
     "bloom-126": "not explained: 112 heads in place of 104 (bloom-132) fit to 2 %",
     "bloom-054": "not explained: the same 112 heads with four tensor ranks (bloom-132) fit to 2 %",
     "fms-002": "one of two rows on this GPU: its calibration comes from other sources",
@@ -162,7 +165,10 @@ EXPLANATIONS = {
     "internevo-022": "an outlier of the source: 256 GPUs lose more to 64 than the trend from 16 to 1,024 says",
     "nemolauncher-006": "tensor parallelism that overlaps with products; ours waits",
     "ptdp-016": "ZeRO-3 of 2021 on 2,240 GPUs, from a second-hand copy",
-    "titan-007": "the only row with 32,768 tokens: no other says how fast its attention is",
+    "titan-007": "the only row of its source with 32,768 tokens: no other says how fast its attention is",
+    "foundry-079": "one of two rows of this GPU with several nodes: without it, one row says all about the network",
+    "xtuner-long-010": "slower than -011, which has as many tokens per GPU, more attention and exchanges: not explained",
+    "xtuner-long-011": "faster than -010, see there",
     "titan-039": "one of five rows on this GPU, and the largest model: the calibration has only seen smaller ones",
 }
 """Large errors -> what is known about them, by row."""
@@ -272,7 +278,7 @@ def measured(row: Row, derived: float | None = None) -> Measured:
     for sign, reason in OTHER_RUNS.items():
         if sign in note:
             raise NotExpressibleError(reason)
-    if _number(row, "cp", 1) > 1:
+    if _number(row, "cp", 1) > 1 and not source.ulysses:
         raise NotExpressibleError("context parallelism")
     if "offload_alpha" in note and float(_item(note, "offload_alpha")) > 0:
         raise NotExpressibleError("activations offloaded to the host")
@@ -321,7 +327,8 @@ def _decoder(row: Row, source: Source) -> DecoderConfig:
 
 
 def _job(row: Row, source: Source, decoder: DecoderConfig) -> Job:
-    gpus, tensor, pipeline = _number(row, "gpus"), _number(row, "tp", 1), _number(row, "pp", 1)
+    gpus, pipeline = _number(row, "gpus"), _number(row, "pp", 1)
+    tensor = _number(row, "cp" if source.ulysses else "tp", 1)
     chunks = _number(row, "vp", 1)
     per_chunk = _item(row["note"], "layers_per_virtual_stage")
     if per_chunk and pipeline > 1:
@@ -347,18 +354,19 @@ def _job(row: Row, source: Source, decoder: DecoderConfig) -> Job:
     sequence = row["sp"] or source.sequence
     if tensor > 1 and sequence == "?":
         raise NotExpressibleError("tensor mode not stated")
-    sharding = row["zero_stage_or_fsdp"]
+    sharding = row["zero_stage_or_fsdp"] or source.sharding
     if sharding == "zero2":
         raise NotExpressibleError("ZeRO-2")
+    shards = gpus // pipeline if source.ulysses else data
     zero = min(
-        _number(row, "zero_group", data if sharding in ("zero1", "fsdp", "zero3") else 8 if sharding == "hsdp" else 1), data
+        _number(row, "zero_group", shards if sharding in ("zero1", "fsdp", "zero3") else 8 if sharding == "hsdp" else 1), shards
     )
     expert = _number(row, "ep", 1)
-    if data % zero or (expert > 1 and gpus // pipeline % expert):
+    if shards % zero or (expert > 1 and gpus // pipeline % expert):
         raise NotExpressibleError("ranks that do not divide evenly")
     inner = tensor if decoder.experts is None or expert == 1 else _number(row, "etp", 1)
     layout = Layout(
-        gpus, tensor, "fsp" if sequence == "y" else "mtp", 1, pipeline, zero,
+        gpus, tensor, "isp" if source.ulysses else "fsp" if sequence == "y" else "mtp", 1, pipeline, zero,
         sharding in ("fsdp", "hsdp", "zero3"), max(1, tensor // decoder.num_kv_heads), chunks, mode,
         expert, inner, max(1, min(zero, gpus // pipeline // (expert * inner))),
     )  # fmt: skip
@@ -388,7 +396,7 @@ def _job(row: Row, source: Source, decoder: DecoderConfig) -> Job:
     if fewer and layers:
         layers = (each - 1, *layers[2:], each - 1)
     gradient = 2 if LOW_GRADIENTS in row["note"] else source.gradient_bytes
-    work = Workload(decoder, layout, micro * _number(row, "seq_len"), steps, 2, gradient, share, False, source.bucket, "cuda")
+    work = Workload(decoder, layout, micro * _number(row, "seq_len"), steps, 2, gradient, share, False, None, "cuda")
     return Job(
         work, _number(row, "seq_len"), PRECISIONS[row["precision"]],
         overlaps_gradients=source.overlaps, overlaps_weights=source.overlaps and not row["id"].startswith("internevo"),

@@ -106,6 +106,13 @@ def test_what_a_note_says_about_gradients_and_stages(published: ModuleType) -> N
     assert found.job.layers == (3, 4, 4, 3) and found.job.keeps_scores
 
 
+def test_ulysses_is_isp_without_sharded_weights(published: ModuleType) -> None:
+    found = published.measured(row(id="xtuner-long-001", cp="4", zero_stage_or_fsdp="", zero_group="", recompute=""))
+    layout = found.job.work.layout
+    assert (layout.mode, layout.tensor, layout.weight, layout.zero, layout.data, layout.fsdp) == ("isp", 4, 1, 16, 4, True)
+    assert found.job.work.recomputed == 1.0
+
+
 @pytest.mark.parametrize(("sharding", "per_parameter"), [("fsdp", 28 / 8), ("zero1", 4 + 24 / 8)])
 def test_memory_of_the_source_by_hand(sharding: str, per_parameter: float, published: ModuleType) -> None:
     """InternEvo: weights and gradients in bf16, masters, moments, gradients in fp32, and what AdamW allocates."""
