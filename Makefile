@@ -45,10 +45,10 @@ check: lint types spelling docs test
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/bench.py $(ARGS)
 
-# The planner next to measurements that others published; the table is not a part of this repository.
+# The planner next to measurements that others published (the table is not a part of this repository), as tables and pictures.
 MEASUREMENTS ?= measurements.csv
 validate-plan: $(VENV)/ready
-	$(BIN)/python benchmarks/plan.py --measurements $(MEASUREMENTS) $(ARGS)
+	$(BIN)/python benchmarks/plan.py --measurements $(MEASUREMENTS) --pictures docs/images $(ARGS)
 
 clean:
 	rm -rf $(VENV) demo site build

@@ -2,9 +2,9 @@
 
 One calibration is fitted for each pair of source and GPU, by least squares on the logarithms of the errors. No row is predicted
 with a calibration that has seen it: the rows of a pair are dealt into folds, and each fold is predicted with a calibration of
-the others. ``--by-model`` makes it harder: a model is predicted with a calibration that has only seen other models. Few rows
-say little about ten numbers, so that each fit is drawn to a calibration of the rows of all other pairs, those of the same GPU
-above all.
+the others. ``--together`` makes it harder: a model, or a number of GPUs, is predicted with a calibration that has only seen
+others. Few rows say little about ten numbers, so that each fit is drawn to a calibration of the rows of all other pairs, those
+of the same GPU above all.
 
 ``--folds 0`` fits and predicts the same rows: what the formulas could reach at best.
 """
@@ -12,20 +12,24 @@ above all.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import statistics
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
+import plan_pictures as pictures
 import published
 from published import Measured
 
-from internevo.planner import step
+from internevo.parallel.layout import Layout
+from internevo.planner import memory, step
 from internevo.planner.calibration import EFFICIENCIES, Calibration
+from internevo.planner.job import Job
 
 SPREAD = {"launch": 0.5, "step": 1.0, "hop_inside": 0.5, "hop_across": 1.0}
 """How far the logarithm of a number may move, in one standard deviation; of the others: 0.3."""
@@ -100,19 +104,29 @@ def fit(cases: Sequence[Case], prior: Calibration, spread: float = 1.0, rounds: 
     return from_vector(x)
 
 
-def folds_of(cases: Sequence[Case], count: int, by_model: bool) -> list[list[int]]:
-    """Deals the rows of a pair into folds. ``by_model``: all rows of a model stay together, if there are several models."""
-    models = sorted({case.measured.row["model"] for case in cases})
-    count = min(count, len(models) if by_model and len(models) > 1 else len(cases))
-    folds: list[list[int]] = [[] for _ in range(count)]
-    for number, case in enumerate(cases):
-        place = models.index(case.measured.row["model"]) if by_model and len(models) > 1 else number
-        folds[place % count].append(number)
+TOGETHER: dict[str, Callable[[Measured], object]] = {
+    "row": lambda measured: measured.name,
+    "model": lambda measured: measured.row["model"],
+    "gpus": lambda measured: measured.job.work.layout.world,
+}
+"""What can be left out together -> what rows have in common then."""
+
+
+def folds_of(cases: Sequence[Case], count: int, together: str = "row") -> list[list[int]]:
+    """Deals the rows of a pair into folds. Rows that have in common what ``together`` says are in the same one, unless all of
+    the pair have it in common."""
+    keys = [TOGETHER[together](case.measured) for case in cases]
+    known = list(dict.fromkeys(keys))
+    if len(known) < 2:
+        known = keys = list(range(len(cases)))
+    folds: list[list[int]] = [[] for _ in range(min(count, len(known)))]
+    for number, key in enumerate(keys):
+        folds[known.index(key) % len(folds)].append(number)
     return folds
 
 
 def cross_validated(
-    groups: dict[tuple[str, str], list[Case]], folds: int, by_model: bool, say: Callable[[str], None]
+    groups: dict[tuple[str, str], list[Case]], folds: int, together: str, say: Callable[[str], None]
 ) -> dict[str, float]:
     """Returns row -> the logarithm of prediction / measurement, predicted without the row."""
     errors = dict[str, float]()
@@ -123,7 +137,7 @@ def cross_validated(
             errors |= {case.measured.name: case.error(calibration) for case in cases}
             say(f"{group}: {calibration}")
             continue
-        for fold in folds_of(cases, folds, by_model):
+        for fold in folds_of(cases, folds, together):
             seen = [case for number, case in enumerate(cases) if number not in fold]
             calibration = fit(seen, prior) if seen else prior
             errors |= {cases[number].measured.name: cases[number].error(calibration) for number in fold}
@@ -160,27 +174,84 @@ def table(title: str, errors: dict[str, float], key: Callable[[str], str]) -> No
         )
 
 
+OWN = ("internevo", "a100")
+"""The pair of InternEvo's own table."""
+
+
+def own_columns(groups: dict[tuple[str, str], list[Case]]) -> dict[int, list[Case]]:
+    """Returns number of GPUs -> the rows of InternEvo's table of layouts."""
+    columns = defaultdict[int, list[Case]](list)
+    for case in groups.get(OWN, []):
+        if "pack_sample_into_one=False" in case.measured.row["note"]:
+            columns[case.measured.job.work.layout.world].append(case)
+    return dict(sorted(columns.items()))
+
+
 def winners(groups: dict[tuple[str, str], list[Case]]) -> None:
     """Prints, for each number of GPUs of InternEvo's table, the fastest layout, and the one that is predicted to be, with a
     calibration that has seen no row with this number of GPUs."""
     print("\nInternEvo's layouts: GPUs, layouts, the fastest, the one that is predicted to be, what it loses; largest error")
-    for group in [group for group in groups if group[0] == "internevo"]:
-        prior = prior_of(groups, group)
-        columns = defaultdict[int, list[Case]](list)
-        for case in groups[group]:
-            columns[case.measured.job.work.layout.world].append(case)
-        for gpus, column in sorted(columns.items()):
-            rows = [case for case in column if "pack_sample_into_one=False" in case.measured.row["note"]]
-            if len(rows) < 2:
-                continue
-            seen = [case for other, cases in columns.items() if other != gpus for case in cases]
-            calibration = fit(seen, prior)
-            errors = {id(case): case.error(calibration) for case in rows}
-            best = max(rows, key=lambda case: case.measured.tgs)
-            chosen = max(rows, key=lambda case: case.measured.tgs * math.exp(errors[id(case)]))
-            names = [f"tp {of.tensor} zero {of.zero}" for of in (case.measured.job.work.layout for case in (best, chosen))]
-            loss, worst = 1 - chosen.measured.tgs / best.measured.tgs, max(abs(math.expm1(e)) for e in errors.values())
-            print(f"{gpus:>6}{len(rows):>3}  {names[0]:<15}{names[1]:<15}{loss:>6.1%}{worst:>8.1%}")
+    prior = prior_of(groups, OWN)
+    for gpus, rows in own_columns(groups).items():
+        if len(rows) < 2:
+            continue
+        calibration = fit([case for case in groups[OWN] if case.measured.job.work.layout.world != gpus], prior)
+        errors = {id(case): case.error(calibration) for case in rows}
+        best = max(rows, key=lambda case: case.measured.tgs)
+        chosen = max(rows, key=lambda case: case.measured.tgs * math.exp(errors[id(case)]))
+        names = [f"tp {of.tensor} zero {of.zero}" for of in (case.measured.job.work.layout for case in (best, chosen))]
+        loss, worst = 1 - chosen.measured.tgs / best.measured.tgs, max(abs(math.expm1(e)) for e in errors.values())
+        print(f"{gpus:>6}{len(rows):>3}  {names[0]:<15}{names[1]:<15}{loss:>6.1%}{worst:>8.1%}")
+
+
+def scaling(groups: dict[tuple[str, str], list[Case]]) -> list[pictures.Curve]:
+    """Prints throughput per GPU from 8 to 3,072 GPUs: of the best layout in InternEvo's table, and of the one that is predicted
+    to be best in this program, with the same model, GPUs and tokens per GPU and step."""
+    calibration, columns = fit(groups[OWN], prior_of(groups, OWN)), own_columns(groups)
+    example = next(iter(columns.values()))[0].measured
+    print("\nscaling: GPUs, the best of InternEvo's table, our best (predicted), what is left of 8 GPUs; its layout")
+    measured, predicted = list[tuple[int, float]](), list[tuple[int, float]]()
+    for gpus in (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 3072):
+        jobs = sorted(_ours(example, gpus), key=lambda job: -step.predict(job, example.gpu, calibration).tgs)
+        limit = MOST * example.gpu.memory_gib * 2**30
+        job = next(job for job in jobs if memory.most_loaded(job).total < limit)
+        tgs, layout, of = step.predict(job, example.gpu, calibration).tgs, job.work.layout, job.work
+        predicted.append((gpus, tgs))
+        if gpus in columns:
+            measured.append((gpus, max(case.measured.tgs for case in columns[gpus])))
+        text = f"{measured[-1][1]:>8,.0f}" if gpus in columns else " " * 8
+        name = f"tp {layout.tensor} {'FSDP' if layout.fsdp else 'ZeRO-1.5'} {layout.zero}"
+        batch = f"{of.micro_batches} micro-batches of {of.tokens // job.seq_len} rows"
+        print(f"{gpus:>6}{text}{tgs:>8,.0f}{tgs / predicted[0][1]:>8.1%}  {name}, {batch}")
+    return [
+        pictures.Curve("InternEvo's table, its best layout: measured", False, measured),
+        pictures.Curve("this program, its best layout: predicted", True, predicted),
+    ]
+
+
+def _ours(example: Measured, gpus: int) -> Iterator[Job]:
+    """Yields a few layouts with as many tokens per step, whether they fit into memory or not."""
+    work, rows = example.job.work, 8  # of 2,048 tokens, for each GPU and step
+    choices = itertools.product((1, 2), sorted({8, 16, 32, gpus}), (False, True), (1, 2, 4), (None, 2**29))
+    for tensor, zero, fsdp, micro, bucket in choices:
+        if zero > gpus // tensor or gpus // tensor % zero or (fsdp and bucket):
+            continue
+        layout = Layout(gpus, tensor, "fsp" if tensor > 1 else "mtp", 1, 1, zero, fsdp)
+        tokens, micro_batches = micro * example.job.seq_len, rows * tensor // micro
+        of = replace(work, layout=layout, tokens=tokens, micro_batches=micro_batches, bucket_elements=bucket)
+        yield replace(example.job, work=of, overlaps_weights=True)
+
+
+MOST = 0.9
+"""The share of a GPU's memory that a layout may need."""
+
+
+def worst(errors: dict[str, float], limit: float, known: dict[str, str]) -> None:
+    """Prints the rows with the largest errors, and what is known about them."""
+    print(f"\nrows that are more than {limit:.0%} off:")
+    for name, error in sorted(errors.items()):
+        if abs(math.expm1(error)) > limit:
+            print(f"  {name:<18}{math.expm1(error):>+6.0%}  {known.get(name, 'not explained')}")
 
 
 def memories(path: Path, say: bool) -> None:
@@ -197,9 +268,22 @@ def memories(path: Path, say: bool) -> None:
                 if say:
                     print(f"{row['id']:<20}{measured / 1e9:>8.1f} GB{math.expm1(errors[row['id']]):>+8.1%}")
     table("memory", errors, lambda name: name.rpartition("-")[0])
+    worst(errors, 0.1, published.MEMORY_EXPLANATIONS)
     print(f"\n{reasons.total()} rows of memory do not count:")
     for text, count in reasons.most_common():
         print(f"{count:>6}  {text}")
+
+
+def draw(folder: Path, errors: dict[str, float], of: dict[str, Measured], groups: dict[tuple[str, str], list[Case]]) -> None:
+    """Writes the pictures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    dots = [pictures.Dot(of[name].source, name, of[name].tgs, of[name].tgs * math.exp(error)) for name, error in errors.items()]
+    title = f"Training throughput that others measured, and the planner: {len(dots)} rows"
+    (folder / "planner-accuracy.svg").write_text(pictures.accuracy(dots, title))
+    if OWN in groups:
+        title = "A 7B model on A100: 2,048 tokens a row, 16,384 tokens per GPU and step"
+        (folder / "planner-scaling.svg").write_text(pictures.scaling(scaling(groups), title))
+    print(f"\npictures: {folder}/planner-*.svg")
 
 
 def main() -> None:
@@ -207,8 +291,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compares the planner with published measurements.")
     parser.add_argument("--measurements", type=Path, required=True, help="CSV file, one measurement a row")
     parser.add_argument("--folds", type=int, default=10, help="folds of the cross-validation; 0: fit and predict the same rows")
-    parser.add_argument("--by-model", action="store_true", help="predict the rows of a model without any row of that model")
+    parser.add_argument(
+        "--together", choices=TOGETHER, default="row", help="rows of one model, or number of GPUs, are left out together"
+    )
     parser.add_argument("--source", default="", help="only sources whose name begins so; the others are still fitted to")
+    parser.add_argument("--pictures", type=Path, help="a folder to write pictures to")
     parser.add_argument("--rows", action="store_true", help="print every row")
     arguments = parser.parse_args()
     if not arguments.measurements.is_file():
@@ -217,7 +304,7 @@ def main() -> None:
     groups = defaultdict[tuple[str, str], list[Case]](list)
     for measured in found:
         groups[measured.group].append(Case(measured, step.count(measured.job)))
-    errors = cross_validated(dict(groups), arguments.folds, arguments.by_model, print)
+    errors = cross_validated(dict(groups), arguments.folds, arguments.together, print)
     of = {measured.name: measured for measured in found}
     errors = {name: error for name, error in errors.items() if of[name].source.startswith(arguments.source)}
     if arguments.rows:
@@ -228,15 +315,14 @@ def main() -> None:
     table("source and GPU", errors, lambda name: " ".join(of[name].group))
     table("precision", errors, lambda name: of[name].job.precision)
     table("model", errors, lambda name: "experts" if of[name].job.work.decoder.experts else "dense")
-    print("\nrows that are more than 20 % off:")
-    for name, error in sorted(errors.items()):
-        if abs(math.expm1(error)) > 0.2:
-            print(f"  {name:<18}{math.expm1(error):>+6.0%}  {published.EXPLANATIONS.get(name, 'not explained')}")
+    worst(errors, 0.15, published.EXPLANATIONS)
     print(f"\n{len(reasons)} rows do not count:")
     for reason, count in Counter(reasons.values()).most_common():
         print(f"{count:>6}  {reason}")
-    if "internevo".startswith(arguments.source):
+    if OWN[0].startswith(arguments.source) and OWN in groups:
         winners(dict(groups))
+    if arguments.pictures:
+        draw(arguments.pictures, errors, of, dict(groups))
     memories(arguments.measurements, arguments.rows)
 
 

@@ -71,10 +71,23 @@ class Source:
     """Where layers go that cannot be divided evenly: to the last stages, one each. Otherwise they are divided by cost."""
     step_bytes: int = 0
     """What the optimizer allocates in its step for each element of a shard, in bytes."""
+    both_dtypes: bool = False
+    """Whether there are gradients in fp32 besides those in the dtype of the model (FSDP: shards of weights and gradients in the
+    dtype of the model besides those in fp32)."""
+    blocks_stay: bool = False
+    """Whether memory is what the allocator has reserved: the step does not get the blocks in which activations were."""
+    gib: bool = False
+    """Whether memory is in GiB, although it is called GB."""
     logit_bytes: int = 0
     """What a loss that is not computed in chunks keeps for each logit, in bytes."""
     no_memory: str = ""
     """Why memory is not predicted."""
+    ulysses: bool = False
+    """Whether "cp" shards the sequence as DeepSpeed-Ulysses does, and isp."""
+    sharding: str = ""
+    """If the column is empty."""
+    keeps_scores: bool = False
+    """Whether attention keeps its scores."""
     network: float = 0.0
     """Network of a GPU in 10^9 bytes per second; 0: as usual with that GPU."""
 
@@ -83,12 +96,15 @@ BY_OPERATOR = Again(0.5, 0.0, 1.0)  # torchtitan keeps every second matrix produ
 EVERY_SECOND_LAYER = Again(0.5, 0.5, 0.5)
 NORMS = Again(0.0, 0.0, 0.7)  # norms and the activation
 CORE = Again(0.0, 1.0, 0.3)  # the core of attention, arXiv:2205.05198
-SCORES = "attention that keeps its scores"
-FP32_STEP = 12  # gradients in fp32, and the two intermediate results of PyTorch's foreach AdamW
+NODES = "nvidia-smi on some nodes: with what the allocator keeps, and not of the most loaded rank"
+ADAMW = 8  # the two intermediate results of PyTorch's foreach AdamW
 LOGITS = 10  # in the dtype of the model and in fp32, and their gradient
 SOURCES = {
     "foundry": Source(unstated="none"),
-    "internevo": Source(network=6.25, gradient_bytes=2, step_bytes=FP32_STEP, later_stages_have_more=True),
+    "internevo": Source(
+        network=6.25, gradient_bytes=2, later_stages_have_more=True, logit_bytes=LOGITS,
+        step_bytes=ADAMW, both_dtypes=True, blocks_stay=True, gib=True,
+    ),
     "bridge": Source(attention=0.5),
     "automodel": Source(attention=0.5, unstated="none"),
     "titan": Source(selective=BY_OPERATOR, stops_early=True, sequence="y", logit_bytes=LOGITS),
@@ -96,12 +112,13 @@ SOURCES = {
     "nemolauncher": Source(unstated="none", vocab=50304, sequence="y"),
     "moezoo": Source(attention=0.5, selective=NORMS),
     "xtuner-moe": Source(attention=0.5, selective=NORMS, unstated="none"),
+    "xtuner-long": Source(ulysses=True, sharding="zero3", unstated="full"),  # 70B fit no other way; its FLOPs count it
     "kwai": Source(attention=0.5, selective=NORMS, network=12.5),
-    "zerobubble": Source(unstated="none", vocab=50304, no_memory=SCORES),
-    "korthikanti": Source(selective=CORE, overlaps=False, no_memory=SCORES),
-    "ptdp": Source(overlaps=False),
+    "zerobubble": Source(unstated="none", vocab=50304, keeps_scores=True, gradient_bytes=2),
+    "korthikanti": Source(selective=CORE, overlaps=False, keeps_scores=True),
+    "ptdp": Source(overlaps=False, keeps_scores=True),
     "megascale": Source(vocab=64000, unstated="none"),
-    "bloom": Source(overlaps=False, vocab=250880, network=6.25, no_memory=SCORES),
+    "bloom": Source(overlaps=False, vocab=250880, network=6.25, keeps_scores=True, no_memory=NODES),
     "nanotron": Source(unstated="none", sequence="?", logit_bytes=LOGITS, model_gradients=2),
     "maxtext": Source(selective=Again(0.0, 0.0, 1.0)),
     "torchao": Source(selective=BY_OPERATOR, stops_early=True),
@@ -136,16 +153,41 @@ OTHER_RUNS = {
 }
 """Part of a note -> why the row is not predicted."""
 EXPLANATIONS = {
-    "bloom-059": "a head size of 108: attention that is not one kernel gets slow if 8 does not divide it",
-    "bloom-096": "a head size of 108: attention that is not one kernel gets slow if 8 does not divide it",
     "bloom-065": "the source itself calls it off the trend of the other batch sizes",
-    "foundry-080": "a micro-batch at the end of the memory: the same model is much faster with other lengths",
-    "internevo-024": "at 1,024 GPUs the ring over 512 ranks decides, and smaller rings say little about its latency",
+    "bloom-090": "other runs with micro-batches of one row lose 5 to 15 % to those with two, this one 30 %: not explained",
+    "bloom-126": "not explained: 112 heads in place of 104 (bloom-132) fit to 2 %",
+    "bloom-054": "not explained: the same 112 heads with four tensor ranks (bloom-132) fit to 2 %",
+    "fms-002": "one of two rows on this GPU: its calibration comes from other sources",
+    "foundry-080": "30 billion parameters on eight GPUs, at the end of their memory: 574 TGS, with half the length 814",
+    "foundry-120": "an outlier of the source: slower than its neighbours with half and with twice the length",
+    "foundry-140": "70 billion parameters on GPUs of 40 GB; the only run of this model on them",
+    "foundry-179": "an outlier of the source: 15,555 on 32 GPUs, but 19,001 on 64 and 18,647 on 128",
+    "internevo-022": "an outlier of the source: 256 GPUs lose more to 64 than the trend from 16 to 1,024 says",
     "nemolauncher-006": "tensor parallelism that overlaps with products; ours waits",
     "ptdp-016": "ZeRO-3 of 2021 on 2,240 GPUs, from a second-hand copy",
-    "titan-007": "the only row with 32,768 tokens: no other says how fast its attention is",
+    "titan-007": "the only row of its source with 32,768 tokens: no other says how fast its attention is",
+    "foundry-079": "one of two rows of this GPU with several nodes: without it, one row says all about the network",
+    "xtuner-long-010": "slower than -011, which has as many tokens per GPU, more attention and exchanges: not explained",
+    "xtuner-long-011": "faster than -010, see there",
+    "titan-039": "one of five rows on this GPU, and the largest model: the calibration has only seen smaller ones",
 }
-"""Large errors that are understood, by row."""
+"""Large errors -> what is known about them, by row."""
+MEMORY_EXPLANATIONS = {
+    "internevo-058": "5 bytes for each parameter more than ZeRO needs in internevo-055 and -070: not explained",
+    "internevo-065": "6 bytes for each parameter more than ZeRO needs in internevo-055 and -070: not explained",
+    "internevo-069": "the least memory of the table, of which the buffers of communicators are the largest share",
+    "nanotron-014": "the 3.57B model keeps 40 % more for each layer than the 1.34B and 8.86B models do: not explained",
+    "nanotron-018": "as nanotron-014",
+    "nanotron-025": "as nanotron-014",
+    "nanotron-026": "not explained: with two stages in place of four (nanotron-019), the same model fits to 4 %",
+    "nanotron-021": "the source has one more GB on 16 GPUs than on 32; its shards explain 0.6 GB",
+    "titan-007": "reserved, not allocated: 32,768 tokens leave large blocks of different sizes",
+}
+"""The same for memory."""
+ENDS_HAVE_FEWER = ("first and last stage have one layer fewer", "embeddings as own slots")
+"""In a note: the embedding and the head count as a layer, where layers are dealt to stages."""
+LOW_GRADIENTS = "mp_mode=PURE"
+"""In a note: Composer reduces gradients in the dtype of the model, and not in fp32."""
 WITHOUT_GATE = ("GPT", "MPT")
 PRECISIONS = {"": "bf16", "bf16": "bf16", "fp16": "bf16", "fp8": "fp8", "mxfp8": "fp8"}
 
@@ -167,15 +209,28 @@ def memory(row: Row) -> tuple[float, float]:
     assert source is not None
     if job.again is not None and not job.work.recomputed:
         raise NotExpressibleError("what selective recomputation keeps")
-    work, totals = replace(job.work, gradient_bytes=job.work.gradient_bytes + source.model_gradients), list[float]()
-    for rank in range(work.layout.pipeline):
-        found = planned.on_rank(replace(job, work=work), rank)
-        last = rank == work.layout.rank_of_stage(work.layout.stages - 1)
-        logits = source.logit_bytes * last * work.tokens * work.decoder.vocab_size // work.layout.tensor
-        step = found.kept.total - found.kept.activations + source.step_bytes * found.kept.masters // 4
-        totals.append(max(found.total + logits, step))
     allocator = any(word in note for word in ("allocated=", "reserved", "as drawn", "torchtitan"))
-    return max(totals) + (0 if allocator else CONTEXT), float(row["metric_memory_gb"]) * (2**30 if "GiB" in note else 1e9)
+    predicted = max(_rank_memory(job, rank, source) for rank in range(job.work.layout.pipeline))
+    unit = 2**30 if "GiB" in note or source.gib else 1e9
+    return predicted + (0 if allocator else CONTEXT), float(row["metric_memory_gb"]) * unit
+
+
+def _rank_memory(job: Job, rank: int, source: Source) -> int:
+    """Returns the bytes of a rank with what a source has besides what InternEvo has."""
+    layout = job.work.layout
+    work = replace(job.work, gradient_bytes=job.work.gradient_bytes + source.model_gradients)
+    found = planned.on_rank(replace(job, work=work), rank)
+    kept, elements = found.kept, found.kept.masters // 4
+    passes = found.total
+    if rank == layout.rank_of_stage(layout.stages - 1):
+        passes += source.logit_bytes * work.tokens * work.decoder.vocab_size // layout.tensor
+    if layout.world == layout.pipeline:  # then ours are in fp32
+        passes += (source.gradient_bytes - 4) * elements
+    if source.both_dtypes:
+        passes += 4 * elements
+    if source.blocks_stay:
+        return passes + source.step_bytes * elements
+    return max(passes, passes - kept.activations - found.temporary + source.step_bytes * elements)
 
 
 def read(path: Path) -> tuple[list[Measured], dict[str, str]]:
@@ -223,7 +278,7 @@ def measured(row: Row, derived: float | None = None) -> Measured:
     for sign, reason in OTHER_RUNS.items():
         if sign in note:
             raise NotExpressibleError(reason)
-    if _number(row, "cp", 1) > 1:
+    if _number(row, "cp", 1) > 1 and not source.ulysses:
         raise NotExpressibleError("context parallelism")
     if "offload_alpha" in note and float(_item(note, "offload_alpha")) > 0:
         raise NotExpressibleError("activations offloaded to the host")
@@ -272,7 +327,8 @@ def _decoder(row: Row, source: Source) -> DecoderConfig:
 
 
 def _job(row: Row, source: Source, decoder: DecoderConfig) -> Job:
-    gpus, tensor, pipeline = _number(row, "gpus"), _number(row, "tp", 1), _number(row, "pp", 1)
+    gpus, pipeline = _number(row, "gpus"), _number(row, "pp", 1)
+    tensor = _number(row, "cp" if source.ulysses else "tp", 1)
     chunks = _number(row, "vp", 1)
     per_chunk = _item(row["note"], "layers_per_virtual_stage")
     if per_chunk and pipeline > 1:
@@ -298,18 +354,19 @@ def _job(row: Row, source: Source, decoder: DecoderConfig) -> Job:
     sequence = row["sp"] or source.sequence
     if tensor > 1 and sequence == "?":
         raise NotExpressibleError("tensor mode not stated")
-    sharding = row["zero_stage_or_fsdp"]
+    sharding = row["zero_stage_or_fsdp"] or source.sharding
     if sharding == "zero2":
         raise NotExpressibleError("ZeRO-2")
+    shards = gpus // pipeline if source.ulysses else data
     zero = min(
-        _number(row, "zero_group", data if sharding in ("zero1", "fsdp", "zero3") else 8 if sharding == "hsdp" else 1), data
+        _number(row, "zero_group", shards if sharding in ("zero1", "fsdp", "zero3") else 8 if sharding == "hsdp" else 1), shards
     )
     expert = _number(row, "ep", 1)
-    if data % zero or (expert > 1 and gpus // pipeline % expert):
+    if shards % zero or (expert > 1 and gpus // pipeline % expert):
         raise NotExpressibleError("ranks that do not divide evenly")
     inner = tensor if decoder.experts is None or expert == 1 else _number(row, "etp", 1)
     layout = Layout(
-        gpus, tensor, "fsp" if sequence == "y" else "mtp", 1, pipeline, zero,
+        gpus, tensor, "isp" if source.ulysses else "fsp" if sequence == "y" else "mtp", 1, pipeline, zero,
         sharding in ("fsdp", "hsdp", "zero3"), max(1, tensor // decoder.num_kv_heads), chunks, mode,
         expert, inner, max(1, min(zero, gpus // pipeline // (expert * inner))),
     )  # fmt: skip
@@ -331,20 +388,19 @@ def _job(row: Row, source: Source, decoder: DecoderConfig) -> Job:
             again = Again(extra, extra, extra)
         if again is None:
             raise NotExpressibleError("what is recomputed selectively is not stated")
-    fewer = 2 if "first and last stage have one layer fewer" in row["note"] else 0
+    fewer = 2 if any(sign in row["note"] for sign in ENDS_HAVE_FEWER) else 0
     each, uneven = divmod(decoder.num_layers + fewer, layout.stages)
     layers = () if uneven or pipeline == 1 else (each,) * layout.stages
     if uneven and source.later_stages_have_more:
         layers = (each,) * (layout.stages - uneven) + (each + 1,) * uneven
     if fewer and layers:
         layers = (each - 1, *layers[2:], each - 1)
-    work = Workload(
-        decoder, layout, micro * _number(row, "seq_len"), steps, 2, source.gradient_bytes, share, False, None, "cuda"
-    )
+    gradient = 2 if LOW_GRADIENTS in row["note"] else source.gradient_bytes
+    work = Workload(decoder, layout, micro * _number(row, "seq_len"), steps, 2, gradient, share, False, None, "cuda")
     return Job(
         work, _number(row, "seq_len"), PRECISIONS[row["precision"]],
         overlaps_gradients=source.overlaps, overlaps_weights=source.overlaps and not row["id"].startswith("internevo"),
-        compiled=row["compile"] == "y", again=again, layers=layers,
+        compiled=row["compile"] == "y", keeps_scores=source.keeps_scores, again=again, layers=layers,
     )  # fmt: skip
 
 

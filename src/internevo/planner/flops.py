@@ -23,6 +23,12 @@ from typing import NamedTuple
 
 from .job import Again, Job
 
+SCORE_BYTES = 11
+"""If attention keeps its scores (``Job.keeps_scores``): bytes that its forward pass moves for each pair of tokens and head. The
+product writes scores in 2 bytes, softmax and dropout read and write them, with a mask of 1 byte, and a product reads them."""
+WITHOUT_TENSOR_CORES = 4
+"""How much slower products are whose rows are no multiple of 16 bytes, if attention keeps its scores: they do not run on tensor
+cores (NVIDIA's guide of matrix products; the data sheet of an A100 says 312 and 78 TFLOPS in 16 bits)."""
 FUSED = 0.6
 """The share of the bytes that compiled kernels move, which keep results between them in registers."""
 
@@ -74,16 +80,30 @@ def layer(job: Job, number: int, recomputed: bool) -> Passes:
     heads, kv = decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
     attention = list(_attention_linears(rows, d, heads / width, max(kv / width, decoder.head_dim)))
     mlp, routers, mlp_bytes = _mlp_linears(job, number, rows, width)
-    kernel = 4.0 * work.tokens * heads / t * job.attended(number)
+    kernel, kernel_backward, scores = _attention(job, number)
     # Norms read and write D elements, the sums of the residual stream read 2 D and write D; the rotary embedding; gate * up.
-    outside = e * (10 * d * residual + 2 * (heads + kv) * work.tokens / t * (decoder.rope is not None)) + mlp_bytes
+    outside = e * (10 * d * residual + 2 * (heads + kv) * work.tokens / t * (decoder.rope is not None)) + mlp_bytes + scores
     outside *= FUSED if job.compiled else 1.0
     count = 12.0 + (12.0 if decoder.is_sparse(number) else 3.0)
     forward = _linears([*attention, *mlp], e)._replace(attention=kernel, memory=outside, kernels=count).plus(routers)
-    inputs = _linears([*attention, *mlp], e)._replace(attention=2.5 * kernel, memory=2 * outside, kernels=count).plus(routers)
+    inputs = (
+        _linears([*attention, *mlp], e)._replace(attention=kernel_backward, memory=2 * outside, kernels=count).plus(routers)
+    )
     written = 8.0 * sum(columns_in * columns_out * times for _, columns_in, columns_out, times in (*attention, *mlp))
     weights = _linears([*attention, *mlp], e)._replace(memory=written, kernels=count / 2).plus(routers)
     return Passes(forward, inputs, weights, _again(job, forward, _linears(attention, e), mlp, recomputed))
+
+
+def _attention(job: Job, number: int) -> tuple[float, float, float]:
+    """Returns the FLOPs of attention in the forward and in the backward pass, and the bytes of scores in the forward pass."""
+    work, decoder = job.work, job.work.decoder
+    heads, t = decoder.num_heads, work.layout.tensor
+    if not job.keeps_scores:
+        forward = 4.0 * work.tokens * heads * decoder.head_dim / t * job.attended(number)
+        return forward, 2.5 * forward, 0.0
+    pairs = float(work.tokens * job.seq_len * heads / t)  # also those that the causal mask hides
+    forward = 4.0 * pairs * decoder.head_dim * (WITHOUT_TENSOR_CORES if decoder.head_dim % 8 else 1)
+    return forward, 2.0 * forward, SCORE_BYTES * pairs
 
 
 def _again(job: Job, forward: Amounts, attention: Amounts, mlp: Sequence[Linears], recomputed: bool) -> Amounts:

@@ -43,6 +43,9 @@ class Job:
     """Whether layers are compiled (``model.compile``), so that kernels which only move memory become one with others."""
     imbalance: float = 1.0
     """Tokens of the rank whose experts get the most, divided by the mean."""
+    keeps_scores: bool = False
+    """Whether attention writes the scores of all pairs of tokens to memory and keeps them, as was usual before FlashAttention
+    (``ops.attention`` never does): only others' measurements need it."""
     again: Again | None = None
     """What is recomputed, if it is not what ``model.checkpoint`` can say."""
     layers: tuple[int, ...] = ()

@@ -4,16 +4,17 @@ A group is ``size`` ranks, ``stride`` apart. With n ranks, of which k are in a n
 
 | collective     | algorithm    | latencies                           | bytes through a rank's link              |
 |----------------|--------------|-------------------------------------|------------------------------------------|
-| all-gather     | ring         | once around: n - n/k inside, n/k out| X (n-1)/n                                |
-| reduce-scatter | ring         | once around                         | X (n-1)/n                                |
-| all-reduce     | ring or tree | twice around, or 2 log2(n)          | 2 X (n-1)/n; the faster one is taken     |
+| all-gather     | ring         | n-1                                 | X (n-1)/n                                |
+| reduce-scatter | ring         | n-1                                 | X (n-1)/n                                |
+| all-reduce     | ring         | 2 (n-1)                             | 2 X (n-1)/n                              |
 | all-to-all     | direct       | log2(n)                             | X (k-1)/n inside and X (n-k)/n across    |
 | send           | direct       | 1                                   | X                                        |
 
-(Thakur et al. 2005, https://doi.org/10.1177/1094342005051521; rings and trees as in NCCL.) A ring over nodes enters and leaves
-each node once, through the network cards of all k members, so that each byte crosses at k times the rate of one GPU, but not
-faster than the link inside. All groups of a layout communicate at the same time: a GPU has its own share of the network, and
-groups with one member in each node (k = 1) have no more than that share.
+(Thakur et al. 2005, https://doi.org/10.1177/1094342005051521; as in NCCL, whose trees are for small all-reduces, which do not
+count in a step.) All ranks of a ring take a step together, so that each of its steps is as slow as the slowest link: one across
+nodes, if there is one. A ring over nodes enters and leaves each node once, through the network cards of all k members, so that
+each byte crosses at k times the rate of one GPU, but not faster than the link inside. All groups of a layout communicate at the
+same time: a GPU has its own share of the network, and groups with one member in each node (k = 1) have no more than that share.
 """
 
 from __future__ import annotations
@@ -54,11 +55,9 @@ def seconds(kind: str, count: float, nbytes: float, group: Group, gpu: GPU, cali
     hop = calibration.hop_across if n > k else calibration.hop_inside
     if kind == "all-to-all":
         return count * math.log2(n) * hop + max(nbytes * (k - 1) / n / inside, nbytes * (n - k) / n / across)
-    nodes = n / k
-    around = (nodes * calibration.hop_across if n > k else 0.0) + (n - nodes) * calibration.hop_inside
-    ring = count * around + nbytes * (n - 1) / n / (inside if n == k else min(inside, k * across))
+    ring = count * (n - 1) * hop + nbytes * (n - 1) / n / (inside if n == k else min(inside, k * across))
     if kind in ("all-gather", "reduce-scatter"):
         return ring
     if kind == "all-reduce":
-        return min(2 * ring, 2 * (ring - count * around) + count * 2 * math.log2(n) * hop)
+        return 2 * ring
     raise ValueError(f"unknown collective {kind}")

@@ -8,15 +8,21 @@
 | FSDP                    | the full weights of two units (in use, and gathered in advance), the full gradient of one     |
 
 They do not exist at the same time; the largest counts, with those of FSDP.
+
+Attention that keeps its scores (``Job.keeps_scores``, others' measurements) keeps in addition for each pair of tokens and head
+the output of the softmax, the mask of dropout, and the output of dropout: 5 bytes; and dropout of the residual stream two masks
+of one byte for each element (Korthikanti et al., arXiv:2205.05198, section 4.1).
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 
 from .. import ops
 from ..parallel import isp, plan, tensor
 from ..parallel.memory import Memory, activations
+from ..parallel.orders import BACKWARD, FORWARD, orders, stages_on
 from ..parallel.strategy import Workload
 from .job import Job
 
@@ -45,7 +51,33 @@ def on_rank(job: Job, pipeline_rank: int) -> RankMemory:
     layout = job.work.layout
     stages = tuple(s for n, s in enumerate(job.stages()) if layout.rank_of_stage(n) == pipeline_rank)
     work = replace(job.work, stages=stages, pipeline_rank=pipeline_rank)
-    return RankMemory(pipeline_rank, plan.memory(work), temporary(work))
+    kept, largest = plan.memory(work), temporary(work)
+    if job.keeps_scores:
+        scores = _scores(job)
+        kept = replace(kept, activations=kept.activations + scores * _layers_kept(work))
+        largest += scores * bool(work.recomputed_attentions)
+    return RankMemory(pipeline_rank, kept, largest)
+
+
+def _scores(job: Job) -> int:
+    """Returns the bytes that attention and dropout keep in a layer for a micro-batch, besides what InternEvo's keep."""
+    work, decoder = job.work, job.work.decoder
+    heads = decoder.num_heads // work.layout.tensor
+    residual = work.tokens // (work.layout.tensor if work.layout.shards_sequence else 1)
+    return 5 * work.tokens * job.seq_len * heads + 2 * decoder.hidden_size * residual
+
+
+def _layers_kept(work: Workload) -> int:
+    """Returns for how many layers and micro-batches together a rank keeps activations at most; recomputed layers are none."""
+    layout, rank = work.layout, work.pipeline_rank
+    order = orders(work.schedule, layout.pipeline, layout.chunks, work.micro_batches)[rank]
+    numbers = stages_on(rank, layout.pipeline, layout.chunks, work.schedule)
+    layers = {
+        number: len(stage.layers) - len(set(stage.layers) & set(work.recomputed_layers))
+        for number, stage in zip(numbers, work.on_rank, strict=True)
+    }
+    change = {FORWARD: 1, BACKWARD: -1}
+    return max(itertools.accumulate(change.get(action.kind, 0) * layers[action.stage] for action in order))
 
 
 def temporary(work: Workload) -> int:

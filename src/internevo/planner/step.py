@@ -61,6 +61,9 @@ class StageCounts(NamedTuple):
     """ZeRO-1.5: of gradients, once per step."""
     shard: float
     """Elements of the rank's shards, which the optimizer updates."""
+    first: float
+    """The share of the first unit of the data axis in all: nothing computes before its weights are there, nor while its
+    gradients are reduced."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,7 @@ def _count_stage(job: Job, stage: Stage, groups: dict[str, Group]) -> StageCount
     if layout.fsdp:
         prefetched, gathers, reductions = [*prefetched, *of_data], [], []
     passes = flops.stage(job, stage.layers, stage.heads)
-    return StageCounts(passes, waited, prefetched, gathers, reductions, shard)
+    return StageCounts(passes, waited, prefetched, gathers, reductions, shard, units[0] / sum(units))
 
 
 def _messages(rows: Iterable[Collectives], groups: dict[str, Group]) -> list[Message]:
@@ -269,10 +272,10 @@ def _price_stage(job: Job, counts: StageCounts, gpu: GPU, calibration: Calibrati
     gathered = _seconds([m for m in counts.prefetched if m.kind == "all-gather"], gpu, calibration)
     reduced = _seconds([m for m in counts.prefetched if m.kind != "all-gather"], gpu, calibration)
     beside_forward, beside_backward = forward * job.overlaps_weights, backward * job.overlaps_gradients
-    exposed_forward = waited_forward + exposed(gathered / 2, beside_forward, calibration)
-    exposed_backward = waited - waited_forward + exposed(gathered / 2 + reduced, beside_backward, calibration)
-    once = exposed(_seconds(counts.gathered, gpu, calibration), beside_forward, calibration)
-    once += exposed(_seconds(counts.reduced, gpu, calibration), beside_backward, calibration)
+    exposed_forward = waited_forward + exposed(gathered / 2, beside_forward, calibration, counts.first)
+    exposed_backward = waited - waited_forward + exposed(gathered / 2 + reduced, beside_backward, calibration, counts.first)
+    once = exposed(_seconds(counts.gathered, gpu, calibration), beside_forward, calibration, counts.first)
+    once += exposed(_seconds(counts.reduced, gpu, calibration), beside_backward, calibration, counts.first)
     optimizer = counts.shard * OPTIMIZER_BYTES / (gpu.memory_gb_per_s * GIGA * calibration.memory)
     return StageSeconds(
         forward + exposed_forward, backward + exposed_backward, weights if apart else 0.0,
@@ -280,9 +283,9 @@ def _price_stage(job: Job, counts: StageCounts, gpu: GPU, calibration: Calibrati
     )  # fmt: skip
 
 
-def exposed(communication: float, computation: float, calibration: Calibration) -> float:
-    """Returns how much longer a pass gets by communication that runs at the same time."""
-    return communication - calibration.overlap * min(communication, computation)
+def exposed(communication: float, computation: float, calibration: Calibration, alone: float = 0.0) -> float:
+    """Returns how much longer a pass gets by communication of which all but the share ``alone`` runs at the same time."""
+    return communication - calibration.overlap * min(communication * (1 - alone), computation)
 
 
 def _seconds(messages: Iterable[Message], gpu: GPU, calibration: Calibration) -> float:

@@ -47,3 +47,16 @@ def test_fsdp_has_full_weights_for_a_while_and_recomputation_a_layer(mode: str, 
     again = memory.most_loaded(job(layout, 1.0, decoder))
     assert fsdp.temporary > plain.temporary < again.temporary
     assert again.total < plain.total and fsdp.kept.state < plain.kept.state
+
+
+@pytest.mark.parametrize(("schedule", "rank", "passes"), [("1F1B", 0, 4), ("1F1B", 3, 1), ("ZBH1", 1, 3)])
+def test_kept_scores_by_hand(schedule: str, rank: int, passes: int) -> None:
+    """For each layer and micro-batch under way 5 bytes for each pair of tokens and head, and two masks of dropout."""
+    decoder = replace(TINY, num_layers=8)
+    this = replace(job(Layout(4, 1, "mtp", 1, 4, 1, False, 1, 1, schedule), decoder=decoder), layers=(2, 2, 2, 2))
+    layer = 5 * 256 * 128 * 4 + 2 * 64 * 256
+    without, kept = (memory.on_rank(j, rank) for j in (this, replace(this, keeps_scores=True)))
+    assert kept.kept.activations - without.kept.activations == 2 * passes * layer and kept.temporary == without.temporary
+    full = replace(this, work=replace(this.work, recomputed=1.0))
+    without, kept = (memory.on_rank(j, rank) for j in (full, replace(full, keeps_scores=True)))
+    assert kept.kept == without.kept and kept.temporary - without.temporary in (0, layer)

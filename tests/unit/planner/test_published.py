@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
+from xml.etree import ElementTree
 
 import pytest
 
@@ -97,6 +98,31 @@ def test_a_row_that_does_not_count_says_why(changes: dict[str, str], reason: str
         published.measured(row(**changes))
 
 
+def test_what_a_note_says_about_gradients_and_stages(published: ModuleType) -> None:
+    assert published.measured(row(id="foundry-001")).job.work.gradient_bytes == 4
+    assert published.measured(row(id="foundry-001", note="mp_mode=PURE")).job.work.gradient_bytes == 2
+    slots = row(id="bloom-001", pp="4", layers="14", note="layers rebalanced with embeddings as own slots")
+    found = published.measured(slots)
+    assert found.job.layers == (3, 4, 4, 3) and found.job.keeps_scores
+
+
+def test_ulysses_is_isp_without_sharded_weights(published: ModuleType) -> None:
+    found = published.measured(row(id="xtuner-long-001", cp="4", zero_stage_or_fsdp="", zero_group="", recompute=""))
+    layout = found.job.work.layout
+    assert (layout.mode, layout.tensor, layout.weight, layout.zero, layout.data, layout.fsdp) == ("isp", 4, 1, 16, 4, True)
+    assert found.job.work.recomputed == 1.0
+
+
+@pytest.mark.parametrize(("sharding", "per_parameter"), [("fsdp", 28 / 8), ("zero1", 4 + 24 / 8)])
+def test_memory_of_the_source_by_hand(sharding: str, per_parameter: float, published: ModuleType) -> None:
+    """InternEvo: weights and gradients in bf16, masters, moments, gradients in fp32, and what AdamW allocates."""
+    this = row(gpus="8", zero_stage_or_fsdp=sharding, recompute="full", metric_memory_gb="50", micro_batch="1")
+    predicted, measured = published.memory(this)
+    parameters = published.measured(this).job.work.decoder.parameters()
+    assert measured == 50 * 2**30
+    assert 0 < predicted - per_parameter * parameters - published.CONTEXT < 9e9  # activations, a layer's units, logits
+
+
 def test_every_vector_is_a_calibration(plan: ModuleType) -> None:
     assert asdict(plan.from_vector(plan.to_vector(Calibration()))) == pytest.approx(asdict(Calibration()))
     for shift in (-50.0, 50.0):
@@ -124,9 +150,12 @@ def test_a_fit_finds_what_made_the_measurements(plan: ModuleType, published: Mod
 
 def test_every_row_is_in_one_fold(plan: ModuleType, published: ModuleType) -> None:
     rows = cases(plan, published, Calibration())
-    for count, by_model in ((4, False), (20, False), (3, True)):
-        folds = plan.folds_of(rows, count, by_model)
+    for count, together in ((4, "row"), (20, "row"), (3, "model"), (2, "gpus"), (20, "gpus")):
+        folds = plan.folds_of(rows, count, together)
         assert Counter(number for fold in folds for number in fold) == Counter(range(len(rows))) and all(folds)
+        if together == "gpus":
+            worlds = [{rows[n].measured.job.work.layout.world for n in fold} for fold in folds]  # type: ignore[attr-defined]
+            assert len(worlds) == min(count, 3) and not set.intersection(*worlds)
 
 
 def test_the_table_is_printed(
@@ -142,11 +171,19 @@ def test_the_table_is_printed(
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    monkeypatch.setattr("sys.argv", ["plan.py", "--measurements", str(path), "--folds", "2", "--rows"])
+    monkeypatch.setattr(
+        "sys.argv", ["plan.py", "--measurements", str(path), "--folds", "2", "--rows", "--pictures", str(tmp_path)]
+    )
     plan.main()
     printed = capsys.readouterr().out
     assert "internevo a100" in printed and "1  context parallelism" in printed and "1 rows do not count" in printed
     assert "internevo-010" in printed.split("memory")[0] and printed.count("tp 1 zero") == 2
+    assert "rows that are more than 15% off:" in printed and "rows that are more than 10% off:" in printed
+    accuracy, scaling = (ElementTree.parse(tmp_path / f"planner-{name}.svg").getroot() for name in ("accuracy", "scaling"))
+    titles = [title.text or "" for title in accuracy.iter("{http://www.w3.org/2000/svg}title")]
+    assert len(titles) == 4 and titles[0].startswith("internevo-001: 4,000 measured")
+    lines = list(scaling.iter("{http://www.w3.org/2000/svg}polyline"))
+    assert [line.get("stroke-dasharray") for line in lines] == [None, "6 4"] and "3072" in printed
     monkeypatch.setattr("sys.argv", ["plan.py", "--measurements", str(tmp_path / "none.csv")])
     with pytest.raises(SystemExit, match="is no file"):
         plan.main()

@@ -75,6 +75,27 @@ def test_what_is_recomputed_can_be_given() -> None:
     assert passes.again.products == passes.forward.products / 2 and passes.again.attention == 0
 
 
+def test_kept_scores_are_moved_and_the_masked_half_is_computed() -> None:
+    this = job(one())
+    fused, scores = (flops.layer(j, 0, False) for j in (this, replace(this, keeps_scores=True)))
+    pairs = 2048 * 2048 * 32
+    assert scores.forward.attention == 4 * pairs * 128 == 2 * fused.forward.attention
+    assert scores.inputs.attention == 2 * scores.forward.attention  # and not 2.5 times: the scores are there
+    assert scores.forward.memory - fused.forward.memory == pytest.approx(11 * pairs)
+    odd = job(one(), replace(DENSE, head_dim=108))
+    assert flops.layer(replace(odd, keeps_scores=True), 0, False).forward.attention == 4 * 4 * pairs * 108
+    assert flops.layer(odd, 0, False).forward.attention == 2 * pairs * 108  # one kernel pads it in registers
+
+
+def test_the_first_unit_communicates_alone() -> None:
+    half = replace(IDEAL, overlap=0.5)
+    assert step.exposed(4.0, 10.0, half) == 2.0 and step.exposed(4.0, 1.0, half) == 3.5
+    assert step.exposed(4.0, 10.0, IDEAL, 0.25) == 1.0 and step.exposed(4.0, 10.0, IDEAL, 1.0) == 4.0
+    embedding, rest = 32000 * 4096, 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 11008 + 2 * 4096)
+    (stage,) = step.count(job(Layout(8, 1, "mtp", 1, 1, 8, False))).stages
+    assert stage.first == pytest.approx(embedding / (2 * embedding + rest + 4096))
+
+
 def test_a_roofline_by_hand() -> None:
     # 312e12 FLOPs take a second, 2039e9 bytes another one, and attention at the half of its peak a third and a fourth.
     amounts = Amounts(products=156e12, head=156e12, moved=1000e9, memory=1039e9, attention=312e12)
@@ -107,8 +128,9 @@ def test_bytes_of_collectives_by_hand(kind: str, group: Group, expected: float) 
 def test_latencies_of_collectives_by_hand() -> None:
     slow = replace(IDEAL, hop_inside=1.0, hop_across=100.0)
     assert links.seconds("all-gather", 3, 0, Group(8, 1), H100, slow) == 3 * 7
-    assert links.seconds("all-gather", 1, 0, Group(16, 1), H100, slow) == 2 * 100 + 14
-    assert links.seconds("all-reduce", 1, 0, Group(1024, 8), H100, slow) == 2 * 10 * 100  # the tree
+    assert links.seconds("all-gather", 1, 0, Group(16, 1), H100, slow) == 15 * 100  # each step is as slow as its slowest link
+    assert links.seconds("all-reduce", 1, 0, Group(1024, 8), H100, slow) == 2 * 1023 * 100
+    assert links.seconds("all-to-all", 1, 0, Group(16, 1), H100, slow) == 4 * 100
     assert links.seconds("send", 2, 0, Group(2, 8), H100, slow) == 200
 
 
