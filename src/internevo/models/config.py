@@ -17,14 +17,23 @@ class Rope:
     kind: str = "default"
     """The kind of scaling: default (none), linear, dynamic, llama3 or yarn."""
     factor: float = 1.0
-    options: dict[str, float] = field(default_factory=dict)
-    """Other numbers that the kind needs: low_freq_factor, beta_fast, attention_factor, ..."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Other numbers that the kind needs: low_freq_factor, beta_fast, attention_factor, ...; short_factor is a list of them."""
+    share: float = 1.0
+    """The share of a head that rotates, from its beginning; the rest has no position."""
+    interleaved: bool = False
+    """Whether neighbours form the pairs that rotate, and not elements that are half of the rotated size apart."""
+
+    def size(self, head_dim: int) -> int:
+        """Returns how many elements of a head rotate."""
+        return int(head_dim * self.share)
 
     @property
     def needs_length(self) -> bool:
         """Whether the angles depend on the decoder's ``max_position_embeddings``."""
         has_length = "original_max_position_embeddings" in self.options
-        return self.kind == "dynamic" or (self.kind in ("llama3", "yarn") and not has_length)
+        without_factor = self.kind == "longrope" and self.factor == 1.0 and "attention_factor" not in self.options
+        return self.kind == "dynamic" or (self.kind in ("llama3", "yarn") and not has_length) or without_factor
 
 
 @dataclass(frozen=True)
@@ -121,6 +130,8 @@ class DecoderConfig:
     """Norms multiply by 1 + weight in place of weight."""
     qk_norm: bool = False
     """Each head's queries and keys go through a norm before the rotary embedding."""
+    out_norms: bool = False
+    """The outputs of attention and of the MLP go through a norm before they are added to the residual stream."""
     scale_embedding: bool = False
     """Embeddings are multiplied by sqrt(hidden_size)."""
     norm_head: bool = False
@@ -151,6 +162,8 @@ class DecoderConfig:
         scaling = None
         if rope and rope.kind != "default":
             scaling = {"rope_type": rope.kind, "factor": rope.factor, **rope.options}
+        if rope and rope.share != 1.0:
+            scaling = {"rope_type": rope.kind, **(scaling or {}), "partial_rotary_factor": rope.share}
         values: dict[str, Any] = {
             "model_type": self.family,
             "model.num_layers": self.num_layers,
@@ -173,7 +186,9 @@ class DecoderConfig:
             "model.norm_head": self.norm_head,
             "model.add_unit_offset": self.norm_unit_offset,
             "model.use_swiglu": self.activation == "silu",
+            "interleaved rotary embedding (a fact of model_type)": rope is not None and rope.interleaved,
             "qk_norm (a fact of model_type)": self.qk_norm,
+            "norms after attention and MLP (a fact of model_type)": self.out_norms,
             "scale_embedding (a fact of model_type)": self.scale_embedding,
             "model.num_experts": moe.count if moe else 1,
         }
@@ -222,7 +237,7 @@ class DecoderConfig:
         """
         d, heads, kv = self.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         total = d * (heads + 2 * kv) + heads * d + self.qkv_bias * (heads + 2 * kv) + self.o_bias * d + 2 * d
-        total += 2 * self.head_dim * self.qk_norm
+        total += 2 * self.head_dim * self.qk_norm + 2 * d * self.out_norms
         if self.experts is None or not self.is_sparse(layer):
             return total + 3 * d * self.intermediate_size + self.mlp_bias * (2 * self.intermediate_size + d)
         e = self.experts

@@ -15,7 +15,7 @@ from .layers import Cache, Context, DecoderLayer, Embedding, Head, RMSNorm
 from .lora import add_adapters
 from .losses import HandedOn, Loss, LossTerms, Routed, add_pooled, pool, router_losses
 from .moe import MoE, Router
-from .rotary import tables
+from .rotary import NEED_LENGTHS, tables
 
 
 class Decoder(nn.Module):
@@ -147,7 +147,7 @@ class Decoder(nn.Module):
             if cu_seqlens is not None:
                 starts = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff(), output_size=tokens.shape[1])
                 positions = positions - starts
-        lengths = _lengths(positions, cu_seqlens) if rope.kind == "dynamic" else None
+        lengths = _lengths(positions, cu_seqlens) if rope.kind in NEED_LENGTHS else None
         head_dim, longest = self.config.head_dim, self.config.max_position_embeddings
         cos, sin = tables(rope, head_dim, longest, positions, lengths, dtype)
         return Context(cos, sin, cu_seqlens, max_seqlen)

@@ -9,7 +9,7 @@ Shapes: B rows, S tokens, D hidden, H query heads, K key/value heads, N head siz
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,7 +27,7 @@ class Context(NamedTuple):
     """What all layers share in one forward pass."""
 
     cos: Tensor | None
-    """cos of the angles of the rotary embedding [B, S, 1, N/2]; None without a rotary embedding."""
+    """cos of the angles of the rotary embedding [B, S, 1, R/2]; R elements of a head rotate. None: no rotary embedding."""
     sin: Tensor | None
     cu_seqlens: Tensor | None = None
     """Where the documents of one packed row begin and end, int32 [documents + 1]."""
@@ -103,6 +103,11 @@ class RMSNorm(nn.Module):
         return ops.rms_norm(x_BSD, self.weight, self.eps, self.unit_offset)
 
 
+def unchanged(x: Tensor) -> Tensor:
+    """Returns x: no norm."""
+    return x
+
+
 def scale_gradient(x: Tensor, scale: float) -> Tensor:
     """Returns x. In the backward pass, its gradient is multiplied by ``scale`` (https://arxiv.org/abs/2210.02414, section
     3.2)."""
@@ -161,6 +166,7 @@ class Attention(nn.Module):
         self.o = Linear("embed", d, "heads", heads, bias=config.o_bias)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps, axis="head") if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps, axis="head") if config.qk_norm else None
+        self.interleaved = config.rope is not None and config.rope.interleaved
         self.slopes = None if config.rope else alibi_slopes(config.num_heads)
         self.project, self.finish, self.split_heads, self.join_heads = project, finish, split_heads, join_heads
         self.own_heads = own_heads
@@ -172,7 +178,7 @@ class Attention(nn.Module):
             q_BSHN, k_BSKN = self.q_norm(q_BSHN), self.k_norm(k_BSKN)
         q_BSHN, k_BSKN, v_BSKN = self.split_heads(q_BSHN, k_BSKN, v_BSKN)
         if context.cos is not None and context.sin is not None:
-            q_BSHN, k_BSKN = rotate(q_BSHN, context.cos, context.sin), rotate(k_BSKN, context.cos, context.sin)
+            q_BSHN, k_BSKN = (rotate(x, context.cos, context.sin, self.interleaved) for x in (q_BSHN, k_BSKN))
         if cache is not None:
             end = cache.length + k_BSKN.shape[1]
             cache.keys[:, cache.length : end] = k_BSKN
@@ -223,7 +229,7 @@ def make_mlp(config: DecoderConfig, layer: int) -> GatedMLP | MoE:
 
 
 class DecoderLayer(nn.Module):
-    """A decoder layer: x += attention(norm(x)), and then x += mlp(norm(x))."""
+    """A decoder layer: x += attention(norm(x)), and then x += mlp(norm(x)). With ``out_norms``, both go through one more norm."""
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
@@ -231,10 +237,19 @@ class DecoderLayer(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, config.norm_unit_offset)
         self.mlp = make_mlp(config, layer)
+        if config.out_norms:
+            self.attn_out_norm: Callable[[Tensor], Tensor] = RMSNorm(
+                config.hidden_size, config.norm_eps, config.norm_unit_offset
+            )
+            self.mlp_out_norm: Callable[[Tensor], Tensor] = RMSNorm(
+                config.hidden_size, config.norm_eps, config.norm_unit_offset
+            )
+        else:
+            self.attn_out_norm = self.mlp_out_norm = unchanged
 
     def forward(self, x_BSD: Tensor, context: Context, cache: Cache | None = None) -> tuple[Tensor, Routing | None]:
         """Returns the new residual stream, and in a layer with experts the sums of the router."""
-        x_BSD = x_BSD + self.attn(self.attn_norm(x_BSD), context, cache)
+        x_BSD = x_BSD + self.attn_out_norm(self.attn(self.attn_norm(x_BSD), context, cache))
         out = self.mlp(self.mlp_norm(x_BSD))
         out_BSD, routing = out if isinstance(out, tuple) else (out, None)
-        return x_BSD + out_BSD, routing
+        return x_BSD + self.mlp_out_norm(out_BSD), routing
