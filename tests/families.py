@@ -144,9 +144,25 @@ def glm(draw: st.DrawFn, kind: Any) -> Any:
     return kind(**shape, pad_token_id=None, eos_token_id=2)
 
 
+@st.composite
+def gemma3(draw: st.DrawFn) -> Any:
+    shape = draw(common())
+    shape["hidden_size"] = shape["num_attention_heads"] * 8  # transformers insists on a multiple
+    scaling = shape.pop("rope_scaling")
+    if scaling is not None and scaling["rope_type"] != "linear":
+        scaling = None
+    layers, kinds = shape["num_hidden_layers"], st.sampled_from(["full_attention", "sliding_attention"])
+    return tf.Gemma3TextConfig(
+        **shape, rope_scaling=scaling, rope_local_base_freq=50.0, query_pre_attn_scalar=draw(st.sampled_from([8, 12])),
+        sliding_window=5, layer_types=draw(st.lists(kinds, min_size=layers, max_size=layers)), pad_token_id=None,
+        eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+
+
 CONFIGS = {
     "LLAMA2": llama(), "INTERNLM3": internlm3(), "QWEN2": qwen2(), "GEMMA": gemma(), "QWEN3": qwen3(),
-    "MIXTRALMOE": mixtral(), "QWEN2MOE": qwen2moe(), "QWEN3MOE": qwen3moe(), "PHI3": phi3(), "GLM": glm(tf.GlmConfig), "GLM4": glm(tf.Glm4Config),
+    "MIXTRALMOE": mixtral(), "QWEN2MOE": qwen2moe(), "QWEN3MOE": qwen3moe(), "PHI3": phi3(), "GLM": glm(tf.GlmConfig),
+    "GLM4": glm(tf.Glm4Config), "GEMMA3": gemma3(),
 }  # fmt: skip
 
 

@@ -119,6 +119,8 @@ class DecoderConfig:
     norm_eps: float = 1e-5
     rope: Rope | None = Rope()
     """The rotary embedding. None: attention with linear biases (ALiBi)."""
+    window_rope: Rope | None = None
+    """The rotary embedding of layers with a window, where it is another one."""
     max_position_embeddings: int = 2048
     qkv_bias: bool = False
     o_bias: bool = False
@@ -134,6 +136,8 @@ class DecoderConfig:
     """The outputs of attention and of the MLP go through a norm before they are added to the residual stream."""
     scale_embedding: bool = False
     """Embeddings are multiplied by sqrt(hidden_size)."""
+    query_scale: float = 1.0
+    """Queries are multiplied by this, besides 1 / sqrt(head_dim)."""
     norm_head: bool = False
     """Each row of the head's weight is divided by its L2 norm."""
     windows: tuple[int, ...] = ()
@@ -148,13 +152,14 @@ class DecoderConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DecoderConfig:
         """Returns the shape from ``to_dict``'s values, also if they have been written as JSON and read again."""
-        rope, experts = values["rope"], values.get("experts")
+        ropes = {key: values.get(key) and Rope(**values[key]) for key in ("rope", "window_rope")}
+        experts = values.get("experts")
         if experts:
             experts = Experts(**{**experts, "dense_layers": tuple(experts["dense_layers"])})
         lora = values.get("lora")
         lora = lora and Lora(**{**lora, "targets": tuple(lora["targets"])})
         windows = tuple(values.get("windows", ()))
-        return cls(**{**values, "rope": rope and Rope(**rope), "experts": experts, "windows": windows, "lora": lora})
+        return cls(**{**values, **ropes, "experts": experts, "windows": windows, "lora": lora})
 
     def settings(self) -> dict[str, Any]:
         """Returns the keys of a config that describe this decoder, with their values. Adapters are not among them."""
@@ -189,6 +194,8 @@ class DecoderConfig:
             "interleaved rotary embedding (a fact of model_type)": rope is not None and rope.interleaved,
             "qk_norm (a fact of model_type)": self.qk_norm,
             "norms after attention and MLP (a fact of model_type)": self.out_norms,
+            "base of the rotary embedding in windows (a fact of model_type)": self.window_rope and self.window_rope.base,
+            "scale of queries (a fact of model_type)": self.query_scale,
             "scale_embedding (a fact of model_type)": self.scale_embedding,
             "model.num_experts": moe.count if moe else 1,
         }
@@ -219,6 +226,10 @@ class DecoderConfig:
     def window(self, layer: int) -> int:
         """Returns the number of tokens that a token attends to in a layer, including itself; 0: all."""
         return self.windows[layer] if self.windows else 0
+
+    def uses_window_rope(self, layer: int) -> bool:
+        """Whether a layer has the rotary embedding of layers with a window."""
+        return self.window_rope is not None and self.window(layer) > 0
 
     def parameters(self, active: bool = False) -> int:
         """Returns the number of parameters. A tied head is not counted again.

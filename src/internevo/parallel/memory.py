@@ -71,7 +71,8 @@ def activations(work: Workload, kept: KeptActivations) -> int:
             layers += norms + attention + mlp
     head = norm + work.element_bytes * d * (kept.loss_tokens + kept.head_rows)  # gradients, computed with the loss
     angles = work.element_bytes * work.tokens * decoder.rope.size(decoder.head_dim) if decoder.rope else 0
-    return layers + work.embeddings * kept.looked_up + work.heads * head + len(work.on_rank) * angles
+    tables = sum(len({decoder.uses_window_rope(layer) for layer in stage.layers}) for stage in work.on_rank)
+    return layers + work.embeddings * kept.looked_up + work.heads * head + tables * angles
 
 
 def left(work: Workload, kept: KeptActivations) -> int:

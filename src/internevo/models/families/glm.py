@@ -1,5 +1,5 @@
-"""GLM-4 (9B, 2024): Llama with biases on q, k and v, of whose heads a half rotates, in pairs of neighbours. On disk, gate and up
-are one weight."""
+"""GLM-4 (9B, 2024): Llama with biases on q, k and v, of whose heads a half rotates, in pairs of neighbours. On disk, gate and
+up are one weight."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def biases(model: Model, family: str) -> Iterator[str]:
 
 
 def from_section(model: Model) -> DecoderConfig:
-    """Returns the decoder that a config's ``model`` section describes. Where it does not say so, a half of each head rotates."""
+    """Returns the decoder that a config's ``model`` section describes. By default, a half of each head rotates."""
     plain = llama.from_section(model)
     share = (model.rope_scaling or {}).get(SHARE) or 0.5
     return replace(

@@ -15,6 +15,7 @@ from ..config import DecoderConfig, Lora
 from . import (
     baichuan2,
     gemma,
+    gemma3,
     glm,
     glm4,
     hf_values,
@@ -30,7 +31,23 @@ from . import (
     qwen3moe,
 )
 
-MODULES = (internlm, internlm2, internlm3, llama, qwen2, baichuan2, gemma, qwen2moe, mixtral, qwen3, qwen3moe, phi3, glm, glm4)
+MODULES = (
+    internlm,
+    internlm2,
+    internlm3,
+    llama,
+    qwen2,
+    baichuan2,
+    gemma,
+    qwen2moe,
+    mixtral,
+    qwen3,
+    qwen3moe,
+    phi3,
+    glm,
+    glm4,
+    gemma3,
+)
 FAMILIES: dict[str, ModuleType] = {module.FAMILY: module for module in MODULES}
 
 
