@@ -121,9 +121,48 @@ def qwen3moe(draw: st.DrawFn) -> Any:
     )  # fmt: skip
 
 
+@st.composite
+def phi3(draw: st.DrawFn) -> Any:
+    shape, share = draw(common((8, 16))), draw(st.sampled_from([1.0, 0.5]))
+    shape["rope_scaling"] = None
+    if draw(st.booleans()):
+        pairs = int(shape["head_dim"] * share) // 2
+        short, long = (draw(st.lists(st.floats(1.0, 8.0), min_size=pairs, max_size=pairs)) for _ in range(2))
+        shape["rope_scaling"] = {"type": "longrope", "short_factor": short, "long_factor": long}
+    shape["hidden_size"] = shape["num_attention_heads"] * shape["head_dim"]  # with which transformers counts the factors
+    window = draw(st.sampled_from([None, 5]))
+    return tf.Phi3Config(
+        **shape, partial_rotary_factor=share, original_max_position_embeddings=8, sliding_window=window, pad_token_id=None,
+        eos_token_id=None,
+    )  # fmt: skip
+
+
+@st.composite
+def glm(draw: st.DrawFn, kind: Any) -> Any:
+    shape = draw(common((8, 16)))
+    shape |= {"attention_bias": draw(st.booleans()), "partial_rotary_factor": draw(st.sampled_from([0.5, 1.0]))}
+    return kind(**shape, pad_token_id=None, eos_token_id=2)
+
+
+@st.composite
+def gemma3(draw: st.DrawFn) -> Any:
+    shape = draw(common())
+    shape["hidden_size"] = shape["num_attention_heads"] * 8  # transformers insists on a multiple
+    scaling = shape.pop("rope_scaling")
+    if scaling is not None and scaling["rope_type"] != "linear":
+        scaling = None
+    layers, kinds = shape["num_hidden_layers"], st.sampled_from(["full_attention", "sliding_attention"])
+    return tf.Gemma3TextConfig(
+        **shape, rope_scaling=scaling, rope_local_base_freq=50.0, query_pre_attn_scalar=draw(st.sampled_from([8, 12])),
+        sliding_window=5, layer_types=draw(st.lists(kinds, min_size=layers, max_size=layers)), pad_token_id=None,
+        eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+
+
 CONFIGS = {
     "LLAMA2": llama(), "INTERNLM3": internlm3(), "QWEN2": qwen2(), "GEMMA": gemma(), "QWEN3": qwen3(),
-    "MIXTRALMOE": mixtral(), "QWEN2MOE": qwen2moe(), "QWEN3MOE": qwen3moe(),
+    "MIXTRALMOE": mixtral(), "QWEN2MOE": qwen2moe(), "QWEN3MOE": qwen3moe(), "PHI3": phi3(), "GLM": glm(tf.GlmConfig),
+    "GLM4": glm(tf.Glm4Config), "GEMMA3": gemma3(),
 }  # fmt: skip
 
 

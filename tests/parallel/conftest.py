@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import metrics, tensors, write_config, write_dataset
-from tests.parallel.layouts import COMMON, MODELS, PADDED, layout
+from tests.parallel.layouts import COMMON, FAMILIES, MODELS, PADDED, layout
 from tests.pool import Pool
 
 Runs = tuple[Path, Path, Callable[..., Path]]
@@ -19,9 +19,10 @@ def world(tmp_path_factory: pytest.TempPathFactory, pool: Pool) -> Runs:
     dataset = write_dataset(folder / "data")
 
     def one(model: str, packed: bool = True) -> Path:
-        path = folder / f"one-{list(MODELS).index(model)}-{packed}"
+        models = {**MODELS, **FAMILIES}
+        path = folder / f"one-{list(models).index(model)}-{packed}"
         if not path.exists():
-            changes = {**COMMON, **layout(1)[1], **MODELS[model], **({} if packed else PADDED)}
+            changes = {**COMMON, **layout(1)[1], **models[model], **({} if packed else PADDED)}
             pool.train(write_config(folder, dataset, path.name, **changes), 1)
         return path
 

@@ -87,6 +87,22 @@ EXPERTS: dict[str, Any] = {
     "model_type": "QWEN2MOE", "model__num_experts": 4, "model__top_k": 2, "model__num_shared_experts": 1,
     "model__moe_intermediate_size": 24,
 }  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gemma 3": {
+        "model_type": "GEMMA3", "model__num_layers": 6, "model__use_sliding_window": True, "model__sliding_window": 9,
+        "model__rope_base": 1e6, "model__num_kv_attention_heads": 1, "adam__adam_eps": 1e-4,
+    },
+    "glm 4": {"model_type": "GLM4", "model__head_dim": 16},
+    "phi 3, long": {
+        "model_type": "PHI3",
+        "model__rope_scaling": {
+            "rope_type": "longrope", "short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [2.0, 3.0, 5.0, 9.0],
+            "original_max_position_embeddings": 16, "partial_rotary_factor": 0.5,
+        },
+        "model__head_dim": 16, "model__max_position_embeddings": 64,
+    },
+}  # fmt: skip
+"""Models of families with mathematics of their own, which are not among those of random compositions."""
 PREFETCH: dict[str, Any] = {"overlap": True, "forward_overlap_per": "module"}
 NAMED = {
     "mtp 2": layout(2, "mtp", 2),

@@ -18,6 +18,9 @@ SHAPE = {
 BF16: dict[str, Any] = {"model__dtype": "torch.bfloat16"}
 DROPLESS: dict[str, Any] = {"model__moe_type": "Dropless"}
 PARTS = ("masters", "moments", "state", "activations")
+GEMMA3: dict[str, Any] = {
+    "model_type": "GEMMA3", "model__use_sliding_window": True, "model__sliding_window": 9, "model__num_layers": 6,
+}  # fmt: skip
 CASES = {
     "one process": layout(1),
     "one process, bf16": layout(1, model__dtype="torch.bfloat16"),
@@ -38,6 +41,9 @@ CASES = {
     "isp 4 x 2": layout(4, "isp", 4, 2, weights={"overlap": True}),
     "qwen3": layout(2, "fsp", 2, model_type="QWEN3"),
     "qwen3, isp": layout(2, "isp", 2, model_type="QWEN3"),
+    "gemma 3, fsp 2": layout(2, "fsp", 2, **GEMMA3),
+    "gemma 3, isp 2 x 2, half recomputed": layout(2, "isp", 2, 2, **GEMMA3, model__checkpoint=0.5),
+    "glm 4, mtp 2, attention recomputed": layout(2, "mtp", 2, model_type="GLM4", model__checkpoint="attention"),
     "experts": layout(1, **EXPERTS, model__moe_type="Dropless"),
     "experts with capacity, bf16, zero 2": layout(2, **EXPERTS, model__dtype="torch.bfloat16", parallel__expert={"size": 1}),
     "experts over 2 of 4 ranks, bf16": layout(4, **EXPERTS, model__dtype="torch.bfloat16", parallel__expert={"size": 2}),

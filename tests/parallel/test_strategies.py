@@ -10,19 +10,35 @@ import pytest
 from internevo.text.tokenizer import train_bpe
 from tests.conftest import metrics, tensors, write_config
 from tests.parallel.conftest import Runs, assert_same, assert_same_rows
-from tests.parallel.layouts import COMMON, MODELS, NAMED, Case, full_table, layout
+from tests.parallel.layouts import COMMON, FAMILIES, MODELS, NAMED, Case, full_table, layout, pipelined
 from tests.pool import Pool
 
 
 def compare(pool: Pool, world: Runs, tmp_path: Path, processes: int, changes: dict[str, Any], model: str = "llama") -> None:
     _, dataset, one = world
-    pool.train(write_config(tmp_path, dataset, "many", **{**COMMON, **MODELS[model], **changes}), processes)
+    pool.train(write_config(tmp_path, dataset, "many", **{**COMMON, **{**MODELS, **FAMILIES}[model], **changes}), processes)
     assert_same(tmp_path / "many", one(model, changes.get("data__use_packed_dataset", True)))
 
 
 @pytest.mark.parametrize("name", NAMED)
 def test_a_strategy_trains_the_same_model_as_one_process(pool: Pool, world: Runs, tmp_path: Path, name: str) -> None:
     compare(pool, world, tmp_path, *NAMED[name])
+
+
+OF_FAMILIES: dict[str, tuple[str, Case]] = {
+    "gemma 3, msp 2, fsdp, recomputed": ("gemma 3", layout(4, "msp", 2, fsdp=True, model__checkpoint=True)),
+    "gemma 3, isp 2 x 2, half recomputed": ("gemma 3", layout(4, "isp", 2, 2, model__checkpoint=0.5)),
+    "gemma 3, pipeline of 2, mtp 2": ("gemma 3", pipelined(4, 2, layers=6, mode="mtp", tensor=2)),
+    "glm 4, fsp 2, attention recomputed": ("glm 4", layout(2, "fsp", 2, model__checkpoint="attention")),
+    "glm 4, mtp 2": ("glm 4", layout(2, "mtp", 2)),
+    "phi 3, isp 4": ("phi 3, long", layout(4, "isp", 4)),
+}
+
+
+@pytest.mark.parametrize("name", OF_FAMILIES)
+def test_families_with_mathematics_of_their_own_train_the_same(pool: Pool, world: Runs, tmp_path: Path, name: str) -> None:
+    model, case = OF_FAMILIES[name]
+    compare(pool, world, tmp_path, *case, model=model)
 
 
 ADAPTED = ["mtp 2", "msp 2, fsdp, recomputed", "fsp 4", "isp 2, weights over 2, zero 2, half recomputed"]

@@ -130,20 +130,24 @@ class Model(Section):
         None, "Attention has no biases. None: the family's own choice (False for INTERNLM, True for INTERNLM2 and LLAMA2)."
     )
     qkv_bias: bool | None = option(
-        None, "The query, key and value projections have biases. None: as no_bias says; True for QWEN2 and QWEN2MOE."
+        None, "The query, key and value projections have biases. None: as no_bias says; True for QWEN2, QWEN2MOE, GLM and GLM4."
     )
     o_bias: bool | None = option(
-        None, "The output projection of attention has a bias. None: as no_bias says; False for QWEN2 and QWEN2MOE."
+        None, "The output projection of attention has a bias. None: as no_bias says; False for QWEN2, QWEN2MOE, GLM and GLM4."
     )
     mlp_bias: bool = option(False, "The MLP has biases, in families that support them.")
-    tie_word_embeddings: bool | None = option(None, "The head uses the embedding's weight. None: False, but True for GEMMA.")
+    tie_word_embeddings: bool | None = option(
+        None, "The head uses the embedding's weight. None: False, but True for GEMMA and GEMMA3."
+    )
     rope_base: float = option(10000.0, "Base of the rotary embedding.", gt=0)
     rope_scaling: dict[str, Any] | None = option(
         None,
         'Scaling of the rotary embedding, written as in Hugging Face, for example {"rope_type": "linear", "factor": 4.0}. '
         "Kinds, and their keys besides rope_type: linear (factor); dynamic (factor); llama3 (factor, low_freq_factor, "
         "high_freq_factor, original_max_position_embeddings); yarn (factor, original_max_position_embeddings, "
-        "attention_factor, beta_fast, beta_slow, mscale, mscale_all_dim, truncate).",
+        "attention_factor, beta_fast, beta_slow, mscale, mscale_all_dim, truncate); longrope (short_factor, long_factor, "
+        "original_max_position_embeddings, factor, attention_factor). Each kind, also default, may have partial_rotary_factor, "
+        "the share of a head that rotates (PHI3, GLM, GLM4).",
     )
     use_dynamic_ntk_rope: bool = option(
         False,
@@ -162,7 +166,9 @@ class Model(Section):
         le=MAX_SIZE,
     )
     use_sliding_window: bool = option(
-        False, "Tokens attend only to the last sliding_window tokens (QWEN2, QWEN2MOE, QWEN3, QWEN3MOE, MIXTRALMOE)."
+        False,
+        "Tokens attend only to the last sliding_window tokens (QWEN2, QWEN2MOE, QWEN3, QWEN3MOE, MIXTRALMOE, "
+        "PHI3); GEMMA3: five layers of six do (None: 512 tokens).",
     )
     sliding_window: int | None = option(
         None,
@@ -185,10 +191,11 @@ class Model(Section):
         None, "Each row of the head's weight is divided by its L2 norm. None: False, but True for BAICHUAN2."
     )
     add_unit_offset: bool | None = option(
-        None, "Norms multiply by 1 + weight in place of weight. None: False, but True for GEMMA."
+        None, "Norms multiply by 1 + weight in place of weight. None: False, but True for GEMMA and GEMMA3."
     )
     use_swiglu: bool | None = option(
-        None, "The MLP's activation is SwiGLU; False: GELU (tanh approximation), gated. None: True, but False for GEMMA."
+        None,
+        "The MLP's activation is SwiGLU; False: GELU (tanh approximation), gated. None: True, but False for GEMMA and GEMMA3.",
     )
     embed_grad_scale: float = option(1.0, "Number by which the gradients of the embedding and the head are multiplied.", gt=0)
     use_scaled_init: bool = option(

@@ -39,6 +39,10 @@ def _length(value: Any) -> bool:
     return isinstance(value, int) and _at_least_one(value)
 
 
+def _numbers(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) > 0 and all(map(_positive, value))
+
+
 FACTOR = {"factor": Key("a number of at least 1", _at_least_one, required=True)}
 LENGTH = {"original_max_position_embeddings": Key("a whole number of at least 1", _length)}
 POSITIVE = Key("a number above 0", _positive)
@@ -54,8 +58,18 @@ KINDS: dict[str, dict[str, Key]] = {
         **dict.fromkeys(("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"), POSITIVE),
         **dict.fromkeys(("truncate", "finetuned"), Key("true or false", _flag)),
     },
+    "longrope": {
+        "factor": Key("a number of at least 1", _at_least_one),
+        "original_max_position_embeddings": Key("a whole number of at least 1", _length, required=True),
+        "attention_factor": POSITIVE,
+        **dict.fromkeys(
+            ("short_factor", "long_factor"), Key("a list of numbers above 0, one for each pair", _numbers, required=True)
+        ),
+    },
 }
 """Kind -> its keys. (``finetuned`` is in the folders of YaRN's authors, and changes nothing.)"""
+SHARE = "partial_rotary_factor"
+"""A key of every kind: the share of a head that rotates."""
 ORDERED = {"llama3": ("low_freq_factor", 0, "high_freq_factor", 0), "yarn": ("beta_slow", 1, "beta_fast", 32)}
 """Kind -> two keys, each with its default; the first must be less than the second."""
 
@@ -71,8 +85,9 @@ def problems(scaling: Any) -> Iterator[str]:
         yield f"its rope_type must be one of {', '.join(KINDS)}, not {' and '.join(map(repr, kinds)) or 'left out'}"
         return
     kind, known = kinds[0], KINDS[kinds[0]]
-    if (share := given.pop("partial_rotary_factor", 1)) != 1:
-        yield f"partial_rotary_factor = {share!r} is not supported: it must be 1 (all of a head rotates)"
+    share = given.pop(SHARE, 1)
+    if not (_positive(share) and share <= 1):
+        yield f"{SHARE} = {share!r} must be above 0 and at most 1"
     for name, value in given.items():
         if name not in known:
             yield f"{name!r} is not a key of {kind!r} (keys: {', '.join(known) or 'none'})"

@@ -17,14 +17,23 @@ class Rope:
     kind: str = "default"
     """The kind of scaling: default (none), linear, dynamic, llama3 or yarn."""
     factor: float = 1.0
-    options: dict[str, float] = field(default_factory=dict)
-    """Other numbers that the kind needs: low_freq_factor, beta_fast, attention_factor, ..."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Other numbers that the kind needs: low_freq_factor, beta_fast, attention_factor, ...; short_factor is a list of them."""
+    share: float = 1.0
+    """The share of a head that rotates, from its beginning; the rest has no position."""
+    interleaved: bool = False
+    """Whether neighbours form the pairs that rotate, and not elements that are half of the rotated size apart."""
+
+    def size(self, head_dim: int) -> int:
+        """Returns how many elements of a head rotate."""
+        return int(head_dim * self.share)
 
     @property
     def needs_length(self) -> bool:
         """Whether the angles depend on the decoder's ``max_position_embeddings``."""
         has_length = "original_max_position_embeddings" in self.options
-        return self.kind == "dynamic" or (self.kind in ("llama3", "yarn") and not has_length)
+        without_factor = self.kind == "longrope" and self.factor == 1.0 and "attention_factor" not in self.options
+        return self.kind == "dynamic" or (self.kind in ("llama3", "yarn") and not has_length) or without_factor
 
 
 @dataclass(frozen=True)
@@ -110,6 +119,8 @@ class DecoderConfig:
     norm_eps: float = 1e-5
     rope: Rope | None = Rope()
     """The rotary embedding. None: attention with linear biases (ALiBi)."""
+    window_rope: Rope | None = None
+    """The rotary embedding of layers with a window, where it is another one."""
     max_position_embeddings: int = 2048
     qkv_bias: bool = False
     o_bias: bool = False
@@ -121,8 +132,12 @@ class DecoderConfig:
     """Norms multiply by 1 + weight in place of weight."""
     qk_norm: bool = False
     """Each head's queries and keys go through a norm before the rotary embedding."""
+    out_norms: bool = False
+    """The outputs of attention and of the MLP go through a norm before they are added to the residual stream."""
     scale_embedding: bool = False
     """Embeddings are multiplied by sqrt(hidden_size)."""
+    query_scale: float = 1.0
+    """Queries are multiplied by this, besides 1 / sqrt(head_dim)."""
     norm_head: bool = False
     """Each row of the head's weight is divided by its L2 norm."""
     windows: tuple[int, ...] = ()
@@ -137,13 +152,14 @@ class DecoderConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DecoderConfig:
         """Returns the shape from ``to_dict``'s values, also if they have been written as JSON and read again."""
-        rope, experts = values["rope"], values.get("experts")
+        ropes = {key: values.get(key) and Rope(**values[key]) for key in ("rope", "window_rope")}
+        experts = values.get("experts")
         if experts:
             experts = Experts(**{**experts, "dense_layers": tuple(experts["dense_layers"])})
         lora = values.get("lora")
         lora = lora and Lora(**{**lora, "targets": tuple(lora["targets"])})
         windows = tuple(values.get("windows", ()))
-        return cls(**{**values, "rope": rope and Rope(**rope), "experts": experts, "windows": windows, "lora": lora})
+        return cls(**{**values, **ropes, "experts": experts, "windows": windows, "lora": lora})
 
     def settings(self) -> dict[str, Any]:
         """Returns the keys of a config that describe this decoder, with their values. Adapters are not among them."""
@@ -151,6 +167,8 @@ class DecoderConfig:
         scaling = None
         if rope and rope.kind != "default":
             scaling = {"rope_type": rope.kind, "factor": rope.factor, **rope.options}
+        if rope and rope.share != 1.0:
+            scaling = {"rope_type": rope.kind, **(scaling or {}), "partial_rotary_factor": rope.share}
         values: dict[str, Any] = {
             "model_type": self.family,
             "model.num_layers": self.num_layers,
@@ -173,7 +191,11 @@ class DecoderConfig:
             "model.norm_head": self.norm_head,
             "model.add_unit_offset": self.norm_unit_offset,
             "model.use_swiglu": self.activation == "silu",
+            "interleaved rotary embedding (a fact of model_type)": rope is not None and rope.interleaved,
             "qk_norm (a fact of model_type)": self.qk_norm,
+            "norms after attention and MLP (a fact of model_type)": self.out_norms,
+            "base of the rotary embedding in windows (a fact of model_type)": self.window_rope and self.window_rope.base,
+            "scale of queries (a fact of model_type)": self.query_scale,
             "scale_embedding (a fact of model_type)": self.scale_embedding,
             "model.num_experts": moe.count if moe else 1,
         }
@@ -205,6 +227,10 @@ class DecoderConfig:
         """Returns the number of tokens that a token attends to in a layer, including itself; 0: all."""
         return self.windows[layer] if self.windows else 0
 
+    def uses_window_rope(self, layer: int) -> bool:
+        """Whether a layer has the rotary embedding of layers with a window."""
+        return self.window_rope is not None and self.window(layer) > 0
+
     def parameters(self, active: bool = False) -> int:
         """Returns the number of parameters. A tied head is not counted again.
 
@@ -222,7 +248,7 @@ class DecoderConfig:
         """
         d, heads, kv = self.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         total = d * (heads + 2 * kv) + heads * d + self.qkv_bias * (heads + 2 * kv) + self.o_bias * d + 2 * d
-        total += 2 * self.head_dim * self.qk_norm
+        total += 2 * self.head_dim * self.qk_norm + 2 * d * self.out_norms
         if self.experts is None or not self.is_sparse(layer):
             return total + 3 * d * self.intermediate_size + self.mlp_bias * (2 * self.intermediate_size + d)
         e = self.experts

@@ -15,7 +15,7 @@ from .layers import Cache, Context, DecoderLayer, Embedding, Head, RMSNorm
 from .lora import add_adapters
 from .losses import HandedOn, Loss, LossTerms, Routed, add_pooled, pool, router_losses
 from .moe import MoE, Router
-from .rotary import tables
+from .rotary import NEED_LENGTHS, tables
 
 
 class Decoder(nn.Module):
@@ -102,9 +102,10 @@ class Decoder(nn.Module):
             hidden = self.embed(tokens)
         assert hidden is not None, "a stage without the embedding needs the residual stream of the stage before (hidden)"
         x_BSD = hidden
-        context = self._context(tokens, positions, cu_seqlens, caches, x_BSD.dtype)
+        contexts = self._contexts(tokens, positions, cu_seqlens, caches, x_BSD.dtype)
         sums = {}
         for place, (number, layer) in enumerate(self.layers.items()):
+            context = contexts[self.config.uses_window_rope(int(number))]
             x_BSD, routing = layer(x_BSD, context, caches[place] if caches is not None else None)
             if routing is not None:
                 sums[int(number)] = routing
@@ -123,15 +124,19 @@ class Decoder(nn.Module):
         cross_entropy, losses = out
         return Loss(cross_entropy if routed.loss is None else cross_entropy + routed.loss, losses, routed)
 
-    def _context(
+    def _contexts(
         self,
         tokens: Tensor,
         positions: Tensor | None,
         cu_seqlens: Tensor | None,
         caches: list[Cache] | None,
         dtype: torch.dtype,
-    ) -> Context:
-        """Computes once what all layers need: the rotary embedding of all positions, and where documents begin and end."""
+    ) -> dict[bool, Context]:
+        """Computes once what the layers need: the rotary embedding of all positions, and where documents begin and end.
+
+        Returns:
+            ``DecoderConfig.uses_window_rope`` -> what these layers need.
+        """
         past = caches[0].length if caches else 0
         max_seqlen = 0
         if cu_seqlens is not None:
@@ -141,16 +146,20 @@ class Decoder(nn.Module):
             mark_dynamic(cu_seqlens, 0)
         rope = self.config.rope
         if rope is None:
-            return Context(None, None, cu_seqlens, max_seqlen)
+            return {False: Context(None, None, cu_seqlens, max_seqlen)}
         if positions is None:
             positions = torch.arange(past, past + tokens.shape[1], device=tokens.device).expand(tokens.shape)
             if cu_seqlens is not None:
                 starts = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff(), output_size=tokens.shape[1])
                 positions = positions - starts
-        lengths = _lengths(positions, cu_seqlens) if rope.kind == "dynamic" else None
-        head_dim, longest = self.config.head_dim, self.config.max_position_embeddings
-        cos, sin = tables(rope, head_dim, longest, positions, lengths, dtype)
-        return Context(cos, sin, cu_seqlens, max_seqlen)
+        lengths = _lengths(positions, cu_seqlens) if rope.kind in NEED_LENGTHS else None
+        head_dim, longest, found = self.config.head_dim, self.config.max_position_embeddings, {}
+        for windowed in {self.config.uses_window_rope(layer) for layer in self.stage.layers}:
+            its = self.config.window_rope if windowed else rope
+            assert its is not None
+            cos, sin = tables(its, head_dim, longest, positions, lengths, dtype)
+            found[windowed] = Context(cos, sin, cu_seqlens, max_seqlen)
+        return found
 
 
 def _lengths(positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:

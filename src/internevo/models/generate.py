@@ -47,6 +47,7 @@ class LanguageModel(Protocol):
     """A decoder, or what works like one."""
 
     training: bool
+    config: DecoderConfig
 
     def __call__(self, tokens: Tensor, *, caches: list[Cache]) -> Tensor:
         """Returns the logits [B, S, V]."""
@@ -99,6 +100,9 @@ def generate(
     model.eval()
     with torch.compiler.set_stance("force_eager"):
         for _ in range(max_new_tokens):
+            if _angles_change(model.config, caches[0].length, caches[0].length + tokens.shape[1]):
+                caches = [Cache(c.keys, c.values, 0) for c in caches]
+                tokens = torch.tensor([[*prompt, *out]], device=device)
             logits = model(tokens, caches=caches)
             caches = [Cache(c.keys, c.values, c.length + tokens.shape[1]) for c in caches]
             chosen = choose(logits[0, -1, :vocab_size].float(), sampling, generator)
@@ -108,6 +112,15 @@ def generate(
             tokens = torch.tensor([[chosen]], device=device)
     model.train(training)
     return out
+
+
+def _angles_change(config: DecoderConfig, before: int, after: int) -> bool:
+    """Whether the rotary embedding of the first ``before`` tokens is another one in a text of ``after`` tokens, so that their
+    keys must be computed again. (With dynamic scaling they stay as they are, as in Hugging Face's models.)"""
+    rope = config.rope
+    if rope is None or rope.kind != "longrope":
+        return False
+    return 0 < before <= rope.options["original_max_position_embeddings"] < after
 
 
 def empty_caches(model: LanguageModel, capacity: int, dtype: torch.dtype, device: torch.device) -> list[Cache]:

@@ -9,7 +9,8 @@ Shapes: B rows, S tokens, D hidden, H query heads, K key/value heads, N head siz
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,10 +25,10 @@ from .rotary import rotate
 
 
 class Context(NamedTuple):
-    """What all layers share in one forward pass."""
+    """What all layers with the same rotary embedding share in one forward pass."""
 
     cos: Tensor | None
-    """cos of the angles of the rotary embedding [B, S, 1, N/2]; None without a rotary embedding."""
+    """cos of the angles of the rotary embedding [B, S, 1, R/2]; R elements of a head rotate. None: no rotary embedding."""
     sin: Tensor | None
     cu_seqlens: Tensor | None = None
     """Where the documents of one packed row begin and end, int32 [documents + 1]."""
@@ -103,6 +104,11 @@ class RMSNorm(nn.Module):
         return ops.rms_norm(x_BSD, self.weight, self.eps, self.unit_offset)
 
 
+def unchanged(x: Tensor) -> Tensor:
+    """Returns x: no norm."""
+    return x
+
+
 def scale_gradient(x: Tensor, scale: float) -> Tensor:
     """Returns x. In the backward pass, its gradient is multiplied by ``scale`` (https://arxiv.org/abs/2210.02414, section
     3.2)."""
@@ -151,7 +157,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
-        self.head_dim, self.window = config.head_dim, config.window(layer)
+        self.head_dim, self.window, self.query_scale = config.head_dim, config.window(layer), config.query_scale
         self.kv_heads = config.num_kv_heads
         """Number of the key/value heads whose attention this rank computes; a cache has this many."""
         d, heads, kv = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -159,8 +165,13 @@ class Attention(nn.Module):
         self.k = Linear("kv_heads", kv, "embed", d, bias=config.qkv_bias)
         self.v = Linear("kv_heads", kv, "embed", d, bias=config.qkv_bias)
         self.o = Linear("embed", d, "heads", heads, bias=config.o_bias)
-        self.q_norm = RMSNorm(config.head_dim, config.norm_eps, axis="head") if config.qk_norm else None
-        self.k_norm = RMSNorm(config.head_dim, config.norm_eps, axis="head") if config.qk_norm else None
+        self.q_norm = (
+            RMSNorm(config.head_dim, config.norm_eps, config.norm_unit_offset, axis="head") if config.qk_norm else None
+        )
+        self.k_norm = (
+            RMSNorm(config.head_dim, config.norm_eps, config.norm_unit_offset, axis="head") if config.qk_norm else None
+        )
+        self.interleaved = config.rope is not None and config.rope.interleaved
         self.slopes = None if config.rope else alibi_slopes(config.num_heads)
         self.project, self.finish, self.split_heads, self.join_heads = project, finish, split_heads, join_heads
         self.own_heads = own_heads
@@ -170,9 +181,11 @@ class Attention(nn.Module):
         q_BSHN, k_BSKN, v_BSKN = (part.view(*part.shape[:2], -1, self.head_dim) for part in (q, k, v))
         if self.q_norm is not None and self.k_norm is not None:
             q_BSHN, k_BSKN = self.q_norm(q_BSHN), self.k_norm(k_BSKN)
+        if self.query_scale != 1.0:
+            q_BSHN = q_BSHN * self.query_scale
         q_BSHN, k_BSKN, v_BSKN = self.split_heads(q_BSHN, k_BSKN, v_BSKN)
         if context.cos is not None and context.sin is not None:
-            q_BSHN, k_BSKN = rotate(q_BSHN, context.cos, context.sin), rotate(k_BSKN, context.cos, context.sin)
+            q_BSHN, k_BSKN = (rotate(x, context.cos, context.sin, self.interleaved) for x in (q_BSHN, k_BSKN))
         if cache is not None:
             end = cache.length + k_BSKN.shape[1]
             cache.keys[:, cache.length : end] = k_BSKN
@@ -223,18 +236,22 @@ def make_mlp(config: DecoderConfig, layer: int) -> GatedMLP | MoE:
 
 
 class DecoderLayer(nn.Module):
-    """A decoder layer: x += attention(norm(x)), and then x += mlp(norm(x))."""
+    """A decoder layer: x += attention(norm(x)), and then x += mlp(norm(x)). With ``out_norms``, the
+    outputs of both go through one more norm."""
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
-        self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps, config.norm_unit_offset)
+        norm = partial(RMSNorm, config.hidden_size, config.norm_eps, config.norm_unit_offset)
+        self.attn_norm = norm()
         self.attn = Attention(config, layer)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, config.norm_unit_offset)
+        self.mlp_norm = norm()
         self.mlp = make_mlp(config, layer)
+        self.attn_out_norm: Callable[[Tensor], Tensor] = norm() if config.out_norms else unchanged
+        self.mlp_out_norm: Callable[[Tensor], Tensor] = norm() if config.out_norms else unchanged
 
     def forward(self, x_BSD: Tensor, context: Context, cache: Cache | None = None) -> tuple[Tensor, Routing | None]:
         """Returns the new residual stream, and in a layer with experts the sums of the router."""
-        x_BSD = x_BSD + self.attn(self.attn_norm(x_BSD), context, cache)
+        x_BSD = x_BSD + self.attn_out_norm(self.attn(self.attn_norm(x_BSD), context, cache))
         out = self.mlp(self.mlp_norm(x_BSD))
         out_BSD, routing = out if isinstance(out, tuple) else (out, None)
-        return x_BSD + out_BSD, routing
+        return x_BSD + self.mlp_out_norm(out_BSD), routing

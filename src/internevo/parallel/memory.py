@@ -57,20 +57,22 @@ def activations(work: Workload, kept: KeptActivations) -> int:
     """Returns the bytes that one forward pass through the stages of ``work`` keeps for the backward pass."""
     decoder, d = work.decoder, work.decoder.hidden_size
     norm = kept.residual_tokens * (d * work.element_bytes + 4)  # the input of a norm, and one fp32 number per token
+    norms = (4 if decoder.out_norms else 2) * norm
     kernel, attention = _attention(work, kept)
     output = kernel if work.keeps_attention else 0
     layers, recomputed = 0, work.recomputed_layers
     for number in work.layers:
         mlp = _experts(work, kept) if decoder.is_sparse(number) else _mlp(work, kept, decoder.intermediate_size)
         if work.recomputed == "attention":
-            layers += 2 * norm + work.element_bytes * d * kept.residual_tokens + output + mlp
+            layers += norms + work.element_bytes * d * kept.residual_tokens + output + mlp
         elif number in recomputed:
             layers += norm - 4 * kept.residual_tokens + output  # the input of the layer
         else:
-            layers += 2 * norm + attention + mlp
+            layers += norms + attention + mlp
     head = norm + work.element_bytes * d * (kept.loss_tokens + kept.head_rows)  # gradients, computed with the loss
-    angles = work.element_bytes * work.tokens * decoder.head_dim if decoder.rope else 0
-    return layers + work.embeddings * kept.looked_up + work.heads * head + len(work.on_rank) * angles
+    angles = work.element_bytes * work.tokens * decoder.rope.size(decoder.head_dim) if decoder.rope else 0
+    tables = sum(len({decoder.uses_window_rope(layer) for layer in stage.layers}) for stage in work.on_rank)
+    return layers + work.embeddings * kept.looked_up + work.heads * head + tables * angles
 
 
 def left(work: Workload, kept: KeptActivations) -> int:

@@ -318,6 +318,7 @@ class PipelinedModel(nn.Module):
         super().__init__()
         self.stages = nn.ModuleList(chunk.model for chunk in chunks)
         self.chunks, self.channels = chunks, channels
+        self.config = chunks[0].model.config
         self.plan = channels.plan(forwards(mode, channels.size, len(chunks), 1))
 
     def numbered_layers(self) -> list[tuple[int, DecoderLayer]]:
@@ -331,7 +332,7 @@ class PipelinedModel(nn.Module):
             tokens: int64 [B, S].
             caches: the caches of this rank's layers.
         """
-        channels, config = self.channels, self.chunks[0].model.config
+        channels, config = self.channels, self.config
         channels.expect(self.plan, (*tokens.shape, config.hidden_size))
         logits, rest = None, iter(caches)
         for stage, model, *_ in self.chunks:

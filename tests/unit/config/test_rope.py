@@ -14,6 +14,9 @@ from tests.unit.config.test_config import tiny
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
+LONGROPE = {
+    "rope_type": "longrope", "short_factor": [1.0, 2.0], "long_factor": [1.5, 4.0], "original_max_position_embeddings": 8,
+}  # fmt: skip
 WRONG: list[tuple[Any, str]] = [
     ({"rope_type": "linear", "facter": 4}, "'facter' is not a key of 'linear'"),
     ({"rope_type": "linear", "facter": 4}, "'linear' needs factor"),
@@ -32,9 +35,12 @@ WRONG: list[tuple[Any, str]] = [
     ({**YARN, "original_max_position_embeddings": 4.5}, "original_max_position_embeddings = 4.5 must be a whole number"),
     ({**YARN, "truncate": "no"}, "truncate = 'no' must be true or false"),
     ({**YARN, "attention_factor": -1}, "attention_factor = -1 must be a number above 0"),
-    ({**YARN, "partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
+    *[({**YARN, "partial_rotary_factor": s}, "must be above 0 and at most 1") for s in (0, -1, 1.5, "half", True)],
+    ({"rope_type": "longrope", "factor": 2.0}, "'longrope' needs short_factor, a list of numbers above 0"),
+    ({**LONGROPE, "long_factor": [1.0, 0]}, "long_factor = [1.0, 0] must be a list of numbers above 0"),
+    ({**LONGROPE, "original_max_position_embeddings": None}, "'longrope' needs original_max_position_embeddings"),
     ({"rope_type": "linear", "type": "yarn", "factor": 2.0}, "not 'linear' and 'yarn'"),
-    ({"rope_type": "longrope", "factor": 2.0}, "its rope_type must be one of default, linear, dynamic, llama3, yarn"),
+    ({"rope_type": "su", "factor": 2.0}, "its rope_type must be one of default, linear, dynamic, llama3, yarn, longrope"),
     ({"rope_type": ["linear"], "factor": 2.0}, "its rope_type must be one of"),
     ({"rope_type": "default", "factor": 2.0}, "'factor' is not a key of 'default'"),
 ]  # fmt: skip

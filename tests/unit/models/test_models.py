@@ -45,7 +45,7 @@ def test_logits_loss_and_gradients_equal_transformers(family: str, data: st.Data
     sparse = is_sparse(ours)
     options = {"output_router_logits": True} if sparse else {}
     expected = theirs(tokens, labels=tokens, **options)
-    assert (ours(tokens) - expected.logits).abs().max() < 1e-5
+    assert (ours(tokens) - expected.logits).abs().max() < 1e-5 * max(1.0, float(expected.logits.detach().abs().max()))
     labels = torch.cat([tokens[:, 1:], torch.full((2, 1), -100)], dim=1)
     coefficient = theirs.config.router_aux_loss_coef if sparse else 0.0
     loss = ours(tokens, labels=labels, terms=LossTerms(balance=coefficient, balance_kind="pooled"))

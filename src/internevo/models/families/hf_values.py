@@ -24,7 +24,7 @@ MAY_BE_NULL = (
     "layer_types",
 )
 LAYER_TYPES = ("full_attention", "sliding_attention")
-FIXED: dict[str, tuple[Any, ...]] = {"quantization_config": (None,), "partial_rotary_factor": (1, None)}
+FIXED: dict[str, tuple[Any, ...]] = {"quantization_config": (None,)}
 """The values that a key may have in every family."""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ...config.model import Model
@@ -16,6 +16,8 @@ ARCHITECTURE = "LlamaForCausalLM"
 HF_MODEL_TYPE = "llama"
 HEAD = "lm_head.weight"
 FIXED = {"hidden_act": ("silu",)}
+NORMS = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+"""Name of a layer's norm -> its name on disk."""
 
 
 def problems(model: Model) -> Iterator[str]:
@@ -121,18 +123,19 @@ def names(
     config: DecoderConfig,
     attention: Callable[[DecoderConfig, int], Names] | None = None,
     mlp: Callable[[DecoderConfig, int], Names] | None = None,
+    norms: Mapping[str, str] = NORMS,
 ) -> Names:
     """Returns where every parameter is on disk.
 
     Args:
         attention, mlp: functions (config, layer) -> where this part of the layer is on disk, if it differs from Llama.
+        norms: name of a layer's norm -> its name on disk.
     """
     found: Names = {"embed.weight": [DiskRows("model.embed_tokens.weight")]}
     for n in range(config.num_layers):
         disk, ours = f"model.layers.{n}", f"layers.{n}"
-        found[f"{ours}.attn_norm.weight"] = [DiskRows(f"{disk}.input_layernorm.weight")]
+        found |= {f"{ours}.{name}.weight": [DiskRows(f"{disk}.{theirs}.weight")] for name, theirs in norms.items()}
         found |= (attention or attention_names)(config, n)
-        found[f"{ours}.mlp_norm.weight"] = [DiskRows(f"{disk}.post_attention_layernorm.weight")]
         found |= (mlp or mlp_names)(config, n)
     found["norm.weight"] = [DiskRows("model.norm.weight")]
     if not config.tie_embeddings:

@@ -9,11 +9,45 @@ from types import ModuleType
 from typing import Any
 
 from ...config.model import Model
+from ...config.rope import SHARE
 from ...errors import UsageError
 from ..config import DecoderConfig, Lora
-from . import baichuan2, gemma, hf_values, internlm, internlm2, internlm3, llama, mixtral, qwen2, qwen2moe, qwen3, qwen3moe
+from . import (
+    baichuan2,
+    gemma,
+    gemma3,
+    glm,
+    glm4,
+    hf_values,
+    internlm,
+    internlm2,
+    internlm3,
+    llama,
+    mixtral,
+    phi3,
+    qwen2,
+    qwen2moe,
+    qwen3,
+    qwen3moe,
+)
 
-MODULES = (internlm, internlm2, internlm3, llama, qwen2, baichuan2, gemma, qwen2moe, mixtral, qwen3, qwen3moe)
+MODULES = (
+    internlm,
+    internlm2,
+    internlm3,
+    llama,
+    qwen2,
+    baichuan2,
+    gemma,
+    qwen2moe,
+    mixtral,
+    qwen3,
+    qwen3moe,
+    phi3,
+    glm,
+    glm4,
+    gemma3,
+)
 FAMILIES: dict[str, ModuleType] = {module.FAMILY: module for module in MODULES}
 
 
@@ -26,10 +60,18 @@ def problems(model_type: str, model: Model) -> Iterator[str]:
     known = (*FAMILIES, *LATER)
     if model_type in FAMILIES:
         yield from FAMILIES[model_type].problems(model)
+        share = (model.rope_scaling or {}).get(SHARE, 1)
+        if share != 1 and not _rotates_partly(FAMILIES[model_type]):
+            yield f"model.rope_scaling: {SHARE} = {share!r} is not supported by model_type = {model_type!r}: it must be 1"
     elif model_type not in known:
         near = difflib.get_close_matches(model_type.upper(), known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         yield f"model_type = {model_type!r} is unknown{hint} (known: {', '.join(known)})"
+
+
+def _rotates_partly(module: ModuleType) -> bool:
+    """Whether the family's models may rotate a part of each head only."""
+    return getattr(module, "PARTIAL_ROTARY", False)
 
 
 def family(name: str) -> ModuleType:
@@ -98,4 +140,8 @@ def decoder_from_hf(hf: dict[str, Any], folder: str, name: str | None = None) ->
         raise UsageError(f"{folder}/config.json has no {error.args[0]!r}, which {module.FAMILY} needs") from error
     except UsageError as error:
         raise UsageError(f"{folder}/config.json: {error}") from error
+    if config.rope is not None and config.rope.share != 1 and not _rotates_partly(module):
+        raise UsageError(
+            f"{folder}/config.json: {SHARE} = {config.rope.share} is not supported for {module.FAMILY}: it must be 1"
+        )
     return config
