@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from operator import le
 from typing import NamedTuple
 
 from .messages import Plan, kept
@@ -27,26 +28,32 @@ class Point(NamedTuple):
 
 @lru_cache(maxsize=2048)
 def points(schedule: str, ranks: int, chunks: int, micro_batches: int, rank: int) -> tuple[Point, ...]:
-    """Returns what a rank keeps after its passes, except those after which it has less than before. If it keeps the same after
-    several of them, the last one is returned."""
+    """Returns what a rank keeps after its passes, except those after which it certainly has less than after another one. If it
+    keeps the same after several of them, the last one is returned."""
     numbers = stages_on(rank, ranks, chunks, schedule)
     stages = [rank_of(stage, ranks, schedule) for stage in range(ranks * chunks)]
-    planned = Plan.of(rank, _orders(schedule, ranks, chunks, micro_batches), stages)
+    planned, zero_bubble = Plan.of(rank, _orders(schedule, ranks, chunks, micro_batches), stages), schedule != "1F1B"
     forward, backward, passes = dict.fromkeys(numbers, 0), dict.fromkeys(numbers, 0), dict.fromkeys(numbers, "")
-    last = BACKWARD if schedule == "1F1B" else WEIGHTS
     first = dict[tuple[bool, ...], str]()
     found = dict[tuple[object, ...], Point]()
     for action, messages in zip(planned.order, kept(planned, rank, stages), strict=True):
         kind, number, _ = action
         passes[number] += kind
         forward[number] += (kind == FORWARD) - (kind == BACKWARD)
-        backward[number] += (kind == BACKWARD) - (kind == WEIGHTS)
-        if kind == FORWARD or (kind == BACKWARD and last == WEIGHTS):
+        backward[number] += ((kind == BACKWARD) - (kind == WEIGHTS)) * zero_bubble
+        if kind == FORWARD or (kind == BACKWARD and zero_bubble):
+            last = WEIGHTS if zero_bubble else BACKWARD
             same = tuple(first.setdefault(_facts(text, last, micro_batches), text) for text in passes.values())
             point = Point(tuple(forward.values()), tuple(backward.values()), same, messages, action)
             found.pop(point[:4], None)
             found[point[:4]] = point
-    return tuple(found.values())
+    return tuple(point for point in found.values() if not any(_is_less(point, other) for other in found.values()))
+
+
+def _is_less(point: Point, other: Point) -> bool:
+    """Whether a rank keeps less of something, and more of nothing, with the same weights and gradients."""
+    mine, theirs = ((*p.forward, *p.backward, p.messages) for p in (point, other))
+    return point.passes == other.passes and mine != theirs and all(map(le, mine, theirs))
 
 
 def _facts(passes: str, last: str, micro_batches: int) -> tuple[bool, ...]:

@@ -6,8 +6,8 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
-from operator import mul
+from functools import cache, lru_cache
+from operator import itemgetter, mul
 from typing import Literal, NamedTuple
 
 import torch
@@ -30,12 +30,13 @@ from .kept import points
 from .layout import Layout, Meshes
 from .memory import Elements, Memory, activations, left, weights_and_gradients
 from .messages import DOWN, Channels, pairs, rounds
+from .orders import Action
 from .pipeline import Chunk, Chunks, Pipeline, PipelinedModel
 from .recompute import recompute
 from .schedule import OneStage, Schedule
 from .shards import initialize
 from .stages import split
-from .strategy import AppliedStrategy, Collectives, Workload, add_up
+from .strategy import AppliedStrategy, Collectives, KeptActivations, Workload, add_up
 from .tensor import TensorParallel
 from .views import Groups
 
@@ -161,20 +162,42 @@ def memory(work: Workload) -> Memory:
     """
     layout, inner = work.layout, isp if work.layout.mode == "isp" else tensor
     work = replace(work, micro_batches=_enough(work.micro_batches, layout.pipeline))
-    stages, kept = [replace(work, stages=(stage,)) for stage in work.on_rank], inner.memory(work)
-    elements = [_elements(stage) for stage in stages]
-    of_forward = [activations(stage, kept) for stage in stages]
-    of_backward = [left(stage, kept) if work.zero_bubble else 0 for stage in stages]
+    kept, alike = inner.memory(work), {_like(stage, work.decoder) for stage in work.on_rank}
+    sizes = {stage: _StageBytes.of(replace(work, stages=(stage,)), kept) for stage in alike}
+    stages = [sizes[_like(stage, work.decoder)] for stage in work.on_rank]
     message = kept.residual_tokens * work.decoder.hidden_size * work.element_bytes
-    shards = sum(stage.shard for stage in elements)
+    shards = sum(stage.elements.shard for stage in stages)
     moments = 8 * (shards - pipeline.copied_elements(work))
-    state = lru_cache(maxsize=None)(lambda number, passes: weights_and_gradients(work, elements[number], passes))
-    found = list[Memory]()
+    forward, backward = [stage.forward for stage in stages], [stage.backward for stage in stages]
+    state = cache(lambda stage, passes: weights_and_gradients(work, stage.elements, passes))
+    found = list[tuple[int, int, int, Action]]()
     for point in points(work.schedule, layout.pipeline, layout.chunks, work.micro_batches, work.pipeline_rank):
-        now = sum(map(mul, of_forward, point.forward)) + sum(map(mul, of_backward, point.backward))
-        full = sum(itertools.starmap(state, enumerate(point.passes)))
-        found.append(Memory(4 * shards, moments, full, now + point.messages * message, point.after))
-    return max(reversed(found), key=lambda memory: memory.total)
+        now = point.messages * message + sum(map(mul, forward, point.forward)) + sum(map(mul, backward, point.backward))
+        full = sum(map(state, stages, point.passes))
+        found.append((full + now, full, now, point.after))
+    _, full, now, after = max(reversed(found), key=itemgetter(0))
+    return Memory(4 * shards, moments, full, now, after)
+
+
+class _StageBytes(NamedTuple):
+    """What one stage needs."""
+
+    elements: Elements
+    forward: int
+    """Bytes that a forward pass keeps."""
+    backward: int
+    """Bytes that a backward pass keeps, with a zero-bubble schedule."""
+
+    @classmethod
+    def of(cls, work: Workload, kept: KeptActivations) -> _StageBytes:
+        return cls(_elements(work), activations(work, kept), left(work, kept) if work.zero_bubble else 0)
+
+
+def _like(stage: Stage, decoder: DecoderConfig) -> Stage:
+    """Returns a stage that needs as much memory: the first one with as many layers, if all layers are alike."""
+    if decoder.experts is not None and decoder.experts.dense_layers:
+        return stage
+    return replace(stage, layers=range(len(stage.layers)))
 
 
 def _enough(micro_batches: int, ranks: int) -> int:
@@ -185,6 +208,23 @@ def _enough(micro_batches: int, ranks: int) -> int:
 
 def _elements(work: Workload) -> Elements:
     """Counts the parameters of the one stage of ``work``."""
+    stage, decoder = _like(work.on_rank[0], work.decoder), _shape_of(work.decoder)
+    # The same for all micro-batches and pipeline ranks, so that it is counted once for all of them.
+    any_rank = replace(
+        work,
+        decoder=decoder,
+        tokens=1,
+        micro_batches=1,
+        recomputed=0.0,
+        keeps_attention=False,
+        stages=(stage,),
+        pipeline_rank=0,
+    )
+    return _count_elements(any_rank)
+
+
+@lru_cache(maxsize=1024)
+def _count_elements(work: Workload) -> Elements:
     decoder, layout, (stage,) = work.decoder, work.layout, work.on_rank
     sparse = sum(decoder.is_sparse(number) for number in stage.layers)
     parts = [(1, list(itertools.chain(*_ends(work, stage))))]

@@ -1,6 +1,6 @@
 """What a rank of a pipeline keeps: against every pass of its order."""
 
-from collections import Counter
+import random
 
 import pytest
 
@@ -13,21 +13,26 @@ from internevo.parallel.orders import orders, rank_of, stages_on
     ("schedule", "ranks", "chunks", "micro_batches"),
     [("1F1B", 1, 1, 3), ("1F1B", 4, 1, 9), ("1F1B", 3, 2, 7), ("ZBH1", 4, 1, 10), ("ZBV", 3, 2, 8)],
 )
-def test_no_pass_is_left_out_after_which_a_rank_keeps_something_else(
-    schedule: str, ranks: int, chunks: int, micro_batches: int
-) -> None:
-    stages = [rank_of(stage, ranks, schedule) for stage in range(ranks * chunks)]
+def test_the_most_that_a_rank_keeps_is_at_one_of_the_points(schedule: str, ranks: int, chunks: int, micro_batches: int) -> None:
+    stages, drawn = [rank_of(stage, ranks, schedule) for stage in range(ranks * chunks)], random.Random(1)
     for rank in range(ranks):
         planned = Plan.of(rank, orders(schedule, ranks, chunks, micro_batches), stages)
-        messages, seen = kept(planned, rank, stages), dict[object, object]()
-        count = Counter[tuple[str, int]]()
-        for action, now in zip(planned.order, messages, strict=True):
-            count[action.kind, action.stage] += 1
-            if action.kind == "F" or (action.kind == "B" and schedule != "1F1B"):
-                of = stages_on(rank, ranks, chunks, schedule)
-                forward = tuple(count["F", stage] - count["B", stage] for stage in of)
-                backward = tuple(count["B", stage] - count["W", stage] for stage in of)
-                seen[forward, backward, now] = action
         found = points(schedule, ranks, chunks, micro_batches, rank)
-        assert {(p.forward, p.backward, p.messages) for p in found} == set(seen)
-        assert set(seen.values()) <= {p.after for p in found}
+        assert len(found) < len(planned.order)
+        for _ in range(20):
+            of = stages_on(rank, ranks, chunks, schedule)
+            size = {(kind, stage): drawn.choice([1, 5, 30]) for kind in "FB" for stage in of}
+            size |= {("B", stage): 0 for stage in of if schedule == "1F1B"}
+            now, message, totals = 0, drawn.choice([1, 9]), dict[object, int]()
+            for action, messages in zip(planned.order, kept(planned, rank, stages), strict=True):
+                kind, stage, _ = action
+                now += size.get((kind, stage), 0) - (size["F", stage] if kind == "B" else size["B", stage] * (kind == "W"))
+                if kind == "F" or (kind == "B" and schedule != "1F1B"):
+                    totals[action] = now + message * messages
+            in_points = {
+                point.after: sum(size["F", stage] * count for stage, count in zip(of, point.forward, strict=True))
+                + sum(size["B", stage] * count for stage, count in zip(of, point.backward, strict=True))
+                + message * point.messages
+                for point in found
+            }
+            assert in_points.items() <= totals.items() and max(in_points.values()) == max(totals.values())
