@@ -120,6 +120,63 @@ def config_(
     show(config, overrides or [], world_size, per_node)
 
 
+def parse_tokens(text: str) -> float:
+    """Converts a number of tokens such as "2T" or "300B"."""
+    units = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+    number, unit = (text[:-1], units[text[-1].upper()]) if text[-1:].upper() in units else (text, 1.0)
+    try:
+        tokens = float(number) * unit
+        if not 1 <= tokens < float("inf"):
+            raise ValueError
+        return tokens
+    except ValueError:
+        raise UsageError(
+            f"{text!r} is not a number of tokens: give a number above 0 and K, M, B or T, for example 2T"
+        ) from None
+
+
+@app.command(epilog=_epilog("internevo plan configs/7B_llama2.py --gpus 1024 --gpu h100 data.global_batch_size=1024"))
+def plan(
+    config: Annotated[
+        Path | None, typer.Argument(parser=parse_input, metavar="CONFIG", help="Config file: .py, .yaml, .toml or .json.")
+    ] = None,
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(min=1, max=2**20, metavar="N", help="Number of GPUs.")] = None,
+    gpu: Annotated[str | None, typer.Option(metavar="NAME|FILE.toml", help="Which GPU: its name (h100), or a file.")] = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Number of nodes (default: as many GPUs in a node as usual).")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(parser=parse_input, metavar="FILE.toml", help="What is reached of the GPU's peaks.")
+    ] = None,
+    memory: Annotated[
+        int | None,
+        typer.Option(parser=parse_size, metavar="SIZE", help="Memory that a rank may use (default: 90 % of the GPU's)."),
+    ] = None,
+    tokens: Annotated[
+        float | None,
+        typer.Option(parser=parse_tokens, metavar="N", help="Also print time, energy and price of N tokens, such as 2T."),
+    ] = None,
+    imbalance: Annotated[
+        float, typer.Option(min=1, max=1e6, help="Rows of the rank whose experts get the most, divided by the mean.")
+    ] = 1.0,
+    out: Annotated[
+        Path | None, typer.Option(parser=parse_path, metavar="FILE", help="Write the fastest layout as a config to this file.")
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(parser=parse_path, metavar="FILE.svg", help="Draw memory against throughput.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Predict memory and time of a run on a cluster, and find the fastest layouts. No GPU is needed."""
+    from .commands.plan import Question
+    from .commands.plan import plan as run
+
+    if config is None or gpus is None or gpu is None:
+        raise UsageError("give CONFIG, --gpus N and --gpu NAME (h100, for example), or a file that describes the GPU")
+    run(config, overrides or [], Question(gpus, gpu, nodes, calibration, memory, tokens, imbalance, out, picture, json))
+
+
 @app.command(epilog=_epilog("internevo tokenize corpus.jsonl --tokenizer llama/ --output data --valid-ratio 0.01"))
 def tokenize(
     inputs: Annotated[list[Path], typer.Argument(parser=parse_input, metavar="INPUT...", help="Files, or folders with files.")],

@@ -12,6 +12,7 @@ from ..config import check as rules
 from ..config.schema import Section
 from ..data.batches import BatchSizes
 from ..models.families import registry
+from ..parallel.layout import Layout
 
 CHUNKS = (1, 2, 4, 8)
 """Numbers of model chunks of a rank that are tried."""
@@ -40,6 +41,16 @@ class Choice:
     checkpoint: float | Literal["attention"] = 0.0
     selective: bool = False
     """Whether recomputation keeps the outputs of attention."""
+
+    @classmethod
+    def of(cls, config: Config, layout: Layout) -> Choice:
+        """Returns the layout of a config."""
+        return cls(
+            layout.pipeline, config.parallel.pipeline.mode, layout.chunks, config.parallel.tensor.mode, layout.tensor,
+            config.parallel.expert.no_tp, layout.expert, config.data.micro_bsz, layout.weight,
+            layout.expert_inner if layout.mode == "isp" else 1, layout.fsdp, layout.zero, config.model.checkpoint,
+            config.selective_checkpoint,
+        )  # fmt: skip
 
     def apply(self, config: Config, rows: int) -> Config:
         """Returns the config with this layout. Stages are divided by cost, and what isp gathers is gathered in advance.

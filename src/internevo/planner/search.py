@@ -76,10 +76,13 @@ class Search:
     calibration: Calibration
     limit: int
     """Bytes that a rank may have."""
+    imbalance: float = 1.0
+    """As ``Job.imbalance``."""
 
     def __post_init__(self) -> None:
         trivial = Choice().apply(self.config, self.rows)
-        self.base = Job.from_config(self.decoder, trivial, Layout.from_config(trivial, 1), self.rows)
+        base = Job.from_config(self.decoder, trivial, Layout.from_config(trivial, 1), self.rows)
+        self.base = replace(base, imbalance=self.imbalance)
         self._times = cache(self._times_of)
         self._stages = cache(self._stages_of)
         self._reduction = cache(self._reduction_of)
@@ -154,6 +157,18 @@ class Search:
         """Returns a layout with its prediction."""
         job = self.job(choice)
         return Candidate(choice, job, step.predict(job, self.gpu, self.calibration), memory.most_loaded(job))
+
+    def least(self) -> Candidate | None:
+        """Returns the layout that needs the least memory, of those with one micro-batch of one row at a time per stage, all
+        layers recomputed, and optimizer state over as many ranks as possible; None if no layout is legal."""
+        found = list[Candidate]()
+        for shape in shapes(self.config, self.world, self.rows):
+            if shape.micro_bsz == shape.chunks == 1 and shape.schedule == "1F1B":
+                for fsdp in (False, True):
+                    choice = replace(shape, fsdp=fsdp, checkpoint=1.0)
+                    if self.is_legal(choice):
+                        found.append(self.predict(choice))
+        return min(found, key=lambda candidate: candidate.memory.total, default=None)
 
     # Memory ----------------------------------------------------------------------------------------------------------
 
