@@ -167,11 +167,22 @@ def plan(
         Path | None, typer.Option(parser=parse_path, metavar="FILE.svg", help="Draw memory against throughput.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure this machine, and write a file for --calibration (--out).")
+    ] = False,
+    nproc: Annotated[int | None, typer.Option(min=1, help="With --calibrate: number of local processes.")] = None,
 ) -> None:
     """Predict memory and time of a run on a cluster, and find the fastest layouts. No GPU is needed."""
     from .commands.plan import Question
+    from .commands.plan import calibrate as measure
     from .commands.plan import plan as run
 
+    if calibrate:
+        if config is not None or gpus is not None:
+            raise UsageError("--calibrate measures this machine: leave out CONFIG and --gpus")
+        raise typer.Exit(measure(out or Path("calibration.toml"), gpu, nproc))
+    if nproc is not None:
+        raise UsageError("--nproc belongs to --calibrate")
     if config is None or gpus is None or gpu is None:
         raise UsageError("give CONFIG, --gpus N and --gpu NAME (h100, for example), or a file that describes the GPU")
     run(config, overrides or [], Question(gpus, gpu, nodes, calibration, memory, tokens, imbalance, out, picture, json))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +15,9 @@ from ..config.check import data_size
 from ..config.load import load_config
 from ..config.write import check_own, check_writable, write_config
 from ..errors import ConfigError, UsageError
+from ..parallel.launcher import local_world_size, read_launcher
 from ..train.check import check_config, problems
+from .launch import default_processes, launch
 
 if TYPE_CHECKING:  # these import PyTorch, which takes seconds
     from ..planner.search import Candidate, Search
@@ -190,7 +194,58 @@ def _nothing(search: Search, gpus: int) -> str:
     return (
         f"no layout fits: {lacking:,} bytes ({lacking / GIB:.1f} GiB) are missing on each GPU. The one that needs the least,\n"
         f"  {describe(least.choice)},\n"
-        f"needs {needed:.1f} GiB on its most loaded rank ({parts}), and {search.limit / GIB:.1f} GiB may be used. It would "
-        f"fit with more GPUs, GPUs with at least {needed / (1 - RESERVE):.0f} GiB (--gpu), a shorter data.seq_len, or, if gradients are "
-        "the most, hybrid_zero_optimizer.grad_dtype = 'bfloat16'"
+        f"needs {needed:.1f} GiB on its most loaded rank ({parts}), and {search.limit / GIB:.1f} GiB may be used.\n"
+        f"It would fit with more GPUs, with GPUs of at least {needed / (1 - RESERVE):.0f} GiB (--gpu), with a shorter data.seq_len, "
+        "or, if gradients are the most, with hybrid_zero_optimizer.grad_dtype = 'bfloat16'"
     )
+
+
+MEASURED = "Measured by internevo plan --calibrate"
+
+
+def calibrate(out: Path, gpu: str | None, processes: int | None) -> int:
+    """Measures this machine, and writes the calibration to a file. For a GPU that is not in the table, or a CPU, it also writes
+    a file that describes it.
+
+    Args:
+        out: the file of the calibration.
+        gpu: whose peaks the measurements are compared with; None: those of the GPU that is found.
+        processes: number of local processes, if no launcher has started this one; None: one per GPU, or 1.
+
+    Returns:
+        The exit code.
+    """
+    from ..planner import hardware
+
+    described = out.with_name(f"{out.stem}-gpu.toml")
+    for path in (out, described):
+        check_own(path, f"# {MEASURED}")
+    given = hardware.find(gpu) if gpu else None
+    info = read_launcher(os.environ)
+    if info.address is None:
+        processes = processes or default_processes()
+        if processes > 1:
+            arguments = ["plan", "--calibrate", "--out", str(out), *(["--gpu", gpu] if gpu else [])]
+            with tempfile.TemporaryDirectory() as log:
+                return launch(arguments, processes, Path(log))
+    from ..parallel.world import join
+    from ..planner import calibrate as measuring
+
+    with join(info) as world:
+        measured = measuring.measure(world, local_world_size(os.environ) if info.address else 1)
+        if world.rank == 0:
+            known = given or measuring.known_gpu(world.device)
+            machine = known or measuring.as_gpu(measured, world.device)
+            found = measuring.calibration(measured, machine)
+            print("\n".join([f"{machine.name}, {world.size} processes", *measuring.lines(measured, machine, found)]))
+            out.parent.mkdir(parents=True, exist_ok=True)
+            about = f"{MEASURED}: {machine.name}, {world.size} processes"
+            found.save(out, about)
+            name = machine.name if known else str(described)
+            if known is None:
+                hardware.save(
+                    machine, described, f"{about}.\nPeaks are what was reached; links without a measurement are a guess."
+                )
+                print(f"written to {described}: the GPU, which is not in the table; correct what the maker says about it")
+            print(f"written to {out}: use it with internevo plan CONFIG --gpus N --gpu {name} --calibration {out}")
+    return 0

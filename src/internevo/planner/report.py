@@ -68,7 +68,8 @@ def in_full(candidate: Candidate, gpu: GPU, calibration: Calibration, limit: int
     yield f"  {p.tgs:,.0f} tokens per GPU and second, {p.tflops:.0f} TFLOPS, MFU {p.mfu:.1%}"
     if layout.pipeline > 1:
         yield f"  layers of the stages: {' '.join(str(len(stage.layers)) for stage in job.stages())}"
-    yield f"  memory, GiB{memory.total / GIB:>18.2f}  of {limit / GIB:.1f}, on the most loaded pipeline rank, {memory.pipeline_rank}"
+    where = f"on pipeline rank {memory.pipeline_rank}, the most loaded"
+    yield f"  memory, GiB{memory.total / GIB:>18.2f}  of {limit / GIB:.1f}, {where}"
     for part, nbytes in memory_parts(candidate).items():
         yield f"    {part:24}{nbytes / GIB:>10.2f}"
     yield f"  step, s{p.step:>22.3f}"
@@ -82,7 +83,8 @@ def in_full(candidate: Candidate, gpu: GPU, calibration: Calibration, limit: int
         cost = step.budget(tokens, p, layout.world, gpu)
         yield (
             f"  {tokens:,.0f} tokens: {cost.hours / 24:,.1f} days, {cost.gpu_hours:,.0f} GPU hours, "
-            f"{cost.megawatt_hours:,.1f} MWh (GPUs alone, {gpu.watts:g} W each), {cost.dollars:,.0f} dollars ({gpu.dollars_per_hour:g} an hour)"
+            f"{cost.megawatt_hours:,.1f} MWh (GPUs alone, {gpu.watts:g} W each), "
+            f"{cost.dollars:,.0f} dollars ({gpu.dollars_per_hour:g} for an hour of a GPU)"
         )
 
 
