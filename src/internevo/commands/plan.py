@@ -194,9 +194,9 @@ def _nothing(search: Search, gpus: int) -> str:
     return (
         f"no layout fits: {lacking:,} bytes ({lacking / GIB:.1f} GiB) are missing on each GPU. The one that needs the least,\n"
         f"  {describe(least.choice)},\n"
-        f"needs {needed:.1f} GiB on its most loaded rank ({parts}), and {search.limit / GIB:.1f} GiB may be used.\n"
-        f"It would fit with more GPUs, with GPUs of at least {needed / (1 - RESERVE):.0f} GiB (--gpu), with a shorter data.seq_len, "
-        "or, if gradients are the most, with hybrid_zero_optimizer.grad_dtype = 'bfloat16'"
+        f"needs {needed:.1f} GiB on its most loaded rank ({parts}); {search.limit / GIB:.1f} GiB may be used.\n"
+        f"It would fit with more GPUs, with GPUs of at least {needed / (1 - RESERVE):.0f} GiB (--gpu), with a shorter "
+        "data.seq_len, or, if gradients are the most, with hybrid_zero_optimizer.grad_dtype = 'bfloat16'"
     )
 
 
