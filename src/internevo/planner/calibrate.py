@@ -5,6 +5,7 @@ The times are turned into the numbers of a ``Calibration`` by the formulas that 
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..ops.precision import COMPUTE
@@ -120,17 +122,9 @@ def _copy(device: torch.device, nbytes: int) -> float:
 def _collectives(group: dist.ProcessGroup, ranks: int, device: torch.device) -> dict[str, Line]:
     """Measures each kind with several sizes of the full tensor."""
     sizes = [2**16, 2**20, 2**24] + ([2**28] if device.type == "cuda" else [])
-    found: dict[str, list[float]] = {"all-gather": [], "reduce-scatter": [], "all-reduce": [], "all-to-all": []}
+    found: dict[str, list[float]] = {}
     for nbytes in sizes:
-        full = torch.ones(nbytes // 4 // ranks * ranks, device=device)
-        part, other = full.chunk(ranks)[0].clone(), torch.empty_like(full)
-        runs: dict[str, Callable[[], object]] = {
-            "all-gather": lambda: dist.all_gather_into_tensor(full, part, group=group),
-            "reduce-scatter": lambda: dist.reduce_scatter_tensor(part, full, group=group),
-            "all-reduce": lambda: dist.all_reduce(full, group=group),
-            "all-to-all": lambda: dist.all_to_all_single(other, full, group=group),
-        }
-        for kind, run in runs.items():
+        for kind, run in _kinds(group, ranks, torch.ones(nbytes // 4 // ranks * ranks, device=device)).items():
             times = []
             for _ in range(REPEATS):
                 dist.barrier(group)
@@ -139,8 +133,19 @@ def _collectives(group: dist.ProcessGroup, ranks: int, device: torch.device) -> 
                 run()
                 _wait(device)
                 times.append(time.perf_counter() - start)
-            found[kind].append(statistics.median(times))
+            found.setdefault(kind, []).append(statistics.median(times))
     return {kind: _line(sizes, times) for kind, times in found.items()}
+
+
+def _kinds(group: dist.ProcessGroup, ranks: int, full: Tensor) -> dict[str, Callable[[], object]]:
+    """Returns the collectives that are measured."""
+    part, other = full.chunk(ranks)[0].clone(), torch.empty_like(full)
+    return {
+        "all-gather": lambda: dist.all_gather_into_tensor(full, part, group=group),
+        "reduce-scatter": lambda: dist.reduce_scatter_tensor(part, full, group=group),
+        "all-reduce": lambda: dist.all_reduce(full, group=group),
+        "all-to-all": lambda: dist.all_to_all_single(other, full, group=group),
+    }
 
 
 def _line(sizes: Sequence[int], times: Sequence[float]) -> Line:
@@ -167,8 +172,6 @@ def as_gpu(measured: Measured, device: torch.device) -> GPU:
         properties = torch.cuda.get_device_properties(device)
         name, gib = properties.name, properties.total_memory / 2**30
     else:
-        import os
-
         name, gib = "cpu", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     tflops = max(2.0 * size**3 / seconds for size, seconds in measured.products.items()) / TERA
     near, far = (_bandwidth(lines, ranks) for lines, ranks in _linked(measured))
