@@ -130,10 +130,10 @@ def phi3(draw: st.DrawFn) -> Any:
         short, long = (draw(st.lists(st.floats(1.0, 8.0), min_size=pairs, max_size=pairs)) for _ in range(2))
         shape["rope_scaling"] = {"type": "longrope", "short_factor": short, "long_factor": long}
     shape["hidden_size"] = shape["num_attention_heads"] * shape["head_dim"]  # with which transformers counts the factors
+    shape["partial_rotary_factor"] = share
     window = draw(st.sampled_from([None, 5]))
     return tf.Phi3Config(
-        **shape, partial_rotary_factor=share, original_max_position_embeddings=8, sliding_window=window, pad_token_id=None,
-        eos_token_id=None,
+        **shape, original_max_position_embeddings=8, sliding_window=window, pad_token_id=None, eos_token_id=None
     )  # fmt: skip
 
 
@@ -152,8 +152,9 @@ def gemma3(draw: st.DrawFn) -> Any:
     if scaling is not None and scaling["rope_type"] != "linear":
         scaling = None
     layers, kinds = shape["num_hidden_layers"], st.sampled_from(["full_attention", "sliding_attention"])
+    shape |= {"rope_scaling": scaling, "rope_local_base_freq": 50.0}
     return tf.Gemma3TextConfig(
-        **shape, rope_scaling=scaling, rope_local_base_freq=50.0, query_pre_attn_scalar=draw(st.sampled_from([8, 12])),
+        **shape, query_pre_attn_scalar=draw(st.sampled_from([8, 12])),
         sliding_window=5, layer_types=draw(st.lists(kinds, min_size=layers, max_size=layers)), pad_token_id=None,
         eos_token_id=None, bos_token_id=None,
     )  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import sys
@@ -13,6 +12,7 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
+from .commands.arguments import ConfigFile, Overrides, parse_input, parse_path, parse_size, parse_tokens
 from .errors import InternEvoError, UsageError
 
 DEBUG = "INTERNEVO_DEBUG"
@@ -28,57 +28,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-
-def parse_path(text: str | Path) -> Path:
-    """Converts an argument to a path, in which ``~`` is the home folder.
-
-    Raises:
-        UsageError: if it cannot be a path. (A path that does not exist is no error here.)
-    """
-    path = Path(os.path.expanduser(text))
-    try:
-        if not str(text):
-            raise UsageError("a path must not be empty; . is the current folder")
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except OSError as error:
-        raise UsageError(f"{str(path)[:200]}: {error.strerror}") from None
-    except ValueError as error:
-        raise UsageError(f"{str(path)!r} is not a path: {error}") from None
-    return path
-
-
-def parse_input(text: str | Path) -> Path:
-    """As ``parse_path``, for a file or folder that is read.
-
-    Raises:
-        UsageError: if it exists and may not be read.
-    """
-    path = parse_path(text)
-    if path.exists() and not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
-        raise UsageError(f"{path}: {os.strerror(errno.EACCES)}")
-    return path
-
-
-ConfigFile = Annotated[
-    Path, typer.Argument(parser=parse_input, metavar="CONFIG", help="Config file: .py, .yaml, .toml or .json.")
-]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Overrides of config keys.")]
-
-
-def parse_size(text: str) -> int:
-    """Converts a size such as "5GB" to bytes. Units are powers of ten, as in Hugging Face's libraries."""
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-    number, unit = text[:-2], text[-2:].upper()
-    try:
-        size = int(float(number) * units[unit])
-        if size < 1:
-            raise ValueError
-        return size
-    except (KeyError, ValueError, OverflowError):
-        raise UsageError(f"{text!r} is not a size: give a number above 0 and KB, MB, GB or TB, for example 5GB") from None
 
 
 def _epilog(example: str) -> str:
@@ -121,6 +70,59 @@ def config_(
     from .commands.config import show
 
     show(config, overrides or [], world_size, per_node)
+
+
+@app.command(epilog=_epilog("internevo plan configs/7B_llama2.py --gpus 1024 --gpu h100 data.global_batch_size=1024"))
+def plan(
+    config: Annotated[
+        Path | None, typer.Argument(parser=parse_input, metavar="CONFIG", help="Config file: .py, .yaml, .toml or .json.")
+    ] = None,
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(min=1, max=2**20, metavar="N", help="Number of GPUs.")] = None,
+    gpu: Annotated[str | None, typer.Option(metavar="NAME|FILE.toml", help="Which GPU: its name (h100), or a file.")] = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Number of nodes (default: as many GPUs in a node as usual).")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(parser=parse_input, metavar="FILE.toml", help="What is reached of the GPU's peaks.")
+    ] = None,
+    memory: Annotated[
+        int | None,
+        typer.Option(parser=parse_size, metavar="SIZE", help="Memory that a rank may use (default: 90 % of the GPU's)."),
+    ] = None,
+    tokens: Annotated[
+        float | None,
+        typer.Option(parser=parse_tokens, metavar="N", help="Also print time, energy and price of N tokens, such as 2T."),
+    ] = None,
+    imbalance: Annotated[
+        float, typer.Option(min=1, max=1e6, help="Rows of the rank whose experts get the most, divided by the mean.")
+    ] = 1.0,
+    out: Annotated[
+        Path | None, typer.Option(parser=parse_path, metavar="FILE", help="Write the fastest layout as a config to this file.")
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(parser=parse_path, metavar="FILE.svg", help="Draw memory against throughput.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure this machine, and write a file for --calibration (--out).")
+    ] = False,
+    nproc: Annotated[int | None, typer.Option(min=1, help="With --calibrate: number of local processes.")] = None,
+) -> None:
+    """Predict memory and time of a run on a cluster, and find the fastest layouts. No GPU is needed."""
+    from .commands.plan import Question
+    from .commands.plan import calibrate as measure
+    from .commands.plan import plan as run
+
+    if calibrate:
+        if config is not None or gpus is not None:
+            raise UsageError("--calibrate measures this machine: leave out CONFIG and --gpus")
+        raise typer.Exit(measure(out or Path("calibration.toml"), gpu, nproc))
+    if nproc is not None:
+        raise UsageError("--nproc belongs to --calibrate")
+    if config is None or gpus is None or gpu is None:
+        raise UsageError("give CONFIG, --gpus N and --gpu NAME (h100, for example), or a file that describes the GPU")
+    run(config, overrides or [], Question(gpus, gpu, nodes, calibration, memory, tokens, imbalance, out, picture, json))
 
 
 @app.command(epilog=_epilog("internevo tokenize corpus.jsonl --tokenizer llama/ --output data --valid-ratio 0.01"))

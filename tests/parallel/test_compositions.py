@@ -71,7 +71,7 @@ def assert_stated(run: Path, config: Config, processes: int) -> None:
     sizes, decoder = Layout.from_config(config, processes), decoder_config(config.model_type, config.model)
     if decoder.lora is not None:
         return
-    micro_batches = config.data.global_batch_size // (config.data.micro_bsz * sizes.data)
+    micro_batches = (config.data.global_batch_size or 0) // (config.data.micro_bsz * sizes.data)
     work = Workload.from_config(decoder, config, sizes, micro_batches, DEVICE)
     types = len(metrics(run)[0]["loss_by_type"])
     stated = {

@@ -10,6 +10,7 @@ from typing import get_args, get_type_hints
 import pytest
 
 from internevo import cli
+from internevo.commands import arguments
 from tests.conftest import ROOT, Run
 
 pytestmark = pytest.mark.usefixtures("exits_in_process")
@@ -45,7 +46,7 @@ def test_every_path_may_be_in_the_home_folder() -> None:
         for name, hint in get_type_hints(command.callback, include_extras=True).items():
             if "Path" in str(get_args(hint)[:1]):
                 found += 1
-                assert get_args(hint)[1].parser in (cli.parse_path, cli.parse_input), f"{command.callback}, {name}"
+                assert get_args(hint)[1].parser in (arguments.parse_path, arguments.parse_input), f"{command.callback}, {name}"
     assert found == 14
 
 

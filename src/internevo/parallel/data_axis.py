@@ -317,21 +317,33 @@ def units(
         size: returns the number of elements that a parameter has on this rank before the data axis shards it.
         experts_apart: the experts of a layer are a unit of their own, which is not among these.
     """
-    joined: list[list[nn.Module]] = []
-    space = 0
-    for _, layer in model.numbered_layers():
+    layers, sizes = [layer for _, layer in model.numbered_layers()], list[int]()
+    for layer in layers:
         apart = {id(p) for experts in experts_in([layer]) for p in experts.parameters()} if experts_apart else ()
-        elements = sum(size(parameter) for parameter in layer.parameters() if id(parameter) not in apart)
-        if bucket is None or elements > space:
-            joined.append([])
-            space = bucket or 0
-        joined[-1].append(layer)
-        space -= elements
+        sizes.append(sum(size(parameter) for parameter in layer.parameters() if id(parameter) not in apart))
+    joined: list[list[nn.Module]] = [[layers[number] for number in unit] for unit in join(sizes, bucket)]
     if model.config.tie_embeddings:
         return [*joined, [model]]  # one weight cannot be in two units, so the embedding and the head belong to the model's
     first: list[list[nn.Module]] = [[model.embed]] if model.embed is not None else []
     last: list[list[nn.Module]] = [[model.norm, model.head]] if model.norm is not None and model.head is not None else []
     return [*first, *joined, *last, [model]]
+
+
+def join(sizes: Sequence[int], bucket: int | None) -> list[list[int]]:
+    """Joins consecutive layers to units of up to ``bucket`` elements. Returns the positions of the layers of each unit.
+
+    Args:
+        sizes: the number of elements of each layer.
+        bucket: None: each layer is a unit.
+    """
+    joined, space = list[list[int]](), 0
+    for number, elements in enumerate(sizes):
+        if bucket is None or elements > space:
+            joined.append([])
+            space = bucket or 0
+        joined[-1].append(number)
+        space -= elements
+    return joined
 
 
 def traffic(

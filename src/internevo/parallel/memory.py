@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import ClassVar
 
 from ..models.config import Experts
@@ -157,6 +157,10 @@ class Elements:
     """Of these, how many are in weights whose gradients a zero-bubble schedule computes apart."""
     shard: int
     """Of a rank's shards."""
+
+    def plus(self, other: Elements, times: int) -> Elements:
+        """Returns the sum with ``times`` as many as another one."""
+        return Elements(*(mine + times * theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
     @classmethod
     def of(cls, work: Workload, shapes: Sequence[Shape], experts: Sequence[Shape], deferred: Sequence[Shape]) -> Elements:

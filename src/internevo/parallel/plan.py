@@ -6,6 +6,8 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache, lru_cache
+from operator import itemgetter, mul
 from typing import Literal, NamedTuple
 
 import torch
@@ -24,17 +26,17 @@ from .data_axis import DataAxis, Sharded, SingleProcess, Weights
 from .deferred import Deferred
 from .expert import ExpertParallel
 from .isp import InternSequenceParallel
+from .kept import points
 from .layout import Layout, Meshes
 from .memory import Elements, Memory, activations, left, weights_and_gradients
-from .messages import DOWN, Channels, Plan, pairs, rounds
-from .messages import kept as kept_messages
-from .orders import BACKWARD, FORWARD, WEIGHTS, orders, stages_on
+from .messages import DOWN, Channels, pairs, rounds
+from .orders import Action
 from .pipeline import Chunk, Chunks, Pipeline, PipelinedModel
 from .recompute import recompute
 from .schedule import OneStage, Schedule
 from .shards import initialize
 from .stages import split
-from .strategy import AppliedStrategy, Collectives, Workload, add_up
+from .strategy import AppliedStrategy, Collectives, KeptActivations, Workload, add_up
 from .tensor import TensorParallel
 from .views import Groups
 
@@ -158,28 +160,44 @@ def memory(work: Workload) -> Memory:
 
     If shards have uneven sizes, they are those of the rank with the largest ones.
     """
-    layout, rank, inner = work.layout, work.pipeline_rank, isp if work.layout.mode == "isp" else tensor
+    layout, inner = work.layout, isp if work.layout.mode == "isp" else tensor
     work = replace(work, micro_batches=_enough(work.micro_batches, layout.pipeline))
-    ranks_of_stages = [layout.rank_of_stage(number) for number in range(layout.stages)]
-    planned = Plan.of(rank, orders(work.schedule, layout.pipeline, layout.chunks, work.micro_batches), ranks_of_stages)
-    numbers = stages_on(rank, layout.pipeline, layout.chunks, work.schedule)
-    stages = {number: replace(work, stages=(stage,)) for number, stage in zip(numbers, work.on_rank, strict=True)}
-    elements, kept = {number: _elements(stage) for number, stage in stages.items()}, inner.memory(work)
-    of_forward = {number: activations(stage, kept) for number, stage in stages.items()}
-    of_backward = {number: left(stage, kept) if work.zero_bubble else 0 for number, stage in stages.items()}
+    kept, alike = inner.memory(work), {_like(stage, work.decoder) for stage in work.on_rank}
+    sizes = {stage: _StageBytes.of(replace(work, stages=(stage,)), kept) for stage in alike}
+    stages = [sizes[_like(stage, work.decoder)] for stage in work.on_rank]
     message = kept.residual_tokens * work.decoder.hidden_size * work.element_bytes
-    shards = sum(stage.shard for stage in elements.values())
-    masters, moments = 4 * (shards + _biases(work)), 8 * (shards - pipeline.copied_elements(work))
-    passes, state, now, found = dict.fromkeys(stages, ""), dict.fromkeys(stages, 0), 0, list[Memory]()
-    for action, messages in zip(planned.order, kept_messages(planned, rank, ranks_of_stages), strict=True):
-        kind, number, _ = action
-        passes[number] += kind
-        state[number] = weights_and_gradients(work, elements[number], passes[number])
-        now += of_forward[number] * (kind == FORWARD) + of_backward[number] * (kind == BACKWARD)
-        now -= of_forward[number] * (kind == BACKWARD) + of_backward[number] * (kind == WEIGHTS)
-        if kind == FORWARD or (kind == BACKWARD and work.zero_bubble):
-            found.append(Memory(masters, moments, sum(state.values()), now + messages * message, action))
-    return max(reversed(found), key=lambda memory: memory.total)
+    shards = sum(stage.elements.shard for stage in stages)
+    moments = 8 * (shards - pipeline.copied_elements(work))
+    forward, backward = [stage.forward for stage in stages], [stage.backward for stage in stages]
+    state = cache(lambda stage, passes: weights_and_gradients(work, stage.elements, passes))
+    found = list[tuple[int, int, int, Action]]()
+    for point in points(work.schedule, layout.pipeline, layout.chunks, work.micro_batches, work.pipeline_rank):
+        now = point.messages * message + sum(map(mul, forward, point.forward)) + sum(map(mul, backward, point.backward))
+        full = sum(map(state, stages, point.passes))
+        found.append((full + now, full, now, point.after))
+    _, full, now, after = max(reversed(found), key=itemgetter(0))
+    return Memory(4 * (shards + _biases(work)), moments, full, now, after)
+
+
+class _StageBytes(NamedTuple):
+    """What one stage needs."""
+
+    elements: Elements
+    forward: int
+    """Bytes that a forward pass keeps."""
+    backward: int
+    """Bytes that a backward pass keeps, with a zero-bubble schedule."""
+
+    @classmethod
+    def of(cls, work: Workload, kept: KeptActivations) -> _StageBytes:
+        return cls(_elements(work), activations(work, kept), left(work, kept) if work.zero_bubble else 0)
+
+
+def _like(stage: Stage, decoder: DecoderConfig) -> Stage:
+    """Returns a stage that needs as much memory: the first one with as many layers, if all layers are alike."""
+    if decoder.window_rope is not None or (decoder.experts is not None and decoder.experts.dense_layers):
+        return stage
+    return replace(stage, layers=range(len(stage.layers)))
 
 
 def _biases(work: Workload) -> int:
@@ -198,9 +216,34 @@ def _enough(micro_batches: int, ranks: int) -> int:
 
 def _elements(work: Workload) -> Elements:
     """Counts the parameters of the one stage of ``work``."""
-    dense, experts = (list(itertools.chain(*units)) for units in _on_rank(work, work.on_rank[0]))
-    deferred = [parameter.shape for parameter in (*dense, *experts) if parameter.deferred]
-    return Elements.of(work, [parameter.shape for parameter in dense], [parameter.shape for parameter in experts], deferred)
+    stage, decoder = _like(work.on_rank[0], work.decoder), _shape_of(work.decoder)
+    # The same for all micro-batches and pipeline ranks, so that it is counted once for all of them.
+    any_rank = replace(
+        work,
+        decoder=decoder,
+        tokens=1,
+        micro_batches=1,
+        recomputed=0.0,
+        keeps_attention=False,
+        stages=(stage,),
+        pipeline_rank=0,
+    )
+    return _count_elements(any_rank)
+
+
+@lru_cache(maxsize=1024)
+def _count_elements(work: Workload) -> Elements:
+    decoder, layout, (stage,) = work.decoder, work.layout, work.on_rank
+    sparse = sum(decoder.is_sparse(number) for number in stage.layers)
+    parts = [(1, list(itertools.chain(*_ends(work, stage))))]
+    parts += [(count, _layer(work, kind)) for kind, count in ((True, sparse), (False, len(stage.layers) - sparse)) if count]
+    total = Elements(0, 0, 0, 0)
+    for count, parameters in parts:
+        shapes = [parameter.shape for parameter in parameters if not (parameter.of_experts and layout.experts_apart)]
+        experts = [parameter.shape for parameter in parameters if parameter.of_experts and layout.experts_apart]
+        part = Elements.of(work, shapes, experts, [parameter.shape for parameter in parameters if parameter.deferred])
+        total = total.plus(part, count)
+    return total
 
 
 class OnRank(NamedTuple):
@@ -211,25 +254,72 @@ class OnRank(NamedTuple):
     """Axis over which its gradients are summed after the last backward pass of a step."""
     deferred: bool
     """Whether a zero-bubble schedule computes its gradients apart from the backward passes."""
+    of_experts: bool
 
 
 def _on_rank(work: Workload, stage: Stage) -> tuple[list[list[OnRank]], list[list[OnRank]]]:
     """Returns the parameters of a rank's stage, for each unit of the data axis; and those of units of experts, if there are."""
+    decoder, apart = work.decoder, work.layout.experts_apart
+    kinds = {sparse: _layer(work, sparse) for sparse in {decoder.is_sparse(number) for number in stage.layers}}
+    layers = [kinds[decoder.is_sparse(number)] for number in stage.layers]
+    dense = [[parameter for parameter in layer if not (apart and parameter.of_experts)] for layer in layers]
+    experts = [[parameter for parameter in layer if apart and parameter.of_experts] for layer in layers]
+    sizes = [sum(math.prod(parameter.shape) for parameter in layer) for layer in dense]
+    joined = data_axis.join(sizes, None if work.layout.fsdp else work.bucket_elements)
+    first, ends = stage.embeds and not decoder.tie_embeddings, _ends(work, stage)
+    units = [[parameter for number in unit for parameter in dense[number]] for unit in joined]
+    return [*ends[:first], *units, *ends[first:]], [unit for unit in experts if unit]
+
+
+def _ends(work: Workload, stage: Stage) -> list[list[OnRank]]:
+    """Returns what a stage has besides its layers, for each unit."""
+    bare = Stage(range(0), stage.embeds, stage.heads)
+    return [[_placed(work, parameter) for parameter in unit] for unit in _units(_shape_of(work.decoder), bare)]
+
+
+def _layer(work: Workload, sparse: bool) -> list[OnRank]:
+    """Returns the parameters of a layer, with experts or without."""
+    number = next(number for number in range(work.decoder.num_layers) if work.decoder.is_sparse(number) == sparse)
+    layer = Stage(range(number, number + 1), embeds=False, heads=False)
+    return [_placed(work, parameter) for parameter in _units(_shape_of(work.decoder), layer)[0]]
+
+
+def _placed(work: Workload, parameter: _Parameter) -> OnRank:
+    """Returns what a rank has of a parameter."""
     layout, inner = work.layout, isp if work.layout.mode == "isp" else tensor
+    shape, axes, name, kind = parameter
+    if kind is ExpertLinear:
+        return OnRank(expert.shape_on_rank(shape, axes, layout), None, True, True)
+    deferred = kind is Linear and name == "weight"
+    return OnRank(inner.shape_on_rank(shape, axes, name, layout), inner.partial_axis(axes, name, layout), deferred, False)
+
+
+class _Parameter(NamedTuple):
+    """A parameter of the whole model."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    name: str
+    kind: type[Linear] | type[ExpertLinear] | None
+    """What it belongs to; None: anything else."""
+
+
+def _shape_of(decoder: DecoderConfig) -> DecoderConfig:
+    """Returns the decoder without what its parameters do not depend on."""
+    return replace(decoder, rope=None, window_rope=None, windows=())
+
+
+@lru_cache(maxsize=64)
+def _units(decoder: DecoderConfig, stage: Stage) -> list[list[_Parameter]]:
+    """Returns the parameters of a stage, for each unit of the data axis. Building a model takes a hundred times longer than all
+    else that is computed from them."""
     with torch.device("meta"):
-        model = Decoder(work.decoder, stage)
-    found: dict[int, OnRank] = {}
+        model = Decoder(decoder, stage)
+    found: dict[int, _Parameter] = {}
     for module in model.modules():
         axes = tuple(getattr(module, "axes", ()))
+        kind = next((kind for kind in (ExpertLinear, Linear) if isinstance(module, kind)), None)
         for name, parameter in module.named_parameters(recurse=False):
-            if isinstance(module, ExpertLinear):
-                found[id(parameter)] = OnRank(expert.shape_on_rank(parameter.shape, axes, layout), None, True)
-            else:
-                shape, deferred = inner.shape_on_rank(parameter.shape, axes, name, layout), isinstance(module, Linear)
-                partial_axis = inner.partial_axis(axes, name, layout)
-                found[id(parameter)] = OnRank(shape, partial_axis, deferred and name == "weight")
-    apart, bucket = layout.experts_apart, None if layout.fsdp else work.bucket_elements
-    joined = data_axis.units(model, bucket, lambda parameter: math.prod(found[id(parameter)].shape), apart)
-    experts = data_axis.experts_in([model]) if apart else []
-    of_experts = [[found.pop(id(parameter)) for parameter in unit.parameters()] for unit in experts]
-    return [[found.pop(id(p)) for m in unit for p in m.parameters() if id(p) in found] for unit in joined], of_experts
+            found[id(parameter)] = _Parameter(tuple(parameter.shape), axes, name, kind)
+    units = data_axis.units(model, None, torch.Tensor.numel, False)
+    return [[found.pop(id(p)) for module in unit for p in module.parameters() if id(p) in found] for unit in units]

@@ -7,6 +7,7 @@ are only copied.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate, pairwise
 
 from ..models.config import DecoderConfig, Stage
@@ -74,6 +75,11 @@ def split(decoder: DecoderConfig, count: int, seq_len: int, by_hand: Sequence[in
         seq_len: tokens per row, which the cost of attention depends on.
         by_hand: the number of layers of each stage (``parallel.pipeline.layers``). Empty: by cost.
     """
-    numbers = list(by_hand) or deal(layer_costs(decoder, seq_len), count, head_cost(decoder))
-    ends = [0, *accumulate(numbers)]
-    return [Stage(range(begin, end), embeds=n == 0, heads=n == count - 1) for n, (begin, end) in enumerate(pairwise(ends))]
+    return list(cut(tuple(by_hand or deal(layer_costs(decoder, seq_len), count, head_cost(decoder)))))
+
+
+@lru_cache(maxsize=256)
+def cut(numbers: tuple[int, ...]) -> tuple[Stage, ...]:
+    """Returns stages with these numbers of layers."""
+    ends, last = [0, *accumulate(numbers)], len(numbers) - 1
+    return tuple(Stage(range(begin, end), embeds=n == 0, heads=n == last) for n, (begin, end) in enumerate(pairwise(ends)))

@@ -6,6 +6,7 @@ Peaks are those of the makers' data sheets, without sparsity. What is reached of
 from __future__ import annotations
 
 import difflib
+import json
 import tomllib
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -93,7 +94,7 @@ def find(name: str) -> GPU:
     if name.lower() in GPUS:
         return GPUS[name.lower()]
     near = difflib.get_close_matches(name.lower(), GPUS, 1, 0.4)
-    meant = f"; did you mean {near[0]}?" if near else ""
+    meant = f"; did you mean {near[0]}?" if near else "."
     raise UsageError(
         f"unknown GPU {name!r}{meant} Known are {', '.join(GPUS)}. For any other, write a file NAME.toml:\n{EXAMPLE}"
     )
@@ -126,6 +127,12 @@ def read(path: Path) -> GPU:
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise UsageError(f"{path} does not describe a GPU:\n{lines}\nThe format is\n{EXAMPLE}")
     return GPU(**{**values, "name": str(values["name"])})
+
+
+def save(gpu: GPU, path: Path, comment: str) -> None:
+    """Writes a GPU to a file that ``read`` reads."""
+    values = (f"{key} = {json.dumps(value)}" for key, value in asdict(gpu).items())
+    path.write_text("\n".join([*(f"# {line}" for line in comment.splitlines()), *values]) + "\n", encoding="utf-8")
 
 
 FREE = ("fp8_tflops", "watts", "dollars_per_hour")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from ..config import Config
 from ..models.config import DecoderConfig, Stage
 from ..parallel.layout import Layout
-from ..parallel.stages import deal, head_cost, layer_costs, split
+from ..parallel.stages import cut, deal, head_cost, layer_costs
 from ..parallel.strategy import Workload
 
 
@@ -74,12 +74,12 @@ class Job:
         """Tokens of a global batch."""
         return self.work.tokens * self.work.micro_batches * self.work.layout.data
 
-    def stages(self) -> list[Stage]:
+    def stages(self) -> tuple[Stage, ...]:
         """Returns the stages of the pipeline, in the order in which a micro-batch goes through them."""
         decoder, count = self.work.decoder, self.work.layout.stages
         if self.layers or count == 1:
-            return split(decoder, count, self.seq_len, self.layers or (decoder.num_layers,))
-        return split(decoder, count, self.seq_len, _dealt(tuple(layer_costs(decoder, self.seq_len)), count, head_cost(decoder)))
+            return cut(self.layers or (decoder.num_layers,))
+        return cut(_dealt(tuple(layer_costs(decoder, self.seq_len)), count, head_cost(decoder)))
 
     def attended(self, layer: int) -> float:
         """Returns how many tokens a token attends to in a layer, on average."""

@@ -290,3 +290,33 @@ def exposed(communication: float, computation: float, calibration: Calibration, 
 
 def _seconds(messages: Iterable[Message], gpu: GPU, calibration: Calibration) -> float:
     return sum(links.seconds(*message, gpu, calibration) for message in messages)
+
+
+def floor(job: Job, stage: Stage, gpu: GPU, calibration: Calibration) -> StageSeconds:
+    """Returns the times of a stage if weights and gradients were communicated in no time: no layout that differs only in the
+    ranks that they are sharded over is faster. The times of a stage are the sum of those of its layers and of its ends."""
+    counts = _count_stage(job, stage, groups_of(job.work.layout))
+    bare = counts._replace(prefetched=[], gathered=[], reduced=[], shard=0.0)
+    return _price_stage(job, bare, gpu, calibration)
+
+
+# Lower bounds --------------------------------------------------------------------------------------------------------
+
+NO_LATENCY = 1e-9
+"""A number of collectives that have no latency."""
+
+
+def at_least(job: Job, gpu: GPU, calibration: Calibration) -> float:
+    """Returns a time that no step is shorter than, whatever the ranks over which the optimizer state is sharded: gradients are
+    reduced over all of them, without latencies, and nothing is gathered. (Of two reductions, one over some of the ranks and one
+    over the others, each byte that leaves a rank takes at least as long.)"""
+    layout, stages = job.work.layout, list[StageCounts]()
+    outer = layout.zero * layout.replicate
+    experts = layout.experts.axes
+    most = replace(layout, fsdp=False, zero=outer, expert_zero=experts["zero"] * experts["replicate"])
+    counts = count(replace(job, work=replace(job.work, layout=most)))
+    for stage in counts.stages:
+        reduced = [message._replace(number=NO_LATENCY) for message in stage.reduced]
+        with_passes, once = (reduced, []) if layout.fsdp else ([], reduced)
+        stages.append(stage._replace(prefetched=[*stage.prefetched, *with_passes], gathered=[], reduced=once, shard=0.0))
+    return price(replace(counts, stages=tuple(stages)), gpu, calibration).step

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from internevo import load_model, save_hf
-from internevo.cli import parse_size
+from internevo.commands.arguments import parse_size
 from internevo.commands.convert import convert
 from internevo.errors import UsageError
 from internevo.models.config import DecoderConfig

@@ -1,11 +1,23 @@
 """The memory of a rank, by formula. (``tests/parallel/test_memory.py`` compares it with real steps.)"""
 
+import math
+import random
+from dataclasses import replace
+from itertools import chain
+
 import pytest
+import torch
 
 from internevo.config import validate
+from internevo.models.config import DecoderConfig, Experts, Rope, Stage
+from internevo.models.decoder import Decoder
 from internevo.models.families.registry import decoder_config
-from internevo.parallel import plan
+from internevo.models.linear import Linear
+from internevo.models.moe import ExpertLinear
+from internevo.parallel import data_axis, expert, isp, plan, tensor
 from internevo.parallel.layout import Layout
+from internevo.parallel.memory import Elements
+from internevo.parallel.stages import split
 from internevo.parallel.strategy import Workload
 from tests.conftest import tiny
 
@@ -39,3 +51,66 @@ def test_any_number_of_micro_batches_takes_no_time() -> None:
 def test_later_ranks_of_1f1b_keep_fewer_micro_batches() -> None:
     kept = [plan.memory(work("1F1B", 1, 3, 6, rank)).activations for rank in range(3)]
     assert kept[0] > kept[1] > kept[2]
+
+
+# The parameters of a rank, without building its model ------------------------------------------------------------------
+
+
+def of_a_model(work: Workload, stage: Stage) -> tuple[list[list[plan.OnRank]], list[list[plan.OnRank]]]:
+    """What ``plan._on_rank`` says, from a model on the meta device."""
+    layout, inner = work.layout, isp if work.layout.mode == "isp" else tensor
+    with torch.device("meta"):
+        model = Decoder(work.decoder, stage)
+    found: dict[int, plan.OnRank] = {}
+    for module in model.modules():
+        axes = tuple(getattr(module, "axes", ()))
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, ExpertLinear):
+                on_rank = plan.OnRank(expert.shape_on_rank(parameter.shape, axes, layout), None, True, True)
+            else:
+                shape, partial = (
+                    inner.shape_on_rank(parameter.shape, axes, name, layout),
+                    inner.partial_axis(axes, name, layout),
+                )
+                on_rank = plan.OnRank(shape, partial, isinstance(module, Linear) and name == "weight", False)
+            found[id(parameter)] = on_rank
+    bucket = None if layout.fsdp else work.bucket_elements
+    joined = data_axis.units(model, bucket, lambda p: math.prod(found[id(p)].shape), layout.experts_apart)
+    experts = data_axis.experts_in([model]) if layout.experts_apart else []
+    of_experts = [[found.pop(id(parameter)) for parameter in unit.parameters()] for unit in experts]
+    return [[found.pop(id(p)) for m in unit for p in m.parameters() if id(p) in found] for unit in joined], of_experts
+
+
+DENSE = DecoderConfig("llama", 96, 64, 128, 6, 8, 4, 8, qkv_bias=True)
+SHAPES = [
+    DENSE,
+    replace(DENSE, tie_embeddings=True, qk_norm=True, windows=(4, 0) * 3, rope=Rope(kind="linear", factor=2.0)),
+    replace(DENSE, experts=Experts(8, 2, 32, shared_size=32, dense_layers=(0, 3))),
+    replace(DENSE, num_kv_heads=2, experts=Experts(4, 2, 32)),
+]
+
+
+@pytest.mark.parametrize("number", range(24))
+def test_the_parameters_of_a_rank_are_those_of_its_model(number: int) -> None:
+    drawn = random.Random(number)
+    mode, tensor_ranks, decoder = drawn.choice(["mtp", "msp", "fsp", "isp"]), drawn.choice([1, 2, 4]), drawn.choice(SHAPES)
+    weight = drawn.choice([1, 2, 4]) if mode == "isp" else 1
+    inner = weight if mode == "isp" else tensor_ranks
+    expert_ranks, expert_inner = (drawn.choice([1, 2, 4]), drawn.choice([1, inner])) if decoder.experts else (1, inner)
+    pipeline, chunks, schedule = drawn.choice([(1, 1, "1F1B"), (2, 1, "1F1B"), (3, 1, "ZBH1"), (2, 3, "1F1B"), (3, 2, "ZBV")])
+    layout = Layout(
+        pipeline * 16, tensor_ranks, mode, weight, pipeline, drawn.choice([1, 2, 4]),
+        drawn.random() < 0.4 and schedule == "1F1B",
+        max(1, tensor_ranks // decoder.num_kv_heads) if mode != "isp" else 1, chunks, schedule, expert_ranks, expert_inner, 2,
+    )  # fmt: skip
+    bucket = drawn.choice([None, 30_000, 100_000])
+    work = Workload(decoder, layout, 64, 8, 2, 4, 0.0, False, bucket, "cuda")
+    for stage in split(decoder, layout.stages, 32):
+        units, experts = of_a_model(work, stage)
+        found, of_experts = plan._on_rank(work, stage)
+        assert [sorted(unit, key=str) for unit in found] == [sorted(unit, key=str) for unit in units]
+        assert of_experts == experts
+        dense, routed = list(chain(*units)), list(chain(*experts))
+        deferred = [parameter.shape for parameter in (*dense, *routed) if parameter.deferred]
+        expected = Elements.of(work, [p.shape for p in dense], [p.shape for p in routed], deferred)
+        assert plan._elements(replace(work, stages=(stage,))) == expected

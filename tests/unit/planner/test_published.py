@@ -144,7 +144,7 @@ def cases(plan: ModuleType, published: ModuleType, true: Calibration) -> list[ob
 
 def test_a_fit_finds_what_made_the_measurements(plan: ModuleType, published: ModuleType) -> None:
     rows = cases(plan, published, Calibration(products=0.6, memory=0.5, across=0.4))
-    errors = [abs(case.error(plan.fit(rows, Calibration()))) for case in rows]  # type: ignore[attr-defined]
+    errors = [abs(case.error(plan.fit(rows, Calibration()))) for case in rows]
     assert max(errors) < 0.02
 
 
@@ -154,7 +154,7 @@ def test_every_row_is_in_one_fold(plan: ModuleType, published: ModuleType) -> No
         folds = plan.folds_of(rows, count, together)
         assert Counter(number for fold in folds for number in fold) == Counter(range(len(rows))) and all(folds)
         if together == "gpus":
-            worlds = [{rows[n].measured.job.work.layout.world for n in fold} for fold in folds]  # type: ignore[attr-defined]
+            worlds = [{rows[n].measured.job.work.layout.world for n in fold} for fold in folds]
             assert len(worlds) == min(count, 3) and not set.intersection(*worlds)
 
 

@@ -1,0 +1,251 @@
+"""``internevo plan``: finds the fastest layouts for a config on a cluster, without that cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import Config
+from ..config.check import data_size
+from ..config.load import load_config
+from ..config.write import check_own, check_writable, write_config
+from ..errors import ConfigError, UsageError
+from ..parallel.launcher import local_world_size, read_launcher
+from ..train.check import check_config, problems
+from .launch import default_processes, launch
+
+if TYPE_CHECKING:  # these import PyTorch, which takes seconds
+    from ..planner.search import Candidate, Search
+
+RESERVE = 0.1
+"""The share of a GPU's memory that is left for CUDA, NCCL and the allocator."""
+FRONT = (1.0, 0.85, 0.7, 0.55, 0.4, 0.3, 0.2)
+"""Shares of the limit whose fastest layouts are in the picture."""
+TOP = 10
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked besides the config."""
+
+    gpus: int
+    gpu: str
+    nodes: int | None = None
+    calibration: Path | None = None
+    memory: int | None = None
+    """Bytes that a rank may have."""
+    tokens: float | None = None
+    imbalance: float = 1.0
+    out: Path | None = None
+    picture: Path | None = None
+    json: bool = False
+
+
+def plan(path: Path, overrides: list[str], question: Question) -> None:
+    """Prints the fastest layouts of a config, and writes the first one and a picture if that is asked for.
+
+    Raises:
+        UsageError: if something that was asked for cannot be, or no layout is legal or fits.
+    """
+    for file, check in ((question.out, check_writable), (question.picture, _check_picture)):
+        if file is not None:
+            check(file)
+    config = load_config(path, overrides)
+    search = _search(config, question)
+    best = search.best(TOP)
+    if not best:
+        raise UsageError(_nothing(search, question.gpus))
+    own = _own(config, search)
+    if question.json:
+        print(json.dumps(_json(best, own, search, question), indent=1))
+    else:
+        print("\n".join(_text(best, own, search, question)))
+    _write(best, own, search, question)
+
+
+def _search(config: Config, question: Question) -> Search:
+    from ..models.families.registry import decoder_config
+    from ..planner import hardware
+    from ..planner.calibration import Calibration
+    from ..planner.choice import Choice, global_rows
+    from ..planner.search import Search
+
+    gpu = hardware.find(question.gpu)
+    if question.nodes is not None:
+        if question.gpus % question.nodes:
+            raise UsageError(f"--gpus {question.gpus} cannot be divided among --nodes {question.nodes}")
+        gpu = replace(gpu, gpus_per_node=question.gpus // question.nodes)
+    calibration = Calibration.load(question.calibration) if question.calibration else Calibration()
+    rows = global_rows(config, question.gpus)
+    if rows is None:
+        raise ConfigError(
+            f"the config's own layout does not fit {question.gpus} GPUs, so its global batch is not known: set "
+            "data.global_batch_size, in rows"
+        )
+    if config.model.lora is not None:
+        raise ConfigError("memory and times are not known for model.lora; leave it out")
+    check_config(Choice().apply(config, rows), 1)
+    limit = question.memory or int(gpu.memory_gib * 2**30 * (1 - RESERVE))
+    decoder = decoder_config(config.model_type, config.model)
+    return Search(config, decoder, question.gpus, rows, gpu, calibration, limit, question.imbalance)
+
+
+def _own(config: Config, search: Search) -> Candidate | list[str]:
+    """Returns the config's own layout with its prediction, or why it cannot be trained on these GPUs."""
+    from ..data.batches import BatchSizes
+    from ..parallel.layout import Layout
+    from ..planner import memory, step
+    from ..planner.choice import Choice
+    from ..planner.job import Job
+    from ..planner.search import Candidate
+
+    wrong = problems(config, search.world)
+    if wrong:
+        return wrong
+    layout = Layout.from_config(config, search.world)
+    sizes = BatchSizes.from_config(config.data, data_size(config, search.world))
+    job = replace(Job.from_config(search.decoder, config, layout, sizes.micro_num), imbalance=search.imbalance)
+    return Candidate(Choice.of(config, layout), job, step.predict(job, search.gpu, search.calibration), memory.most_loaded(job))
+
+
+def _text(best: list[Candidate], own: Candidate | list[str], search: Search, question: Question) -> list[str]:
+    from ..planner import report
+
+    gpu, decoder = search.gpu, search.decoder
+    seq_len, rows = search.config.data.seq_len, search.rows
+    lines = [
+        f"{search.config.JOB_NAME}: {decoder.parameters() / 1e9:.1f}B parameters, {rows:,} rows of {seq_len:,} tokens a step "
+        f"= {rows * seq_len:,} tokens",
+        f"{search.world:,} x {gpu.name} ({gpu.gpus_per_node} in a node), {search.limit / 2**30:.1f} of {gpu.memory_gib:g} GiB "
+        "may be used, " + (f"calibration {question.calibration}" if question.calibration else "calibration: defaults"),
+        "",
+        *report.table(best),
+    ]
+    if isinstance(own, list):
+        lines += [f"  the config's own layout cannot be trained on {search.world} GPUs:", *(f"    {line}" for line in own)]
+    else:
+        fits = "" if own.memory.total <= search.limit else " (does not fit)"
+        lines += [report.table([own], "own")[0] + fits]
+    lines += ["", "1  " + "\n".join(report.in_full(best[0], gpu, search.calibration, search.limit, question.tokens))]
+    if len(best) > 1:
+        lines += ["", "Why 1 is faster than 2:", *report.why(best[0], best[1])]
+    return lines
+
+
+def _json(best: list[Candidate], own: Candidate | list[str], search: Search, question: Question) -> dict[str, Any]:
+    from ..planner.report import to_dict
+
+    def values(candidate: Candidate) -> dict[str, Any]:
+        return to_dict(candidate, search.gpu, search.calibration, question.tokens)
+
+    return {
+        "gpus": search.world, "gpu": search.gpu.name, "limit": search.limit, "rows": search.rows,
+        "best": [values(candidate) for candidate in best],
+        "own": {"problems": own} if isinstance(own, list) else values(own),
+    }  # fmt: skip
+
+
+def _write(best: list[Candidate], own: Candidate | list[str], search: Search, question: Question) -> None:
+    from ..planner.picture import draw
+    from ..planner.report import describe
+
+    where = sys.stderr if question.json else sys.stdout
+    if question.out is not None:
+        about = f"{describe(best[0].choice)}, for {search.world} x {search.gpu.name}"
+        write_config(best[0].choice.apply(search.config, search.rows), question.out, f"{about}.")
+        print(f"\nwritten to {question.out}: the config with layout 1", file=where)
+    if question.picture is not None:
+        front = [c for share in FRONT for c in replace(search, limit=int(search.limit * share)).best(1)]
+        title = f"{search.config.JOB_NAME} on {search.world:,} x {search.gpu.name}: memory against throughput, predicted"
+        picture = draw(title, front, best, None if isinstance(own, list) else own, search.limit)
+        question.picture.parent.mkdir(parents=True, exist_ok=True)
+        question.picture.write_text(PICTURE + picture, encoding="utf-8")
+        print(f"written to {question.picture}: memory against throughput", file=where)
+
+
+PICTURE = "<!-- Written by internevo plan -->\n"
+
+
+def _check_picture(path: Path) -> None:
+    if path.suffix != ".svg":
+        raise UsageError(f"{path}: a picture is an SVG file; give it a name that ends with .svg")
+    check_own(path, PICTURE)
+
+
+def _nothing(search: Search, gpus: int) -> str:
+    """Says why no layout is there: none is legal, or none fits, and what would help."""
+    from ..planner.report import GIB, describe, memory_parts
+
+    least = search.least()
+    if least is None:
+        return (
+            f"no layout of {gpus} GPUs can have a global batch of {search.rows} rows: {search.rows} must be a multiple of the "
+            "number of data ranks, which is the number of GPUs divided by those of the pipeline and tensor axes; change "
+            "--gpus or data.global_batch_size"
+        )
+    lacking = least.memory.total - search.limit
+    parts = ", ".join(f"{name} {nbytes / GIB:.1f}" for name, nbytes in memory_parts(least).items())
+    needed = least.memory.total / GIB
+    return (
+        f"no layout fits: {lacking:,} bytes ({lacking / GIB:.1f} GiB) are missing on each GPU. The one that needs the least,\n"
+        f"  {describe(least.choice)},\n"
+        f"needs {needed:.1f} GiB on its most loaded rank ({parts}); {search.limit / GIB:.1f} GiB may be used.\n"
+        f"It would fit with more GPUs, with GPUs of at least {needed / (1 - RESERVE):.0f} GiB (--gpu), with a shorter "
+        "data.seq_len, or, if gradients are the most, with hybrid_zero_optimizer.grad_dtype = 'bfloat16'"
+    )
+
+
+MEASURED = "Measured by internevo plan --calibrate"
+
+
+def calibrate(out: Path, gpu: str | None, processes: int | None) -> int:
+    """Measures this machine, and writes the calibration to a file. For a GPU that is not in the table, or a CPU, it also writes
+    a file that describes it.
+
+    Args:
+        out: the file of the calibration.
+        gpu: whose peaks the measurements are compared with; None: those of the GPU that is found.
+        processes: number of local processes, if no launcher has started this one; None: one per GPU, or 1.
+
+    Returns:
+        The exit code.
+    """
+    from ..planner import hardware
+
+    described = out.with_name(f"{out.stem}-gpu.toml")
+    for path in (out, described):
+        check_own(path, f"# {MEASURED}")
+    given = hardware.find(gpu) if gpu else None
+    info = read_launcher(os.environ)
+    if info.address is None:
+        processes = processes or default_processes()
+        if processes > 1:
+            arguments = ["plan", "--calibrate", "--out", str(out), *(["--gpu", gpu] if gpu else [])]
+            with tempfile.TemporaryDirectory() as log:
+                return launch(arguments, processes, Path(log))
+    from ..parallel.world import join
+    from ..planner import calibrate as measuring
+
+    with join(info) as world:
+        measured = measuring.measure(world, local_world_size(os.environ) if info.address else 1)
+        if world.rank == 0:
+            known = given or measuring.known_gpu(world.device)
+            machine = known or measuring.as_gpu(measured, world.device)
+            found = measuring.calibration(measured, machine)
+            print("\n".join([f"{machine.name}, {world.size} processes", *measuring.lines(measured, machine, found)]))
+            out.parent.mkdir(parents=True, exist_ok=True)
+            about = f"{MEASURED}: {machine.name}, {world.size} processes"
+            found.save(out, about)
+            name = machine.name if known else str(described)
+            if known is None:
+                hardware.save(
+                    machine, described, f"{about}.\nPeaks are what was reached; links without a measurement are a guess."
+                )
+                print(f"written to {described}: the GPU, which is not in the table; correct what the maker says about it")
+            print(f"written to {out}: use it with internevo plan CONFIG --gpus N --gpu {name} --calibration {out}")
+    return 0

@@ -1,0 +1,83 @@
+"""Writes a config file: the keys that were set, with their values."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from pprint import pformat
+from typing import Any
+
+from ..errors import UsageError
+from .schema import Config
+
+MARK = "Written by internevo plan"
+"""The beginning of every file."""
+
+
+def write_config(config: Config, path: Path, comment: str) -> None:
+    """Writes a config as Python, YAML, TOML or JSON, as the name of the file says.
+
+    Args:
+        comment: what the file says about itself, in one line.
+
+    Raises:
+        UsageError: if the file has another kind, or exists and was not written by this function.
+    """
+    check_writable(path)
+    values = config.model_dump(mode="json", exclude_unset=True)
+    text = {".json": _json, ".toml": _toml}.get(path.suffix, _python if path.suffix == ".py" else _yaml)(values)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text if path.suffix == ".json" else f"# {MARK}. {comment}\n\n{text}", encoding="utf-8")
+
+
+def check_writable(path: Path) -> None:
+    """Checks that a config can be written to a file.
+
+    Raises:
+        UsageError: if not; see ``write_config``.
+    """
+    if path.suffix not in (".py", ".yaml", ".yml", ".toml", ".json"):
+        raise UsageError(f"{path}: unknown file type {path.suffix!r}; use .py, .yaml, .toml or .json")
+    check_own(path, f"# {MARK}")
+
+
+def check_own(path: Path, beginning: str) -> None:
+    """Checks that a file does not exist, or begins with what a command of this program writes.
+
+    Raises:
+        UsageError: if it is something else.
+    """
+    if path.exists() and not (path.is_file() and path.read_bytes().startswith(beginning.encode())):
+        raise UsageError(f"{path} exists and is not replaced, because internevo plan has not written it: choose another name")
+
+
+def _json(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=2) + "\n"
+
+
+def _python(values: dict[str, Any]) -> str:
+    return "\n".join(f"{name} = {pformat(value, sort_dicts=False, width=100)}" for name, value in values.items()) + "\n"
+
+
+def _yaml(values: dict[str, Any]) -> str:
+    import yaml
+
+    return str(yaml.safe_dump(values, sort_keys=False))
+
+
+def _toml(values: dict[str, Any]) -> str:
+    """Sections are tables; what is in them is inline. TOML has no None; it is the default of all keys that may be None."""
+    single = {name: value for name, value in values.items() if not isinstance(value, dict) and value is not None}
+    lines = [f"{name} = {_inline(value)}" for name, value in single.items()]
+    for name, section in values.items():
+        if isinstance(section, dict):
+            inside = (f"{json.dumps(key)} = {_inline(value)}" for key, value in section.items() if value is not None)
+            lines += ["", f"[{name}]", *inside]
+    return "\n".join(lines) + "\n"
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, dict):
+        inside = (f"{json.dumps(key)} = {_inline(item)}" for key, item in value.items() if item is not None)
+        return "{" + ", ".join(inside) + "}"
+    return f"[{', '.join(map(_inline, value))}]" if isinstance(value, list) else json.dumps(value)

@@ -1,0 +1,146 @@
+"""A layout as a config says it, and the layouts that there are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Literal, TypeVar
+
+from ..config import Config
+from ..config import check as rules
+from ..config.schema import Section
+from ..data.batches import BatchSizes
+from ..models.families import registry
+from ..parallel.layout import Layout
+
+CHUNKS = (1, 2, 4, 8)
+"""Numbers of model chunks of a rank that are tried."""
+S = TypeVar("S", bound=Section)
+Mode = Literal["mtp", "msp", "fsp", "isp"]
+Schedule = Literal["1F1B", "ZBH1", "ZBV"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """All that the planner may change in a config."""
+
+    pipeline: int = 1
+    schedule: Schedule = "1F1B"
+    chunks: int = 1
+    mode: Mode = "mtp"
+    tensor: int = 1
+    no_tp: bool = False
+    """Whether experts are whole on each rank of the tensor axis."""
+    expert: int = 1
+    micro_bsz: int = 1
+    weight: int = 1
+    expert_weight: int = 1
+    fsdp: bool = False
+    zero: int = -1
+    checkpoint: float | Literal["attention"] = 0.0
+    selective: bool = False
+    """Whether recomputation keeps the outputs of attention."""
+
+    @classmethod
+    def of(cls, config: Config, layout: Layout) -> Choice:
+        """Returns the layout of a config."""
+        return cls(
+            layout.pipeline, config.parallel.pipeline.mode, layout.chunks, config.parallel.tensor.mode, layout.tensor,
+            config.parallel.expert.no_tp, layout.expert, config.data.micro_bsz, layout.weight,
+            layout.expert_inner if layout.mode == "isp" else 1, layout.fsdp, layout.zero, config.model.checkpoint,
+            config.selective_checkpoint,
+        )  # fmt: skip
+
+    def apply(self, config: Config, rows: int) -> Config:
+        """Returns the config with this layout. Stages are divided by cost, and what isp gathers is gathered in advance.
+
+        Args:
+            rows: the global batch.
+        """
+        parallel = config.parallel
+        changed = {
+            "pipeline": _changed(parallel.pipeline, size=self.pipeline, mode=self.schedule, layers=[]),
+            "tensor": _changed(parallel.tensor, size=self.tensor, mode=self.mode),
+            "weight": _changed(parallel.weight, size=self.weight, overlap=self.weight > 1),
+            "zero1": _changed(parallel.zero1, size=self.zero, fsdp=self.fsdp),
+            "fsdp": _changed(parallel.fsdp, enable=self.fsdp),
+        }
+        if config.model.num_experts > 1:
+            overlap = self.expert_weight > 1
+            changed |= {
+                "expert": _changed(parallel.expert, size=self.expert, no_tp=self.no_tp),
+                "expert_weight": _changed(parallel.expert_weight, size=self.expert_weight, overlap=overlap),
+                "expert_zero1": _changed(parallel.expert_zero1, size=-1),
+            }
+        data = _changed(config.data, global_batch_size=rows, micro_bsz=self.micro_bsz)
+        model = _changed(config.model, num_chunks=self.chunks, checkpoint=self.checkpoint)
+        return _changed(
+            config, parallel=_changed(parallel, **changed), data=data, model=model, selective_checkpoint=self.selective
+        )
+
+
+def _changed(section: S, **values: object) -> S:
+    return section.model_copy(update=values)
+
+
+def is_legal(choice: Choice, config: Config, rows: int, world: int) -> bool:
+    """Whether a config that can be trained can be with this layout, too. (Its files and tokenizers are not looked at again.)"""
+    changed = choice.apply(config, rows)
+    return not rules.problems(changed, world) and not any(registry.problems(changed.model_type, changed.model))
+
+
+def global_rows(config: Config, world: int) -> int | None:
+    """Returns the rows of a global batch, after the ramp-up; None if the config's own layout does not fit the world size, and
+    the config has only the rows of a rank."""
+    parallel = config.parallel
+    if config.data.global_batch_size:
+        return config.data.global_batch_size
+    if world % (parallel.tensor.size * parallel.pipeline.size):
+        return None
+    ranks = rules.data_size(config, world)
+    sizes = BatchSizes.from_config(config.data, ranks)
+    return sizes.micro_bsz * sizes.micro_num * ranks
+
+
+def divisors(number: int) -> list[int]:
+    """Returns all divisors, in ascending order."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def shapes(config: Config, world: int, rows: int) -> Iterator[Choice]:
+    """Yields choices of what decides how long a rank computes, and of the ranks over which a layer is sharded: all but those
+    of the optimizer state, FSDP and recomputation. Not all of their schedules are legal."""
+    experts = divisors(config.model.num_experts)
+    for pipeline in divisors(world):
+        schedules = _schedules(pipeline, config.model.num_layers)
+        for tensor, expert in product(_tensors(config, world // pipeline), experts):
+            if is_legal(choice := replace(tensor, pipeline=pipeline, expert=expert), config, rows, world):
+                sizes = divisors(rows // (world // pipeline // choice.tensor))
+                for micro_bsz, (schedule, chunks) in product(sizes, schedules):
+                    yield replace(choice, schedule=schedule, chunks=chunks, micro_bsz=micro_bsz)
+
+
+def _tensors(config: Config, ranks: int) -> Iterator[Choice]:
+    """Yields the modes and sizes of the tensor axis and the weight axis."""
+    modes: tuple[Mode, ...] = ("mtp", "msp", "fsp")
+    has_experts, sizes = config.model.num_experts > 1, divisors(ranks)
+    yield Choice()
+    for mode, size, no_tp in product(modes, sizes[1:], (False, True) if has_experts else (False,)):
+        yield Choice(mode=mode, tensor=size, no_tp=no_tp)
+    for size, weight in product(sizes, sizes):
+        if max(size, weight) > 1 or has_experts:  # otherwise it is the same as mtp
+            yield Choice(mode="isp", tensor=size, weight=weight)
+
+
+def _schedules(pipeline: int, layers: int) -> list[tuple[Schedule, int]]:
+    if pipeline == 1:
+        return [("1F1B", 1)]
+    found: list[tuple[Schedule, int]] = [*(("1F1B", chunks) for chunks in CHUNKS), ("ZBH1", 1), ("ZBV", 2)]
+    return [(schedule, chunks) for schedule, chunks in found if pipeline * chunks <= layers]
+
+
+def zeros(choice: Choice, world: int) -> list[Choice]:
+    """Returns choices of the ranks over which the optimizer state is sharded."""
+    outer = world // (choice.pipeline * (choice.weight if choice.mode == "isp" else choice.tensor))
+    return [replace(choice, zero=zero) for zero in divisors(outer)]

@@ -1,0 +1,80 @@
+"""Draws layouts as dots, memory against throughput, as an SVG picture: what less memory costs."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+
+from .report import GIB, describe
+from .search import Candidate
+
+LEFT, TOP, WIDTH, HEIGHT = 76, 46, 880, 420
+
+
+def draw(title: str, front: Sequence[Candidate], best: Sequence[Candidate], own: Candidate | None, limit: int) -> str:
+    """Draws them.
+
+    Args:
+        front: the fastest layouts within several limits of memory; a line connects them.
+        best: the fastest layouts.
+        own: the layout of the config.
+        limit: bytes that a rank may have.
+    """
+    everything = [*front, *best, *([own] if own else [])]
+    most = max(limit, *(candidate.memory.total for candidate in everything)) / GIB
+    top = max(candidate.prediction.tgs for candidate in everything) * 1.06
+
+    def x(gib: float) -> float:
+        return LEFT + gib / most * WIDTH
+
+    def y(tgs: float) -> float:
+        return TOP + HEIGHT - tgs / top * HEIGHT
+
+    def dots(candidates: Sequence[Candidate], colour: str, size: float) -> str:
+        drawn = []
+        for c in candidates:
+            gib, tgs = c.memory.total / GIB, c.prediction.tgs
+            about = f"{html.escape(describe(c.choice))}: {tgs:,.0f} TGS, {gib:.1f} GiB"
+            drawn.append(
+                f'<circle cx="{x(gib):.1f}" cy="{y(tgs):.1f}" r="{size}" fill="{colour}"><title>{about}</title></circle>'
+            )
+        return "".join(drawn)
+
+    line = " ".join(
+        f"{x(c.memory.total / GIB):.1f},{y(c.prediction.tgs):.1f}" for c in sorted(front, key=lambda c: c.memory.total)
+    )
+    end = x(limit / GIB)
+    parts = [
+        f'<line x1="{end:.1f}" y1="{TOP}" x2="{end:.1f}" y2="{TOP + HEIGHT}" stroke="#b3261e" stroke-dasharray="5 4"/>',
+        f'<polyline points="{line}" fill="none" stroke="#3b6fb6" stroke-width="1.5"/>',
+        dots(best, "#82cbb0", 5), dots(front, "#3b6fb6", 5), dots([own] if own else [], "#d9822b", 6),
+        *(_mark(x(n), TOP + HEIGHT + 18, f"{n:g}", "middle") for n in _marks(most)),
+        *(_mark(LEFT - 8, y(n) + 4, f"{n:,.0f}", "end") for n in _marks(top)),
+    ]  # fmt: skip
+    legend = (
+        '<tspan fill="#3b6fb6">● fastest within its memory</tspan>  <tspan fill="#82cbb0">● the fastest</tspan>'
+        + ('  <tspan fill="#d9822b">● the layout of the config</tspan>' if own else "")
+        + '  <tspan fill="#b3261e">┆ the limit</tspan>'
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {LEFT + WIDTH + 24} {TOP + HEIGHT + 48}" '
+        'font-family="system-ui, sans-serif" font-size="13" fill="#1c2733"><rect width="100%" height="100%" fill="white"/>'
+        f'<text x="{LEFT}" y="18" font-size="15" font-weight="600">{html.escape(title)}</text>'
+        f'<text x="{LEFT}" y="36">{legend}</text>'
+        f'<rect x="{LEFT}" y="{TOP}" width="{WIDTH}" height="{HEIGHT}" fill="none" stroke="#9aa5b1"/>{"".join(parts)}'
+        f'<text x="{LEFT + WIDTH / 2}" y="{TOP + HEIGHT + 38}" text-anchor="middle">GiB on the most loaded rank</text>'
+        f'<text transform="translate(16 {TOP + HEIGHT / 2}) rotate(-90)" text-anchor="middle">tokens per GPU and second</text>'
+        "</svg>\n"
+    )
+
+
+def _marks(most: float) -> list[float]:
+    """Returns about eight round numbers from 0 on."""
+    power = 10.0 ** math.floor(math.log10(most / 8))
+    size = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= most / 8)
+    return [number * size for number in range(math.floor(most / size) + 1)]
+
+
+def _mark(x: float, y: float, text: str, anchor: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="#5b6773">{text}</text>'

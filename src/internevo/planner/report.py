@@ -1,0 +1,161 @@
+"""What ``internevo plan`` prints: a table of layouts, one layout in full, and why one is faster than another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, fields, replace
+from typing import Any
+
+from ..parallel import plan
+from ..parallel.memory import Memory
+from ..parallel.strategy import Collectives
+from . import step
+from .calibration import Calibration
+from .choice import Choice
+from .hardware import GPU
+from .search import Candidate
+
+GIB = 2**30
+PARTS = {
+    "compute": "computation", "communication": "exposed communication", "bubble": "bubble of the pipeline",
+    "optimizer": "optimizer", "other": "data, logging, waiting",
+}  # fmt: skip
+"""The parts of a step's time, by their names in ``Prediction``."""
+
+
+def describe(choice: Choice) -> str:
+    """Returns a layout in short words."""
+    words = []
+    if choice.pipeline > 1:
+        chunks = f" x {choice.chunks} chunks" if choice.chunks > 1 else ""
+        words.append(f"pipeline {choice.pipeline} {choice.schedule}{chunks}")
+    if choice.mode == "isp":
+        words.append(f"isp {choice.tensor} weight {choice.weight}")
+    elif choice.tensor > 1:
+        words.append(f"{choice.mode} {choice.tensor}{' (experts whole)' if choice.no_tp else ''}")
+    if choice.expert > 1:
+        words.append(f"expert {choice.expert}")
+    if choice.expert_weight > 1:
+        words.append(f"expert weight {choice.expert_weight}")
+    words.append(f"{'FSDP' if choice.fsdp else 'ZeRO'} {choice.zero}")
+    words.append(f"micro-batch {choice.micro_bsz}")
+    if choice.checkpoint:
+        what = choice.checkpoint if isinstance(choice.checkpoint, str) else f"{choice.checkpoint:.0%}"
+        words.append(f"recompute {what}{' but attention kernels' if choice.selective else ''}")
+    return ", ".join(words)
+
+
+def table(candidates: Sequence[Candidate], first: str = "") -> list[str]:
+    """Returns a table of layouts, one a line.
+
+    Args:
+        first: what stands in place of the number.
+    """
+    lines = [] if first else [f"{'':>4}{'TGS':>9}{'MFU':>8}{'step s':>9}{'GiB':>8}  layout"]
+    for number, candidate in enumerate(candidates, start=1):
+        p = candidate.prediction
+        memory = candidate.memory.total / GIB
+        name = first or str(number)
+        lines.append(f"{name:>4}{p.tgs:>9,.0f}{p.mfu:>8.1%}{p.step:>9.3f}{memory:>8.1f}  {describe(candidate.choice)}")
+    return lines
+
+
+def in_full(candidate: Candidate, gpu: GPU, calibration: Calibration, limit: int, tokens: float | None) -> Iterator[str]:
+    """Yields the memory, the time, the communication and the cost of a layout."""
+    job, p, memory = candidate.job, candidate.prediction, candidate.memory
+    layout = job.work.layout
+    yield f"{describe(candidate.choice)}: {layout.data} data ranks, {job.work.micro_batches} micro-batches on each"
+    yield f"  {p.tgs:,.0f} tokens per GPU and second, {p.tflops:.0f} TFLOPS, MFU {p.mfu:.1%}"
+    if layout.pipeline > 1:
+        yield f"  layers of the stages: {' '.join(str(len(stage.layers)) for stage in job.stages())}"
+    where = f"on pipeline rank {memory.pipeline_rank}, the most loaded"
+    yield f"  memory, GiB{memory.total / GIB:>18.2f}  of {limit / GIB:.1f}, {where}"
+    for part, nbytes in memory_parts(candidate).items():
+        yield f"    {part:24}{nbytes / GIB:>10.2f}"
+    yield f"  step, s{p.step:>22.3f}"
+    for part, seconds in time_parts(candidate, gpu, calibration).items():
+        yield f"    {part:24}{seconds:>10.3f}{seconds / p.step:>8.1%}"
+    yield f"  {'communication of a rank, a step':34}{'group':>16}{'ranks':>7}{'over':>9}{'count':>8}{'GB sent':>10}"
+    for row in traffic(candidate, gpu):
+        over = f"{row['group']:>16}{row['ranks']:>7}{row['over']:>9}"
+        yield f"    {row['kind']:32}{over}{row['count']:>8,}{row['sent'] / 1e9:>10.3f}"
+    if tokens:
+        cost = step.budget(tokens, p, layout.world, gpu)
+        yield (
+            f"  {tokens:,.0f} tokens: {cost.hours / 24:,.1f} days, {cost.gpu_hours:,.0f} GPU hours, "
+            f"{cost.megawatt_hours:,.1f} MWh (GPUs alone, {gpu.watts:g} W each), "
+            f"{cost.dollars:,.0f} dollars ({gpu.dollars_per_hour:g} for an hour of a GPU)"
+        )
+
+
+def memory_parts(candidate: Candidate) -> dict[str, int]:
+    """Returns the bytes of the most loaded rank, by part."""
+    kept = candidate.memory.kept
+    parts = {name: getattr(kept, part) for part, name in Memory.NAMES.items()}
+    return {**parts, "temporary buffers": candidate.memory.temporary}
+
+
+def time_parts(candidate: Candidate, gpu: GPU, calibration: Calibration) -> dict[str, float]:
+    """Returns the seconds of a step, by part."""
+    parts = {name: getattr(candidate.prediction, part) for part, name in PARTS.items()}
+    if candidate.job.imbalance > 1:
+        even = step.predict(replace(candidate.job, imbalance=1.0), gpu, calibration)
+        more = candidate.prediction.compute - even.compute
+        parts[PARTS["compute"]] -= more
+        parts["experts' imbalance"] = more
+    return parts
+
+
+def traffic(candidate: Candidate, gpu: GPU) -> list[dict[str, Any]]:
+    """Returns the collectives and messages of the most loaded rank, as its strategies state them, with the links they use."""
+    job, rank = candidate.job, candidate.memory.pipeline_rank
+    layout = job.work.layout
+    stages = tuple(s for n, s in enumerate(job.stages()) if layout.rank_of_stage(n) == rank)
+    groups, found = layout.groups(), []
+    for row in plan.traffic(replace(job.work, stages=stages, pipeline_rank=rank)):
+        ranks = groups.get(row.axis, [list(range(layout.world))])[0]
+        found.append({
+            "kind": row.kind, "group": row.axis, "ranks": len(ranks), "over": _link(row, ranks, gpu), "count": row.count,
+            "sent": row.wire(len(ranks)),
+        })  # fmt: skip
+    return found
+
+
+def _link(row: Collectives, ranks: Sequence[int], gpu: GPU) -> str:
+    """Returns what connects the ranks of a group; of a message, two neighbours."""
+    last = ranks[1] if row.kind == "send" else ranks[-1]
+    return "node" if last // gpu.gpus_per_node == ranks[0] // gpu.gpus_per_node else "network"
+
+
+def why(first: Candidate, second: Candidate) -> Iterator[str]:
+    """Yields why the first of two layouts is faster than the second: the parts of a step that differ, the largest first."""
+    a, b = first.prediction, second.prediction
+    if a.step == b.step:
+        yield "  both take the same time"
+        return
+    yield f"  its step takes {b.step - a.step:.3f} s less ({a.step:.3f} in place of {b.step:.3f} s, {1 - a.step / b.step:.1%})"
+    changes = [
+        f"{field.name} {getattr(first.choice, field.name)} in place of {getattr(second.choice, field.name)}"
+        for field in fields(Choice)
+        if getattr(first.choice, field.name) != getattr(second.choice, field.name)
+    ]
+    yield f"  the layouts differ in: {', '.join(changes) or 'nothing'}"
+    gains = {name: getattr(b, part) - getattr(a, part) for part, name in PARTS.items()}
+    for name, gain in sorted(gains.items(), key=lambda item: -abs(item[1])):
+        if abs(gain) > 0.02 * (b.step - a.step):
+            before, after = (next(getattr(p, part) for part in PARTS if PARTS[part] == name) for p in (b, a))
+            yield f"  {name}: {abs(gain):.3f} s {'less' if gain > 0 else 'more'} ({after:.3f} in place of {before:.3f} s)"
+    more = (first.memory.total - second.memory.total) / GIB
+    yield f"  memory: {abs(more):.1f} GiB {'more' if more > 0 else 'less'} on the most loaded rank"
+
+
+def to_dict(candidate: Candidate, gpu: GPU, calibration: Calibration, tokens: float | None) -> dict[str, Any]:
+    """Returns all of that as JSON values."""
+    found: dict[str, Any] = {
+        "layout": asdict(candidate.choice), "prediction": asdict(candidate.prediction),
+        "memory": {**memory_parts(candidate), "total": candidate.memory.total},
+        "seconds": time_parts(candidate, gpu, calibration), "traffic": traffic(candidate, gpu),
+    }  # fmt: skip
+    if tokens:
+        found["budget"] = asdict(step.budget(tokens, candidate.prediction, candidate.job.work.layout.world, gpu))
+    return found

@@ -1,0 +1,101 @@
+"""``internevo plan``: what it prints and writes, and what it says if something is wrong."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from internevo.cli import main
+from internevo.config.load import load_config
+from internevo.train.check import problems
+from tests.conftest import write_config
+
+MODEL = {"model__num_layers": 4, "model__dtype": "torch.bfloat16", "data__global_batch_size": 16}
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as end, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os._exit", lambda code: (_ for _ in ()).throw(SystemExit(code)))
+        main(["plan", *arguments])
+    out, err = capsys.readouterr()
+    return int(end.value.code or 0), out, err
+
+
+def config(folder: Path, **changes: Any) -> str:
+    return str(write_config(folder, None, **{**MODEL, **changes}))
+
+
+@pytest.mark.parametrize("suffix", [".py", ".yaml", ".toml", ".json"])
+def test_the_written_config_can_be_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str) -> None:
+    out, picture = tmp_path / f"fast{suffix}", tmp_path / "fast.svg"
+    asked = (config(tmp_path), "--gpus", "8", "--gpu", "h100", "--out", str(out), "--picture", str(picture), "--tokens", "1B")
+    code, text, err = run(capsys, *asked)
+    assert (code, err) == (0, "")
+    for words in ("own", "Why 1 is faster than 2", "exposed communication", "temporary buffers", "GB sent", "dollars"):
+        assert words in text
+    written = load_config(out)
+    assert problems(written, 8) == [] and written.data.global_batch_size == 16
+    assert picture.read_text().count("<circle") >= 10
+    code, _, err = run(capsys, *asked)  # its own files are replaced; JSON has no comment that would tell them
+    assert code == (2 if suffix == ".json" else 0)
+    out.write_text("mine")
+    assert run(capsys, *asked)[0] == 2 and out.read_text() == "mine"
+
+
+def test_json_is_for_scripts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, text, _ = run(capsys, config(tmp_path), "--gpus", "4", "--gpu", "h100", "--json")
+    found = json.loads(text)
+    assert code == 0 and len(found["best"]) == 10 and found["rows"] == 16
+    for each in [*found["best"], found["own"]]:
+        assert sum(each["seconds"].values()) == pytest.approx(each["prediction"]["step"])
+        *parts, total = each["memory"].values()
+        assert sum(parts) == total
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--gpus", "8", "--gpu", "h10O"], ["unknown GPU 'h10O'; did you mean h100?", "bf16_tflops = 989.4"]),
+        (["--gpus", "8", "--gpu", "h100", "--memory", "1KB"], ["no layout fits", "bytes", "more GPUs"]),
+        (["--gpus", "7", "--gpu", "h100", "parallel.tensor.size=2"], ["data.global_batch_size"]),
+        (["--gpus", "7", "--gpu", "h100", "data.global_batch_size=16"], ["no layout of 7 GPUs", "16"]),
+        (["--gpus", "8", "--nodes", "3", "--gpu", "h100"], ["--nodes 3"]),
+        (["--gpus", "8"], ["--gpu NAME"]),
+        (["--gpus", "8", "--gpu", "h100", "--picture", "a.png"], [".svg"]),
+        (["--gpus", "8", "--gpu", "h100", "--out", "a.txt"], ["a.txt", ".py"]),
+        (["--gpus", "8", "--gpu", "h100", "--tokens", "many"], ["'many' is not a number of tokens"]),
+        (["--gpus", "8", "--gpu", "h100", "--nproc", "2"], ["--calibrate"]),
+        (["--gpus", "8", "--gpu", "h100", "model.hidden_size=30"], ["hidden_size = 30"]),
+    ],
+)
+def test_what_is_wrong_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]
+) -> None:
+    changes = {"data__global_batch_size": None} if "parallel.tensor.size=2" in arguments else {}
+    code, out, err = run(capsys, config(tmp_path, **changes), *arguments)
+    assert code == 2 and out == "" and "Traceback" not in err
+    for word in words:
+        assert word in err
+
+
+def test_a_calibration_of_another_version_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "old.toml").write_text("version = 0\n")
+    asked = ["--gpus", "8", "--gpu", "h100", "--calibration", str(tmp_path / "old.toml")]
+    code, _, err = run(capsys, config(tmp_path), *asked)
+    assert code == 2 and "is of version 0" in err and "--calibrate" in err
+
+
+def test_a_calibration_is_measured_and_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INTERNEVO_DEVICE", "cpu")
+    monkeypatch.setattr("internevo.planner.calibrate.SECONDS", 0.01)
+    out, gpu = tmp_path / "here.toml", tmp_path / "here-gpu.toml"
+    code, text, err = run(capsys, "--calibrate", "--out", str(out))
+    assert (code, err) == (0, "") and "TFLOPS" in text and "not measured" in text
+    code, text, err = run(capsys, config(tmp_path), "--gpus", "4", "--gpu", str(gpu), "--calibration", str(out))
+    assert (code, err) == (0, "") and "TGS" in text
+    out.write_text("mine")
+    code, _, err = run(capsys, "--calibrate", "--out", str(out))
+    assert code == 2 and out.read_text() == "mine"
