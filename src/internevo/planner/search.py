@@ -203,8 +203,9 @@ class Search:
         key = replace(
             choice, pipeline=1, schedule="1F1B", chunks=1, weight=1, expert_weight=1, fsdp=False, zero=-1, checkpoint=0.0
         )
-        kinds = {0.0: (0.0, 0.0), "attention": ("attention", "attention")}.get(choice.checkpoint, (1.0, 0.0))
-        again, plain = (self._times(replace(key, checkpoint=kind)) for kind in kinds)
+        again = plain = self._times(replace(key, checkpoint="attention" if choice.checkpoint == "attention" else 0.0))
+        if not isinstance(choice.checkpoint, str) and choice.checkpoint > 0:
+            again = self._times(replace(key, checkpoint=1.0))
         busy, backward, elements, way = [0.0] * ranks, [0.0] * ranks, [0] * ranks, 0.0
         for number, stage in enumerate(self._stages(ranks * choice.chunks)):
             rank, first, end = rank_of(number, ranks, choice.schedule), stage.layers.start, stage.layers.stop
@@ -241,8 +242,13 @@ class Search:
         first = [kinds.index(kind) for kind in kinds]
         layers = [floor(range(number, number + 1), False, False) for number in first]
         ends = [floor(range(0), embeds, not embeds) for embeds in (True, False)]
-        sums = [accumulate(times, initial=0.0) for times in ([t.forward - t.exposed for t in layers], map(_all, layers))]
-        return Times(*map(list, sums), (_all(ends[0]), _all(ends[1])))
+        # Layers with experts share an all-reduce, so that several of them take less than each alone.
+        sparse = [decoder.is_sparse(number) for number in range(decoder.num_layers)]
+        together = _all(floor(range(decoder.num_layers), False, False))
+        shared = (sum(map(_all, layers)) - together) / max(1, sum(sparse) - 1)
+        forward = accumulate((times.forward - times.exposed for times in layers), initial=0.0)
+        everything = (_all(times) - shared * has for times, has in zip(layers, sparse, strict=True))
+        return Times(list(forward), list(accumulate(everything, initial=0.0)), (_all(ends[0]), _all(ends[1])))
 
     def _stages_of(self, number: int) -> tuple[Stage, ...]:
         layout = replace(self.base.work.layout, world=number, pipeline=number)
