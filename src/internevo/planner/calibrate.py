@@ -75,7 +75,7 @@ def measure(world: World, per_node: int) -> Measured:
         {size: _product(size, device) for size in ((1024, 2048, 4096, 8192) if large else (256, 512, 1024))},
         _attention(device, 4096 if large else 512, 32 if large else 4),
         _copy(device, 2**30 if large else 2**26),
-        _seconds(lambda x=torch.ones(16, device=device): x.add_(1), device),
+        _launch(device),
         _collectives(groups.get(near), per_node, device) if per_node > 1 else {},
         _collectives(groups.get(far), nodes, device) if nodes > 1 else {},
         per_node, nodes,
@@ -99,6 +99,11 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
         times.append((time.perf_counter() - start) / number)
         number = max(1, min(100, int(0.02 / times[-1])))
     return statistics.median(times[1:] or times)
+
+
+def _launch(device: torch.device) -> float:
+    small = torch.ones(16, device=device)
+    return _seconds(lambda: small.add_(1), device)
 
 
 def _product(size: int, device: torch.device) -> float:

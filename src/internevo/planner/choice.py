@@ -9,7 +9,7 @@ from typing import Literal, TypeVar
 
 from ..config import Config
 from ..config import check as rules
-from ..config.schema import Section
+from ..config.option import Section
 from ..data.batches import BatchSizes
 from ..models.families import registry
 from ..parallel.layout import Layout

@@ -87,8 +87,12 @@ class Search:
         self._stages = cache(self._stages_of)
         self._reduction = cache(self._reduction_of)
         without = replace(self.decoder, experts=None, intermediate_size=0) if self.decoder.experts else self.decoder
-        layers = (without.layer_parameters(number) for number in range(self.decoder.num_layers))
+        layers = [without.layer_parameters(number) for number in range(self.decoder.num_layers)]
         self._dense = list(accumulate(layers, initial=0))  # parameters of the layers before each, without experts
+        e = self.decoder.experts
+        size = 3 * self.decoder.hidden_size * e.size * e.count if e else 0
+        sparse = (size * self.decoder.is_sparse(number) for number in range(self.decoder.num_layers))
+        self._routed = list(accumulate(sparse, initial=0))  # the same of experts
 
     def best(self, number: int) -> list[Candidate]:
         """Returns the fastest layouts that fit, the fastest first."""
@@ -203,9 +207,10 @@ class Search:
         key = replace(
             choice, pipeline=1, schedule="1F1B", chunks=1, weight=1, expert_weight=1, fsdp=False, zero=-1, checkpoint=0.0
         )
-        kinds = {0.0: (0.0, 0.0), "attention": ("attention", "attention")}.get(choice.checkpoint, (1.0, 0.0))
-        again, plain = (self._times(replace(key, checkpoint=kind)) for kind in kinds)
-        busy, backward, elements, way = [0.0] * ranks, [0.0] * ranks, [0] * ranks, 0.0
+        again = plain = self._times(replace(key, checkpoint="attention" if choice.checkpoint == "attention" else 0.0))
+        if not isinstance(choice.checkpoint, str) and choice.checkpoint > 0:
+            again = self._times(replace(key, checkpoint=1.0))
+        busy, backward, dense, routed, way = [0.0] * ranks, [0.0] * ranks, [0] * ranks, [0] * ranks, 0.0
         for number, stage in enumerate(self._stages(ranks * choice.chunks)):
             rank, first, end = rank_of(number, ranks, choice.schedule), stage.layers.start, stage.layers.stop
             some = first + (0 if isinstance(choice.checkpoint, str) else int((end - first) * choice.checkpoint))
@@ -214,15 +219,36 @@ class Search:
             forward = plain.forward[end] - plain.forward[first]
             busy[rank] += everything
             backward[rank] += everything - forward
-            elements[rank] += self._dense[end] - self._dense[first]
+            dense[rank] += self._dense[end] - self._dense[first]
+            routed[rank] += self._routed[end] - self._routed[first]
             if number < ranks - 1:
                 way += everything if whole else forward
         micro_batches = self.rows * choice.tensor * ranks // (self.world * choice.micro_bsz)
-        inner = choice.weight if choice.mode == "isp" else choice.tensor
-        rate = self._reduction(Group(self.world // (ranks * inner), inner)) * self.base.work.gradient_bytes / inner
-        reduced = [step.exposed(rate * n, hides, self.calibration) for n, hides in zip(elements, backward, strict=True)]
+        reduced = self._exposed(choice, dense, routed, backward, micro_batches)
         longest = max(micro_batches * time + after for time, after in zip(busy, reduced, strict=True))
         return max(longest, way + micro_batches * busy[-1] + reduced[-1]) + self.calibration.step
+
+    def _exposed(
+        self, choice: Choice, dense: list[int], routed: list[int], backward: list[float], micro_batches: int
+    ) -> list[float]:
+        """Returns at least how long each pipeline rank waits until its gradients are reduced.
+
+        Args:
+            dense, routed: its numbers of parameters, outside of experts and of experts.
+            backward: the time of its backward passes of a micro-batch.
+        """
+        world, isp = self.world // choice.pipeline, choice.mode == "isp"
+        inner = choice.weight if isp else choice.tensor
+        # isp reduces a part over the expert weight axis, in each micro-batch: as if all ranks with these experts reduced them.
+        of_experts = choice.expert * (1 if isp or choice.no_tp else choice.tensor)
+        rates = [self._reduction(Group(world // n, n)) * self.base.work.gradient_bytes / n for n in (inner, of_experts)]
+        found = []
+        for plain, more, hides in zip(dense, routed, backward, strict=True):
+            without, both = rates[0] * plain, rates[0] * plain + rates[1] * more
+            passes = micro_batches + 1 if isp else 1
+            waits = [step.exposed(without, hides, self.calibration), step.exposed(both, hides * passes, self.calibration)]
+            found.append(max(waits))
+        return found
 
     def _reduction_of(self, group: Group) -> float:
         """Returns the seconds per byte of a reduction over a group, without latencies."""
@@ -241,8 +267,13 @@ class Search:
         first = [kinds.index(kind) for kind in kinds]
         layers = [floor(range(number, number + 1), False, False) for number in first]
         ends = [floor(range(0), embeds, not embeds) for embeds in (True, False)]
-        sums = [accumulate(times, initial=0.0) for times in ([t.forward - t.exposed for t in layers], map(_all, layers))]
-        return Times(*map(list, sums), (_all(ends[0]), _all(ends[1])))
+        # Layers with experts share an all-reduce, so that several of them take less than each alone.
+        sparse = [decoder.is_sparse(number) for number in range(decoder.num_layers)]
+        together = _all(floor(range(decoder.num_layers), False, False))
+        shared = (sum(map(_all, layers)) - together) / max(1, sum(sparse) - 1)
+        forward = accumulate((times.forward - times.exposed for times in layers), initial=0.0)
+        everything = (_all(times) - shared * has for times, has in zip(layers, sparse, strict=True))
+        return Times(list(forward), list(accumulate(everything, initial=0.0)), (_all(ends[0]), _all(ends[1])))
 
     def _stages_of(self, number: int) -> tuple[Stage, ...]:
         layout = replace(self.base.work.layout, world=number, pipeline=number)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
+from typing import Literal
 
 import pytest
 
@@ -37,7 +38,8 @@ def everything(of: Search) -> Iterator[Choice]:
     """All legal layouts, with all kinds and amounts of recomputation."""
     layers = of.decoder.num_layers
     shares = [share(n, layers) for n in range(1, layers + 1)]
-    again = [(0.0, False), *product([*shares, "attention"], (False, True))]
+    amounts: list[float | Literal["attention"]] = [*shares, "attention"]
+    again: list[tuple[float | Literal["attention"], bool]] = [(0.0, False), *product(amounts, (False, True))]
     for shape in shapes(of.config, of.world, of.rows):
         experts = divisors(of.world) if shape.mode == "isp" and of.decoder.experts else [1]
         for zero, fsdp, expert_weight in product(divisors(of.world // shape.pipeline), (False, True), experts):
