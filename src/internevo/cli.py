@@ -47,16 +47,15 @@ def train(
     rank: Annotated[int | None, typer.Option(min=0, help="The rank that a dry run is of (default: 0).", metavar="R")] = None,
 ) -> None:
     """Train a model. Under torchrun or srun, this process is one rank of the run; otherwise it starts the processes itself."""
-    from .commands.train import dry_run as pretend
-    from .commands.train import train as start
+    from .commands import train as command
 
     if not dry_run and (world_size, rank) != (None, None):
         raise UsageError("--world-size and --rank belong to --dry-run; a run has as many ranks as processes (--nproc)")
     if not dry_run:
-        raise typer.Exit(start(config, [*(overrides or []), *(PROFILING if profiling else ())], nproc))
+        raise typer.Exit(command.train(config, [*(overrides or []), *(PROFILING if profiling else ())], nproc))
     if world_size is None or nproc is not None or profiling:
         raise UsageError("--dry-run needs --world-size N, the number of ranks, and no --nproc or --profiling: it only counts")
-    pretend(config, overrides or [], world_size, rank or 0)
+    command.dry_run(config, overrides or [], world_size, rank or 0)
 
 
 @app.command("config", epilog=_epilog("internevo config configs/7B_internlm2.py --world-size 8"))

@@ -152,14 +152,22 @@ class DecoderConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DecoderConfig:
         """Returns the shape from ``to_dict``'s values, also if they have been written as JSON and read again."""
-        ropes = {key: values.get(key) and Rope(**values[key]) for key in ("rope", "window_rope")}
-        experts = values.get("experts")
+        rope, window_rope, experts = values["rope"], values.get("window_rope"), values.get("experts")
         if experts:
             experts = Experts(**{**experts, "dense_layers": tuple(experts["dense_layers"])})
         lora = values.get("lora")
         lora = lora and Lora(**{**lora, "targets": tuple(lora["targets"])})
         windows = tuple(values.get("windows", ()))
-        return cls(**{**values, **ropes, "experts": experts, "windows": windows, "lora": lora})
+        return cls(
+            **{
+                **values,
+                "rope": rope and Rope(**rope),
+                "window_rope": window_rope and Rope(**window_rope),
+                "experts": experts,
+                "windows": windows,
+                "lora": lora,
+            }
+        )
 
     def settings(self) -> dict[str, Any]:
         """Returns the keys of a config that describe this decoder, with their values. Adapters are not among them."""
@@ -191,11 +199,11 @@ class DecoderConfig:
             "model.norm_head": self.norm_head,
             "model.add_unit_offset": self.norm_unit_offset,
             "model.use_swiglu": self.activation == "silu",
-            "interleaved rotary embedding (a fact of model_type)": rope is not None and rope.interleaved,
+            "rope.interleaved (a fact of model_type)": rope is not None and rope.interleaved,
             "qk_norm (a fact of model_type)": self.qk_norm,
-            "norms after attention and MLP (a fact of model_type)": self.out_norms,
-            "base of the rotary embedding in windows (a fact of model_type)": self.window_rope and self.window_rope.base,
-            "scale of queries (a fact of model_type)": self.query_scale,
+            "out_norms (a fact of model_type)": self.out_norms,
+            "window_rope (a fact of model_type)": self.window_rope and asdict(self.window_rope),
+            "query_scale (a fact of model_type)": self.query_scale,
             "scale_embedding (a fact of model_type)": self.scale_embedding,
             "model.num_experts": moe.count if moe else 1,
         }

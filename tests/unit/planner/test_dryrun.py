@@ -144,7 +144,7 @@ def test_the_file_has_what_is_printed_and_a_run_may_follow(tmp_path: Path, capsy
         (["--world-size", 4], "--world-size and --rank belong to --dry-run"),
         (["--rank", 0], "--world-size and --rank belong to --dry-run"),
         (["--dry-run"], "--dry-run needs --world-size N"),
-        ([*DRY, 4, "--nproc", 4], "--dry-run needs --world-size N, the number of ranks of the run, and no --nproc"),
+        ([*DRY, 4, "--nproc", 4], "--dry-run needs --world-size N, the number of ranks, and no --nproc"),
         ([*DRY, 4, "--rank", 4], "--rank 4: the ranks of --world-size 4 are 0 to 3"),
         ([*DRY, 3, "parallel.tensor.size=2"], "3 processes cannot be divided into groups"),
         ([*DRY, 5], "data.global_batch_size = 12 is not a multiple"),

@@ -83,7 +83,7 @@ def test_a_config_that_is_no_json_object_is_named(folder: Path, text: bytes) -> 
         ({"architectures": "LlamaForCausalLM"}, "architectures = 'LlamaForCausalLM' must be a list of names"),
         ({"architectures": [3]}, "architectures = [3] must be a list of names"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config = {'quant_method': 'gptq'} does not fit"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 does not fit"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported for LLAMA2"),
         ({"model_type": ["llama"]}, "no family fits model_type = ['llama']"),
         ({"layer_types": ["chunked_attention"] * 2}, "layer_types = "),
     ],
