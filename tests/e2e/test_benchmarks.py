@@ -108,7 +108,8 @@ def test_no_script_is_missing_in_this_file() -> None:
         "ours",
         "parallel",
         "pipeline",
-        "plan",  # in tests/unit/planner, as is the next
+        "plan",  # in tests/unit/planner, as are the next two
+        "plan_pictures",
         "published",
         "timeline",
         "vs_transformers",

@@ -130,7 +130,7 @@ def test_every_vector_is_a_calibration(plan: ModuleType) -> None:
         assert 0 < found.products <= 1 and found.step > 0
 
 
-def cases(plan: ModuleType, published: ModuleType, true: Calibration) -> list[object]:
+def cases(plan: ModuleType, published: ModuleType, true: Calibration) -> list[Any]:
     """Rows whose throughput is what a calibration says."""
     found = []
     for gpus in (8, 64, 512):
