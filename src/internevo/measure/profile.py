@@ -282,7 +282,7 @@ class Profile(TorchDispatchMode):
             block = self._block(plain)
             if block is not None and not block.saved and not block.state:
                 block.saved, block.path = True, path
-        return tensor, path
+        return tensor.detach(), path  # a graph that is kept longer would keep others
 
     def _unpack(self, packed: tuple[Tensor, str]) -> Tensor:
         tensor, self._last = packed
