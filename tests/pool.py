@@ -93,23 +93,13 @@ class Pool:
         self.workers: list[tuple[BaseProcess, Connection]] = []
         atexit.register(self.stop)
 
-    def train(
-        self,
-        path: Path,
-        processes: int = 1,
-        *overrides: str,
-        timeout: float = 400,
-        function: Callable[[Path, tuple[str, ...]], None] = _train,
-    ) -> None:
+    def train(self, path: Path, processes: int = 1, *overrides: str, timeout: float = 400) -> None:
         """Runs ``internevo train PATH OVERRIDES`` on several processes.
-
-        Args:
-            function: another function of a module that does so, with the same arguments.
 
         Raises:
             AssertionError: with the tracebacks, in the order in which the ranks have failed.
         """
-        self._do(function, (path, overrides), processes, timeout, DEVICE)
+        self._do(_train, (path, overrides), processes, timeout, DEVICE)
 
     def run_alone(self, function: Callable[..., Any], processes: int, *arguments: Any, timeout: float = 400) -> list[Any]:
         """As ``run``, for a function that joins the world itself, as training does. It does not get a world."""

@@ -39,7 +39,7 @@ def balanced(router: Router, probs_TE: Tensor) -> Tensor:
     return choices % count
 
 
-def train_and_measure(path: Path, overrides: tuple[str, ...]) -> None:
+def train_and_measure(path: Path) -> None:
     """Trains with balanced routers. The first step is measured by ``Peak``: writes the most bytes to ``peak-RANK.json``."""
     step, choose, steps = Stepper.__call__, Router.choose, 0
 
@@ -59,7 +59,7 @@ def train_and_measure(path: Path, overrides: tuple[str, ...]) -> None:
 
     Stepper.__call__, Router.choose = measured, balanced  # type: ignore[method-assign, assignment]
     try:
-        train(path, list(overrides), None, launcher="torch")
+        train(path, [], None, launcher="torch")
     finally:
         Stepper.__call__, Router.choose = step, choose  # type: ignore[method-assign]
 
@@ -75,7 +75,7 @@ def real_run(pool: Pool, folder: Path, drawn: Composition) -> tuple[Path, list[d
         "monitor__memory": "lora" not in str(drawn.changes),
     }  # fmt: skip
     path = write_config(folder, None, "run", **{**drawn.changes, **sizes})
-    pool.train(path, drawn.processes, function=train_and_measure)
+    pool.run_alone(train_and_measure, drawn.processes, path)
     memory = folder / "run" / "memory.json"
     ranks = json.loads(memory.read_text())["ranks"] if memory.exists() else []
     return path, ranks, json.loads((folder / "run" / "comm.json").read_text())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from ..ops.dispatch import TorchDispatchMode, collective_name, group_ranks, synchronize, tree_leaves, wait
 from ..parallel.layout import Layout
-from ..parallel.strategy import Collectives
+from ..parallel.strategy import Collectives, added_up
 
 KINDS = {
     "all_gather_into_tensor": "all-gather", "_allgather_base_": "all-gather", "all_gather_into_tensor_coalesced": "all-gather",
@@ -58,15 +57,6 @@ class Counter(TorchDispatchMode):
     def rows(self) -> list[Collectives]:
         """Returns what was counted, added up and sorted by kind and axis."""
         return added_up(self.calls)
-
-
-def added_up(calls: Iterable[Collectives]) -> list[Collectives]:
-    """Adds up collectives of the same kind over the same axis, and sorts them."""
-    found = dict[tuple[str, str], Collectives]()
-    for call in calls:
-        row = found.setdefault((call.kind, call.axis), Collectives(call.kind, call.axis))
-        row.count, row.nbytes, row.seconds = row.count + call.count, row.nbytes + call.nbytes, row.seconds + call.seconds
-    return [found[key] for key in sorted(found)]
 
 
 def _nbytes(tensors: Any) -> int:

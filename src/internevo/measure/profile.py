@@ -132,7 +132,7 @@ class Profile(TorchDispatchMode):
         self._last = ""
         """The module whose saved tensors the backward pass has used last."""
         self._copies: dict[int, int] = {}
-        """Id of the result of a reduce-scatter that gloo has not completed -> block of gloo's copy of the input."""
+        """Id of the result of a reduce-scatter, until it is waited for -> block of gloo's copy of the input."""
         self._hooked: set[int] = set()
         self._stack = ExitStack()
 

@@ -56,7 +56,7 @@ def replay(profile: Profile) -> dict[str, Any]:
             {
                 "name": phase.name,
                 "pass": phase.action,
-                "end": round(seconds, 6),
+                "end": seconds,
                 "events": phase.events,
                 "alive": alive,
                 "peak": peak,

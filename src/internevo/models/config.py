@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from ..config.rope import SHARE
+
 BALANCE_BIAS = "balance bias of the routers (model.moe_layer_kwargs.bias_update_speed)"
 """The name of ``Experts.balance_bias`` in messages."""
 
@@ -15,7 +17,7 @@ class Rope:
 
     base: float = 10000.0
     kind: str = "default"
-    """The kind of scaling: default (none), linear, dynamic, llama3 or yarn."""
+    """The kind of scaling: default (none), linear, dynamic, llama3, yarn or longrope."""
     factor: float = 1.0
     options: dict[str, Any] = field(default_factory=dict)
     """Other numbers that the kind needs: low_freq_factor, beta_fast, attention_factor, ...; short_factor is a list of them."""
@@ -176,7 +178,7 @@ class DecoderConfig:
         if rope and rope.kind != "default":
             scaling = {"rope_type": rope.kind, "factor": rope.factor, **rope.options}
         if rope and rope.share != 1.0:
-            scaling = {"rope_type": rope.kind, **(scaling or {}), "partial_rotary_factor": rope.share}
+            scaling = {"rope_type": rope.kind, **(scaling or {}), SHARE: rope.share}
         values: dict[str, Any] = {
             "model_type": self.family,
             "model.num_layers": self.num_layers,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InternEvoError, UsageError
+from ..ops.compiler import running_uncompiled
 from .config import DecoderConfig
 from .layers import Cache, DecoderLayer
 
@@ -98,7 +99,7 @@ def generate(
     # Layers are compiled for the shapes of training; generation has a new shape for every token.
     training = model.training
     model.eval()
-    with torch.compiler.set_stance("force_eager"):
+    with running_uncompiled():
         for _ in range(max_new_tokens):
             if _angles_change(model.config, caches[0].length, caches[0].length + tokens.shape[1]):
                 caches = [Cache(c.keys, c.values, 0) for c in caches]

@@ -165,12 +165,8 @@ class Attention(nn.Module):
         self.k = Linear("kv_heads", kv, "embed", d, bias=config.qkv_bias)
         self.v = Linear("kv_heads", kv, "embed", d, bias=config.qkv_bias)
         self.o = Linear("embed", d, "heads", heads, bias=config.o_bias)
-        self.q_norm = (
-            RMSNorm(config.head_dim, config.norm_eps, config.norm_unit_offset, axis="head") if config.qk_norm else None
-        )
-        self.k_norm = (
-            RMSNorm(config.head_dim, config.norm_eps, config.norm_unit_offset, axis="head") if config.qk_norm else None
-        )
+        norm = partial(RMSNorm, config.head_dim, config.norm_eps, config.norm_unit_offset, axis="head")
+        self.q_norm, self.k_norm = (norm() if config.qk_norm else None for _ in "qk")
         self.interleaved = config.rope is not None and config.rope.interleaved
         self.slopes = None if config.rope else alibi_slopes(config.num_heads)
         self.project, self.finish, self.split_heads, self.join_heads = project, finish, split_heads, join_heads

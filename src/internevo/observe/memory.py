@@ -8,6 +8,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .marks import marks
+
 KINDS = {
     "masters": ("master weights", "#1f4e8c"), "moments": ("moments", "#3b6fb6"), "weights": ("weights", "#8fb4e3"),
     "gradients": ("gradients", "#2a8c6a"), "activations": ("activations", "#d9822b"),
@@ -213,13 +215,11 @@ def _phase(phase: Mapping[str, Any], start: float, end: float) -> str:
 
 def _vertical_axis(top: float) -> str:
     """Returns the axis of the bytes, with about five marks at round numbers."""
-    power = 10.0 ** math.floor(math.log10(top / 5))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= top / 5)
     parts = []
-    for number in range(math.floor(top / step) + 1):
-        y = TOP + HEIGHT - number * step / top * HEIGHT
+    for nbytes in marks(top, 5):
+        y = TOP + HEIGHT - nbytes / top * HEIGHT
         parts.append(f'<line x1="{LEFT - 5}" y1="{y:.1f}" x2="{LEFT + WIDTH}" y2="{y:.1f}" stroke="#dde2e8"/>')
-        parts.append(f'<text x="{LEFT - 9}" y="{y + 4:.1f}" text-anchor="end" fill="#5b6773">{size(number * step)}</text>')
+        parts.append(f'<text x="{LEFT - 9}" y="{y + 4:.1f}" text-anchor="end" fill="#5b6773">{size(nbytes)}</text>')
     return "".join(parts)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import html
-import math
 from typing import Any
+
+from .marks import marks
 
 LABELS = {
     "F": "forward", "B": "backward", "W": "gradients of the weights", "send": "send", "wait": "wait for a message",
@@ -104,12 +105,10 @@ def _row(rank: int, spans: list[Any], ranks: int, scale: float) -> str:
 
 def _axis(length: float, y: int) -> str:
     """Returns the axis of the time, with about ten marks at round numbers of milliseconds."""
-    power = 10.0 ** math.floor(math.log10(length / 10))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= length / 10)
     parts = [f'<line x1="{LEFT}" y1="{y}" x2="{LEFT + WIDTH}" y2="{y}" stroke="#9aa5b1"/>']
-    for number in range(math.floor(length / step) + 1):
-        x = LEFT + number * step / length * WIDTH
-        unit = " ms" if number == 0 else ""
+    for seconds in marks(length, 10):
+        x = LEFT + seconds / length * WIDTH
+        unit = " ms" if seconds == 0 else ""
         parts.append(f'<line x1="{x:.1f}" y1="{y}" x2="{x:.1f}" y2="{y + 5}" stroke="#9aa5b1"/>')
-        parts.append(f'<text x="{x:.1f}" y="{y + 20}" text-anchor="middle" fill="#5b6773">{number * step * 1e3:g}{unit}</text>')
+        parts.append(f'<text x="{x:.1f}" y="{y + 20}" text-anchor="middle" fill="#5b6773">{seconds * 1e3:g}{unit}</text>')
     return "".join(parts)

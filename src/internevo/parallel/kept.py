@@ -43,7 +43,7 @@ def points(schedule: str, ranks: int, chunks: int, micro_batches: int, rank: int
         backward[number] += ((kind == BACKWARD) - (kind == WEIGHTS)) * zero_bubble
         if kind == FORWARD or (kind == BACKWARD and zero_bubble):
             last = WEIGHTS if zero_bubble else BACKWARD
-            same = tuple(first.setdefault(_facts(text, last, micro_batches), text) for text in passes.values())
+            same = tuple(first.setdefault(facts(text, last, micro_batches), text) for text in passes.values())
             point = Point(tuple(forward.values()), tuple(backward.values()), same, messages, action)
             found.pop(point[:4], None)
             found[point[:4]] = point
@@ -56,7 +56,7 @@ def _is_less(point: Point, other: Point) -> bool:
     return point.passes == other.passes and mine != theirs and all(map(le, mine, theirs))
 
 
-def _facts(passes: str, last: str, micro_batches: int) -> tuple[bool, ...]:
+def facts(passes: str, last: str, micro_batches: int) -> tuple[bool, ...]:
     """Returns all that ``memory.weights_and_gradients`` asks about passes."""
     back = passes.replace(FORWARD, "")
     return (

@@ -89,7 +89,7 @@ def left(work: Workload, kept: KeptActivations) -> int:
         if experts is None:
             total += ends + 3 * decoder.intermediate_size * kept.mlp_tokens
         else:
-            total += work.routed_tokens * experts.top_k * (2 * d + 3 * _width(work, experts))
+            total += work.routed_tokens * experts.top_k * (2 * d + 3 * expert_width(work, experts))
             if experts.shared_size:
                 total += ends + 3 * experts.shared_size * kept.mlp_tokens + work.routed_tokens
     return work.element_bytes * total
@@ -111,7 +111,7 @@ def _mlp(work: Workload, kept: KeptActivations, width: int) -> int:
     return work.element_bytes * (work.decoder.hidden_size * kept.input_tokens + 3 * width * kept.mlp_tokens)
 
 
-def _width(work: Workload, experts: Experts) -> int:
+def expert_width(work: Workload, experts: Experts) -> int:
     """Returns the number of columns of an expert that a rank computes with."""
     return experts.size // work.layout.tensor if work.layout.experts_by_tensor else experts.size
 
@@ -126,7 +126,7 @@ def _experts(work: Workload, kept: KeptActivations) -> int:
     assert experts is not None
     tokens, d = work.routed_tokens, decoder.hidden_size
     rows = tokens * experts.top_k
-    width, parts = _width(work, experts), 2 if layout.mode == "isp" and layout.expert_inner > 1 else 3
+    width, parts = expert_width(work, experts), 2 if layout.mode == "isp" and layout.expert_inner > 1 else 3
     router = tokens * (8 * experts.count + 12) + rows * (4 + 8 + 4 + 1)
     if work.element_bytes != 4:
         router += 4 * d * (tokens + experts.count)  # its input and weight in fp32
@@ -154,7 +154,7 @@ class Elements:
     gathered: int
     """The same with the padding of shards of uneven sizes, which is gathered too."""
     deferred: int
-    """Of these, how many are in weights whose gradients a zero-bubble schedule computes apart."""
+    """Of ``full``, how many are in weights whose gradients a zero-bubble schedule computes apart."""
     shard: int
     """Of a rank's shards."""
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+from .kept import facts
 from .messages import Plan, kept
 from .orders import BACKWARD, FORWARD, WEIGHTS, Action, orders
 
@@ -23,9 +24,9 @@ class Situation(NamedTuple):
     stage: int
     place: int
     """0: the first micro-batch, 1: one between, 2: the last one."""
-    stages: tuple[tuple[int, int, str], ...]
+    stages: tuple[tuple[int, int, tuple[bool, ...]], ...]
     """For each stage of the rank: passes that wait for their backward pass, those that wait for their gradients of weights, and
-    how far its gradients are."""
+    how far its gradients are (empty: they are complete)."""
     messages: tuple[int, int]
     """Messages that are kept before and after the pass."""
 
@@ -45,15 +46,14 @@ def situations(mode: str, ranks: int, chunks: int, micro_batches: int, rank: int
         kind, stage, number = action
         passes[stage] += kind
         place = 0 if number == 0 else 2 if number == micro_batches - 1 else 1
-        stages = tuple(_stage(done, done.count(last) == micro_batches, last) for done in passes.values())
+        stages = tuple(_stage(done, last, micro_batches) for done in passes.values())
         found[action] = Situation(kind, stage, place, stages, numbers)
     return found
 
 
-def _stage(passes: str, complete: bool, last: str) -> tuple[int, int, str]:
+def _stage(passes: str, last: str, micro_batches: int) -> tuple[int, int, tuple[bool, ...]]:
     forwards, backwards, weights = (passes.count(kind) for kind in (FORWARD, BACKWARD, last))
-    back = passes.replace(FORWARD, "")
-    gradients = "complete" if complete else f"{forwards > 0} {backwards > 0} {weights > 0} {'WB' in back} {back[-1:]}"
+    gradients = () if weights == micro_batches else facts(passes, last, micro_batches)
     return forwards - backwards, backwards - weights, gradients
 
 

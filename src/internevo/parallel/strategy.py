@@ -7,7 +7,7 @@ strategies of a step.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import torch.distributed as dist
@@ -147,15 +147,22 @@ def add_up(rows: Iterable[Collectives], layout: Layout) -> list[Collectives]:
 
     Axes with the same groups become one axis. Collectives over groups of one rank are left out.
     """
-    groups, found = layout.groups(), dict[tuple[str, str], Collectives]()
+    groups, everyone, placed = layout.groups(), list(range(layout.world)), list[Collectives]()
     for row in rows:
-        everyone = list(range(layout.world))
         ranks = everyone if row.axis == "world" else groups[row.axis][0] if row.axis in groups else [0]
         if len(ranks) > 1 and row.count:
-            key = row.kind, layout.axis_of(row.kind, ranks)
-            total = found.setdefault(key, Collectives(*key))
-            total.count += row.count
-            total.nbytes += row.nbytes
+            placed.append(replace(row, axis=layout.axis_of(row.kind, ranks)))
+    return added_up(placed)
+
+
+def added_up(rows: Iterable[Collectives]) -> list[Collectives]:
+    """Adds up collectives of the same kind over the same axis, and sorts them."""
+    found = dict[tuple[str, str], Collectives]()
+    for row in rows:
+        total = found.setdefault((row.kind, row.axis), Collectives(row.kind, row.axis))
+        total.count += row.count
+        total.nbytes += row.nbytes
+        total.seconds += row.seconds
     return [found[key] for key in sorted(found)]
 
 

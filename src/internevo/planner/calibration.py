@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from ..errors import UsageError
+from . import tomlfile
 
 VERSION = 1
 """Of the meaning of the numbers. It changes with the formulas, because numbers that were fitted to others are wrong then."""
@@ -42,8 +42,7 @@ class Calibration:
 
     def save(self, path: Path, comment: str = "") -> None:
         """Writes it as TOML."""
-        lines = [*(f"# {line}" for line in comment.splitlines()), f"version = {VERSION}"]
-        path.write_text("\n".join([*lines, *(f"{key} = {value!r}" for key, value in asdict(self).items())]) + "\n")
+        tomlfile.save(path, {"version": VERSION, **asdict(self)}, comment)
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
@@ -65,8 +64,7 @@ class Calibration:
         problems = [f"{key} is missing" for key in known if key not in values]
         for key, value in values.items():
             if key not in known:
-                near = difflib.get_close_matches(key, known, 1)
-                problems.append(f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else ""))
+                problems.append(tomlfile.unknown(key, known))
             elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
                 problems.append(f"{key} = {value!r} must be a number of at least 0")
             elif key in EFFICIENCIES and not 0 < value <= 1:

@@ -30,7 +30,7 @@ from ..data.source import ShuffledRows
 from ..data.tokenized.index import dataset_type
 from ..errors import UsageError
 from ..measure import peak as measure
-from ..measure.collectives import Counter, added_up
+from ..measure.collectives import Counter
 from ..measure.memory import Meter
 from ..models.moe import MoE
 from ..parallel.layout import Layout
@@ -39,7 +39,7 @@ from ..parallel.orders import Action, orders
 from ..parallel.pretended import NoMemory, pretend
 from ..parallel.repeats import shortened
 from ..parallel.schedule import nothing
-from ..parallel.strategy import Collectives
+from ..parallel.strategy import Collectives, added_up
 from ..storage.jsonfile import read_object, write_json
 from ..train.folder import DRY_RUN, OTHER_FOLDER
 from ..train.parts import Parts

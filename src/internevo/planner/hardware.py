@@ -6,13 +6,13 @@ Peaks are those of the makers' data sheets, without sparsity. What is reached of
 from __future__ import annotations
 
 import difflib
-import json
 import tomllib
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from . import tomlfile
 
 TERA, GIGA = 1e12, 1e9
 
@@ -112,11 +112,7 @@ def read(path: Path) -> GPU:
         raise UsageError(f"{path} cannot be read as a description of a GPU: {error}. The format is\n{EXAMPLE}") from error
     base: dict[str, Any] = asdict(find(str(values.pop("based_on")))) if "based_on" in values else {}
     known = [field.name for field in fields(GPU)]
-    problems = []
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            problems.append(f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else ""))
+    problems = [tomlfile.unknown(key, known) for key in values if key not in known]
     values = {"name": path.stem, **base, **values}
     problems += [f"{key} is missing" for key in known if key not in values]
     for key in known[1:]:
@@ -131,8 +127,7 @@ def read(path: Path) -> GPU:
 
 def save(gpu: GPU, path: Path, comment: str) -> None:
     """Writes a GPU to a file that ``read`` reads."""
-    values = (f"{key} = {json.dumps(value)}" for key, value in asdict(gpu).items())
-    path.write_text("\n".join([*(f"# {line}" for line in comment.splitlines()), *values]) + "\n", encoding="utf-8")
+    tomlfile.save(path, asdict(gpu), comment)
 
 
 FREE = ("fp8_tflops", "watts", "dollars_per_hour")

@@ -81,6 +81,12 @@ class Job:
             return cut(self.layers or (decoder.num_layers,))
         return cut(_dealt(tuple(layer_costs(decoder, self.seq_len)), count, head_cost(decoder)))
 
+    def on_rank(self, pipeline_rank: int) -> Workload:
+        """Returns the sizes of a pipeline rank."""
+        on = self.work.layout.rank_of_stage
+        stages = tuple(stage for number, stage in enumerate(self.stages()) if on(number) == pipeline_rank)
+        return replace(self.work, stages=stages, pipeline_rank=pipeline_rank)
+
     def attended(self, layer: int) -> float:
         """Returns how many tokens a token attends to in a layer, on average."""
         return self.work.decoder.attended(layer, min(self.document_len or self.seq_len, self.seq_len))

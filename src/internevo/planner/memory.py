@@ -16,13 +16,13 @@ of one byte for each element (Korthikanti et al., arXiv:2205.05198, section 4.1)
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, replace
+from operator import mul
 
 from .. import ops
 from ..parallel import isp, plan, tensor
-from ..parallel.memory import Memory, activations
-from ..parallel.orders import BACKWARD, FORWARD, orders, stages_on
+from ..parallel.kept import points
+from ..parallel.memory import Memory, activations, expert_width
 from ..parallel.strategy import Workload
 from .job import Job
 
@@ -48,9 +48,7 @@ def most_loaded(job: Job) -> RankMemory:
 
 def on_rank(job: Job, pipeline_rank: int) -> RankMemory:
     """Returns the memory of a rank."""
-    layout = job.work.layout
-    stages = tuple(s for n, s in enumerate(job.stages()) if layout.rank_of_stage(n) == pipeline_rank)
-    work = replace(job.work, stages=stages, pipeline_rank=pipeline_rank)
+    work = job.on_rank(pipeline_rank)
     kept, largest = plan.memory(work), temporary(work)
     if job.keeps_scores:
         scores = _scores(job)
@@ -69,15 +67,10 @@ def _scores(job: Job) -> int:
 
 def _layers_kept(work: Workload) -> int:
     """Returns for how many layers and micro-batches together a rank keeps activations at most; recomputed layers are none."""
-    layout, rank = work.layout, work.pipeline_rank
-    order = orders(work.schedule, layout.pipeline, layout.chunks, work.micro_batches)[rank]
-    numbers = stages_on(rank, layout.pipeline, layout.chunks, work.schedule)
-    layers = {
-        number: len(stage.layers) - len(set(stage.layers) & set(work.recomputed_layers))
-        for number, stage in zip(numbers, work.on_rank, strict=True)
-    }
-    change = {FORWARD: 1, BACKWARD: -1}
-    return max(itertools.accumulate(change.get(action.kind, 0) * layers[action.stage] for action in order))
+    layout, again = work.layout, set(work.recomputed_layers)
+    layers = [len(set(stage.layers) - again) for stage in work.on_rank]
+    kept = points(work.schedule, layout.pipeline, layout.chunks, work.micro_batches, work.pipeline_rank)
+    return max(sum(map(mul, layers, point.forward)) for point in kept)
 
 
 def temporary(work: Workload) -> int:
@@ -87,11 +80,7 @@ def temporary(work: Workload) -> int:
     width = decoder.intermediate_size
     if decoder.experts is not None and any(decoder.is_sparse(layer) for layer in work.layers):
         rows = work.routed_tokens * decoder.experts.top_k
-        mlp = (
-            e
-            * rows
-            * (2 * decoder.hidden_size + 3 * decoder.experts.size // (layout.tensor if layout.experts_by_tensor else 1))
-        )
+        mlp = e * rows * (2 * decoder.hidden_size + 3 * expert_width(work, decoder.experts))
     else:
         mlp = e * 3 * width * kept.mlp_tokens
     backward = mlp + 2 * e * decoder.hidden_size * kept.input_tokens

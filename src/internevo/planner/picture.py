@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import html
-import math
 from collections.abc import Sequence
 
+from ..observe.marks import marks
 from .report import GIB, describe
 from .search import Candidate
 
@@ -49,8 +49,8 @@ def draw(title: str, front: Sequence[Candidate], best: Sequence[Candidate], own:
         f'<line x1="{end:.1f}" y1="{TOP}" x2="{end:.1f}" y2="{TOP + HEIGHT}" stroke="#b3261e" stroke-dasharray="5 4"/>',
         f'<polyline points="{line}" fill="none" stroke="#3b6fb6" stroke-width="1.5"/>',
         dots(best, "#82cbb0", 5), dots(front, "#3b6fb6", 5), dots([own] if own else [], "#d9822b", 6),
-        *(_mark(x(n), TOP + HEIGHT + 18, f"{n:g}", "middle") for n in _marks(most)),
-        *(_mark(LEFT - 8, y(n) + 4, f"{n:,.0f}", "end") for n in _marks(top)),
+        *(_mark(x(n), TOP + HEIGHT + 18, f"{n:g}", "middle") for n in marks(most, 8)),
+        *(_mark(LEFT - 8, y(n) + 4, f"{n:,.0f}", "end") for n in marks(top, 8)),
     ]  # fmt: skip
     legend = (
         '<tspan fill="#3b6fb6">● fastest within its memory</tspan>  <tspan fill="#82cbb0">● the fastest</tspan>'
@@ -67,13 +67,6 @@ def draw(title: str, front: Sequence[Candidate], best: Sequence[Candidate], own:
         f'<text transform="translate(16 {TOP + HEIGHT / 2}) rotate(-90)" text-anchor="middle">tokens per GPU and second</text>'
         "</svg>\n"
     )
-
-
-def _marks(most: float) -> list[float]:
-    """Returns about eight round numbers from 0 on."""
-    power = 10.0 ** math.floor(math.log10(most / 8))
-    size = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= most / 8)
-    return [number * size for number in range(math.floor(most / size) + 1)]
 
 
 def _mark(x: float, y: float, text: str, anchor: str) -> str:

@@ -108,11 +108,10 @@ def time_parts(candidate: Candidate, gpu: GPU, calibration: Calibration) -> dict
 
 def traffic(candidate: Candidate, gpu: GPU) -> list[dict[str, Any]]:
     """Returns the collectives and messages of the most loaded rank, as its strategies state them, with the links they use."""
-    job, rank = candidate.job, candidate.memory.pipeline_rank
+    job = candidate.job
     layout = job.work.layout
-    stages = tuple(s for n, s in enumerate(job.stages()) if layout.rank_of_stage(n) == rank)
     groups, found = layout.groups(), []
-    for row in plan.traffic(replace(job.work, stages=stages, pipeline_rank=rank)):
+    for row in plan.traffic(job.on_rank(candidate.memory.pipeline_rank)):
         ranks = groups.get(row.axis, [list(range(layout.world))])[0]
         found.append({
             "kind": row.kind, "group": row.axis, "ranks": len(ranks), "over": _link(row, ranks, gpu), "count": row.count,

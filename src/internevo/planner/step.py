@@ -17,7 +17,7 @@ What hides takes its share of the GPU's multiprocessors and of its memory bandwi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -202,20 +202,10 @@ def _units(work: Workload, stage: Stage) -> tuple[list[int], dict[int, list[tupl
             elements += 3 * d * e.count * columns
         layers.append(elements)
     ends = decoder.vocab_size * d // inner
-    joined = _join(layers, None if layout.fsdp else work.bucket_elements)
+    bucket = None if layout.fsdp else work.bucket_elements
+    joined = [sum(layers[position] for position in unit) for unit in data_axis.join(layers, bucket)]
     tied_twice = decoder.tie_embeddings and stage.embeds and stage.heads
     return [*([ends] * stage.embeds), *joined, *([ends * (not tied_twice) + d] * stage.heads)], experts
-
-
-def _join(layers: Sequence[int], bucket: int | None) -> list[int]:
-    """Joins consecutive layers to units of up to ``bucket`` elements."""
-    units = list[int]()
-    for elements in layers:
-        if units and bucket is not None and units[-1] + elements <= bucket:
-            units[-1] += elements
-        else:
-            units.append(elements)
-    return units
 
 
 # How long it takes ---------------------------------------------------------------------------------------------------

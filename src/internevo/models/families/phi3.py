@@ -48,7 +48,7 @@ def from_hf(hf: dict[str, Any]) -> DecoderConfig:
             original = values["original_max_position_embeddings"]
             values[key] = {"original_max_position_embeddings": original, **scaling, **named}
     window = hf.get("sliding_window")
-    windows = (window,) * hf["num_hidden_layers"] if window else ()
+    windows = qwen2.windows_from(hf["num_hidden_layers"], window, 0) if window else ()
     return replace(llama.from_hf(values), family=FAMILY, windows=windows)
 
 
