@@ -23,6 +23,7 @@ from torch import Tensor
 from .. import __version__
 from ..config.run import Ckpt
 from ..errors import CheckpointError, InternEvoError
+from ..observe.record import SaveRecord
 from ..storage.folders import set_aside, shared_temporary
 from .finish import Extras, complete
 from .folder import CHECKPOINTS, SNAPSHOTS, checkpoint_name, saved_checkpoints
@@ -67,6 +68,7 @@ class Saver:
         self.snapshots = 0
         self.seconds: float | None = None
         """How long the last save took."""
+        self._saved: list[SaveRecord] = []
 
     def save(self, step: int, tensors: dict[str, Tensor], extras: Extras, keep_all: bool = False) -> None:
         """Copies ``tensors`` (KIND/NAME -> DTensor) to host memory, and writes them in the background.
@@ -95,6 +97,9 @@ class Saver:
             manifest = Manifest(step, self.layout, versions, files, entries, self.identity)
             self._protect(folder)
             complete(temporary, folder, manifest, extras)
+            nbytes = sum(file.size for file in manifest.files.values())
+            seconds, snapshot = time.monotonic() - begin, folder.parent.name == SNAPSHOTS
+            self._saved.append(SaveRecord(step, folder, nbytes, seconds, snapshot, time.time()))
             if not keep_all:
                 self._retain(step)
             self.after(folder)
@@ -104,6 +109,10 @@ class Saver:
         assert isinstance(pending, Future)
         pending.add_done_callback(lambda _: setattr(self, "seconds", time.monotonic() - begin))
         self.pending = pending
+
+    def take_saved(self) -> list[SaveRecord]:
+        """Returns what has been saved since the last call, on rank 0."""
+        return [self._saved.pop(0) for _ in range(len(self._saved))]  # meanwhile, the background thread may add one
 
     def check(self) -> None:
         """Raises the error of a background save if it has failed. Does not wait for one that is running."""

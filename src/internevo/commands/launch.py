@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -45,6 +45,7 @@ def launch(
     Returns:
         0, or the exit code of the first process that failed.
     """
+    say_starting(processes)
     import torch.distributed as dist
 
     # This process has the store, and the others are its clients. So the system can choose a free port.
@@ -81,6 +82,12 @@ def launch(
         return 0
     code = children[failed].returncode
     return code if code > 0 else 1
+
+
+def say_starting(processes: int) -> None:
+    """Prints that processes are starting, which takes seconds. The run does not depend on being seen."""
+    with suppress(OSError):
+        os.write(1, f"starting {processes} process{'es' * (processes > 1)}\n".encode())
 
 
 @contextmanager
@@ -121,7 +128,11 @@ class _Signals:
             self.forward(signal.SIGKILL)
         else:
             # Not with print: this process may be printing.
-            os.write(2, b"\nCtrl-C: the run finishes its step, saves and ends. Ctrl-C again ends it immediately.\n")
+            os.write(
+                2,
+                (b"\n" if os.isatty(2) else b"")
+                + b"Ctrl-C: the run finishes its step, saves and ends. Ctrl-C again ends it immediately.\n",
+            )
             self.forward(signal.SIGTERM)
 
 

@@ -13,7 +13,7 @@ from ..config import Config, load_config, notices
 from ..errors import InternEvoError, UsageError
 from ..parallel.launcher import LauncherInfo, launcher_has_store, read_launcher
 from ..train.check import check, check_config
-from .launch import PARENT, default_processes, launch
+from .launch import PARENT, default_processes, launch, say_starting
 
 
 def train(path: Path, overrides: list[str], processes: int | None, port: int | None = None, launcher: str | None = None) -> int:
@@ -93,6 +93,7 @@ def _train_here(config: Config, info: LauncherInfo, parent: int) -> int:
         faulthandler.enable()  # after a crash or SIGABRT, prints the stacks of all threads
     if info.rank == 0 and PARENT not in os.environ:
         _print_notices(config)
+        say_starting(info.size)
     stops = StopRequests(parent if _ends_with_launcher(info) else None)
     if stops.is_orphan():  # before it is waited for in ``join``, with the lock of the run folder
         raise InternEvoError("the launcher has ended before the run has started; start it again")

@@ -158,7 +158,9 @@ class Monitor(Section):
 
     alert: Alert = option(Alert(), "How people are told of warnings and errors.")
     tensorboard: TensorBoard = option(TensorBoard(), "TensorBoard files.")
-    log_every: int = option(1, "Number of steps between lines of output, if the output is not a terminal.", unit="steps", ge=1)
+    log_every: int = option(
+        1, "Number of steps between lines of output. A terminal also shows the last step, below the lines.", unit="steps", ge=1
+    )
     sample_prompts: tuple[str, ...] = option(
         (), "Prompts that the model continues; the report shows the texts. Needs data.tokenizer_path."
     )

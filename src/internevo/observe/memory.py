@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .marks import marks
+from .units import size
 
 KINDS = {
     "masters": ("master weights", "#1f4e8c"), "moments": ("moments", "#3b6fb6"), "weights": ("weights", "#8fb4e3"),
@@ -45,12 +46,6 @@ def draw_timeline(profile: Mapping[str, Any]) -> str:
         return _areas(profile)
     except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
         raise ValueError(f"this is not the memory of a step: {error}") from error
-
-
-def size(nbytes: float) -> str:
-    """Returns a number of bytes with a unit."""
-    unit, name = next(((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if nbytes >= unit), (1, "B"))
-    return f"{nbytes / unit:.3g} {name}" if nbytes < 1000 * unit else f"{nbytes / unit:,.0f} {name}"
 
 
 def _svg(width: float, height: float, parts: Sequence[str]) -> str:

@@ -7,30 +7,34 @@ from pathlib import Path
 from ..config.run import Monitor
 from .console import Console
 from .metrics import JsonLines, TensorBoardLog
-from .record import StepRecord, ValidRecord
+from .record import SaveRecord, StepRecord, ValidRecord
 from .report import write_report
+from .units import amount, duration, size
 
 
 class Observers:
     """The console, metrics.jsonl, samples.jsonl, TensorBoard and the report of a run folder."""
 
-    def __init__(self, run: Path, monitor: Monitor, last_step: int, total_steps: int, tensorboard: bool) -> None:
+    def __init__(self, run: Path, console: Console, monitor: Monitor, last_step: int, tensorboard: bool) -> None:
         """
         Args:
             run: the run folder.
             last_step: the step that the run continues after; 0 for a new run.
-            total_steps: ``data.total_steps``.
             tensorboard: whether to write TensorBoard's files.
         """
-        self.run = run
+        self.run, self.console = run, console
         self.metrics = JsonLines(run / "metrics.jsonl", last_step)
         self.samples = JsonLines(run / "samples.jsonl", last_step)
         queue = monitor.tensorboard.queue_max_length
         self.tensorboard = TensorBoardLog(run / "tensorboard", last_step, queue) if tensorboard else None
-        self.console = Console(last_step + 1, total_steps, monitor.log_every)
+        self.last: StepRecord | None = None
+        self.last_valid: ValidRecord | None = None
+        self.checkpoint: Path | None = None
+        """The newest that has been saved since the start."""
 
     def step(self, record: StepRecord) -> None:
         """Must be called after each training step."""
+        self.last = record
         self.metrics.write(record.to_dict())
         self.console.step(record)
         if self.tensorboard is not None:
@@ -38,6 +42,7 @@ class Observers:
 
     def valid(self, record: ValidRecord) -> None:
         """Must be called after each evaluation."""
+        self.last_valid = record
         self.metrics.write(record.to_dict())
         self.console.valid(record)
         if self.tensorboard is not None:
@@ -46,6 +51,43 @@ class Observers:
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Writes a sample: the text that the model generated after ``prompt``."""
         self.samples.write({"step": step, "prompt": prompt, "text": text})
+        self.console.sample(step, prompt, text)
+
+    def saved(self, record: SaveRecord) -> None:
+        """Must be called after each checkpoint or snapshot that is complete."""
+        if not record.snapshot:
+            self.checkpoint = record.folder
+        what = f"saved step {record.step}" + (" as a snapshot" if record.snapshot else "")
+        self.console.say(f"{what}: {record.folder} ({size(record.nbytes)}, {duration(record.seconds)} in the background)")
+
+    def summary(self, total_steps: int, steps: int, seconds: float) -> None:
+        """Prints what has been trained, where it is, and how to go on. Must be called at the end, if there was no error.
+
+        Args:
+            steps, seconds: number of steps since the start of the process, and the time that they took.
+        """
+        last, valid, checkpoint = self.last, self.last_valid, self.checkpoint
+        if last is None:
+            return
+        self.console.close()
+        done = last.step >= total_steps
+        since = "" if steps == last.step else f" ({steps} of them since this start)"
+        lines = [
+            f"{'done' if done else 'stopped'}: {last.step} of {total_steps} steps{since}, "
+            f"{amount(last.consumed_tokens)} tokens, in {duration(seconds)}",
+            f"  loss {last.loss:.4f}"
+            + (
+                f", validation loss {valid.valid_loss:.4f} (perplexity {valid.valid_ppl:.2f}, step {valid.step})"
+                if valid and valid.valid_loss_by_type
+                else ""
+            )
+            + (f", {last.skipped_steps} steps skipped" if last.skipped_steps else ""),
+            f"  checkpoint: {checkpoint}" if checkpoint else "  no checkpoint (ckpt.enable_save_ckpt = False)",
+        ]
+        if checkpoint:
+            lines.append("  the same command goes on" + (" with more steps (data.total_steps)" if done else " from there"))
+        for line in lines:
+            self.console.say(line)
 
     def close(self) -> None:
         """Closes all files and writes the report. Must be called at the end of a run, also after an error."""

@@ -1,4 +1,4 @@
-"""The records of finished steps and evaluations, and how speed and memory are determined."""
+"""The records of finished steps, evaluations and saves, and how speed and memory are determined."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 import resource
 import sys
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -95,6 +96,20 @@ class ValidRecord:
     def to_dict(self) -> dict[str, Any]:
         """Returns the row for metrics.jsonl."""
         return asdict(self)
+
+
+@dataclass
+class SaveRecord:
+    """A checkpoint or a snapshot that is complete."""
+
+    step: int
+    folder: Path
+    nbytes: int
+    seconds: float
+    """Time since the save was started, most of it in the background."""
+    snapshot: bool
+    time: float
+    """Unix time at the end of the save."""
 
 
 def peak_tflops(device: torch.device, dtype: str, given: float | None) -> float | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +35,9 @@ from .optimizer import Optimizer
 from .scaler import LossScaler
 from .state import RunState
 
+Doing = Callable[[str], AbstractContextManager[None]]
+"""A context that shows what is being done, such as ``Console.doing``."""
+
 
 @dataclass
 class Parts:
@@ -56,11 +61,18 @@ class Parts:
     state: RunState
 
     @classmethod
-    def build(cls, config: Config, world: World) -> Parts:
-        """Opens the data, and builds the model with its initial weights. Every rank must call it."""
+    def build(cls, config: Config, world: World, doing: Doing = nullcontext) -> Parts:
+        """Opens the data, and builds the model with its initial weights. Every rank must call it.
+
+        Args:
+            doing: a context that shows what is being done.
+        """
         layout = Layout.from_config(config, world.size)
-        parts = cls.without_weights(config, world, layout, *_open_data(config, world, layout))
-        plan.fill(parts.axis, parts.decoder, config)
+        with doing(_what_is_read(config)):
+            source, valid = _open_data(config, world, layout)
+        with doing("building the model"):
+            parts = cls.without_weights(config, world, layout, source, valid)
+            plan.fill(parts.axis, parts.decoder, config)
         return parts
 
     @classmethod
@@ -99,6 +111,14 @@ class Parts:
             "config.json": json.loads(dump(self.config)),
         }
         return Extras(files, Path(path) if path and Path(path).exists() else None)
+
+
+def _what_is_read(config: Config) -> str:
+    """Says which data is opened: its index is read, or made the first time; of a stream, the list of its files."""
+    data = config.data
+    folders = [part.folder for part in data.mixture or ()] or [data.folders[0]]
+    names = ", ".join(dict.fromkeys(str(folder) for folder in folders if folder))
+    return f"reading the index of {names}" if names else "preparing random data"
 
 
 def _open_data(config: Config, world: World, layout: Layout) -> tuple[Source, Rows | None]:

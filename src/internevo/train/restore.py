@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -17,15 +18,16 @@ from ..models.huggingface.folder import HfFolder
 from ..models.linear import ADAPTER_INFIX
 from ..parallel.shards import fill_local
 from ..storage.header import Spec
-from .parts import Parts
+from .parts import Doing, Parts
 from .start import check_source, find_start, has_new_adapters, has_new_biases
 
 
-def restore(parts: Parts, run: Path) -> list[str]:
+def restore(parts: Parts, run: Path, doing: Doing = nullcontext) -> list[str]:
     """Loads a checkpoint or weights into the parts of a run, if there is something to load. Every rank must call it.
 
     Args:
         run: the run folder.
+        doing: a context that shows what is being done.
 
     Returns:
         Lines for the user about what was loaded.
@@ -36,9 +38,10 @@ def restore(parts: Parts, run: Path) -> list[str]:
     start = find_start(parts.config.ckpt, run)
     if start is None:
         return []
-    if isinstance(start.source, HfFolder):
-        return load_hf(parts, start.source, start.wanted)
-    lines = load_checkpoint(parts, start.source, start.wanted)
+    with doing(f"loading {start.source.folder}"):
+        if isinstance(start.source, HfFolder):
+            return load_hf(parts, start.source, start.wanted)
+        lines = load_checkpoint(parts, start.source, start.wanted)
     if start.resumed:
         parts.state.run = run_of(start.source.folder)  # this is the same run
     return lines

@@ -7,7 +7,8 @@ import os
 import re
 import signal
 import stat
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -58,6 +59,8 @@ class StopRequests:
         self.cut_off = False
         """Whether the run stops because the launcher of any rank has ended, rather than because somebody wants it to."""
         self.file: Path | None = None
+        self.on_signal: Callable[[str], None] = lambda name: None
+        """Is called from a thread with the name of the first signal, as soon as it comes, whatever the main thread does."""
 
     def watch(self, file: str) -> None:
         """Reads a stop file in each step. Only rank 0 does so.
@@ -89,11 +92,35 @@ class StopRequests:
         old = {number: signal.signal(number, ask) for number in heard}
         blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, heard)
         try:
-            yield
+            with self._announcing(heard):
+                yield
         finally:
             for number, handler in old.items():
                 signal.signal(number, signal.SIG_IGN if number in blocked else handler)
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+    @contextmanager
+    def _announcing(self, heard: list[signal.Signals]) -> Iterator[None]:
+        """A context in which ``on_signal`` is called. Handlers run only between two lines of Python of the main thread, which
+        may be far apart in time. Each signal is also written to a file at once, which a thread reads."""
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+
+        def announce() -> None:
+            with open(read, "rb", buffering=0) as file:
+                while (number := file.read(1)) and number[0] not in heard:
+                    pass
+                if number:
+                    self.on_signal(signal.Signals(number[0]).name)
+
+        thread = threading.Thread(target=announce, name="signals", daemon=True)
+        before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        thread.start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+            os.close(write)  # which ends the thread
 
     def is_orphan(self) -> bool:
         """Whether the launcher has ended."""

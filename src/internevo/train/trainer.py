@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch.distributed as dist
@@ -22,7 +23,7 @@ from ..models.decoder import parameter_shapes
 from ..models.families.registry import decoder_config
 from ..models.generate import Sampling, generate
 from ..models.linear import ADAPTER_INFIX
-from ..observe.console import log, start_log
+from ..observe.console import Console, log, start_log
 from ..observe.observers import Observers
 from ..observe.record import StepRecord, ValidRecord, memory_peak, peak_tflops
 from ..ops.precision import COMPUTE, is_slow
@@ -52,10 +53,12 @@ class Trainer:
         self.config, self.world, self.stops, self.watchdog, self.lock = config, world, stops, watchdog, lock
         self.run = config.run_folder
         start_log(self.run / "log", world.rank, config.monitor.alert.alert_file_path)
+        self.console = Console(config.data.total_steps, config.monitor.log_every) if world.rank == 0 else None
+        doing = self._doing
         prepare(config, world.device)
         _prepare_saving(config, world)
-        self.parts = Parts.build(config, world)
-        self.start_lines = [*restore(self.parts, self.run), *_warnings(config, world)]
+        self.parts = Parts.build(config, world, doing)
+        self.start_lines = [*restore(self.parts, self.run, doing), *_warnings(config, world)]
         self.parts.axis.masters_changed()
         self.state = self.parts.state
         self.batches = _batches(self.parts)
@@ -67,6 +70,8 @@ class Trainer:
         watchdog.before_end = self.saver.finish
         self.garbage = GarbageCollector()
         self.saved_step = self.state.step
+        self.asked_step = self.state.step
+        """The last step in which the ranks have told each other of requests to stop. Later ones wait for the next step."""
         self.stop_time = StopTime("TORCHELASTIC_RUN_ID" in os.environ)
         parts = self.parts
         self.probes = Probes(
@@ -85,7 +90,8 @@ class Trainer:
         config, data = self.config, self.config.data
         observers = self._observers()
         try:
-            clock = time.perf_counter()
+            first, begin = self.state.step, time.perf_counter()
+            clock = begin
             for batch in self.batches.prefetch(self.state.cursor):
                 record, stop, save = self._step(batch, time.perf_counter() - clock)
                 step, last = record.step, stop or record.step == data.total_steps
@@ -103,13 +109,18 @@ class Trainer:
                 elif config.ckpt.enable_save_ckpt and _due(step, config.ckpt.oss_snapshot_freq, False):
                     self.saver.snapshot(step, self.parts.tensors(), self.parts.extras())
                 self.saver.check()
+                self._tell_saved(observers)
                 self.garbage.after_step(step)
                 if stop:
                     break
                 clock = time.perf_counter()
             if config.ckpt.enable_save_ckpt and self.saved_step < self.state.step:
                 self._save(self.state.step)  # the last batches were skipped (data.skip_batches)
-            self.saver.wait()
+            with self._doing("finishing the checkpoint"):
+                self.saver.wait()
+            self._tell_saved(observers)
+            if observers:
+                observers.summary(data.total_steps, self.state.step - first, time.perf_counter() - begin)
         finally:
             self.garbage.release()
             if observers:
@@ -135,6 +146,7 @@ class Trainer:
 
     def _shared(self, skipped: int) -> Shared:
         """Returns the numbers that this rank shares. ``skipped``: number of documents that it left out since the last step."""
+        self.asked_step = self.state.step + 1
         memory = [0.0] * self.world.size
         memory[self.world.rank] = float(memory_peak(self.world.device))
         return Shared(*self.stops.requests(), float(skipped), memory)
@@ -162,7 +174,8 @@ class Trainer:
             return
         rank = layout.data_rank(self.world.rank)
         batches = valid_batches(valid, data.micro_bsz, rank, layout.data, data.use_packed_dataset, data.valid_max_rows)
-        losses = evaluate(self.parts, batches, len(valid.types))
+        with self._doing("evaluating"):
+            losses = evaluate(self.parts, batches, len(valid.types))
         self.garbage.collect()
         if observers:
             by_type = losses.by_type(valid.types)
@@ -180,7 +193,7 @@ class Trainer:
             ids = tokenizer.with_bos(prompt)
             ends = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
             sampling = Sampling(temperature=0.8, top_p=0.95)
-            with parts.axis.unsharded_sequences():
+            with self._doing("generating samples"), parts.axis.unsharded_sequences():
                 out = generate(
                     parts.model, ids, monitor.sample_tokens, sampling, seed=self.config.seed, eos_ids=ends,
                     vocab_size=tokenizer.vocab_size, dtype=dtype,
@@ -226,16 +239,39 @@ class Trainer:
         with naming(self.run / "config.json"):
             (self.run / "config.json").write_text(dump(self.config), encoding="utf-8")
         config, total = self.config, self.config.data.total_steps
-        observers = Observers(self.run, config.monitor, self.state.step, total, config.enable_tb)
-        self.exporter.warn = observers.console.warn
+        assert self.console is not None
+        observers = Observers(self.run, self.console, config.monitor, self.state.step, config.enable_tb)
+        self.exporter.warn = self.console.warn
         for line in [self._title(), *self.start_lines]:
-            observers.console.say(line)
+            self.console.say(line)
         if self.state.step >= total:
-            observers.console.say(
+            self.console.say(
                 f"nothing to train: step {self.state.step} is done, and data.total_steps = {total}. Give more steps, or for a "
                 "new run another ckpt.save_ckpt_folder"
             )
+        elif config.model.compile:
+            self.console.say("the first step compiles the layers, which may take minutes (model.compile)")
+        self.console.begin(self.state.step + 1)
+        self.stops.on_signal = self._tell_signal
+        if self.stops.asked:  # while the run was starting
+            self._tell_signal(self.stops.asked)
         return observers
+
+    def _doing(self, what: str) -> AbstractContextManager[None]:
+        """Shows on rank 0 what is being done."""
+        return self.console.doing(what) if self.console else nullcontext()
+
+    def _tell_signal(self, name: str) -> None:
+        """Says what a signal does, as soon as it comes. Is called from another thread."""
+        assert self.console is not None
+        step, saves = max(self.state.step, self.asked_step) + 1, self.config.ckpt.enable_save_ckpt
+        first = [f"finishing step {step}"] if step <= self.config.data.total_steps else []
+        self.console.say(f"{name}: {', then '.join([*first, *(['saving'] if saves else []), 'ending the run'])}")
+
+    def _tell_saved(self, observers: Observers | None) -> None:
+        for record in self.saver.take_saved():
+            if observers:
+                observers.saved(record)
 
     def _title(self) -> str:
         config, parts = self.config, self.parts

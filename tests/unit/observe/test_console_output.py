@@ -40,7 +40,8 @@ def log_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), OSError(28, "No space left"), OSError(5, "I/O error")])
 @pytest.mark.parametrize("live", [False, True])
 def test_a_run_goes_on_without_its_console(log_file: Path, error: OSError, live: bool) -> None:
-    console = Console(1, 9, 1, Terminal(file=Broken(error), force_terminal=live, soft_wrap=True))
+    console = Console(9, 1, Terminal(file=Broken(error), force_terminal=live, soft_wrap=True))
+    console.begin(1)
     for number in range(3):
         console.say(f"line {number}")
         console.warn(f"warning {number}")
@@ -63,7 +64,7 @@ def test_any_text_can_be_logged(log_file: Path, capsys: pytest.CaptureFixture[st
 def test_bars_and_lines_can_be_printed_in_ascii() -> None:
     raw = io.BytesIO()
     file = io.TextIOWrapper(raw, encoding="ascii", errors="backslashreplace")
-    console = Console(1, 9, 1, Terminal(file=file, force_terminal=True))
+    console = Console(9, 1, Terminal(file=file, force_terminal=True))
     console.say("模型")
     console.step(STEP)
     console.close()

@@ -219,3 +219,20 @@ def test_under_torchrun_a_run_that_needs_longer_than_torchrun_waits_says_so_once
     (line,) = time.lines(record(3, 3.0), save=28.0, stop=False)
     assert "about 31.0 s" in line and "--shutdown-timeout" in line
     assert time.lines(record(4, 3.0), save=28.0, stop=False) == []
+
+
+def test_the_first_signal_is_told_from_another_thread() -> None:
+    """So nobody waits for the main thread, which may compute for long before Python calls its handler."""
+    stops, told, threads = StopRequests(), threading.Event(), list[tuple[str, int]]()
+
+    def tell(name: str) -> None:
+        threads.append((name, threading.get_ident()))
+        told.set()
+
+    stops.on_signal = tell
+    with stops.listening():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert told.wait(60)
+        os.kill(os.getpid(), signal.SIGTERM)
+    ((name, thread),) = threads
+    assert name == "SIGUSR1" and thread != threading.get_ident() and stops.asked == "SIGTERM"
