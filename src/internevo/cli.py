@@ -13,6 +13,7 @@ from typing import Annotated, Literal, NoReturn
 import typer
 
 from .commands.arguments import ConfigFile, Overrides, parse_input, parse_path, parse_size, parse_tokens
+from .commands.help import App, completion_script, prepare_completion, print_version
 from .errors import InternEvoError, UsageError
 
 DEBUG = "INTERNEVO_DEBUG"
@@ -20,7 +21,7 @@ DEBUG = "INTERNEVO_DEBUG"
 PROFILING = ("monitor.memory=true", "monitor.trace=true")
 """What --profiling means, as overrides of the config."""
 
-app = typer.Typer(
+app = App(
     name="internevo",
     help="Pre-train and fine-tune large language models, from a laptop to thousands of GPUs. --debug shows tracebacks.",
     no_args_is_help=True,
@@ -32,6 +33,15 @@ app = typer.Typer(
 
 def _epilog(example: str) -> str:
     return f"Example: {example}"
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Takes the options that belong to no command. Its help is that of the app."""
 
 
 @app.command(epilog=_epilog("internevo train configs/demo.py data.total_steps=100 --nproc 2"))
@@ -64,11 +74,14 @@ def config_(
     overrides: Overrides = None,
     world_size: Annotated[int | None, typer.Option(min=1, help="Also print the layout on N processes.", metavar="N")] = None,
     per_node: Annotated[int, typer.Option(min=1, help="Processes per node, for the layout.")] = 8,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Print the whole config as JSON; also if the output is not a terminal.")
+    ] = False,
 ) -> None:
-    """Check a config, and print it with all defaults."""
+    """Check a config, and print the model, the layout and what differs from the defaults."""
     from .commands.config import show
 
-    show(config, overrides or [], world_size, per_node)
+    show(config, overrides or [], world_size, per_node, everything or None)
 
 
 @app.command(epilog=_epilog("internevo plan configs/7B_llama2.py --gpus 1024 --gpu h100 data.global_batch_size=1024"))
@@ -126,7 +139,7 @@ def plan(
 
 @app.command(epilog=_epilog("internevo tokenize corpus.jsonl --tokenizer llama/ --output data --valid-ratio 0.01"))
 def tokenize(
-    inputs: Annotated[list[Path], typer.Argument(parser=parse_input, metavar="INPUT...", help="Files, or folders with files.")],
+    inputs: Annotated[list[Path], typer.Argument(parser=parse_input, metavar="INPUT", help="Files, or folders with files.")],
     output: Annotated[Path, typer.Option(parser=parse_path, metavar="FOLDER", help="Folder for the tokenized data.")],
     tokenizer: Annotated[
         Path | None,
@@ -298,6 +311,14 @@ def demo(
     run(config, folder, steps)
 
 
+@app.command(epilog=_epilog("internevo completion bash >> ~/.bashrc"))
+def completion(
+    shell: Annotated[Literal["bash", "zsh", "fish"], typer.Argument(metavar="SHELL", help="bash, zsh or fish.")],
+) -> None:
+    """Print the lines with which a shell completes commands, options and config keys."""
+    print(completion_script(shell))
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command and exits: with 0 after success, 2 after wrong usage or a wrong config, 1 after a failure at run time."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -337,6 +358,7 @@ def _run(arguments: list[str], debug: bool) -> int:
 
 
 def _call(arguments: list[str]) -> int:
+    prepare_completion()
     try:
         return int(app(arguments, standalone_mode=False) or 0)
     except typer.Abort as abort:

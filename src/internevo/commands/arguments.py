@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UsageError
+from .help import complete_override
 
 
 def parse_path(text: str | Path) -> Path:
@@ -47,7 +48,10 @@ def parse_input(text: str | Path) -> Path:
 ConfigFile = Annotated[
     Path, typer.Argument(parser=parse_input, metavar="CONFIG", help="Config file: .py, .yaml, .toml or .json.")
 ]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Overrides of config keys.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY.PATH=VALUE", help="Overrides of config keys.", autocompletion=complete_override),
+]
 
 
 def parse_size(text: str) -> int:

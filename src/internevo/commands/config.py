@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
+from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..config.check import data_size, missing_paths, smallest_world
 from ..config.load import dump, load_config
-from ..config.option import notices
+from ..config.option import notices, walk
 from ..config.schema import Config
 from ..errors import ConfigError
+from ..models.families.registry import decoder_config
+from ..observe.units import amount
 from ..train.check import check_data, missing_features, problems
 
 if TYPE_CHECKING:  # these import PyTorch, which takes seconds and is only needed for a layout
@@ -21,13 +25,15 @@ if TYPE_CHECKING:  # these import PyTorch, which takes seconds and is only neede
     from ..parallel.strategy import Collectives
 
 
-def show(path: Path, overrides: list[str], world_size: int | None, per_node: int = 8) -> None:
+def show(path: Path, overrides: list[str], world_size: int | None, per_node: int = 8, everything: bool | None = None) -> None:
     """Prints the config on standard output, and notes and warnings on standard error.
 
     Args:
         path, overrides: the config file, and KEY.PATH=VALUE overrides.
-        world_size: if it is given, also print the layout on this many processes.
+        world_size: if it is given, the layout on this many processes is printed before.
         per_node: number of processes on each node.
+        everything: print the whole config as JSON, rather than the model and what differs from the defaults; None: if standard
+            output is no terminal, since scripts read it.
 
     Raises:
         ConfigError: if the config cannot be trained on ``world_size`` processes. Missing files are only warnings.
@@ -42,16 +48,44 @@ def show(path: Path, overrides: list[str], world_size: int | None, per_node: int
     if wrong:
         raise ConfigError("the config cannot be trained:\n" + "\n".join(f"  {line}" for line in wrong))
     check_data(config)
-    print(dump(config), end="")
+    everything = not sys.stdout.isatty() if everything is None else everything
+    print(model_line(config), file=sys.stderr if everything else sys.stdout)
     if world_size:
-        print("\n" + "\n".join(layout_lines(config, world_size, per_node)))
+        print("\n".join(layout_lines(config, world_size, per_node)) + "\n")
+    if everything:
+        print(dump(config), end="")
+        return
+    if not world_size:
+        print(f"  --world-size N prints how N processes share the work; the smallest N is {smallest_world(config)}\n")
+    print("what differs from the defaults (--all prints everything):")
+    for key, value in differences(config).items():
+        print(f"  {key} = {json.dumps(value, ensure_ascii=False)}")
+
+
+def model_line(config: Config) -> str:
+    """Describes the model: its family, the number of its parameters, and its size."""
+    decoder = decoder_config(config.model_type, config.model)
+    total, active = decoder.parameters(), decoder.parameters(active=True)
+    used = f", {active:,} of them for each token" if active != total else ""
+    return (
+        f"{config.JOB_NAME}: {decoder.family}, {total:,} parameters ({amount(total)}){used}; "
+        f"{config.model.num_layers} layers of {config.model.hidden_size}, {config.model.dtype}"
+    )
+
+
+def differences(config: Config) -> dict[str, Any]:
+    """Returns key -> value, as in JSON, of every option whose value is not the default."""
+    values, found = json.loads(dump(config)), {}
+    for key, field, value, _ in walk(config):
+        if value != field.get_default(call_default_factory=True):
+            found[key] = reduce(lambda section, name: section[name], key.split("."), values)
+    return found
 
 
 def layout_lines(config: Config, world_size: int, per_node: int) -> list[str]:
     """Returns lines with the size and the groups of every axis, the groups of every rank, the rows, the memory and the
     collectives of a step."""
     from ..data.batches import BatchSizes
-    from ..models.families.registry import decoder_config
     from ..parallel import plan
     from ..parallel.layout import Layout
     from ..parallel.strategy import Workload

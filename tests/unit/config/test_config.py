@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from internevo.commands.config import layout_lines
-from internevo.config import Config, load_config, notices, validate
+from internevo.commands.config import layout_lines, show
+from internevo.config import Config, dump, load_config, notices, validate
 from internevo.config.check import smallest_world
 from internevo.config.option import walk
 from internevo.errors import ConfigError, NotAvailableYet
@@ -386,3 +386,23 @@ def test_targets_of_adapters_have_several_names_and_are_checked() -> None:
         tiny(data__mixture=[{"folder": "a", "wieght": 1}])
     experts = tiny(model_type="MIXTRALMOE", model__num_experts=4, model__lora={"targets": ["q", "up"]})
     assert any("experts cannot have adapters" in line for line in problems(experts, 1))
+
+
+def test_people_see_what_differs_from_the_defaults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a terminal; scripts get all of it, and so do people with --all. The differences, as overrides, make the same config."""
+    (tmp_path / "c.json").write_text(json.dumps(conftest.tiny(data__train_folder=None)))
+    show(tmp_path / "c.json", ["ckpt.keep_last=3"], 4)
+    layout, whole = capsys.readouterr().out.split("\n\n")
+    assert layout.startswith("layout on 4 processes") and json.loads(whole)["data"]["seq_len"] == 32
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    show(tmp_path / "c.json", ["ckpt.keep_last=3"], None, everything=True)
+    assert capsys.readouterr().out == whole
+    show(tmp_path / "c.json", ["ckpt.keep_last=3"], 4)
+    title, rest = capsys.readouterr().out.split("\n", 1)
+    assert title == "tiny: LLAMA2, 22,272 parameters (22.3k); 2 layers of 32, float32" and rest.startswith(layout)
+    lines = [line.strip() for line in rest.split("(--all prints everything):\n")[1].splitlines()]
+    assert "ckpt.keep_last = 3" in lines and "data.seq_len = 32" in lines and not any("keep_every" in line for line in lines)
+    (tmp_path / "empty.json").write_text("{}")
+    assert dump(load_config(tmp_path / "empty.json", [line.replace(" = ", "=", 1) for line in lines])) == whole
