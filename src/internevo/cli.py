@@ -282,14 +282,26 @@ def inspect(
         print(line)
 
 
-@app.command(epilog=_epilog("internevo report runs/demo"))
-def report(run: Annotated[Path, typer.Argument(parser=parse_input, metavar="RUN", help="Run folder.")]) -> None:
-    """Write report.html in a run folder again."""
-    from .observe.report import write_report
+@app.command(epilog=_epilog("internevo report runs/a runs/b runs/c --output comparison.html"))
+def report(
+    runs: Annotated[list[Path], typer.Argument(parser=parse_input, metavar="RUN", help="Run folders.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(parser=parse_path, metavar="FILE", help="File for a comparison of runs (default: comparison.html)."),
+    ] = None,
+) -> None:
+    """Write report.html in a run folder again; of several runs, a page that compares them."""
+    from .observe.report import write_comparison, write_report
 
-    if not (run / "metrics.jsonl").is_file():
-        raise UsageError(f"{run} {'is not a run folder: it has no metrics.jsonl' if run.exists() else 'does not exist'}")
-    print(write_report(run))
+    for run in runs:
+        if not (run / "metrics.jsonl").is_file():
+            raise UsageError(f"{run} {'is not a run folder: it has no metrics.jsonl' if run.exists() else 'does not exist'}")
+    if len(runs) > 1:
+        print(write_comparison(runs, output or Path("comparison.html")))
+    elif output is None:
+        print(write_report(runs[0]))
+    else:
+        raise UsageError("--output is for a comparison of several runs; the report of one run is in its run folder")
 
 
 @app.command(epilog=_epilog("internevo demo"))

@@ -48,12 +48,15 @@ def launch(
     say_starting(processes)
     import torch.distributed as dist
 
+    from ..observe.facts import COMMAND, command
+
     # This process has the store, and the others are its clients. So the system can choose a free port.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     shared = {
         "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", PARENT: str(os.getpid()),
+        COMMAND: command(),
     }  # fmt: skip
     environment = {"OMP_NUM_THREADS": str(max(1, cores // processes)), **os.environ, **shared}
     log.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from typing import Any
 
 from ..config.run import Monitor
 from .console import Console
@@ -25,12 +27,21 @@ class Observers:
         self.run, self.console = run, console
         self.metrics = JsonLines(run / "metrics.jsonl", last_step)
         self.samples = JsonLines(run / "samples.jsonl", last_step)
+        self.events = JsonLines(run / "events.jsonl", last_step)
+        self.last_step = last_step
         queue = monitor.tensorboard.queue_max_length
         self.tensorboard = TensorBoardLog(run / "tensorboard", last_step, queue) if tensorboard else None
         self.last: StepRecord | None = None
         self.last_valid: ValidRecord | None = None
         self.checkpoint: Path | None = None
         """The newest that has been saved since the start."""
+
+    def start(self, facts: dict[str, Any]) -> None:
+        """Must be called before the first step. ``facts``: what the report says about the run."""
+        self._event("start", self.last_step, time.time(), facts)
+
+    def _event(self, event: str, step: int, when: float, facts: dict[str, Any] | None = None) -> None:
+        self.events.write({"step": step, "time": when, "event": event, **(facts or {})})
 
     def step(self, record: StepRecord) -> None:
         """Must be called after each training step."""
@@ -57,6 +68,8 @@ class Observers:
         """Must be called after each checkpoint or snapshot that is complete."""
         if not record.snapshot:
             self.checkpoint = record.folder
+        facts = {"folder": str(record.folder), "bytes": record.nbytes, "seconds": record.seconds}
+        self._event("snapshot" if record.snapshot else "save", record.step, record.time, facts)
         what = f"saved step {record.step}" + (" as a snapshot" if record.snapshot else "")
         self.console.say(f"{what}: {record.folder} ({size(record.nbytes)}, {duration(record.seconds)} in the background)")
 
@@ -94,6 +107,9 @@ class Observers:
         self.console.close()
         self.metrics.close()
         self.samples.close()
+        if self.last is not None:
+            self._event("stop", self.last.step, time.time())
+        self.events.close()
         if self.tensorboard is not None:
             self.tensorboard.close()
         try:

@@ -1,39 +1,28 @@
-"""report.html: one file with plots, figures, the config and samples. It contains everything it needs, so it works offline."""
+"""report.html: what a run is and how it went, or several runs next to each other. One file, which needs no network."""
 
 from __future__ import annotations
 
 import html
 import json
 import secrets
-import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..storage.jsonfile import read_object
+from ..storage.jsonfile import read_object, to_json
 from ..storage.naming import naming
+from .curves import axes, figures, timeline
 from .memory import draw_peak, draw_timeline, peaks_table
-from .metrics import usable_rows
+from .page import HEAD, SCRIPT, STYLE
+from .rundata import Row, RunData, points
 from .timeline import draw
+from .units import amount, duration, flops
 
-NUMBER = int | float | None
-"""NaN is null in metrics.jsonl."""
-HEAD = "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>"
-"""The beginning of every report."""
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1200px; padding: 0 1rem; color: #1c2733; }
-h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem }
-.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(520px, 1fr)); gap: 1rem }
-.plots > div { min-width: 0 }
-.figures { display: flex; flex-wrap: wrap; gap: 1rem; margin-top: 1rem }
-.figure { background: #f2f5f9; border-radius: 8px; padding: .7rem 1.1rem }
-.figure b { display: block; font-size: 1.35rem }
-pre { background: #f2f5f9; border-radius: 8px; padding: 1rem; overflow: auto; white-space: pre-wrap }
-table { border-collapse: collapse; margin-bottom: 1rem } td, th { padding: .2rem .7rem; text-align: right }
-tr:nth-child(even) { background: #f2f5f9 }
-mark { background: #d6e9ff } @media (max-width: 600px) { .plots { grid-template-columns: 1fr } }
-"""
+OPEN_SAMPLES = 2
+"""The samples of this many steps are shown; older ones unfold."""
 
 
 def write_report(run: Path) -> Path:
@@ -45,26 +34,47 @@ def write_report(run: Path) -> Path:
     Raises:
         UsageError: if ``report.html`` exists and is not a report.
     """
+    data = RunData.read(run)
+    note = f"<p>{data.damaged} damaged lines of metrics.jsonl are left out.</p>" if data.damaged else ""
+    drawn = [figure for figure in (*figures([data]), timeline(data)) if figure is not None]
+    body = (
+        f"{note}{_figures(data)}{_facts(data)}<h2>Training</h2>{_plots(drawn)}"
+        f"{_samples(data.samples)}{_memory(run)}{_timeline(run / 'timeline.json')}"
+        f"<h2>Config</h2><details><summary>the resolved config</summary><pre>{html.escape(data.config)}</pre></details>"
+    )
+    return _write(run / "report.html", data.name, body, drawn, [data])
+
+
+def write_comparison(runs: Sequence[Path], path: Path) -> Path:
+    """Writes a page that compares runs: their results, the options in which their configs differ, and their curves.
+
+    Raises:
+        UsageError: if ``path`` exists and is not a report.
+    """
+    data = [RunData.read(run) for run in runs]
+    names = [run.name for run in data]
+    for run in data:
+        if names.count(run.name) > 1:
+            run.name = str(run.folder)
+    drawn = figures(data)
+    damaged = "".join(
+        f"<p>{r.damaged} damaged lines of {html.escape(str(r.folder))} are left out.</p>" for r in data if r.damaged
+    )
+    body = f"{damaged}<h2>Results</h2>{_results(data)}<h2>Training</h2>{_plots(drawn)}<h2>Configs</h2>{_differences(data)}"
+    return _write(path, " · ".join(run.name for run in data), body, drawn, data)
+
+
+def _write(path: Path, title: str, body: str, drawn: Sequence[dict[str, Any]], runs: Sequence[RunData]) -> Path:
     from plotly.offline import get_plotlyjs
 
-    path = run / "report.html"
-    if path.is_file() and not path.read_bytes().startswith(HEAD.encode()):
+    if path.exists() and not (path.is_file() and path.read_bytes().startswith(HEAD.encode())):
         raise UsageError(f"{path} exists and is not a report of internevo: rename it")
-    train, damaged = usable_rows(run / "metrics.jsonl", {"step": int, "loss": NUMBER})
-    valid, _ = usable_rows(run / "metrics.jsonl", {"step": int, "valid_loss": NUMBER})
-    samples, _ = usable_rows(run / "samples.jsonl", {"step": int, "prompt": str, "text": str})
-    config, title = _config(run)
-    note = f"<p>{damaged} damaged lines of metrics.jsonl are left out.</p>" if damaged else ""
+    values = to_json({"figures": drawn, "axes": [axes(run) for run in runs]}).replace("<", "\\u003c")
     page = (
         f"{HEAD}{html.escape(title)}</title>"
         f"<meta name='viewport' content='width=device-width, initial-scale=1'><style>{STYLE}</style>"
-        f"<script>{get_plotlyjs()}</script></head><body>"
-        f"<h1>{html.escape(title)}</h1>{note}{_figures(train, valid)}"
-        f"<h2>Training</h2><div class='plots'>{_plots(train, valid)}</div>"
-        f"{_memory(run)}{_timeline(run / 'timeline.json')}{_samples(samples)}"
-        "<h2>Config</h2><details><summary>the resolved config</summary>"
-        f"<pre>{html.escape(config)}</pre></details>"
-        "</body></html>"
+        f"<script>{get_plotlyjs()}</script></head><body><h1>{html.escape(title)}</h1>{body}"
+        f"<script>const report = {values};{SCRIPT}</script></body></html>"
     )
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     with naming(temporary):
@@ -73,93 +83,109 @@ def write_report(run: Path) -> Path:
     return path
 
 
-def _config(run: Path) -> tuple[str, str]:
-    """Returns the text of a run's config, and the run's name: that of its folder if the config is missing or damaged."""
-    path = run / "config.json"
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else "{}"
-    try:
-        name = json.loads(text)["JOB_NAME"]
-    except (ValueError, TypeError, KeyError):
-        name = None
-    return text, name if isinstance(name, str) else run.resolve().name
+# Numbers and facts ---------------------------------------------------------------------------------------------------
 
 
-def _figures(train: list[dict[str, Any]], valid: list[dict[str, Any]]) -> str:
+def _figures(run: RunData) -> str:
     """Returns the most important numbers as HTML."""
-    if not train:
+    if not run.train:
         return "<p>No step has been trained yet.</p>"
-    last = train[-1]
-    memory = [value / 2**30 for _, value in _points(train, "memory_peak_max")]
+    last, mfu, tflops = run.train[-1], run.median("mfu"), run.median("tflops")
+    total = run.options().get("data.total_steps")
+    steps = f"{last['step']:,}" + (f" of {total:,}" if isinstance(total, int) and total != last["step"] else "")
+    memory = [value / 2**30 for _, value in points(run.train, "memory_peak_max")]
     shown = [
-        ("steps", f"{last['step']:,}"),
-        ("tokens", _number(last.get("consumed_tokens"), ",")),
+        ("steps", steps),
+        ("tokens", amount(last["consumed_tokens"]) if isinstance(last.get("consumed_tokens"), int) else "n/a"),
         ("last loss", _number(last["loss"], ".4f")),
-        ("TGS (median)", _median(train, "tgs", ",.0f")),
-        ("TFLOPS (median)", _median(train, "tflops", ".3g")),
+        ("TGS (median)", _number(run.median("tgs"), ",.0f")),
+        ("MFU (median)", f"{mfu:.1%}") if mfu is not None else ("speed (median)", "n/a" if tflops is None else flops(tflops)),
         ("peak memory", f"{max(memory):.2f} GiB" if memory else "n/a"),
-        ("skipped steps", f"{sum(row.get('skipped') is True for row in train)}"),
+        ("skipped steps", f"{sum(row.get('skipped') is True for row in run.train)}"),
+        ("duration", duration(run.seconds())),
     ]
-    if valid:
+    if run.valid:
         shown[3:3] = [
-            ("validation loss", _number(valid[-1]["valid_loss"], ".4f")),
-            ("perplexity", _number(valid[-1].get("valid_ppl"), ".2f")),
+            ("validation loss", _number(run.valid[-1]["valid_loss"], ".4f")),
+            ("perplexity", _number(run.valid[-1].get("valid_ppl"), ".2f")),
         ]
     cells = "".join(f"<div class='figure'><b>{value}</b>{name}</div>" for name, value in shown)
     return f"<div class='figures'>{cells}</div>"
+
+
+def _facts(run: RunData) -> str:
+    """Returns a table of what was run: model, hardware, versions, command. A run of an older version has none."""
+    start, starts = run.start, [event for event in run.events if event["event"] == "start"]
+    versions = start.get("versions")
+    rows = {
+        "model": start.get("model"),
+        "hardware": f"{start.get('processes')} x {start.get('device')} ({start.get('host')})" if start.get("device") else None,
+        "layout": start.get("layout"),
+        "versions": ", ".join(f"{name} {of}" for name, of in versions.items()) if isinstance(versions, dict) else None,
+        "commit": start.get("commit"),
+        "command": start.get("command"),
+        "started": ", ".join(
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(e["time"])) + (f" (after step {e['step']})" if e["step"] else "")
+            for e in starts[-10:]
+        ),
+        "run folder": str(run.folder.resolve()) if start else None,
+    }  # fmt: skip
+    code = ("command", "commit", "run folder")
+    cells = "".join(
+        f"<dt>{name}</dt><dd>{'<code>' * (name in code)}{html.escape(str(value))}{'</code>' * (name in code)}</dd>"
+        for name, value in rows.items() if value
+    )  # fmt: skip
+    return f"<dl>{cells}</dl>" if cells else ""
+
+
+def _results(runs: Sequence[RunData]) -> str:
+    rows = []
+    for run in runs:
+        last = run.train[-1] if run.train else {}
+        best = min((loss for _, loss in points(run.valid, "valid_loss")), default=None)
+        memory = [value for _, value in points(run.train, "memory_peak_max")]
+        rows.append({
+            "run": run.name, "steps": _number(last.get("step"), ","), "tokens": _number(last.get("consumed_tokens"), ","),
+            "last loss": _number(last.get("loss"), ".4f"), "best validation loss": _number(best, ".4f"),
+            "TGS (median)": _number(run.median("tgs"), ",.0f"),
+            "peak memory": f"{max(memory) / 2**30:.2f} GiB" if memory else "n/a", "duration": duration(run.seconds()),
+            "parameters": _number(run.start.get("parameters"), ","),
+        })  # fmt: skip
+    return _table(rows)
+
+
+def _differences(runs: Sequence[RunData]) -> str:
+    """Returns a table of the options whose values are not the same in all configs; the run folders always differ."""
+    configs = [run.options() for run in runs]
+    keys = dict.fromkeys(key for config in configs for key in config if key != "ckpt.save_ckpt_folder")
+    shown = [[json.dumps(config[key], ensure_ascii=False) if key in config else "-" for config in configs] for key in keys]
+    rows = [
+        {"option": key} | {run.name: value for run, value in zip(runs, values, strict=True)}
+        for key, values in zip(keys, shown, strict=True) if len(set(values)) > 1
+    ]  # fmt: skip
+    return _table(rows) if rows else "<p>The configs are the same.</p>"
+
+
+def _table(rows: Sequence[dict[str, str]]) -> str:
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in rows[0])
+    body = "".join(f"<tr>{''.join(f'<td>{html.escape(value)}</td>' for value in row.values())}</tr>" for row in rows)
+    return f"<div class='scroll'><table><tr>{head}</tr>{body}</table></div>"
 
 
 def _number(value: Any, form: str) -> str:
     return format(value, form) if isinstance(value, int | float) else "n/a"
 
 
-def _median(rows: list[dict[str, Any]], key: str, form: str) -> str:
-    values = [value for _, value in _points(rows, key)]
-    return _number(statistics.median(values) if values else None, form)
+# Pictures ------------------------------------------------------------------------------------------------------------
 
 
-def _points(rows: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
-    """Returns (step, value) of each row that has a number under ``key``."""
-    return [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
-
-
-def _plots(train: list[dict[str, Any]], valid: list[dict[str, Any]]) -> str:
-    import plotly.graph_objects as go
-    import plotly.io
-
-    def series(rows: list[dict[str, Any]], key: str, name: str, scale: float = 1.0) -> Any:
-        points = _points(rows, key)
-        mode = "lines+markers" if rows is valid else "lines"
-        return go.Scatter(x=[step for step, _ in points], y=[value * scale for _, value in points], name=name, mode=mode)
-
-    plots: list[tuple[str, list[Callable[[], Any]], str]] = [
-        (
-            "Loss",
-            [lambda: series(train, "loss", "training"), lambda: series(valid, "valid_loss", "validation")],
-            "nats per token",
-        ),
-        ("Learning rate", [lambda: series(train, "lr", "lr")], ""),
-        ("Gradient norm", [lambda: series(train, "grad_norm", "norm")], "before clipping"),
-        ("Speed", [lambda: series(train, "tgs", "TGS")], "tokens per device per second"),
-        ("Peak memory", [lambda: series(train, "memory_peak_max", "memory", 2**-30)], "GiB, largest rank"),
-        (
-            "Step time",
-            [lambda: series(train, "step_time", "step"), lambda: series(train, "data_time", "waiting for data")],
-            "s",
-        ),
-    ]
-    parts = []
-    for title, lines, unit in plots:
-        figure = go.Figure([line() for line in lines])
-        figure.update_layout(
-            title=title, xaxis_title="step", yaxis_title=unit, template="plotly_white", height=340,
-            margin={"l": 60, "r": 20, "t": 50, "b": 45}, hovermode="x unified", legend={"x": 1, "xanchor": "right", "y": 1},
-        )  # fmt: skip
-        parts.append(
-            plotly.io.to_html(
-                figure, include_plotlyjs=False, full_html=False, config={"displaylogo": False, "responsive": True}
-            )
-        )
-    return "".join(f"<div>{part}</div>" for part in parts)
+def _plots(drawn: Sequence[dict[str, Any]]) -> str:
+    """Returns the places of the figures, and the choice of their x axis."""
+    if not drawn:
+        return ""
+    choice = "".join(f"<button data-x='{x}'>{x}</button>" for x in ("step", "tokens", "hours"))
+    places = "".join(f"<div class='plot{' wide' * bool(f.get('wide'))}' id='figure-{n}'></div>" for n, f in enumerate(drawn))
+    return f"<div class='choice'>x axis: {choice}</div><div class='plots'>{places}</div>"
 
 
 def _timeline(path: Path) -> str:
@@ -191,11 +217,11 @@ def _memory(run: Path) -> str:
     return f"<h2>Memory of a step</h2>{shown}"
 
 
-def _samples(samples: list[dict[str, Any]]) -> str:
-    if not samples:
-        return ""
-    shown = "".join(
-        f"<p>step {s['step']}</p><pre><mark>{html.escape(s['prompt'])}</mark>{html.escape(s['text'])}</pre>"
-        for s in samples[-12:]
-    )
-    return f"<h2>What the model writes</h2>{shown}"
+def _samples(samples: list[Row]) -> str:
+    """Returns the samples, the newest first."""
+    newest_first = sorted(samples, key=lambda sample: -sample["step"])
+    parts = []
+    for number, (step, of) in enumerate(groupby(newest_first, key=lambda sample: sample["step"])):
+        texts = "".join(f"<pre><mark>{html.escape(s['prompt'])}</mark>{html.escape(s['text'])}</pre>" for s in of)
+        parts.append(f"<details{' open' * (number < OPEN_SAMPLES)}><summary>step {step:,}</summary>{texts}</details>")
+    return f"<h2>What the model writes</h2>{''.join(parts)}" if parts else ""

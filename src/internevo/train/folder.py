@@ -22,7 +22,7 @@ DRY_RUN = "dryrun.json"
 """What a dry run writes, into a folder that need not be a run's yet."""
 FOLDERS, FILES = (
     ("log", CHECKPOINTS, SNAPSHOTS, "tensorboard"),
-    ("config.json", "metrics.jsonl", "samples.jsonl", "report.html"),
+    ("config.json", "metrics.jsonl", "samples.jsonl", "events.jsonl", "report.html"),
 )
 """What each run writes to. (An export of a model to ``hf/`` may fail.)"""
 OUTPUT = (".out", ".err", ".log")

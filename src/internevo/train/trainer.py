@@ -7,6 +7,7 @@ import os
 import time
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch.distributed as dist
 
@@ -24,6 +25,7 @@ from ..models.families.registry import decoder_config
 from ..models.generate import Sampling, generate
 from ..models.linear import ADAPTER_INFIX
 from ..observe.console import Console, log, start_log
+from ..observe.facts import facts
 from ..observe.observers import Observers
 from ..observe.record import StepRecord, ValidRecord, memory_peak, peak_tflops
 from ..ops.precision import COMPUTE, is_slow
@@ -241,6 +243,7 @@ class Trainer:
         config, total = self.config, self.config.data.total_steps
         assert self.console is not None
         observers = Observers(self.run, self.console, config.monitor, self.state.step, config.enable_tb)
+        observers.start(self._facts())
         self.exporter.warn = self.console.warn
         for line in [self._title(), *self.start_lines]:
             self.console.say(line)
@@ -272,6 +275,18 @@ class Trainer:
         for record in self.saver.take_saved():
             if observers:
                 observers.saved(record)
+
+    def _facts(self) -> dict[str, Any]:
+        """Returns what the report says about the run."""
+        decoder, model = self.parts.decoder, self.config.model
+        total, active = decoder.parameters(), decoder.parameters(active=True)
+        used = f", {active:,} of them for each token" if active != total else ""
+        axes = ", ".join(f"{axis} {size}" for axis, size in _sizes(self.parts.layout).items() if size > 1)
+        size = f"{model.num_layers} layers of {model.hidden_size}, {model.dtype}"
+        return {
+            **facts(self.world.device), "processes": self.world.size, "layout": axes or "one process", "parameters": total,
+            "model": f"{decoder.family}, {total:,} parameters{used}, {size}",
+        }  # fmt: skip
 
     def _title(self) -> str:
         config, parts = self.config, self.parts

@@ -391,7 +391,7 @@ def test_targets_of_adapters_have_several_names_and_are_checked() -> None:
 def test_people_see_what_differs_from_the_defaults(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On a terminal; scripts get all of it, and so do people with --all. The differences, as overrides, make the same config."""
+    """On a terminal; scripts get all of it, as people do with --all. The differences, as overrides, make the same config."""
     (tmp_path / "c.json").write_text(json.dumps(conftest.tiny(data__train_folder=None)))
     show(tmp_path / "c.json", ["ckpt.keep_last=3"], 4)
     layout, whole = capsys.readouterr().out.split("\n\n")
@@ -401,7 +401,7 @@ def test_people_see_what_differs_from_the_defaults(
     assert capsys.readouterr().out == whole
     show(tmp_path / "c.json", ["ckpt.keep_last=3"], 4)
     title, rest = capsys.readouterr().out.split("\n", 1)
-    assert title == "tiny: LLAMA2, 22,272 parameters (22.3k); 2 layers of 32, float32" and rest.startswith(layout)
+    assert title == "tiny: LLAMA2, 21,728 parameters (21.7k); 2 layers of 32, float32" and rest.startswith(layout)
     lines = [line.strip() for line in rest.split("(--all prints everything):\n")[1].splitlines()]
     assert "ckpt.keep_last = 3" in lines and "data.seq_len = 32" in lines and not any("keep_every" in line for line in lines)
     (tmp_path / "empty.json").write_text("{}")

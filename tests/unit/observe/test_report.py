@@ -8,7 +8,8 @@ import pytest
 
 from internevo.commands.inspect import describe
 from internevo.errors import UsageError
-from internevo.observe.report import HEAD, write_report
+from internevo.observe.page import HEAD
+from internevo.observe.report import write_report
 
 GOOD = {"step": 1, "loss": 2.5, "consumed_tokens": 10, "tgs": 3.0, "tflops": 1.0, "memory_peak_max": 2**30, "skipped": False}
 LINES = {
