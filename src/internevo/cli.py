@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 import traceback
@@ -12,14 +11,13 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
-from .commands.arguments import ConfigFile, Overrides, parse_input, parse_path, parse_size, parse_tokens
+from .commands.arguments import PROFILING, ConfigFile, Overrides, parse_input, parse_path, parse_size, parse_tokens
 from .commands.help import App, completion_script, prepare_completion, print_version
+from .commands.printing import describe_error, print_anything
 from .errors import InternEvoError, UsageError
 
 DEBUG = "INTERNEVO_DEBUG"
 """Environment variable that passes --debug on to the processes that a command starts."""
-PROFILING = ("monitor.memory=true", "monitor.trace=true")
-"""What --profiling means, as overrides of the config."""
 
 app = App(
     name="internevo",
@@ -291,17 +289,9 @@ def report(
     ] = None,
 ) -> None:
     """Write report.html in a run folder again; of several runs, a page that compares them."""
-    from .observe.report import write_comparison, write_report
+    from .commands.report import write
 
-    for run in runs:
-        if not (run / "metrics.jsonl").is_file():
-            raise UsageError(f"{run} {'is not a run folder: it has no metrics.jsonl' if run.exists() else 'does not exist'}")
-    if len(runs) > 1:
-        print(write_comparison(runs, output or Path("comparison.html")))
-    elif output is None:
-        print(write_report(runs[0]))
-    else:
-        raise UsageError("--output is for a comparison of several runs; the report of one run is in its run folder")
+    print(write(runs, output))
 
 
 @app.command(epilog=_epilog("internevo demo"))
@@ -336,15 +326,8 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments or DEBUG in os.environ
     arguments = [a for a in arguments if a != "--debug"]
-    _print_anything()
+    print_anything()
     _exit(_run(arguments, debug))
-
-
-def _print_anything() -> None:
-    """Lets standard output and error print characters that their encoding does not have, as escapes (LANG=C, for example)."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
 
 
 def _run(arguments: list[str], debug: bool) -> int:
@@ -365,7 +348,7 @@ def _run(arguments: list[str], debug: bool) -> int:
         elif isinstance(error, InternEvoError):
             print(f"error: {error}", file=sys.stderr)
         else:
-            print(f"error: {_describe(error)} (--debug prints the traceback)", file=sys.stderr)
+            print(f"error: {describe_error(error)} (--debug prints the traceback)", file=sys.stderr)
         return error.exit_code if isinstance(error, InternEvoError) else 1
 
 
@@ -377,15 +360,6 @@ def _call(arguments: list[str]) -> int:
         if isinstance(abort.__cause__, EOFError):  # typer takes it for the end of standard input; it may be that of any file
             raise abort.__cause__ from None
         raise
-
-
-def _describe(error: Exception) -> str:
-    """Describes an error that no other place has turned into a message."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    if isinstance(error, ModuleNotFoundError):
-        return f"the Python package {error.name} is missing: pip install {error.name}"
-    return f"{type(error).__name__}: {error}"
 
 
 def _exit(code: int) -> NoReturn:
@@ -401,28 +375,11 @@ def _exit(code: int) -> NoReturn:
 
 
 def train_py() -> None:
-    """InternEvo's own command line: ``train.py --config CONFIG [--launcher slurm|torch] [--port P] [--seed S] ...``."""
-    import argparse
+    """InternEvo's own command line (``commands/original.py``)."""
+    from .commands.original import parse
 
-    parser = argparse.ArgumentParser(
-        description="Train. The same as `internevo train`.",
-        epilog=_epilog(
-            "torchrun --nproc-per-node 8 --shutdown-timeout 600 train.py --config configs/7B_internlm2.py --launcher torch"
-        ),
-    )
-    parser.add_argument("--config", type=Path, required=True, help="config file")
-    parser.add_argument(
-        "--launcher", choices=("slurm", "torch"), help="what started the processes (default: found from the environment)"
-    )
-    parser.add_argument(
-        "--port", type=int, help="port of the first host, under Slurm (default: MASTER_PORT, or one for each job)"
-    )
-    parser.add_argument("--seed", type=int, help="seed of the initial weights")
-    parser.add_argument("--profiling", action="store_true", help=f"the same as {' '.join(PROFILING)}")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    parser.add_argument("overrides", nargs="*", metavar="KEY.PATH=VALUE", help="overrides of config keys")
-    a = parser.parse_args()
-    _print_anything()
+    a = parse()
+    print_anything()
     overrides = [*a.overrides, *([f"seed={a.seed}"] if a.seed is not None else []), *(PROFILING if a.profiling else ())]
 
     @app.command("train.py", hidden=True)

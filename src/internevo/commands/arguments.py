@@ -12,6 +12,9 @@ import typer
 from ..errors import UsageError
 from .help import complete_override
 
+PROFILING = ("monitor.memory=true", "monitor.trace=true")
+"""What --profiling means, as overrides of the config."""
+
 
 def parse_path(text: str | Path) -> Path:
     """Converts an argument to a path, in which ``~`` is the home folder.

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config.check import data_size, missing_paths, smallest_world
-from ..config.load import dump, load_config
+from ..config.load import dump, flat, load_config
 from ..config.option import notices, walk
 from ..config.schema import Config
 from ..errors import ConfigError
@@ -75,11 +74,8 @@ def model_line(config: Config) -> str:
 
 def differences(config: Config) -> dict[str, Any]:
     """Returns key -> value, as in JSON, of every option whose value is not the default."""
-    values, found = json.loads(dump(config)), {}
-    for key, field, value, _ in walk(config):
-        if value != field.get_default(call_default_factory=True):
-            found[key] = reduce(lambda section, name: section[name], key.split("."), values)
-    return found
+    values = flat(config)
+    return {key: values[key] for key, field, value, _ in walk(config) if value != field.get_default(call_default_factory=True)}
 
 
 def layout_lines(config: Config, world_size: int, per_node: int) -> list[str]:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import ast
 import difflib
+import json
 import os
 import reprlib
 import warnings
+from functools import reduce
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -20,7 +22,7 @@ from pydantic import ValidationError
 from ..errors import ConfigError
 from .files import read_file
 from .internevo import translate
-from .option import Section, field_kinds, section_of
+from .option import Section, field_kinds, section_of, walk
 from .schema import Config
 
 
@@ -166,6 +168,14 @@ def _hint(path: list[str]) -> str:
     if elsewhere:
         return f"; did you mean {elsewhere[0]}?"
     return "" if len(path) > 1 else "; write the file's own names in capitals or with a leading underscore"
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Returns key.path -> value, as in JSON, of every option."""
+    values, found = json.loads(dump(config)), dict[str, Any]()
+    for key, *_ in walk(config):
+        found[key] = reduce(lambda section, name: section[name], key.split("."), values)
+    return found
 
 
 def dump(config: Config) -> str:

@@ -153,11 +153,45 @@ class TensorBoard(Section):
     queue_max_length: int = option(10, "Number of scalars that are collected before they are written to the file.", ge=1)
 
 
+class WandB(Section):
+    """Weights & Biases."""
+
+    project: str | None = option(None, "Project. None: JOB_NAME.")
+    entity: str | None = option(None, "User or team. None: as wandb decides.")
+    name: str | None = option(None, "Name of the run. None: JOB_NAME.")
+    group: str | None = option(None, "Group of the run.")
+    tags: tuple[str, ...] = option((), "Tags of the run.")
+    mode: Literal["online", "offline"] = option(
+        "online", "offline: write to RUN/wandb only, which `wandb sync` uploads later.",
+    )  # fmt: skip
+
+
+class MLflow(Section):
+    """MLflow."""
+
+    tracking_uri: str | None = option(None, "Address of the server or database. None: MLFLOW_TRACKING_URI, or MLflow's own.")
+    experiment: str | None = option(None, "Experiment, which is made if there is none. None: JOB_NAME.")
+
+
+class Trackio(Section):
+    """Hugging Face's trackio."""
+
+    project: str | None = option(None, "Project. None: JOB_NAME.")
+    space_id: str | None = option(None, "Hugging Face Space with the dashboard. None: files on this machine.")
+
+
 class Monitor(Section):
     """What is measured, logged and checked during training."""
 
     alert: Alert = option(Alert(), "How people are told of warnings and errors.")
+    trackers: tuple[Literal["wandb", "mlflow", "trackio"], ...] = option(
+        (),
+        'Trackers of experiments that get the metrics, besides TensorBoard (enable_tb): "wandb", "mlflow", "trackio".',
+    )
     tensorboard: TensorBoard = option(TensorBoard(), "TensorBoard files.")
+    wandb: WandB = option(WandB(), "Weights & Biases, if monitor.trackers names it.")
+    mlflow: MLflow = option(MLflow(), "MLflow, if monitor.trackers names it.")
+    trackio: Trackio = option(Trackio(), "trackio, if monitor.trackers names it.")
     log_every: int = option(
         1, "Number of steps between lines of output. A terminal also shows the last step, below the lines.", unit="steps", ge=1
     )
@@ -211,6 +245,16 @@ class Monitor(Section):
         "Record a timeline of the third step in trace-rankN.json.gz, which Chrome and Perfetto can show. With a pipeline, the "
         "passes and messages of its ranks are also in timeline.json, and drawn in report.html.",
     )
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _one(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("trackers")
+    @classmethod
+    def _once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(value))
 
 
 class Generation(Section):

@@ -1,4 +1,4 @@
-"""metrics.jsonl, samples.jsonl and TensorBoard. Every step is in them once, even after a run has been resumed."""
+"""metrics.jsonl, samples.jsonl and events.jsonl. Every step is in them once, even after a run has been resumed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 
 from ..storage.jsonfile import to_json
 from ..storage.naming import naming
-from .record import StepRecord, ValidRecord
 
 
 class JsonLines:
@@ -87,46 +86,3 @@ def usable_rows(path: Path, kinds: dict[str, type | UnionType]) -> tuple[list[di
     objects = [row for row in rows if isinstance(row, dict)]
     usable = [row for row in objects if all(isinstance(row.get(key, ...), kind) for key, kind in kinds.items())]
     return usable, len(lines) - len(objects)
-
-
-class TensorBoardLog:
-    """Writes scalars for TensorBoard."""
-
-    def __init__(self, folder: Path, last_step: int, queue: int) -> None:
-        """
-        Args:
-            last_step: TensorBoard hides what was written for later steps.
-            queue: number of events in memory before they are written.
-        """
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.folder = folder
-        self._writer: Any = SummaryWriter(str(folder), purge_step=last_step + 1, max_queue=queue)
-
-    def step(self, record: StepRecord) -> None:
-        """Writes the scalars of a training step."""
-        scalars = {
-            "train/loss": record.loss, "train/grad_norm": record.grad_norm, "train/lr": record.lr,
-            "speed/tgs": record.tgs, "speed/tflops": record.tflops, "speed/step_time": record.step_time,
-            "speed/data_time": record.data_time, "memory/peak_max": record.memory_peak_max,
-            **{f"train/loss/{name}": loss for name, loss in record.loss_by_type.items()},
-        }  # fmt: skip
-        for name, value in (record.moe or {}).items():
-            if not isinstance(value, list):
-                scalars[f"moe/{name}"] = value
-        with naming(self.folder):
-            for name, value in scalars.items():
-                self._writer.add_scalar(name, value, record.step)
-
-    def valid(self, record: ValidRecord) -> None:
-        """Writes the scalars of an evaluation."""
-        with naming(self.folder):
-            self._writer.add_scalar("valid/loss", record.valid_loss, record.step)
-            self._writer.add_scalar("valid/ppl", record.valid_ppl, record.step)
-            for name, loss in record.valid_loss_by_type.items():
-                self._writer.add_scalar(f"valid/loss/{name}", loss, record.step)
-
-    def close(self) -> None:
-        """Writes what is still in memory, and closes the file."""
-        with naming(self.folder):
-            self._writer.close()

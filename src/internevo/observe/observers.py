@@ -8,29 +8,25 @@ from typing import Any
 
 from ..config.run import Monitor
 from .console import Console
-from .metrics import JsonLines, TensorBoardLog
+from .metrics import JsonLines
 from .record import SaveRecord, StepRecord, ValidRecord
 from .report import write_report
+from .trackers import Entry, Tracked, close_trackers, make_trackers
 from .units import amount, duration, size
 
 
 class Observers:
-    """The console, metrics.jsonl, samples.jsonl, TensorBoard and the report of a run folder."""
+    """The console, metrics.jsonl, samples.jsonl, events.jsonl, the trackers and the report of a run folder."""
 
-    def __init__(self, run: Path, console: Console, monitor: Monitor, last_step: int, tensorboard: bool) -> None:
-        """
-        Args:
-            run: the run folder.
-            last_step: the step that the run continues after; 0 for a new run.
-            tensorboard: whether to write TensorBoard's files.
-        """
-        self.run, self.console = run, console
-        self.metrics = JsonLines(run / "metrics.jsonl", last_step)
-        self.samples = JsonLines(run / "samples.jsonl", last_step)
-        self.events = JsonLines(run / "events.jsonl", last_step)
+    def __init__(self, console: Console, monitor: Monitor, run: Tracked, tensorboard: bool) -> None:
+        """``tensorboard``: whether to write TensorBoard's files."""
+        folder, last_step = run.folder, run.last_step
+        self.run, self.console = folder, console
+        self.metrics = JsonLines(folder / "metrics.jsonl", last_step)
+        self.samples = JsonLines(folder / "samples.jsonl", last_step)
+        self.events = JsonLines(folder / "events.jsonl", last_step)
         self.last_step = last_step
-        queue = monitor.tensorboard.queue_max_length
-        self.tensorboard = TensorBoardLog(run / "tensorboard", last_step, queue) if tensorboard else None
+        self.trackers = make_trackers(monitor, run, tensorboard, console.warn)
         self.last: StepRecord | None = None
         self.last_valid: ValidRecord | None = None
         self.checkpoint: Path | None = None
@@ -48,21 +44,24 @@ class Observers:
         self.last = record
         self.metrics.write(record.to_dict())
         self.console.step(record)
-        if self.tensorboard is not None:
-            self.tensorboard.step(record)
+        self._track(Entry.of_step(record))
 
     def valid(self, record: ValidRecord) -> None:
         """Must be called after each evaluation."""
         self.last_valid = record
         self.metrics.write(record.to_dict())
         self.console.valid(record)
-        if self.tensorboard is not None:
-            self.tensorboard.valid(record)
+        self._track(Entry.of_evaluation(record))
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Writes a sample: the text that the model generated after ``prompt``."""
         self.samples.write({"step": step, "prompt": prompt, "text": text})
         self.console.sample(step, prompt, text)
+        self._track(Entry(step, time.time(), samples=[(prompt, text)]))
+
+    def _track(self, entry: Entry) -> None:
+        for tracker in self.trackers:
+            tracker.put(entry)
 
     def saved(self, record: SaveRecord) -> None:
         """Must be called after each checkpoint or snapshot that is complete."""
@@ -110,8 +109,7 @@ class Observers:
         if self.last is not None:
             self._event("stop", self.last.step, time.time())
         self.events.close()
-        if self.tensorboard is not None:
-            self.tensorboard.close()
+        close_trackers(self.trackers)
         try:
             self.console.say(f"report: {write_report(self.run)}")
         except Exception as error:

@@ -15,8 +15,11 @@ def amount(number: float) -> str:
 
 
 def flops(tflops: float) -> str:
-    """Returns a speed in TFLOPS, or below 0.1 of them in GFLOPS."""
-    return f"{tflops:.3g} TFLOPS" if tflops >= 0.1 or not tflops else f"{tflops * 1e3:.3g} GFLOPS"
+    """Returns a speed in TFLOPS; below 0.1 of them in GFLOPS, and below 0.1 of those in MFLOPS."""
+    unit, name = next(
+        ((unit, name) for unit, name in ((1.0, "TFLOPS"), (1e-3, "GFLOPS")) if tflops >= 0.1 * unit), (1e-6, "MFLOPS")
+    )
+    return f"{tflops / unit:.3g} {name}"
 
 
 def size(nbytes: float) -> str:

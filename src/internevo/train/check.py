@@ -29,6 +29,10 @@ def check(config: Config, world_size: int) -> None:
     missing = rules.missing_paths(config)
     if config.enable_tb and find_spec("tensorboard") is None:
         missing.append("enable_tb = True needs the package tensorboard: pip install tensorboard, or set enable_tb = False")
+    missing += [
+        f'monitor.trackers = {name} needs the package {name}: pip install "internevo[{name}]"'
+        for name in config.monitor.trackers if find_spec(name) is None
+    ]  # fmt: skip
     check_config(config, world_size, missing)
     check_data(config)
 

@@ -15,7 +15,7 @@ from ..checkpoint import Checkpoint
 from ..checkpoint.export import Exporter, check_export
 from ..checkpoint.folder import remove_leftovers, saved_checkpoints
 from ..checkpoint.saver import Saver
-from ..config import Config, dump
+from ..config import Config, dump, flat
 from ..data.batches import StepBatch, TrainBatches, parse_skip_batches, valid_batches
 from ..data.build import checked_tokenizer
 from ..errors import InternEvoError
@@ -28,6 +28,7 @@ from ..observe.console import Console, log, start_log
 from ..observe.facts import facts
 from ..observe.observers import Observers
 from ..observe.record import StepRecord, ValidRecord, memory_peak, peak_tflops
+from ..observe.trackers import Tracked
 from ..ops.precision import COMPUTE, is_slow
 from ..parallel import gloo
 from ..parallel.layout import Layout
@@ -242,7 +243,8 @@ class Trainer:
             (self.run / "config.json").write_text(dump(self.config), encoding="utf-8")
         config, total = self.config, self.config.data.total_steps
         assert self.console is not None
-        observers = Observers(self.run, self.console, config.monitor, self.state.step, config.enable_tb)
+        tracked = Tracked(self.run, config.JOB_NAME, self.state.run, self.state.step, flat(config))
+        observers = Observers(self.console, config.monitor, tracked, config.enable_tb)
         observers.start(self._facts())
         self.exporter.warn = self.console.warn
         for line in [self._title(), *self.start_lines]:

@@ -15,7 +15,8 @@ def test_amounts_have_three_digits(number: float, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tflops", "text"), [(0, "0 TFLOPS"), (0.00516, "5.16 GFLOPS"), (0.5, "0.5 TFLOPS"), (412.3, "412 TFLOPS")]
+    ("tflops", "text"),
+    [(0, "0 MFLOPS"), (1.17e-5, "11.7 MFLOPS"), (0.00516, "5.16 GFLOPS"), (0.5, "0.5 TFLOPS"), (412.3, "412 TFLOPS")],
 )
 def test_speeds(tflops: float, text: str) -> None:
     assert flops(tflops) == text

@@ -1,0 +1,199 @@
+"""Trackers: what they get; that none delays or ends a run; that a resumed run continues; with real libraries, if installed."""
+
+import json
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from internevo.config.run import Monitor
+from internevo.observe.record import StepRecord, ValidRecord
+from internevo.observe.trackers import Background, Entry, Ids, Tracked, close_trackers, make_trackers
+
+RECORD = StepRecord(
+    3, 2.0, 1.5, 0.1, 8, 24, 1.0, 1.0, None, 1.0, 0.5, 1, 1, False, 50.0, {"en": 2.5}, moe={"load": [1.0], "max_load": 2.0}
+)
+
+
+class Fake:
+    """A tracker that fails or waits as it is told."""
+
+    name = "fake"
+
+    def __init__(self, fail: Callable[[str], None] = lambda call: None) -> None:
+        self.fail, self.got, self.calls = fail, list[int](), list[str]()
+
+    def start(self) -> None:
+        self.calls.append("start")
+        self.fail("start")
+
+    def write(self, entries: Sequence[Entry]) -> None:
+        self.fail("write")
+        self.got += [entry.step for entry in entries]
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+
+def entries(steps: range) -> list[Entry]:
+    return [Entry(step, 1.0, {"loss": 1.0}) for step in steps]
+
+
+def given(tracker: Fake, steps: range, patience: float = 60.0, **options: Any) -> tuple[Background, list[str]]:
+    said = list[str]()
+    background = Background(tracker, said.append, **options)
+    for entry in entries(steps):
+        background.put(entry)
+    close_trackers([background], patience)
+    return background, said
+
+
+def test_a_tracker_gets_every_entry_in_order() -> None:
+    tracker = Fake()
+    _, said = given(tracker, range(500))
+    assert tracker.got == list(range(500)) and tracker.calls == ["start", "close"] and said == []
+    empty = Fake()
+    given(empty, range(0))
+    assert empty.calls == []
+
+
+@pytest.mark.parametrize("call", ["start", "write"])
+def test_a_tracker_that_comes_back_gets_what_waited(call: str) -> None:
+    failures = 3
+
+    def fail(now: str) -> None:
+        nonlocal failures
+        if now == call and failures:
+            failures -= 1
+            raise OSError("no\nroute")
+
+    tracker, said, done = Fake(fail), list[str](), threading.Event()
+    background = Background(tracker, said.append, retry=0.001, pause=0.001)
+    for entry in entries(range(50)):
+        background.put(entry)
+    while tracker.got != list(range(50)):
+        done.wait(0.001)
+    close_trackers([background])
+    assert said == ["fake: no route. The run goes on; fake is tried again every 0 s"]
+
+
+def test_a_tracker_that_is_down_loses_entries_and_says_so_once() -> None:
+    def fail(call: str) -> None:
+        raise ConnectionError
+
+    begin = time.monotonic()
+    tracker = Fake(fail)
+    _, said = given(tracker, range(30), most=10, retry=1000.0)
+    assert [line.partition(".")[0].partition(";")[0] for line in said] == ["fake: ConnectionError", "fake: 30 entries are lost"]
+    assert tracker.got == [] and time.monotonic() - begin < 500
+
+
+def test_a_tracker_that_hangs_is_left_behind() -> None:
+    never = threading.Event()
+    background, said = given(Fake(lambda call: bool(never.wait(600)) and None), range(30), patience=0.05, most=10)
+    assert background.thread.daemon and "fake does not answer" in said[0] and "fake: 30 entries are lost" in said[1]
+    never.set()
+
+
+def run_of(folder: Path, last_step: int = 0, identity: str = "0123456789abcdef") -> Tracked:
+    folder.mkdir(exist_ok=True)
+    config = {f"section.key{number}": number for number in range(150)}
+    return Tracked(folder, "job", identity, last_step, config | {"long": "x" * 9000})
+
+
+def test_ids_are_those_of_the_run(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    Ids(run).keep("wandb", "a")
+    assert Ids(run).get("wandb") == "a" and Ids(run).get("mlflow") is None
+    assert Ids(run_of(tmp_path, identity="another")).get("wandb") is None
+    (tmp_path / "trackers.json").write_text("{")
+    assert Ids(run).get("wandb") is None
+
+
+def test_what_a_tracker_is_told() -> None:
+    entry = Entry.of_step(RECORD)
+    assert (entry.step, entry.time) == (3, 50.0)
+    assert entry.scalars["train/loss"] == 2.0 and entry.scalars["train/loss/en"] == 2.5 and entry.scalars["moe/max_load"] == 2.0
+    assert "moe/load" not in entry.scalars and "speed/mfu" not in entry.scalars
+    valid = Entry.of_evaluation(ValidRecord(4, 2.0, float("inf"), 1.0, {"en": 2.5}))
+    assert valid.finite() == {"valid/loss": 2.0, "valid/loss/en": 2.5}
+
+
+def track(folder: Path, monitor: dict[str, Any], tensorboard: bool = False) -> list[str]:
+    """A run of two steps with an evaluation and a sample, which is resumed after step 1. Returns the warnings."""
+    said = list[str]()
+    for last_step in (0, 1):
+        trackers = make_trackers(Monitor(**monitor), run_of(folder, last_step), tensorboard, said.append)
+        for step in range(last_step + 1, 3):
+            for tracker in trackers:
+                tracker.put(Entry(step, 1000.0 + step, {"train/loss": 10.0 * step, "train/grad_norm": float("nan")}))
+                tracker.put(Entry(step, 1000.0 + step, {"valid/loss": 20.0 * step}))
+                tracker.put(Entry(step, 1000.0 + step, samples=[("a prompt", " a text")]))
+        close_trackers(trackers, 300)
+    return said
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert track(tmp_path, {}, tensorboard=True) == []
+    found = reader.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in found.Scalars("train/loss")] == [(1, 10.0), (2, 20.0)]
+    assert any("a_prompt" in name or "a prompt" in name for name in found.Tags()["tensors"])
+
+
+def test_mlflow(tmp_path: Path) -> None:
+    mlflow, _ = pytest.importorskip("mlflow"), pytest.importorskip("sqlalchemy")
+    address = f"sqlite:///{tmp_path}/mlflow.db"
+    assert track(tmp_path, {"trackers": "mlflow", "mlflow": {"tracking_uri": address, "experiment": "tests"}}) == []
+    client = mlflow.MlflowClient(tracking_uri=address)
+    (run,) = client.search_runs([client.get_experiment_by_name("tests").experiment_id])
+    assert run.info.status == "FINISHED" and run.info.run_name == "job" and run.data.params["section.key149"] == "149"
+    assert {(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "train/loss")} == {(1, 10.0), (2, 20.0)}
+    assert "train/grad_norm" not in run.data.metrics and run.data.metrics["valid/loss"] == 40.0
+
+
+def records_of(data: bytes, header: int = 7, block: int = 32_768) -> Iterator[bytes]:
+    """The records of wandb's file, which is a log as LevelDB writes it: checksum, length and kind before each piece of one."""
+    at, record = header, b""
+    while at + 7 <= len(data):
+        if block - at % block < 7:
+            at += block - at % block
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        record, at = record + data[at + 7 : at + 7 + length], at + 7 + length
+        if kind in (1, 4):  # whole, or the last piece
+            yield record
+            record = b""
+
+
+def test_wandb(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    assert track(tmp_path, {"trackers": ["wandb"], "wandb": {"mode": "offline", "project": "tests", "tags": ["a"]}}) == []
+    ids, losses = set(), list[tuple[int, float]]()
+    for path in sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb")):
+        for data in records_of(path.read_bytes()):
+            record = Record()
+            record.ParseFromString(data)
+            if record.run.run_id:
+                ids.add((record.run.run_id, record.run.project, record.run.display_name))
+            row = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+            if "train/loss" in row:
+                losses.append((row["step"], row["train/loss"]))
+    assert ids == {("0123456789abcdef", "tests", "job")} and sorted(set(losses)) == [(1, 10.0), (2, 20.0)]
+
+
+def test_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    trackio = pytest.importorskip("trackio")
+    assert track(tmp_path, {"trackers": ["trackio"], "trackio": {"project": "tests"}}) == []
+    (run,) = trackio.Api().runs("tests")
+    assert run.name == "job-012345"
+    with sqlite3.connect(tmp_path / "trackio" / "tests.db") as database:
+        rows = [(step, json.loads(values)) for step, values in database.execute("select step, metrics from metrics")]
+    assert {(step, row["train/loss"]) for step, row in rows if "train/loss" in row} == {(1, 10.0), (2, 20.0)}
