@@ -160,10 +160,24 @@ def gemma3(draw: st.DrawFn) -> Any:
     )  # fmt: skip
 
 
+@st.composite
+def gemma2(draw: st.DrawFn) -> Any:
+    shape = draw(common())
+    shape["hidden_size"] = shape["num_attention_heads"] * 8  # transformers insists on a multiple
+    layers, kinds = shape["num_hidden_layers"], st.sampled_from(["full_attention", "sliding_attention"])
+    caps = st.sampled_from([None, 0.5, 30.0])
+    return tf.Gemma2Config(
+        **shape, query_pre_attn_scalar=draw(st.sampled_from([8, 12])), attn_logit_softcapping=draw(caps),
+        final_logit_softcapping=draw(caps), sliding_window=5,
+        layer_types=draw(st.none() | st.lists(kinds, min_size=layers, max_size=layers)), pad_token_id=None, eos_token_id=None,
+        bos_token_id=None,
+    )  # fmt: skip
+
+
 CONFIGS = {
     "LLAMA2": llama(), "INTERNLM3": internlm3(), "QWEN2": qwen2(), "GEMMA": gemma(), "QWEN3": qwen3(),
     "MIXTRALMOE": mixtral(), "QWEN2MOE": qwen2moe(), "QWEN3MOE": qwen3moe(), "PHI3": phi3(), "GLM": glm(tf.GlmConfig),
-    "GLM4": glm(tf.Glm4Config), "GEMMA3": gemma3(),
+    "GLM4": glm(tf.Glm4Config), "GEMMA2": gemma2(), "GEMMA3": gemma3(),
 }  # fmt: skip
 
 

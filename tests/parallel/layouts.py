@@ -92,6 +92,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "model_type": "GEMMA3", "model__num_layers": 6, "model__use_sliding_window": True, "model__sliding_window": 9,
         "model__rope_base": 1e6, "model__num_kv_attention_heads": 1, "adam__adam_eps": 1e-4,
     },
+    "gemma 2": {
+        "model_type": "GEMMA2", "model__use_sliding_window": True, "model__sliding_window": 9, "model__head_dim": 16,
+        "model__query_pre_attn_scalar": 12, "model__attn_logit_softcapping": 1.0, "model__final_logit_softcapping": 2.0,
+        "adam__adam_eps": 1e-4,
+    },
     "glm 4": {"model_type": "GLM4", "model__head_dim": 16},
     "phi 3, long": {
         "model_type": "PHI3",

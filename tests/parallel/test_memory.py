@@ -43,6 +43,7 @@ CASES = {
     "qwen3, isp": layout(2, "isp", 2, model_type="QWEN3"),
     "gemma 3, fsp 2": layout(2, "fsp", 2, **GEMMA3),
     "gemma 3, isp 2 x 2, half recomputed": layout(2, "isp", 2, 2, **GEMMA3, model__checkpoint=0.5),
+    "gemma 2, mtp 2": layout(2, "mtp", 2, model_type="GEMMA2"),
     "glm 4, mtp 2, attention recomputed": layout(2, "mtp", 2, model_type="GLM4", model__checkpoint="attention"),
     "experts": layout(1, **EXPERTS, model__moe_type="Dropless"),
     "experts with capacity, bf16, zero 2": layout(2, **EXPERTS, model__dtype="torch.bfloat16", parallel__expert={"size": 1}),

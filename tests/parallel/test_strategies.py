@@ -29,6 +29,13 @@ OF_FAMILIES: dict[str, tuple[str, Case]] = {
     "gemma 3, msp 2, fsdp, recomputed": ("gemma 3", layout(4, "msp", 2, fsdp=True, model__checkpoint=True)),
     "gemma 3, isp 2 x 2, half recomputed": ("gemma 3", layout(4, "isp", 2, 2, model__checkpoint=0.5)),
     "gemma 3, pipeline of 2, mtp 2": ("gemma 3", pipelined(4, 2, layers=6, mode="mtp", tensor=2)),
+    "gemma 2, msp 2": ("gemma 2", layout(2, "msp", 2)),
+    "gemma 2, fsp 2, attention kept": (
+        "gemma 2",
+        layout(2, "fsp", 2, model__checkpoint="attention", selective_checkpoint=True),
+    ),
+    "gemma 2, isp 2 x 2": ("gemma 2", layout(4, "isp", 2, 2)),
+    "gemma 2, mtp 2, pipeline of 2": ("gemma 2", pipelined(4, 2, layers=4, mode="mtp", tensor=2)),
     "glm 4, fsp 2, attention recomputed": ("glm 4", layout(2, "fsp", 2, model__checkpoint="attention")),
     "glm 4, mtp 2": ("glm 4", layout(2, "mtp", 2)),
     "phi 3, isp 4": ("phi 3, long", layout(4, "isp", 4)),

@@ -137,7 +137,7 @@ class Model(Section):
     )
     mlp_bias: bool = option(False, "The MLP has biases, in families that support them.")
     tie_word_embeddings: bool | None = option(
-        None, "The head uses the embedding's weight. None: False, but True for GEMMA and GEMMA3."
+        None, "The head uses the embedding's weight. None: False, but True for GEMMA, GEMMA2 and GEMMA3."
     )
     rope_base: float = option(10000.0, "Base of the rotary embedding.", gt=0)
     rope_scaling: dict[str, Any] | None = option(
@@ -165,10 +165,22 @@ class Model(Section):
         ge=1,
         le=MAX_SIZE,
     )
+    query_pre_attn_scalar: int | None = option(
+        None,
+        "n in the scores of attention, q k / sqrt(n) (GEMMA2, GEMMA3). None: the size of a head.",
+        ge=1,
+        le=MAX_SIZE,
+    )
+    attn_logit_softcapping: float | None = option(
+        None, "c: scores s of attention become c * tanh(s / c) (GEMMA2). 0: they stay as they are. None: 50 for GEMMA2.", ge=0
+    )
+    final_logit_softcapping: float | None = option(
+        None, "c: logits z become c * tanh(z / c) (GEMMA2). 0: they stay as they are. None: 30 for GEMMA2.", ge=0
+    )
     use_sliding_window: bool = option(
         False,
         "Tokens attend only to the last sliding_window tokens (QWEN2, QWEN2MOE, QWEN3, QWEN3MOE, MIXTRALMOE, "
-        "PHI3); GEMMA3: five layers of six do (None: 512 tokens).",
+        "PHI3); GEMMA2: every second layer does (left out: 4096 tokens); GEMMA3: five layers of six do (left out: 512).",
     )
     sliding_window: int | None = option(
         None,
@@ -191,11 +203,12 @@ class Model(Section):
         None, "Each row of the head's weight is divided by its L2 norm. None: False, but True for BAICHUAN2."
     )
     add_unit_offset: bool | None = option(
-        None, "Norms multiply by 1 + weight in place of weight. None: False, but True for GEMMA and GEMMA3."
+        None, "Norms multiply by 1 + weight in place of weight. None: False, but True for GEMMA, GEMMA2 and GEMMA3."
     )
     use_swiglu: bool | None = option(
         None,
-        "The MLP's activation is SwiGLU; False: GELU (tanh approximation), gated. None: True, but False for GEMMA and GEMMA3.",
+        "The MLP's activation is SwiGLU; False: GELU (tanh approximation), gated. None: True, but False for GEMMA, GEMMA2 and "
+        "GEMMA3.",
     )
     embed_grad_scale: float = option(1.0, "Number by which the gradients of the embedding and the head are multiplied.", gt=0)
     use_scaled_init: bool = option(

@@ -140,6 +140,10 @@ class DecoderConfig:
     """Embeddings are multiplied by sqrt(hidden_size)."""
     query_scale: float = 1.0
     """Queries are multiplied by this, besides 1 / sqrt(head_dim)."""
+    attention_softcap: float = 0.0
+    """c > 0: scores s of attention become c * tanh(s / c). 0: they stay as they are."""
+    logit_softcap: float = 0.0
+    """The same for the logits of the head."""
     norm_head: bool = False
     """Each row of the head's weight is divided by its L2 norm."""
     windows: tuple[int, ...] = ()
@@ -205,7 +209,9 @@ class DecoderConfig:
             "qk_norm (a fact of model_type)": self.qk_norm,
             "out_norms (a fact of model_type)": self.out_norms,
             "window_rope (a fact of model_type)": self.window_rope and asdict(self.window_rope),
-            "query_scale (a fact of model_type)": self.query_scale,
+            "model.query_pre_attn_scalar": None if self.query_scale == 1.0 else self.query_scalar,
+            "model.attn_logit_softcapping": self.attention_softcap or None,
+            "model.final_logit_softcapping": self.logit_softcap or None,
             "scale_embedding (a fact of model_type)": self.scale_embedding,
             "model.num_experts": moe.count if moe else 1,
         }
@@ -223,6 +229,11 @@ class DecoderConfig:
                 BALANCE_BIAS: moe.balance_bias,
             }
         return values
+
+    @property
+    def query_scalar(self) -> int:
+        """The number n in scores q k / sqrt(n)."""
+        return round(self.head_dim / self.query_scale**2)
 
     def is_sparse(self, layer: int) -> bool:
         """Whether a layer has experts."""

@@ -44,7 +44,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleDict({str(number): DecoderLayer(config, number) for number in stage.layers})
         if stage.heads:
             self.norm = RMSNorm(size, config.norm_eps, config.norm_unit_offset)
-            self.head = Head(vocab, size, config.norm_head, embed_grad_scale)
+            self.head = Head(vocab, size, config.norm_head, embed_grad_scale, config.logit_softcap)
         self.pool = pool
         self.tie()
         if config.lora is not None:

@@ -82,9 +82,9 @@ def logits(x_BSD: Tensor, weight_VD: Tensor) -> Tensor:
     return F.linear(x_BSD, weight_VD)
 
 
-def loss(x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+def loss(x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor, smoothing: float, softcap: float = 0.0) -> tuple[Tensor, Tensor]:
     """Computes the sum of the losses, and the loss of each token [B, S]. Arguments as for ``ops.linear_cross_entropy``."""
-    total, losses = ops.linear_cross_entropy(x_BSD.flatten(0, 1), weight_VD, labels_BS.flatten(), smoothing)
+    total, losses = ops.linear_cross_entropy(x_BSD.flatten(0, 1), weight_VD, labels_BS.flatten(), smoothing, softcap)
     return total, losses.view(labels_BS.shape)
 
 
@@ -132,13 +132,18 @@ class Embedding(nn.Module):
 
 
 class Head(nn.Module):
-    """Computes the logits of the next token, or with labels the loss, for which the logits never exist all at once."""
+    """Computes the logits of the next token, or with labels the loss, for which the logits never exist all at once.
 
-    def __init__(self, vocab_size: int, size: int, normalized: bool = False, grad_scale: float = 1.0) -> None:
+    With ``softcap``, logits z become softcap * tanh(z / softcap).
+    """
+
+    def __init__(
+        self, vocab_size: int, size: int, normalized: bool = False, grad_scale: float = 1.0, softcap: float = 0.0
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, size))
         self.axes = ("vocab", "embed")
-        self.normalized, self.grad_scale = normalized, grad_scale
+        self.normalized, self.grad_scale, self.softcap = normalized, grad_scale, softcap
         self.logits, self.loss, self.whole_rows = logits, loss, lambda weight: weight
 
     def forward(self, x_BSD: Tensor, labels_BS: Tensor | None = None, smoothing: float = 0.0) -> Tensor | tuple[Tensor, Tensor]:
@@ -148,8 +153,9 @@ class Head(nn.Module):
         if self.normalized:  # NormHead, section 2.4 of https://arxiv.org/abs/2309.10305
             weight = F.normalize(weight.float(), dim=1).to(weight.dtype)
         if labels_BS is None:
-            return self.logits(x_BSD, weight)
-        return self.loss(x_BSD, weight, labels_BS, smoothing)
+            logits_BSV = self.logits(x_BSD, weight)
+            return self.softcap * torch.tanh(logits_BSV / self.softcap) if self.softcap else logits_BSV
+        return self.loss(x_BSD, weight, labels_BS, smoothing, self.softcap)
 
 
 class Attention(nn.Module):
@@ -158,6 +164,7 @@ class Attention(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         self.head_dim, self.window, self.query_scale = config.head_dim, config.window(layer), config.query_scale
+        self.softcap = config.attention_softcap
         self.kv_heads = config.num_kv_heads
         """Number of the key/value heads whose attention this rank computes; a cache has this many."""
         d, heads, kv = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -189,8 +196,9 @@ class Attention(nn.Module):
             k_BSKN, v_BSKN = cache.keys[:, :end], cache.values[:, :end]
         slopes_H = None if self.slopes is None else torch.tensor(self.own_heads(self.slopes), device=x_BSD.device)
         out_BSHN = ops.attention(
-            q_BSHN, k_BSKN, v_BSKN, context.cu_seqlens, context.max_seqlen, window=self.window, slopes_H=slopes_H
-        )
+            q_BSHN, k_BSKN, v_BSKN, context.cu_seqlens, context.max_seqlen,
+            window=self.window, slopes_H=slopes_H, softcap=self.softcap,
+        )  # fmt: skip
         return self.finish(self.join_heads(out_BSHN).flatten(2), self.o)
 
 

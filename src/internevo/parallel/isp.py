@@ -167,9 +167,11 @@ class InternSequenceParallel:
     def _look_up(self, tokens_BS: Tensor, weight_VD: Tensor) -> Tensor:
         return look_up(self._local_tokens(tokens_BS), self._gather_weight(weight_VD))
 
-    def _loss(self, x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+    def _loss(
+        self, x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor, smoothing: float, softcap: float
+    ) -> tuple[Tensor, Tensor]:
         """Computes the losses of this rank's tokens; those of the other tokens are 0."""
-        total, mine = loss(x_BSD, weight_VD, self._local_tokens(labels_BS).contiguous(), smoothing)
+        total, mine = loss(x_BSD, weight_VD, self._local_tokens(labels_BS).contiguous(), smoothing, softcap)
         losses = torch.zeros(labels_BS.shape, dtype=mine.dtype, device=mine.device)
         self._local_tokens(losses).copy_(mine)
         return total, losses

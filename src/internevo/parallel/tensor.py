@@ -275,13 +275,13 @@ class TensorParallel:
         return all_gather(out_BSV.movedim(-1, 0), self.group).movedim(0, -1)
 
     def _loss(
-        self, vocabulary: int, x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor, smoothing: float
+        self, vocabulary: int, x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor, smoothing: float, softcap: float
     ) -> tuple[Tensor, Tensor]:
         """Computes the sum of all losses on every rank. For each token, one rank reports the loss and the others report 0, so
         that a sum over the ranks counts each token once."""
         shard = ops.VocabShard(self.rank * weight_VD.shape[0], vocabulary, self._stack)
         x_TD = self._copy_or_gather(x_BSD).flatten(0, 1)
-        total, losses = ops.linear_cross_entropy(x_TD, weight_VD, labels_BS.flatten(), smoothing, shard)
+        total, losses = ops.linear_cross_entropy(x_TD, weight_VD, labels_BS.flatten(), smoothing, softcap, shard)
         share = losses.numel() // self.size
         reported = torch.zeros_like(losses)
         end = losses.numel() if self.rank == self.size - 1 else (self.rank + 1) * share

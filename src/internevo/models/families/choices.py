@@ -25,6 +25,9 @@ DEFAULT_VALUES: dict[str, tuple[Any, ...]] = {
     "mlp_only_layers": ((),),
     "num_shared_experts": (0,),
     "shared_expert_intermediate_size": (None,),
+    "query_pre_attn_scalar": (None,),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
 }
 """The values that each option may have in a family that does not support the option."""
 ANY_VALUE = None

@@ -15,6 +15,7 @@ from ..config import DecoderConfig, Lora
 from . import (
     baichuan2,
     gemma,
+    gemma2,
     gemma3,
     glm,
     glm4,
@@ -46,6 +47,7 @@ MODULES = (
     phi3,
     glm,
     glm4,
+    gemma2,
     gemma3,
 )
 FAMILIES: dict[str, ModuleType] = {module.FAMILY: module for module in MODULES}
