@@ -14,6 +14,8 @@ from ...errors import UsageError
 from ..config import DecoderConfig, Lora
 from . import (
     baichuan2,
+    deepseek2,
+    deepseek3,
     gemma,
     gemma2,
     gemma3,
@@ -49,6 +51,8 @@ MODULES = (
     glm4,
     gemma2,
     gemma3,
+    deepseek2,
+    deepseek3,
 )
 FAMILIES: dict[str, ModuleType] = {module.FAMILY: module for module in MODULES}
 
