@@ -160,10 +160,50 @@ def gemma3(draw: st.DrawFn) -> Any:
     )  # fmt: skip
 
 
+@st.composite
+def gemma2(draw: st.DrawFn) -> Any:
+    shape = draw(common())
+    shape["hidden_size"] = shape["num_attention_heads"] * 8  # transformers insists on a multiple
+    layers, kinds = shape["num_hidden_layers"], st.sampled_from(["full_attention", "sliding_attention"])
+    caps = st.sampled_from([None, 0.5, 30.0])
+    return tf.Gemma2Config(
+        **shape, query_pre_attn_scalar=draw(st.sampled_from([8, 12])), attn_logit_softcapping=draw(caps),
+        final_logit_softcapping=draw(caps), sliding_window=5,
+        layer_types=draw(st.none() | st.lists(kinds, min_size=layers, max_size=layers)), pad_token_id=None, eos_token_id=None,
+        bos_token_id=None,
+    )  # fmt: skip
+
+
+@st.composite
+def deepseek(draw: st.DrawFn, version: int) -> Any:
+    shape, layers = draw(common()), draw(st.integers(1, 3))
+    heads = shape["num_attention_heads"] = draw(st.sampled_from([1, 2, 4]))
+    scaling = draw(st.sampled_from([None, *SCALINGS[3:], {**SCALINGS[4], "mscale": 0.7, "mscale_all_dim": 1.3}]).map(copy))
+    groups, per_group = draw(st.sampled_from([(1, 4), (2, 3), (4, 2)]))
+    chosen = draw(st.integers(1, groups))
+    shape |= {
+        "num_key_value_heads": heads, "hidden_size": heads * 24, "rope_scaling": scaling, "num_hidden_layers": layers,
+        "q_lora_rank": draw(st.sampled_from([None, 12])), "kv_lora_rank": 10, "qk_nope_head_dim": draw(st.sampled_from([4, 6])),
+        "qk_rope_head_dim": draw(st.sampled_from([4, 6])), "v_head_dim": draw(st.sampled_from([5, 8])),
+        "n_routed_experts": groups * per_group, "n_shared_experts": draw(st.integers(1, 2)), "moe_intermediate_size": 12,
+        "num_experts_per_tok": draw(st.integers(1, min(3, chosen * per_group))), "n_group": groups, "topk_group": chosen,
+        "first_k_dense_replace": draw(st.integers(0, layers)), "routed_scaling_factor": draw(st.sampled_from([1.0, 2.5])),
+        "attention_bias": draw(st.booleans()), "pad_token_id": None,
+    }  # fmt: skip
+    del shape["head_dim"]
+    if version == 2:
+        method = "group_limited_greedy" if groups > 1 else "greedy"
+        return tf.DeepseekV2Config(**shape, topk_method=method)
+    return tf.DeepseekV3Config(
+        **shape, rope_interleave=draw(st.booleans()), norm_topk_prob=draw(st.booleans()), num_nextn_predict_layers=0
+    )  # fmt: skip
+
+
 CONFIGS = {
     "LLAMA2": llama(), "INTERNLM3": internlm3(), "QWEN2": qwen2(), "GEMMA": gemma(), "QWEN3": qwen3(),
     "MIXTRALMOE": mixtral(), "QWEN2MOE": qwen2moe(), "QWEN3MOE": qwen3moe(), "PHI3": phi3(), "GLM": glm(tf.GlmConfig),
-    "GLM4": glm(tf.Glm4Config), "GEMMA3": gemma3(),
+    "GLM4": glm(tf.Glm4Config), "GEMMA2": gemma2(), "GEMMA3": gemma3(),
+    "DEEPSEEKV2": deepseek(2), "DEEPSEEKV3": deepseek(3),
 }  # fmt: skip
 
 
@@ -180,12 +220,17 @@ def pair(config: Any, seed: int) -> tuple[Any, Decoder]:
                 parameter.add_(1.0)
             if "gate.weight" in name or "router" in name:
                 parameter.mul_(8)  # so that rounding does not change which experts are chosen
+        for name, buffer in theirs.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.randn_like(buffer) * 0.1)
     return theirs, ours_of(theirs)
 
 
 def disk_tensors(theirs: Any, gradients: bool = False) -> dict[str, Tensor]:
-    """Returns transformers' weights or their gradients by their names on disk, where experts are not fused as in memory."""
-    found = {}
+    """Returns transformers' weights or their gradients by their names on disk, where experts are not fused as in memory. With
+    the weights come the balance biases of routers."""
+    biases = {} if gradients else dict(theirs.named_buffers())
+    found = {name: bias for name, bias in biases.items() if name.endswith("e_score_correction_bias")}
     for name, parameter in theirs.named_parameters():
         tensor = parameter.grad if gradients else parameter.detach()
         if ".experts." not in name:
@@ -219,7 +264,9 @@ def ours_of(theirs: Any) -> Decoder:
 def load_disk_tensors(model: Decoder, disk: dict[str, Tensor]) -> None:
     """Copies tensors, given by their names on disk, into a model."""
     mappings = naming(model.config).by_parameter
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.stored().items():
+        if name not in mappings:
+            continue
         rows = parameter.flatten(0, -2) if parameter.dim() > 1 else parameter
         for m in mappings[name]:
             rows[m.row : m.row + m.count] = disk[m.disk][m.disk_row : m.disk_row + m.count]
@@ -228,7 +275,7 @@ def load_disk_tensors(model: Decoder, disk: dict[str, Tensor]) -> None:
 def to_disk(model: Decoder, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Converts tensors by parameter name to tensors by name on disk."""
     names = naming(model.config)
-    found = {disk: torch.empty(shape) for disk, shape in names.shapes.items()}
+    found = {disk: torch.empty(shape) for disk, shape in names.shapes.items() if not disk.endswith("e_score_correction_bias")}
     for name in parameter_shapes(model.config):
         tensor = tensors[name]
         rows = tensor.flatten(0, -2) if tensor.dim() > 1 else tensor

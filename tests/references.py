@@ -58,7 +58,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, alibi: bool) -> Tensor:
     return torch.cat(out, dim=-1)
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, boundaries: list[int], window: int, slopes: Tensor | None) -> Tensor:
+def plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, boundaries: list[int], window: int, slopes: Tensor | None, softcap: float = 0.0
+) -> Tensor:
     """Attention by its definition, for one document after the other, with a score for each pair of tokens.
 
     Args:
@@ -66,12 +68,15 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, boundaries: list[int], wind
         k, v: [1, T, K, N].
         boundaries: where the documents begin and end.
         slopes: ALiBi's slopes [H].
+        softcap: the cap of the scores; 0: none.
     """
     out = torch.zeros_like(q)
     k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
     for a, b in itertools.pairwise(boundaries):
         distance = torch.arange(b - a).unsqueeze(1) - torch.arange(b - a)
         scores = torch.einsum("qhn,khn->hqk", q[0, a:b], k[0, a:b]) / q.shape[3] ** 0.5
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
         if slopes is not None:
             scores = scores - slopes.to(q.dtype).view(-1, 1, 1) * distance
         visible = (distance >= 0) & (distance < (window or b - a))

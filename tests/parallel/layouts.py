@@ -87,10 +87,29 @@ EXPERTS: dict[str, Any] = {
     "model_type": "QWEN2MOE", "model__num_experts": 4, "model__top_k": 2, "model__num_shared_experts": 1,
     "model__moe_intermediate_size": 24,
 }  # fmt: skip
+DEEPSEEK: dict[str, Any] = {
+    "model__num_layers": 3, "model__num_kv_attention_heads": None, "model__kv_lora_rank": 16, "model__qk_nope_head_dim": 8,
+    "model__qk_rope_head_dim": 4, "model__v_head_dim": 8, "model__num_experts": 4, "model__moe_intermediate_size": 24,
+    "model__num_shared_experts": 1, "model__mlp_only_layers": [0], "model__moe_type": "Dropless", "adam__adam_eps": 1e-3,
+    "loss__moe_loss_coeff": 0,  # which depends on the size of micro-batches
+}  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
     "gemma 3": {
         "model_type": "GEMMA3", "model__num_layers": 6, "model__use_sliding_window": True, "model__sliding_window": 9,
         "model__rope_base": 1e6, "model__num_kv_attention_heads": 1, "adam__adam_eps": 1e-4,
+    },
+    "gemma 2": {
+        "model_type": "GEMMA2", "model__use_sliding_window": True, "model__sliding_window": 9, "model__head_dim": 16,
+        "model__query_pre_attn_scalar": 12, "model__attn_logit_softcapping": 1.0, "model__final_logit_softcapping": 2.0,
+        "adam__adam_eps": 1e-4,
+    },
+    "deepseek 2": {**DEEPSEEK, "model_type": "DEEPSEEKV2", "model__n_group": 2, "model__top_k": 1},
+    "deepseek 3": {
+        **DEEPSEEK, "model_type": "DEEPSEEKV3", "model__q_lora_rank": 12, "model__top_k": 2, "model__n_group": 2,
+        "model__routed_scaling_factor": 2.5, "model__moe_layer_kwargs__bias_update_speed": 1e-3,
+        "model__rope_scaling": {
+            "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 1.0, "mscale_all_dim": 1.0,
+        },
     },
     "glm 4": {"model_type": "GLM4", "model__head_dim": 16},
     "phi 3, long": {

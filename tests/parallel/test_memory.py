@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import run, write_config, write_dataset
-from tests.parallel.layouts import EXPERTS, PREFETCH, RECOMPUTED, layout, pipelined, scheduled
+from tests.parallel.layouts import DEEPSEEK, EXPERTS, PREFETCH, RECOMPUTED, layout, pipelined, scheduled
 from tests.pool import Pool
 
 SHAPE = {
@@ -20,6 +20,14 @@ DROPLESS: dict[str, Any] = {"model__moe_type": "Dropless"}
 PARTS = ("masters", "moments", "state", "activations")
 GEMMA3: dict[str, Any] = {
     "model_type": "GEMMA3", "model__use_sliding_window": True, "model__sliding_window": 9, "model__num_layers": 6,
+}  # fmt: skip
+DEEPSEEK_MEMORY: dict[int, dict[str, Any]] = {
+    version: {
+        **DEEPSEEK, "model_type": f"DEEPSEEKV{version}", "model__num_layers": 3, "model__kv_lora_rank": 64, "model__top_k": 2,
+        "model__q_lora_rank": 48 if version == 3 else None, "model__qk_nope_head_dim": 32, "model__qk_rope_head_dim": 16,
+        "model__v_head_dim": 32, "parallel__expert": {"size": 1},
+    }
+    for version in (2, 3)
 }  # fmt: skip
 CASES = {
     "one process": layout(1),
@@ -43,6 +51,16 @@ CASES = {
     "qwen3, isp": layout(2, "isp", 2, model_type="QWEN3"),
     "gemma 3, fsp 2": layout(2, "fsp", 2, **GEMMA3),
     "gemma 3, isp 2 x 2, half recomputed": layout(2, "isp", 2, 2, **GEMMA3, model__checkpoint=0.5),
+    "gemma 2, mtp 2": layout(2, "mtp", 2, model_type="GEMMA2"),
+    **{
+        f"deepseek {version}, {name}": layout(count, name.split()[0], 2, *weight, **DEEPSEEK_MEMORY[version], **more)
+        for version, name, count, weight, more in [
+            (2, "mtp 2", 2, (), {}),
+            (3, "msp 2", 2, (), {}),
+            (3, "fsp 2, attention recomputed", 2, (), {"model__checkpoint": "attention"}),
+            (3, "isp 2 x 2, bf16", 2, (2,), {"model__dtype": "torch.bfloat16"}),
+        ]
+    },
     "glm 4, mtp 2, attention recomputed": layout(2, "mtp", 2, model_type="GLM4", model__checkpoint="attention"),
     "experts": layout(1, **EXPERTS, model__moe_type="Dropless"),
     "experts with capacity, bf16, zero 2": layout(2, **EXPERTS, model__dtype="torch.bfloat16", parallel__expert={"size": 1}),

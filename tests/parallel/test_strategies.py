@@ -10,7 +10,7 @@ import pytest
 from internevo.text.tokenizer import train_bpe
 from tests.conftest import metrics, tensors, write_config
 from tests.parallel.conftest import Runs, assert_same, assert_same_rows
-from tests.parallel.layouts import COMMON, FAMILIES, MODELS, NAMED, Case, full_table, layout, pipelined
+from tests.parallel.layouts import COMMON, FAMILIES, MODELS, NAMED, Case, full_table, layout, pipelined, scheduled
 from tests.pool import Pool
 
 
@@ -29,6 +29,28 @@ OF_FAMILIES: dict[str, tuple[str, Case]] = {
     "gemma 3, msp 2, fsdp, recomputed": ("gemma 3", layout(4, "msp", 2, fsdp=True, model__checkpoint=True)),
     "gemma 3, isp 2 x 2, half recomputed": ("gemma 3", layout(4, "isp", 2, 2, model__checkpoint=0.5)),
     "gemma 3, pipeline of 2, mtp 2": ("gemma 3", pipelined(4, 2, layers=6, mode="mtp", tensor=2)),
+    "gemma 2, msp 2": ("gemma 2", layout(2, "msp", 2)),
+    "gemma 2, fsp 2, attention kept": (
+        "gemma 2",
+        layout(2, "fsp", 2, model__checkpoint="attention", selective_checkpoint=True),
+    ),
+    "gemma 2, isp 2 x 2": ("gemma 2", layout(4, "isp", 2, 2)),
+    "gemma 2, mtp 2, pipeline of 2": ("gemma 2", pipelined(4, 2, layers=2, mode="mtp", tensor=2)),
+    "deepseek 2, mtp 2": ("deepseek 2", layout(2, "mtp", 2)),
+    "deepseek 2, isp 2 x 2": ("deepseek 2", layout(4, "isp", 2, 2, weights={"overlap": True, "forward_overlap_per": "layer"})),
+    "deepseek 3, msp 2, zero 2, recomputed": ("deepseek 3", layout(4, "msp", 2, model__checkpoint=True)),
+    "deepseek 3, mtp 4, whole experts over 2": (
+        "deepseek 3",
+        layout(4, "mtp", 4, parallel__expert={"size": 2, "no_tp": True}),
+    ),
+    "deepseek 3, fsp 2, pipeline of 2, ZBH1": (
+        "deepseek 3",
+        scheduled("ZBH1", pipelined(4, 2, layers=3, mode="fsp", tensor=2)),
+    ),
+    "deepseek 3, isp 2 x 2, half recomputed, fsdp": (
+        "deepseek 3",
+        layout(4, "isp", 2, 2, fsdp=True, model__checkpoint=0.7),
+    ),
     "glm 4, fsp 2, attention recomputed": ("glm 4", layout(2, "fsp", 2, model__checkpoint="attention")),
     "glm 4, mtp 2": ("glm 4", layout(2, "mtp", 2)),
     "phi 3, isp 4": ("phi 3, long", layout(4, "isp", 4)),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from . import rope
 from .data import STREAMS
+from .model import attention_widths
 from .option import MAX_SIZE, unavailable
 from .schema import Config
 
@@ -105,12 +106,12 @@ def _lora(config: Config, world: int) -> Iterator[str]:
 def _heads(config: Config, world: int) -> Iterator[str]:
     model, tensor = config.model, config.parallel.tensor
     heads, kv = model.num_attention_heads, model.num_kv_attention_heads or model.num_attention_heads
-    if model.head_dim is None and model.hidden_size % heads:
+    if model.head_dim is None and model.kv_lora_rank is None and model.hidden_size % heads:
         yield (
             f"model.hidden_size = {model.hidden_size} is not a multiple of model.num_attention_heads = {heads}; "
             "change one of them or give model.head_dim"
         )
-    elif (model.head_dim or model.hidden_size // heads) % 2:
+    elif model.kv_lora_rank is None and (model.head_dim or model.hidden_size // heads) % 2:
         yield "the size of a head (model.head_dim) must be even for the rotary embedding; change model.head_dim"
     if heads % kv:
         yield f"model.num_attention_heads = {heads} is not a multiple of model.num_kv_attention_heads = {kv}"
@@ -122,14 +123,8 @@ def _heads(config: Config, world: int) -> Iterator[str]:
     widths = [(model.mlp_width, "the MLP's width")] if has_mlps or model.num_experts == 1 else []
     if tensor.mode != "isp" and widths and model.mlp_width % tensor.size:
         yield f"the MLP's width {model.mlp_width} is not divisible by parallel.tensor.size = {tensor.size}"
-    head_dim = model.head_dim or model.hidden_size // heads
-    for size, what in (
-        *widths,
-        (model.hidden_size, "model.hidden_size"),
-        (model.vocab_size, "model.vocab_size"),
-        (heads * head_dim, "the width of all query heads (model.num_attention_heads * size of a head)"),
-        (kv * head_dim, "the width of all key/value heads (model.num_kv_attention_heads * size of a head)"),
-    ):
+    ends = ((model.hidden_size, "model.hidden_size"), (model.vocab_size, "model.vocab_size"))
+    for size, what in (*widths, *ends, *attention_widths(model)):
         if size % config.parallel.weight.size:
             yield f"{what} = {size} is not divisible by parallel.weight.size = {config.parallel.weight.size}"
     if heads % tensor.size:

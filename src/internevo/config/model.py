@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
@@ -105,6 +106,22 @@ class Model(Section):
     num_attention_heads: int = option(REQUIRED, "Number of query heads.", ge=1, le=MAX_SIZE)
     num_kv_attention_heads: int | None = option(None, "Number of key/value heads. None: the same as num_attention_heads.", ge=1)
     head_dim: int | None = option(None, "Width of a head. None: hidden_size / num_attention_heads.", ge=1, le=MAX_SIZE)
+    q_lora_rank: int | None = option(
+        None,
+        "Size of the latent from which queries are computed (DEEPSEEKV2, DEEPSEEKV3). None: from the residual stream.",
+        ge=1,
+        le=MAX_SIZE,
+    )
+    kv_lora_rank: int | None = option(
+        None, "Size of the latent from which keys and values are computed (DEEPSEEKV2, DEEPSEEKV3).", ge=1, le=MAX_SIZE
+    )
+    qk_nope_head_dim: int | None = option(
+        None, "Width of a head's queries and keys that have no position (DEEPSEEKV2, DEEPSEEKV3).", ge=1, le=MAX_SIZE
+    )
+    qk_rope_head_dim: int | None = option(
+        None, "Width of a head's queries and keys that rotate (DEEPSEEKV2, DEEPSEEKV3).", ge=2, le=MAX_SIZE
+    )
+    v_head_dim: int | None = option(None, "Width of a head's values (DEEPSEEKV2, DEEPSEEKV3).", ge=1, le=MAX_SIZE)
     mlp_ratio: float = option(
         4.0, "The width of the MLP is int(hidden_size * mlp_ratio), rounded up to a multiple of multiple_of.", gt=0, le=MAX_SIZE
     )
@@ -137,7 +154,7 @@ class Model(Section):
     )
     mlp_bias: bool = option(False, "The MLP has biases, in families that support them.")
     tie_word_embeddings: bool | None = option(
-        None, "The head uses the embedding's weight. None: False, but True for GEMMA and GEMMA3."
+        None, "The head uses the embedding's weight. None: False, but True for GEMMA, GEMMA2 and GEMMA3."
     )
     rope_base: float = option(10000.0, "Base of the rotary embedding.", gt=0)
     rope_scaling: dict[str, Any] | None = option(
@@ -165,10 +182,22 @@ class Model(Section):
         ge=1,
         le=MAX_SIZE,
     )
+    query_pre_attn_scalar: int | None = option(
+        None,
+        "n in the scores of attention, q k / sqrt(n) (GEMMA2, GEMMA3). None: the size of a head.",
+        ge=1,
+        le=MAX_SIZE,
+    )
+    attn_logit_softcapping: float | None = option(
+        None, "c: scores s of attention become c * tanh(s / c) (GEMMA2). 0: they stay as they are. None: 50 for GEMMA2.", ge=0
+    )
+    final_logit_softcapping: float | None = option(
+        None, "c: logits z become c * tanh(z / c) (GEMMA2). 0: they stay as they are. None: 30 for GEMMA2.", ge=0
+    )
     use_sliding_window: bool = option(
         False,
         "Tokens attend only to the last sliding_window tokens (QWEN2, QWEN2MOE, QWEN3, QWEN3MOE, MIXTRALMOE, "
-        "PHI3); GEMMA3: five layers of six do (None: 512 tokens).",
+        "PHI3); GEMMA2: every second layer does (left out: 4096 tokens); GEMMA3: five layers of six do (left out: 512).",
     )
     sliding_window: int | None = option(
         None,
@@ -191,11 +220,12 @@ class Model(Section):
         None, "Each row of the head's weight is divided by its L2 norm. None: False, but True for BAICHUAN2."
     )
     add_unit_offset: bool | None = option(
-        None, "Norms multiply by 1 + weight in place of weight. None: False, but True for GEMMA and GEMMA3."
+        None, "Norms multiply by 1 + weight in place of weight. None: False, but True for GEMMA, GEMMA2 and GEMMA3."
     )
     use_swiglu: bool | None = option(
         None,
-        "The MLP's activation is SwiGLU; False: GELU (tanh approximation), gated. None: True, but False for GEMMA and GEMMA3.",
+        "The MLP's activation is SwiGLU; False: GELU (tanh approximation), gated. None: True, but False for GEMMA, GEMMA2 and "
+        "GEMMA3.",
     )
     embed_grad_scale: float = option(1.0, "Number by which the gradients of the embedding and the head are multiplied.", gt=0)
     use_scaled_init: bool = option(
@@ -230,7 +260,9 @@ class Model(Section):
     attn_drop_rate: float = option(
         0.0, "Dropout rate of the attention weights.", not_available="attention dropout", supported=(0,), ge=0, le=1
     )
-    num_experts: int = option(1, "Number of experts in a layer (QWEN2MOE, QWEN3MOE, MIXTRALMOE).", ge=1, le=MAX_EXPERTS)
+    num_experts: int = option(
+        1, "Number of experts in a layer (QWEN2MOE, QWEN3MOE, MIXTRALMOE, DEEPSEEKV2, DEEPSEEKV3).", ge=1, le=MAX_EXPERTS
+    )
     top_k: int = option(1, "Number of experts that each token is sent to.", ge=1, needs="model.num_experts")
     moe_type: Literal["GShard", "Dropless", "MegaBlock", "MegaBlock-D", "MegaBlock-Dropless"] = option(
         "GShard",
@@ -244,7 +276,8 @@ class Model(Section):
     )
     num_shared_experts: int = option(
         0,
-        "Width of the shared expert, which sees every token (QWEN2MOE), divided by the width of an expert.",
+        "Width of the shared expert, which sees every token (QWEN2MOE, DEEPSEEKV2, DEEPSEEKV3), divided by the width of an "
+        "expert.",
         ge=0,
         le=MAX_SIZE,
         needs="model.num_experts",
@@ -258,7 +291,27 @@ class Model(Section):
     )
     norm_topk_prob: bool | None = option(
         None,
-        "The weights of a token's experts are divided by their sum. None: True, but False for QWEN2MOE.",
+        "The weights of a token's experts are divided by their sum. None: True, but False for QWEN2MOE and DEEPSEEKV2.",
+        needs="model.num_experts",
+    )
+    n_group: int = option(
+        1,
+        "Number of groups of experts, of which each token chooses topk_group (DEEPSEEKV2, DEEPSEEKV3).",
+        ge=1,
+        le=MAX_EXPERTS,
+        needs="model.num_experts",
+    )
+    topk_group: int = option(
+        1,
+        "Number of groups in which a token chooses experts (DEEPSEEKV2, DEEPSEEKV3).",
+        ge=1,
+        le=MAX_EXPERTS,
+        needs="model.num_experts",
+    )
+    routed_scaling_factor: float = option(
+        1.0,
+        "The weights of a token's experts are multiplied by this (DEEPSEEKV2, DEEPSEEKV3).",
+        gt=0,
         needs="model.num_experts",
     )
     decoder_sparse_step: int = option(1, "N: only every N-th layer has experts.", ge=1, needs="model.num_experts")
@@ -299,3 +352,18 @@ class Model(Section):
             return self.intermediate_size
         width = int(self.hidden_size * self.mlp_ratio)
         return self.multiple_of * ((width + self.multiple_of - 1) // self.multiple_of)
+
+
+def attention_widths(model: Model) -> Iterator[tuple[int, str]]:
+    """Yields the widths of the linears of attention, and what each is."""
+    heads, kv = model.num_attention_heads, model.num_kv_attention_heads or model.num_attention_heads
+    if model.kv_lora_rank is None:
+        head_dim = model.head_dim or model.hidden_size // heads
+        yield heads * head_dim, "the width of all query heads (model.num_attention_heads * size of a head)"
+        yield kv * head_dim, "the width of all key/value heads (model.num_kv_attention_heads * size of a head)"
+        return
+    plain, rotary = model.qk_nope_head_dim or 0, model.qk_rope_head_dim or 0
+    yield model.q_lora_rank or 0, "model.q_lora_rank"
+    yield model.kv_lora_rank + rotary, "model.kv_lora_rank + model.qk_rope_head_dim"
+    yield heads * (plain + rotary), "model.num_attention_heads * (model.qk_nope_head_dim + model.qk_rope_head_dim)"
+    yield heads * (plain + (model.v_head_dim or 0)), "model.num_attention_heads * (model.qk_nope_head_dim + model.v_head_dim)"

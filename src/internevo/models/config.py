@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..config.rope import SHARE
 
@@ -31,6 +32,12 @@ class Rope:
         return int(head_dim * self.share)
 
     @property
+    def latent_scale(self) -> float:
+        """With latent attention: the factor of scores with which YaRN's ``mscale_all_dim`` makes up for the factor."""
+        weight = self.options.get("mscale_all_dim")
+        return (0.1 * weight * math.log(self.factor) + 1.0) ** 2 if self.kind == "yarn" and weight else 1.0
+
+    @property
     def needs_length(self) -> bool:
         """Whether the angles depend on the decoder's ``max_position_embeddings``."""
         has_length = "original_max_position_embeddings" in self.options
@@ -51,7 +58,9 @@ class Experts:
     normalize: bool = True
     """Whether the weights of a token's experts are divided by their sum. Otherwise they are the router's probabilities."""
     shared_size: int = 0
-    """Width of the shared expert, which sees every token and has a sigmoid gate; 0: there is none."""
+    """Width of the shared expert, which sees every token; 0: there is none."""
+    shared_gate: bool = True
+    """Whether the output of the shared expert is multiplied by a sigmoid gate."""
     dense_layers: tuple[int, ...] = ()
     """Numbers of the layers that have an MLP in place of experts."""
     capacity_factor: float = 0.0
@@ -67,6 +76,15 @@ class Experts:
     balance_bias: bool = False
     """Whether each router has a bias per expert, which is added to the probabilities for the choice only
     (https://arxiv.org/abs/2408.15664)."""
+    scoring: str = "softmax"
+    """How the router makes scores of its logits: softmax, or sigmoid."""
+    groups: int = 1
+    """A token chooses among the experts of ``top_groups`` of this many groups: those with the largest score. The score of a
+    group is the largest of its experts (softmax; https://arxiv.org/abs/2405.04434, section 2.2.2), or the sum of the two
+    largest, with the balance bias (sigmoid; https://arxiv.org/abs/2412.19437, section 2.1.2)."""
+    top_groups: int = 1
+    scale: float = 1.0
+    """The weights of a token's experts are multiplied by this."""
 
     def dropless(self) -> Experts:
         """Returns the same experts without a capacity."""
@@ -75,6 +93,31 @@ class Experts:
     def without_bias(self) -> Experts:
         """Returns the same experts without a balance bias."""
         return replace(self, balance_bias=False)
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention (https://arxiv.org/abs/2405.04434, section 2.1): keys and values of all heads are computed
+    from a small vector, the latent. The first ``plain_dim`` elements of a head's queries and keys have no position; the other
+    ``rotary_dim`` rotate, and those of the keys are the same in all heads."""
+
+    rank: int
+    """Size of the latent of keys and values."""
+    query_rank: int
+    """Size of the latent of queries; 0: queries are computed from the residual stream."""
+    plain_dim: int
+    rotary_dim: int
+    value_dim: int
+    """Size of a head's values, at most that of its keys."""
+
+
+class Projection(NamedTuple):
+    """A linear of attention."""
+
+    outputs: int
+    inputs: int
+    heads: int | None
+    """The dimension of its weight [outputs, inputs] along which the heads are; None: neither."""
 
 
 @dataclass(frozen=True)
@@ -140,12 +183,18 @@ class DecoderConfig:
     """Embeddings are multiplied by sqrt(hidden_size)."""
     query_scale: float = 1.0
     """Queries are multiplied by this, besides 1 / sqrt(head_dim)."""
+    attention_softcap: float = 0.0
+    """c > 0: scores s of attention become c * tanh(s / c). 0: they stay as they are."""
+    logit_softcap: float = 0.0
+    """The same for the logits of the head."""
     norm_head: bool = False
     """Each row of the head's weight is divided by its L2 norm."""
     windows: tuple[int, ...] = ()
     """For each layer, the number of tokens that a token attends to, including itself; 0: all. Empty: all, in every layer."""
     experts: Experts | None = None
     lora: Lora | None = None
+    latent: Latent | None = None
+    """Latent attention. Then ``head_dim`` is the size of queries and keys, and there are as many key/value heads as heads."""
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the shape as JSON values."""
@@ -159,7 +208,7 @@ class DecoderConfig:
             experts = Experts(**{**experts, "dense_layers": tuple(experts["dense_layers"])})
         lora = values.get("lora")
         lora = lora and Lora(**{**lora, "targets": tuple(lora["targets"])})
-        windows = tuple(values.get("windows", ()))
+        windows, latent = tuple(values.get("windows", ())), values.get("latent")
         return cls(
             **{
                 **values,
@@ -168,12 +217,13 @@ class DecoderConfig:
                 "experts": experts,
                 "windows": windows,
                 "lora": lora,
+                "latent": latent and Latent(**latent),
             }
         )
 
     def settings(self) -> dict[str, Any]:
         """Returns the keys of a config that describe this decoder, with their values. Adapters are not among them."""
-        rope, moe = self.rope, self.experts
+        rope, moe, latent = self.rope, self.experts, self.latent
         scaling = None
         if rope and rope.kind != "default":
             scaling = {"rope_type": rope.kind, "factor": rope.factor, **rope.options}
@@ -186,7 +236,12 @@ class DecoderConfig:
             "model.vocab_size": self.vocab_size,
             "model.num_attention_heads": self.num_heads,
             "model.num_kv_attention_heads": self.num_kv_heads,
-            "model.head_dim": self.head_dim,
+            "model.head_dim": None if latent else self.head_dim,
+            "model.q_lora_rank": latent and (latent.query_rank or None),
+            "model.kv_lora_rank": latent and latent.rank,
+            "model.qk_nope_head_dim": latent and latent.plain_dim,
+            "model.qk_rope_head_dim": latent and latent.rotary_dim,
+            "model.v_head_dim": latent and latent.value_dim,
             "model.intermediate_size": self.intermediate_size if not moe or moe.dense_layers else None,
             "model.layer_norm_epsilon": self.norm_eps,
             "model.qkv_bias": self.qkv_bias,
@@ -205,7 +260,9 @@ class DecoderConfig:
             "qk_norm (a fact of model_type)": self.qk_norm,
             "out_norms (a fact of model_type)": self.out_norms,
             "window_rope (a fact of model_type)": self.window_rope and asdict(self.window_rope),
-            "query_scale (a fact of model_type)": self.query_scale,
+            "model.query_pre_attn_scalar": None if self.query_scale == 1.0 else self.query_scalar,
+            "model.attn_logit_softcapping": self.attention_softcap,
+            "model.final_logit_softcapping": self.logit_softcap,
             "scale_embedding (a fact of model_type)": self.scale_embedding,
             "model.num_experts": moe.count if moe else 1,
         }
@@ -221,8 +278,18 @@ class DecoderConfig:
                 "model.moe_layer_kwargs.min_capacity": moe.min_capacity,
                 "model.moe_layer_kwargs.drop_policy": moe.drop_policy,
                 BALANCE_BIAS: moe.balance_bias,
+                "model.n_group": moe.groups,
+                "model.topk_group": moe.top_groups,
+                "model.routed_scaling_factor": moe.scale,
+                "scoring of experts (a fact of model_type)": moe.scoring,
+                "shared_gate (a fact of model_type)": moe.shared_gate,
             }
         return values
+
+    @property
+    def query_scalar(self) -> int:
+        """The number n in scores q k / sqrt(n)."""
+        return round(self.head_dim / self.query_scale**2)
 
     def is_sparse(self, layer: int) -> bool:
         """Whether a layer has experts."""
@@ -241,6 +308,38 @@ class DecoderConfig:
         """Whether a layer has the rotary embedding of layers with a window."""
         return self.window_rope is not None and self.window(layer) > 0
 
+    @property
+    def rotary_dim(self) -> int:
+        """The size of what the rotary embedding gets of a head. (It may be for a share of that only.)"""
+        return self.latent.rotary_dim if self.latent else self.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """The size of a head's values."""
+        return self.latent.value_dim if self.latent else self.head_dim
+
+    def projections(self) -> dict[str, Projection]:
+        """Returns the linears of attention, by their names in it."""
+        d, heads, kv, latent = self.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, self.latent
+        if latent is None:
+            keys = Projection(kv, d, 0)
+            return {"q": Projection(heads, d, 0), "k": keys, "v": keys, "o": Projection(d, heads, 1)}
+        return {
+            **({"q_a": Projection(latent.query_rank, d, None)} if latent.query_rank else {}),
+            "q": Projection(heads, latent.query_rank or d, 0),
+            "kv_a": Projection(latent.rank + latent.rotary_dim, d, None),
+            "kv": Projection(self.num_heads * (latent.plain_dim + latent.value_dim), latent.rank, 0),
+            "o": Projection(d, self.num_heads * latent.value_dim, 1),
+        }
+
+    @property
+    def attention_inputs(self) -> int:
+        """The number of elements per token from which heads are computed: those of the residual stream, or of the latents."""
+        latent = self.latent
+        if latent is None:
+            return self.hidden_size
+        return (latent.query_rank or self.hidden_size) + latent.rank + latent.rotary_dim
+
     def parameters(self, active: bool = False) -> int:
         """Returns the number of parameters. A tied head is not counted again.
 
@@ -256,14 +355,17 @@ class DecoderConfig:
         Args:
             active: as for ``parameters``.
         """
-        d, heads, kv = self.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        total = d * (heads + 2 * kv) + heads * d + self.qkv_bias * (heads + 2 * kv) + self.o_bias * d + 2 * d
+        d, linears = self.hidden_size, self.projections()
+        biased = [name for name in linears if name != "o" and (self.latent is None or linears[name].heads is None)]
+        total = sum(linear.outputs * linear.inputs for linear in linears.values()) + self.o_bias * d + 2 * d
+        total += self.qkv_bias * sum(linears[name].outputs for name in biased)
+        total += self.latent.rank + self.latent.query_rank if self.latent else 0  # their norms
         total += 2 * self.head_dim * self.qk_norm + 2 * d * self.out_norms
         if self.experts is None or not self.is_sparse(layer):
             return total + 3 * d * self.intermediate_size + self.mlp_bias * (2 * self.intermediate_size + d)
         e = self.experts
         total += 3 * d * e.size * (e.top_k if active else e.count) + d * e.count
-        return total + (3 * d * e.shared_size + d if e.shared_size else 0)
+        return total + (3 * d * e.shared_size + d * e.shared_gate if e.shared_size else 0)
 
     def attended(self, layer: int, seq_len: int) -> float:
         """Returns how many tokens a token attends to in a layer, on average over a row of ``seq_len`` tokens."""
@@ -273,11 +375,12 @@ class DecoderConfig:
     def flops_per_token(self, seq_len: int) -> float:
         """Returns the FLOPs of training on one token in a row of ``seq_len`` tokens.
 
-        They are 6 for each weight that the token is multiplied by, and in each layer 12 * heads * head size for each token that
-        it attends to, on average (PaLM, https://arxiv.org/abs/2204.02311, appendix B). With adapters the other weights have no
-        gradients; then they are 4 for each weight.
+        They are 6 for each weight that the token is multiplied by, and in each layer 6 * heads * (size of keys + size of
+        values) for each token that it attends to, on average (PaLM, https://arxiv.org/abs/2204.02311, appendix B). With
+        adapters the other weights have no gradients; then they are 4 for each weight.
         """
         embedding = 0 if self.tie_embeddings else self.vocab_size * self.hidden_size
         attended = sum(self.attended(layer, seq_len) for layer in range(self.num_layers))
+        sizes = self.head_dim + self.value_dim
         per_weight = 6.0 if self.lora is None else 4.0
-        return per_weight * (self.parameters(active=True) - embedding) + 12.0 * self.num_heads * self.head_dim * attended
+        return per_weight * (self.parameters(active=True) - embedding) + 6.0 * self.num_heads * sizes * attended

@@ -44,7 +44,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleDict({str(number): DecoderLayer(config, number) for number in stage.layers})
         if stage.heads:
             self.norm = RMSNorm(size, config.norm_eps, config.norm_unit_offset)
-            self.head = Head(vocab, size, config.norm_head, embed_grad_scale)
+            self.head = Head(vocab, size, config.norm_head, embed_grad_scale, config.logit_softcap)
         self.pool = pool
         self.tie()
         if config.lora is not None:
@@ -153,7 +153,7 @@ class Decoder(nn.Module):
                 starts = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff(), output_size=tokens.shape[1])
                 positions = positions - starts
         lengths = _lengths(positions, cu_seqlens) if rope.kind in NEED_LENGTHS else None
-        head_dim, longest, found = self.config.head_dim, self.config.max_position_embeddings, {}
+        head_dim, longest, found = self.config.rotary_dim, self.config.max_position_embeddings, {}
         for windowed in {self.config.uses_window_rope(layer) for layer in self.stage.layers}:
             its = self.config.window_rope if windowed else rope
             assert its is not None

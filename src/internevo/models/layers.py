@@ -82,9 +82,9 @@ def logits(x_BSD: Tensor, weight_VD: Tensor) -> Tensor:
     return F.linear(x_BSD, weight_VD)
 
 
-def loss(x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+def loss(x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor, smoothing: float, softcap: float = 0.0) -> tuple[Tensor, Tensor]:
     """Computes the sum of the losses, and the loss of each token [B, S]. Arguments as for ``ops.linear_cross_entropy``."""
-    total, losses = ops.linear_cross_entropy(x_BSD.flatten(0, 1), weight_VD, labels_BS.flatten(), smoothing)
+    total, losses = ops.linear_cross_entropy(x_BSD.flatten(0, 1), weight_VD, labels_BS.flatten(), smoothing, softcap)
     return total, losses.view(labels_BS.shape)
 
 
@@ -132,13 +132,18 @@ class Embedding(nn.Module):
 
 
 class Head(nn.Module):
-    """Computes the logits of the next token, or with labels the loss, for which the logits never exist all at once."""
+    """Computes the logits of the next token, or with labels the loss, for which the logits never exist all at once.
 
-    def __init__(self, vocab_size: int, size: int, normalized: bool = False, grad_scale: float = 1.0) -> None:
+    With ``softcap``, logits z become softcap * tanh(z / softcap).
+    """
+
+    def __init__(
+        self, vocab_size: int, size: int, normalized: bool = False, grad_scale: float = 1.0, softcap: float = 0.0
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, size))
         self.axes = ("vocab", "embed")
-        self.normalized, self.grad_scale = normalized, grad_scale
+        self.normalized, self.grad_scale, self.softcap = normalized, grad_scale, softcap
         self.logits, self.loss, self.whole_rows = logits, loss, lambda weight: weight
 
     def forward(self, x_BSD: Tensor, labels_BS: Tensor | None = None, smoothing: float = 0.0) -> Tensor | tuple[Tensor, Tensor]:
@@ -148,8 +153,9 @@ class Head(nn.Module):
         if self.normalized:  # NormHead, section 2.4 of https://arxiv.org/abs/2309.10305
             weight = F.normalize(weight.float(), dim=1).to(weight.dtype)
         if labels_BS is None:
-            return self.logits(x_BSD, weight)
-        return self.loss(x_BSD, weight, labels_BS, smoothing)
+            logits_BSV = self.logits(x_BSD, weight)
+            return self.softcap * torch.tanh(logits_BSV / self.softcap) if self.softcap else logits_BSV
+        return self.loss(x_BSD, weight, labels_BS, smoothing, self.softcap)
 
 
 class Attention(nn.Module):
@@ -158,6 +164,7 @@ class Attention(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         self.head_dim, self.window, self.query_scale = config.head_dim, config.window(layer), config.query_scale
+        self.softcap = config.attention_softcap
         self.kv_heads = config.num_kv_heads
         """Number of the key/value heads whose attention this rank computes; a cache has this many."""
         d, heads, kv = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -183,14 +190,12 @@ class Attention(nn.Module):
         if context.cos is not None and context.sin is not None:
             q_BSHN, k_BSKN = (rotate(x, context.cos, context.sin, self.interleaved) for x in (q_BSHN, k_BSKN))
         if cache is not None:
-            end = cache.length + k_BSKN.shape[1]
-            cache.keys[:, cache.length : end] = k_BSKN
-            cache.values[:, cache.length : end] = v_BSKN
-            k_BSKN, v_BSKN = cache.keys[:, :end], cache.values[:, :end]
+            k_BSKN, v_BSKN = add_to_cache(cache, k_BSKN, v_BSKN)
         slopes_H = None if self.slopes is None else torch.tensor(self.own_heads(self.slopes), device=x_BSD.device)
         out_BSHN = ops.attention(
-            q_BSHN, k_BSKN, v_BSKN, context.cu_seqlens, context.max_seqlen, window=self.window, slopes_H=slopes_H
-        )
+            q_BSHN, k_BSKN, v_BSKN, context.cu_seqlens, context.max_seqlen,
+            window=self.window, slopes_H=slopes_H, softcap=self.softcap,
+        )  # fmt: skip
         return self.finish(self.join_heads(out_BSHN).flatten(2), self.o)
 
 
@@ -203,6 +208,80 @@ def alibi_slopes(heads: int) -> list[float]:
     power = 2 ** math.floor(math.log2(heads))
     slopes = [2.0 ** (-8 * (i + 1) / power) for i in range(power)]
     return slopes + [2.0 ** (-4 * (2 * j + 1) / power) for j in range(heads - power)]
+
+
+def add_to_cache(cache: Cache, k_BSKN: Tensor, v_BSKN: Tensor) -> tuple[Tensor, Tensor]:
+    """Writes the keys and values of new tokens into the cache, and returns those of all tokens so far."""
+    end = cache.length + k_BSKN.shape[1]
+    cache.keys[:, cache.length : end] = k_BSKN
+    cache.values[:, cache.length : end] = v_BSKN
+    return cache.keys[:, :end], cache.values[:, :end]
+
+
+def share_latents(parts: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Makes what the heads of this rank are computed from: all tokens; here, they are all there."""
+    return parts
+
+
+LATENT_EPS = 1e-6
+"""Number that is added to the mean square in the norms of latents, whatever it is in other norms."""
+
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention (``Latent``): ``q_a`` and ``kv_a`` compute latents, from which ``q`` and ``kv`` compute the
+    queries, and the keys and values, of every head. Values are padded with zeros to the size of keys, since kernels have one
+    size."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        assert config.latent is not None
+        self.latent, self.head_dim, self.window = config.latent, config.head_dim, config.window(layer)
+        self.interleaved = config.rope is not None and config.rope.interleaved
+        self.query_scale = config.rope.latent_scale if config.rope else 1.0
+        self.kv_heads = config.num_heads
+        """Number of the heads whose attention this rank computes; a cache has this many."""
+        d, rank, query_rank = config.hidden_size, config.latent.rank, config.latent.query_rank
+        size = config.projections()
+        norm = partial(RMSNorm, eps=LATENT_EPS, axis="latent")
+        self.q_a = Linear("latent", query_rank, "embed", d, bias=config.qkv_bias) if query_rank else None
+        self.q_a_norm = norm(query_rank) if query_rank else None
+        self.q = Linear("heads", size["q"].outputs, *(("latent", query_rank) if query_rank else ("embed", d)))
+        self.kv_a = Linear("latent", size["kv_a"].outputs, "embed", d, bias=config.qkv_bias)
+        self.kv_a_norm = norm(rank)
+        self.kv = Linear("heads", size["kv"].outputs, "latent", rank)
+        self.o = Linear("embed", d, "heads", size["o"].inputs, bias=config.o_bias)
+        self.project, self.project_q, self.project_kv, self.finish = project, project, project, finish
+        self.share_latents, self.split_heads, self.join_heads = share_latents, split_heads, join_heads
+
+    def forward(self, x_BSD: Tensor, context: Context, cache: Cache | None = None) -> Tensor:
+        plain, rotary, value = self.latent.plain_dim, self.latent.rotary_dim, self.latent.value_dim
+        if self.q_a is None or self.q_a_norm is None:
+            q_BSR, (kv_BSR,) = x_BSD, self.project(x_BSD, (self.kv_a,))
+        else:
+            q_BSR, kv_BSR = self.project(x_BSD, (self.q_a, self.kv_a))
+            q_BSR = self.q_a_norm(q_BSR)
+        kv_BSR, rotary_BSR = kv_BSR.split([self.latent.rank, rotary], dim=-1)
+        q_BSR, kv_BSR, rotary_BSR = self.share_latents((q_BSR, self.kv_a_norm(kv_BSR), rotary_BSR))
+        (q_BSF,), (kv_BSF,) = self.project_q(q_BSR, (self.q,)), self.project_kv(kv_BSR, (self.kv,))
+        q_BSHN, kv_BSHN = q_BSF.unflatten(-1, (-1, self.head_dim)), kv_BSF.unflatten(-1, (-1, plain + value))
+        k_BSHN, v_BSHN = kv_BSHN.split([plain, value], dim=-1)
+        k_BSHN = torch.cat((k_BSHN, rotary_BSR.unsqueeze(2).expand(*k_BSHN.shape[:-1], rotary)), dim=-1)
+        v_BSHN = F.pad(v_BSHN, (0, self.head_dim - value))
+        if self.query_scale != 1.0:
+            q_BSHN = q_BSHN * self.query_scale
+        q_BSHN, k_BSHN, v_BSHN = self.split_heads(q_BSHN, k_BSHN, v_BSHN)
+        q_BSHN, k_BSHN = (self._rotate(x, context) for x in (q_BSHN, k_BSHN))
+        if cache is not None:
+            k_BSHN, v_BSHN = add_to_cache(cache, k_BSHN, v_BSHN)
+        out_BSHN = ops.attention(q_BSHN, k_BSHN, v_BSHN, context.cu_seqlens, context.max_seqlen, window=self.window)
+        return self.finish(self.join_heads(out_BSHN[..., :value]).flatten(2), self.o)
+
+    def _rotate(self, x_BSHN: Tensor, context: Context) -> Tensor:
+        """Rotates the last elements of each head."""
+        assert context.cos is not None
+        assert context.sin is not None
+        plain_BSHN, rotary_BSHN = x_BSHN.split([self.latent.plain_dim, self.latent.rotary_dim], dim=-1)
+        return torch.cat((plain_BSHN, rotate(rotary_BSHN, context.cos, context.sin, self.interleaved)), dim=-1)
 
 
 class GatedMLP(nn.Module):
@@ -228,7 +307,8 @@ def make_mlp(config: DecoderConfig, layer: int) -> GatedMLP | MoE:
         return GatedMLP(config, config.intermediate_size)
     if not experts.shared_size:
         return MoE(config, experts, None, None)
-    return MoE(config, experts, GatedMLP(config, experts.shared_size), Linear("one", 1, "embed", config.hidden_size))
+    gate = Linear("one", 1, "embed", config.hidden_size) if experts.shared_gate else None
+    return MoE(config, experts, GatedMLP(config, experts.shared_size), gate)
 
 
 class DecoderLayer(nn.Module):
@@ -239,7 +319,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         norm = partial(RMSNorm, config.hidden_size, config.norm_eps, config.norm_unit_offset)
         self.attn_norm = norm()
-        self.attn = Attention(config, layer)
+        self.attn = LatentAttention(config, layer) if config.latent else Attention(config, layer)
         self.mlp_norm = norm()
         self.mlp = make_mlp(config, layer)
         self.attn_out_norm: Callable[[Tensor], Tensor] = norm() if config.out_norms else unchanged

@@ -88,7 +88,7 @@ def mlps(experts: ExpertMLPs, rows_RD: Tensor, ends_E: Tensor, complete: bool) -
 class Router(nn.Module):
     """Chooses the experts of each token and their weights. It computes in fp32.
 
-    With a balance bias (https://arxiv.org/abs/2408.15664), it chooses the experts with the largest probability + bias; their
+    With a balance bias (https://arxiv.org/abs/2408.15664), it chooses the experts with the largest score + bias; their
     weights do not depend on the bias, and no gradient flows into it. Training moves it (``balance``).
     """
 
@@ -110,10 +110,12 @@ class Router(nn.Module):
             (bool [T, k]), and the sums over the tokens.
         """
         logits_TE = F.linear(x_BSD.flatten(0, 1).float(), self.weight.float())
-        probs_TE = logits_TE.softmax(-1)
-        experts_Tk = self.choose(probs_TE)
-        chosen_Tk = probs_TE.gather(1, experts_Tk)
+        scores_TE = logits_TE.sigmoid() if self.experts.scoring == "sigmoid" else logits_TE.softmax(-1)
+        probs_TE = scores_TE / scores_TE.sum(-1, keepdim=True) if self.experts.scoring == "sigmoid" else scores_TE
+        experts_Tk = self.choose(scores_TE)
+        chosen_Tk = scores_TE.gather(1, experts_Tk)
         weights_Tk = chosen_Tk / chosen_Tk.sum(-1, keepdim=True) if self.experts.normalize else chosen_Tk
+        weights_Tk = weights_Tk if self.experts.scale == 1.0 else weights_Tk * self.experts.scale
         kept_Tk = self._kept(*(choices.unflatten(0, x_BSD.shape[:2]) for choices in (chosen_Tk.detach(), experts_Tk)))
         log_probs = logits_TE.detach().log_softmax(-1)
         routing = Routing(
@@ -126,9 +128,16 @@ class Router(nn.Module):
         )
         return experts_Tk, weights_Tk, kept_Tk, routing
 
-    def choose(self, probs_TE: Tensor) -> Tensor:
+    def choose(self, scores_TE: Tensor) -> Tensor:
         """Returns the experts of each token [T, k]."""
-        return (probs_TE if self.bias is None else probs_TE + self.bias).topk(self.experts.top_k).indices
+        e, scores_TE = self.experts, scores_TE.detach()
+        scores_TE = scores_TE if self.bias is None else scores_TE + self.bias
+        if e.groups > 1:
+            by_group_TGN = scores_TE.unflatten(1, (e.groups, -1))
+            group_TG = by_group_TGN.topk(2).values.sum(-1) if e.scoring == "sigmoid" else by_group_TGN.amax(-1)
+            closed_TG = torch.ones_like(group_TG, dtype=torch.bool).scatter(1, group_TG.topk(e.top_groups).indices, False)
+            scores_TE = by_group_TGN.masked_fill(closed_TG.unsqueeze(-1), -torch.inf).flatten(1)
+        return scores_TE.topk(e.top_k).indices
 
     @torch.no_grad()
     def balance(self, load: Tensor, speed: float | Tensor) -> None:
@@ -224,7 +233,7 @@ class MoE(nn.Module):
         """
         Args:
             shared: the shared expert, an MLP that sees every token.
-            shared_gate: the linear [1, D] whose sigmoid is the weight of the shared expert.
+            shared_gate: the linear [1, D] whose sigmoid is the weight of the shared expert. None: the weight is 1.
         """
         super().__init__()
         self.top_k, self.dropless = experts.top_k, experts.capacity_factor == experts.eval_capacity_factor == 0
@@ -258,6 +267,7 @@ class MoE(nn.Module):
         return out_TD.view(x_BSD.shape), other, routing
 
     def _run_shared(self, x_BSD: Tensor) -> Tensor | None:
-        if self.shared is None or self.shared_gate is None:
+        if self.shared is None:
             return None
-        return torch.sigmoid(self.shared_gate(x_BSD)) * self.shared(x_BSD)
+        out_BSD: Tensor = self.shared(x_BSD)
+        return out_BSD if self.shared_gate is None else torch.sigmoid(self.shared_gate(x_BSD)) * out_BSD

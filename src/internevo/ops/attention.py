@@ -1,13 +1,16 @@
-"""Causal attention over whole rows or over packed documents, optionally with a sliding window or ALiBi.
+"""Causal attention over whole rows or over packed documents, optionally with a sliding window, ALiBi or capped scores.
 
 Shapes: B rows, S tokens per row, T = tokens of one packed row, H query heads, K key/value heads, N head size.
 
 Which kernel is used:
 
 - whole rows: PyTorch's ``scaled_dot_product_attention``.
-- packed documents on CUDA in half precision, without ALiBi: ``torch.nn.attention.varlen`` (flash attention, with windows).
+- packed documents on CUDA in half precision, without ALiBi and caps: ``torch.nn.attention.varlen`` (flash attention, with
+  windows).
+- packed documents with a cap on CUDA in half precision, without ALiBi: ``ops.flex`` (FlexAttention), unless a dispatch mode
+  watches what runs: it could not see what compiled code does.
 - packed documents otherwise: ``ops.documents``.
-- whole rows with a window or ALiBi: computed as packed documents, one per row.
+- whole rows with a window, ALiBi or a cap: computed as packed documents, one per row.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .documents import mask_of
+from .documents import capped, mask_of
+from .flex import flex_attention
 
 
 def attention(
@@ -28,6 +32,7 @@ def attention(
     *,
     window: int = 0,
     slopes_H: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """Computes softmax(q k^T / sqrt(N) + bias) v. A token attends to itself and to earlier tokens of its row or document.
 
@@ -40,19 +45,25 @@ def attention(
         window: number of tokens that a token attends to, including itself (https://arxiv.org/abs/2004.05150); 0: all.
         slopes_H: fp32 [H]; slope * (position of the key - position of the query) is added to the scores (ALiBi,
             https://arxiv.org/abs/2108.12409).
+        softcap: c > 0: scores s become c * tanh(s / c) before the bias is added (Gemma 2, https://arxiv.org/abs/2408.00118,
+            section 2). 0: they stay as they are.
 
     Returns:
         [B, S, H, N], in the queries' dtype.
     """
-    masked = window > 0 or slopes_H is not None
+    masked = window > 0 or slopes_H is not None or softcap > 0
     if cu_seqlens is None and masked and q_BSHN.shape[1] == k_BSKN.shape[1]:
         rows, size = q_BSHN.shape[:2]
         boundaries = torch.arange(0, (rows + 1) * size, size, dtype=torch.int32, device=q_BSHN.device)
         q, k, v = (x.reshape(1, rows * size, *x.shape[2:]) for x in (q_BSHN, k_BSKN, v_BSKN))
-        return attention(q, k, v, boundaries, size, window=window, slopes_H=slopes_H).view(q_BSHN.shape)
+        out = attention(q, k, v, boundaries, size, window=window, slopes_H=slopes_H, softcap=softcap)
+        return out.view(q_BSHN.shape)
     if cu_seqlens is None:
-        return _rows(q_BSHN, k_BSKN, v_BSKN, window, slopes_H)
-    if q_BSHN.is_cuda and q_BSHN.dtype in (torch.float16, torch.bfloat16) and slopes_H is None:
+        return _rows(q_BSHN, k_BSKN, v_BSKN, window, slopes_H, softcap)
+    fast = q_BSHN.is_cuda and q_BSHN.dtype in (torch.float16, torch.bfloat16) and slopes_H is None
+    if fast and softcap and (torch.compiler.is_compiling() or not _is_watched()):
+        return flex_attention(q_BSHN[0], k_BSKN[0], v_BSKN[0], cu_seqlens, window, softcap).unsqueeze(0)
+    if fast and not softcap:
         from torch.nn.attention.varlen import varlen_attn
 
         out_THN = varlen_attn(  # without return_aux, it returns one tensor
@@ -61,16 +72,25 @@ def attention(
         )  # fmt: skip
         assert isinstance(out_THN, Tensor)
         return out_THN.unsqueeze(0)
-    out_THN, _ = torch.ops.internevo.document_attention(q_BSHN[0], k_BSKN[0], v_BSKN[0], cu_seqlens, window, slopes_H)
+    inputs = (q_BSHN[0], k_BSKN[0], v_BSKN[0])
+    out_THN, _ = torch.ops.internevo.document_attention(*inputs, cu_seqlens, window, slopes_H, softcap)
     return out_THN.unsqueeze(0)
 
 
-def _rows(q: Tensor, k: Tensor, v: Tensor, window: int, slopes_H: Tensor | None) -> Tensor:
+def _is_watched() -> bool:
+    from .dispatch import is_watched  # imports much, and only capped scores on CUDA need it
+
+    return is_watched()
+
+
+def _rows(q: Tensor, k: Tensor, v: Tensor, window: int, slopes_H: Tensor | None, softcap: float) -> Tensor:
     queries, keys = q.shape[1], k.shape[1]
     # A single query attends to all keys. Several queries after a cache need a mask that is aligned with the last key.
     mask = None
-    if slopes_H is not None or 0 < window < keys or 1 < queries < keys:
+    if slopes_H is not None or 0 < window < keys or 1 < queries < keys or softcap:
         mask = mask_of(keys - queries, keys, 0, keys, window, slopes_H, q.device).to(q.dtype)
+    if softcap and mask is not None:
+        return capped(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, softcap)[0].transpose(1, 2)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
         attn_mask=mask, is_causal=mask is None and queries > 1, enable_gqa=q.shape[2] != k.shape[2],

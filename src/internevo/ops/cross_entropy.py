@@ -49,7 +49,12 @@ class VocabShard(NamedTuple):
 
 
 def linear_cross_entropy(
-    hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, smoothing: float = 0.0, shard: VocabShard | None = None
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    labels_T: Tensor,
+    smoothing: float = 0.0,
+    softcap: float = 0.0,
+    shard: VocabShard | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Computes the cross-entropy of the logits ``hidden @ weight^T`` and ``labels``. Tokens with label -100 are ignored.
 
@@ -58,6 +63,7 @@ def linear_cross_entropy(
         weight_VD: weight of the head.
         labels_T: ids of the next tokens, int64, or -100.
         smoothing: label smoothing s: the target distribution is (1 - s) * one_hot + s / V.
+        softcap: c > 0: logits z become c * tanh(z / c) (Gemma 2, https://arxiv.org/abs/2408.00118). 0: they stay as they are.
         shard: if it is given, ``weight`` has only these rows. Every rank still computes the losses over the whole vocabulary;
             the gradient of ``hidden`` is this rank's summand, and the sum over the ranks is the full gradient.
 
@@ -65,12 +71,14 @@ def linear_cross_entropy(
         The sum of the losses (a scalar in fp32, differentiable), and the loss of each token (fp32 [T], 0 for ignored tokens,
         not differentiable).
     """
-    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, smoothing, shard)
+    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, smoothing, softcap, shard)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float, shard: VocabShard | None):  # type: ignore[no-untyped-def]
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float, softcap: float, shard: VocabShard | None
+    ):
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
@@ -79,7 +87,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
             softmax = _compiled_softmax() if hidden.is_cuda and shard is None else _softmax
-            losses[part], grad_logits = softmax(hidden[part] @ weight.t(), labels[part], smoothing, shard)
+            losses[part], grad_logits = softmax(hidden[part] @ weight.t(), labels[part], smoothing, softcap, shard)
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[part])
             if grad_weight is not None:
@@ -95,7 +103,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_sum: Tensor, _grad_losses: Tensor):  # type: ignore[no-untyped-def]
         saved = iter(ctx.saved_tensors)
         grads = [next(saved) if wanted else None for wanted in ctx.wants]
-        return (*(g if g is None else g.mul_(grad_sum.to(g.dtype)) for g in grads), None, None, None)
+        return (*(g if g is None else g.mul_(grad_sum.to(g.dtype)) for g in grads), None, None, None, None)
 
 
 def _add_product(total_VD: Tensor, grad_TV: Tensor, hidden_TD: Tensor) -> None:
@@ -116,12 +124,20 @@ def _compiled_softmax() -> Callable[..., tuple[Tensor, Tensor]]:
     return torch.compile(_softmax, dynamic=False)
 
 
-def _softmax(logits: Tensor, labels: Tensor, smoothing: float, shard: VocabShard | None) -> tuple[Tensor, Tensor]:
+def _softmax(
+    logits: Tensor, labels: Tensor, smoothing: float, softcap: float, shard: VocabShard | None
+) -> tuple[Tensor, Tensor]:
     """Returns the losses in fp32 and the gradients of the logits in the logits' dtype.
 
-    Logits, exponentials, probabilities and gradients are in the same fp32 buffer, one after the other.
+    Logits, exponentials, probabilities and gradients are in the same fp32 buffer, one after the other. With a cap there is a
+    second one, for its derivative 1 - tanh(z / c)^2.
     """
     dtype, logits = logits.dtype, logits.float()
+    slope = None
+    if softcap:
+        logits = logits.div_(softcap).tanh_()
+        slope = 1 - logits.square()
+        logits.mul_(softcap)
     vocabulary = shard.vocabulary if shard else logits.shape[1]
     kept = labels != IGNORE
     index = (labels - (shard.first if shard else 0)).unsqueeze(1)
@@ -140,4 +156,6 @@ def _softmax(logits: Tensor, labels: Tensor, smoothing: float, shard: VocabShard
     if smoothing:
         grad.sub_(smoothing / vocabulary)
     grad.scatter_add_(1, index, torch.where(here, smoothing - 1.0, 0.0))
+    if slope is not None:
+        grad.mul_(slope)
     return torch.where(kept, losses.squeeze(1), 0.0), grad.mul_(kept.unsqueeze(1)).to(dtype)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "TorchDispatchMode",
     "collective_name",
     "group_ranks",
+    "is_watched",
     "local_part",
     "operator_name",
     "synchronize",
@@ -38,6 +39,11 @@ class QuickMode(TorchDispatchMode):
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False
+
+
+def is_watched() -> bool:
+    """Whether a dispatch mode is active."""
+    return _get_current_dispatch_mode() is not None
 
 
 PLAIN = frozenset([torch.Tensor, torch.nn.Parameter, FakeTensor])

@@ -1,8 +1,11 @@
 """Causal attention of the documents in a packed row, computed one after the other in one custom operator, so that a compiled
 layer contains no loop over documents and no graph break. (One dense mask over the row takes 3.6 times as long on a CPU.)
 
-A document is computed as a whole. With a window or ALiBi it is divided into blocks of queries, and each block has a mask over
-the keys that its queries attend to. Kept for the backward pass are q, k, v, the output, and one number per token and head.
+A document is computed as a whole. With a window, ALiBi or capped scores it is divided into blocks of queries, and each block
+has a mask over the keys that its queries attend to. Kept for the backward pass are q, k, v, the output, and one number per
+token and head.
+
+PyTorch's kernels cannot cap scores, so blocks with a cap are computed by their definition (``capped``).
 
 Shapes: T tokens of the row, H query heads, K key/value heads, N head size, L tokens of a block, with padding.
 """
@@ -10,6 +13,7 @@ Shapes: T tokens of the row, H query heads, K key/value heads, N head size, L to
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 
 import torch
@@ -55,13 +59,13 @@ def _heads_first(x_THN: Tensor, a: int, b: int) -> Tensor:
     return (F.pad(x_HLN, (0, 0, 0, missing)) if missing else x_HLN).unsqueeze(0)
 
 
-def _blocks(cu_seqlens: Tensor, window: int, slopes_H: Tensor | None) -> Iterator[tuple[int, int, int, bool]]:
+def _blocks(cu_seqlens: Tensor, window: int, slopes_H: Tensor | None, softcap: float) -> Iterator[tuple[int, int, int, bool]]:
     """Yields (first key, first query, end of both, whether it is a whole document) of every block.
 
     The number of keys before the first query is a multiple of PAD, so that queries and keys get the same padding.
     """
     for a, b in itertools.pairwise(cu_seqlens.tolist()):
-        if b > a and slopes_H is None and (window == 0 or b - a <= window):
+        if b > a and slopes_H is None and not softcap and (window == 0 or b - a <= window):
             yield a, a, b, True
         elif b > a:
             for query in range(a, b, BLOCK):
@@ -81,8 +85,11 @@ def _mask(block: tuple[int, int, int, bool], q: Tensor, k: Tensor, window: int, 
 # PyTorch's kernels, with the same arguments on every device: [1, H or K, L, N]; without a mask they are causal ---------------
 
 
-def _kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softcap: float) -> tuple[Tensor, Tensor]:
     """Returns the output and the log-sum-exp of the scores, fp32 [1, H, L]."""
+    if softcap:
+        assert mask is not None
+        return capped(q, k, v, mask, softcap)
     if not q.is_cuda:
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, mask is None, attn_mask=mask)
         return out, lse.view(q.shape[:3])
@@ -93,9 +100,12 @@ def _kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tenso
 
 
 def _kernel_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None, softcap: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of q, k and v."""
+    if softcap:
+        assert mask is not None
+        return _capped_backward(grad, q, k, v, out, lse, mask, softcap)
     if not q.is_cuda:
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, k, v, out, lse, 0.0, mask is None, attn_mask=mask
@@ -124,12 +134,58 @@ def _bias(mask: Tensor | None, q_1LHN: Tensor) -> Tensor | None:
     return None if mask is None else mask.to(q_1LHN.dtype).expand(1, q_1LHN.shape[2], -1, -1)
 
 
+# Scores with a cap -------------------------------------------------------------------------------------------------------
+
+
+def capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+    """Computes attention with capped scores by its definition. The scores are in fp32.
+
+    Args:
+        q, k, v: [B, H or K, L, N].
+        mask: as from ``mask_of``.
+        softcap: as in ``attention``.
+
+    Returns:
+        The output, and the log-sum-exp of the scores [B, H, L].
+    """
+    scores = _capped_scores(q, k, softcap) + _by_group(mask, k)
+    lse = scores.logsumexp(-1, keepdim=True)
+    out = (scores - lse).exp().to(v.dtype) @ v.unsqueeze(2)
+    return out.flatten(1, 2), lse.flatten(1, 2).squeeze(-1)
+
+
+def _capped_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor, softcap: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of q, k and v. The derivative of c * tanh(s / c) is 1 - tanh(s / c)^2."""
+    grad, out, lse, queries = (_by_group(x, k) for x in (grad, out, lse.unsqueeze(-1), q))
+    scores = _capped_scores(q, k, softcap)
+    probs = (scores + _by_group(mask, k) - lse).exp()
+    inner = (grad * out).float().sum(-1, keepdim=True)
+    grad_scores = probs * ((grad @ v.unsqueeze(2).transpose(-1, -2)).float() - inner) * (1 - (scores / softcap).square())
+    grad_scores = (grad_scores / math.sqrt(q.shape[-1])).to(q.dtype)
+    dq = (grad_scores @ k.unsqueeze(2)).flatten(1, 2)
+    dk = (grad_scores.transpose(-1, -2) @ queries).sum(2)
+    return dq, dk, (probs.to(v.dtype).transpose(-1, -2) @ grad).sum(2)
+
+
+def _capped_scores(q: Tensor, k: Tensor, softcap: float) -> Tensor:
+    """Returns the scores [B, K, H/K, L, keys]."""
+    scores = (_by_group(q, k) @ k.unsqueeze(2).transpose(-1, -2)).float()
+    return scores.mul_(1 / (math.sqrt(q.shape[-1]) * softcap)).tanh_().mul_(softcap)
+
+
+def _by_group(x: Tensor, k: Tensor) -> Tensor:
+    """Returns [B, H, ...] as [B, K, H/K, ...]; H may be 1."""
+    return x.unflatten(1, (k.shape[1], -1)) if x.shape[1] > 1 else x.unsqueeze(1)
+
+
 # The operator ------------------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("internevo::document_attention", mutates_args=())
 def document_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, slopes: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, slopes: Tensor | None, softcap: float
 ) -> tuple[Tensor, Tensor]:
     """Computes causal attention of each document in a packed row.
 
@@ -137,44 +193,46 @@ def document_attention(
         q: [T, H, N].
         k, v: [T, K, N].
         cu_seqlens: int32 [documents + 1].
-        window, slopes: as in ``attention``.
+        window, slopes, softcap: as in ``attention``.
 
     Returns:
         The output [T, H, N], and the log-sum-exp of the scores, fp32 [T, H], for the backward pass.
     """
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    for block in _blocks(cu_seqlens, window, slopes):
+    for block in _blocks(cu_seqlens, window, slopes, softcap):
         first, a, b, _ = block
         queries, keys, values = _heads_first(q, a, b), _heads_first(k, first, b), _heads_first(v, first, b)
-        o, l = _kernel(queries, keys, values, _mask(block, queries, keys, window, slopes))
+        o, l = _kernel(queries, keys, values, _mask(block, queries, keys, window, slopes), softcap)
         out[a:b] = o[0, :, : b - a].transpose(0, 1)
         lse[a:b] = l[0, :, : b - a].transpose(0, 1)
     return out, lse
 
 
 @document_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, slopes: Tensor | None) -> tuple[Tensor, Tensor]:
+def _(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, slopes: Tensor | None, softcap: float
+) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
 @torch.library.custom_op("internevo::document_attention_backward", mutates_args=())
 def document_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, window: int,
-    slopes: Tensor | None,
+    slopes: Tensor | None, softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Computes the gradients of ``document_attention`` with respect to q, k and v."""
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     # With blocks of queries, a key belongs to several blocks; its gradients are added in fp32.
-    dtype = k.dtype if slopes is None and window == 0 else torch.float32
+    dtype = k.dtype if slopes is None and window == 0 and not softcap else torch.float32
     dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (k, v))
-    for block in _blocks(cu_seqlens, window, slopes):
+    for block in _blocks(cu_seqlens, window, slopes, softcap):
         first, a, b, _ = block
         g, queries, o = (_heads_first(x, a, b) for x in (grad, q, out))
         keys, values = (_heads_first(x, first, b) for x in (k, v))
         # The rows of the padding have zero scores and zero gradients, so any finite log-sum-exp will do.
         l = F.pad(lse[a:b].transpose(0, 1), (0, queries.shape[2] - (b - a))).unsqueeze(0)
-        grads = _kernel_backward(g, queries, keys, values, o, l, _mask(block, queries, keys, window, slopes))
+        grads = _kernel_backward(g, queries, keys, values, o, l, _mask(block, queries, keys, window, slopes), softcap)
         dq[a:b] = grads[0][0, :, : b - a].transpose(0, 1)
         dk[first:b] += grads[1][0, :, : b - first].transpose(0, 1)
         dv[first:b] += grads[2][0, :, : b - first].transpose(0, 1)
@@ -184,20 +242,20 @@ def document_attention_backward(
 @document_attention_backward.register_fake
 def _(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, window: int,
-    slopes: Tensor | None,
+    slopes: Tensor | None, softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    q, k, v, cu_seqlens, ctx.window, slopes = inputs
+    q, k, v, cu_seqlens, ctx.window, slopes, ctx.softcap = inputs
     ctx.save_for_backward(q, k, v, *output, cu_seqlens, slopes)
 
 
 def _backward(ctx, grad: Tensor, _grad_lse: Tensor):  # type: ignore[no-untyped-def]
     q, k, v, out, lse, cu_seqlens, slopes = ctx.saved_tensors
-    arguments = (grad, q, k, v, out, lse, cu_seqlens, ctx.window, slopes)
-    return (*torch.ops.internevo.document_attention_backward(*arguments), None, None, None)
+    arguments = (grad, q, k, v, out, lse, cu_seqlens, ctx.window, slopes, ctx.softcap)
+    return (*torch.ops.internevo.document_attention_backward(*arguments), None, None, None, None)
 
 
 document_attention.register_autograd(_backward, setup_context=_save)

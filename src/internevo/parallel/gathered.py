@@ -153,15 +153,16 @@ class GatheredWeights:
         return start_all_gather(self._sending, self.group)
 
 
-def set_prefetch_order(layers: Sequence[Sequence[GatheredWeights]], config: Weight) -> None:
+def set_prefetch_order(layers: Sequence[Sequence[GatheredWeights]], config: Weight, attention: int) -> None:
     """Decides which weights of linears are prefetched while which others are used.
 
     "module": always the next ones. "layer": all weights of the next layer, while those of one place in this layer are used.
 
     Args:
-        layers: the weights of consecutive layers, in the order of the forward pass: q, k and v; o; and of an MLP gate and up;
-            down.
+        layers: the weights of consecutive layers, in the order of the forward pass: those of attention (q, k and v; o); and of
+            an MLP gate and up; down.
         config: ``parallel.weight``.
+        attention: how many of a layer are those of attention.
     """
     in_order = [weights for of_layer in layers for weights in of_layer]
     for weights in in_order:
@@ -172,7 +173,7 @@ def set_prefetch_order(layers: Sequence[Sequence[GatheredWeights]], config: Weig
         if config.forward_overlap_per == "module" or following in layers[0]:
             weights.next_forward = [following]
     if config.forward_overlap_per == "layer":
-        place = {"wqkv": 0, "attn": 1, "wo": 1, "w1": 2}[config.launch_allgather_before]
+        place = {"wqkv": 0, "attn": attention - 1, "wo": attention - 1, "w1": attention}[config.launch_allgather_before]
         for of_layer, next_layer in pairwise(layers):
             weights = of_layer[min(place, len(of_layer) - 1)]  # a layer with experts need not have an MLP
             weights.next_forward = [*weights.next_forward, *next_layer]

@@ -16,7 +16,8 @@ Per layer and micro-batch, with W = bytes of the layer's weights:
 
 The weights of q, k and v are gathered together, and so are those of gate and up, because they share an input. With ``overlap``,
 the next weights are prefetched while these are used, in the forward and in the backward pass, and gradients are
-reduce-scattered while the layer's backward pass continues. A recomputed layer gathers its weights twice, not three times: its
+reduce-scattered while the layer's backward pass continues. Latent attention (``models.layers.LatentAttention``) has two more
+gathers: the linears of the latents, q, kv, o. A recomputed layer gathers its weights twice, not three times: its
 backward pass uses the weights that the recomputation gathered.
 """
 
@@ -31,8 +32,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from ..config.parallel import Weight
+from ..models.config import DecoderConfig
 from ..models.decoder import Decoder
-from ..models.layers import Attention, DecoderLayer, GatedMLP, look_up, loss
+from ..models.layers import DecoderLayer, GatedMLP, LatentAttention, look_up, loss
 from ..models.linear import ADAPTER_INFIX, Linear
 from ..models.moe import ExpertLinear, MoE
 from . import collectives, gathered
@@ -47,20 +49,27 @@ from .strategy import AppliedStrategy, Collectives, KeptActivations, Workload
 def traffic(work: Workload) -> list[Collectives]:
     """Returns the collectives over the tensor and weight groups in the forward and backward passes of a step."""
     rows, decoder, layout = [], work.decoder, work.layout
-    layers, size, d = len(work.layers), decoder.head_dim, decoder.hidden_size
+    layers, d = len(work.layers), decoder.hidden_size
     shared = decoder.experts.shared_size if decoder.experts is not None else 0
     widths = [shared if decoder.is_sparse(layer) else decoder.intermediate_size for layer in work.layers]
-    attentions = layers * d * size * (2 * decoder.num_heads + 2 * decoder.num_kv_heads)
-    weights, pairs = attentions + 3 * d * sum(widths), layers + len([width for width in widths if width])
+    attentions = layers * sum(linear.outputs * linear.inputs for linear in decoder.projections().values())
+    weights = attentions + 3 * d * sum(widths)
+    gathers = layers * attention_gathers(decoder) + 2 * len([width for width in widths if width])
     count = work.embeddings + work.heads  # one all-gather and one reduce-scatter of each
     ends = count * decoder.vocab_size * d
-    rows.append(Collectives("all-gather", "weight", 4 * pairs + count, (2 * weights + ends) * work.element_bytes))
-    rows.append(Collectives("reduce-scatter", "weight", 2 * pairs + count, (weights + ends) * work.element_bytes))
+    rows.append(Collectives("all-gather", "weight", 2 * gathers + count, (2 * weights + ends) * work.element_bytes))
+    rows.append(Collectives("reduce-scatter", "weight", gathers + count, (weights + ends) * work.element_bytes))
     kv_heads = decoder.num_kv_heads * max(1, layout.tensor // decoder.num_kv_heads)
-    exchanged = work.tokens // layout.tensor * size * (2 * decoder.num_heads + 2 * kv_heads) * work.element_bytes
+    elements = decoder.head_dim * (decoder.num_heads + 2 * kv_heads) + decoder.value_dim * decoder.num_heads
+    exchanged = work.tokens // layout.tensor * elements * work.element_bytes
     passes = 2 * layers + work.recomputed_attentions
     rows.append(Collectives("all-to-all", "tensor", 2 * passes, passes * exchanged))
     return [row.times(work.micro_batches) for row in rows]
+
+
+def attention_gathers(decoder: DecoderConfig) -> int:
+    """Returns how many gathers the weights of attention need."""
+    return 2 if decoder.latent is None else 4
 
 
 def memory(work: Workload) -> KeptActivations:
@@ -131,7 +140,8 @@ class InternSequenceParallel:
                 elif self.mesh.size() > 1:
                     partial_gradients[f"{path}.{name}"] = self.weight_group
         model.tie()
-        set_prefetch_order([self._apply_to_layer(layer) for _, layer in model.numbered_layers()], self.config)
+        layers = [self._apply_to_layer(layer) for _, layer in model.numbered_layers()]
+        set_prefetch_order(layers, self.config, attention_gathers(model.config))
         if model.embed is not None:
             model.embed.look_up = self._look_up
         if model.head is not None:
@@ -141,17 +151,27 @@ class InternSequenceParallel:
     def _apply_to_layer(self, layer: DecoderLayer) -> list[GatheredWeights]:
         """Replaces a layer's functions. Returns its weights, in the order of the forward pass."""
         attn, of_layer = layer.attn, list[GatheredWeights]()
+
+        def gathered_together(*linears: Linear) -> GatheredWeights:
+            of_layer.append(GatheredWeights(layer, linears, self.weight_group, self.deferred))
+            return of_layer[-1]
+
+        if isinstance(attn, LatentAttention):
+            first = (attn.kv_a,) if attn.q_a is None else (attn.q_a, attn.kv_a)
+            attn.project = partial(_project, gathered_together(*first))
+            attn.project_q = partial(_project, gathered_together(attn.q))
+            attn.project_kv = partial(_project, gathered_together(attn.kv))
+        else:
+            attn.project = partial(_project, gathered_together(attn.q, attn.k, attn.v))
+            attn.own_heads = self._local_heads
+        attn.finish = partial(_finish, gathered_together(attn.o))
+        attn.split_heads, attn.join_heads = self._split_heads, self._join_heads
         mlp = layer.mlp.shared if isinstance(layer.mlp, MoE) else layer.mlp
-        blocks: list[tuple[Attention | GatedMLP, list[Linear], Linear]] = [(attn, [attn.q, attn.k, attn.v], attn.o)]
         if isinstance(mlp, GatedMLP):
-            blocks.append((mlp, [mlp.gate, mlp.up], mlp.down))
-        for block, first, last in blocks:
-            inputs, output = (GatheredWeights(layer, linears, self.weight_group, self.deferred) for linears in (first, [last]))
-            block.project, block.finish = partial(_project, inputs), partial(_finish, output)
-            of_layer += [inputs, output]
+            mlp.project = partial(_project, gathered_together(mlp.gate, mlp.up))
+            mlp.finish = partial(_finish, gathered_together(mlp.down))
         for weights in of_layer:
             weights.of_layer = of_layer
-        attn.split_heads, attn.join_heads, attn.own_heads = self._split_heads, self._join_heads, self._local_heads
         return of_layer
 
     # The functions that replace those of the layers -------------------------------------------------------------------
@@ -167,9 +187,11 @@ class InternSequenceParallel:
     def _look_up(self, tokens_BS: Tensor, weight_VD: Tensor) -> Tensor:
         return look_up(self._local_tokens(tokens_BS), self._gather_weight(weight_VD))
 
-    def _loss(self, x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+    def _loss(
+        self, x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor, smoothing: float, softcap: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
         """Computes the losses of this rank's tokens; those of the other tokens are 0."""
-        total, mine = loss(x_BSD, weight_VD, self._local_tokens(labels_BS).contiguous(), smoothing)
+        total, mine = loss(x_BSD, weight_VD, self._local_tokens(labels_BS).contiguous(), smoothing, softcap)
         losses = torch.zeros(labels_BS.shape, dtype=mine.dtype, device=mine.device)
         self._local_tokens(losses).copy_(mine)
         return total, losses

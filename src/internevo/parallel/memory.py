@@ -70,7 +70,7 @@ def activations(work: Workload, kept: KeptActivations) -> int:
         else:
             layers += norms + attention + mlp
     head = norm + work.element_bytes * d * (kept.loss_tokens + kept.head_rows)  # gradients, computed with the loss
-    angles = work.element_bytes * work.tokens * decoder.rope.size(decoder.head_dim) if decoder.rope else 0
+    angles = work.element_bytes * work.tokens * decoder.rope.size(decoder.rotary_dim) if decoder.rope else 0
     tables = sum(len({decoder.uses_window_rope(layer) for layer in stage.layers}) for stage in work.on_rank)
     return layers + work.embeddings * kept.looked_up + work.heads * head + tables * angles
 
@@ -78,11 +78,9 @@ def activations(work: Workload, kept: KeptActivations) -> int:
 def left(work: Workload, kept: KeptActivations) -> int:
     """Returns the bytes that one backward pass through the stages of ``work`` keeps, with a zero-bubble schedule, until the
     gradients of weights are computed."""
-    decoder, d, size = work.decoder, work.decoder.hidden_size, work.decoder.head_dim
-    heads, kv_heads = decoder.num_heads // kept.head_ranks, max(1, decoder.num_kv_heads // kept.head_ranks)
+    decoder, d = work.decoder, work.decoder.hidden_size
     ends = d * (kept.input_tokens + kept.output_tokens)  # of attention, and of an MLP
-    attention = ends + 2 * kept.attention_tokens * (heads + kv_heads) * size
-    total = 0
+    attention, total = _left_of_attention(work, kept), 0
     for number in work.layers:
         experts = decoder.experts if decoder.is_sparse(number) else None
         total += attention
@@ -91,20 +89,49 @@ def left(work: Workload, kept: KeptActivations) -> int:
         else:
             total += work.routed_tokens * experts.top_k * (2 * d + 3 * expert_width(work, experts))
             if experts.shared_size:
-                total += ends + 3 * experts.shared_size * kept.mlp_tokens + work.routed_tokens
+                total += ends + 3 * experts.shared_size * kept.mlp_tokens + work.routed_tokens * experts.shared_gate
     return work.element_bytes * total
+
+
+def _left_of_attention(work: Workload, kept: KeptActivations) -> int:
+    """Returns the elements that are kept for the gradients of the weights of attention: inputs, and gradients of outputs."""
+    decoder, d, ranks, tokens = work.decoder, work.decoder.hidden_size, kept.head_ranks, kept.attention_tokens
+    linears = decoder.projections()
+    if decoder.latent is None:
+        heads, kv_heads = decoder.num_heads // ranks, max(1, decoder.num_kv_heads // ranks)
+        return d * (kept.input_tokens + kept.output_tokens) + 2 * tokens * (heads + kv_heads) * decoder.head_dim
+    latents = sum(linear.outputs for linear in linears.values() if linear.heads is None)
+    by_heads = (linears["q"].outputs + linears["kv"].outputs + linears["o"].inputs) // ranks
+    inputs = kept.shared_latents * decoder.attention_inputs
+    if not kept.shared_latents:  # the residual stream counts once, as the input of all that need it
+        inputs = kept.residual_tokens * (decoder.latent.query_rank + decoder.latent.rank)
+    return d * (kept.residual_tokens + kept.output_tokens) + kept.residual_tokens * latents + tokens * by_heads + inputs
 
 
 def _attention(work: Workload, kept: KeptActivations) -> tuple[int, int]:
     """Returns the bytes that the attention kernel returns (output and log-sum-exp), and all bytes that attention keeps."""
-    decoder, tokens, ranks = work.decoder, kept.attention_tokens, kept.head_ranks
+    decoder, tokens, ranks, e = work.decoder, kept.attention_tokens, kept.head_ranks, work.element_bytes
     heads, kv_heads = decoder.num_heads // ranks, max(1, decoder.num_kv_heads // ranks)
-    output = work.element_bytes * tokens * heads * decoder.head_dim
+    output = e * tokens * heads * decoder.head_dim
     kernel = output + 4 * tokens * heads
-    inputs = work.element_bytes * decoder.hidden_size * kept.input_tokens
-    qkv = work.element_bytes * tokens * (heads + 2 * kv_heads) * decoder.head_dim
-    normed = kept.normed_heads * (work.element_bytes * decoder.head_dim + 4) if decoder.qk_norm else 0
+    qkv = e * tokens * (heads + 2 * kv_heads) * decoder.head_dim
+    if decoder.latent is not None:
+        return kernel, _latents(work, kept) + qkv + kernel + e * tokens * heads * decoder.value_dim  # the input of o, unpadded
+    inputs = e * decoder.hidden_size * kept.input_tokens
+    normed = kept.normed_heads * (e * decoder.head_dim + 4) if decoder.qk_norm else 0
     return kernel, inputs + normed + qkv + kernel + (kept.attention_outputs - 1) * output
+
+
+def _latents(work: Workload, kept: KeptActivations) -> int:
+    """Returns the bytes of the input of latent attention, of the inputs of the norms of latents, and of the normed latents."""
+    decoder, tokens, e, latent = work.decoder, kept.residual_tokens, work.element_bytes, work.decoder.latent
+    assert latent is not None
+    norms = e * (latent.query_rank + latent.rank + latent.rotary_dim) + 4 * (1 + (latent.query_rank > 0))
+    if kept.shared_latents:
+        normed = e * kept.shared_latents * decoder.attention_inputs
+    else:
+        normed = e * tokens * (latent.query_rank + latent.rank)
+    return e * decoder.hidden_size * tokens + norms * tokens + normed
 
 
 def _mlp(work: Workload, kept: KeptActivations, width: int) -> int:
@@ -138,7 +165,8 @@ def _experts(work: Workload, kept: KeptActivations) -> int:
     if experts.shared_size:
         inputs.add(work.tokens if layout.experts_by_tensor else kept.input_tokens)
         outputs = kept.input_tokens if layout.mode == "mtp" else tokens
-        total += work.element_bytes * (3 * experts.shared_size * kept.mlp_tokens + outputs * (d + 1))
+        gated = outputs * (d + 1) if experts.shared_gate else 0
+        total += work.element_bytes * (3 * experts.shared_size * kept.mlp_tokens + gated)
     return total + work.element_bytes * d * sum(inputs)
 
 

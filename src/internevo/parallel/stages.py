@@ -15,7 +15,7 @@ from ..models.config import DecoderConfig, Stage
 
 def layer_costs(decoder: DecoderConfig, seq_len: int) -> list[float]:
     """Returns the FLOPs of the forward pass of each layer for one token."""
-    heads = 4.0 * decoder.num_heads * decoder.head_dim
+    heads = 2.0 * decoder.num_heads * (decoder.head_dim + decoder.value_dim)
     weights = (decoder.layer_parameters(layer, active=True) for layer in range(decoder.num_layers))
     return [2.0 * count + heads * decoder.attended(layer, seq_len) for layer, count in enumerate(weights)]
 

@@ -192,6 +192,8 @@ class KeptActivations:
     """Rows of the head's weight whose gradient this rank has; it is computed together with the loss."""
     looked_up: int = 0
     """Bytes that the embedding keeps."""
+    shared_latents: int = 0
+    """Tokens whose latents are joined for all heads, in latent attention; 0: they are kept as they are computed."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,10 @@
 
 If there are fewer key/value heads than ranks, each rank has the one head that its query heads need.
 
+Latent attention (``models.layers.LatentAttention``): q and kv are sharded along out, and the linears and norms of the latents
+are replicated. A rank computes the latents of its tokens. They are gathered in one collective, and their gradients are reduced;
+their bytes take the place of A at the input of attention. fsp keeps them as msp does.
+
 Per layer and micro-batch, with A = bytes of one full activation (tokens of a micro-batch * hidden size * bytes per element):
 
 | mode | forward                             | backward                            | kept at the norms | kept linear inputs |
@@ -37,7 +41,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 
 from .. import ops
 from ..models.decoder import Decoder
-from ..models.layers import Attention, GatedMLP, scale_gradient
+from ..models.layers import Attention, GatedMLP, LatentAttention, scale_gradient
 from ..models.linear import ADAPTER_INFIX, Adapter, Linear
 from ..models.moe import ExpertLinear, MoE, Routing
 from ..ops.compiler import not_compiled
@@ -69,21 +73,26 @@ def traffic(work: Workload) -> list[Collectives]:
     inputs_again = work.recomputed_attentions + len([layer for layer in recomputed if layer in mlps])
     outputs_again = len(recomputed) + len([layer for layer in recomputed if layer in shared])
     activation = work.tokens * decoder.hidden_size * work.element_bytes
+    more = work.tokens * decoder.attention_inputs * work.element_bytes - activation  # at the input of attention
+    dense_inputs = 0 if decoder.latent else len(work.layers)
     chunks = -(-work.tokens // ops.chunk_tokens(work.tokens, decoder.vocab_size // ranks, work.device))
     statistics = Collectives("all-gather", "tensor", chunks, 3 * 4 * work.tokens * ranks).times(work.heads)
     # Forward: outputs of the blocks and the embedding. (Backward: inputs of the blocks and the head.)
     outputs = blocks + work.embeddings + outputs_again
     if mode == "mtp":
         count = outputs + blocks + work.heads
-        rows = [Collectives("all-reduce", "tensor", count, count * activation), statistics]
+        rows = [Collectives("all-reduce", "tensor", count, count * activation + len(work.layers) * more), statistics]
     else:
         # Forward: inputs of the blocks and the head. (Backward: outputs of the blocks and the embedding.)
         inputs = blocks + work.heads + inputs_again
-        gathers = inputs + blocks + work.embeddings + (len(work.layers) + len(again_in_fsp) if mode == "fsp" else 0)
+        gathers = inputs + blocks + work.embeddings + (dense_inputs + len(again_in_fsp) if mode == "fsp" else 0)
         scatters = outputs + blocks + work.heads
         rows = [
-            Collectives("all-gather", "tensor", gathers, gathers * activation), statistics,
-            Collectives("reduce-scatter", "tensor", scatters, scatters * activation),
+            Collectives(
+                "all-gather", "tensor", gathers, gathers * activation + (len(work.layers) + work.recomputed_attentions) * more
+            ),
+            statistics,
+            Collectives("reduce-scatter", "tensor", scatters, scatters * activation + len(work.layers) * more),
         ]  # fmt: skip
     return [row.times(work.micro_batches) for row in rows]
 
@@ -105,6 +114,7 @@ def memory(work: Workload) -> KeptActivations:
         output_tokens=tokens,
         head_rows=decoder.vocab_size // ranks,
         looked_up=(8 + 1) * tokens if ranks > 1 else 0,  # the row of each token, and whether it is on this rank
+        shared_latents=tokens if ranks > 1 else 0,
     )
 
 
@@ -184,6 +194,10 @@ class TensorParallel:
                 module.local_part = local
             elif isinstance(module, Attention):
                 self._attention(module, model.config.num_heads, model.config.num_kv_heads)
+            elif isinstance(module, LatentAttention):
+                module.share_latents, module.finish = self._share_latents, self._finish
+                module.project_q = module.project_kv = self._products
+                module.kv_heads = model.config.num_heads // self.size
             elif isinstance(module, GatedMLP):
                 module.project, module.finish = self._project, self._finish
         model.tie()
@@ -225,6 +239,10 @@ class TensorParallel:
     def _copy_or_gather(self, x_BSD: Tensor) -> Tensor:
         """Makes the input of sharded weights: all tokens on every rank. Its gradient is summed over the ranks."""
         return collectives.gather_tokens(x_BSD, self.group) if self.shard_sequence else collectives.copy(x_BSD, self.group)
+
+    def _share_latents(self, parts: Sequence[Tensor]) -> Sequence[Tensor]:
+        joined = self._copy_or_gather(torch.cat(tuple(parts), dim=-1))
+        return joined.split([part.shape[-1] for part in parts], dim=-1)
 
     def _reduce_or_scatter(self, x_BSD: Tensor) -> Tensor:
         """Makes the output from the partial sums of the ranks: their sum, or this rank's tokens of it."""
@@ -275,13 +293,13 @@ class TensorParallel:
         return all_gather(out_BSV.movedim(-1, 0), self.group).movedim(0, -1)
 
     def _loss(
-        self, vocabulary: int, x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor, smoothing: float
+        self, vocabulary: int, x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor, smoothing: float, softcap: float
     ) -> tuple[Tensor, Tensor]:
         """Computes the sum of all losses on every rank. For each token, one rank reports the loss and the others report 0, so
         that a sum over the ranks counts each token once."""
         shard = ops.VocabShard(self.rank * weight_VD.shape[0], vocabulary, self._stack)
         x_TD = self._copy_or_gather(x_BSD).flatten(0, 1)
-        total, losses = ops.linear_cross_entropy(x_TD, weight_VD, labels_BS.flatten(), smoothing, shard)
+        total, losses = ops.linear_cross_entropy(x_TD, weight_VD, labels_BS.flatten(), smoothing, softcap, shard)
         share = losses.numel() // self.size
         reported = torch.zeros_like(losses)
         end = losses.numel() if self.rank == self.size - 1 else (self.rank + 1) * share

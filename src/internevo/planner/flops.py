@@ -8,6 +8,7 @@ S tokens that is one document: the kernel leaves out what the causal mask hides)
 |-----------------|-------------------------------|----------|----------------------------------------------------|
 | q, k, v, o      | 2 T D H (2N + 2K) / t         | 2 times  | PaLM, arXiv:2204.02311, appendix B                 |
 | attention       | 4 T N H A / t                 | 2.5      | FlashAttention-2, arXiv:2307.08691, section 4.1    |
+| latents         | 2 T D R / t; mtp: 2 T D R     | 2        | R: sizes of latents (arXiv:2405.04434, section 2.1)|
 | MLP             | 6 T D F / t                   | 2        |                                                    |
 | router, experts | 2 T D E + 6 T k D X, shared t | 2        | rows of the rank's experts, times their imbalance  |
 | head            | 2 T D V / t                   | 2        |                                                    |
@@ -21,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from ..models.config import DecoderConfig
 from .job import Again, Job
 
 SCORE_BYTES = 11
@@ -78,7 +80,7 @@ def layer(job: Job, number: int, recomputed: bool) -> Passes:
     rows, width = (own, 1) if layout.mode == "isp" else (work.tokens, t)  # of linears: tokens, and ranks that share columns
     residual = own if layout.shards_sequence else work.tokens
     heads, kv = decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
-    attention = list(_attention_linears(rows, d, heads / width, max(kv / width, decoder.head_dim)))
+    attention = list(_attention_linears(decoder, rows, residual if width > 1 else rows, width))
     mlp, routers, mlp_bytes = _mlp_linears(job, number, rows, width)
     kernel, kernel_backward, scores = _attention(job, number)
     # Norms read and write D elements, the sums of the residual stream read 2 D and write D; the rotary embedding; gate * up.
@@ -125,11 +127,20 @@ def _again(job: Job, forward: Amounts, attention: Amounts, mlp: Sequence[Linears
     )  # fmt: skip
 
 
-def _attention_linears(rows: float, d: float, heads: float, kv: float) -> Iterator[Linears]:
-    """Yields (rows, columns in, columns out, how many) of the linears of attention."""
-    yield rows, d, heads, 1
-    yield rows, d, kv, 2
-    yield rows, heads, d, 1
+def _attention_linears(decoder: DecoderConfig, rows: float, own_rows: float, width: float) -> Iterator[Linears]:
+    """Yields (rows, columns in, columns out, how many) of the linears of attention.
+
+    Args:
+        own_rows: rows of linears that have no heads.
+        width: ranks that share heads. Each has at least one key/value head.
+    """
+    for name, linear in decoder.projections().items():
+        columns_in, columns_out = float(linear.inputs), float(linear.outputs)
+        if linear.heads == 0:
+            columns_out = max(columns_out / width, decoder.head_dim if name in ("k", "v") else 0.0)
+        elif linear.heads == 1:
+            columns_in /= width
+        yield own_rows if linear.heads is None else rows, columns_in, columns_out, 1
 
 
 def _mlp_linears(job: Job, number: int, rows: float, width: float) -> tuple[list[Linears], Amounts, float]:

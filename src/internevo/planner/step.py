@@ -185,9 +185,12 @@ def _units(work: Workload, stage: Stage) -> tuple[list[int], dict[int, list[tupl
     """Returns the elements on a rank of each unit of the data axis, before that shards them; and layer -> the shapes of its
     experts, if they are a unit of their own."""
     layout, decoder = work.layout, work.decoder
-    d, heads, kv = decoder.hidden_size, decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
-    inner, e = layout.inner, decoder.experts
-    attention = (2 * d * heads + 2 * d * kv * layout.kv_replicas) // inner + 2 * d
+    d, inner, e = decoder.hidden_size, layout.inner, decoder.experts
+    attention = 2 * d
+    for name, linear in decoder.projections().items():
+        whole = linear.heads is None and layout.mode != "isp"
+        replicas = layout.kv_replicas if name in ("k", "v") else 1
+        attention += linear.outputs * linear.inputs * replicas // (1 if whole else inner)
     layers, experts = list[int](), dict[int, list[tuple[int, int, int]]]()
     for number in stage.layers:
         if e is None or not decoder.is_sparse(number):

@@ -1,4 +1,4 @@
-"""Compares attention with windows and ALiBi with its definition: packed documents, whole rows, and with a cache."""
+"""Compares attention with its definition: windows, ALiBi, capped scores; packed documents, whole rows, and with a cache."""
 
 import itertools
 
@@ -6,29 +6,42 @@ import pytest
 import torch
 
 from internevo import ops
+from internevo.ops.flex import flex_attention
 from tests.references import assert_close_to_scale, plain_attention
 
 
 @pytest.mark.parametrize("window", [0, 1, 7, 300])
-@pytest.mark.parametrize("alibi", [False, True])
-def test_attention_with_windows_and_alibi_equals_the_definition(window: int, alibi: bool) -> None:
+@pytest.mark.parametrize(("alibi", "softcap"), [(False, 0.0), (True, 0.0), (False, 0.8), (True, 2.0)])
+def test_attention_equals_the_definition(window: int, alibi: bool, softcap: float) -> None:
     torch.manual_seed(window)
     sizes = [5, 0, 400, 1, 194]  # one is longer than a block of queries, and none is a multiple of a block or of the padding
     boundaries = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)
     slopes = torch.tensor([0.5, 0.25, 0.1, 0.01]) if alibi else None
     q, k, v = (torch.randn(1, 600, heads, 8, requires_grad=True) for heads in (4, 2, 2))
-    out = ops.attention(q, k, v, boundaries, 512, window=window, slopes_H=slopes)
-    wanted = plain_attention(q, k, v, boundaries.tolist(), window, slopes)
+    out = ops.attention(q, k, v, boundaries, 512, window=window, slopes_H=slopes, softcap=softcap)
+    wanted = plain_attention(q, k, v, boundaries.tolist(), window, slopes, softcap)
     assert_close_to_scale(out, wanted)
     direction = torch.randn_like(out)
     for mine, reference in zip(*(torch.autograd.grad(y, (q, k, v), direction) for y in (out, wanted)), strict=True):
         assert_close_to_scale(mine, reference, 1e-4)
     # Whole rows, and then the last tokens with all keys and values, as with a cache.
     q, k, v = (x.detach().view(2, 300, -1, 8) for x in (q, k, v))
-    rows = ops.attention(q, k, v, window=window, slopes_H=slopes)
+    rows = ops.attention(q, k, v, window=window, slopes_H=slopes, softcap=softcap)
     for row in range(2):
         one = slice(row, row + 1)
-        wanted = plain_attention(q[one], k[one], v[one], [0, 300], window, slopes)
+        wanted = plain_attention(q[one], k[one], v[one], [0, 300], window, slopes, softcap)
         assert (rows[row] - wanted[0]).abs().max() < 1e-5
-    last = ops.attention(q[:, -3:], k, v, window=window, slopes_H=slopes)
-    assert (last - rows[:, -3:]).abs().max() < 1e-5
+    for count in (1, 3):
+        last = ops.attention(q[:, -count:], k, v, window=window, slopes_H=slopes, softcap=softcap)
+        assert (last - rows[:, -count:]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("window", [0, 9])
+def test_flex_attention_equals_the_other_path(window: int) -> None:
+    """The forward pass of what GPUs compile. (On a CPU it has no backward pass; ``test_kernels`` compares that on GPUs.)"""
+    torch.manual_seed(window)
+    boundaries = torch.tensor([0, 30, 31, 31, 100], dtype=torch.int32)
+    q, k, v = (torch.randn(100, heads, 16) for heads in (4, 2, 2))
+    out = flex_attention(q, k, v, boundaries, window, 0.8)
+    wanted = ops.attention(*(x.unsqueeze(0) for x in (q, k, v)), boundaries, window=window, softcap=0.8)[0]
+    assert_close_to_scale(out, wanted)

@@ -58,6 +58,7 @@ def compare(
     window=st.sampled_from([0, 0, 1, 50]),
     alibi=st.booleans(),
     packed=st.booleans(),
+    softcap=st.sampled_from([0.0, 0.0, 2.0]),
 )
 def test_attention(
     device: str,
@@ -69,6 +70,7 @@ def test_attention(
     window: int,
     alibi: bool,
     packed: bool,
+    softcap: float,
 ) -> None:
     torch.manual_seed(seed)
     count, kv_count = heads
@@ -76,7 +78,9 @@ def test_attention(
     q, k, v = (torch.randn(1, rows * total, n, size) for n in (count, kv_count, kv_count))
     slopes = torch.rand(count) if alibi else None
     boundaries = list(itertools.accumulate(lengths, initial=0)) if packed else [total * row for row in range(rows + 1)]
-    on_device: dict[str, Any] = {"window": window, "slopes_H": None if slopes is None else slopes.to(device)}
+    on_device: dict[str, Any] = {
+        "window": window, "slopes_H": None if slopes is None else slopes.to(device), "softcap": softcap,
+    }  # fmt: skip
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if packed:
@@ -85,7 +89,10 @@ def test_attention(
         q_rows, k_rows, v_rows = (x.view(rows, total, *x.shape[2:]) for x in (q, k, v))
         return ops.attention(q_rows, k_rows, v_rows, **on_device).reshape(q.shape)
 
-    compare(attention, lambda q, k, v: plain_attention(q, k, v, boundaries, window, slopes), (q, k, v), device, dtype)
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return plain_attention(q, k, v, boundaries, window, slopes, softcap)
+
+    compare(attention, plain, (q, k, v), device, dtype)
 
 
 @pytest.mark.parametrize(("device", "dtype"), KINDS)
@@ -131,15 +138,17 @@ def test_gated(device: str, dtype: torch.dtype, activation: str, plain: Callable
 
 
 @pytest.mark.parametrize(("device", "dtype"), KINDS)
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_loss(device: str, dtype: torch.dtype, smoothing: float) -> None:
+@pytest.mark.parametrize(("smoothing", "softcap"), [(0.0, 0.0), (0.1, 0.0), (0.1, 0.9)])
+def test_loss(device: str, dtype: torch.dtype, smoothing: float, softcap: float) -> None:
     hidden, weight, labels = torch.randn(70, 32), torch.randn(131, 32) / 5, torch.randint(0, 131, (70,))
     labels[::5] = -100
     rounded = [x.to(dtype) for x in (hidden, weight)]
     exact = [x.double().requires_grad_() for x in rounded]
     mine = [x.to(device).requires_grad_() for x in rounded]
-    total, losses = ops.linear_cross_entropy(mine[0], mine[1], labels.to(device), smoothing)
-    wanted = F.cross_entropy(exact[0] @ exact[1].t(), labels, reduction="none", label_smoothing=smoothing)
+    total, losses = ops.linear_cross_entropy(mine[0], mine[1], labels.to(device), smoothing, softcap)
+    logits = exact[0] @ exact[1].t()
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    wanted = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
     assert_close(losses, wanted, dtype)
     assert_close(total, wanted.sum(), dtype)
     (total / 56).backward()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from internevo.config import validate
-from internevo.models.config import DecoderConfig, Experts, Rope, Stage
+from internevo.models.config import DecoderConfig, Experts, Latent, Rope, Stage
 from internevo.models.decoder import Decoder
 from internevo.models.families.registry import decoder_config
 from internevo.models.linear import Linear
@@ -87,7 +87,11 @@ SHAPES = [
     replace(DENSE, tie_embeddings=True, qk_norm=True, windows=(4, 0) * 3, rope=Rope(kind="linear", factor=2.0)),
     replace(DENSE, experts=Experts(8, 2, 32, shared_size=32, dense_layers=(0, 3))),
     replace(DENSE, num_kv_heads=2, experts=Experts(4, 2, 32)),
-]
+    replace(
+        DENSE, num_kv_heads=8, head_dim=12, latent=Latent(12, 16, 8, 4, 8),
+        experts=Experts(8, 2, 32, shared_size=32, shared_gate=False, dense_layers=(0,)),
+    ),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("number", range(24))

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from internevo.config.run import MAY_DIFFER, Ckpt, LoadCkptInfo
 from internevo.errors import ConfigError
-from internevo.models.config import BALANCE_BIAS, DecoderConfig, Experts, Rope
+from internevo.models.config import BALANCE_BIAS, DecoderConfig, Experts, Latent, Rope
 from internevo.train.compare import compare_models
 from internevo.train.restore import restore
 from tests.conftest import Run, WriteConfig
@@ -43,7 +43,10 @@ CHANGES: list[tuple[DecoderConfig, dict[str, Any], str, bool]] = [
     (DENSE, {"norm_head": True}, "model.norm_head", True),
     (DENSE, {"qk_norm": True}, "qk_norm", False),
     (DENSE, {"out_norms": True}, "out_norms", False),
-    (DENSE, {"query_scale": 0.5}, "query_scale", False),
+    (DENSE, {"query_scale": 0.5}, "model.query_pre_attn_scalar", False),
+    (DENSE, {"attention_softcap": 9.0}, "model.attn_logit_softcapping", False),
+    (DENSE, {"logit_softcap": 9.0}, "model.final_logit_softcapping", False),
+    (DENSE, {"latent": Latent(8, 0, 4, 4, 8)}, "model.head_dim", False),
     (DENSE, {"window_rope": Rope(5.0)}, "window_rope", False),
     (DENSE, {"rope": Rope(interleaved=True)}, "rope.interleaved", False),
     (DENSE, {"rope": Rope(share=0.5)}, "model.rope_scaling", True),
@@ -56,6 +59,11 @@ CHANGES: list[tuple[DecoderConfig, dict[str, Any], str, bool]] = [
     (MOE, {"experts": Experts(4, 2, 48, normalize=False)}, "model.norm_topk_prob", True),
     (MOE, {"experts": Experts(4, 2, 48, shared_size=9)}, "model.shared_expert_intermediate_size", False),
     (MOE, {"experts": Experts(4, 2, 48, dense_layers=(1,))}, "model.mlp_only_layers", False),
+    (MOE, {"experts": Experts(4, 2, 48, groups=2)}, "model.n_group", False),
+    (MOE, {"experts": Experts(4, 2, 48, top_groups=2)}, "model.topk_group", False),
+    (MOE, {"experts": Experts(4, 2, 48, scale=2.0)}, "model.routed_scaling_factor", False),
+    (MOE, {"experts": Experts(4, 2, 48, scoring="sigmoid")}, "scoring", False),
+    (MOE, {"experts": Experts(4, 2, 48, shared_gate=False)}, "shared_gate", False),
 ]  # fmt: skip
 
 

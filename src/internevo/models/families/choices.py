@@ -25,6 +25,17 @@ DEFAULT_VALUES: dict[str, tuple[Any, ...]] = {
     "mlp_only_layers": ((),),
     "num_shared_experts": (0,),
     "shared_expert_intermediate_size": (None,),
+    "q_lora_rank": (None,),
+    "kv_lora_rank": (None,),
+    "qk_nope_head_dim": (None,),
+    "qk_rope_head_dim": (None,),
+    "v_head_dim": (None,),
+    "n_group": (1,),
+    "topk_group": (1,),
+    "routed_scaling_factor": (1.0,),
+    "query_pre_attn_scalar": (None,),
+    "attn_logit_softcapping": (None, 0),
+    "final_logit_softcapping": (None, 0),
 }
 """The values that each option may have in a family that does not support the option."""
 ANY_VALUE = None

@@ -11,17 +11,18 @@ from ..config import DecoderConfig, Experts
 from ..huggingface.naming import DiskRows, Names
 from . import choices
 
+SHARED: choices.Allowed = dict.fromkeys(("num_shared_experts", "shared_expert_intermediate_size"), choices.ANY_VALUE)
+"""Options of the shared expert."""
 
-def problems(model: Model, family: str, shared: bool = False) -> Iterator[str]:
+
+def problems(model: Model, family: str, shared: bool = False, more: choices.Allowed = choices.SLIDING_WINDOW) -> Iterator[str]:
     """Yields what does not fit a family with experts in a config's ``model`` section.
 
     Args:
         shared: whether the family has a shared expert, which sees every token.
+        more: what else the family supports.
     """
-    allowed: dict[str, Any] = {**choices.SLIDING_WINDOW, **choices.EXPERTS}
-    if shared:
-        allowed |= {"num_shared_experts": choices.ANY_VALUE, "shared_expert_intermediate_size": choices.ANY_VALUE}
-    yield from choices.problems(model, family, allowed)
+    yield from choices.problems(model, family, {**choices.EXPERTS, **(SHARED if shared else {}), **more})
     if model.num_experts < 2:
         yield f"model_type = {family!r} needs model.num_experts > 1"
     if model.top_k > model.num_experts:

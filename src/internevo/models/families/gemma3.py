@@ -30,33 +30,54 @@ NORMS = {
     "attn_norm": "input_layernorm", "attn_out_norm": "post_attention_layernorm", "mlp_norm": "pre_feedforward_layernorm",
     "mlp_out_norm": "post_feedforward_layernorm",
 }  # fmt: skip
+ALLOWED: choices.Allowed = {**choices.SLIDING_WINDOW, "add_unit_offset": (None, True), "use_swiglu": (None, False)}
 DIFFERENCES: dict[str, Any] = {**gemma.DIFFERENCES, "family": FAMILY, "qk_norm": True, "out_norms": True}
 
 
 def problems(model: Model) -> Iterator[str]:
     """Yields what does not fit this family in a config's ``model`` section."""
-    allowed = {**choices.SLIDING_WINDOW, "add_unit_offset": (None, True), "use_swiglu": (None, False)}
-    yield from choices.problems(model, FAMILY, allowed)
+    yield from choices.problems(model, FAMILY, {**ALLOWED, "query_pre_attn_scalar": choices.ANY_VALUE})
+    yield from max_window_layers(model, FAMILY, "every sixth layer")
+
+
+def max_window_layers(model: Model, family: str, which: str) -> Iterator[str]:
+    """Yields a message if ``max_window_layers`` is set, which these families do not use.
+
+    Args:
+        which: the layers that have no window.
+    """
     if model.max_window_layers is not None:
-        yield f"model.max_window_layers is not supported by model_type = {FAMILY!r}: every sixth layer has no window"
+        yield f"model.max_window_layers is not supported by model_type = {family!r}: {which} has no window"
 
 
 def from_section(model: Model) -> DecoderConfig:
     """Returns the decoder that a config's ``model`` section describes. By default the head is tied to the embedding, and the
     window is 512 tokens, as in the models with 270 million and 1 billion parameters."""
-    window = 512
-    if "use_sliding_window" in model.model_fields_set:
-        window = (model.sliding_window or 0) if model.use_sliding_window else 0
+    plain = llama.from_section(model)
     return replace(
-        llama.from_section(model),
+        plain,
         tie_embeddings=model.tie_word_embeddings is not False,
-        windows=_windows(model.num_layers, window, PATTERN),
+        windows=windows(model.num_layers, section_window(model, 512), PATTERN),
         window_rope=Rope(WINDOW_BASE),
+        query_scale=query_scale(plain.head_dim, model.query_pre_attn_scalar),
         **DIFFERENCES,
     )
 
 
-def _windows(layers: int, window: int, pattern: int) -> tuple[int, ...]:
+def section_window(model: Model, default: int) -> int:
+    """Returns the window of a config's ``model`` section; ``default`` if ``use_sliding_window`` is left out."""
+    if "use_sliding_window" not in model.model_fields_set:
+        return default
+    return (model.sliding_window or 0) if model.use_sliding_window else 0
+
+
+def query_scale(head_dim: int, scalar: int | None) -> float:
+    """Returns ``DecoderConfig.query_scale``, with which scores are q k / sqrt(scalar)."""
+    return 1.0 if scalar is None else math.sqrt(head_dim / scalar)
+
+
+def windows(layers: int, window: int, pattern: int) -> tuple[int, ...]:
+    """Returns each layer's window: each ``pattern``-th layer has none. Empty if no layer has one."""
     found = tuple(window if (layer + 1) % pattern else 0 for layer in range(layers))
     return found if any(found) else ()
 
@@ -75,19 +96,34 @@ def from_hf(hf: dict[str, Any]) -> DecoderConfig:
     everywhere, windowed = KINDS
     rope = rope_hf.from_hf({**old, "rope_parameters": new.get(everywhere)}, default_base=1e6)
     own = rope_hf.from_hf({"rope_theta": hf.get("rope_local_base_freq"), "rope_parameters": new.get(windowed)}, WINDOW_BASE)
-    layers, window = values["num_hidden_layers"], values["sliding_window"] or 0
-    windows = _windows(layers, window, hf.get("sliding_window_pattern") or PATTERN)
-    if kinds := hf.get("layer_types"):
-        windows = tuple(window if kind == windowed else 0 for kind in kinds)
     plain = replace(llama.from_hf(values), **DIFFERENCES)
-    scale = math.sqrt(plain.head_dim / values["query_pre_attn_scalar"])
-    return replace(plain, rope=rope, window_rope=own, windows=windows if any(windows) else (), query_scale=scale)
+    of_layers = hf_windows(values, hf.get("sliding_window_pattern") or PATTERN)
+    scale = query_scale(plain.head_dim, values["query_pre_attn_scalar"])
+    return replace(plain, rope=rope, window_rope=own, windows=of_layers, query_scale=scale)
+
+
+def hf_windows(values: dict[str, Any], pattern: int) -> tuple[int, ...]:
+    """Returns each layer's window for a ``config.json``: from ``layer_types``, or else from the family's pattern."""
+    window, kinds = values["sliding_window"] or 0, values.get("layer_types")
+    if not kinds:
+        return windows(values["num_hidden_layers"], window, pattern)
+    found = tuple(window if kind == KINDS[1] else 0 for kind in kinds)
+    return found if any(found) else ()
+
+
+def windows_to_hf(config: DecoderConfig) -> dict[str, Any]:
+    """Returns the keys of ``config.json`` for the windows."""
+    of_layers = config.windows or (0,) * config.num_layers
+    return {
+        "sliding_window": max(of_layers) or None,
+        "layer_types": [KINDS[1] if window else KINDS[0] for window in of_layers],
+    }
 
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
     """Returns the Hugging Face ``config.json`` of a decoder, with the keys of transformers 4 and 5."""
     everywhere, windowed = KINDS
-    windows, own = config.windows or (0,) * config.num_layers, config.window_rope or Rope(WINDOW_BASE)
+    own = config.window_rope or Rope(WINDOW_BASE)
     values = gemma.to_hf(config)
     if "rope_parameters" in values:
         parameters = {everywhere: values["rope_parameters"], windowed: rope_hf.to_hf(own)["rope_parameters"]}
@@ -96,9 +132,8 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
         **values,
         "architectures": [ARCHITECTURE],
         "model_type": HF_MODEL_TYPE,
-        "query_pre_attn_scalar": round(config.head_dim / config.query_scale**2),
-        "sliding_window": max(windows) or None,
-        "layer_types": [windowed if window else everywhere for window in windows],
+        **windows_to_hf(config),
+        "query_pre_attn_scalar": config.query_scalar,
         "attn_logit_softcapping": None,
         "final_logit_softcapping": None,
     }

@@ -10,7 +10,8 @@ from ...config.rope import is_number
 COUNTS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "max_position_embeddings", "model_max_length", "num_experts", "num_local_experts", "num_experts_per_tok",
-    "moe_intermediate_size", "decoder_sparse_step",
+    "moe_intermediate_size", "decoder_sparse_step", "n_routed_experts", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim",
+    "qk_rope_head_dim", "v_head_dim", "n_group", "topk_group",
 )  # fmt: skip
 FLAGS = ("attention_bias", "mlp_bias", "bias", "qkv_bias", "tie_word_embeddings", "use_sliding_window", "norm_topk_prob")
 MAY_BE_NULL = (
@@ -22,6 +23,9 @@ MAY_BE_NULL = (
     "model_max_length",
     "mlp_only_layers",
     "layer_types",
+    "q_lora_rank",
+    "n_group",
+    "topk_group",
 )
 LAYER_TYPES = ("full_attention", "sliding_attention")
 FIXED: dict[str, tuple[Any, ...]] = {"quantization_config": (None,)}
@@ -44,9 +48,13 @@ def _types(hf: dict[str, Any]) -> Iterator[str]:
             yield f"{key} = {value!r} must be true or false"
         elif key in ("rms_norm_eps", "rope_theta") and not (is_number(value) and value > 0):
             yield f"{key} = {value!r} must be a number above 0"
-        elif key in ("max_window_layers", "sliding_window", "shared_expert_intermediate_size") and not _is_count(
-            value, least=0
-        ):
+        elif key in (
+            "max_window_layers",
+            "sliding_window",
+            "shared_expert_intermediate_size",
+            "n_shared_experts",
+            "first_k_dense_replace",
+        ) and not _is_count(value, least=0):
             yield f"{key} = {value!r} must be a whole number"
         elif key == "mlp_only_layers" and not (isinstance(value, list) and all(_is_count(n, least=0) for n in value)):
             yield f"{key} = {value!r} must be a list of whole numbers"
@@ -70,6 +78,6 @@ def _contradictions(hf: dict[str, Any]) -> Iterator[str]:
         yield f"hidden_size = {width} is not a multiple of num_attention_heads = {heads}, and there is no head_dim"
     if (hf.get("head_dim") or 0) % 2:
         yield f"head_dim = {hf['head_dim']} must be even for the rotary embedding"
-    experts = hf.get("num_experts") or hf.get("num_local_experts")
+    experts = hf.get("num_experts") or hf.get("num_local_experts") or hf.get("n_routed_experts")
     if experts and hf.get("num_experts_per_tok", 1) > experts:
         yield f"num_experts_per_tok = {hf['num_experts_per_tok']} is greater than the number of experts, {experts}"

@@ -14,7 +14,10 @@ from ...errors import UsageError
 from ..config import DecoderConfig, Lora
 from . import (
     baichuan2,
+    deepseek2,
+    deepseek3,
     gemma,
+    gemma2,
     gemma3,
     glm,
     glm4,
@@ -46,7 +49,10 @@ MODULES = (
     phi3,
     glm,
     glm4,
+    gemma2,
     gemma3,
+    deepseek2,
+    deepseek3,
 )
 FAMILIES: dict[str, ModuleType] = {module.FAMILY: module for module in MODULES}
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -83,11 +84,24 @@ class HfFolder:
                 dtype = str(found.dtype).removeprefix("torch.")
                 raise UsageError(f"{self.folder}: tensor {disk} has dtype {dtype}; weights must be floating-point numbers")
         tied = [family(self.config.family).HEAD] if self.config.tie_embeddings else []
+        extra = self._left_out()
+        if extra:
+            log.warning(
+                f"{self.folder}: {len(extra)} tensors are left out, those of the layers for multi-token prediction "
+                f"(num_nextn_predict_layers = {self.hf_config.get('num_nextn_predict_layers')}; first: {extra[0]})"
+            )
         for disk in self.weights.files:
+            if disk in extra:
+                continue
             if disk not in self.naming.shapes and disk not in tied and not disk.endswith(IGNORED):
                 raise UsageError(
                     f"{self.folder} has a tensor {disk!r}, which {self.config.family} with this config.json does not have"
                 )
+
+    def _left_out(self) -> list[str]:
+        """Returns the names of tensors that the family knows and does not use."""
+        ignored = getattr(family(self.config.family), "ignored", None)
+        return [disk for disk in self.weights.files if ignored(self.hf_config, disk)] if ignored else []
 
     def dtype_of(self, name: str) -> torch.dtype:
         """Returns the dtype of a parameter, also if the tensors on disk that it consists of have different dtypes."""
@@ -113,8 +127,15 @@ class HfFolder:
 
 
 def naming(config: DecoderConfig) -> Naming:
-    """Returns where every parameter of a model is on disk, in its family's Hugging Face folders."""
-    return Naming(family(config.family).names(config), parameter_shapes(config))
+    """Returns where every parameter of a model is on disk, in its family's Hugging Face folders. The balance biases of its
+    routers are there, too, if the family has them."""
+    module = family(config.family)
+    return Naming(module.names(config), stored_shapes(config) if _has_biases(module) else parameter_shapes(config))
+
+
+def _has_biases(module: ModuleType) -> bool:
+    """Whether the folders of a family have the balance biases of routers."""
+    return getattr(module, "BALANCE_BIAS", False)
 
 
 def save_hf(
@@ -164,7 +185,8 @@ def write_hf(
     Raises:
         UsageError: if the family's ``config.json`` cannot describe the model, or the folder is not empty or cannot be written.
     """
-    config = as_family(_without_zero_biases(source), write_as or source.config.family)
+    name = write_as or source.config.family
+    config = as_family(source.config if _has_biases(family(name)) else _without_zero_biases(source), name)
     with target(folder, "config.json", _model_files(folder) if overwrite else None) as new:
         _write_weights(source, naming(config), new, dtype, shard_bytes, progress)
         special: dict[str, Any] = {}
@@ -205,10 +227,11 @@ def _write_weights(
     shard_bytes: int,
     progress: Callable[[int, int], None],
 ) -> None:
-    specs = {}
+    specs, rounded = {}, parameter_shapes(source.config).keys()  # all but balance biases
     for disk, shape in names.shapes.items():
         parameters = {mapping.parameter for mapping in names.by_disk[disk]}
-        specs[disk] = Spec(shape, dtype or joint_dtype(map(source.dtype_of, parameters)))
+        given = dtype if parameters <= rounded else None
+        specs[disk] = Spec(shape, given or joint_dtype(map(source.dtype_of, parameters)))
     total, done = sum(spec.nbytes for spec in specs.values()), 0
     with ShardWriter(folder, specs, shard_bytes, _shard_name) as writer:
         for disk, spec in specs.items():
@@ -243,7 +266,7 @@ def as_family(config: DecoderConfig, name: str) -> DecoderConfig:
         UsageError: if the family's ``config.json`` cannot describe the model; the message names the first field that differs.
     """
     module = family(name)
-    if config.experts is not None and config.experts.balance_bias:
+    if config.experts is not None and config.experts.balance_bias and not _has_biases(module):
         raise UsageError(
             f"a Hugging Face folder of {module.ARCHITECTURE} cannot describe this model: its routers have balance biases "
             "(model.moe_layer_kwargs.bias_update_speed), without which many tokens would go to other experts; only checkpoints "

@@ -11,8 +11,12 @@ from internevo.models.families.registry import FAMILIES
 
 SHAPE: dict[str, Any] = {"num_layers": 4, "hidden_size": 64, "vocab_size": 100, "num_attention_heads": 4}
 EXPERTS = {"num_experts": 4, "top_k": 2}
+LATENT = {
+    "kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10, "n_group": 2, "num_shared_experts": 1,
+}  # fmt: skip
 BASE = dict.fromkeys(FAMILIES, SHAPE) | {
     "MIXTRALMOE": SHAPE | EXPERTS, "QWEN3MOE": SHAPE | EXPERTS, "QWEN2MOE": SHAPE | EXPERTS | {"num_shared_experts": 1},
+    "DEEPSEEKV2": SHAPE | EXPERTS | LATENT, "DEEPSEEKV3": SHAPE | EXPERTS | LATENT,
 }  # fmt: skip
 """The smallest section of each family."""
 CHANGES: list[dict[str, Any]] = [
@@ -26,7 +30,10 @@ CHANGES: list[dict[str, Any]] = [
     {"add_unit_offset": True}, {"add_unit_offset": False}, {"use_swiglu": True}, {"use_swiglu": False}, {"num_experts": 8},
     {"top_k": 3}, {"moe_type": "Dropless"}, {"moe_layer_kwargs": {"capacity_factor": 2.0}}, {"moe_intermediate_size": 33},
     {"num_shared_experts": 3}, {"shared_expert_intermediate_size": 12}, {"norm_topk_prob": True}, {"norm_topk_prob": False},
-    {"decoder_sparse_step": 2}, {"mlp_only_layers": (1,)},
+    {"decoder_sparse_step": 2}, {"mlp_only_layers": (1,)}, {"query_pre_attn_scalar": 7}, {"attn_logit_softcapping": 7.0},
+    {"final_logit_softcapping": 7.0}, {"q_lora_rank": 8}, {"kv_lora_rank": 8}, {"qk_nope_head_dim": 8},
+    {"qk_rope_head_dim": 6}, {"v_head_dim": 8}, {"n_group": 4, "topk_group": 2}, {"topk_group": 2},
+    {"routed_scaling_factor": 2.0},
 ]  # fmt: skip
 SAYS: dict[str, Any] = {
     "no_bias": lambda d: not (d.qkv_bias or d.o_bias), "qkv_bias": lambda d: d.qkv_bias, "o_bias": lambda d: d.o_bias,
