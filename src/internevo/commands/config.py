@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config.check import data_size, missing_paths, smallest_world
-from ..config.load import dump, load_config
+from ..config.load import dump
 from ..config.option import notices
 from ..config.schema import Config
 from ..errors import ConfigError
 from ..train.check import check_data, missing_features, problems
+from ..train.config import load_config
 
 if TYPE_CHECKING:  # these import PyTorch, which takes seconds and is only needed for a layout
     from ..models.config import DecoderConfig

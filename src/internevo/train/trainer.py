@@ -85,6 +85,8 @@ class Trainer:
         config, data = self.config, self.config.data
         observers = self._observers()
         try:
+            if data.valid_at_start and data.valid_every and not self.state.step:
+                self._evaluate(0, observers)
             clock = time.perf_counter()
             for batch in self.batches.prefetch(self.state.cursor):
                 record, stop, save = self._step(batch, time.perf_counter() - clock)
