@@ -11,6 +11,7 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
+from .commands import tuning
 from .commands.arguments import PROFILING, ConfigFile, Overrides, parse_input, parse_path, parse_size, parse_tokens
 from .commands.help import App, completion_script, prepare_completion, print_version
 from .commands.printing import describe_error, print_anything
@@ -66,20 +67,39 @@ def train(
     command.dry_run(config, overrides or [], world_size, rank or 0)
 
 
-@app.command("config", epilog=_epilog("internevo config configs/7B_internlm2.py --world-size 8"))
+@app.command(
+    "config",
+    epilog=_epilog("internevo config configs/7B_internlm2.py --world-size 8")
+    + " \n\n"
+    + _epilog("internevo config --from-hf llama/ > mine.py"),
+)
 def config_(
-    config: ConfigFile,
+    config: Annotated[
+        Path | None, typer.Argument(parser=parse_input, metavar="CONFIG", help="Config file: .py, .yaml, .toml or .json.")
+    ] = None,
     overrides: Overrides = None,
     world_size: Annotated[int | None, typer.Option(min=1, help="Also print the layout on N processes.", metavar="N")] = None,
     per_node: Annotated[int, typer.Option(min=1, help="Processes per node, for the layout.")] = 8,
     everything: Annotated[
         bool, typer.Option("--all", help="Print the whole config as JSON; also if the output is not a terminal.")
     ] = False,
+    from_hf: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Print a new config that starts from a Hugging Face folder or name (owner/name)."),
+    ] = None,
 ) -> None:
     """Check a config, and print the model, the layout and what differs from the defaults."""
+    from .commands import template
     from .commands.config import show
 
-    show(config, overrides or [], world_size, per_node, everything or None)
+    if from_hf is not None and config is not None:
+        raise UsageError("--from-hf prints a new config: leave out CONFIG")
+    if from_hf is not None:
+        print(template.from_hf(from_hf), end="")
+    elif config is None:
+        raise UsageError("give a config file, or --from-hf MODEL for a new one")
+    else:
+        show(config, overrides or [], world_size, per_node, everything or None)
 
 
 @app.command(epilog=_epilog("internevo plan configs/7B_llama2.py --gpus 1024 --gpu h100 data.global_batch_size=1024"))
@@ -135,39 +155,9 @@ def plan(
     run(config, overrides or [], Question(gpus, gpu, nodes, calibration, memory, tokens, imbalance, out, picture, json))
 
 
-@app.command(epilog=_epilog("internevo tokenize corpus.jsonl --tokenizer llama/ --output data --valid-ratio 0.01"))
-def tokenize(
-    inputs: Annotated[list[Path], typer.Argument(parser=parse_input, metavar="INPUT", help="Files, or folders with files.")],
-    output: Annotated[Path, typer.Option(parser=parse_path, metavar="FOLDER", help="Folder for the tokenized data.")],
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(parser=parse_input, metavar="PATH", help="Tokenizer folder, tokenizer.json or SentencePiece .model."),
-    ] = None,
-    train_tokenizer: Annotated[Literal["bpe"] | None, typer.Option(help="Train a tokenizer on the input instead.")] = None,
-    vocab_size: Annotated[int | None, typer.Option(min=1, help="Vocabulary size of the tokenizer to train.")] = None,
-    format: Annotated[
-        Literal["text", "json", "jsonl", "csv", "parquet", "arrow", "alpaca", "chat"] | None,
-        typer.Option(help="Format of the files (default: by suffix); alpaca: instructions; chat: conversations."),
-    ] = None,
-    text_key: Annotated[str | None, typer.Option(help="Key or column with the text (default: content, then text).")] = None,
-    pattern: Annotated[str | None, typer.Option(help="Which files in a folder to read, for example '*.py'.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="Name of a folder to leave out; may be repeated.")] = None,
-    type: Annotated[str, typer.Option(help="Dataset type, a folder in the output; losses are reported per type.")] = "en",
-    valid_ratio: Annotated[float, typer.Option(min=0, max=1, help="Share of the documents for validation.")] = 0.0,
-    workers: Annotated[int | None, typer.Option(min=1, help="Number of processes (default: number of cores).")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace tokenized data in the output folder.")] = False,
-    on_error: Annotated[
-        Literal["stop", "skip"], typer.Option(help="If a document cannot be read: stop, or leave it out and print a line.")
-    ] = "stop",
-) -> None:
-    """Tokenize text. Writes OUTPUT/TYPE, or with --valid-ratio OUTPUT/train/TYPE and OUTPUT/valid/TYPE."""
-    from .commands.tokenize import run
-
-    run(
-        inputs, output, tokenizer=tokenizer, train_tokenizer=train_tokenizer, vocab_size=vocab_size, format=format,
-        text_key=text_key, pattern=pattern, exclude=tuple(exclude or ()), dataset_type=type, valid_ratio=valid_ratio,
-        workers=workers, overwrite=overwrite, on_error=on_error,
-    )  # fmt: skip
+app.command(epilog=_epilog("internevo tokenize corpus.jsonl --tokenizer llama/ --output data --valid-ratio 0.01"))(
+    tuning.tokenize
+)
 
 
 @app.command(

@@ -11,6 +11,7 @@ from ..models.decoder import Decoder
 from ..models.huggingface.folder import HfFolder
 from ..models.huggingface.merge import merged
 from ..models.source import ParameterSource, load_parameters
+from ..storage.hub import model_folder
 from .folder import CHECKPOINTS, Checkpoint, find_checkpoint
 from .manifest import NAME
 
@@ -19,13 +20,15 @@ def open_source(folder: Path, family: str | None = None) -> ParameterSource:
     """Opens a model for reading its weights. Adapters are merged into them.
 
     Args:
-        folder: a Hugging Face folder, a checkpoint, or a run folder, whose newest checkpoint is used.
+        folder: a Hugging Face folder, a checkpoint, or a run folder, whose newest checkpoint is used; or the name of a model on
+            the Hugging Face Hub (owner/name).
         family: the family of a Hugging Face folder that does not name it.
 
     Raises:
         UsageError, CheckpointError: if the folder cannot be used. The message names the folder or file, and the architecture if
             that is the reason.
     """
+    folder = model_folder(folder)
     if not folder.is_dir():
         raise UsageError(f"model folder {folder} " + ("is a file; give its folder" if folder.exists() else "does not exist"))
     try:
@@ -45,7 +48,7 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device: s
     """Loads a model, for inference or for your own training loop.
 
     Args:
-        folder: a Hugging Face folder, a checkpoint, or a run folder, whose newest checkpoint is used.
+        folder: as for ``open_source``.
         dtype: dtype of the weights.
         device: where the weights are.
 

@@ -17,12 +17,14 @@ PROFILING = ("monitor.memory=true", "monitor.trace=true")
 
 
 def parse_path(text: str | Path) -> Path:
-    """Converts an argument to a path, in which ``~`` is the home folder.
+    """Converts an argument to a path, in which ``~`` is the home folder. A text that begins with ./ is no name on the hub.
 
     Raises:
         UsageError: if it cannot be a path. (A path that does not exist is no error here.)
     """
     path = Path(os.path.expanduser(text))
+    if str(text).startswith("./") and not os.path.lexists(path):
+        path = path.absolute()
     try:
         if not str(text):
             raise UsageError("a path must not be empty; . is the current folder")

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config.check import data_size, missing_paths, smallest_world
-from ..config.load import dump, flat, load_config
+from ..config.load import dump, flat
 from ..config.option import notices, walk
 from ..config.schema import Config
 from ..errors import ConfigError
 from ..models.families.registry import decoder_config
 from ..observe.units import amount
 from ..train.check import check_data, missing_features, problems
+from ..train.config import load_config
 
 if TYPE_CHECKING:  # these import PyTorch, which takes seconds and is only needed for a layout
     from ..models.config import DecoderConfig

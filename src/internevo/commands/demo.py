@@ -86,9 +86,9 @@ def _check(config: Path, folder: Path) -> None:
 
 def _dtype(config: Path) -> list[str]:
     """Returns an override to fp32 if the config's dtype is slow on this device."""
-    from ..config import load_config
     from ..ops.precision import is_slow
     from ..parallel.world import pick_device
+    from ..train.config import load_config
 
     slow = is_slow(load_config(config).model.dtype, pick_device(0))
     return ["model.dtype=torch.float32"] if slow else []

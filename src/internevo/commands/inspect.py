@@ -14,6 +14,7 @@ from ..models.families.registry import family
 from ..models.huggingface.folder import HfFolder
 from ..models.source import ParameterSource, dtypes
 from ..observe.metrics import usable_rows
+from ..storage.hub import model_folder
 
 
 def describe(path: Path, tokenizer: Path | None = None, decode: int = 0) -> Iterator[str]:
@@ -28,6 +29,7 @@ def describe(path: Path, tokenizer: Path | None = None, decode: int = 0) -> Iter
         CheckpointError: if a checkpoint is damaged; the message says which file and where.
         DataError: if tokenized data is damaged; the message says which file and where.
     """
+    path = model_folder(path)
     if not path.is_dir():
         raise UsageError(f"{path} {'is not a folder' if path.exists() else 'does not exist'}")
     if (path / NAME).is_file() or (path / "state.json").is_file():

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Config
 from ..config.check import data_size
-from ..config.load import load_config
 from ..config.write import check_own, check_writable, write_config
 from ..errors import ConfigError, UsageError
 from ..parallel.launcher import local_world_size, read_launcher
 from ..train.check import check_config, problems
+from ..train.config import load_config
 from .launch import default_processes, launch
 
 if TYPE_CHECKING:  # these import PyTorch, which takes seconds

@@ -9,10 +9,11 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
-from ..config import Config, load_config, notices
+from ..config import Config, notices
 from ..errors import InternEvoError, UsageError
 from ..parallel.launcher import LauncherInfo, launcher_has_store, read_launcher
 from ..train.check import check, check_config
+from ..train.config import load_config
 from .launch import PARENT, default_processes, launch, say_starting
 
 
@@ -29,7 +30,7 @@ def train(path: Path, overrides: list[str], processes: int | None, port: int | N
         The exit code.
     """
     parent = int(os.environ.get(PARENT) or os.getppid())  # read first: the launcher may end meanwhile
-    config = load_config(path, overrides)
+    config = load_config(path, overrides, to_train=True)
     info = read_launcher(os.environ, port, launcher)
     if info.address is None:
         processes = processes or default_processes()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from . import rope
 from .data import STREAMS
+from .hub import may_be_on_hub
 from .model import attention_widths
 from .option import MAX_SIZE, unavailable
 from .schema import Config
@@ -65,7 +66,7 @@ def missing_paths(config: Config) -> list[str]:
         "data.train_folder": None if data.mixture or (stream and may_be_on_hub(train)) else train,
         "data.valid_folder": valid if data.valid_every and not (stream and may_be_on_hub(valid)) else None,
         "data.tokenizer_path": data.tokenizer_path if config.monitor.sample_prompts or data.streams else None,
-        "ckpt.load_ckpt_info.path": info.path if info else None,
+        "ckpt.load_ckpt_info.path": None if not info or (info.is_hf and may_be_on_hub(info.path)) else info.path,
     }
     for number, part in enumerate(data.mixture or []):
         if part.kind != "mocked" and not (part.kind in STREAMS and may_be_on_hub(part.folder)):
@@ -77,15 +78,12 @@ def missing_paths(config: Config) -> list[str]:
     ]
 
 
-def may_be_on_hub(name: str | None) -> bool:
-    """Whether this is not a folder here, and has the form of a dataset's name on the Hugging Face Hub (owner/name)."""
-    return name is not None and not Path(name).exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
-
-
 def _data(config: Config, world: int) -> Iterator[str]:
     data = config.data
     if data.streams and not data.tokenizer_path:
         yield "streaming data needs data.tokenizer_path"
+    if data.streams and data.use_packed_dataset and not data.split_documents:
+        yield "data.split_documents = False is not available for streams yet: tokenize the data first (internevo tokenize)"
     if data.type in STREAMS and not data.mixture and not data.train_folder:
         yield f"data.type = {data.type!r} needs data.train_folder"
     for number, part in enumerate(data.mixture or []):
@@ -379,7 +377,7 @@ def _precision(config: Config, world: int) -> Iterator[str]:
 
 def _load(config: Config, world: int) -> Iterator[str]:
     info = config.ckpt.load_ckpt_info
-    if info and info.path and info.ckpt_type.startswith("hf") and info.content != ("model",):
+    if info and info.path and info.is_hf and info.content != ("model",):
         yield 'ckpt.load_ckpt_info: a Hugging Face folder contains only weights; write content=("model",)'
     if config.monitor.sample_prompts and not config.data.tokenizer_path:
         yield "monitor.sample_prompts needs data.tokenizer_path"

@@ -78,6 +78,12 @@ class Data(Section):
     pack_sample_into_one: bool = option(
         False, "Let tokens attend to earlier documents in their row. False: only to tokens of their own document."
     )
+    split_documents: bool = option(
+        True,
+        "With use_packed_dataset: a document that does not fit into the rest of a row continues in the next one. False: it "
+        "begins the next row, and the rest is padding; only documents longer than seq_len are split.",
+        needs="data.use_packed_dataset",
+    )
     min_length: int = option(0, "Training documents that are shorter than this are dropped.", unit="tokens", ge=0)
     min_length_dict: dict[str, Annotated[int, Field(ge=0)]] | None = option(
         None, "Minimum lengths that replace min_length for some files: a part of the file's path -> minimum length."
@@ -91,6 +97,9 @@ class Data(Section):
         '"every" steps, up to its final value.',
     )
     valid_every: int = option(0, "Number of steps between evaluations; 0: no evaluation.", unit="steps", ge=0)
+    valid_at_start: bool = option(
+        False, "Also evaluate before the first step, which shows what the training changes.", needs="data.valid_every"
+    )
     valid_micro_num: int | None = option(
         None, "Micro-batches of a validation batch in InternEvo.", ignored="an evaluation uses every row once"
     )

@@ -27,15 +27,28 @@ from .schema import Config
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Reads a config file (.py, .yaml, .yml, .toml or .json), applies ``key.path=value`` overrides, and validates the result.
+    """Reads a config file, applies overrides, and validates the result. What ``model.from_hf`` names is not looked up; for that
+    see ``train/config.py``.
 
     Raises:
         ConfigError: if the config has mistakes; one line for each.
     """
+    return validate(read_values(path, overrides), source=str(path))
+
+
+def read_values(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
+    """Reads a config file (.py, .yaml, .yml, .toml or .json), and applies ``key.path=value`` overrides.
+
+    Returns:
+        The values by the schema's names, which are not validated yet.
+
+    Raises:
+        ConfigError: if the file cannot be read, an override is not one, or an older key contradicts a newer one.
+    """
     raw = read_file(Path(path))
     for text in overrides:
         apply_override(raw, text)
-    return validate(raw, source=str(path))
+    return translate(raw)
 
 
 def validate(raw: dict[str, Any], source: str = "config") -> Config:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from .option import MAX_EXPERTS, MAX_SIZE, REQUIRED, Section, dtype_name, listed, option
+from .option import MAX_EXPERTS, MAX_SIZE, REQUIRED, PathText, Section, dtype_name, listed, option
 
 KERNELS = "the fastest kernel for the device is chosen in one place (internevo/ops)"
 ROTARY = "rotary pairs are always half-split, as in Hugging Face's models; weights are reordered when they are converted"
@@ -100,6 +100,17 @@ class Lora(Section):
 class Model(Section):
     """The shape of the network, its precision and its initial weights. Names and defaults are InternEvo's."""
 
+    from_hf: PathText | None = option(
+        None,
+        "A Hugging Face model: its folder, or its name on the Hugging Face Hub (owner/name). model_type, all keys of model "
+        "that describe its shape, model.dtype and data.tokenizer_path are taken from there, unless they are set; and a new run "
+        "starts from its weights, unless ckpt.load_ckpt_info names others. A key that contradicts the weights is an error.",
+    )
+    pretrained: bool = option(
+        True,
+        "Start from the weights of from_hf. False: take only the shape, and start with new initial weights.",
+        needs="model.from_hf",
+    )
     num_layers: int = option(REQUIRED, "Number of decoder layers.", ge=1, le=10_000)
     hidden_size: int = option(REQUIRED, "Width of the residual stream.", ge=1, le=MAX_SIZE)
     vocab_size: int = option(REQUIRED, "Size of the vocabulary. Every token id must be less than it.", ge=1, le=MAX_SIZE)
@@ -206,6 +217,11 @@ class Model(Section):
         ge=1,
         le=MAX_SIZE,
         needs="model.use_sliding_window",
+    )
+    layer_windows: tuple[Annotated[int, Field(ge=0, le=MAX_SIZE)], ...] | None = option(
+        None,
+        "For each layer, the number of tokens that a token attends to; 0: all. It replaces use_sliding_window, in families "
+        "that support it.",
     )
     max_window_layers: int | None = option(
         None,

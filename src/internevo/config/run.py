@@ -23,7 +23,9 @@ class LoadCkptInfo(Section):
     """The checkpoint that a new run starts from."""
 
     path: PathText | None = option(
-        None, "Checkpoint, run folder or Hugging Face folder to load. None: start with new initial weights."
+        None,
+        'Checkpoint, run folder or Hugging Face folder to load; or with ckpt_type="hf" the name of a model on the Hugging '
+        "Face Hub (owner/name). None: start with new initial weights.",
     )
     content: tuple[str, ...] = option(
         ("all",),
@@ -66,6 +68,11 @@ class LoadCkptInfo(Section):
         """Whether ``part`` (model, optimizer, scheduler or sampler) is loaded."""
         return part in self.content or "all" in self.content
 
+    @property
+    def is_hf(self) -> bool:
+        """Whether it is a model in Hugging Face's format."""
+        return self.ckpt_type.startswith("hf")
+
 
 class Ckpt(Section):
     """Saving and loading of checkpoints. Everything that a run writes is in ``save_ckpt_folder``."""
@@ -91,7 +98,9 @@ class Ckpt(Section):
         "Resume from the newest complete checkpoint or snapshot in the run folder, if any. False: start a new run, which needs "
         "a run folder without checkpoints.",
     )
-    load_ckpt_info: LoadCkptInfo | None = option(None, "The checkpoint that a new run starts from. None: new initial weights.")
+    load_ckpt_info: LoadCkptInfo | None = option(
+        None, "The checkpoint that a new run starts from. None: the weights of model.from_hf, or else new initial weights."
+    )
     enable_internevo2hf_ckpt: bool = option(
         False, "Also export the model of each checkpoint in Hugging Face's format, to hf/step-N in the run folder."
     )

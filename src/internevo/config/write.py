@@ -51,6 +51,34 @@ def check_own(path: Path, beginning: str) -> None:
         raise UsageError(f"{path} exists and is not replaced, because internevo plan has not written it: choose another name")
 
 
+def readable(values: dict[str, Any], comments: dict[str, str], beginning: str) -> str:
+    """Returns a config as Python for people: one key on a line, with comments.
+
+    Args:
+        values: the keys that are set; a section is a dict.
+        comments: "section.key" -> what is to be said about it.
+        beginning: lines for the beginning of the file.
+    """
+    lines = [f"# {line}".rstrip() for line in beginning.splitlines()] + [""]
+    for name, value in values.items():
+        if not isinstance(value, dict):
+            lines.append(f"{name} = {_literal(value)}{_comment(comments.get(name))}")
+            continue
+        inside = (f"    {key}={_literal(item)},{_comment(comments.get(f'{name}.{key}'))}" for key, item in value.items())
+        lines += [f"{name} = dict({_comment(comments.get(name))}", *inside, ")"]
+    return "\n".join(lines) + "\n"
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"dict({', '.join(f'{key}={_literal(item)}' for key, item in value.items())})"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+
+
+def _comment(text: str | None) -> str:
+    return f"  # {text}" if text else ""
+
+
 def _json(values: dict[str, Any]) -> str:
     return json.dumps(values, indent=2) + "\n"
 

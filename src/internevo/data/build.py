@@ -13,7 +13,7 @@ from ..text.tokenizer import Tokenizer
 from .encoding.encode import Encoder, EncoderPool, cached_tokenizer
 from .mixture import Mixture, Part
 from .raw.hub import dataset_files
-from .rows import InMemoryRows, PackedRows, PaddedRows, RandomRows, ReadableRows, Rows
+from .rows import InMemoryRows, PackedRows, PaddedRows, RandomRows, ReadableRows, Rows, WholeRows
 from .source import ShuffledRows, Source
 from .streaming.blocks import BlockReader, make_shards
 from .streaming.exchange import Exchange
@@ -127,7 +127,8 @@ def _rows(data: Data, folder: str, vocab_size: int, min_length: int, min_lengths
         raise DataError(f"{folder} contains no document{shorter}: tokenize more text, or name another folder")
     if not data.use_packed_dataset:
         return PaddedRows(index, data.seq_len, vocab_size)
-    return PackedRows(index, data.seq_len, vocab_size, into_one=data.pack_sample_into_one)
+    packed = PackedRows if data.split_documents else WholeRows
+    return packed(index, data.seq_len, vocab_size, into_one=data.pack_sample_into_one)
 
 
 def checked_tokenizer(path: str, vocab_size: int) -> Tokenizer:

@@ -2,7 +2,8 @@
 
 Row ``i`` depends only on the dataset and ``seq_len``. Packing concatenates all documents in the order of the index, and splits
 the result into rows of ``seq_len`` tokens. Nothing is dropped, and the last row is padded. A document that goes past the end of
-a row continues in the next row; its last token in this row predicts its first token in the next.
+a row continues in the next row; its last token in this row predicts its first token in the next. ``WholeRows`` are packed
+without splitting documents.
 """
 
 from __future__ import annotations
@@ -132,15 +133,19 @@ class PackedRows(_IndexRows):
         return -(-self.index.tokens // self.seq_len)
 
     def __getitem__(self, number: int) -> Row:
-        index, size = self.index, self.seq_len
-        start, stop = number * size, min((number + 1) * size, index.tokens)
+        index = self.index
+        start, stop = self._span(number)
         first, last = (int(d) for d in np.searchsorted(index.ends, [start, stop - 1], side="right"))
-        ends = np.minimum(index.ends[first : last + 1] - start, size)  # where the documents end in this row
+        ends = np.minimum(index.ends[first : last + 1] - start, stop - start)  # where the documents end in this row
         continues = int(index.ends[last]) > stop
         raw = self._read(first, last, start, stop + continues)
-        row, tokens = make_row(raw, ends, self._types(first, last), size, continues, separate=not self.into_one)
+        row, tokens = make_row(raw, ends, self._types(first, last), self.seq_len, continues, separate=not self.into_one)
         self._check_vocabulary(tokens, first)
         return row
+
+    def _span(self, number: int) -> tuple[int, int]:
+        """Returns where a row begins and ends in the concatenation of all documents."""
+        return number * self.seq_len, min((number + 1) * self.seq_len, self.index.tokens)
 
     def _types(self, first: int, last: int) -> npt.NDArray[np.int16]:
         """Returns the dataset types of documents ``first`` to ``last``, both included."""
@@ -177,6 +182,31 @@ class PackedRows(_IndexRows):
         numbers = index.documents[document : last + 1, 0]
         gaps = np.flatnonzero(np.diff(numbers) != 1)
         return document + int(gaps[0]) if len(gaps) else last
+
+
+class WholeRows(PackedRows):
+    """Rows of whole documents: a document that does not fit into the rest of a row begins the next one; the rest is padding.
+
+    Only documents that are longer than a row are split; such a document begins a row of its own.
+    """
+
+    def __init__(self, index: Index, seq_len: int, vocab_size: int, into_one: bool = False) -> None:
+        super().__init__(index, seq_len, vocab_size, into_one)
+        ends, starts, stops, start = index.ends, list[int](), list[int](), 0
+        while start < index.tokens:
+            last = int(np.searchsorted(ends, start + seq_len, side="right"))  # the first document that does not fit
+            before = int(ends[last - 1]) if last else 0
+            stop = before if before > start else min(start + seq_len, int(ends[last]))
+            starts.append(start)
+            stops.append(stop)
+            start = stop
+        self.starts, self.stops = np.array(starts, np.int64), np.array(stops, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def _span(self, number: int) -> tuple[int, int]:
+        return int(self.starts[number]), int(self.stops[number])
 
 
 class PaddedRows(_IndexRows):

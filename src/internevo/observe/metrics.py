@@ -21,11 +21,11 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, last_step: int) -> None:
-        """``last_step``: the last step whose rows are kept, if the file exists."""
+        """``last_step``: the last step whose rows are kept, if the file exists; 0: none, not even an evaluation before it."""
         self.path = path
         kept, removed = list[str](), list[bytes]()
         for line, row in _lines(path):
-            if row is not None and row["step"] <= last_step:
+            if row is not None and last_step > 0 and row["step"] <= last_step:
                 kept.append(to_json(row) + "\n")  # strict JSON, which older versions did not write
             else:
                 removed.append(line + b"\n")

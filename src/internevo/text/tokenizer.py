@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import InternEvoError, UsageError
+from ..storage.hub import model_folder
 from ..storage.jsonfile import read_object, write_json
 from .sentencepieces import SentencePieceBackend
 from .special_tokens import END_OF_TEXT, SETTINGS, added_tokens, class_tokens, model_eos_ids, read_settings, token_text
@@ -167,12 +168,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Opens a tokenizer.
 
     Args:
-        path: a tokenizer.json, SentencePiece .model or .tiktoken file, or a folder that contains a tokenizer.
+        path: a tokenizer.json, SentencePiece .model or .tiktoken file, or a folder that contains a tokenizer; or the name of a
+            model on the Hugging Face Hub (owner/name).
 
     Raises:
         UsageError: if ``path`` does not exist, is not a tokenizer, or cannot be read.
     """
-    path = Path(path)
+    path = model_folder(path, weights=False)
     if not path.exists():
         raise UsageError(f"the tokenizer {path} does not exist")
     folder = path if path.is_dir() else path.parent

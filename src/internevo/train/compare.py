@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,22 @@ from ..config.run import MAY_DIFFER, LoadCkptInfo
 from ..errors import ConfigError
 from ..models.config import BALANCE_BIAS, DecoderConfig
 
+MAY_BE_WANTED = (
+    "Correct these keys. If a difference is wanted, start in a new run folder (ckpt.save_ckpt_folder) and name it in "
+    f"may_differ of ckpt.load_ckpt_info (possible: {', '.join(MAY_DIFFER)})"
+)
 
-def compare_models(mine: DecoderConfig, theirs: DecoderConfig, folder: Path, info: LoadCkptInfo) -> list[str]:
+
+def compare_models(
+    mine: DecoderConfig, theirs: DecoderConfig, folder: Path, info: LoadCkptInfo, advice: str = MAY_BE_WANTED
+) -> list[str]:
     """Compares the config's model with that of a folder, without adapters.
 
     Args:
         mine: the model of the config.
         theirs: the model of the checkpoint or Hugging Face folder ``folder``.
         info: says which differences are wanted (``may_differ``).
+        advice: the end of the message about others.
 
     Returns:
         Lines for the user about differences that are wanted, or that change nothing that the weights were trained for.
@@ -24,24 +33,27 @@ def compare_models(mine: DecoderConfig, theirs: DecoderConfig, folder: Path, inf
     Raises:
         ConfigError: if there are others. The message names every key that differs.
     """
-    ours, others = mine.settings(), theirs.settings()
     lines: list[str] = []
     wrong: list[str] = []
-    for key in {**ours, **others}:
-        a, b = ours.get(key), others.get(key)
-        if a == b:
-            continue
-        line = f"{key} = {_text(a)} in the config, and {_text(b)} in {folder}"
+    for key, line in differences(mine, theirs, str(folder)):
         wanted = key.removeprefix("model.") in info.may_differ
         (lines if wanted or _is_free(key, mine, theirs) else wrong).append(line)
     if wrong:
         raise ConfigError(
             f"the config's model is not that of {folder}, whose weights are to be loaded:\n"
             + "".join(f"  {line}\n" for line in wrong)
-            + "Correct these keys. If a difference is wanted, start in a new run folder (ckpt.save_ckpt_folder) and name it in "
-            f"may_differ of ckpt.load_ckpt_info (possible: {', '.join(MAY_DIFFER)})"
+            + advice
         )
     return [f"note: {line}" for line in lines]
+
+
+def differences(mine: DecoderConfig, theirs: DecoderConfig, place: str) -> Iterator[tuple[str, str]]:
+    """Yields each key of a config in which two models differ, and a line that says how. ``place``: where ``theirs`` is."""
+    ours, others = mine.settings(), theirs.settings()
+    for key in {**ours, **others}:
+        a, b = ours.get(key), others.get(key)
+        if a != b:
+            yield key, f"{key} = {_text(a)} in the config, and {_text(b)} in {place}"
 
 
 def _text(value: Any) -> str:

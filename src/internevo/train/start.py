@@ -16,6 +16,7 @@ from ..errors import CheckpointError, ConfigError
 from ..models.config import DecoderConfig
 from ..models.families.registry import decoder_config
 from ..models.huggingface.folder import HfFolder
+from ..storage.hub import model_folder
 from .compare import compare_models
 
 
@@ -43,15 +44,15 @@ def find_start(ckpt: Ckpt, run: Path) -> Start | None:
     info = ckpt.load_ckpt_info
     if info is None or info.path is None:
         return None
-    path, is_hf = Path(info.path), info.ckpt_type.startswith("hf")
+    path = model_folder(info.path) if info.is_hf else Path(info.path)
     is_ours = (path / NAME).is_file() or (path / CHECKPOINTS).is_dir()
-    if is_hf and is_ours:
+    if info.is_hf and is_ours:
         raise ConfigError(
             f"ckpt.load_ckpt_info: {path} is a checkpoint or run folder; leave out ckpt_type = {info.ckpt_type!r}"
         )
-    if not is_hf and not is_ours and (path / "config.json").is_file():
+    if not info.is_hf and not is_ours and (path / "config.json").is_file():
         raise ConfigError(f'ckpt.load_ckpt_info: {path} is a Hugging Face folder; set ckpt_type="hf" and content=("model",)')
-    return Start(HfFolder(path) if is_hf else Checkpoint(find_checkpoint(path)), info, resumed=False)
+    return Start(HfFolder(path) if info.is_hf else Checkpoint(find_checkpoint(path)), info, resumed=False)
 
 
 def check_start(config: Config) -> None:

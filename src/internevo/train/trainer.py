@@ -93,6 +93,8 @@ class Trainer:
         config, data = self.config, self.config.data
         observers = self._observers()
         try:
+            if data.valid_at_start and data.valid_every and not self.state.step:
+                self._evaluate(0, observers)
             first, begin = self.state.step, time.perf_counter()
             clock = begin
             for batch in self.batches.prefetch(self.state.cursor):

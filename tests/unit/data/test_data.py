@@ -1,5 +1,6 @@
 """Rows and batches: no token is lost, and the order does not depend on the ranks."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from internevo.data.batches import BatchSizes, Cursor, TrainBatches, parse_skip_batches, valid_batches
 from internevo.data.order import Order
-from internevo.data.rows import IGNORE, PackedRows, PaddedRows, RandomRows
+from internevo.data.rows import IGNORE, PackedRows, PaddedRows, RandomRows, WholeRows
 from internevo.data.source import ShuffledRows
 from internevo.data.tokenized.files import MASKED_ZERO
 from internevo.data.tokenized.index import open_index
@@ -47,6 +48,40 @@ def test_packing_keeps_every_token_and_predicts_only_within_documents(
     for n, row in enumerate(found):
         wanted = {int(s) - n * seq_len for s in starts if n * seq_len < s < (n + 1) * seq_len} | {0}
         assert set(row.document_starts) == wanted
+
+
+@settings(max_examples=60, deadline=None)
+@given(documents=DOCUMENTS, seq_len=st.integers(2, 50))
+def test_rows_of_whole_documents_split_only_those_that_fit_in_no_row(
+    tmp_path_factory: pytest.TempPathFactory, documents: list[list[int]], seq_len: int
+) -> None:
+    folder = tmp_path_factory.mktemp("whole")
+    write_binary(folder / "en" / "a.bin", documents, 501)
+    documents = [document for document in documents if document]
+    assume(documents)
+    rows = WholeRows(open_index(folder), seq_len, 501)
+    pieces, filled = [], []
+    for number in range(len(rows)):
+        row = rows[number]
+        ends = [*row.document_starts[1:], seq_len]
+        spans = list(zip(row.document_starts, ends, strict=True))
+        start, stop = rows._span(number)
+        filled.append(stop - start)
+        for a, b in spans:
+            if a < stop - start:
+                pieces.append((row.tokens[a:b].tolist(), row.labels[a:b].tolist()))
+    wanted, position = [], 0
+    for document in documents:
+        for at in range(0, len(document), seq_len):  # a long document begins a row
+            part = document[at : at + seq_len]
+            wanted.append((part, [*document[at + 1 : at + len(part)], *document[at + len(part) : at + len(part) + 1]]))
+        position += len(document)
+    assert [tokens for tokens, _ in pieces] == [tokens for tokens, _ in wanted]
+    assert [labels[: len(told)] for (_, labels), (_, told) in zip(pieces, wanted, strict=True)] == [t for _, t in wanted]
+    assert sum(filled) == position
+    lengths = [len(document) for document in documents]
+    for size, following in pairwise(filled):  # no row could have taken the next document
+        assert size + following > seq_len or max(lengths) > seq_len
 
 
 def test_masked_tokens_are_context_and_are_not_predicted(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Chats: their messages become one text by the tokenizer's chat template, and what the assistant says in it is predicted.
 
 A chat is {"messages": [{"role": ..., "content": ...}, ...]} or {"conversations": [{"from": ..., "value": ...}, ...]}. It may
-also have the fields of ``CHAT_VALUES``, and its messages those that the template reads ("tool_calls", ...).
+also have the fields of ``CHAT_VALUES``, and its messages those that the template reads ("tool_calls", ...). An instruction
+({"instruction": ..., "input": ..., "output": ...}) is a chat of two messages.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ CHAT_FIELDS = ("messages", "conversations")
 """The fields that are looked for in a document, in this order."""
 CHAT_VALUES = ("system", "tools", "functions", "history", "documents", "enable_thinking", "chat_template_kwargs")
 """Fields next to the messages. They are variables of the chat template; ``system`` may also be its first message."""
+INSTRUCTION_FIELDS = ("instruction", "input", "output")
+"""The fields of an instruction; the input may be empty."""
 ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant", "system": "system",
     "observation": "tool", "tool": "tool", "developer": "developer",
@@ -65,6 +68,7 @@ def encode_question(text: str, tokenizer: Tokenizer) -> tuple[list[int], int | N
 
 def _encode_chat(document: Document, key: str | None, tokenizer: Tokenizer, templates: dict[str, ChatTemplate]) -> IdsOrError:
     try:
+        document = _as_chat(document, key)
         values = _values(document)
         template = templates["tool_use" if "tools" in values else "default"]
         messages = _messages(document, key)
@@ -86,6 +90,33 @@ def _encode_chat(document: Document, key: str | None, tokenizer: Tokenizer, temp
         start, stop = _common_length(whole, up_to_start), _common_length(whole, up_to_end)
         ids[start:stop] = whole[start:stop]
     return np.array(ids, np.int32)
+
+
+def question_of(instruction: str, input_: str) -> str:
+    """Returns the question that an instruction and its input, which may be empty, are."""
+    return f"{instruction}\n{input_}" if input_ else instruction
+
+
+def _as_chat(document: Document, key: str | None) -> Document:
+    """Returns an instruction as a chat; its history, a list of questions with their answers, comes first. Other documents are
+    returned as they are."""
+    value = document.value
+    if key is not None or not isinstance(value, dict) or any(value.get(field) for field in CHAT_FIELDS):
+        return document
+    instruction, input_, output = (value.get(field) or "" for field in INSTRUCTION_FIELDS)
+    if not instruction or not all(isinstance(text, str) for text in (instruction, input_, output)):
+        return document  # ``_messages`` says what is missing
+    if not output:
+        raise DataError(f"{document.where} has an instruction, and no output, so there is nothing to predict")
+    history = value.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in history):
+        raise DataError(f"{document.where}: 'history' must be a list of [question, answer]")
+    turns = [*history, (question_of(instruction, input_), output)]
+    messages = [
+        {"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+    rest = {name: item for name, item in value.items() if name not in (*INSTRUCTION_FIELDS, "history")}
+    return Document({**rest, CHAT_FIELDS[0]: messages}, document.where)
 
 
 def _values(document: Document) -> dict[str, Any]:

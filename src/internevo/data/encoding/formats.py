@@ -7,6 +7,9 @@ Documents are encoded to signed ids: a negative id is a masked token, which is n
 | text   | content or text                                        | all of it                     |
 | alpaca | instruction, input, output                             | the output                    |
 | chat   | messages (role, content) or conversations (from, value)| the assistant's messages      |
+| chat   | instruction, input, output                             | the output                    |
+
+``alpaca`` is the original InternEvo's template, and ``chat`` is the tokenizer's own chat template.
 
 A field that has a meaning for the model ("system", "history", ...) and would not be used is an error that names it. All other
 fields ("id", ...) are left out.
@@ -22,12 +25,11 @@ import numpy as np
 from ...errors import DataError, UsageError
 from ...text.tokenizer import Tokenizer
 from ..raw.documents import Document
-from .chats import CHAT_FIELDS, CHAT_VALUES, encode_chats, encode_question
+from .chats import CHAT_FIELDS, CHAT_VALUES, INSTRUCTION_FIELDS, encode_chats, encode_question, question_of
 from .shared import IdsOrError, mask, missing_field
 
 FormatName = Literal["text", "alpaca", "chat"]
 TEXT_FIELDS = ("content", "text")
-ALPACA_FIELDS = ("instruction", "input", "output")
 """The fields that are looked for in a document, in this order."""
 ALPACA_REFUSED = ("system", "history")
 """Fields that other templates for instructions use. InternEvo's has no place for them."""
@@ -42,13 +44,15 @@ def format_fields(name: FormatName, key: str | None) -> tuple[str, ...]:
         key: the field that has the text or the messages; None: the usual fields.
     """
     if name == "alpaca":
-        return ALPACA_FIELDS
+        return INSTRUCTION_FIELDS
     return (key,) if key else (CHAT_FIELDS if name == "chat" else TEXT_FIELDS)
 
 
 def read_fields(name: FormatName, key: str | None) -> tuple[str, ...]:
     """Returns all fields that documents of a format may have; see ``format_fields``."""
-    more: dict[FormatName, tuple[str, ...]] = {"text": (), "alpaca": ALPACA_REFUSED, "chat": CHAT_VALUES}
+    more: dict[FormatName, tuple[str, ...]] = {
+        "text": (), "alpaca": ALPACA_REFUSED, "chat": (*INSTRUCTION_FIELDS, *CHAT_VALUES),
+    }  # fmt: skip
     return (*format_fields(name, key), *more[name])
 
 
@@ -132,15 +136,15 @@ def _encode_instructions(documents: list[Document], key: str | None, tokenizer: 
 
 def _encode_instruction(document: Document, tokenizer: Tokenizer) -> IdsOrError:
     value = document.value if isinstance(document.value, dict) else {}
-    instruction, input_, output = (value.get(field) or "" for field in ALPACA_FIELDS)
+    instruction, input_, output = (value.get(field) or "" for field in INSTRUCTION_FIELDS)
     if not instruction or not output:
         return missing_field(document, "instruction and output", ("instruction", "output"), option=False)
     if not all(isinstance(text, str) for text in (instruction, input_, output)):
-        return missing_field(document, "texts", ALPACA_FIELDS, option=False)
+        return missing_field(document, "texts", INSTRUCTION_FIELDS, option=False)
     refused = [field for field in ALPACA_REFUSED if value.get(field)]
     if refused:
         return DataError(f"{document.where}: the format alpaca does not use {refused[0]!r}; write it as a chat (--format chat)")
-    question = _question(f"{instruction}\n{input_}" if input_ else instruction, tokenizer)
+    question = _question(question_of(instruction, input_), tokenizer)
     answer = [*tokenizer.encode(output), *_token_ids(END_OF_ANSWER, tokenizer), *_newline(tokenizer)]
     return np.array([*tokenizer.bos, *mask(question), *answer, *tokenizer.eos], np.int32)
 

@@ -36,15 +36,17 @@ TABLE_ROWS = 256
 _ESCAPED = re.compile("[\udc80-\udcff]")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 """In JSON: one of the two escapes that make a character outside of the first 65,536."""
+Fields = tuple[str, ...] | None
+"""Names of fields; None: all."""
 DocumentOrError = Document | DataError
 """A document, or the reason why it cannot be read; both say where it is."""
 
 
-def read_documents(chunk: InputChunk, fields: tuple[str, ...]) -> Iterator[DocumentOrError]:
+def read_documents(chunk: InputChunk, fields: Fields) -> Iterator[DocumentOrError]:
     """Reads the documents of an input chunk, in the order of the file.
 
     Args:
-        fields: the names of the fields that are needed. Of a parquet or arrow file, only these columns are read.
+        fields: the names of the fields that are needed. Of a parquet or arrow file, only these columns are read. None: all.
     """
     if chunk.error:
         yield DataError(chunk.error)
@@ -55,7 +57,7 @@ def read_documents(chunk: InputChunk, fields: tuple[str, ...]) -> Iterator[Docum
         yield error
 
 
-def _text_files(chunk: InputChunk, fields: tuple[str, ...]) -> Iterator[DocumentOrError]:
+def _text_files(chunk: InputChunk, fields: Fields) -> Iterator[DocumentOrError]:
     for path in chunk.files:
         try:
             yield Document(decode_utf8(read_input(path), path), path)
@@ -63,7 +65,7 @@ def _text_files(chunk: InputChunk, fields: tuple[str, ...]) -> Iterator[Document
             yield error
 
 
-def _json_file(chunk: InputChunk, fields: tuple[str, ...]) -> Iterator[DocumentOrError]:
+def _json_file(chunk: InputChunk, fields: Fields) -> Iterator[DocumentOrError]:
     """Reads a file that holds one object or a list of objects."""
     path = chunk.files[0]
     text = decode_utf8(read_input(path), path)
@@ -72,7 +74,7 @@ def _json_file(chunk: InputChunk, fields: tuple[str, ...]) -> Iterator[DocumentO
         yield _checked(Document(item, f"{path}, item {number}"), text, fields)
 
 
-def _json_lines(chunk: InputChunk, fields: tuple[str, ...]) -> Iterator[DocumentOrError]:
+def _json_lines(chunk: InputChunk, fields: Fields) -> Iterator[DocumentOrError]:
     path = chunk.files[0]
     for offset, line in _lines(chunk):
         if not line.removeprefix(codecs.BOM_UTF8).strip():
@@ -94,11 +96,11 @@ def _parse_json(text: str, what: str) -> Any:
         raise DataError(f"{what} is JSON that is nested too deep") from None
 
 
-def _checked(document: Document, text: str, fields: tuple[str, ...]) -> DocumentOrError:
+def _checked(document: Document, text: str, fields: Fields) -> DocumentOrError:
     """Returns a document of a JSON text, or an error if one of its ``fields`` is no text, because it has half a character."""
     if _SURROGATE.search(text):
         value = document.value
-        needed = {name: value.get(name) for name in fields} if isinstance(value, dict) else value
+        needed = {name: value.get(name) for name in fields} if isinstance(value, dict) and fields is not None else value
         try:
             json.dumps(needed, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
@@ -128,7 +130,7 @@ def _lines(chunk: InputChunk) -> Iterator[tuple[int, bytes]]:
         raise DataError(f"{chunk.files[0]} cannot be read: {error}") from error
 
 
-def _csv_rows(chunk: InputChunk, fields: tuple[str, ...]) -> Iterator[DocumentOrError]:
+def _csv_rows(chunk: InputChunk, fields: Fields) -> Iterator[DocumentOrError]:
     assert chunk.content is not None
     path = chunk.files[0]
     csv.field_size_limit(MAX_FIELD_BYTES)
@@ -150,7 +152,7 @@ def _csv_rows(chunk: InputChunk, fields: tuple[str, ...]) -> Iterator[DocumentOr
         raise DataError(f"{path}, line {rows.line_num} after byte {chunk.start}: {error}") from error
 
 
-def _parquet_rows(chunk: InputChunk, fields: tuple[str, ...]) -> Iterator[DocumentOrError]:
+def _parquet_rows(chunk: InputChunk, fields: Fields) -> Iterator[DocumentOrError]:
     import pyarrow
 
     path, group = chunk.files[0], chunk.table
@@ -169,7 +171,7 @@ def _parquet_rows(chunk: InputChunk, fields: tuple[str, ...]) -> Iterator[Docume
         yield DataError(f"{path}, row group {group} cannot be read: {error}")
 
 
-def _arrow_rows(chunk: InputChunk, fields: tuple[str, ...]) -> Iterator[DocumentOrError]:
+def _arrow_rows(chunk: InputChunk, fields: Fields) -> Iterator[DocumentOrError]:
     path = chunk.files[0]
     batch = arrow_batches(path)[chunk.table].slice(chunk.start, chunk.stop - chunk.start)
     table = batch.select(_columns(batch.schema.names, fields, path))
@@ -189,15 +191,17 @@ def _table_rows(table: Any, where: str, first: int) -> Iterator[DocumentOrError]
             yield DataError(f"{where_row} cannot be read: {error}")
 
 
-def _columns(names: list[str], fields: tuple[str, ...], path: str) -> list[str]:
-    """Returns those of ``fields`` that are columns of the file."""
+def _columns(names: list[str], fields: Fields, path: str) -> list[str]:
+    """Returns those of ``fields`` that are columns of the file; all columns if ``fields`` is None."""
+    if fields is None:
+        return names
     found = [name for name in fields if name in names]
     if not found:
         raise DataError(f"{path} has none of the columns {', '.join(map(repr, fields))} (it has {', '.join(map(repr, names))})")
     return found
 
 
-_READERS: dict[str, Callable[[InputChunk, tuple[str, ...]], Iterator[DocumentOrError]]] = {
+_READERS: dict[str, Callable[[InputChunk, Fields], Iterator[DocumentOrError]]] = {
     "text": _text_files,
     "json": _json_file,
     "jsonl": _json_lines,

@@ -9,7 +9,9 @@ import re
 from collections import Counter
 from pathlib import Path
 
+from ...config.hub import may_be_on_hub
 from ...errors import DataError, UsageError
+from ...storage.hub import download
 from .inputs import find_files
 
 SPLIT_WORDS = {"train": "train|training", "valid": "validation|valid|val|dev", "test": "test|testing|eval|evaluation"}
@@ -32,7 +34,9 @@ def dataset_files(name: str, subset: str | None, split: str) -> tuple[Path, list
     Raises:
         DataError: if there are no such files, or files of several kinds (see ``inputs.SUFFIXES``).
     """
-    root = Path(name) if Path(name).exists() else _download(name)
+    root = download(name, "dataset") if may_be_on_hub(name) else Path(name)
+    if not root.exists():
+        raise DataError(f"{name} does not exist, and is no name of a dataset on the Hugging Face Hub (owner/name)")
     root = root / subset if subset else root
     if not root.exists():
         raise DataError(f"{root} does not exist (see data.subset_name)")
@@ -65,17 +69,3 @@ def _split(path: str) -> str | None:
         for match in re.finditer(rf"(?<![a-zA-Z])(?:{words})(?![a-zA-Z])", path.lower())
     ]
     return max(found)[1] if found else None
-
-
-def _download(name: str) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise UsageError(
-            f"{name} is not a folder; if it is a dataset on the Hugging Face hub, install the library that downloads it: "
-            "pip install huggingface_hub"
-        ) from error
-    try:
-        return Path(snapshot_download(name, repo_type="dataset"))
-    except Exception as error:  # the library raises many types of errors
-        raise DataError(f"{name} is not a folder, and cannot be downloaded from the Hugging Face hub: {error}") from error

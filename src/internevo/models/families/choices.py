@@ -15,6 +15,7 @@ DEFAULT_VALUES: dict[str, tuple[Any, ...]] = {
     "use_alibi": (False,),
     "mlp_bias": (False,),
     "use_sliding_window": (False,),
+    "layer_windows": (None,),
     "num_experts": (1,),
     "top_k": (1,),
     "moe_type": ("GShard",),
@@ -43,7 +44,7 @@ Allowed = Mapping[str, tuple[Any, ...] | None]
 """Option -> the values that it may have in a family, or ``ANY_VALUE``."""
 MLP_BIAS: Allowed = {"mlp_bias": ANY_VALUE}
 """For families whose MLP may have biases."""
-SLIDING_WINDOW: Allowed = {"use_sliding_window": ANY_VALUE}
+SLIDING_WINDOW: Allowed = {"use_sliding_window": ANY_VALUE, "layer_windows": ANY_VALUE}
 """For families that support sliding windows."""
 EXPERTS: Allowed = dict.fromkeys(
     ("num_experts", "top_k", "moe_type", "moe_layer_kwargs", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step",
@@ -69,6 +70,11 @@ def problems(model: Model, family: str, allowed: Allowed | None = None) -> Itera
     for key in ("sliding_window", "max_window_layers"):
         if getattr(model, key) is not None and "use_sliding_window" not in given:
             yield f"model.{key} has an effect only with model.use_sliding_window = True; set it, or leave model.{key} out"
+    if model.layer_windows is not None:
+        if len(model.layer_windows) != model.num_layers:
+            yield f"model.layer_windows has {len(model.layer_windows)} numbers, and model.num_layers = {model.num_layers}"
+        if model.use_sliding_window:
+            yield "model.layer_windows and model.use_sliding_window both set the windows; leave one out"
     if model.no_bias and (model.qkv_bias or model.o_bias):
         yield "model.no_bias = True contradicts model.qkv_bias or model.o_bias; leave one of them out"
     yield from _rope(model)

@@ -1,11 +1,14 @@
-"""Checks the types and ranges of the values in a Hugging Face ``config.json`` that describe a decoder."""
+"""Reads a Hugging Face ``config.json``, and checks the types and ranges of the values in it that describe a decoder."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from ...config.rope import is_number
+from ...errors import UsageError
+from ...storage.jsonfile import read_object
 
 COUNTS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -30,6 +33,18 @@ MAY_BE_NULL = (
 LAYER_TYPES = ("full_attention", "sliding_attention")
 FIXED: dict[str, tuple[Any, ...]] = {"quantization_config": (None,)}
 """The values that a key may have in every family."""
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Reads ``config.json`` of a Hugging Face folder.
+
+    Raises:
+        UsageError: if the folder has no ``config.json``, or it is not a JSON object.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UsageError(f"{folder} is not a Hugging Face folder: it has no config.json")
+    return read_object(path)
 
 
 def problems(hf: dict[str, Any]) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from types import ModuleType
@@ -95,6 +96,8 @@ def decoder_config(model_type: str, model: Model) -> DecoderConfig:
     """Returns the decoder that a config describes, with its adapters."""
     config: DecoderConfig = family(model_type).from_section(model)
     lora = model.lora
+    if model.layer_windows is not None:
+        config = replace(config, windows=model.layer_windows if any(model.layer_windows) else ())
     return replace(config, lora=None if lora is None else Lora(lora.rank, lora.alpha, lora.targets))
 
 
@@ -118,7 +121,14 @@ def family_of_hf(hf: dict[str, Any], folder: str) -> ModuleType:
         if "model_type" not in hf and module.ARCHITECTURE in architectures:
             return module
     field = "model_type" if "model_type" in hf else "architectures"
-    raise UsageError(f"{folder}: no family fits {field} = {hf.get(field)!r}, architectures = {architectures} (known: {known})")
+    what = " (a multimodal model; only language models can be read)" if _is_multimodal(hf) else ""
+    given = f"{field} = {hf.get(field)!r}, architectures = {architectures}"
+    raise UsageError(f"{folder}: no family fits {given}{what} (known: {known})")
+
+
+def _is_multimodal(hf: dict[str, Any]) -> bool:
+    """Whether a Hugging Face config is of a model that also reads or writes images or sounds."""
+    return any(re.match("(vision|visual|audio|image|speech|img)_", key) or key == "visual" for key in hf)
 
 
 def decoder_from_hf(hf: dict[str, Any], folder: str, name: str | None = None) -> DecoderConfig:

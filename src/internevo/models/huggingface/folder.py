@@ -21,11 +21,12 @@ from ...storage.jsonfile import write_json
 from ...storage.tensors import ByteRange, ShardWriter, joint_dtype
 from ..config import DecoderConfig
 from ..decoder import Decoder, parameter_shapes, stored_shapes
+from ..families.hf_values import read_config
 from ..families.registry import decoder_from_hf, family
 from ..source import ModelInMemory, ParameterSource, most_common_dtype, write_rows
 from .naming import Naming, overlapping
 from .tokenizer import copy_tokenizer, has_tokenizer, special_ids
-from .weights import Weights, read_config
+from .weights import Weights
 
 log = logging.getLogger("internevo")
 MODEL_FILES = r"config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import pickle
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,15 +103,3 @@ class _BinFile:
 
     def byte_range(self, name: str, start: int, count: int) -> None:
         """Returns None: the file is a zip archive."""
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Reads ``config.json`` of a Hugging Face folder.
-
-    Raises:
-        UsageError: if the folder has no ``config.json``, or it is not a JSON object.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise UsageError(f"{folder} is not a Hugging Face folder: it has no config.json")
-    return read_object(path)

@@ -106,6 +106,34 @@ def test_instructions_have_internevos_template_and_the_output_is_predicted(tmp_p
         assert text.backend.token_id("<eoh>") in tokens and text.backend.token_id("<eoa>") in tokens
 
 
+def test_instructions_under_the_chat_template_are_chats(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path / "tok", CHATML)
+    instructions = [
+        {"instruction": "Add.", "input": "1 2", "output": "3", "id": 7}, {"instruction": "Hi", "input": "", "output": "Hello"},
+        {"instruction": "And you?", "output": "I, too", "system": "Be brief.", "history": [["How are you?", "Well."]]},
+    ]  # fmt: skip
+    chats: list[Chat] = [
+        [("user", "Add.\n1 2"), ("assistant", "3")], [("user", "Hi"), ("assistant", "Hello")],
+        [("system", "Be brief."), ("user", "How are you?"), ("assistant", "Well."), ("user", "And you?"),
+         ("assistant", "I, too")],
+    ]  # fmt: skip
+    (tmp_path / "a.json").write_text(json.dumps(instructions))
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    found = tokenized(tmp_path / "one", tmp_path / "a.json", folder, "chat")
+    wanted = tokenized(tmp_path / "two", write_chats(tmp_path / "b.jsonl", chats), folder, "chat")
+    assert len(found) == len(wanted) == 3
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    for row, message in (
+        ({"instruction": "a"}, "has an instruction, and no output"),
+        ({"instruction": "a", "output": "b", "history": ["c"]}, "'history' must be a list of \\[question, answer\\]"),
+    ):
+        (tmp_path / "a.json").write_text(json.dumps([row]))
+        with pytest.raises(DataError, match=message):
+            tokenize([tmp_path / "a.json"], tmp_path / "three", tokenizer=folder, format="chat", workers=1)
+
+
 def test_the_error_for_an_instruction_without_output_does_not_advise_an_option_without_effect(tmp_path: Path) -> None:
     folder = folder_with(tmp_path / "tokenizer", CHATML)
     (tmp_path / "a.json").write_text(json.dumps([{"instruction": "Say hi."}]))

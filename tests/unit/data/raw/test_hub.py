@@ -8,7 +8,7 @@ import pytest
 
 from internevo.config import load_config
 from internevo.data.raw.hub import dataset_files
-from internevo.errors import ConfigError, DataError
+from internevo.errors import ConfigError, DataError, UsageError
 from internevo.train.check import check
 from tests.conftest import write_config
 
@@ -78,7 +78,8 @@ def test_a_name_that_is_not_a_folder_is_downloaded_from_the_hub(tmp_path: Path, 
     asked = []
     write_files(tmp_path / "cache", "train.parquet")
 
-    def download(name: str, repo_type: str) -> str:
+    def download(name: str, repo_type: str, allow_patterns: list[str] | None) -> str:
+        assert allow_patterns is None
         asked.append((name, repo_type))
         if name == "some/thing":
             return str(tmp_path / "cache")
@@ -86,10 +87,10 @@ def test_a_name_that_is_not_a_folder_is_downloaded_from_the_hub(tmp_path: Path, 
 
     monkeypatch.setattr(hub, "snapshot_download", download)
     assert chosen("some/thing", "train") == ["train.parquet"] and asked == [("some/thing", "dataset")]
-    with pytest.raises(
-        DataError, match="other/thing is not a folder, and cannot be downloaded from the Hugging Face hub: no network"
-    ):
+    with pytest.raises(UsageError, match="is not a path here, and the dataset other/thing cannot be had from https:"):
         chosen("other/thing", "train")
+    with pytest.raises(DataError, match="no/such/folder does not exist"):
+        chosen("no/such/folder", "train")
 
 
 def test_the_data_section_is_checked_before_anything_is_read(tmp_path: Path) -> None:
