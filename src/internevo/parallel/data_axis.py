@@ -301,7 +301,27 @@ def _set_backward_prefetch(joined: list[list[nn.Module]], apart: bool) -> None:
     """
     order = [unit for modules in reversed(joined) for unit in (modules[0], *(reversed(experts_in(modules)) if apart else ()))]
     for unit, following in itertools.zip_longest(order, order[1:], fillvalue=order[-1]):
+        if apart and isinstance(following, ExpertMLPs):
+            _gather_once(unit, cast(FSDPModule, following))
+            following = unit
         cast(FSDPModule, unit).set_modules_to_backward_prefetch([cast(FSDPModule, following)])
+
+
+def _gather_once(layer: nn.Module, experts: FSDPModule) -> None:
+    """Gathers the experts of a layer when the gradient of its residual stream arrives.
+
+    The prefetch of ``fully_shard`` runs for the gradient of each output. A router's sums are outputs too, and their gradients may
+    arrive after the backward pass of the experts, which would be gathered once more for nothing.
+    """
+
+    def gather(gradient: Tensor) -> None:
+        experts.unshard(async_op=True)
+
+    def after_forward(module: nn.Module, arguments: Any, output: tuple[Tensor, Any]) -> None:
+        if output[0].requires_grad:
+            output[0].register_hook(gather)
+
+    layer.register_forward_hook(after_forward)
 
 
 def units(
