@@ -98,7 +98,7 @@ def test_a_dry_run_counts_what_a_real_run_does(pool: Pool, tmp_path: Path, drawn
         counted, real = ({k: v for k, v in rows.items() if k[0] != "all-to-all"} for rows in (counted, real))
     assert counted == real
     for rank, found in dry.items():
-        check_formulas(found, drawn.model == "alibi")
+        check_formulas(found)
         measured, parts = memory[rank]["measured"] if memory else {}, asdict(found.memory)
         if drops and found.balanced and memory:
             assert parts.pop("activations") == pytest.approx(measured.pop("activations"), rel=0.05)
@@ -106,22 +106,12 @@ def test_a_dry_run_counts_what_a_real_run_does(pool: Pool, tmp_path: Path, drawn
         # A gloo thread may free a tensor a moment later; other ranks than 0 have padding in their shards.
         most = int((tmp_path / "run" / f"peak-{rank}.json").read_text())
         assert found.peak.nbytes == pytest.approx(most, rel=0.05 if rank else 0.01)
+        assert found.stated_peak is None or found.stated_peak == pytest.approx(most, rel=0.06)
 
 
-def check_formulas(found: DryRun, alibi: bool) -> None:
-    """Checks that the strategies state what was counted."""
+def check_formulas(found: DryRun) -> None:
+    """Checks that the strategies state what was counted, to the byte."""
     if found.stated_collectives is None or found.stated_memory is None:
         return  # adapters
-    counted, formula = by_group(found.collectives), by_group(found.stated_collectives)
-    memory, stated = asdict(found.memory), asdict(found.stated_memory)
-    if found.rank == 0:  # it has the largest shards, which formulas state
-        assert counted == formula
-        assert {k: v for k, v in memory.items() if k != "activations"} == {
-            k: v for k, v in stated.items() if k != "activations"
-        }
-        # Not stated are what routers have summed up, the losses of tokens, and that q and k stay with v in isp if nothing turns
-        # them (ALiBi), and its gathered head there.
-        assert memory["activations"] == pytest.approx(stated["activations"], rel=0.3 if alibi else 0.03, abs=2000)
-    else:
-        assert {key: count for key, (count, _) in counted.items()} == {key: count for key, (count, _) in formula.items()}
-        assert all(counted[key] <= formula[key] for key in formula)
+    assert by_group(found.collectives) == by_group(found.stated_collectives)
+    assert found.memory == found.stated_memory

@@ -172,7 +172,6 @@ def test_memory_is_that_of_the_formula(pool: Pool, tmp_path: Path, name: str) ->
     pool.train(path, processes)
     found = json.loads((tmp_path / "run" / "memory.json").read_text())["ranks"]
     assert len(found) == processes
-    close = 0.02 if "model__num_experts" in changes else 1e-4
     if changes.get("parallel__expert", {}).get("size", 1) > 1:  # how many rows a rank gets depends on the router
         for which in ("formula", "measured"):
             mean = sum(rank[which]["activations"] for rank in found) / processes
@@ -180,7 +179,9 @@ def test_memory_is_that_of_the_formula(pool: Pool, tmp_path: Path, name: str) ->
                 rank[which]["activations"] = mean
     for rank in found:
         formula, measured = ({part: rank[which][part] for part in PARTS} for which in ("formula", "measured"))
-        assert measured == pytest.approx(formula, rel=close, abs=1100)  # the losses of 256 tokens, and a few sums
+        drops = changes.get("parallel__expert", {}).get("size", 1) > 1 and "model__moe_type" not in changes
+        # Rows that experts on other ranks would drop do not travel.
+        assert measured == pytest.approx(formula, rel=0.02) if drops else measured == formula
 
 
 def test_the_console_shows_the_memory_of_every_stage(tmp_path: Path) -> None:

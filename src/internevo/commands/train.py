@@ -68,6 +68,10 @@ def dry_run(path: Path, overrides: list[str], world_size: int, rank: int) -> Non
     config = load_config(path, overrides)
     check_config(config, world_size)
     _print_notices(config)
+    if config.model.compile:
+        print("note: model.compile: a dry run counts layers that are not compiled", file=sys.stderr)
+    if config.ckpt.load_ckpt_info is not None:
+        print("note: ckpt.load_ckpt_info: a dry run reads no checkpoint", file=sys.stderr)
     from ..planner import dryrun
 
     dryrun.check_file(config.run_folder)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from ..storage.naming import naming
+
 
 @dataclass
 class Usage:
@@ -44,6 +46,7 @@ def watch(device: torch.device, history: Path) -> Iterator[Usage]:
         yield usage
         torch.cuda.synchronize(device)
         usage.peak, usage.reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
-        torch.cuda.memory._dump_snapshot(str(history))
+        with naming(history):
+            torch.cuda.memory._dump_snapshot(str(history))
     finally:
         torch.cuda.memory._record_memory_history(None)

@@ -78,8 +78,9 @@ class Peak(QuickMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if kwargs and "out" in kwargs:
-            for tensor in self._tensors(kwargs["out"]):
+        written = kwargs["out"] if kwargs and "out" in kwargs else args[0] if func is torch.ops.aten.copy_.default else None
+        if written is not None:
+            for tensor in self._tensors(written):
                 storage = tensor.untyped_storage()
                 if id(storage) in self._alive:
                     self._resized[id(storage)] = weakref.ref(storage)

@@ -189,7 +189,8 @@ class Router(nn.Module):
         fits = torch.arange(len(wanted), device=wanted.device) - first < capacity
         fits_kT = torch.zeros_like(fits).scatter(0, by_expert, fits).view(k, tokens)
         kept_Tk = torch.zeros_like(fits_kT).scatter(1, order_kT, fits_kT).t()
-        return self.own_tokens(kept_Tk.unflatten(0, experts_BSk.shape[:2])).flatten(0, 1)
+        # As a view, it would keep the choices of all tokens until the backward pass.
+        return self.own_tokens(kept_Tk.unflatten(0, experts_BSk.shape[:2])).flatten(0, 1).contiguous()
 
 
 class ExpertMLPs(nn.Module):

@@ -387,7 +387,7 @@ def traffic(
         ("zero", "replicate", layout.zero, shapes, []),
         ("expert zero", "expert replicate", layout.expert_zero, list(experts.values()), again),
     ):
-        shard = largest_expert_shard if axis == "expert zero" else largest_shard
+        shard = expert_shard_size if axis == "expert zero" else shard_size
         shards, repeated = ([sum(shard(shape, ranks) for shape in unit) for unit in kind if unit] for kind in (units_, more))
         elements, count = ranks * sum(shards), len(shards)
         rows += [
@@ -397,17 +397,19 @@ def traffic(
             Collectives("all-reduce", replicas, count, sum(shards) * work.gradient_bytes).times(passes),
         ]
     for axis, shapes_of_axis in summed.items():
-        rows.append(Collectives("all-reduce", axis, 1, 4 * sum(largest_shard(shape, layout.zero) for shape in shapes_of_axis)))
+        elements = sum(shard_size(shape, layout.zero, work.zero_rank) for shape in shapes_of_axis)
+        rows.append(Collectives("all-reduce", axis, 1, 4 * elements))
     return rows
 
 
-def largest_shard(shape: Shape, ranks: int) -> int:
-    """Returns the number of elements of the largest shard of a tensor that is sharded along dimension 0."""
-    return -(-shape[0] // ranks) * math.prod(shape[1:])
+def shard_size(shape: Shape, ranks: int, place: int = 0) -> int:
+    """Returns the number of elements of a shard of a tensor that is sharded along dimension 0. The first one is the largest."""
+    rows = -(-shape[0] // ranks)
+    return max(0, min(rows, shape[0] - place * rows)) * math.prod(shape[1:])
 
 
-def largest_expert_shard(shape: Shape, ranks: int) -> int:
+def expert_shard_size(shape: Shape, ranks: int, place: int = 0) -> int:
     """The same of the weights of a rank's experts."""
     if shard_dim_of_experts(shape, ranks) == 1:
         return math.prod(shape) // ranks
-    return largest_shard(shape, ranks)
+    return shard_size(shape, ranks, place)

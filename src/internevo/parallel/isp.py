@@ -161,11 +161,13 @@ class InternSequenceParallel:
             attn.project = partial(_project, gathered_together(*first))
             attn.project_q = partial(_project, gathered_together(attn.q))
             attn.project_kv = partial(_project, gathered_together(attn.kv))
+            attn.split_heads = partial(self._split_heads, rotated=True)
         else:
             attn.project = partial(_project, gathered_together(attn.q, attn.k, attn.v))
+            attn.split_heads = partial(self._split_heads, rotated=attn.slopes is None)
             attn.own_heads = self._local_heads
         attn.finish = partial(_finish, gathered_together(attn.o))
-        attn.split_heads, attn.join_heads = self._split_heads, self._join_heads
+        attn.join_heads = self._join_heads
         mlp = layer.mlp.shared if isinstance(layer.mlp, MoE) else layer.mlp
         if isinstance(mlp, GatedMLP):
             mlp.project = partial(_project, gathered_together(mlp.gate, mlp.up))
@@ -196,11 +198,14 @@ class InternSequenceParallel:
         self._local_tokens(losses).copy_(mine)
         return total, losses
 
-    def _split_heads(self, q_BSHN: Tensor, k_BSKN: Tensor, v_BSKN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _split_heads(self, q_BSHN: Tensor, k_BSKN: Tensor, v_BSKN: Tensor, rotated: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Exchanges q, k and v in one all-to-all: all heads of this rank's tokens -> all tokens of this rank's heads.
 
         Shapes: q [B, S/t, H, N] -> [B, S, H/t, N]; k and v the same with K heads. If there are fewer key/value heads than
         ranks, each is sent to all ranks that need it.
+
+        Args:
+            rotated: whether the backward pass needs v, but not this q and k, since a rotary embedding makes others of them.
         """
         if not self.shard_sequence:
             return q_BSHN, k_BSKN, v_BSKN
@@ -210,7 +215,7 @@ class InternSequenceParallel:
         by_rank = torch.cat(parts, dim=3).movedim(2, 0)
         qkv = exchange(by_rank, self.token_group).movedim(0, 1).flatten(1, 2)
         q, k, v = qkv.split([part.shape[3] for part in parts], dim=2)
-        return q, k, v.contiguous()  # v is kept for the backward pass; as a view it would keep the memory of all three
+        return q, k, v.contiguous() if rotated else v  # as a view, v would keep the memory of all three
 
     def _join_heads(self, out_BSHN: Tensor) -> Tensor:
         """Exchanges the output of attention in one all-to-all: [B, S, H/t, N] -> [B, S/t, H, N]."""

@@ -50,6 +50,54 @@ def points(schedule: str, ranks: int, chunks: int, micro_batches: int, rank: int
     return tuple(point for point in found.values() if not any(_is_less(point, other) for other in found.values()))
 
 
+class Within(NamedTuple):
+    """What a rank keeps while a pass runs: at the end of a forward pass, and at the beginning of any other one. Each tuple has
+    a number for each of its stages, as those of ``Point``."""
+
+    kind: str
+    stage: int
+    """The place of the stage of the pass among those of the rank."""
+    last: bool
+    """Whether its end completes the gradients of its stage."""
+    forward: tuple[int, ...]
+    backward: tuple[int, ...]
+    passes: tuple[str, ...]
+    messages: int
+
+
+@lru_cache(maxsize=2048)
+def within(schedule: str, ranks: int, chunks: int, micro_batches: int, rank: int) -> tuple[Within, ...]:
+    """Returns what a rank keeps in its passes, except in those in which it certainly has less than in another one that does the
+    same. Arguments as for ``points``."""
+    numbers = stages_on(rank, ranks, chunks, schedule)
+    stages = [rank_of(stage, ranks, schedule) for stage in range(ranks * chunks)]
+    planned, zero_bubble = Plan.of(rank, _orders(schedule, ranks, chunks, micro_batches), stages), schedule != "1F1B"
+    forward, backward, passes = dict.fromkeys(numbers, 0), dict.fromkeys(numbers, 0), dict.fromkeys(numbers, "")
+    last, before, first = WEIGHTS if zero_bubble else BACKWARD, 0, dict[tuple[bool, ...], str]()
+    found = dict[Within, None]()
+    for (kind, number, micro_batch), messages in zip(planned.order, kept(planned, rank, stages), strict=True):
+        if kind == FORWARD:
+            passes[number] += kind
+            forward[number] += 1
+        same = tuple(first.setdefault(facts(text, last, micro_batches), text) for text in passes.values())
+        completes = kind == last and micro_batch == micro_batches - 1
+        counts = tuple(forward.values()), tuple(backward.values())
+        most = messages if kind == FORWARD else max(before, messages)
+        found[Within(kind, numbers.index(number), completes, *counts, same, most)] = None
+        if kind != FORWARD:
+            passes[number] += kind
+            forward[number] -= kind == BACKWARD
+            backward[number] += ((kind == BACKWARD) - (kind == WEIGHTS)) * zero_bubble
+        before = messages
+    return tuple(one for one in found if not any(_is_less_within(one, other) for other in found))
+
+
+def _is_less_within(one: Within, other: Within) -> bool:
+    mine, theirs = ((*w.forward, *w.backward, w.messages) for w in (one, other))
+    same = one[:3] == other[:3] and one.passes == other.passes
+    return same and mine != theirs and all(map(le, mine, theirs))
+
+
 def _is_less(point: Point, other: Point) -> bool:
     """Whether a rank keeps less of something, and more of nothing, with the same weights and gradients."""
     mine, theirs = ((*p.forward, *p.backward, p.messages) for p in (point, other))

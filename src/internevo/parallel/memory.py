@@ -6,7 +6,7 @@ and ``isp.memory``; ``plan.memory`` puts all of it together.
 
 For each token, a dense layer keeps the inputs of both norms, the input of q, k and v, and the input of gate and up (D elements
 each); q, k, v and the output of attention; gate, up and their product. A layer with experts keeps the same for each of the k
-experts of a token, and what its router computes.
+experts of a token, and what its router computes: its probabilities, the choices and their weights, and the order of the rows.
 
 For the gradients of weights, the inputs of all linears are kept, and the gradients of their outputs.
 """
@@ -14,14 +14,15 @@ For the gradients of weights, the inputs of all linears are kept, and the gradie
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import ClassVar
 
-from ..models.config import Experts
-from .data_axis import Shape, largest_expert_shard, largest_shard
+from ..models.config import Experts, Stage
+from .data_axis import Shape, expert_shard_size, shard_size
 from .orders import BACKWARD, FORWARD, WEIGHTS, Action
-from .strategy import KeptActivations, Workload
+from .strategy import KeptActivations, LayerKind, Workload
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Memory:
     state: int
     """Full weights and gradients."""
     activations: int
-    """What passes keep for later passes, and the messages of the pipeline."""
+    """What passes keep for later passes, the messages of the pipeline, and what is added up over a step."""
     after: Action
     """The pass."""
 
@@ -55,42 +56,76 @@ class Memory:
 
 def activations(work: Workload, kept: KeptActivations) -> int:
     """Returns the bytes that one forward pass through the stages of ``work`` keeps for the backward pass."""
+    decoder = work.decoder
+    angles = work.element_bytes * work.tokens * decoder.rope.size(decoder.rotary_dim) if decoder.rope else 0
+    tables = sum(len({decoder.uses_window_rope(layer) for layer in stage.layers}) for stage in work.on_rank)
+    layers = sum(count * layer_activations(work, kept, kind) for kind, count in Counter(work.kinds).items())
+    ends = work.embeddings * kept.looked_up + work.heads * head_activations(work, kept)
+    return layers + ends + tables * angles + sum(_losses(work, stage) for stage in work.on_rank)
+
+
+def layer_activations(work: Workload, kept: KeptActivations, kind: LayerKind) -> int:
+    """Returns the bytes that the forward pass of a layer keeps."""
     decoder, d = work.decoder, work.decoder.hidden_size
-    norm = kept.residual_tokens * (d * work.element_bytes + 4)  # the input of a norm, and one fp32 number per token
+    norm = _norm(work, kept)
     norms = (4 if decoder.out_norms else 2) * norm
     kernel, attention = _attention(work, kept)
     output = kernel if work.keeps_attention else 0
-    layers, recomputed = 0, work.recomputed_layers
-    for number in work.layers:
-        mlp = _experts(work, kept) if decoder.is_sparse(number) else _mlp(work, kept, decoder.intermediate_size)
-        if work.recomputed == "attention":
-            layers += norms + work.element_bytes * d * kept.residual_tokens + output + mlp
-        elif number in recomputed:
-            layers += norm - 4 * kept.residual_tokens + output  # the input of the layer
-        else:
-            layers += norms + attention + mlp
-    head = norm + work.element_bytes * d * (kept.loss_tokens + kept.head_rows)  # gradients, computed with the loss
-    angles = work.element_bytes * work.tokens * decoder.rope.size(decoder.rotary_dim) if decoder.rope else 0
-    tables = sum(len({decoder.uses_window_rope(layer) for layer in stage.layers}) for stage in work.on_rank)
-    return layers + work.embeddings * kept.looked_up + work.heads * head + tables * angles
+    if kind.recomputed:
+        return norm - 4 * kept.residual_tokens + output  # the input of the layer
+    mlp = _experts(work, kept) if kind.sparse else _mlp(work, kept, decoder.intermediate_size)
+    if work.recomputed == "attention":
+        return norms + work.element_bytes * d * kept.residual_tokens + output + mlp
+    borders = 4 * (work.rows + 1) if work.rows else 0  # of rows, which a window or ALiBi makes documents
+    return norms + attention + mlp + borders * (decoder.rope is None or kind.windowed)
+
+
+def head_activations(work: Workload, kept: KeptActivations) -> int:
+    """Returns the bytes that the last norm and the head keep."""
+    d = work.decoder.hidden_size
+    head = _norm(work, kept) + work.element_bytes * d * (kept.loss_tokens + kept.head_rows)  # gradients, with the loss
+    if work.decoder.norm_head:  # two numbers for each row of the weight, and the weight itself, if it is not a parameter
+        is_another = work.element_bytes != 4 or (work.layout.mode == "isp" and work.layout.weight > 1)
+        head += kept.head_rows * (8 + 4 * d * is_another)
+    return head
+
+
+def _norm(work: Workload, kept: KeptActivations) -> int:
+    """Returns the bytes that a norm keeps: its input, and one fp32 number per token."""
+    return kept.residual_tokens * (work.decoder.hidden_size * work.element_bytes + 4)
+
+
+def _losses(work: Workload, stage: Stage) -> int:
+    """Returns the bytes that the loss of a stage keeps: its own 4; for the losses of routers, the number of predicted tokens,
+    and what the load-balancing loss multiplies."""
+    loss, experts = work.loss, work.decoder.experts
+    sparse = sum(work.decoder.is_sparse(layer) for layer in stage.layers)
+    pooled, each = work.pooled_bytes * stage.heads, 0
+    if experts is not None and loss.balance and loss.balance_kind == "gshard":
+        # The first choices; and the probabilities, if both are sums of the same all-reduce.
+        each = 4 * experts.count * sparse * (1 + work.sums_routers)
+    of_routers = bool(pooled or each or (sparse and loss.router_z))
+    return 4 * (stage.heads or of_routers) + 8 * of_routers + pooled + each
 
 
 def left(work: Workload, kept: KeptActivations) -> int:
     """Returns the bytes that one backward pass through the stages of ``work`` keeps, with a zero-bubble schedule, until the
     gradients of weights are computed."""
-    decoder, d = work.decoder, work.decoder.hidden_size
-    ends = d * (kept.input_tokens + kept.output_tokens)  # of attention, and of an MLP
-    attention, total = _left_of_attention(work, kept), 0
-    for number in work.layers:
-        experts = decoder.experts if decoder.is_sparse(number) else None
-        total += attention
-        if experts is None:
-            total += ends + 3 * decoder.intermediate_size * kept.mlp_tokens
-        else:
-            total += work.routed_tokens * experts.top_k * (2 * d + 3 * expert_width(work, experts))
-            if experts.shared_size:
-                total += ends + 3 * experts.shared_size * kept.mlp_tokens + work.routed_tokens * experts.shared_gate
-    return work.element_bytes * total
+    return sum(count * layer_left(work, kept, kind) for kind, count in Counter(work.kinds).items())
+
+
+def layer_left(work: Workload, kept: KeptActivations, kind: LayerKind) -> int:
+    """The same for one layer."""
+    decoder, d, attention = work.decoder, work.decoder.hidden_size, _left_of_attention(work, kept)
+    ends = d * (kept.input_tokens + kept.output_tokens)  # of an MLP
+    experts = decoder.experts if kind.sparse else None
+    if experts is None:
+        return work.element_bytes * (attention + ends + 3 * decoder.intermediate_size * kept.mlp_tokens)
+    mlps = work.routed_tokens * experts.top_k * (2 * d + 3 * expert_width(work, experts))
+    if experts.shared_size:
+        mlps += ends + 3 * experts.shared_size * kept.mlp_tokens + work.routed_tokens * experts.shared_gate
+    ends = 4 * experts.count // work.layout.expert  # of the rows of each expert
+    return work.element_bytes * (attention + mlps) + ends
 
 
 def _left_of_attention(work: Workload, kept: KeptActivations) -> int:
@@ -98,8 +133,9 @@ def _left_of_attention(work: Workload, kept: KeptActivations) -> int:
     decoder, d, ranks, tokens = work.decoder, work.decoder.hidden_size, kept.head_ranks, kept.attention_tokens
     linears = decoder.projections()
     if decoder.latent is None:
-        heads, kv_heads = decoder.num_heads // ranks, max(1, decoder.num_kv_heads // ranks)
-        return d * (kept.input_tokens + kept.output_tokens) + 2 * tokens * (heads + kv_heads) * decoder.head_dim
+        # The gradients of keys and values; isp has added up those of replicas of a head.
+        shared = tokens * decoder.num_kv_heads // ranks if work.layout.mode == "isp" else tokens * _kv_heads(work, kept)
+        return d * (kept.input_tokens + kept.output_tokens) + 2 * (tokens * decoder.num_heads // ranks + shared) * decoder.head_dim
     latents = sum(linear.outputs for linear in linears.values() if linear.heads is None)
     by_heads = (linears["q"].outputs + linears["kv"].outputs + linears["o"].inputs) // ranks
     inputs = kept.shared_latents * decoder.attention_inputs
@@ -111,7 +147,7 @@ def _left_of_attention(work: Workload, kept: KeptActivations) -> int:
 def _attention(work: Workload, kept: KeptActivations) -> tuple[int, int]:
     """Returns the bytes that the attention kernel returns (output and log-sum-exp), and all bytes that attention keeps."""
     decoder, tokens, ranks, e = work.decoder, kept.attention_tokens, kept.head_ranks, work.element_bytes
-    heads, kv_heads = decoder.num_heads // ranks, max(1, decoder.num_kv_heads // ranks)
+    heads, kv_heads = decoder.num_heads // ranks, _kv_heads(work, kept)
     output = e * tokens * heads * decoder.head_dim
     kernel = output + 4 * tokens * heads
     qkv = e * tokens * (heads + 2 * kv_heads) * decoder.head_dim
@@ -134,6 +170,11 @@ def _latents(work: Workload, kept: KeptActivations) -> int:
     return e * decoder.hidden_size * tokens + norms * tokens + normed
 
 
+def _kv_heads(work: Workload, kept: KeptActivations) -> int:
+    """Returns the number of key/value heads in the attention of a rank."""
+    return max(1, work.decoder.num_kv_heads // kept.head_ranks)
+
+
 def _mlp(work: Workload, kept: KeptActivations, width: int) -> int:
     return work.element_bytes * (work.decoder.hidden_size * kept.input_tokens + 3 * width * kept.mlp_tokens)
 
@@ -146,20 +187,27 @@ def expert_width(work: Workload, experts: Experts) -> int:
 def _experts(work: Workload, kept: KeptActivations) -> int:
     """Returns the bytes that a layer with experts keeps.
 
-    The router computes in fp32. It keeps its input, its logits and probabilities, and a few numbers for each choice. Each
-    choice is a row that goes through an expert. Gathered weights do not keep the product of gate and up.
+    The router computes in fp32. For each token it keeps the probabilities, and the sum of those chosen; and for the z-loss, or
+    an all-reduce of all that routers sum up, the logits and their log-sum-exp. For each choice it keeps its expert (int64), its
+    probability, and whether it is dropped.
+    Each choice is a row that goes through an expert. Gathered weights do not keep the product of gate and up.
     """
     decoder, experts, layout = work.decoder, work.decoder.experts, work.layout
     assert experts is not None
     tokens, d = work.routed_tokens, decoder.hidden_size
     rows = tokens * experts.top_k
     width, parts = expert_width(work, experts), 2 if layout.mode == "isp" and layout.expert_inner > 1 else 3
-    router = tokens * (8 * experts.count + 12) + rows * (4 + 8 + 4 + 1)
+    router = 4 * tokens * experts.count + rows * (8 + 1)
+    if experts.normalize:
+        router += 4 * (rows + tokens)
+    if work.loss.router_z or (work.loss.balance and work.sums_routers):
+        router += 4 * tokens * (experts.count + 1)
     if work.element_bytes != 4:
         router += 4 * d * (tokens + experts.count)  # its input and weight in fp32
     order = 2 * 8 * rows * (2 if layout.expert > 1 else 1)  # int64: the rows sorted by expert, and the inverse; for each way
+    ends = 4 * experts.count // layout.expert  # of the rows of each expert
     mlps = work.element_bytes * rows * (2 * d + parts * width + 1)
-    total = router + order + mlps
+    total = router + order + ends + mlps
     # The inputs of the router and of the shared expert are often the same tensor, or one is a part of the other (mtp).
     inputs = {kept.input_tokens if layout.mode == "mtp" else tokens} if work.element_bytes == 4 else set[int]()
     if experts.shared_size:
@@ -175,7 +223,7 @@ def _experts(work: Workload, kept: KeptActivations) -> int:
 
 @dataclass(frozen=True)
 class Elements:
-    """The numbers of elements of the parameters of a stage on rank 0 of the ranks that share it. Its shards are the largest."""
+    """The numbers of elements of the parameters of a stage on one of the ranks that share it."""
 
     full: int
     """Before the data axis shards them."""
@@ -199,11 +247,13 @@ class Elements:
             deferred: the shapes of all weights whose gradients are computed apart.
         """
         zero, expert_zero = work.layout.zero, work.layout.expert_zero
-        dense = sum(largest_shard(shape, zero) for shape in shapes)
-        of_experts = sum(largest_expert_shard(shape, expert_zero) for shape in experts)
+        dense = sum(shard_size(shape, zero) for shape in shapes)
+        of_experts = sum(expert_shard_size(shape, expert_zero) for shape in experts)
+        shard = sum(shard_size(shape, zero, work.zero_rank) for shape in shapes)
+        shard += sum(expert_shard_size(shape, expert_zero, work.expert_zero_rank) for shape in experts)
         full, apart = (sum(math.prod(shape) for shape in kind) for kind in ((*shapes, *experts), deferred))
         gathered = zero * dense + expert_zero * of_experts
-        return cls(full, gathered, apart if work.zero_bubble else 0, dense + of_experts)
+        return cls(full, gathered, apart if work.zero_bubble else 0, shard)
 
 
 def weights_and_gradients(work: Workload, stage: Elements, passes: str) -> int:

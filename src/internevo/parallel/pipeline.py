@@ -19,6 +19,7 @@ the layers so far (8 bytes per expert), or their gradient.
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ from ..data.batches import MicroBatch
 from ..models.decoder import Decoder
 from ..models.layers import Cache, DecoderLayer
 from ..models.losses import HandedOn, Loss, LossTerms
-from .data_axis import DataAxis, Weights
+from .data_axis import DataAxis, Weights, shard_size
 from .deferred import Deferred
 from .messages import Channels, Message
 from .orders import BACKWARD, FORWARD, Action, forwards, needs, orders, stages_on
@@ -56,9 +57,8 @@ def traffic(work: Workload) -> list[Collectives]:
     here = stages_on(work.pipeline_rank, layout.pipeline, layout.chunks, work.schedule)
     neighbours = [stage + way for stage in here for way in (-1, 1) if 0 <= stage + way < layout.stages]
     sends = sum(layout.rank_of_stage(stage) != work.pipeline_rank for stage in neighbours)
-    pooled = 8 * decoder.experts.count if work.pools and decoder.experts else 0
-    nbytes = tokens * decoder.hidden_size * work.element_bytes + pooled
-    rows = [Collectives("send", "pipeline", 2 if pooled else 1, nbytes).times(sends * work.micro_batches)]
+    nbytes = tokens * decoder.hidden_size * work.element_bytes + work.pooled_bytes
+    rows = [Collectives("send", "pipeline", 2 if work.pooled_bytes else 1, nbytes).times(sends * work.micro_batches)]
     if decoder.tie_embeddings and (work.embeddings or work.heads):
         rows.append(Collectives("all-reduce", "first and last", 1, 4 * _tied_shard(work)))
     return rows
@@ -71,8 +71,8 @@ def copied_elements(work: Workload) -> int:
 
 
 def _tied_shard(work: Workload) -> int:
-    ranks = work.layout.inner * work.layout.zero
-    return -(-work.decoder.vocab_size // ranks) * work.decoder.hidden_size
+    rows = work.decoder.vocab_size // work.layout.inner
+    return shard_size([rows, work.decoder.hidden_size], work.layout.zero, work.zero_rank)
 
 
 class Chunk(NamedTuple):
@@ -305,8 +305,9 @@ class Pipeline:
 
     def _weights(self, action: Action, step: Step, last: bool) -> None:
         _, stage, number = action
-        for accumulate in step.left.pop((stage, number)):
-            accumulate()
+        left = deque(step.left.pop((stage, number)))
+        while left:
+            left.popleft()()  # what it has kept is freed
         if last:
             self.chunks[stage].axis.reduce_gradients()
 

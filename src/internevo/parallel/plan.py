@@ -156,16 +156,13 @@ def traffic(work: Workload) -> list[Collectives]:
 
 
 def memory(work: Workload) -> Memory:
-    """Returns the bytes on the rank, after the pass that leaves the most (``Memory``).
-
-    If shards have uneven sizes, they are those of the rank with the largest ones.
-    """
+    """Returns the bytes on the rank, after the pass that leaves the most (``Memory``)."""
     layout, inner = work.layout, isp if work.layout.mode == "isp" else tensor
-    work = replace(work, micro_batches=_enough(work.micro_batches, layout.pipeline))
+    work = replace(work, micro_batches=enough(work.micro_batches, layout.pipeline))
     kept, alike = inner.memory(work), {_like(stage, work.decoder) for stage in work.on_rank}
     sizes = {stage: _StageBytes.of(replace(work, stages=(stage,)), kept) for stage in alike}
     stages = [sizes[_like(stage, work.decoder)] for stage in work.on_rank]
-    message = kept.residual_tokens * work.decoder.hidden_size * work.element_bytes
+    message = message_bytes(work, kept)
     shards = sum(stage.elements.shard for stage in stages)
     moments = 8 * (shards - pipeline.copied_elements(work))
     forward, backward = [stage.forward for stage in stages], [stage.backward for stage in stages]
@@ -179,6 +176,11 @@ def memory(work: Workload) -> Memory:
     return Memory(4 * (shards + _biases(work)), moments, full, now, after)
 
 
+def message_bytes(work: Workload, kept: KeptActivations) -> int:
+    """Returns the bytes of a message of the pipeline."""
+    return kept.residual_tokens * work.decoder.hidden_size * work.element_bytes + work.pooled_bytes
+
+
 class _StageBytes(NamedTuple):
     """What one stage needs."""
 
@@ -190,7 +192,7 @@ class _StageBytes(NamedTuple):
 
     @classmethod
     def of(cls, work: Workload, kept: KeptActivations) -> _StageBytes:
-        return cls(_elements(work), activations(work, kept), left(work, kept) if work.zero_bubble else 0)
+        return cls(elements(work), activations(work, kept), left(work, kept) if work.zero_bubble else 0)
 
 
 def _like(stage: Stage, decoder: DecoderConfig) -> Stage:
@@ -208,13 +210,13 @@ def _biases(work: Workload) -> int:
     )
 
 
-def _enough(micro_batches: int, ranks: int) -> int:
+def enough(micro_batches: int, ranks: int) -> int:
     """Returns a number of micro-batches that is not larger, and with which the most memory is the same: passes repeat."""
     enough = 2 * ranks * (ranks + 1)
     return micro_batches if micro_batches <= enough else enough + micro_batches % ranks
 
 
-def _elements(work: Workload) -> Elements:
+def elements(work: Workload) -> Elements:
     """Counts the parameters of the one stage of ``work``."""
     stage, decoder = _like(work.on_rank[0], work.decoder), _shape_of(work.decoder)
     # The same for all micro-batches and pipeline ranks, so that it is counted once for all of them.
@@ -236,7 +238,7 @@ def _count_elements(work: Workload) -> Elements:
     decoder, layout, (stage,) = work.decoder, work.layout, work.on_rank
     sparse = sum(decoder.is_sparse(number) for number in stage.layers)
     parts = [(1, list(itertools.chain(*_ends(work, stage))))]
-    parts += [(count, _layer(work, kind)) for kind, count in ((True, sparse), (False, len(stage.layers) - sparse)) if count]
+    parts += [(count, layer(work, kind)) for kind, count in ((True, sparse), (False, len(stage.layers) - sparse)) if count]
     total = Elements(0, 0, 0, 0)
     for count, parameters in parts:
         shapes = [parameter.shape for parameter in parameters if not (parameter.of_experts and layout.experts_apart)]
@@ -260,7 +262,7 @@ class OnRank(NamedTuple):
 def _on_rank(work: Workload, stage: Stage) -> tuple[list[list[OnRank]], list[list[OnRank]]]:
     """Returns the parameters of a rank's stage, for each unit of the data axis; and those of units of experts, if there are."""
     decoder, apart = work.decoder, work.layout.experts_apart
-    kinds = {sparse: _layer(work, sparse) for sparse in {decoder.is_sparse(number) for number in stage.layers}}
+    kinds = {sparse: layer(work, sparse) for sparse in {decoder.is_sparse(number) for number in stage.layers}}
     layers = [kinds[decoder.is_sparse(number)] for number in stage.layers]
     dense = [[parameter for parameter in layer if not (apart and parameter.of_experts)] for layer in layers]
     experts = [[parameter for parameter in layer if apart and parameter.of_experts] for layer in layers]
@@ -277,7 +279,7 @@ def _ends(work: Workload, stage: Stage) -> list[list[OnRank]]:
     return [[_placed(work, parameter) for parameter in unit] for unit in _units(_shape_of(work.decoder), bare)]
 
 
-def _layer(work: Workload, sparse: bool) -> list[OnRank]:
+def layer(work: Workload, sparse: bool) -> list[OnRank]:
     """Returns the parameters of a layer, with experts or without."""
     number = next(number for number in range(work.decoder.num_layers) if work.decoder.is_sparse(number) == sparse)
     layer = Stage(range(number, number + 1), embeds=False, heads=False)

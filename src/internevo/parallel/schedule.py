@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from ..data.batches import MicroBatch
 from ..models.decoder import Decoder
@@ -58,14 +59,19 @@ class OneStage:
     def train(self, micro_batches: Sequence[MicroBatch], terms: LossTerms, scale: float, on_result: OnResult) -> None:
         """Runs the micro-batches one after the other."""
         for number, micro_batch in enumerate(micro_batches):
-            on_device = micro_batch.to(self.device)
-            loss = self.model(on_device.tokens, cu_seqlens=on_device.cu_seqlens, labels=on_device.labels, terms=terms)
+            loss = self._forward(micro_batch, terms, on_result) * scale
             self.after_pass(Action(FORWARD, 0, number))
             self.axis.before_backward(last=number == len(micro_batches) - 1)
-            (loss.total * scale).backward()
-            on_result(on_device, loss)
+            loss.backward()
             self.after_pass(Action(BACKWARD, 0, number))
         self.axis.after_backwards()
+
+    def _forward(self, micro_batch: MicroBatch, terms: LossTerms, on_result: OnResult) -> Tensor:
+        """Returns only what the backward pass needs, so that nothing else is kept for it."""
+        on_device = micro_batch.to(self.device)
+        loss = self.model(on_device.tokens, cu_seqlens=on_device.cu_seqlens, labels=on_device.labels, terms=terms)
+        on_result(on_device, loss)
+        return loss.total
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterable[MicroBatch], on_result: OnResult) -> None:

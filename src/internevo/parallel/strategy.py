@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch.distributed as dist
 
@@ -17,6 +17,17 @@ from ..models.config import DecoderConfig, Stage
 from ..models.losses import LossTerms
 from .layout import Layout
 from .stages import split
+
+
+class LayerKind(NamedTuple):
+    """What decides about the memory of a layer."""
+
+    sparse: bool
+    """Whether it has experts."""
+    recomputed: bool
+    """Whether it is recomputed as a whole."""
+    windowed: bool
+    """Whether its attention has a window."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +55,18 @@ class Workload:
     """The stages of the rank whose collectives and memory are asked for. Empty: the whole model."""
     pipeline_rank: int = 0
     """The place of this rank in its pipeline."""
-    pools: bool = False
-    """Whether the loss depends on the routers of all layers together (``LossTerms.pools``)."""
+    zero_rank: int = 0
+    """The place of this rank among those over which the optimizer state is sharded."""
+    expert_zero_rank: int = 0
+    """The same for experts."""
+    loss: LossTerms = field(default_factory=LossTerms)
+    """The weights of the terms of the loss."""
+    rows: int = 0
+    """Rows of a micro-batch, if they are not packed into one row; 0: they are."""
+    prefetches: bool = False
+    """isp: whether the next weights are gathered while others are used (``parallel.weight.overlap``)."""
+    prefetches_experts: bool = False
+    """The same for experts (``parallel.expert_weight.overlap``)."""
 
     @classmethod
     def from_config(
@@ -67,7 +88,12 @@ class Workload:
             config.model.checkpoint, config.selective_checkpoint, config.hybrid_zero_optimizer.reduce_bucket_size, device,
             tuple(stage for number, stage in enumerate(stages) if layout.rank_of_stage(number) == mine),
             mine,
-            LossTerms.from_config(config.loss).pools(decoder),
+            layout.weights.coordinate(rank)["zero"],
+            layout.experts.coordinate(rank)["zero"],
+            LossTerms.from_config(config.loss),
+            0 if config.data.use_packed_dataset else config.data.micro_bsz,
+            config.parallel.weight.overlap,
+            config.parallel.expert_weight.overlap,
         )  # fmt: skip
 
     @property
@@ -86,9 +112,20 @@ class Workload:
         return self.schedule != "1F1B"
 
     @property
+    def pooled_bytes(self) -> int:
+        """Bytes that the stages hand on besides the residual stream, if the loss depends on the routers of all layers together
+        (``losses.add_pooled``)."""
+        return 8 * self.decoder.experts.count if self.decoder.experts and self.loss.pools(self.decoder) else 0
+
+    @property
     def routed_tokens(self) -> int:
         """The tokens of a micro-batch that a rank sends through its routers."""
         return self.tokens if self.layout.experts_by_tensor else self.tokens // self.layout.tensor
+
+    @property
+    def sums_routers(self) -> bool:
+        """Whether the ranks of a tensor group add up what their routers have counted."""
+        return not self.layout.experts_by_tensor and self.layout.tensor > 1
 
     @property
     def layers(self) -> list[int]:
@@ -111,6 +148,12 @@ class Workload:
         if self.recomputed == "attention":
             return []
         return [layer for stage in self.on_rank for layer in stage.layers[: int(len(stage.layers) * self.recomputed)]]
+
+    @property
+    def kinds(self) -> list[LayerKind]:
+        """What the layers of the rank are."""
+        decoder, again = self.decoder, set(self.recomputed_layers)
+        return [LayerKind(decoder.is_sparse(layer), layer in again, decoder.window(layer) > 0) for layer in self.layers]
 
     @property
     def recomputed_attentions(self) -> int:

@@ -33,19 +33,21 @@ from ..measure import peak as measure
 from ..measure.collectives import Counter
 from ..measure.memory import Meter
 from ..models.moe import MoE
+from ..parallel import plan
 from ..parallel.layout import Layout
 from ..parallel.memory import Memory
 from ..parallel.orders import Action, orders
 from ..parallel.pretended import NoMemory, pretend
 from ..parallel.repeats import shortened
 from ..parallel.schedule import nothing
-from ..parallel.strategy import Collectives, added_up
+from ..parallel.strategy import Collectives, Workload, added_up
 from ..storage.jsonfile import read_object, write_json
 from ..train.folder import DRY_RUN, OTHER_FOLDER
 from ..train.parts import Parts
 from ..train.process import prepare
 from ..train.shared import Shared
 from ..train.step import Stepper, formulas
+from .memory import temporary
 
 FORMAT = "dry run 1"
 """Says in ``dryrun.json`` what it is, with the version of its format."""
@@ -99,6 +101,8 @@ class DryRun:
     """The collectives after the last pass, in their order."""
     stated_memory: Memory | None
     """By formula; None with adapters."""
+    stated_peak: int | None
+    """The bytes of the peak by formula."""
     stated_collectives: list[Collectives] | None
     sizes: dict[str, int]
     """Axis of a collective -> the number of ranks of a group."""
@@ -129,7 +133,8 @@ class DryRun:
         memory = {"counted": asdict(self.memory), "formula": self.stated_memory and asdict(self.stated_memory)}
         names = ("rank", "world", "coordinate", "micro_batches", "parameters", "seconds", "data")
         return {"format": FORMAT, **{name: getattr(self, name) for name in names}, "balanced_rows": self.balanced,
-                "memory": memory, "peak": asdict(self.peak), "collectives": rows, **self._in_order()}  # fmt: skip
+                "memory": memory, "peak": {**asdict(self.peak), "formula": self.stated_peak}, "collectives": rows,
+                **self._in_order()}  # fmt: skip
 
     def _in_order(self) -> dict[str, Any]:
         """Returns the passes with their collectives in their order. Passes with the same ones share a list."""
@@ -153,7 +158,8 @@ class DryRun:
         for part, name in {**Memory.NAMES, "total": "total"}.items():
             stated = f"{getattr(self.stated_memory, part):,}" if self.stated_memory else "-"
             lines.append(f"{name:32}{getattr(self.memory, part):>20,}{stated:>20}")
-        lines.append(f"{'most, within passes too':32}{self.peak.nbytes:>20,}  {self.peak.where()}")
+        stated = f"{self.stated_peak:,}" if self.stated_peak else "-"
+        lines.append(f"{'most, within passes too':32}{self.peak.nbytes:>20,}{stated:>20}  {self.peak.where()}")
         lines.append(f"{'collective':16}{'group':>16}{'ranks':>7}{'count':>9}{'bytes':>22}  by formula")
         for row in self.to_dict()["collectives"]:
             count, nbytes = row["counted"]["count"], row["counted"]["nbytes"]
@@ -224,14 +230,19 @@ def dry_run(config: Config, world_size: int, rank: int, whole: bool = False) -> 
         with no_memory.running():
             batch = _batch(parts, run)
         step = _Step(parts, no_memory)
-        with step.measured(), no_memory.running():
+        with no_memory.remembering(), step.measured(), no_memory.running():
             stepper.enqueue(batch, config.adam.lr, config.adam.adam_beta2, partial(_shared, world_size))
         stated_memory, stated = formulas(parts, count)
         memory, peak = step.memory(examples, stated_memory.after if stated_memory else None)
+        stated_peak = None
+        if stated_memory is not None:
+            work = Workload.from_config(parts.decoder, config, layout, count, rank=rank)
+            stated_peak = stated_memory.total + temporary(work, plan.memory(work))
         passes = [Pass(action, step.passes[example]) for action, example in examples.items()]
         return DryRun(
             rank, world_size, layout.weights.coordinate(rank), count, parts.decoder.parameters(), memory, peak, passes,
-            step.update, stated_memory, stated, _sizes(layout), balanced, data_plan(parts), time.perf_counter() - begin,
+            step.update, stated_memory, stated_peak, stated, _sizes(layout), balanced, data_plan(parts),
+            time.perf_counter() - begin,
         )  # fmt: skip
 
 

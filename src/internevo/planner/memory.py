@@ -1,13 +1,5 @@
-"""The memory of the most loaded rank: what ``plan.memory`` says that it keeps, and in addition the largest temporary buffers.
-
-| temporary               | bytes                                                                                         |
-|-------------------------|-----------------------------------------------------------------------------------------------|
-| a layer's backward pass | gradients of gate, up, their product and the residual stream; if the layer is recomputed, all |
-|                         | of its activations                                                                            |
-| the head                | a chunk of logits in fp32, and its gradient                                                   |
-| FSDP                    | the full weights of two units (in use, and gathered in advance), the full gradient of one     |
-
-They do not exist at the same time; the largest counts, with those of FSDP.
+"""The memory of the most loaded rank: what ``plan.memory`` says that it keeps, and how much more it has within a pass
+(``peak``).
 
 Attention that keeps its scores (``Job.keeps_scores``, others' measurements) keeps in addition for each pair of tokens and head
 the output of the softmax, the mask of dropout, and the output of dropout: 5 bytes; and dropout of the residual stream two masks
@@ -19,12 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from operator import mul
 
-from .. import ops
-from ..parallel import isp, plan, tensor
+from ..parallel import plan
 from ..parallel.kept import points
-from ..parallel.memory import Memory, activations, expert_width
+from ..parallel.memory import Memory
 from ..parallel.strategy import Workload
 from .job import Job
+from .peak import peak
 
 
 @dataclass(frozen=True)
@@ -49,7 +41,8 @@ def most_loaded(job: Job) -> RankMemory:
 def on_rank(job: Job, pipeline_rank: int) -> RankMemory:
     """Returns the memory of a rank."""
     work = job.on_rank(pipeline_rank)
-    kept, largest = plan.memory(work), temporary(work)
+    kept = plan.memory(work)
+    largest = temporary(work, kept)
     if job.keeps_scores:
         scores = _scores(job)
         kept = replace(kept, activations=kept.activations + scores * _layers_kept(work))
@@ -73,32 +66,6 @@ def _layers_kept(work: Workload) -> int:
     return max(sum(map(mul, layers, point.forward)) for point in kept)
 
 
-def temporary(work: Workload) -> int:
-    """Returns the bytes of the largest temporary buffers of a rank."""
-    decoder, layout, e = work.decoder, work.layout, work.element_bytes
-    kept = (isp if layout.mode == "isp" else tensor).memory(work)
-    width = decoder.intermediate_size
-    if decoder.experts is not None and any(decoder.is_sparse(layer) for layer in work.layers):
-        rows = work.routed_tokens * decoder.experts.top_k
-        mlp = e * rows * (2 * decoder.hidden_size + 3 * expert_width(work, decoder.experts))
-    else:
-        mlp = e * 3 * width * kept.mlp_tokens
-    backward = mlp + 2 * e * decoder.hidden_size * kept.input_tokens
-    if work.recomputed_attentions:
-        first = work.on_rank[0]
-        one = replace(first, layers=range(first.layers[0], first.layers[0] + 1), embeds=False, heads=False)
-        backward += activations(replace(work, stages=(one,), recomputed=0.0), kept)
-    columns = decoder.vocab_size if layout.mode == "isp" else decoder.vocab_size // layout.tensor
-    logits = 8 * ops.chunk_tokens(kept.loss_tokens, columns, work.device) * columns * work.heads
-    return max(backward, logits) + (_gathered(work) if layout.fsdp else 0)
-
-
-def _gathered(work: Workload) -> int:
-    """Returns the bytes of the weights and gradients that FSDP has in full."""
-    decoder, inner = work.decoder, work.layout.inner
-    elements = max(decoder.layer_parameters(layer) for layer in work.layers)
-    if decoder.experts is not None and work.layout.experts_apart:
-        elements //= work.layout.expert
-    elements = elements // inner
-    ends = decoder.vocab_size * decoder.hidden_size // inner * bool(work.embeddings or work.heads)
-    return work.element_bytes * (2 * elements + max(elements, ends)) + work.gradient_bytes * max(elements, ends)
+def temporary(work: Workload, kept: Memory) -> int:
+    """Returns how much more a rank has at its fullest moment than what it keeps after the pass that leaves the most."""
+    return max(0, peak(work) - kept.state - kept.activations)

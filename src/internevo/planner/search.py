@@ -144,7 +144,8 @@ class Search:
         work = replace(
             self.base.work, layout=layout, tokens=config.data.seq_len * choice.micro_bsz,
             micro_batches=self.rows // (choice.micro_bsz * layout.data), recomputed=config.model.checkpoint,
-            keeps_attention=choice.selective,
+            keeps_attention=choice.selective, rows=0 if config.data.use_packed_dataset else choice.micro_bsz,
+            prefetches=config.parallel.weight.overlap, prefetches_experts=config.parallel.expert_weight.overlap,
         )  # fmt: skip
         zero = config.hybrid_zero_optimizer
         layers = tuple(len(stage.layers) for stage in self._stages(layout.stages)) if layout.pipeline > 1 else ()

@@ -164,7 +164,7 @@ def _count_stage(job: Job, stage: Stage, groups: dict[str, Group]) -> StageCount
     shapes = [[(elements,)] for elements in units]
     of_data = _messages(data_axis.traffic(work, shapes, experts, {}), groups)
     shard = sum(-(-elements // layout.zero) for elements in units)
-    shard += sum(data_axis.largest_expert_shard(shape, layout.expert_zero) for unit in experts.values() for shape in unit)
+    shard += sum(data_axis.expert_shard_size(shape, layout.expert_zero) for unit in experts.values() for shape in unit)
     gathers = [message for message in of_data if message.kind == "all-gather"]
     reductions = [message for message in of_data if message.kind != "all-gather"]
     if layout.fsdp:

@@ -4,7 +4,7 @@ everything that all ranks must know, clipping, and the update."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -202,8 +202,10 @@ def formulas(parts: Parts, micro_batches: int) -> tuple[Memory | None, list[Coll
         return None, None
     world = parts.world
     work = Workload.from_config(parts.decoder, parts.config, parts.layout, micro_batches, world.device.type, world.rank)
-    rows = [*plan.traffic(work), traffic(parts.decoder, len(parts.source.types), parts.layout)]
-    return plan.memory(work), add_up(rows, parts.layout)
+    types, memory = len(parts.source.types), plan.memory(work)
+    rows = [*plan.traffic(work), traffic(parts.decoder, types, parts.layout)]
+    sums = 8 * (2 * types + RouterSums.size(parts.decoder))  # of ``Losses`` and ``RouterSums``
+    return replace(memory, activations=memory.activations + sums), add_up(rows, parts.layout)
 
 
 def traffic(decoder: DecoderConfig, types: int, layout: Layout) -> Collectives:

@@ -37,7 +37,7 @@ def test_few_micro_batches_say_what_many_need(
     more = {"model__checkpoint": recomputed, "model__dtype": "torch.bfloat16"}
     asked = [work(mode, chunks, 3, count, rank, **more) for rank in range(3) for count in (36, 37, 38)]
     short = [plan.memory(each) for each in asked]
-    monkeypatch.setattr(plan, "_enough", lambda micro_batches, ranks: micro_batches)
+    monkeypatch.setattr(plan, "enough", lambda micro_batches, ranks: micro_batches)
     for mine, theirs in zip(short, map(plan.memory, asked), strict=True):
         assert (mine.total, mine.state) == (theirs.total, theirs.state)
         assert mine.after.micro_batch <= theirs.after.micro_batch
@@ -117,4 +117,4 @@ def test_the_parameters_of_a_rank_are_those_of_its_model(number: int) -> None:
         dense, routed = list(chain(*units)), list(chain(*experts))
         deferred = [parameter.shape for parameter in (*dense, *routed) if parameter.deferred]
         expected = Elements.of(work, [p.shape for p in dense], [p.shape for p in routed], deferred)
-        assert plan._elements(replace(work, stages=(stage,))) == expected
+        assert plan.elements(replace(work, stages=(stage,))) == expected

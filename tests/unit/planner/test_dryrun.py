@@ -1,7 +1,6 @@
 """Dry runs of ranks of large worlds, their file, and what they refuse."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +41,8 @@ def test_a_rank_of_1024_has_what_the_strategies_state(name: str, rank: int) -> N
     counted, stated = (
         [(row.kind, row.axis, row.count, row.nbytes) for row in rows] for rows in (found.collectives, found.stated_collectives)
     )
-    assert [row[:3] for row in counted] == [row[:3] for row in stated]
-    pairs = [(mine[3], formula[3]) for mine, formula in zip(counted, stated, strict=True)]
-    assert all(mine == formula if rank == 0 else mine <= formula for mine, formula in pairs)  # rank 0 has the largest shards
-    memory, formula = asdict(found.memory), asdict(found.stated_memory)
-    if rank == 0:
-        assert (memory["masters"], memory["after"]) == (formula["masters"], formula["after"])
-        assert memory["activations"] == pytest.approx(formula["activations"], rel=0.03)
+    assert counted == stated
+    assert found.memory == found.stated_memory
     assert not dist.is_initialized()
 
 
@@ -128,10 +122,12 @@ def run(path: Path, *arguments: object) -> int:
 def test_the_file_has_what_is_printed_and_a_run_may_follow(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_config(tmp_path, "not here", "run", model__vocab_size=128)
     assert run(path, *DRY, 12, "--rank", 3, "parallel.tensor.size=2", "data.global_batch_size=24") == 0
-    assert run(path, *DRY, 4) == 0  # the file of a dry run is replaced
+    checkpoint = "ckpt.load_ckpt_info.path=/not/here"
+    assert run(path, *DRY, 4, "model.compile=True", checkpoint) == 0  # the file of a dry run is replaced
     written = json.loads((tmp_path / "run" / "dryrun.json").read_text())
     assert (written["rank"], written["world"], written["micro_batches"]) == (0, 4, 3)
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "note: model.compile: " in err and "note: ckpt.load_ckpt_info: " in err
     assert f"master weights                  {written['memory']['counted']['masters']:>20,}" in out
     assert all(row["counted"] == row["formula"] for row in written["collectives"]) and out.count("the same") >= 3
     assert run(path, "data.type=mocked", "data.total_steps=1", "--nproc", 1) == 0

@@ -29,14 +29,6 @@ def test_the_most_loaded_rank_is_found() -> None:
         assert rank.kept == plan.memory(work)
 
 
-def test_temporary_buffers_by_hand() -> None:
-    # Gradients of gate, up and their product, and two of the residual stream, of 256 tokens in bf16; or logits in fp32 twice.
-    backward, logits = 2 * 256 * (3 * 96 + 2 * 64), 8 * 256 * 1024
-    alone = job(Layout(1, 1, "mtp", 1, 1, 1, False)).work
-    assert memory.temporary(alone) == logits
-    assert memory.temporary(replace(alone, decoder=replace(TINY, vocab_size=8))) == backward
-
-
 @pytest.mark.parametrize("experts", [None, Experts(8, 2, 48)], ids=["dense", "experts"])
 @pytest.mark.parametrize("mode", ["mtp", "fsp", "isp"])
 def test_fsdp_has_full_weights_for_a_while_and_recomputation_a_layer(mode: str, experts: Experts | None) -> None:

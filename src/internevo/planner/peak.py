@@ -1,0 +1,301 @@
+"""The most memory of a rank at any moment of a step, within passes too.
+
+A pass begins or ends with what ``parallel.kept`` and ``parallel.memory`` say. Between, layer by layer:
+
+| pass                 | has in addition                                                                                    |
+|----------------------|----------------------------------------------------------------------------------------------------|
+| forward              | at its end, in the head: logits of a chunk of tokens, and a product for the gradient of its weight  |
+| backward             | what is recomputed, and gradients of activations (``_backward``). After each layer, its activations |
+|                      | are freed, and the gradients of its weights are there                                              |
+| gradients of weights | one product. After each layer, what the backward pass has left is freed                            |
+
+The last pass of a stage also reduces the gradients of each unit, from a buffer. FSDP gathers and reduces in every pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import groupby
+from operator import add, mul
+from typing import NamedTuple
+
+from .. import ops
+from ..ops.cross_entropy import BLOCK
+from ..parallel import data_axis, isp, plan, tensor
+from ..parallel.kept import Within, within
+from ..parallel.memory import (
+    activations,
+    expert_width,
+    head_activations,
+    layer_activations,
+    layer_left,
+    left,
+    weights_and_gradients,
+)
+from ..parallel.orders import BACKWARD, FORWARD, WEIGHTS
+from ..parallel.strategy import KeptActivations, LayerKind, Workload
+
+
+class Unit(NamedTuple):
+    """Weights that the data axis gathers and reduces together, at the end of the backward pass of its first layer. Elements."""
+
+    full: int
+    """Of the weights."""
+    gathered: int
+    """The same with padding."""
+    shard: int
+    """Of a rank's shard."""
+    copied: int
+    """Of those that are not scattered, and copied in place of that."""
+    summed: int
+    """Of those that are summed over replicas: the buffer of this is kept until the end of the backward pass."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A layer of a stage, or what is before or after its layers. All are bytes."""
+
+    kept: int
+    """What the forward pass keeps."""
+    left: int
+    """What a backward pass keeps for the gradients of weights."""
+    gradients: int
+    """Gradients of the weights that the backward pass computes."""
+    deferred: int
+    """Gradients of the other weights."""
+    backward: tuple[int, int]
+    """What the backward pass needs in addition to what it has at its beginning: if the weights have gradients, and if they have
+    none yet."""
+    late: int
+    """What the gradients of the weights need in addition, if they are computed apart."""
+    unit: Unit | None
+    """The unit that is complete after it."""
+    times: int = 1
+    """How many of such layers there are one after the other."""
+
+
+def peak(work: Workload) -> int:
+    """Returns the most bytes that a rank has in memory, without master weights and moments."""
+    layout = work.layout
+    work = replace(work, micro_batches=plan.enough(work.micro_batches, layout.pipeline))
+    kept = (isp if layout.mode == "isp" else tensor).memory(work)
+    stages = [replace(work, stages=(stage,)) for stage in work.on_rank]
+    forward, backward = [activations(stage, kept) for stage in stages], [left(stage, kept) for stage in stages]
+    elements, parts = [plan.elements(stage) for stage in stages], [_parts(stage, kept) for stage in stages]
+    state = cache(lambda place, passes: weights_and_gradients(work, elements[place], passes))
+    found = 0
+    for moment in within(work.schedule, layout.pipeline, layout.chunks, work.micro_batches, work.pipeline_rank):
+        now = moment.messages * plan.message_bytes(work, kept) + sum(map(mul, forward, moment.forward))
+        now += sum(map(mul, backward, moment.backward)) + sum(state(place, text) for place, text in enumerate(moment.passes))
+        stage = stages[moment.stage]
+        more = _forward(stage, kept) if moment.kind == FORWARD else _walk(stage, parts[moment.stage], moment)
+        found = max(found, now + more)
+    return found
+
+
+def _forward(work: Workload, kept: KeptActivations) -> int:
+    """Returns the most that a forward pass has in addition to what it keeps: in the head, or in the last layer's experts."""
+    decoder, e, d = work.decoder, work.element_bytes, work.decoder.hidden_size
+    last = work.kinds[-1]
+    experts = 0 if last.recomputed else _travelling(work, last) + _residual(work, kept)
+    if not work.heads:
+        return experts
+    rows = kept.head_rows
+    logits = (4 if e == 4 else 4 + e) * rows * ops.chunk_tokens(kept.loss_tokens, rows, work.device)
+    product = (e if work.device == "cpu" else 4) * d * (min(rows, BLOCK) if work.device == "cpu" else rows)
+    inputs = e * d * (kept.loss_tokens + (kept.residual_tokens if kept.residual_tokens != kept.loss_tokens else 0))
+    sums = (4 - e) * rows * d  # the gradient of the weight in fp32
+    gathered = e * rows * d * (work.layout.mode == "isp" and work.layout.weight > 1 and not decoder.norm_head)
+    unit = e * rows * d // (work.layout.weight if work.layout.mode == "isp" else 1) * work.layout.fsdp
+    return max(logits + product + inputs + sums + gathered + unit, experts - head_activations(work, kept))
+
+
+def _walk(work: Workload, parts: Sequence[Part], moment: Within) -> int:
+    """Returns the most that a backward pass, or one for the gradients of weights, has in addition to what there was before."""
+    layout, e, g, full = work.layout, work.element_bytes, work.gradient_bytes, _full_gradient(work)
+    first = (BACKWARD if moment.kind == BACKWARD else WEIGHTS) not in moment.passes[moment.stage]
+    none_yet = first or layout.fsdp
+    reduces = layout.world > layout.pipeline and (moment.last or layout.fsdp)
+    most = now = buffer = 0
+    units = [part.unit for part in reversed(parts) if part.unit is not None]
+    for part in reversed(parts):
+        in_use = e * sum(unit.gathered for unit in units[:2]) * layout.fsdp
+        backward = moment.kind == BACKWARD
+        most = max(most, now + in_use + (part.backward[none_yet] if backward else part.late))
+        now += part.times * (part.left - part.kept if backward else -part.left)
+        now += part.times * none_yet * (part.gradients if backward else part.deferred)
+        if part.unit is not None:
+            units.pop(0)
+        if part.unit is not None and reduces:
+            now -= part.times * (e * part.unit.gathered * (not layout.fsdp) + full * part.unit.full) + buffer
+            buffer = g * part.unit.gathered
+            most = max(
+                most,
+                now + in_use + buffer + full * part.unit.full,
+                now + in_use + buffer + g * (part.unit.shard + part.unit.copied),
+            )
+            now += buffer + part.times * g * (part.unit.shard if first or not layout.fsdp else part.unit.summed)
+    return max(most, now)
+
+
+def _parts(work: Workload, kept: KeptActivations) -> list[Part]:
+    """Returns the parts of the one stage of ``work``, in the order of the forward pass."""
+    stage, decoder = work.on_rank[0], work.decoder
+    layers = {sparse: plan.layer(work, sparse) for sparse in {decoder.is_sparse(number) for number in stage.layers}}
+    weights = [layers[decoder.is_sparse(number)] for number in stage.layers]
+    units = _units(work, weights)
+    parts = list[Part]()
+    table, ranks = decoder.vocab_size * decoder.hidden_size, _ranks(work)
+    tied = stage.embeds and stage.heads and decoder.tie_embeddings
+    if stage.embeds:
+        full = 0 if tied else table // ranks
+        computed = _residual(work, kept) + work.element_bytes * kept.head_rows * decoder.hidden_size
+        parts.append(_part(work, full, kept.looked_up, (computed, computed if ranks > 1 else _residual(work, kept))))
+    for same, run in groupby(zip(work.kinds, units, strict=True)):
+        part, count = _layer(work, kept, layers[same[0].sparse], *same), len(list(run))
+        # What changes from layer to layer is the same, so that the most is at the beginning or at the end.
+        parts += [part] * count if count < 4 else [part, replace(part, times=count - 2), part]
+    if stage.heads:
+        parts.append(_part(work, table // ranks + decoder.hidden_size, head_activations(work, kept), (0, 0)))
+    return parts
+
+
+def _layer(work: Workload, kept: KeptActivations, weights: Sequence[plan.OnRank], kind: LayerKind, unit: Unit | None) -> Part:
+    sizes = [math.prod(weight.shape) for weight in weights]
+    apart = [math.prod(weight.shape) for weight in weights if weight.deferred and work.zero_bubble]
+    return Part(
+        kept=layer_activations(work, kept, kind),
+        left=layer_left(work, kept, kind) if work.zero_bubble else 0,
+        gradients=_full_gradient(work) * (sum(sizes) - sum(apart)),
+        deferred=_full_gradient(work) * sum(apart),
+        backward=(_backward(work, kept, kind, False), _backward(work, kept, kind, True)),
+        late=work.element_bytes * max(apart, default=0),
+        unit=unit,
+    )
+
+
+def _part(work: Workload, full: int, kept: int, backward: tuple[int, int]) -> Part:
+    """An end of a stage, which is a unit."""
+    unit = _unit(work, [([full], False)]) if full else None
+    return Part(kept, 0, _full_gradient(work) * full, 0, backward, 0, unit)
+
+
+def _units(work: Workload, weights: Sequence[Sequence[plan.OnRank]]) -> list[Unit | None]:
+    """Returns for each layer the unit that is complete after its backward pass."""
+    layout = work.layout
+    sizes = [sum(math.prod(w.shape) for w in its if not (w.of_experts and layout.experts_apart)) for its in weights]
+    found: list[Unit | None] = [None] * len(weights)
+    for joined in data_axis.join(sizes, None if layout.fsdp else work.bucket_elements):
+        found[joined[0]] = _unit(
+            work, [(p.shape, p.of_experts and layout.experts_apart) for layer in joined for p in weights[layer]]
+        )
+    return found
+
+
+def _unit(work: Workload, shapes: Sequence[tuple[data_axis.Shape, bool]]) -> Unit:
+    """``shapes``: those of its parameters, and whether each is of experts that have ranks of their own."""
+    layout, total = work.layout, Unit(0, 0, 0, 0, 0)
+    stage = layout.world // layout.pipeline
+    for shape, apart in shapes:
+        zero = layout.expert_zero if apart else layout.zero
+        shard = (data_axis.expert_shard_size if apart else data_axis.shard_size)(shape, zero)
+        replicas = stage // zero // (layout.expert * layout.expert_inner if apart else layout.inner)
+        its = (math.prod(shape), zero * shard, shard, shard * (zero == 1), shard * (replicas > 1))
+        total = Unit(*map(add, total, its))
+    return total
+
+
+def _ranks(work: Workload) -> int:
+    """Returns the number of ranks that share each dense weight before the data axis does."""
+    return work.layout.weight if work.layout.mode == "isp" else work.layout.tensor
+
+
+def _full_gradient(work: Workload) -> int:
+    """Returns the bytes per element of a full gradient: ZeRO-1.5 adds them up in the dtype of the reduction."""
+    return work.element_bytes if work.layout.fsdp else work.gradient_bytes
+
+
+def _residual(work: Workload, kept: KeptActivations) -> int:
+    """Returns the bytes of the residual stream, or of its gradient."""
+    return work.element_bytes * work.decoder.hidden_size * kept.residual_tokens
+
+
+def _travelling(work: Workload, kind: LayerKind) -> int:
+    """Returns what experts have while their rows come back from other ranks, besides what they keep: the rows before they were
+    sent, as they have arrived, the results, and those in the order in which they are sent and received."""
+    experts = work.decoder.experts
+    if experts is None or not kind.sparse:
+        return 0
+    rows = work.element_bytes * work.routed_tokens * experts.top_k * work.decoder.hidden_size
+    return rows * (4 if work.layout.expert > 1 else 1)
+
+
+def _backward(work: Workload, kept: KeptActivations, kind: LayerKind, first: bool) -> int:
+    """Returns what the backward pass of a layer needs at most, in addition to what it has at its beginning.
+
+    Args:
+        first: whether its weights have no gradients yet.
+    """
+    decoder, e, d = work.decoder, work.element_bytes, work.decoder.hidden_size
+    whole = layer_activations(replace(work, recomputed=0.0, keeps_attention=False), kept, kind._replace(recomputed=False))
+    again = whole - layer_activations(work, kept, kind)
+    residual, gradient = _residual(work, kept), e * d * kept.output_tokens
+    gathered = gradient if kept.output_tokens != kept.residual_tokens else 0
+    fused = work.device == "cuda" and not decoder.norm_unit_offset
+    norm = residual + (residual if fused else 5 * 4 * d * kept.residual_tokens)
+    mlp, hidden, matrix = _mlp(work, kept, kind)
+    heads, kv_heads = decoder.num_heads // kept.head_ranks, max(1, decoder.num_kv_heads // kept.head_ranks)
+    kernel = e * kept.attention_tokens * decoder.head_dim * (2 * heads + 2 * kv_heads)
+    computed, stays = (0, hidden) if work.zero_bubble else (_full_gradient(work) * matrix, 0)
+    after = gradient if work.zero_bubble else 3 * computed * first - mlp
+    rows = gradient
+    if kind.sparse and decoder.experts is not None:
+        rows = e * work.routed_tokens * decoder.experts.top_k * d
+        gathered = 0
+    weights, ended = _gathered(work, kind.sparse, matrix)
+    late = again if work.recomputed != "attention" else 0
+    moments = [
+        late + residual + gathered + hidden + computed + weights,  # the last linear of the MLP
+        late + residual + 2 * hidden + stays + computed * first + weights,  # its activation
+        late + residual + 2 * rows + (stays - hidden) + (3 if first else 1) * computed + weights,  # gate and up
+        late + after + residual + norm + ended,
+        again + after + residual + gathered + kernel + ended,
+    ]
+    if late and kind.sparse:
+        moments.append(late + residual + _travelling(work, kind))
+    return max(moments)
+
+
+def _gathered(work: Workload, sparse: bool, matrix: int) -> tuple[int, int]:
+    """Returns the bytes of full weights and their full gradients in the backward pass of an MLP in isp, and after it.
+
+    Args:
+        matrix: the elements that a rank has of one of its three weights.
+    """
+    layout, e = work.layout, work.element_bytes
+    ranks = layout.expert_inner if sparse else layout.weight
+    if layout.mode != "isp" or ranks == 1:
+        return 0, 0
+    full = e * matrix * ranks
+    if sparse:  # all three, those of the layer before, and the gradients
+        ahead = 3 * full * work.prefetches_experts
+        return 3 * full + ahead + 3 * full * (not work.zero_bubble), ahead
+    in_flight = 3 * full * work.prefetches * (not work.zero_bubble)
+    return (3 if work.prefetches else 2) * full + max(in_flight, 2 * full * (not work.zero_bubble)), in_flight
+
+
+def _mlp(work: Workload, kept: KeptActivations, kind: LayerKind) -> tuple[int, int, int]:
+    """Returns the bytes that the MLP of a layer keeps, those of its hidden activations, and the elements that a rank has of one
+    of its three weights."""
+    decoder, e = work.decoder, work.element_bytes
+    experts = decoder.experts if kind.sparse else None
+    if experts is None:
+        hidden = e * decoder.intermediate_size * kept.mlp_tokens
+        matrix = decoder.intermediate_size * decoder.hidden_size // _ranks(work)
+        return 3 * hidden + e * decoder.hidden_size * kept.input_tokens, hidden, matrix
+    rows, width = work.routed_tokens * experts.top_k, expert_width(work, experts)
+    matrix = experts.count // work.layout.expert * experts.size * decoder.hidden_size // work.layout.expert_inner
+    return e * rows * (2 * decoder.hidden_size + 3 * width), e * rows * width, matrix
