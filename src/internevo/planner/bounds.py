@@ -17,12 +17,12 @@ from ..parallel.orders import BACKWARD, FORWARD, interleaved, one_f_one_b
 from . import links, memory, step, timing
 from .calibration import Calibration
 from .choice import Choice
-from .costs import NOTHING, Again, Costs, CostTable, Division, Key, Numbers, gathering, key_of, routed_parameters
+from .costs import NOTHING, Costs, CostTable, Division, Key, Numbers, Recomputation, gathering, key_of, routed_parameters
 from .hardware import GPU, TERA
 from .job import Job
 from .links import Group
 
-KINDS = (Again("attention", True), Again("attention"), Again("layer", True), Again("layer"))
+KINDS = (Recomputation("attention", True), Recomputation("attention"), Recomputation("layer", True), Recomputation("layer"))
 """What can be recomputed."""
 
 
@@ -95,7 +95,7 @@ class Bounds:
         return passes + float(after) + self.calibration.step
 
     def _stage_passes(self, choice: Choice, *, weights_decided: bool) -> tuple[Numbers, Numbers, Numbers, Numbers]:
-        again, part = Again.of(choice), 1.0 if isinstance(choice.checkpoint, str) else choice.checkpoint
+        again, part = Recomputation.of(choice), 1.0 if isinstance(choice.checkpoint, str) else choice.checkpoint
         costs = self.table.costs(choice, self.division(choice), again, part)
         return self._passes(costs, choice, weights_decided=weights_decided)
 
@@ -155,7 +155,7 @@ class Bounds:
 
     # Memory ----------------------------------------------------------------------------------------------------------
 
-    def least(self, choice: Choice, again: Again) -> Choice | None:
+    def least(self, choice: Choice, again: Recomputation) -> Choice | None:
         """Returns a layout with the least recomputation of a kind with which it may fit; None, if it does not fit."""
         fits = np.flatnonzero(self.needs(choice, again) <= self.limit)
         if not len(fits):
@@ -163,11 +163,12 @@ class Bounds:
         part = float(self.parts(choice, again)[fits[0]])
         return replace(choice, checkpoint="attention" if again.what == "attention" else part, selective=again.keeps_attention)
 
-    def needs(self, choice: Choice, again: Again) -> Numbers:
+    def needs(self, choice: Choice, again: Recomputation) -> Numbers:
         """Returns bytes that the first rank of a pipeline needs at least, whatever the ranks of the ZeRO axes: for each share
         of recomputed layers of ``parts``."""
         first = self._first(choice.pipeline, choice.chunks, choice.schedule)
-        kept = self.table.kept(choice, first.stages, again, self.parts(choice, again))
+        shares = self.parts(choice, again)
+        kept = self.table.kept(choice, first.stages, again, shares)
         work, ranks, parts = self.base.work, self.world // choice.pipeline, choice.expert * _expert_inner(choice)
         elements, shards = first.dense / _inner(choice) + first.routed / parts, (first.dense + first.routed) / ranks
         computed = 0 if work.element_bytes == 4 and ranks == 1 else work.element_bytes  # then the masters are the weights
@@ -179,10 +180,11 @@ class Bounds:
         if later is not None:
             most = np.maximum(most, later @ kept + gradients)
         gathers = choice.weight if choice.fsdp else 0
-        temporary = self._temporary(key_of(choice), first.kinds, again != NOTHING, gathers)
-        return 12 * shards + weights + most + temporary
+        temporary, if_repeated = self._temporary(key_of(choice), first.kinds, gathers)
+        layers = (first.stages.stops - first.stages.starts)[:, None]
+        return 12 * shards + weights + most + temporary + if_repeated * (layers * shares >= 1).any(axis=0)
 
-    def parts(self, choice: Choice, again: Again) -> Numbers:
+    def parts(self, choice: Choice, again: Recomputation) -> Numbers:
         """Returns the shares of recomputed layers that make a difference, in ascending order."""
         if again.what != "layer":
             return np.array([float(again.what == "attention")])
@@ -198,8 +200,9 @@ class Bounds:
         kinds = frozenset(self.table.like[layer] for layer in layers)
         return First(stages, int((division.stops - division.starts).max()), dense, routed, kinds)
 
-    def _temporary_of(self, key: Key, layers: frozenset[int], recomputes: bool, gathers: int) -> int:
-        """Returns bytes of temporary buffers that a rank with such layers has at least.
+    def _temporary_of(self, key: Key, layers: frozenset[int], gathers: int) -> tuple[int, int]:
+        """Returns bytes of temporary buffers that a rank with such layers has at least, and those that it has in addition if it
+        recomputes some.
 
         Args:
             gathers: with FSDP, the ranks of the weight axis; otherwise 0.
@@ -209,7 +212,7 @@ class Bounds:
         kinds = [replace(work, stages=(Stage(range(n, n + 1), False, False),)) for n in layers]
         plain = [memory.temporary(kind) for kind in kinds]
         again = [memory.temporary(replace(kind, recomputed=1.0)) - nbytes for kind, nbytes in zip(kinds, plain, strict=True)]
-        return min(plain) + min(again) * recomputes
+        return min(plain), min(again)
 
 
 def _inner(choice: Choice) -> int:

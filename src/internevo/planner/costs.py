@@ -28,7 +28,7 @@ from .job import Job
 Numbers = NDArray[np.float64]
 
 
-class Again(NamedTuple):
+class Recomputation(NamedTuple):
     """What is recomputed of the layers that are: a kind of ``Choice.checkpoint`` with ``Choice.selective``."""
 
     what: Literal["nothing", "layer", "attention"]
@@ -40,14 +40,14 @@ class Again(NamedTuple):
         return "attention" if self.what == "attention" else float(self.what == "layer")
 
     @classmethod
-    def of(cls, choice: Choice) -> Again:
+    def of(cls, choice: Choice) -> Recomputation:
         """Returns what a layout recomputes."""
         if isinstance(choice.checkpoint, str):
             return cls("attention", choice.selective)
         return cls("layer", choice.selective) if choice.checkpoint else NOTHING
 
 
-NOTHING = Again("nothing")
+NOTHING = Recomputation("nothing")
 
 
 class Division(NamedTuple):
@@ -150,7 +150,7 @@ class CostTable:
         self.like = [kinds.index(kind) for kind in kinds]
         """For each layer the first one of its kind."""
 
-    def costs(self, choice: Choice, division: Division, again: Again, part: float) -> Costs:
+    def costs(self, choice: Choice, division: Division, again: Recomputation, part: float) -> Costs:
         """Returns the costs of stages.
 
         Args:
@@ -159,13 +159,13 @@ class CostTable:
         """
         return Costs(*self._between(key_of(choice), division, again, np.array([part]), slice(None))[:, :, 0])
 
-    def kept(self, choice: Choice, division: Division, again: Again, parts: Numbers) -> Numbers:
+    def kept(self, choice: Choice, division: Division, again: Recomputation, parts: Numbers) -> Numbers:
         """Returns the bytes that a forward pass through each stage keeps, for several shares of recomputed layers: an array
         [stages, shares]."""
         kept, products = self._between(key_of(choice), division, again, parts, KEPT)
         return kept - products if choice.expert_weight > 1 else kept
 
-    def _between(self, key: Key, division: Division, again: Again, parts: Numbers, which: slice) -> Numbers:
+    def _between(self, key: Key, division: Division, again: Recomputation, parts: Numbers, which: slice) -> Numbers:
         """Returns costs of stages: an array [costs, stages, shares of recomputed layers]."""
         starts, stops = division.starts[:, None], division.stops[:, None]
         middle = starts + ((stops - starts) * parts).astype(np.int64)
@@ -174,7 +174,7 @@ class CostTable:
         outside: Numbers = ends @ np.stack([division.embeds, division.heads])
         return found + outside[:, :, None]
 
-    def _totals_of(self, key: Key, again: Again) -> Numbers:
+    def _totals_of(self, key: Key, again: Recomputation) -> Numbers:
         """Returns the costs of all layers before each layer: an array [number of costs, layers + 1]."""
         job = self.job(replace(key.choice(), checkpoint=again.checkpoint, selective=again.keeps_attention))
         kinds = {number: self._costs(job, Stage(range(number, number + 1), False, False)) for number in set(self.like)}

@@ -35,7 +35,7 @@ from . import memory, step
 from .bounds import KINDS, Bounds
 from .calibration import Calibration
 from .choice import Choice, axes, divisors, is_legal, schedules, weights
-from .costs import NOTHING, Again
+from .costs import NOTHING, Recomputation
 from .hardware import GPU
 from .job import Job
 from .memory import RankMemory
@@ -130,7 +130,7 @@ class Search:
                     yield self.bounds.of_memory(option), "memory", option
 
     def _recomputations(self, choice: Choice) -> Iterator[Node]:
-        for option in self._enough(choice, Again.of(choice)) if choice.checkpoint else self.fitting(choice):
+        for option in self._enough(choice, Recomputation.of(choice)) if choice.checkpoint else self.fitting(choice):
             yield step.at_least(self.job(option), self.gpu, self.calibration), "recomputation", option
 
     def _zeros(self, choice: Choice) -> Iterator[Node]:
@@ -195,7 +195,7 @@ class Search:
         for _, _, choice in self._axes():
             for option, fsdp in product(weights(choice, self.config, self.world), (False, True)):
                 least = replace(option, fsdp=fsdp, checkpoint=1.0)
-                found.append((self.bounds.needs(least, Again("layer"))[-1], least))
+                found.append((self.bounds.needs(least, Recomputation("layer"))[-1], least))
         best: Candidate | None = None
         for bound, choice in sorted(found, key=lambda pair: pair[0]):
             if best is not None and bound >= best.memory.total:
@@ -214,7 +214,7 @@ class Search:
         """Returns a layout with the least recomputation of each kind with which it fits; without any, if it does."""
         return self._enough(choice, NOTHING) or [option for again in KINDS for option in self._enough(choice, again)]
 
-    def _enough(self, choice: Choice, again: Again) -> list[Choice]:
+    def _enough(self, choice: Choice, again: Recomputation) -> list[Choice]:
         """Returns the layout with the least recomputation of a kind with which it fits, if there is one."""
         least, job = self.bounds.least(choice, again), self.job(choice)
         if least is None or self._fits(job, least):
@@ -231,7 +231,7 @@ class Search:
             choice = replace(choice, weight=ranks, expert_weight=max(1, ranks // choice.expert))
         options = product(schedules(choice.pipeline, self.decoder.num_layers), (False, True))
         least = (replace(choice, schedule=schedule, chunks=chunks, fsdp=fsdp) for (schedule, chunks), fsdp in options)
-        return any(self.bounds.needs(option, Again("layer"))[-1] <= self.limit for option in least)
+        return any(self.bounds.needs(option, Recomputation("layer"))[-1] <= self.limit for option in least)
 
     def _fits(self, job: Job, choice: Choice) -> bool:
         job = replace(job, work=replace(job.work, recomputed=choice.checkpoint, keeps_attention=choice.selective))

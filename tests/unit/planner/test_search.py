@@ -16,7 +16,7 @@ from internevo.planner import hardware, memory, step
 from internevo.planner.bounds import fullest, share
 from internevo.planner.calibration import Calibration
 from internevo.planner.choice import Choice, axes, divisors, global_rows, schedules, weights
-from internevo.planner.costs import NOTHING, Again
+from internevo.planner.costs import NOTHING, Recomputation
 from internevo.planner.job import Job
 from internevo.planner.search import Candidate, Search
 from tests.conftest import tiny
@@ -102,7 +102,7 @@ def test_no_layout_needs_less_memory_than_its_bound(experts: bool) -> None:
     this = search(config(experts), 4, 10**12)
     tried = list(everything(this))
     for choice in tried[:: max(1, len(tried) // 300)]:
-        again, job = Again.of(choice), this.job(replace(choice, zero=-1, expert_zero=-1))
+        again, job = Recomputation.of(choice), this.job(replace(choice, zero=-1, expert_zero=-1))
         parts, total = this.bounds.parts(choice, again), memory.on_rank(job, 0).total
         at_most = [
             need
