@@ -145,8 +145,12 @@ def plan(
     from .commands.plan import plan as run
 
     if calibrate:
-        if config is not None or gpus is not None:
-            raise UsageError("--calibrate measures this machine: leave out CONFIG and --gpus")
+        others = {
+            "CONFIG": config, "--gpus": gpus, "--nodes": nodes, "--calibration": calibration, "--memory": memory,
+            "--tokens": tokens, "--imbalance": imbalance > 1, "--picture": picture, "--json": json,
+        }  # fmt: skip
+        if unused := [name for name, value in others.items() if value]:
+            raise UsageError(f"--calibrate measures this machine: leave out {', '.join(unused)}")
         raise typer.Exit(measure(out or Path("calibration.toml"), gpu, nproc))
     if nproc is not None:
         raise UsageError("--nproc belongs to --calibrate")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 from ..config import Config
 from ..config import check as rules
@@ -38,6 +38,7 @@ class Choice:
     expert_weight: int = 1
     fsdp: bool = False
     zero: int = -1
+    expert_zero: int = -1
     checkpoint: float | Literal["attention"] = 0.0
     selective: bool = False
     """Whether recomputation keeps the outputs of attention."""
@@ -48,8 +49,8 @@ class Choice:
         return cls(
             layout.pipeline, config.parallel.pipeline.mode, layout.chunks, config.parallel.tensor.mode, layout.tensor,
             config.parallel.expert.no_tp, layout.expert, config.data.micro_bsz, layout.weight,
-            layout.expert_inner if layout.mode == "isp" else 1, layout.fsdp, layout.zero, config.model.checkpoint,
-            config.selective_checkpoint,
+            layout.expert_inner if layout.mode == "isp" else 1, layout.fsdp, layout.zero,
+            layout.expert_zero if layout.experts_apart else -1, config.model.checkpoint, config.selective_checkpoint,
         )  # fmt: skip
 
     def apply(self, config: Config, rows: int) -> Config:
@@ -71,7 +72,7 @@ class Choice:
             changed |= {
                 "expert": _changed(parallel.expert, size=self.expert, no_tp=self.no_tp),
                 "expert_weight": _changed(parallel.expert_weight, size=self.expert_weight, overlap=overlap),
-                "expert_zero1": _changed(parallel.expert_zero1, size=-1),
+                "expert_zero1": _changed(parallel.expert_zero1, size=self.expert_zero),
             }
         data = _changed(config.data, global_batch_size=rows, micro_bsz=self.micro_bsz)
         model = _changed(config.model, num_chunks=self.chunks, checkpoint=self.checkpoint)
@@ -108,39 +109,30 @@ def divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def shapes(config: Config, world: int, rows: int) -> Iterator[Choice]:
-    """Yields choices of what decides how long a rank computes, and of the ranks over which a layer is sharded: all but those
-    of the optimizer state, FSDP and recomputation. Not all of their schedules are legal."""
-    experts = divisors(config.model.num_experts)
+def axes(config: Config, world: int) -> Iterator[Choice]:
+    """Yields choices of the pipeline, tensor and expert axes. Not all of them are legal."""
+    experts, modes, has_experts = divisors(config.model.num_experts), get_args(Mode), config.model.num_experts > 1
     for pipeline in divisors(world):
-        schedules = _schedules(pipeline, config.model.num_layers)
-        for tensor, expert in product(_tensors(config, world // pipeline), experts):
-            if is_legal(choice := replace(tensor, pipeline=pipeline, expert=expert), config, rows, world):
-                sizes = divisors(rows // (world // pipeline // choice.tensor))
-                for micro_bsz, (schedule, chunks) in product(sizes, schedules):
-                    yield replace(choice, schedule=schedule, chunks=chunks, micro_bsz=micro_bsz)
+        for mode, size, expert in product(modes, divisors(world // pipeline), experts):
+            if mode == "isp" or size > 1 or mode == modes[0]:  # otherwise all modes are the same
+                for no_tp in (False, True) if has_experts and mode != "isp" and size > 1 else (False,):
+                    yield Choice(pipeline=pipeline, mode=mode, tensor=size, no_tp=no_tp, expert=expert)
 
 
-def _tensors(config: Config, ranks: int) -> Iterator[Choice]:
-    """Yields the modes and sizes of the tensor axis and the weight axis."""
-    modes: tuple[Mode, ...] = ("mtp", "msp", "fsp")
-    has_experts, sizes = config.model.num_experts > 1, divisors(ranks)
-    yield Choice()
-    for mode, size, no_tp in product(modes, sizes[1:], (False, True) if has_experts else (False,)):
-        yield Choice(mode=mode, tensor=size, no_tp=no_tp)
-    for size, weight in product(sizes, sizes):
-        if max(size, weight) > 1 or has_experts:  # otherwise it is the same as mtp
-            yield Choice(mode="isp", tensor=size, weight=weight)
+def weights(choice: Choice, config: Config, world: int) -> Iterator[Choice]:
+    """Yields a choice of ``axes`` with all weight and expert weight axes. Not all of them are legal."""
+    if choice.mode != "isp":
+        yield choice
+        return
+    has_experts, ranks = config.model.num_experts > 1, world // choice.pipeline
+    for weight, expert_weight in product(divisors(ranks), divisors(ranks // choice.expert) if has_experts else [1]):
+        if max(choice.tensor, weight, expert_weight) > 1:  # otherwise it is the same as mtp
+            yield replace(choice, weight=weight, expert_weight=expert_weight)
 
 
-def _schedules(pipeline: int, layers: int) -> list[tuple[Schedule, int]]:
+def schedules(pipeline: int, layers: int) -> list[tuple[Schedule, int]]:
+    """Returns the schedules of a pipeline, with their numbers of chunks."""
     if pipeline == 1:
         return [("1F1B", 1)]
     found: list[tuple[Schedule, int]] = [*(("1F1B", chunks) for chunks in CHUNKS), ("ZBH1", 1), ("ZBV", 2)]
     return [(schedule, chunks) for schedule, chunks in found if pipeline * chunks <= layers]
-
-
-def zeros(choice: Choice, world: int) -> list[Choice]:
-    """Returns choices of the ranks over which the optimizer state is sharded."""
-    outer = world // (choice.pipeline * (choice.weight if choice.mode == "isp" else choice.tensor))
-    return [replace(choice, zero=zero) for zero in divisors(outer)]

@@ -196,10 +196,3 @@ def stage(job: Job, layers: range, heads: bool) -> Passes:
     for passes, times in [*parts, *([(head(job), 1)] if heads else [])]:
         total = Passes(*(a.plus(b, times) for a, b in zip(total, passes, strict=True)))
     return total
-
-
-def forward_flops_per_token(job: Job) -> float:
-    """Returns the FLOPs of the forward pass of the whole model for one token, on all ranks together."""
-    passes = stage(job, range(job.work.decoder.num_layers), True).forward
-    flops = passes.products + passes.head + passes.attention
-    return flops * job.work.layout.tensor / job.work.tokens

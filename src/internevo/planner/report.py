@@ -37,7 +37,9 @@ def describe(choice: Choice) -> str:
         words.append(f"expert {choice.expert}")
     if choice.expert_weight > 1:
         words.append(f"expert weight {choice.expert_weight}")
-    words.append(f"{'FSDP' if choice.fsdp else 'ZeRO'} {choice.zero}")
+    words.append(f"{'FSDP' if choice.fsdp else 'ZeRO'} {choice.zero if choice.zero > 0 else 'over all ranks'}")
+    if choice.expert_zero > 0:
+        words.append(f"expert ZeRO {choice.expert_zero}")
     words.append(f"micro-batch {choice.micro_bsz}")
     if choice.checkpoint:
         what = choice.checkpoint if isinstance(choice.checkpoint, str) else f"{choice.checkpoint:.0%}"

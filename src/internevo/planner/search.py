@@ -2,13 +2,17 @@
 
 It refines choices in the order of a lower bound of the time of a step, so that what is found first is fastest:
 
-| a node says                                | its bound                                                           |
-|--------------------------------------------|---------------------------------------------------------------------|
-| pipeline, schedule, chunks, tensor mode,   | what a rank computes, waits for and reduces (``Search.bound``)      |
-| weight, expert, micro-batch                |                                                                     |
-| in addition expert weight, FSDP, the least | all but the communication of the optimizer state (``step.at_least``)|
-| recomputation with which it may fit        |                                                                     |
-| in addition zero                           | the prediction; then it is known whether it fits                    |
+| a node says                                                    | its bound                                                |
+|----------------------------------------------------------------|----------------------------------------------------------|
+| axes: pipeline, tensor mode, expert                            | what a rank computes, with the largest micro-batch       |
+| in addition rows: the size of a micro-batch                    | the same                                                 |
+| in addition schedule: schedule, chunks                         | what the slowest rank computes and waits for             |
+| in addition weights: weight, expert weight, FSDP               | the same, and what it communicates of weights            |
+| in addition memory: a kind of recomputation                    | the same, with as little of it as may be enough, and     |
+|                                                                | with the schedule played out                             |
+| in addition recomputation: enough, if ZeRO is over all ranks   | all but the communication of the optimizer state         |
+| in addition zero                                               | all but the communication of that of experts             |
+| in addition expert zero: a layout                              | the prediction; then it is known whether it fits         |
 
 Of a layout that does not fit, layers are recomputed until it does: all of these layers or all but the output of the attention
 kernel, or the attention of every layer; the fewest that are enough.
@@ -18,24 +22,24 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import accumulate, count, product
-from typing import Any, Literal, NamedTuple
+from itertools import count, product
+from typing import Literal
 
 from ..config import Config
 from ..models.config import DecoderConfig, Stage
 from ..parallel.layout import Layout
-from ..parallel.orders import rank_of
-from . import links, memory, step
+from . import memory, step
+from .bounds import KINDS, Bounds
 from .calibration import Calibration
-from .choice import Choice, divisors, is_legal, shapes
-from .hardware import GPU, TERA
+from .choice import Choice, axes, divisors, is_legal, schedules, weights
+from .costs import NOTHING, Recomputation
+from .hardware import GPU
 from .job import Job
-from .links import Group
 from .memory import RankMemory
-from .step import Prediction, StageSeconds
+from .step import Prediction
 
 
 @dataclass(frozen=True)
@@ -48,19 +52,9 @@ class Candidate:
     memory: RankMemory
 
 
-Node = tuple[float, Literal["shape", "sharding", "layout", "fits"], Choice]
-"""A lower bound of the time of a step, what a choice is, and the choice."""
-
-
-class Times(NamedTuple):
-    """Times of the layers before each layer, added up."""
-
-    forward: list[float]
-    """Of the forward passes, at least."""
-    all: list[float]
-    """Of all passes."""
-    ends: tuple[float, float]
-    """What the embedding and the head take in all passes."""
+Level = Literal["axes", "rows", "schedule", "weights", "memory", "recomputation", "zero", "layout", "fits"]
+Node = tuple[float, Level, Choice]
+"""A lower bound of the time of a step, what is decided, and the choice."""
 
 
 @dataclass
@@ -83,45 +77,76 @@ class Search:
         trivial = Choice().apply(self.config, self.rows)
         base = Job.from_config(self.decoder, trivial, Layout.from_config(trivial, 1), self.rows)
         self.base = replace(base, imbalance=self.imbalance)
-        self._times = cache(self._times_of)
         self._stages = cache(self._stages_of)
-        self._reduction = cache(self._reduction_of)
-        without = replace(self.decoder, experts=None, intermediate_size=0) if self.decoder.experts else self.decoder
-        layers = [without.layer_parameters(number) for number in range(self.decoder.num_layers)]
-        self._dense = list(accumulate(layers, initial=0))  # parameters of the layers before each, without experts
-        e = self.decoder.experts
-        size = 3 * self.decoder.hidden_size * e.size * e.count if e else 0
-        sparse = (size * self.decoder.is_sparse(number) for number in range(self.decoder.num_layers))
-        self._routed = list(accumulate(sparse, initial=0))  # the same of experts
+        self.bounds = Bounds(self.base, self.world, self.rows, self.gpu, self.calibration, self.limit, self.job)
 
     def best(self, number: int) -> list[Candidate]:
         """Returns the fastest layouts that fit, the fastest first."""
         serial, found = count(), list[Candidate]()
-        steps = {"shape": self._shardings, "sharding": self._zeros, "layout": self._recomputed}
-        heap = [(self.bound(shape), next(serial), "shape", shape) for shape in shapes(self.config, self.world, self.rows)]
+        steps: dict[Level, Callable[[Choice], Iterator[Node]]] = {
+            "axes": self._rows, "rows": self._schedules, "schedule": self._weights, "weights": self._memory,
+            "memory": self._recomputations, "recomputation": self._zeros, "zero": self._expert_zeros,
+            "layout": self._recomputed,
+        }  # fmt: skip
+        heap = [(bound, next(serial), level, choice) for bound, level, choice in self._axes()]
         heapq.heapify(heap)
         while heap and len(found) < number:
-            _, _, kind, choice = heapq.heappop(heap)
-            if kind == "fits" or (kind == "layout" and self.fits(choice)):
+            _, _, level, choice = heapq.heappop(heap)
+            if level == "fits" or (level == "layout" and self.fits(choice)):
                 found.append(self.predict(choice))
             else:
-                for bound, new, refined in steps[kind](choice):
-                    heapq.heappush(heap, (bound, next(serial), new, refined))
+                for bound, new, refined in steps[level](choice):
+                    if bound < float("inf"):
+                        heapq.heappush(heap, (bound, next(serial), new, refined))
         return found
 
-    def _shardings(self, shape: Choice) -> Iterator[Node]:
-        ranks = self.world // shape.pipeline
-        of_experts = divisors(ranks) if shape.mode == "isp" and self.decoder.experts else [1]
-        for fsdp, expert_weight in product((False, True), of_experts):
-            choice = replace(shape, fsdp=fsdp, expert_weight=expert_weight)
-            for option in self.fitting(choice) if self.is_legal(choice) else ():
-                yield step.at_least(self.job(option), self.gpu, self.calibration), "sharding", option
+    def _axes(self) -> Iterator[Node]:
+        for choice in axes(self.config, self.world):
+            rows, rest = divmod(self.rows, self.world // (choice.pipeline * choice.tensor))
+            if not rest and self.is_legal(choice):
+                yield self.bounds.of_axes(replace(choice, micro_bsz=rows)), "axes", choice
 
-    def _zeros(self, sharding: Choice) -> Iterator[Node]:
-        outer = self.world // (sharding.pipeline * (sharding.weight if sharding.mode == "isp" else sharding.tensor))
-        for zero in divisors(outer):
-            if self.is_legal(choice := replace(sharding, zero=zero)):
-                yield self.seconds(choice), "layout", choice
+    def _rows(self, choice: Choice) -> Iterator[Node]:
+        for size in divisors(self.rows // (self.world // (choice.pipeline * choice.tensor))):
+            sized = replace(choice, micro_bsz=size)
+            if self._may_fit(sized):
+                yield self.bounds.of_axes(sized), "rows", sized
+
+    def _schedules(self, choice: Choice) -> Iterator[Node]:
+        for schedule, chunks in schedules(choice.pipeline, self.decoder.num_layers):
+            option = replace(choice, schedule=schedule, chunks=chunks)
+            yield self.bounds.of_schedule(option, weights_decided=False), "schedule", option
+
+    def _weights(self, choice: Choice) -> Iterator[Node]:
+        for option, fsdp in product(weights(choice, self.config, self.world), (False, True)):
+            option = replace(option, fsdp=fsdp)
+            yield self.bounds.of_schedule(option), "weights", option
+
+    def _memory(self, choice: Choice) -> Iterator[Node]:
+        if self.is_legal(choice):
+            plain = self.bounds.least(choice, NOTHING)
+            for option in [plain] if plain else [self.bounds.least(choice, again) for again in KINDS]:
+                if option is not None:
+                    yield self.bounds.of_memory(option), "memory", option
+
+    def _recomputations(self, choice: Choice) -> Iterator[Node]:
+        for option in self._enough(choice, Recomputation.of(choice)) if choice.checkpoint else self.fitting(choice):
+            yield step.at_least(self.job(option), self.gpu, self.calibration), "recomputation", option
+
+    def _zeros(self, choice: Choice) -> Iterator[Node]:
+        layout = self.job(choice).work.layout
+        for zero in divisors(layout.zero * layout.replicate):
+            option = replace(choice, zero=zero)
+            if layout.experts_apart:
+                yield step.at_least(self.job(option), self.gpu, self.calibration, of_experts=True), "zero", option
+            else:
+                yield self.seconds(option), "layout", option
+
+    def _expert_zeros(self, choice: Choice) -> Iterator[Node]:
+        experts = self.job(choice).work.layout.experts.axes
+        for zero in divisors(experts["zero"] * experts["replicate"]):
+            option = replace(choice, expert_zero=zero)
+            yield self.seconds(option), "layout", option
 
     def _recomputed(self, choice: Choice) -> Iterator[Node]:
         """Yields the same layout with more recomputation, of a kind that is no other node's."""
@@ -152,6 +177,7 @@ class Search:
         return replace(
             self.base, work=work, layers=layers, overlaps_gradients=layout.fsdp or zero.overlap_sync_grad,
             overlaps_weights=layout.fsdp or zero.overlap_sync_param, prefetches=config.parallel.weight.overlap,
+            prefetches_experts=config.parallel.expert_weight.overlap,
         )  # fmt: skip
 
     def seconds(self, choice: Choice) -> float:
@@ -166,14 +192,18 @@ class Search:
     def least(self) -> Candidate | None:
         """Returns the layout that needs the least memory, of those with one micro-batch of one row at a time per stage, all
         layers recomputed, and optimizer state over as many ranks as possible; None if no layout is legal."""
-        found = list[Candidate]()
-        for shape in shapes(self.config, self.world, self.rows):
-            if shape.micro_bsz == shape.chunks == 1 and shape.schedule == "1F1B":
-                for fsdp in (False, True):
-                    choice = replace(shape, fsdp=fsdp, checkpoint=1.0)
-                    if self.is_legal(choice):
-                        found.append(self.predict(choice))
-        return min(found, key=lambda candidate: candidate.memory.total, default=None)
+        found = list[tuple[float, Choice]]()
+        for _, _, choice in self._axes():
+            for option, fsdp in product(weights(choice, self.config, self.world), (False, True)):
+                least = replace(option, fsdp=fsdp, checkpoint=1.0)
+                found.append((self.bounds.needs(least, Recomputation("layer"))[-1], least))
+        best: Candidate | None = None
+        for bound, choice in sorted(found, key=lambda pair: pair[0]):
+            if best is not None and bound >= best.memory.total:
+                break
+            if self.is_legal(choice):
+                best = min((c for c in (best, self.predict(choice)) if c), key=lambda c: c.memory.total)
+        return best
 
     # Memory ----------------------------------------------------------------------------------------------------------
 
@@ -183,111 +213,31 @@ class Search:
 
     def fitting(self, choice: Choice) -> list[Choice]:
         """Returns a layout with the least recomputation of each kind with which it fits; without any, if it does."""
-        choice = replace(choice, checkpoint=0.0, selective=False)
-        job = self.job(choice)
-        if self._fits(job, choice):
-            return [choice]
-        if not self._fits(job, replace(choice, checkpoint=1.0)):
-            return []
-        attention = [replace(choice, checkpoint="attention", selective=selective) for selective in (True, False)]
-        found, layers = [option for option in attention if self._fits(job, option)], max(len(s.layers) for s in job.stages())
-        for selective in (True, False):
-            shares = [replace(choice, checkpoint=share(n, layers), selective=selective) for n in range(1, layers + 1)]
-            found += shares[bisect_left(shares, True, key=lambda option: self._fits(job, option)) :][:1]
-        return found
+        return self._enough(choice, NOTHING) or [option for again in KINDS for option in self._enough(choice, again)]
+
+    def _enough(self, choice: Choice, again: Recomputation) -> list[Choice]:
+        """Returns the layout with the least recomputation of a kind with which it fits, if there is one."""
+        least, job = self.bounds.least(choice, again), self.job(choice)
+        if least is None or self._fits(job, least):
+            return [least] if least else []
+        more = [replace(least, checkpoint=part) for part in self.bounds.parts(choice, again).tolist() if again.what == "layer"]
+        options = [option for option in more if option.checkpoint > least.checkpoint]
+        place = bisect_left(options, True, key=lambda option: self._fits(job, option))
+        return options[place : place + 1]
+
+    def _may_fit(self, choice: Choice) -> bool:
+        """Whether a layout may fit with any weight axes, schedule and recomputation."""
+        if choice.mode == "isp":
+            ranks = self.world // choice.pipeline
+            choice = replace(choice, weight=ranks, expert_weight=max(1, ranks // choice.expert))
+        options = product(schedules(choice.pipeline, self.decoder.num_layers), (False, True))
+        least = (replace(choice, schedule=schedule, chunks=chunks, fsdp=fsdp) for (schedule, chunks), fsdp in options)
+        return any(self.bounds.needs(option, Recomputation("layer"))[-1] <= self.limit for option in least)
 
     def _fits(self, job: Job, choice: Choice) -> bool:
         job = replace(job, work=replace(job.work, recomputed=choice.checkpoint, keeps_attention=choice.selective))
         return all(memory.on_rank(job, rank).total <= self.limit for rank in range(choice.pipeline))
 
-    # Bounds ----------------------------------------------------------------------------------------------------------
-
-    def bound(self, choice: Choice) -> float:
-        """Returns a time that no step is shorter than, whatever the ranks that weights are sharded over."""
-        ranks, whole = choice.pipeline, choice.schedule == "1F1B"
-        key = replace(
-            choice, pipeline=1, schedule="1F1B", chunks=1, weight=1, expert_weight=1, fsdp=False, zero=-1, checkpoint=0.0
-        )
-        again = plain = self._times(replace(key, checkpoint="attention" if choice.checkpoint == "attention" else 0.0))
-        if not isinstance(choice.checkpoint, str) and choice.checkpoint > 0:
-            again = self._times(replace(key, checkpoint=1.0))
-        busy, backward, dense, routed, way = [0.0] * ranks, [0.0] * ranks, [0] * ranks, [0] * ranks, 0.0
-        for number, stage in enumerate(self._stages(ranks * choice.chunks)):
-            rank, first, end = rank_of(number, ranks, choice.schedule), stage.layers.start, stage.layers.stop
-            some = first + (0 if isinstance(choice.checkpoint, str) else int((end - first) * choice.checkpoint))
-            everything = again.all[some] - again.all[first] + plain.all[end] - plain.all[some]
-            everything += stage.embeds * plain.ends[0] + stage.heads * plain.ends[1]
-            forward = plain.forward[end] - plain.forward[first]
-            busy[rank] += everything
-            backward[rank] += everything - forward
-            dense[rank] += self._dense[end] - self._dense[first]
-            routed[rank] += self._routed[end] - self._routed[first]
-            if number < ranks - 1:
-                way += everything if whole else forward
-        micro_batches = self.rows * choice.tensor * ranks // (self.world * choice.micro_bsz)
-        reduced = self._exposed(choice, dense, routed, backward, micro_batches)
-        longest = max(micro_batches * time + after for time, after in zip(busy, reduced, strict=True))
-        return max(longest, way + micro_batches * busy[-1] + reduced[-1]) + self.calibration.step
-
-    def _exposed(
-        self, choice: Choice, dense: list[int], routed: list[int], backward: list[float], micro_batches: int
-    ) -> list[float]:
-        """Returns at least how long each pipeline rank waits until its gradients are reduced.
-
-        Args:
-            dense, routed: its numbers of parameters, outside of experts and of experts.
-            backward: the time of its backward passes of a micro-batch.
-        """
-        world, isp = self.world // choice.pipeline, choice.mode == "isp"
-        inner = choice.weight if isp else choice.tensor
-        # isp reduces a part over the expert weight axis, in each micro-batch: as if all ranks with these experts reduced them.
-        of_experts = choice.expert * (1 if isp or choice.no_tp else choice.tensor)
-        rates = [self._reduction(Group(world // n, n)) * self.base.work.gradient_bytes / n for n in (inner, of_experts)]
-        found = []
-        for plain, more, hides in zip(dense, routed, backward, strict=True):
-            without, both = rates[0] * plain, rates[0] * plain + rates[1] * more
-            passes = micro_batches + 1 if isp else 1
-            waits = [step.exposed(without, hides, self.calibration), step.exposed(both, hides * passes, self.calibration)]
-            found.append(max(waits))
-        return found
-
-    def _reduction_of(self, group: Group) -> float:
-        """Returns the seconds per byte of a reduction over a group, without latencies."""
-        return links.seconds("reduce-scatter", step.NO_LATENCY, TERA, group, self.gpu, self.calibration) / TERA
-
-    def _times_of(self, choice: Choice) -> Times:
-        """Returns the times of the layers of a model that is no pipeline."""
-        job = self.job(choice)
-
-        @cache
-        def floor(*stage: Any) -> StageSeconds:
-            return step.floor(job, Stage(*stage), self.gpu, self.calibration)
-
-        decoder = self.decoder
-        kinds = [(decoder.is_sparse(number), decoder.window(number)) for number in range(decoder.num_layers)]
-        first = [kinds.index(kind) for kind in kinds]
-        layers = [floor(range(number, number + 1), False, False) for number in first]
-        ends = [floor(range(0), embeds, not embeds) for embeds in (True, False)]
-        # Layers with experts share an all-reduce, so that several of them take less than each alone.
-        sparse = [decoder.is_sparse(number) for number in range(decoder.num_layers)]
-        together = _all(floor(range(decoder.num_layers), False, False))
-        shared = (sum(map(_all, layers)) - together) / max(1, sum(sparse) - 1)
-        forward = accumulate((times.forward - times.exposed for times in layers), initial=0.0)
-        everything = (_all(times) - shared * has for times, has in zip(layers, sparse, strict=True))
-        return Times(list(forward), list(accumulate(everything, initial=0.0)), (_all(ends[0]), _all(ends[1])))
-
     def _stages_of(self, number: int) -> tuple[Stage, ...]:
         layout = replace(self.base.work.layout, world=number, pipeline=number)
         return replace(self.base, work=replace(self.base.work, layout=layout)).stages()
-
-
-def _all(times: StageSeconds) -> float:
-    return times.forward + times.backward + times.weights
-
-
-def share(number: int, layers: int) -> float:
-    """Returns the smallest share in thousandths that is ``number`` of ``layers``."""
-    thousandths = -(-1000 * number // layers)
-    while int(layers * (thousandths / 1000)) < number:
-        thousandths += 1
-    return thousandths / 1000

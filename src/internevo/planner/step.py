@@ -17,7 +17,7 @@ What hides takes its share of the GPU's multiprocessors and of its memory bandwi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -45,6 +45,7 @@ class Message(NamedTuple):
     number: float
     nbytes: float
     group: Group
+    axis: str = ""
 
 
 class StageCounts(NamedTuple):
@@ -132,12 +133,16 @@ def count(job: Job) -> Counts:
         if key not in known:
             known[key] = _count_stage(job, stage, groups)
         stages.append(known[key])
-    message = None
-    if layout.pipeline > 1:
-        tokens = job.work.tokens / (layout.tensor if layout.shards_sequence else 1)
-        stride = layout.world // layout.pipeline
-        message = Message("send", 1, tokens * decoder.hidden_size * job.work.element_bytes, Group(2, stride))
-    return Counts(job, tuple(stages), message)
+    return Counts(job, tuple(stages), message_of(job))
+
+
+def message_of(job: Job) -> Message | None:
+    """Returns what a stage of a pipeline sends to the next one."""
+    work, layout = job.work, job.work.layout
+    if layout.pipeline == 1:
+        return None
+    tokens = work.tokens / (layout.tensor if layout.shards_sequence else 1)
+    return Message("send", 1, tokens * work.decoder.hidden_size * work.element_bytes, Group(2, layout.world // layout.pipeline))
 
 
 def groups_of(layout: Layout) -> dict[str, Group]:
@@ -156,13 +161,12 @@ def _count_stage(job: Job, stage: Stage, groups: dict[str, Group]) -> StageCount
     work = replace(job.work, stages=(stage,), micro_batches=1)
     layout = work.layout
     waited, prefetched = list[Message](), list[Message]()
-    inner = isp if layout.mode == "isp" else tensor
-    for row in (*inner.traffic(work), *expert.traffic(work)):
-        hides = row.axis in ("weight", "expert weight") and job.prefetches
-        (prefetched if hides else waited).extend(_messages([row], groups))
+    hides = {"weight": job.prefetches, "expert weight": job.prefetches_experts}
+    for row in of_layers(work):
+        (prefetched if hides.get(row.axis) else waited).extend(messages([row], groups))
     units, experts = _units(work, stage)
     shapes = [[(elements,)] for elements in units]
-    of_data = _messages(data_axis.traffic(work, shapes, experts, {}), groups)
+    of_data = messages(data_axis.traffic(work, shapes, experts, {}), groups)
     shard = sum(-(-elements // layout.zero) for elements in units)
     shard += sum(data_axis.expert_shard_size(shape, layout.expert_zero) for unit in experts.values() for shape in unit)
     gathers = [message for message in of_data if message.kind == "all-gather"]
@@ -173,9 +177,16 @@ def _count_stage(job: Job, stage: Stage, groups: dict[str, Group]) -> StageCount
     return StageCounts(passes, waited, prefetched, gathers, reductions, shard, units[0] / sum(units))
 
 
-def _messages(rows: Iterable[Collectives], groups: dict[str, Group]) -> list[Message]:
+def of_layers(work: Workload) -> list[Collectives]:
+    """Returns the collectives inside the layers: all but those of the data axis and of the pipeline."""
+    inner = isp if work.layout.mode == "isp" else tensor
+    return [*inner.traffic(work), *expert.traffic(work)]
+
+
+def messages(rows: Iterable[Collectives], groups: dict[str, Group]) -> list[Message]:
+    """Returns collectives with where their ranks are, without those of a single rank."""
     return [
-        Message(row.kind, row.count, row.nbytes, groups[row.axis])
+        Message(row.kind, row.count, row.nbytes, groups[row.axis], row.axis)
         for row in rows
         if row.count and row.axis in groups and groups[row.axis].size > 1
     ]
@@ -234,7 +245,7 @@ def price(counts: Counts, gpu: GPU, calibration: Calibration) -> Prediction:
     known = {id(stage): _price_stage(job, stage, gpu, calibration) for stage in counts.stages}
     stages = [known[id(stage)] for stage in counts.stages]
     times = [value for stage in stages for value in (stage.forward, stage.backward, stage.weights)]
-    message = _seconds([counts.message], gpu, calibration) if counts.message else 0.0
+    message = seconds_of([counts.message], gpu, calibration) if counts.message else 0.0
     passes = timing.seconds(work.schedule, layout.pipeline, layout.chunks, work.micro_batches, times, message)
     on_rank: list[list[StageSeconds]] = [[] for _ in range(layout.pipeline)]
     for number, stage in enumerate(stages):
@@ -260,15 +271,15 @@ def _price_stage(job: Job, counts: StageCounts, gpu: GPU, calibration: Calibrati
     forward, again, weights = time(passes.forward), time(passes.again), time(passes.weights)
     backward = time(passes.inputs) + again + (0.0 if apart else weights)
     repeats = again / forward if forward else 0.0
-    waited = _seconds(counts.waited, gpu, calibration)
+    waited = seconds_of(counts.waited, gpu, calibration)
     waited_forward = waited / (2 + repeats)  # what the backward pass has is the same twice: its own, and what it repeats
-    gathered = _seconds([m for m in counts.prefetched if m.kind == "all-gather"], gpu, calibration)
-    reduced = _seconds([m for m in counts.prefetched if m.kind != "all-gather"], gpu, calibration)
-    beside_forward, beside_backward = forward * job.overlaps_weights, backward * job.overlaps_gradients
-    exposed_forward = waited_forward + exposed(gathered / 2, beside_forward, calibration, counts.first)
-    exposed_backward = waited - waited_forward + exposed(gathered / 2 + reduced, beside_backward, calibration, counts.first)
-    once = exposed(_seconds(counts.gathered, gpu, calibration), beside_forward, calibration, counts.first)
-    once += exposed(_seconds(counts.reduced, gpu, calibration), beside_backward, calibration, counts.first)
+    gathered = seconds_of([m for m in counts.prefetched if m.kind == "all-gather"], gpu, calibration)
+    reduced = seconds_of([m for m in counts.prefetched if m.kind != "all-gather"], gpu, calibration)
+    exposed_forward = waited_forward + exposed(gathered / 2, forward, calibration, counts.first)
+    exposed_backward = waited - waited_forward + exposed(gathered / 2 + reduced, backward, calibration, counts.first)
+    hides_weights, hides_gradients = forward * job.overlaps_weights, backward * job.overlaps_gradients
+    once = exposed(seconds_of(counts.gathered, gpu, calibration), hides_weights, calibration, counts.first)
+    once += exposed(seconds_of(counts.reduced, gpu, calibration), hides_gradients, calibration, counts.first)
     optimizer = counts.shard * OPTIMIZER_BYTES / (gpu.memory_gb_per_s * GIGA * calibration.memory)
     return StageSeconds(
         forward + exposed_forward, backward + exposed_backward, weights if apart else 0.0,
@@ -281,16 +292,9 @@ def exposed(communication: float, computation: float, calibration: Calibration, 
     return communication - calibration.overlap * min(communication * (1 - alone), computation)
 
 
-def _seconds(messages: Iterable[Message], gpu: GPU, calibration: Calibration) -> float:
-    return sum(links.seconds(*message, gpu, calibration) for message in messages)
-
-
-def floor(job: Job, stage: Stage, gpu: GPU, calibration: Calibration) -> StageSeconds:
-    """Returns the times of a stage if weights and gradients were communicated in no time: no layout that differs only in the
-    ranks that they are sharded over is faster. The times of a stage are the sum of those of its layers and of its ends."""
-    counts = _count_stage(job, stage, groups_of(job.work.layout))
-    bare = counts._replace(prefetched=[], gathered=[], reduced=[], shard=0.0)
-    return _price_stage(job, bare, gpu, calibration)
+def seconds_of(found: Iterable[Message], gpu: GPU, calibration: Calibration) -> float:
+    """Returns how long collectives take, one after the other."""
+    return sum(links.seconds(*message[:4], gpu, calibration) for message in found)
 
 
 # Lower bounds --------------------------------------------------------------------------------------------------------
@@ -299,17 +303,30 @@ NO_LATENCY = 1e-9
 """A number of collectives that have no latency."""
 
 
-def at_least(job: Job, gpu: GPU, calibration: Calibration) -> float:
+def at_least(job: Job, gpu: GPU, calibration: Calibration, *, of_experts: bool = False) -> float:
     """Returns a time that no step is shorter than, whatever the ranks over which the optimizer state is sharded: gradients are
     reduced over all of them, without latencies, and nothing is gathered. (Of two reductions, one over some of the ranks and one
-    over the others, each byte that leaves a rank takes at least as long.)"""
-    layout, stages = job.work.layout, list[StageCounts]()
-    outer = layout.zero * layout.replicate
-    experts = layout.experts.axes
-    most = replace(layout, fsdp=False, zero=outer, expert_zero=experts["zero"] * experts["replicate"])
+    over the others, each byte that leaves a rank takes at least as long.)
+
+    Args:
+        of_experts: whatever the ranks for experts; those for all else are known.
+    """
+    layout, experts = job.work.layout, job.work.layout.experts.axes
+    zero = layout.zero if of_experts else layout.zero * layout.replicate
+    most = replace(layout, zero=zero, expert_zero=experts["zero"] * experts["replicate"])
     counts = count(replace(job, work=replace(job.work, layout=most)))
-    for stage in counts.stages:
-        reduced = [message._replace(number=NO_LATENCY) for message in stage.reduced]
-        with_passes, once = (reduced, []) if layout.fsdp else ([], reduced)
-        stages.append(stage._replace(prefetched=[*stage.prefetched, *with_passes], gathered=[], reduced=once, shard=0.0))
-    return price(replace(counts, stages=tuple(stages)), gpu, calibration).step
+    axes = ("expert zero",) if of_experts else ("zero", "expert zero")
+    stages = tuple(_without_shards(stage, axes) for stage in counts.stages)
+    return price(replace(counts, stages=stages), gpu, calibration).step
+
+
+def _without_shards(stage: StageCounts, axes: Sequence[str]) -> StageCounts:
+    """Returns a stage without the collectives over these axes, but for the bytes of its gradients; and without shards."""
+
+    def changed(found: Sequence[Message]) -> list[Message]:
+        reduced = (m._replace(number=NO_LATENCY) if m.axis in axes else m for m in found)
+        return [m for m in reduced if m.kind != "all-gather" or m.axis not in axes]
+
+    return stage._replace(
+        prefetched=changed(stage.prefetched), gathered=changed(stage.gathered), reduced=changed(stage.reduced), shard=0.0
+    )

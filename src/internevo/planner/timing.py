@@ -34,7 +34,7 @@ class Played(NamedTuple):
         return max(free)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1024)
 def compiled(mode: str, pipeline: int, chunks: int, micro_batches: int) -> Played:
     """Returns an order, ready to be played."""
     numbers: dict[object, int] = {}

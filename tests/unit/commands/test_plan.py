@@ -57,7 +57,7 @@ def test_json_is_for_scripts(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     ("arguments", "words"),
     [
         (["--gpus", "8", "--gpu", "h10O"], ["unknown GPU 'h10O'; did you mean h100?", "bf16_tflops = 989.4"]),
-        (["--gpus", "8", "--gpu", "h100", "--memory", "1KB"], ["no layout fits", "bytes", "more GPUs"]),
+        (["--gpus", "8", "--gpu", "h100", "--memory", "1KB"], ["no layout fits", "bytes", "more GPUs", "over all ranks"]),
         (["--gpus", "7", "--gpu", "h100", "parallel.tensor.size=2"], ["data.global_batch_size"]),
         (["--gpus", "7", "--gpu", "h100", "data.global_batch_size=16"], ["no layout of 7 GPUs", "16"]),
         (["--gpus", "8", "--nodes", "3", "--gpu", "h100"], ["--nodes 3"]),
@@ -66,6 +66,7 @@ def test_json_is_for_scripts(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["--gpus", "8", "--gpu", "h100", "--out", "a.txt"], ["a.txt", ".py"]),
         (["--gpus", "8", "--gpu", "h100", "--tokens", "many"], ["'many' is not a number of tokens"]),
         (["--gpus", "8", "--gpu", "h100", "--nproc", "2"], ["--calibrate"]),
+        (["--calibrate", "--tokens", "1B", "--json"], ["leave out CONFIG, --tokens, --json"]),
         (["--gpus", "8", "--gpu", "h100", "model.hidden_size=30"], ["hidden_size = 30"]),
     ],
 )

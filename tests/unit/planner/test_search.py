@@ -9,12 +9,16 @@ import pytest
 
 from internevo.config import Config, validate
 from internevo.models.families.registry import decoder_config
+from internevo.parallel.kept import points
 from internevo.parallel.layout import Layout
-from internevo.planner import hardware, step
+from internevo.parallel.orders import BACKWARD
+from internevo.planner import hardware, memory, step
+from internevo.planner.bounds import fullest, share
 from internevo.planner.calibration import Calibration
-from internevo.planner.choice import Choice, divisors, global_rows, shapes
+from internevo.planner.choice import Choice, axes, divisors, global_rows, schedules, weights
+from internevo.planner.costs import NOTHING, Recomputation
 from internevo.planner.job import Job
-from internevo.planner.search import Candidate, Search, share
+from internevo.planner.search import Candidate, Search
 from tests.conftest import tiny
 
 GPU = replace(hardware.find("a100"), gpus_per_node=4)
@@ -40,20 +44,28 @@ def everything(of: Search) -> Iterator[Choice]:
     shares = [share(n, layers) for n in range(1, layers + 1)]
     amounts: list[float | Literal["attention"]] = [*shares, "attention"]
     again: list[tuple[float | Literal["attention"], bool]] = [(0.0, False), *product(amounts, (False, True))]
-    for shape in shapes(of.config, of.world, of.rows):
-        experts = divisors(of.world) if shape.mode == "isp" and of.decoder.experts else [1]
-        for zero, fsdp, expert_weight in product(divisors(of.world // shape.pipeline), (False, True), experts):
-            choice = replace(shape, zero=zero, fsdp=fsdp, expert_weight=expert_weight)
-            if of.is_legal(choice):
-                yield from (replace(choice, checkpoint=checkpoint, selective=selective) for checkpoint, selective in again)
+    for choice in axes(of.config, of.world):
+        if of.rows % (of.world // (choice.pipeline * choice.tensor)) or not of.is_legal(choice):
+            continue
+        sizes = divisors(of.rows // (of.world // (choice.pipeline * choice.tensor)))
+        zeros = divisors(of.world // choice.pipeline)
+        options = product(weights(choice, of.config, of.world), sizes, schedules(choice.pipeline, layers), zeros, (False, True))
+        for option, size, (schedule, chunks), zero, fsdp in options:
+            option = replace(option, micro_bsz=size, schedule=schedule, chunks=chunks, zero=zero, fsdp=fsdp)
+            if of.is_legal(option):
+                layout = of.job(option).work.layout
+                for expert_zero in zeros if layout.experts_apart else [-1]:
+                    option = replace(option, expert_zero=expert_zero)
+                    if of.is_legal(option):
+                        yield from (replace(option, checkpoint=what, selective=selective) for what, selective in again)
 
 
 @pytest.mark.parametrize(
     ("experts", "world", "megabytes"),
-    [(False, 4, 10**6), (False, 4, 20), (True, 4, 10**6), (True, 4, 52)],
+    [(False, 4, 10**6), (False, 4, 20), (True, 2, 10**6), (True, 4, 52)],
 )
 def test_the_search_finds_what_trying_all_layouts_finds(experts: bool, world: int, megabytes: int) -> None:
-    this = search(config(experts), world, megabytes * 10**6)
+    this = search(config(experts, rows=4 if experts else 8), world, megabytes * 10**6)
     found = this.best(5)
     tried = [candidate for choice in everything(this) if this.fits(choice) for candidate in [this.seconds(choice)]]
     best = sorted(tried)
@@ -69,11 +81,48 @@ def test_the_search_finds_what_trying_all_layouts_finds(experts: bool, world: in
 @pytest.mark.parametrize("experts", [False, True])
 def test_no_layout_is_faster_than_its_bounds(experts: bool) -> None:
     this = search(config(experts), 4, 10**12)
-    tried = list(everything(this))
+    tried, bounds = list(everything(this)), this.bounds
     for choice in tried[:: max(1, len(tried) // 400)]:
-        seconds = this.seconds(choice)
-        assert this.bound(replace(choice, zero=-1)) <= seconds * (1 + 1e-9)
-        assert step.at_least(this.job(replace(choice, zero=-1)), GPU, Calibration()) <= seconds * (1 + 1e-9)
+        seconds = this.seconds(choice) * (1 + 1e-9)
+        open_axes = replace(choice, weight=1, expert_weight=1)
+        largest = this.rows // (this.world // (choice.pipeline * choice.tensor))
+        assert bounds.of_axes(replace(open_axes, micro_bsz=largest)) <= seconds
+        assert bounds.of_axes(open_axes) <= seconds
+        plain = replace(open_axes, fsdp=False, checkpoint=0.0)
+        assert bounds.of_schedule(plain, weights_decided=False) <= seconds
+        assert bounds.of_schedule(choice) <= seconds
+        assert bounds.of_memory(choice) <= seconds
+        assert step.at_least(this.job(replace(choice, zero=-1, expert_zero=-1)), GPU, Calibration()) <= seconds
+        if choice.expert_zero > 0:
+            assert step.at_least(this.job(replace(choice, expert_zero=-1)), GPU, Calibration(), of_experts=True) <= seconds
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_no_layout_needs_less_memory_than_its_bound(experts: bool) -> None:
+    this = search(config(experts), 4, 10**12)
+    tried = list(everything(this))
+    for choice in tried[:: max(1, len(tried) // 300)]:
+        again, job = Recomputation.of(choice), this.job(replace(choice, zero=-1, expert_zero=-1))
+        parts, total = this.bounds.parts(choice, again), memory.on_rank(job, 0).total
+        at_most = [
+            need
+            for part, need in zip(parts, this.bounds.needs(choice, again), strict=True)
+            if again.what != "layer" or part >= choice.checkpoint
+        ]
+        assert at_most[0] <= total
+        assert at_most[0] >= 0.6 * total or again != NOTHING  # otherwise it would be of no use
+
+
+@pytest.mark.parametrize(("schedule", "chunks"), [("1F1B", 1), ("1F1B", 2), ("1F1B", 3), ("ZBH1", 1), ("ZBV", 2)])
+def test_the_activations_that_a_rank_certainly_keeps(schedule: str, chunks: int) -> None:
+    for ranks, micro_batches in product((2, 3, 4), range(1, 12)):
+        kept = points(schedule, ranks, chunks, micro_batches, 0)
+        for counts, begun in zip(fullest(schedule, ranks, chunks, micro_batches), (False, True), strict=True):
+            assert counts is None or any(
+                all(have >= number for have, number in zip(point.forward, counts, strict=True))
+                and (not begun or all(BACKWARD in passes for passes in point.passes))
+                for point in kept
+            )
 
 
 def test_a_job_is_that_of_the_written_config() -> None:
