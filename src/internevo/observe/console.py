@@ -96,7 +96,7 @@ class Console:
         own = self.live is None and self.terminal.is_terminal
         if own:
             self._start_live()
-        elif not self.training and not self.terminal.is_terminal:
+        elif not self.training and self.last is None and not self.terminal.is_terminal:
             self._print(what)
         try:
             yield
@@ -104,7 +104,7 @@ class Console:
             seconds, self.doing_now = time.monotonic() - self.since, ""
             if own:
                 self._stop_live()
-                if seconds >= 1 and not self.training:
+                if seconds >= 1 and self.last is None:
                     self._print(f"{what}: {duration(seconds)}")
 
     def begin(self, step: int) -> None:

@@ -109,7 +109,9 @@ class Observers:
         if self.last is not None:
             self._event("stop", self.last.step, time.time())
         self.events.close()
-        close_trackers(self.trackers)
+        if self.trackers:
+            with self.console.doing("finishing the trackers"):
+                close_trackers(self.trackers)
         try:
             self.console.say(f"report: {write_report(self.run)}")
         except Exception as error:

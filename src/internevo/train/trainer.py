@@ -262,7 +262,7 @@ class Trainer:
             self._tell_signal(self.stops.asked)
         return observers
 
-    def _doing(self, what: str) -> AbstractContextManager[None]:
+    def _doing(self, what: str) -> AbstractContextManager[Any]:
         """Shows on rank 0 what is being done."""
         return self.console.doing(what) if self.console else nullcontext()
 
