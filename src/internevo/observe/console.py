@@ -26,7 +26,7 @@ from .units import amount, clock, duration, flops, size
 log = logging.getLogger("internevo")
 IMPORTANT = ("step", "loss", "grad", "TGS", "MFU", "lr", "experts", "mem", "speed", "dropped", "scale")
 """The parts of a step's line on a terminal, the most important first."""
-SAMPLE_LINES, SAMPLE_WIDTH = 6, 120
+SAMPLE_LINES, SAMPLE_WIDTH = 4, 120
 """How much of a sample the console shows; on a terminal, as wide as that is."""
 
 
