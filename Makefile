@@ -8,7 +8,7 @@ ARGS ?=
 # Arguments of the demo, for example: make demo DEMO="--steps 20"
 DEMO ?=
 
-.PHONY: demo test lint types spelling docs coverage check bench validate-plan clean
+.PHONY: demo test lint types spelling docs coverage check bench validate-plan pictures clean
 
 demo: $(VENV)/ready
 	$(BIN)/internevo demo $(DEMO)
@@ -49,6 +49,12 @@ bench: $(VENV)/ready
 MEASUREMENTS ?= measurements.csv
 validate-plan: $(VENV)/ready
 	$(BIN)/python benchmarks/plan.py --measurements $(MEASUREMENTS) --pictures docs/images $(ARGS)
+
+# The pictures of the console and of reports in docs/images. It needs the demo's data (make demo) and Chromium.
+pictures: $(VENV)/ready
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[pictures]'
+	rm -rf build/pictures
+	$(BIN)/python benchmarks/pictures.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) demo site build

@@ -107,6 +107,7 @@ def test_no_script_is_missing_in_this_file() -> None:
         "gpu",
         "ours",
         "parallel",
+        "pictures",  # needs Chromium
         "pipeline",
         "plan",  # in tests/unit/planner, as are the next two
         "plan_pictures",

@@ -1,5 +1,6 @@
 """What a user sees of a run: its own lines and nothing else; and the run does not depend on being seen."""
 
+import json
 import os
 import re
 import subprocess
@@ -38,6 +39,12 @@ def test_a_run_prints_its_own_lines_and_nothing_else(
         processes if processes > 1 else 0
     )
     assert [line for line in done.stdout.splitlines() if not re.match(OWN, line)] == []
+    assert (
+        f"\nsaved step 3: {tmp_path}/run/checkpoints/step-00000003 (" in done.stdout and "\ndone: 3 of 3 steps, " in done.stdout
+    )
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert [(event["event"], event["step"]) for event in events] == [("start", 0), ("save", 3), ("stop", 3)]
+    assert events[0]["processes"] == processes and events[0]["command"].endswith(f"train {path} --nproc {processes}")
 
 
 @pytest.mark.parametrize("output", ["a pipe whose reader ends", "a full disk"])

@@ -161,8 +161,8 @@ PATIENCE = 900 if STRESS else 300
 """Seconds after which a run counts as hanging."""
 
 
-def _assert_success(process: "subprocess.Popen[str]", folder: Path) -> None:
-    """Waits for a run. If it hangs, the error has the stacks of all threads of all processes."""
+def _assert_success(process: "subprocess.Popen[str]", folder: Path) -> str:
+    """Waits for a run, and returns its output. If it hangs, the error has the stacks of all threads of all processes."""
     try:
         output, _ = process.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired:
@@ -173,6 +173,7 @@ def _assert_success(process: "subprocess.Popen[str]", folder: Path) -> None:
         stacks = [path.read_text() for path in sorted((folder / "log").glob("*.stderr"))]
         raise AssertionError("\n".join([f"a run of {len(ranks)} processes hung", output, *stacks])) from None
     assert process.returncode == 0, output
+    return str(output)
 
 
 def _has_reached(step: int, folder: Path) -> bool:
@@ -222,7 +223,8 @@ def test_a_signal_while_ranks_start_stops_after_the_first_step(
     process = start(config("early"), "--nproc", 2, start_new_session=True)
     _wait_until((tmp_path / "early" / "log" / "rank-00001.stderr").exists, process)
     os.killpg(process.pid, number)
-    _assert_success(process, tmp_path / "early")
+    output = _assert_success(process, tmp_path / "early")
+    assert "finishing step 1, then saving, then ending the run" in output and "the same command goes on from there" in output
     assert [row["step"] for row in metrics(tmp_path / "early")] == [1]
     assert (tmp_path / "early" / "checkpoints" / "step-00000001" / "manifest.json").is_file()
 

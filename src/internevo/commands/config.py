@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,7 +53,7 @@ def show(path: Path, overrides: list[str], world_size: int | None, per_node: int
     everything = not sys.stdout.isatty() if everything is None else everything
     print(model_line(config), file=sys.stderr if everything else sys.stdout)
     if world_size:
-        print("\n".join(layout_lines(config, world_size, per_node)) + "\n")
+        print("\n".join(map(_wrapped, layout_lines(config, world_size, per_node))) + "\n")
     if everything:
         print(dump(config), end="")
         return
@@ -60,6 +62,12 @@ def show(path: Path, overrides: list[str], world_size: int | None, per_node: int
     print("what differs from the defaults (--all prints everything):")
     for key, value in differences(config).items():
         print(f"  {key} = {json.dumps(value, ensure_ascii=False)}")
+
+
+def _wrapped(line: str) -> str:
+    """Breaks a line that is too long for the terminal between words."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+    return line if len(line) <= width or not width else textwrap.fill(line, width, subsequent_indent=" " * 22)
 
 
 def model_line(config: Config) -> str:
@@ -173,12 +181,12 @@ def _traffic_lines(rows: list[Collectives], layout: Layout) -> Iterator[str]:
     title = "collectives of a step" if layout.pipeline == 1 else "collectives of rank 0"
     unit, size = _unit(max(row.nbytes for row in rows), GB=1e9, MB=1e6)
     width = max(12, *(len(row.axis) + 2 for row in rows))
-    yield f"  {title:24}{'group':>{width}}{'ranks':>8}{'count':>8}{unit:>12}{f'{unit} on the wire':>16}"
+    yield f"  {title:22}{'group':>{width}}{'ranks':>7}{'count':>7}{unit:>11}{f'{unit} on the wire':>16}"
     groups = layout.groups()
     for row in rows:
         ranks = len(groups[row.axis][0]) if row.axis in groups else layout.world
         sent = row.wire(ranks) / size
-        yield f"  {row.kind:24}{row.axis:>{width}}{ranks:>8}{row.count:>8}{row.nbytes / size:>12.3f}{sent:>16.3f}"
+        yield f"  {row.kind:22}{row.axis:>{width}}{ranks:>7}{row.count:>7}{row.nbytes / size:>11.3f}{sent:>16.3f}"
     yield "  and one small all-reduce over all ranks, of the losses, token counts, gradient norm and requests to stop"
 
 

@@ -107,9 +107,9 @@ def print_version(wanted: bool) -> None:
 
 def completion_script(shell: Literal["bash", "zsh", "fish"]) -> str:
     """Returns the lines that a shell must run to complete the commands, options and config keys of ``internevo``."""
-    from typer.completion import get_completion_script
+    from typer import completion
 
-    script = str(get_completion_script(prog_name="internevo", complete_var=COMPLETE, shell=shell))
+    script = str(completion.get_completion_script(prog_name="internevo", complete_var=COMPLETE, shell=shell))
     # A key goes on after its dot or its equals sign.
     return script.replace("    return 0\n", "    [[ ${COMPREPLY[0]} == *[.=] ]] && compopt -o nospace\n    return 0\n")
 
@@ -117,9 +117,9 @@ def completion_script(shell: Literal["bash", "zsh", "fish"]) -> str:
 def prepare_completion() -> None:
     """Must be called before the program runs. If a shell asks for completions, typer then knows how the shell is answered."""
     if COMPLETE in os.environ:
-        from typer.completion import completion_init
+        from typer import completion
 
-        completion_init()
+        completion.completion_init()
 
 
 def complete_override(incomplete: str) -> Iterator[str]:

@@ -26,7 +26,7 @@ from .units import amount, clock, duration, flops, size
 log = logging.getLogger("internevo")
 IMPORTANT = ("step", "loss", "grad", "TGS", "MFU", "lr", "experts", "mem", "speed", "dropped", "scale")
 """The parts of a step's line on a terminal, the most important first."""
-SAMPLE_LINES, SAMPLE_WIDTH = 6, 120
+SAMPLE_LINES, SAMPLE_WIDTH = 4, 120
 """How much of a sample the console shows; on a terminal, as wide as that is."""
 
 
@@ -96,7 +96,7 @@ class Console:
         own = self.live is None and self.terminal.is_terminal
         if own:
             self._start_live()
-        elif not self.training and not self.terminal.is_terminal:
+        elif not self.training and self.last is None and not self.terminal.is_terminal:
             self._print(what)
         try:
             yield
@@ -104,7 +104,7 @@ class Console:
             seconds, self.doing_now = time.monotonic() - self.since, ""
             if own:
                 self._stop_live()
-                if seconds >= 1 and not self.training:
+                if seconds >= 1 and self.last is None:
                     self._print(f"{what}: {duration(seconds)}")
 
     def begin(self, step: int) -> None:

@@ -90,7 +90,7 @@ def _loss(runs: Sequence[RunData]) -> Figure:
         data += _smoothed(points(run.train, "loss"), name, colour, number)
         if valid:
             mark = {"size": 7, "symbol": "diamond", "color": colour if len(runs) > 1 else COLOURS[1]}
-            line = _line(thin(valid), label, mark["color"], number)
+            line = _line(thin(valid), label, str(mark["color"]), number)
             data.append(line | {"mode": "lines+markers", "marker": mark, "showlegend": len(runs) == 1})
         seen += [value for _, value in [*points(run.train, "loss"), *valid]]
     figure = _figure("Loss", data, "nats per token")
@@ -162,8 +162,8 @@ def _limit(figure: Figure, values: list[float], log: bool) -> float:
         axis = {"type": "log", "range": [math.log10(low), math.log10(high)], "tickmode": "array", "tickvals": ticks}
         figure["layout"]["yaxis"] |= axis | {"ticktext": [f"{tick:g}" for tick in ticks]}
     else:
-        low, usual = min(values), max(quantile(values, 0.97), *values[: max(1, len(values) // 20)])
-        high = min(max(values), usual + 0.5 * (usual - low))
+        low, edge = min(values), max(quantile(values, 0.97), *values[: max(1, len(values) // 20)])
+        high = min(max(values), edge + 0.5 * (edge - low))
         room = 0.04 * (high - low) or 0.5
         figure["layout"]["yaxis"]["range"] = [low - room, high + room]
     return high

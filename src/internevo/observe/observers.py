@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
 from pathlib import Path
 from typing import Any
 
 from ..config.run import Monitor
+from ..errors import InternEvoError
 from .console import Console
 from .metrics import JsonLines
 from .record import SaveRecord, StepRecord, ValidRecord
@@ -84,16 +87,15 @@ class Observers:
         self.console.close()
         done = last.step >= total_steps
         since = "" if steps == last.step else f" ({steps} of them since this start)"
+        results = ["no loss in the last step" if math.isnan(last.loss) else f"loss {last.loss:.4f}"]
+        if valid and valid.valid_loss_by_type:
+            results.append(f"validation loss {valid.valid_loss:.4f} (perplexity {valid.valid_ppl:.2f}, step {valid.step})")
+        if last.skipped_steps:
+            results.append(f"{last.skipped_steps} steps skipped")
         lines = [
             f"{'done' if done else 'stopped'}: {last.step} of {total_steps} steps{since}, "
             f"{amount(last.consumed_tokens)} tokens, in {duration(seconds)}",
-            f"  loss {last.loss:.4f}"
-            + (
-                f", validation loss {valid.valid_loss:.4f} (perplexity {valid.valid_ppl:.2f}, step {valid.step})"
-                if valid and valid.valid_loss_by_type
-                else ""
-            )
-            + (f", {last.skipped_steps} steps skipped" if last.skipped_steps else ""),
+            f"  {', '.join(results)}",
             f"  checkpoint: {checkpoint}" if checkpoint else "  no checkpoint (ckpt.enable_save_ckpt = False)",
         ]
         if checkpoint:
@@ -106,10 +108,13 @@ class Observers:
         self.console.close()
         self.metrics.close()
         self.samples.close()
-        if self.last is not None:
-            self._event("stop", self.last.step, time.time())
-        self.events.close()
-        close_trackers(self.trackers)
+        with contextlib.suppress(OSError, InternEvoError):  # the disk is full: what ends the run matters more
+            if self.last is not None:
+                self._event("stop", self.last.step, time.time())
+            self.events.close()
+        if self.trackers:
+            with self.console.doing("finishing the trackers"):
+                close_trackers(self.trackers)
         try:
             self.console.say(f"report: {write_report(self.run)}")
         except Exception as error:

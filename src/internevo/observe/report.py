@@ -128,7 +128,7 @@ def _facts(run: RunData) -> str:
             time.strftime("%Y-%m-%d %H:%M", time.localtime(e["time"])) + (f" (after step {e['step']})" if e["step"] else "")
             for e in starts[-10:]
         ),
-        "run folder": str(run.folder.resolve()) if start else None,
+        "run folder": str(run.folder) if start else None,
     }  # fmt: skip
     code = ("command", "commit", "run folder")
     cells = "".join(

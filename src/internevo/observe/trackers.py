@@ -191,8 +191,9 @@ class Background:
 
 def make_trackers(monitor: Monitor, run: Tracked, tensorboard: bool, warn: Callable[[str], None]) -> list[Background]:
     """Makes the trackers of a run (``monitor.trackers``), and TensorBoard's."""
-    ids, kinds = Ids(run), {"wandb": WandB, "mlflow": MLflow, "trackio": Trackio}
-    made: list[Tracker] = [kinds[name](monitor, run, ids) for name in monitor.trackers]
+    ids = Ids(run)
+    kinds: dict[str, Callable[[Monitor, Tracked, Ids], Tracker]] = {"wandb": WandB, "mlflow": MLflow, "trackio": Trackio}
+    made = [kinds[name](monitor, run, ids) for name in monitor.trackers]
     if tensorboard:
         made.append(TensorBoard(run, monitor.tensorboard.queue_max_length))
     return [Background(tracker, warn) for tracker in made]

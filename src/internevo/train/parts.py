@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -35,7 +36,7 @@ from .optimizer import Optimizer
 from .scaler import LossScaler
 from .state import RunState
 
-Doing = Callable[[str], AbstractContextManager[None]]
+Doing = Callable[[str], AbstractContextManager[Any]]
 """A context that shows what is being done, such as ``Console.doing``."""
 
 

@@ -264,7 +264,7 @@ class Trainer:
             self._tell_signal(self.stops.asked)
         return observers
 
-    def _doing(self, what: str) -> AbstractContextManager[None]:
+    def _doing(self, what: str) -> AbstractContextManager[Any]:
         """Shows on rank 0 what is being done."""
         return self.console.doing(what) if self.console else nullcontext()
 
@@ -285,7 +285,7 @@ class Trainer:
         decoder, model = self.parts.decoder, self.config.model
         total, active = decoder.parameters(), decoder.parameters(active=True)
         used = f", {active:,} of them for each token" if active != total else ""
-        axes = ", ".join(f"{axis} {size}" for axis, size in _sizes(self.parts.layout).items() if size > 1)
+        axes = ", ".join(f"{axis} {size}" for axis, size in _sizes(self.parts.layout).items() if size > 1 and axis != "world")
         size = f"{model.num_layers} layers of {model.hidden_size}, {model.dtype}"
         return {
             **facts(self.world.device), "processes": self.world.size, "layout": axes or "one process", "parameters": total,

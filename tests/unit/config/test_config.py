@@ -396,6 +396,7 @@ def test_people_see_what_differs_from_the_defaults(
     show(tmp_path / "c.json", ["ckpt.keep_last=3"], 4)
     layout, whole = capsys.readouterr().out.split("\n\n")
     assert layout.startswith("layout on 4 processes") and json.loads(whole)["data"]["seq_len"] == 32
+    monkeypatch.setenv("COLUMNS", "500")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     show(tmp_path / "c.json", ["ckpt.keep_last=3"], None, everything=True)
     assert capsys.readouterr().out == whole

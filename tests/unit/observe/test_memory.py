@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internevo.observe.memory import KINDS, draw_peak, draw_timeline, peaks_table, size
+from internevo.observe.memory import KINDS, draw_peak, draw_timeline, peaks_table
 from internevo.observe.report import write_report
+from internevo.observe.units import size
 
 BYTES: dict[str, Any] = {**dict.fromkeys(KINDS, 0), "masters": 3000, "activations": 5000, "total": 8000}
 PEAK: dict[str, Any] = {
