@@ -169,7 +169,7 @@ def convert(
         Path, typer.Argument(parser=parse_input, metavar="SOURCE", help="Hugging Face folder, checkpoint, or run folder.")
     ],
     target: Annotated[Path, typer.Argument(parser=parse_path, metavar="TARGET", help="Folder to write.")],
-    to: Annotated[Literal["hf", "internevo"], typer.Option(help="Format of the target: Hugging Face, or a checkpoint.")],
+    to: Annotated[Literal["hf", "internevo", "peft"], typer.Option(help="Format of the target; peft: only adapters (LoRA).")],
     family: Annotated[
         str | None, typer.Option(help="Family of a source that does not name it (LLAMA2, INTERNLM2, ...).")
     ] = None,
@@ -182,7 +182,7 @@ def convert(
     ] = None,
     max_shard_size: Annotated[int, typer.Option(parser=parse_size, metavar="SIZE", help="Maximum size of a file.")] = "5GB",  # type: ignore[assignment]
     overwrite: Annotated[
-        bool, typer.Option(help="With --to hf: replace the files of a model in the target; other files stay as they are.")
+        bool, typer.Option(help="Replace what this command wrote to the target before, and nothing else.")
     ] = False,
     upcycle: Annotated[
         int | None,
