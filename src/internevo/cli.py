@@ -169,7 +169,7 @@ def convert(
         Path, typer.Argument(parser=parse_input, metavar="SOURCE", help="Hugging Face folder, checkpoint, or run folder.")
     ],
     target: Annotated[Path, typer.Argument(parser=parse_path, metavar="TARGET", help="Folder to write.")],
-    to: Annotated[Literal["hf", "internevo", "peft"], typer.Option(help="Format of the target; peft: only adapters (LoRA).")],
+    to: Annotated[Literal["hf", "internevo", "peft", "gguf"], typer.Option(help="Format of the target (peft: adapters).")],
     family: Annotated[
         str | None, typer.Option(help="Family of a source that does not name it (LLAMA2, INTERNLM2, ...).")
     ] = None,
@@ -196,7 +196,7 @@ def convert(
         typer.Option(min=-(2**63), max=2**64 - 1, help="With --upcycle: seed of the routers' random weights (default: 0)."),
     ] = None,
 ) -> None:
-    """Convert weights to or from Hugging Face's format."""
+    """Convert weights to or from Hugging Face's format, and to GGUF (llama.cpp) and peft."""
     from .commands.convert import convert_with_progress
     from .ops.precision import DTYPES
 

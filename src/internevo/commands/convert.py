@@ -16,6 +16,7 @@ from ..config.option import MAX_EXPERTS
 from ..errors import UsageError
 from ..models.config import DecoderConfig
 from ..models.huggingface.folder import write_hf
+from ..models.huggingface.gguf import write_gguf
 from ..models.huggingface.peft import write_peft
 from ..models.huggingface.upcycle import upcycled
 from ..models.source import ParameterSource
@@ -44,7 +45,8 @@ def convert(
     Args:
         source: a Hugging Face folder, a checkpoint, or a run folder, whose newest checkpoint is used.
         target: a new or empty folder, outside of the source.
-        to: "hf"; "internevo" for a checkpoint with weights only; or "peft" for the adapters alone, in the form of that library.
+        to: "hf"; "internevo" for a checkpoint with weights only; "peft" for the adapters alone, in the form of that library; or
+            "gguf" for a file that llama.cpp reads.
         family: the family of a source that does not name it.
         write_as: the family as which a Hugging Face folder is written; None: the model's own.
         dtype: dtype of the weights in the target; None: that of each weight in the source.
@@ -82,6 +84,8 @@ def convert(
         model = upcycled(model, upcycle, top_k, seed or 0)
     if to == "hf":
         write_hf(model, target, dtype=dtype, shard_bytes=shard_bytes, write_as=write_as, overwrite=overwrite, progress=progress)
+    elif to == "gguf":
+        write_gguf(model, target, dtype=dtype, overwrite=overwrite, progress=progress)
     elif to == "peft":
         write_peft(model, target, base=_base_of(model), dtype=dtype, overwrite=overwrite, progress=progress)
     else:
