@@ -271,8 +271,12 @@ def as_family(config: DecoderConfig, name: str) -> DecoderConfig:
             "have them (--to internevo)"
         )
     wanted = replace(config, family=name, experts=config.experts and config.experts.dropless())
-    read = module.from_hf(json.loads(json.dumps(module.to_hf(wanted))))
-    if difference := _difference(wanted, read):
+    values = json.loads(json.dumps(module.to_hf(wanted)))
+    try:
+        difference = _difference(wanted, decoder_from_hf(values, "", name))
+    except UsageError as error:
+        difference = str(error).removeprefix("/config.json: ")
+    if difference:
         raise UsageError(f"a Hugging Face folder of {module.ARCHITECTURE} cannot describe this model: {difference}")
     return wanted
 
