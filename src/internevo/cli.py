@@ -174,7 +174,7 @@ def convert(
         Path, typer.Argument(parser=parse_input, metavar="SOURCE", help="Hugging Face folder, checkpoint, or run folder.")
     ],
     target: Annotated[Path, typer.Argument(parser=parse_path, metavar="TARGET", help="Folder to write.")],
-    to: Annotated[Literal["hf", "internevo"], typer.Option(help="Format of the target: Hugging Face, or a checkpoint.")],
+    to: Annotated[Literal["hf", "internevo", "peft", "gguf"], typer.Option(help="Format of the target (peft: adapters).")],
     family: Annotated[
         str | None, typer.Option(help="Family of a source that does not name it (LLAMA2, INTERNLM2, ...).")
     ] = None,
@@ -187,7 +187,7 @@ def convert(
     ] = None,
     max_shard_size: Annotated[int, typer.Option(parser=parse_size, metavar="SIZE", help="Maximum size of a file.")] = "5GB",  # type: ignore[assignment]
     overwrite: Annotated[
-        bool, typer.Option(help="With --to hf: replace the files of a model in the target; other files stay as they are.")
+        bool, typer.Option(help="Replace what this command wrote to the target before, and nothing else.")
     ] = False,
     upcycle: Annotated[
         int | None,
@@ -201,7 +201,7 @@ def convert(
         typer.Option(min=-(2**63), max=2**64 - 1, help="With --upcycle: seed of the routers' random weights (default: 0)."),
     ] = None,
 ) -> None:
-    """Convert weights to or from Hugging Face's format."""
+    """Convert weights to or from Hugging Face's format, and to GGUF (llama.cpp) and peft."""
     from .commands.convert import convert_with_progress
     from .ops.precision import DTYPES
 

@@ -14,7 +14,7 @@ from internevo.parallel.layout import Layout
 from internevo.parallel.strategy import Workload, add_up
 from internevo.train import step
 from tests.conftest import run, write_config, write_dataset
-from tests.parallel.layouts import EXPERTS, MODELS, NAMED, PREFETCH, layout, pipelined
+from tests.parallel.layouts import EXPERTS, FAMILIES, MODELS, NAMED, PREFETCH, RECOMPUTED, layout, pipelined
 from tests.pool import DEVICE, Pool
 
 MICRO_BATCHES = 3
@@ -29,7 +29,7 @@ def counted(pool: Pool, tmp_path: Path, processes: int, changes: dict[str, Any],
     ranks = processes // (changes["parallel__tensor"]["size"] * changes.get("parallel__pipeline", {"size": 1})["size"])
     sizes = {"data__micro_bsz": 1, "data__global_batch_size": MICRO_BATCHES * ranks, "data__total_steps": 2}
     more = {"model__vocab_size": 96 + 4 * 2, "ckpt__enable_save_ckpt": False, "monitor__comm": True}
-    path = write_config(tmp_path, dataset, "run", **{**more, **MODELS[model], **changes, **sizes})
+    path = write_config(tmp_path, dataset, "run", **{**more, **{**MODELS, **FAMILIES}[model], **changes, **sizes})
     pool.train(path, processes)
     config = load_config(path)
     rows = json.loads((tmp_path / "run" / "comm.json").read_text())
@@ -40,6 +40,7 @@ def counted(pool: Pool, tmp_path: Path, processes: int, changes: dict[str, Any],
     return found, {(row.kind, row.axis): (row.count, row.nbytes) for row in stated}
 
 
+WHOLE_EXPERTS: dict[str, Any] = {"parallel__expert": {"size": 1}}
 CASES: dict[str, Any] = {
     **NAMED,
     "zero 1: plain data parallel": layout(4, zero=1),
@@ -59,7 +60,15 @@ CASES: dict[str, Any] = {
     "pipeline of 3, msp 2, tied": (*pipelined(6, 3, mode="msp", tensor=2), "internlm2, tied"),
     "pipeline of 2, isp 2 x 2, half recomputed": pipelined(4, 2, mode="isp", tensor=2, weight=2, model__checkpoint=0.5),
     "pipeline of 2, fsdp": pipelined(4, 2, fsdp=True),
-}
+    "deepseek 2, mtp 2, recomputed": (*layout(2, "mtp", 2, **RECOMPUTED, **WHOLE_EXPERTS), "deepseek 2"),
+    "deepseek 3, msp 2": (*layout(2, "msp", 2, **WHOLE_EXPERTS), "deepseek 3"),
+    "deepseek 3, fsp 2, attention recomputed": (
+        *layout(2, "fsp", 2, model__checkpoint="attention", **WHOLE_EXPERTS), "deepseek 3",
+    ),
+    "deepseek 3, isp 2 x 2, half recomputed": (
+        *layout(4, "isp", 2, 2, model__checkpoint=0.5, **WHOLE_EXPERTS), "deepseek 3",
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CASES)

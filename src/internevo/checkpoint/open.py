@@ -16,13 +16,14 @@ from .folder import CHECKPOINTS, Checkpoint, find_checkpoint
 from .manifest import NAME
 
 
-def open_source(folder: Path, family: str | None = None) -> ParameterSource:
-    """Opens a model for reading its weights. Adapters are merged into them.
+def open_source(folder: Path, family: str | None = None, merge: bool = True) -> ParameterSource:
+    """Opens a model for reading its weights.
 
     Args:
         folder: a Hugging Face folder, a checkpoint, or a run folder, whose newest checkpoint is used; or the name of a model on
             the Hugging Face Hub (owner/name).
         family: the family of a Hugging Face folder that does not name it.
+        merge: whether adapters are merged into the weights.
 
     Raises:
         UsageError, CheckpointError: if the folder cannot be used. The message names the folder or file, and the architecture if
@@ -34,7 +35,7 @@ def open_source(folder: Path, family: str | None = None) -> ParameterSource:
     try:
         checkpoint = Checkpoint(find_checkpoint(folder))
         checkpoint.check_tensors(checkpoint.config)
-        return merged(checkpoint)
+        return merged(checkpoint) if merge else checkpoint
     except CheckpointError as error:
         is_ours = any((folder / name).exists() for name in (CHECKPOINTS, "state.json", NAME))
         if is_ours:

@@ -7,7 +7,10 @@ from typing import Any
 
 from ..errors import ConfigError
 
-MODEL_TYPES = {"INTERNLM2_PUBLIC": "INTERNLM2", "LLAMA": "LLAMA2", "MIXTRAL": "MIXTRALMOE"}
+MODEL_TYPES = {
+    "INTERNLM2_PUBLIC": "INTERNLM2", "INTERNLM2_5": "INTERNLM2", "LLAMA": "LLAMA2", "LLAMA3": "LLAMA2", "QWEN2_5": "QWEN2",
+    "MIXTRAL": "MIXTRALMOE",
+}  # fmt: skip
 DEPTH = 20
 """How many dicts and lists may be inside each other."""
 

@@ -35,6 +35,10 @@ class LoadCkptInfo(Section):
         "internevo", 'Format of the checkpoint: "internevo" (this program\'s) or "hf" (Hugging Face\'s).'
     )
 
+    adapter: PathText | None = option(
+        None,
+        "Folder of the peft library (adapter_config.json) from which the adapters of model.lora start; path has the weights.",
+    )
     may_differ: tuple[str, ...] = option(
         (),
         "Keys of model (and model_type) in which the config may differ from the model that is loaded, for example rope_base. "

@@ -15,11 +15,12 @@ from ..checkpoint.storage import KINDS
 from ..config.run import LoadCkptInfo
 from ..errors import CheckpointError
 from ..models.huggingface.folder import HfFolder
+from ..models.huggingface.peft import PeftFolder
 from ..models.linear import ADAPTER_INFIX
 from ..parallel.shards import fill_local
 from ..storage.header import Spec
 from .parts import Doing, Parts
-from .start import check_source, find_start, has_new_adapters, has_new_biases
+from .start import check_source, find_start, has_new_adapters, has_new_biases, open_adapter
 
 
 def restore(parts: Parts, run: Path, doing: Doing = nullcontext) -> list[str]:
@@ -36,15 +37,25 @@ def restore(parts: Parts, run: Path, doing: Doing = nullcontext) -> list[str]:
         ConfigError: if what is loaded has another model than the config, or another format than the config says.
     """
     start = find_start(parts.config.ckpt, run)
+    adapter = open_adapter(parts.decoder, start, parts.config.ckpt)
     if start is None:
         return []
     with doing(f"loading {start.source.folder}"):
         if isinstance(start.source, HfFolder):
-            return load_hf(parts, start.source, start.wanted)
-        lines = load_checkpoint(parts, start.source, start.wanted)
-    if start.resumed:
-        parts.state.run = run_of(start.source.folder)  # this is the same run
-    return lines
+            lines = load_hf(parts, start.source, start.wanted)
+        else:
+            lines = load_checkpoint(parts, start.source, start.wanted)
+            if start.resumed:
+                parts.state.run = run_of(start.source.folder)  # this is the same run
+        return lines if adapter is None else [*lines, *load_adapter(parts, adapter)]
+
+
+def load_adapter(parts: Parts, adapter: PeftFolder) -> list[str]:
+    """Loads the adapters of a run. Returns lines for the user about what was loaded."""
+    for name, parameter in parts.optimizer.named.items():
+        if ADAPTER_INFIX in name:
+            fill_local(parameter, lambda start, stop, name=name: adapter.read(name, start, stop - start))  # type: ignore[misc]
+    return [f"loaded adapters from {adapter.folder}"]
 
 
 def load_checkpoint(parts: Parts, checkpoint: Checkpoint, wanted: LoadCkptInfo) -> list[str]:

@@ -12,10 +12,11 @@ from ..checkpoint.manifest import NAME
 from ..checkpoint.storage import KINDS
 from ..config import Config
 from ..config.run import Ckpt, LoadCkptInfo
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, UsageError
 from ..models.config import DecoderConfig
 from ..models.families.registry import decoder_config
 from ..models.huggingface.folder import HfFolder
+from ..models.huggingface.peft import PeftFolder
 from ..storage.hub import model_folder
 from .compare import compare_models
 
@@ -62,8 +63,29 @@ def check_start(config: Config) -> None:
         ConfigError, CheckpointError: as ``find_start`` and ``check_source``.
     """
     start = find_start(config.ckpt, config.run_folder)
+    decoder = decoder_config(config.model_type, config.model)
     if start is not None:
-        check_source(decoder_config(config.model_type, config.model), start.source, start.wanted)
+        check_source(decoder, start.source, start.wanted)
+    open_adapter(decoder, start, config.ckpt)
+
+
+def open_adapter(decoder: DecoderConfig, start: Start | None, ckpt: Ckpt) -> PeftFolder | None:
+    """Opens the adapters that a run starts from; None if it resumes, or there are none.
+
+    Raises:
+        ConfigError: if they are not those of the config's model, or there is nothing that they adapt.
+    """
+    info = ckpt.load_ckpt_info
+    if info is None or info.adapter is None or (start is not None and start.resumed):
+        return None
+    if start is None:
+        raise ConfigError("ckpt.load_ckpt_info.adapter needs ckpt.load_ckpt_info.path, the weights that it adapts")
+    if start.source.config.lora is not None:
+        raise ConfigError("ckpt.load_ckpt_info.adapter: the checkpoint in path has adapters of its own; leave one of them out")
+    try:
+        return PeftFolder(Path(info.adapter), decoder)
+    except UsageError as error:
+        raise ConfigError(f"ckpt.load_ckpt_info.adapter: {error}") from error
 
 
 def check_source(decoder: DecoderConfig, source: Checkpoint | HfFolder, wanted: LoadCkptInfo) -> list[str]:

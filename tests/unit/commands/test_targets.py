@@ -13,6 +13,7 @@ from internevo.commands.convert import convert
 from internevo.errors import UsageError
 from internevo.models.config import DecoderConfig
 from internevo.models.decoder import Decoder
+from internevo.models.huggingface.owned import MARK
 from tests.conftest import Run, random_model
 from tests.kills import kill_at_every_moment
 
@@ -150,21 +151,23 @@ def test_overwrite_replaces_the_files_of_a_model_only(tmp_path: Path, model: Dec
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter)
     save_hf(model, tmp_path / "from", overwrite=True)
-    assert tree(tmp_path / "from").keys() == {"config.json", "model.safetensors", *other}
+    assert tree(tmp_path / "from").keys() == {"config.json", "model.safetensors", MARK, *other}
     assert {name: (tmp_path / "from" / name).read_bytes() for name in other} == other
     assert same(tmp_path / "from", model)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_overwrite_keeps_files_that_are_not_of_a_model(tmp_path: Path, model: Decoder, name: str) -> None:
-    """A config.json of another program (or of a run), and folders."""
-    if name == "config.json":
-        (tmp_path / name).write_text('{"model_type": "LLAMA2"}')
-    else:
-        (tmp_path / name).mkdir()
+    """Those of another program, those that were changed, and folders."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / name).write_text('{"architectures": ["LlamaForCausalLM"]}')
+    save_hf(model, tmp_path / "changed")
+    (tmp_path / "changed" / name).write_text("mine")
+    (tmp_path / "folder" / name).mkdir(parents=True)
     before = tree(tmp_path)
-    with pytest.raises(UsageError, match=f"{name} is "):
-        save_hf(model, tmp_path, overwrite=True)
+    for folder, why in (("other", "was not written by"), ("changed", "was changed after"), ("folder", "is a folder")):
+        with pytest.raises(UsageError, match=f"{name} {why}"):
+            save_hf(model, tmp_path / folder, overwrite=True)
     assert tree(tmp_path) == before
 
 

@@ -25,6 +25,7 @@ from ..families.hf_values import read_config
 from ..families.registry import decoder_from_hf, family
 from ..source import ModelInMemory, ParameterSource, most_common_dtype, write_rows
 from .naming import Naming, overlapping
+from .owned import mark, replaceable
 from .tokenizer import copy_tokenizer, has_tokenizer, special_ids
 from .weights import Weights
 
@@ -152,11 +153,12 @@ def save_hf(
         folder: a new or empty folder.
         dtype: dtype of the weights on disk. None: each weight keeps its own.
         max_shard_size: maximum size of a file, in bytes.
-        overwrite: the folder may have files. Those of a model are replaced, and all others stay as they are.
+        overwrite: the folder may have files. Those that this program has written are replaced, and all others stay as they
+            are.
 
     Raises:
-        UsageError: if the folder is not empty and ``overwrite`` is False, or it cannot be written, or the family's
-            ``config.json`` cannot describe the model.
+        UsageError: if the folder is not empty and ``overwrite`` is False, or it cannot be written, or a file of another program
+            is in the way, or the family's ``config.json`` cannot describe the model.
     """
     if max_shard_size < 1:
         raise UsageError(f"max_shard_size = {max_shard_size} must be at least 1 byte")
@@ -180,7 +182,8 @@ def write_hf(
         dtype: dtype of the weights on disk. None: each weight keeps its own, so that nothing is rounded.
         shard_bytes: maximum size of a file, in bytes.
         write_as: the family whose names and ``config.json`` are written. None: the family of ``source``.
-        overwrite: the folder may have files. Those of a model are replaced, and all others stay as they are.
+        overwrite: the folder may have files. Those that this program has written are replaced, and all others stay as they
+            are.
         progress: called with (bytes written, bytes in all).
 
     Raises:
@@ -188,13 +191,15 @@ def write_hf(
     """
     name = write_as or source.config.family
     config = as_family(source.config if _has_biases(family(name)) else _without_zero_biases(source), name)
-    with target(folder, "config.json", _model_files(folder) if overwrite else None) as new:
+    with target(folder, "config.json", replaceable(folder, _model_files(folder)) if overwrite else None) as new:
         _write_weights(source, naming(config), new, dtype, shard_bytes, progress)
         special: dict[str, Any] = {}
         if source.tokenizer:
             copy_tokenizer(source.tokenizer, new)
             special = special_ids(source.tokenizer)
         write_json(new / "config.json", _config_json(source, config, special, dtype or most_common_dtype(source)), indent=2)
+        replaceable(folder, [path.relative_to(new).as_posix() for path in new.rglob("*")])
+        mark(new)
 
 
 def _without_zero_biases(source: ParameterSource) -> DecoderConfig:
@@ -209,15 +214,8 @@ def _without_zero_biases(source: ParameterSource) -> DecoderConfig:
 
 
 def _model_files(folder: Path) -> list[str]:
-    """Returns the names of the files in ``folder`` that a model would replace.
-
-    Raises:
-        UsageError: if its ``config.json`` is not of a model.
-    """
-    names = [path.name for path in folder.glob("*") if re.fullmatch(MODEL_FILES, path.name)]
-    if "config.json" in names and "architectures" not in read_config(folder):
-        raise UsageError(f"{folder}/config.json is not of a Hugging Face model (it has no architectures); give another folder")
-    return names
+    """Returns the names of the files in ``folder`` that a model would replace."""
+    return [path.name for path in folder.glob("*") if re.fullmatch(MODEL_FILES, path.name)]
 
 
 def _write_weights(
@@ -274,8 +272,12 @@ def as_family(config: DecoderConfig, name: str) -> DecoderConfig:
             "have them (--to internevo)"
         )
     wanted = replace(config, family=name, experts=config.experts and config.experts.dropless())
-    read = module.from_hf(json.loads(json.dumps(module.to_hf(wanted))))
-    if difference := _difference(wanted, read):
+    values = json.loads(json.dumps(module.to_hf(wanted)))
+    try:
+        difference = _difference(wanted, decoder_from_hf(values, "", name))
+    except UsageError as error:
+        difference = str(error).removeprefix("/config.json: ")
+    if difference:
         raise UsageError(f"a Hugging Face folder of {module.ARCHITECTURE} cannot describe this model: {difference}")
     return wanted
 
