@@ -27,6 +27,7 @@ from ..raw.documents import read_documents
 from ..raw.inputs import find_files, split_files
 from ..tokenized.files import TokenWriter
 from ..tokenized.index import UNFINISHED
+from ..tokenized.origin import Origin
 from .encode import Encoded, Encoder, EncoderPool, OnError
 from .formats import FormatName, document_text, format_fields
 from .output import Output
@@ -168,6 +169,9 @@ def tokenize(
         if not saved.documents and (old or saved.result.skipped):
             (target.work / UNFINISHED).unlink()
             raise DataError("the input has no document that can be read and is not empty, so nothing was written")
+        if train_vocab_size is None:
+            folders = [path.as_posix() for path in target.targets.values() if (target.new / path).is_dir()]
+            Origin.of(tokenizer, format, folders).write(target.new)
         target.replace(old, asdict(saved))
     return saved.result
 
@@ -216,6 +220,23 @@ def _texts(files: list[tuple[str, Path]], key: str | None, on_error: OnError) ->
                 raise text
 
 
+def is_valid(number: int, valid_ratio: float) -> bool:
+    """Returns whether a document is for validation: about ``valid_ratio`` of them are, chosen by a hash of the number."""
+    if not valid_ratio:
+        return False
+    return int.from_bytes(hashlib.blake2b(str(number).encode(), digest_size=8).digest(), "little") < int(valid_ratio * 2**64)
+
+
+def valid_ratio_for(documents: int) -> float:
+    """Returns a share of a number of documents for validation: a tenth, but no more than about 1000 of many, and at least one
+    if there are two."""
+    if documents < 2:
+        return 0.0
+    ratios = (min(0.1, 1000 / documents), 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
+    counts = {ratio: sum(is_valid(number, ratio) for number in range(min(documents, 1000))) for ratio in ratios}
+    return next((ratio for ratio, count in counts.items() if 0 < count < documents), 0.0)
+
+
 def _hash(files: list[tuple[str, Path]], tokenizer: Path | None) -> str:
     """Returns a hash of the names, sizes and times of the input files, and of the content of the tokenizer's files."""
     listing = [(kind, str(path), path.stat().st_size, path.stat().st_mtime_ns) for kind, path in files]
@@ -256,7 +277,7 @@ class _Writers:
             may_mask: documents may have masked tokens, whose negative ids need int32.
         """
         self.target, self.saved = target, saved
-        self.threshold = int(saved.options["valid_ratio"] * 2**64)
+        self.valid_ratio = saved.options["valid_ratio"]
         self.vocab_size = None if may_mask else saved.result.vocab_size
         self.writers = {name: self._open(name, *part) for name, part in saved.parts.items()}
 
@@ -268,7 +289,7 @@ class _Writers:
         """Writes the documents of one input chunk."""
         result, starts = self.saved.result, np.cumsum([0, *encoded.counts])
         number = self.saved.documents
-        valid = np.array([self._is_valid(number + n) for n in range(len(encoded.counts))], dtype=bool)
+        valid = np.array([is_valid(number + n, self.valid_ratio) for n in range(len(encoded.counts))], dtype=bool)
         for name, chosen in (("train", np.flatnonzero(~valid)), ("valid", np.flatnonzero(valid))):
             if not len(chosen):
                 continue
@@ -284,12 +305,6 @@ class _Writers:
         result.skipped += len(encoded.skipped)
         self.saved.chunks += 1
         self.saved.size += encoded.size
-
-    def _is_valid(self, number: int) -> bool:
-        """Returns whether a document is for validation: about ``valid_ratio`` of them are, chosen by a hash of the number."""
-        if not self.threshold:
-            return False
-        return int.from_bytes(hashlib.blake2b(str(number).encode(), digest_size=8).digest(), "little") < self.threshold
 
     def _writer(self, name: str) -> TokenWriter:
         """Returns the writer of the current file of "train" or "valid", and begins a new file if that one is full."""
