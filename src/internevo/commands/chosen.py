@@ -73,14 +73,15 @@ class Chosen:
         """Chooses by the model, and by the lengths of the training documents."""
         lengths, decoder = index.documents[:, 1], found.decoder
         mean, longest = index.tokens / len(index), int(lengths.max())
-        seq_len = options.seq_len or recipe.row_length(longest, mean, longest_text(decoder))
+        texts = index.types == ["text"]
+        seq_len = options.seq_len or recipe.row_length(longest, mean, longest_text(decoder), texts)
         rows = len(WholeRows(index, seq_len, decoder.vocab_size))
         return cls(
             options, found, len(index), mean, longest, int((lengths > seq_len).sum()), seq_len, rows,
             1 - index.tokens / (rows * seq_len),
-            recipe.rows_per_step(len(index), mean, seq_len, processes),
+            recipe.rows_per_step(rows, len(index), seq_len, processes),
             recipe.epochs(len(index)) if options.epochs is None else options.epochs,
-            options.lr or recipe.learning_rate(decoder.parameters(), options.lora is not None),
+            recipe.learning_rate(decoder.parameters(), options.lora is not None) if options.lr is None else options.lr,
         )  # fmt: skip
 
     @property
@@ -122,7 +123,6 @@ class Chosen:
         """Returns the keys of the config. Micro-batches have one row."""
         found, steps, lr = self.found, self.steps, self.lr
         dtype = found.dtype or "bfloat16"
-        own = tokenizer == run / TOKENIZER
         values: dict[str, Any] = {
             "JOB_NAME": run.resolve().name,
             "model": {
@@ -131,7 +131,6 @@ class Chosen:
             },
             "data": {
                 "train_folder": _path(run, f"{DATA}/train"),
-                "tokenizer_path": _path(run, TOKENIZER) if own else str(tokenizer.resolve()),
                 "seq_len": self.seq_len, "micro_bsz": 1, "global_batch_size": self.per_step, "total_steps": steps,
                 "split_documents": False,
             },
@@ -142,6 +141,9 @@ class Chosen:
                 "save_ckpt_folder": _path(run), "checkpoint_every": max(1, min(self.per_epoch, steps // 4)), "keep_last": 2,
             },
         }  # fmt: skip
+        if tokenizer.resolve() != found.folder.resolve():
+            own = tokenizer == run / TOKENIZER
+            values["data"]["tokenizer_path"] = _path(run, TOKENIZER) if own else str(tokenizer.resolve())
         if (run / DATA / "valid").is_dir():
             every = min(self.per_epoch, steps)
             valid = {"valid_folder": _path(run, f"{DATA}/valid"), "valid_every": every, "valid_at_start": True}
@@ -164,13 +166,16 @@ class Chosen:
         return config, enough
 
     def _comments(self) -> dict[str, str]:
-        return {
+        """Returns comments on what was chosen; none on what was given."""
+        given = [text.partition("=")[0] for text in self.options.overrides]
+        comments = {
             "data.seq_len": f"tokens of a row; documents have {self.mean:,.0f} on average, and at most {self.longest:,}",
             "data.global_batch_size": f"rows per step; about {self.per_step * self.documents / self.rows:.0f} documents",
             "data.total_steps": f"{self.epochs:g} epochs of {self.per_epoch} steps",
             "data.split_documents": "documents are not cut at the end of a row",
             "adam.lr": "for adapters" if self.options.lora else "for all weights: the larger, the smaller the model",
         }
+        return {key: text for key, text in comments.items() if key not in given}
 
     def _lines(self, config: Config) -> Iterator[str]:
         cut = f"{self.cut:,} longer documents are cut into pieces" if self.cut else "no document is cut"

@@ -55,6 +55,9 @@ def finetune(options: Options, run: Path, processes: int | None) -> int:
     Raises:
         UsageError: if the model, the data or the options cannot be used, or ``run`` is another run's.
     """
+    for path in (options.tokenizer, options.chat_template):
+        if path is not None and not Path(path).exists():
+            raise UsageError(f"{path} does not exist")
     processes = processes or default_processes()
     mark = run / FINETUNE
     if mark.is_file():
@@ -170,7 +173,7 @@ def _tokenize(options: Options, run: Path, raw: RawData, name: FormatName, token
     held_out = _valid_files(options)
     ratio = 0.0
     if not held_out:
-        ratio = valid_ratio_for(len(raw.documents)) if options.valid_ratio is None else options.valid_ratio
+        ratio = valid_ratio_for(raw.count) if options.valid_ratio is None else options.valid_ratio
     parts = {"train": [path for _, path in raw.files], "valid": held_out} if held_out else {"": [path for _, path in raw.files]}
     for part, files in parts.items():
         with progress_bar("tokenizing") as (progress, status):

@@ -12,8 +12,10 @@ LORA_FACTOR, LORA_LARGEST = 10.0, 1e-3
 """Adapters learn best with about ten times the rate (https://thinkingmachines.ai/blog/lora)."""
 EPOCHS, FEW = 3.0, 50_000
 """Number of epochs, if there are at most ``FEW`` documents; otherwise one."""
-ROW, ROUND = 8192, 64
-"""The longest row that is chosen; and what its length is a multiple of."""
+ROW, TEXT_ROW, ROUND = 8192, 2048, 64
+"""The longest row that is chosen: for chats, and for texts, which may be cut; and what its length is a multiple of."""
+STEP_TOKENS = 2**17
+"""The most tokens of a step."""
 MICRO_TOKENS = {"cuda": 16384, "cpu": 4096}
 """The most tokens of a micro-batch; more make no device faster."""
 
@@ -33,21 +35,28 @@ def epochs(documents: int) -> float:
     return EPOCHS if documents <= FEW else 1.0
 
 
-def row_length(longest: int, mean: float, limit: int | None) -> int:
+def row_length(longest: int, mean: float, limit: int | None, texts: bool = False) -> int:
     """Returns a length of rows, in tokens, that has room for the longest document and for several of mean length.
 
     Args:
         longest, mean: lengths of documents.
         limit: the longest text that the model is made for; None: no limit.
+        texts: the documents are texts, which may be cut.
     """
-    most = min(limit or ROW, ROW)
+    row = TEXT_ROW if texts else ROW
+    most = min(limit or row, row)
     wanted = max(longest, min(8 * mean, 1024))
     return most if wanted >= most else min(math.ceil(wanted / ROUND) * ROUND, most)
 
 
-def rows_per_step(documents: int, mean: float, seq_len: int, ranks: int) -> int:
-    """Returns rows per step: about a twentieth of the documents, but 8 to 64 of them. Each rank has a power of two of rows."""
-    wanted = min(max(documents / 20, 8), 64) * mean / seq_len
+def rows_per_step(rows: int, documents: int, seq_len: int, ranks: int) -> int:
+    """Returns rows per step: about a twentieth of the documents, but 8 to 64 of them; at most ``STEP_TOKENS``, and a tenth of
+    the rows. Each rank has a power of two of rows.
+
+    Args:
+        rows, documents: those of an epoch.
+    """
+    wanted = min(min(max(documents / 20, 8), 64) * rows / documents, STEP_TOKENS / seq_len, rows / 10)
     return 2 ** max(0, round(math.log2(wanted / ranks))) * ranks
 
 

@@ -16,7 +16,7 @@ from ..raw.inputs import split_files
 from .chats import CHAT_FIELDS, INSTRUCTION_FIELDS
 from .formats import TEXT_FIELDS, FormatName
 
-READ_BYTES = 64 << 20
+READ_BYTES = 32 << 20
 """The most bytes of files that are read; of larger data, the beginning of each file."""
 SHOWN = 160
 """The longest text of a field that is shown, in characters."""
@@ -32,6 +32,14 @@ class RawData:
     """Documents that cannot be read."""
     whole: bool = True
     """Whether all has been read."""
+    size: int = 0
+    """How much has been read, in bytes of the files."""
+
+    @property
+    def count(self) -> int:
+        """The number of documents; an estimate, if not all has been read."""
+        total = sum(path.stat().st_size for _, path in self.files)
+        return len(self.documents) if self.whole else int(len(self.documents) * total / max(self.size, 1))
 
     @classmethod
     def read(cls, files: list[tuple[str, Path]]) -> RawData:
@@ -43,6 +51,7 @@ class RawData:
                 if left < 0 and number:
                     found.whole = False
                     break
+                found.size += chunk.size
                 for document in read_documents(chunk, None):
                     if isinstance(document, DataError):
                         found.errors.append(document)

@@ -229,10 +229,10 @@ def is_valid(number: int, valid_ratio: float) -> bool:
 
 def valid_ratio_for(documents: int) -> float:
     """Returns a share of a number of documents for validation: a tenth, but no more than about 1000 of many, and at least one
-    if there are two."""
+    of a few."""
     if documents < 2:
         return 0.0
-    ratios = (min(0.1, 1000 / documents), 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
+    ratios = (min(0.1, 1000 / documents), *(percent / 100 for percent in range(11, 100)))
     counts = {ratio: sum(is_valid(number, ratio) for number in range(min(documents, 1000))) for ratio in ratios}
     return next((ratio for ratio, count in counts.items() if 0 < count < documents), 0.0)
 
