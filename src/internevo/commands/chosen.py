@@ -46,6 +46,20 @@ class Options:
     overrides: list[str] = field(default_factory=list)
 
 
+def check_overrides(options: Options, found: HfModel) -> None:
+    """Checks the overrides, and that a config can describe the model, before anything is written.
+
+    Raises:
+        ConfigError: if an override is wrong, or contradicts the model's weights.
+    """
+    values: dict[str, Any] = {
+        "model": {"from_hf": found.name}, "data": {"seq_len": 1, "micro_bsz": 1, "total_steps": 1}, "adam": {"lr": 0.0},
+    }  # fmt: skip
+    for text in options.overrides:
+        apply_override(values, text)
+    found.check(validate(found.fill(values), source="the overrides"))
+
+
 @dataclass(frozen=True)
 class Chosen:
     """The sizes and rates of a run."""

@@ -25,13 +25,15 @@ from ..errors import DataError, UsageError
 from ..models.huggingface.tokenizer import copy_tokenizer, has_tokenizer
 from ..observe.metrics import read_rows
 from ..ops.precision import DTYPES
-from ..storage.folders import check_target
+from ..storage.folders import check_target, set_aside
+from ..storage.hub import model_folder
 from ..storage.jsonfile import read_object, write_json
+from ..storage.lock import FileLock
 from ..text.chat import has_template
 from ..text.tokenizer import TEMPLATE, Tokenizer, load_tokenizer
 from ..train.config import HfModel
-from ..train.folder import FINETUNE
-from .chosen import CONFIG, DATA, MODEL, TOKENIZER, Chosen, Options
+from ..train.folder import FINETUNE, LOCK
+from .chosen import CONFIG, DATA, MODEL, TOKENIZER, Chosen, Options, check_overrides
 from .convert import convert
 from .launch import default_processes
 from .progress import progress_bar
@@ -55,12 +57,12 @@ def finetune(options: Options, run: Path, processes: int | None) -> int:
     Raises:
         UsageError: if the model, the data or the options cannot be used, or ``run`` is another run's.
     """
-    for path in (options.tokenizer, options.chat_template):
-        if path is not None and not Path(path).exists():
-            raise UsageError(f"{path} does not exist")
+    if options.chat_template is not None and not Path(options.chat_template).is_file():
+        raise UsageError(f"--chat-template {options.chat_template} is not a file")
     processes = processes or default_processes()
     mark = run / FINETUNE
     if mark.is_file():
+        FileLock.acquire(run / LOCK, say=print).release()  # no other command is using the folder
         _check_same(options, read_object(mark), run)
     else:
         check_target(run, advice="give another --output")
@@ -81,10 +83,16 @@ def finetune(options: Options, run: Path, processes: int | None) -> int:
 
 
 def _check_same(options: Options, saved: dict[str, Any], run: Path) -> None:
+    """Checks that a run goes on with the same options. One that has saved no checkpoint is begun again with other options."""
     wanted = asdict(options)
     changed = [f"{key} = {saved.get(key)!r}, and not {value!r}" for key, value in wanted.items() if saved.get(key) != value]
-    if changed:
+    if changed and complete_checkpoints(run):
         raise UsageError(f"{run} was begun with {'; '.join(changed)}: give the same options to go on, or another --output")
+    if changed:
+        print(f"{run} was begun with {'; '.join(changed)}, and has saved nothing: beginning again")
+        (run / CONFIG).unlink(missing_ok=True)
+        if (run / DATA).exists():
+            set_aside(run / DATA)
 
 
 # Data ----------------------------------------------------------------------------------------------------------------
@@ -93,7 +101,7 @@ def _check_same(options: Options, saved: dict[str, Any], run: Path) -> None:
 def _prepare(options: Options, run: Path, processes: int) -> None:
     """Tokenizes the data, says what it found, and writes the config."""
     found = HfModel.find({"model": {"from_hf": options.model}})
-    found.shape()
+    check_overrides(options, found)
     print(f"model: {describe(found.decoder)}")
     place = _tokenizer_of(options, found)
     tokenizer = load_tokenizer(place)
@@ -117,15 +125,13 @@ def _prepare(options: Options, run: Path, processes: int) -> None:
     _check_beginning(name, raw, options, tokenizer)
     _tokenize(options, run, raw, name, place)
     train_data = open_index(run / DATA / "train")
-    if not len(train_data):
-        raise DataError(f"{options.data} has no document to train on")
     print("\n".join(_describe(train_data, tokenizer)))
     print("\n".join(Chosen.of(options, found, train_data, processes).write_config(run, place, processes)))
 
 
 def _tokenizer_of(options: Options, found: HfModel) -> Path:
     if options.tokenizer is not None:
-        return Path(options.tokenizer)
+        return model_folder(options.tokenizer, weights=False)
     if not has_tokenizer(found.folder):
         raise UsageError(f"{found.name} has no tokenizer; copy its files there, or give --tokenizer PATH")
     return found.folder.resolve()
@@ -135,9 +141,7 @@ def _format(options: Options, raw: RawData, templated: bool) -> FormatName:
     """Returns the format by which the documents are encoded: instructions are chats, if there is a chat template."""
     if not raw.documents:
         raise raw.errors[0] if raw.errors else DataError(f"{options.data} has no document")
-    found = raw.format() if options.format == "auto" and options.text_key is None else options.format
-    if found == "auto":
-        found = "text"
+    found = options.format if options.format != "auto" else raw.format(options.text_key)
     if found is None:
         fields = ", ".join(raw.fields()) or "no fields"
         ways = "; ".join(f"{name} needs {needs(name)}" for name in ("chat", "alpaca", "text"))
@@ -170,32 +174,31 @@ def _check_beginning(name: FormatName, raw: RawData, options: Options, tokenizer
 
 def _tokenize(options: Options, run: Path, raw: RawData, name: FormatName, tokenizer: Path) -> None:
     """Tokenizes the data into RUN/data/train and RUN/data/valid: the split of the dataset, or a part that is held out."""
-    held_out = _valid_files(options)
-    ratio = 0.0
+    files, held_out, ratio = [path for _, path in raw.files], _valid_files(options), 0.0
     if not held_out:
         ratio = valid_ratio_for(raw.count) if options.valid_ratio is None else options.valid_ratio
-    parts = {"train": [path for _, path in raw.files], "valid": held_out} if held_out else {"": [path for _, path in raw.files]}
-    for part, files in parts.items():
+    parts = [("train", files), ("valid", held_out)] if held_out else [("" if ratio else "train", files)]
+    for part, inputs in parts:
         with progress_bar("tokenizing") as (progress, status):
             result = tokenize(
-                files, run / DATA / part, tokenizer=tokenizer, kind=raw.files[0][0], format=name, text_key=options.text_key,
-                dataset_type=name, valid_ratio=ratio if not part else 0.0, overwrite=True, on_error=options.on_error,
+                inputs, run / DATA / part, tokenizer=tokenizer, kind=raw.files[0][0], format=name, text_key=options.text_key,
+                dataset_type=name, valid_ratio=0.0 if part else ratio, overwrite=True, on_error=options.on_error,
                 status=status, progress=progress,
             )  # fmt: skip
-        if part != "valid":
+        empty = len(raw.documents) - result.documents - result.valid_documents - result.skipped
+        if part == "valid":
+            print(f"to evaluate on: {result.documents:,} documents, {result.tokens:,} tokens (the dataset's own)")
+        else:
             print(f"for training: {result.documents:,} documents, {result.tokens:,} tokens")
-        documents, tokens = (result.documents, result.tokens) if part else (result.valid_documents, result.valid_tokens)
-        if part != "train":
-            print(
-                f"held out, to evaluate on: {documents:,} documents, {tokens:,} tokens" if documents else "nothing is held out"
-            )
+            held = f"{result.valid_documents:,} documents, {result.valid_tokens:,} tokens" if ratio else "none"
+            if not held_out:
+                print(f"held out, to evaluate on: {held}")
         if result.skipped:
             print(f"left out: {result.skipped:,} documents that cannot be read (see above)")
-        empty = len(raw.documents) - result.documents - result.valid_documents - result.skipped
         if part != "valid" and raw.whole and empty:
             print(f"left out: {empty:,} empty documents")
-    if ratio and not any((run / DATA).glob("train/*/*.bin")):
-        raise DataError(f"all documents of {options.data} would be held out: give a smaller --valid-ratio")
+    if not any((run / DATA / "train").rglob("*.bin")):
+        raise DataError(f"there is no document to train on in {options.data}, without those that are held out (--valid-ratio)")
 
 
 def _valid_files(options: Options) -> list[Path]:

@@ -82,7 +82,8 @@ def finetune(
     from .finetune import finetune as run
 
     options = Options(
-        model, data, format, lora, text_key, subset, tokenizer and str(tokenizer), chat_template and str(chat_template), epochs,
+        model, data, format, lora, text_key, subset, None if tokenizer is None else str(tokenizer),
+        None if chat_template is None else str(chat_template), epochs,
         lr, seq_len, valid_ratio, on_error, list(overrides or []),
     )  # fmt: skip
     raise typer.Exit(run(options, output, nproc))

@@ -71,8 +71,18 @@ class RawData:
                 found.setdefault(str(name), {}).setdefault(_kind(value), []).append(length)
         return found
 
-    def format(self) -> FormatName | None:
-        """Returns the format that most documents have; None if there is none."""
+    def format(self, key: str | None = None) -> FormatName | None:
+        """Returns the format that most documents have; None if there is none.
+
+        Args:
+            key: the field that has the text or the messages; None: the usual fields.
+        """
+        if key is not None:
+            return (
+                "chat"
+                if any(isinstance(d.value, dict) and isinstance(d.value.get(key), list) for d in self.documents)
+                else "text"
+            )
         counts = {name: sum(fits(name, document) for document in self.documents) for name in ("chat", "alpaca", "text")}
         best = max(counts, key=lambda name: counts[name])
         return best if counts[best] else None  # type: ignore[return-value]

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import DataError, UsageError
+from ...storage.hub import model_folder
 from ...storage.jsonfile import read_object, write_json
 from ...text.tokenizer import Tokenizer, load_tokenizer, tokenizer_fingerprint, train_bpe
 from ..raw.documents import read_documents
@@ -122,7 +123,8 @@ def tokenize(
 
     Args:
         inputs: files and folders.
-        tokenizer: a tokenizer file or folder. None: a tokenizer is trained and written to ``output``.
+        tokenizer: a tokenizer file or folder, or the name of a model on the Hugging Face Hub. None: a tokenizer is trained and
+            written to ``output``.
         train_vocab_size: the size of the vocabulary of the tokenizer to train.
         kind: the kind of the input files, a key of ``raw.inputs.SUFFIXES``; None: each file's suffix tells it.
         format: the format of the documents.
@@ -141,6 +143,7 @@ def tokenize(
             command continues from there. Also if there is nothing to write in place of ``output``'s old data.
         UsageError: if ``output`` already contains other data.
     """
+    tokenizer = tokenizer and model_folder(tokenizer, weights=False)
     target = Output(output, dataset_type, splits=bool(valid_ratio))
     own = {(output / path).resolve() for path in target.own_files()}
     files = [file for file in find_files(inputs, kind, pattern, exclude) if file[1].resolve() not in own]
