@@ -162,6 +162,9 @@ def plan(
 app.command(epilog=_epilog("internevo tokenize corpus.jsonl --tokenizer llama/ --output data --valid-ratio 0.01"))(
     tuning.tokenize
 )
+app.command(epilog=_epilog("internevo finetune HuggingFaceTB/SmolLM2-135M chats.jsonl --output runs/tuned --lora 16"))(
+    tuning.finetune
+)
 
 
 @app.command(
@@ -255,7 +258,8 @@ def generate(
 @app.command(epilog=_epilog("internevo inspect runs/demo"))
 def inspect(
     path: Annotated[
-        Path, typer.Argument(parser=parse_input, metavar="PATH", help="Checkpoint, dataset, run folder or Hugging Face folder.")
+        Path,
+        typer.Argument(parser=parse_input, metavar="PATH", help="Checkpoint, run, Hugging Face folder, or data (also raw)."),
     ],
     tokenizer: Annotated[
         Path | None,

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from ..checkpoint import Checkpoint, complete_checkpoints
 from ..checkpoint.manifest import NAME, verify
+from ..data.encoding.describe import describe_raw
+from ..data.raw.hub import METADATA_FILES
+from ..data.raw.inputs import find_files
 from ..data.tokenized.describe import describe_dataset
 from ..data.tokenized.index import WORK
 from ..errors import UsageError
@@ -18,20 +21,22 @@ from ..storage.hub import model_folder
 
 
 def describe(path: Path, tokenizer: Path | None = None, decode: int = 0) -> Iterator[str]:
-    """Yields lines of text that describe a checkpoint, a run folder, a Hugging Face model or tokenized data.
+    """Yields lines of text that describe a checkpoint, a run folder, a Hugging Face model, tokenized data or raw data.
 
     Args:
         tokenizer: for tokenized data: every id must be in its vocabulary.
         decode: for tokenized data: the number of documents to show as text.
 
     Raises:
-        UsageError: if the folder contains none of these.
+        UsageError: if it is none of these.
         CheckpointError: if a checkpoint is damaged; the message says which file and where.
         DataError: if tokenized data is damaged; the message says which file and where.
     """
     path = model_folder(path)
+    if path.is_file():
+        return describe_raw(path, find_files([path], None, None, ()))
     if not path.is_dir():
-        raise UsageError(f"{path} {'is not a folder' if path.exists() else 'does not exist'}")
+        raise UsageError(f"{path} does not exist")
     if (path / NAME).is_file() or (path / "state.json").is_file():
         return _describe_checkpoint(path)
     if (path / "metrics.jsonl").is_file() or (path / "checkpoints").is_dir():
@@ -40,7 +45,10 @@ def describe(path: Path, tokenizer: Path | None = None, decode: int = 0) -> Iter
         return _describe_hf(path)
     if any(path.rglob("*.bin")) or (path / WORK).is_dir():
         return describe_dataset(path, tokenizer, decode)
-    raise UsageError(f"{path} contains neither a checkpoint, a run, a Hugging Face model nor tokenized data")
+    try:
+        return describe_raw(path, [file for file in find_files([path], None, None, ()) if file[1].name not in METADATA_FILES])
+    except UsageError:  # there is no file of raw data
+        raise UsageError(f"{path} contains neither a checkpoint, a run, a Hugging Face model nor data") from None
 
 
 def _describe_checkpoint(path: Path) -> Iterator[str]:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from .arguments import parse_input, parse_path
+from .arguments import Overrides, parse_input, parse_path
 
 
 def tokenize(
@@ -42,3 +42,48 @@ def tokenize(
         text_key=text_key, pattern=pattern, exclude=tuple(exclude or ()), dataset_type=type, valid_ratio=valid_ratio,
         workers=workers, overwrite=overwrite, on_error=on_error,
     )  # fmt: skip
+
+
+def finetune(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face folder, or its name on the hub (owner/name).")],
+    data: Annotated[
+        str,
+        typer.Argument(metavar="DATA", help="Chats, instructions or texts: a file, a folder, or a name on the hub."),
+    ],
+    output: Annotated[Path, typer.Option(parser=parse_path, metavar="RUN", help="Run folder, for all that is written.")],
+    overrides: Overrides = None,
+    lora: Annotated[
+        int | None, typer.Option(min=1, metavar="RANK", help="Train adapters of this rank (LoRA) and not all weights.")
+    ] = None,
+    format: Annotated[
+        Literal["auto", "chat", "alpaca", "text"], typer.Option(help="Format of the documents (auto: by their fields).")
+    ] = "auto",
+    text_key: Annotated[str | None, typer.Option(help="Field with the text, or with the messages of a chat.")] = None,
+    subset: Annotated[str | None, typer.Option(help="Sub-folder of the dataset.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(parser=parse_input, metavar="PATH", help="Tokenizer (default: the model's).")
+    ] = None,
+    chat_template: Annotated[
+        Path | None, typer.Option(parser=parse_input, metavar="FILE", help="Chat template (default: the tokenizer's).")
+    ] = None,
+    epochs: Annotated[float | None, typer.Option(min=0.001, help="Passes over the data (default: 3; 1 for much data).")] = None,
+    lr: Annotated[float | None, typer.Option(min=0, help="Highest learning rate (default: by the model's size).")] = None,
+    seq_len: Annotated[int | None, typer.Option(min=1, help="Tokens of a row (default: by the data and the model).")] = None,
+    valid_ratio: Annotated[
+        float | None, typer.Option(min=0, max=0.9, help="Share of the documents to evaluate on (default: a tenth, up to 1000).")
+    ] = None,
+    on_error: Annotated[
+        Literal["stop", "skip"], typer.Option(help="If a document cannot be read: stop, or leave it out and print a line.")
+    ] = "stop",
+    nproc: Annotated[int | None, typer.Option(min=1, help="Number of local processes (default: one per GPU, or 1).")] = None,
+) -> None:
+    """Fine-tune a pretrained model on your data, and export it. The same command goes on after it was stopped."""
+    from .chosen import Options
+    from .finetune import finetune as run
+
+    options = Options(
+        model, data, format, lora, text_key, subset, None if tokenizer is None else str(tokenizer),
+        None if chat_template is None else str(chat_template), epochs,
+        lr, seq_len, valid_ratio, on_error, list(overrides or []),
+    )  # fmt: skip
+    raise typer.Exit(run(options, output, nproc))

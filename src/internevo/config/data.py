@@ -82,7 +82,6 @@ class Data(Section):
         True,
         "With use_packed_dataset: a document that does not fit into the rest of a row continues in the next one. False: it "
         "begins the next row, and the rest is padding; only documents longer than seq_len are split.",
-        needs="data.use_packed_dataset",
     )
     min_length: int = option(0, "Training documents that are shorter than this are dropped.", unit="tokens", ge=0)
     min_length_dict: dict[str, Annotated[int, Field(ge=0)]] | None = option(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from pprint import pformat
 from typing import Any
@@ -51,15 +52,25 @@ def check_own(path: Path, beginning: str) -> None:
         raise UsageError(f"{path} exists and is not replaced, because internevo plan has not written it: choose another name")
 
 
-def readable(values: dict[str, Any], comments: dict[str, str], beginning: str) -> str:
+@dataclass(frozen=True)
+class Code:
+    """A value that is written as Python code."""
+
+    text: str
+    value: Any
+    """What the code stands for."""
+
+
+def readable(values: dict[str, Any], comments: dict[str, str], beginning: str, imports: str = "") -> str:
     """Returns a config as Python for people: one key on a line, with comments.
 
     Args:
         values: the keys that are set; a section is a dict.
         comments: "section.key" -> what is to be said about it.
         beginning: lines for the beginning of the file.
+        imports: Python code that comes first.
     """
-    lines = [f"# {line}".rstrip() for line in beginning.splitlines()] + [""]
+    lines = [f"# {line}".rstrip() for line in beginning.splitlines()] + ["", *([imports, ""] if imports else [])]
     for name, value in values.items():
         if not isinstance(value, dict):
             lines.append(f"{name} = {_literal(value)}{_comment(comments.get(name))}")
@@ -72,6 +83,8 @@ def readable(values: dict[str, Any], comments: dict[str, str], beginning: str) -
 def _literal(value: Any) -> str:
     if isinstance(value, dict):
         return f"dict({', '.join(f'{key}={_literal(item)}' for key, item in value.items())})"
+    if isinstance(value, Code):
+        return value.text
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 

@@ -65,7 +65,9 @@ def download(name: str, kind: Kind, patterns: tuple[str, ...] | None = None) -> 
             "pip install huggingface_hub"
         ) from error
     try:
-        return Path(huggingface_hub.snapshot_download(name, repo_type=kind, allow_patterns=patterns and list(patterns)))
+        return Path(
+            huggingface_hub.snapshot_download(name, repo_type=kind, allow_patterns=list(patterns) if patterns else None)
+        )
     except Exception as error:  # the library raises errors of several other libraries
         tried = f"{name} is not a path here, and the {kind} {name} cannot be had from {_address()}"
         raise UsageError(f"{tried}: {_why(error)}") from error

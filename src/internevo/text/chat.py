@@ -97,6 +97,11 @@ class ChatTemplate:
             raise DataError(f"the chat template of {self.path} cannot render {_short(messages)}: {error}") from error
 
 
+def has_template(tokenizer: Tokenizer) -> bool:
+    """Whether a tokenizer has a chat template."""
+    return "default" in _templates(tokenizer.path if tokenizer.path.is_dir() else tokenizer.path.parent)
+
+
 def _templates(folder: Path) -> dict[str, str]:
     """Returns the templates of a folder by their names; if there is only one, its name is "default"."""
     files = {"default": folder / TEMPLATE, **{path.stem: path for path in folder.glob(TEMPLATES)}}

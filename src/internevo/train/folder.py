@@ -20,6 +20,8 @@ INHERITED = "INTERNEVO_LOCK"
 """Environment variable with the file descriptor of the lock that the launcher has acquired for rank 0."""
 DRY_RUN = "dryrun.json"
 """What a dry run writes, into a folder that need not be a run's yet."""
+FINETUNE = "finetune.json"
+"""What ``internevo finetune`` writes first into its run folder: its options."""
 FOLDERS, FILES = (
     ("log", CHECKPOINTS, SNAPSHOTS, "tensorboard"),
     ("config.json", "metrics.jsonl", "samples.jsonl", "events.jsonl", "report.html"),
@@ -102,7 +104,11 @@ def _is_harmless(entry: Path) -> bool:
 
 def _is_run(run: Path) -> bool:
     """Whether a run has written to the folder. (Runs of older versions have not left a lock file.)"""
-    return (run / LOCK).is_file() or any((run / "log").glob("rank-[0-9]*")) or bool(complete_checkpoints(run))
+    return (
+        any((run / name).is_file() for name in (LOCK, FINETUNE))
+        or any((run / "log").glob("rank-[0-9]*"))
+        or bool(complete_checkpoints(run))
+    )
 
 
 def _check_checkpoints(config: Config, run: Path) -> None:

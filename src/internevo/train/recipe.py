@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 ANCHOR = 7e9
 """Number of parameters of the model whose usual learning rate is ``FULL``."""
@@ -12,9 +11,11 @@ FULL, SMALLEST, LARGEST = 2e-5, 5e-6, 2e-4
 LORA_FACTOR, LORA_LARGEST = 10.0, 1e-3
 """Adapters learn best with about ten times the rate (https://thinkingmachines.ai/blog/lora)."""
 EPOCHS, FEW = 3.0, 50_000
-"""Number of epochs, if there are at most so many documents; otherwise one."""
-ROW, ROUND = 8192, 64
-"""The longest row that is chosen; and what its length is a multiple of."""
+"""Number of epochs, if there are at most ``FEW`` documents; otherwise one."""
+ROW, TEXT_ROW, ROUND = 8192, 2048, 64
+"""The longest row that is chosen: for chats, and for texts, which may be cut; and what its length is a multiple of."""
+STEP_TOKENS = 2**17
+"""The most tokens of a step."""
 MICRO_TOKENS = {"cuda": 16384, "cpu": 4096}
 """The most tokens of a micro-batch; more make no device faster."""
 
@@ -34,39 +35,32 @@ def epochs(documents: int) -> float:
     return EPOCHS if documents <= FEW else 1.0
 
 
-def row_length(longest: int, mean: float, limit: int | None) -> int:
+def row_length(longest: int, mean: float, limit: int | None, texts: bool = False) -> int:
     """Returns a length of rows, in tokens, that has room for the longest document and for several of mean length.
 
     Args:
         longest, mean: lengths of documents.
         limit: the longest text that the model is made for; None: no limit.
+        texts: the documents are texts, which may be cut.
     """
-    most = min(limit or ROW, ROW)
+    row = TEXT_ROW if texts else ROW
+    most = min(limit or row, row)
     wanted = max(longest, min(8 * mean, 1024))
     return most if wanted >= most else min(math.ceil(wanted / ROUND) * ROUND, most)
 
 
-@dataclass(frozen=True)
-class Batch:
-    """The sizes of a step."""
+def rows_per_step(rows: int, documents: int, seq_len: int, ranks: int) -> int:
+    """Returns rows per step: about a twentieth of the documents, but 8 to 64 of them; at most ``STEP_TOKENS``, and a tenth of
+    the rows. Each rank has a power of two of rows.
 
-    rows: int
-    """Rows over all ranks."""
-    micro: int
-    """Rows of a micro-batch."""
-    fits: bool
-    """Whether the memory is enough by the formula."""
-    recomputed: bool
-    """Whether layers are computed again in the backward pass, so that it is."""
+    Args:
+        rows, documents: those of an epoch.
+    """
+    wanted = min(min(max(documents / 20, 8), 64) * rows / documents, STEP_TOKENS / seq_len, rows / 10)
+    return 2 ** max(0, round(math.log2(wanted / ranks))) * ranks
 
 
-def rows_per_step(documents: int, mean: float, seq_len: int, ranks: int) -> int:
-    """Returns rows per step: about a twentieth of the documents, but 8 to 64 of them; and a multiple of the ranks."""
-    wanted = min(max(documents / 20, 8), 64) * mean / seq_len
-    return max(1, round(wanted / ranks)) * ranks
-
-
-def largest_micro_batch(rows: int, seq_len: int, device: str) -> list[int]:
+def micro_batches(rows: int, seq_len: int, device: str) -> list[int]:
     """Returns sizes of micro-batches that divide ``rows`` (those of a rank), the largest first; 1 is the last."""
     most = max(1, MICRO_TOKENS[device] // seq_len)
     return [size for size in range(rows, 0, -1) if rows % size == 0 and size <= most]

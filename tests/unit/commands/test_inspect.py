@@ -1,11 +1,17 @@
-"""``internevo inspect`` on tokenized data."""
+"""``internevo inspect`` on tokenized and raw data."""
 
+import json
+import shutil
 from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from internevo.commands.inspect import describe
+from internevo.data.encoding.tokenize import tokenize
 from internevo.data.tokenized.files import MASKED_ZERO
+from internevo.data.tokenized.origin import find_origin
 from internevo.errors import DataError, UsageError
 from internevo.text.tokenizer import load_tokenizer, train_bpe
 from tests.unit.data.writers import write_binary
@@ -65,3 +71,56 @@ def test_an_error_at_the_end_of_a_file_is_not_taken_for_an_abort(
         cli.main(["inspect", "."])
     error = capsys.readouterr().err
     assert "EOFError: No data left in file" in error and "interrupted" not in error
+
+
+def test_tokenized_data_remembers_its_tokenizer(tmp_path: Path) -> None:
+    texts = ["def f(x):", "return x", "x = 1\n" * 9, "y"] * 4
+    train_bpe(texts, 280, tmp_path / "tok")
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    tokenize([tmp_path / "in.jsonl"], tmp_path / "out", tokenizer=tmp_path / "tok", valid_ratio=0.5, workers=1)
+    for folder in (tmp_path / "out", tmp_path / "out" / "train", tmp_path / "out" / "train" / "en"):
+        lines = list(describe(folder, decode=9))
+        assert f"tokenized with: {tmp_path / 'tok'}, as text" in lines and any("every id is in it" in line for line in lines)
+        assert not any(line.startswith("note:") for line in lines)
+        assert any(line.removesuffix("<|endoftext|>") in texts for line in lines)
+    tokenize([tmp_path / "in.jsonl"], tmp_path / "out", tokenizer=tmp_path / "tok", overwrite=True, workers=1)
+    assert find_origin(tmp_path / "out" / "en") == find_origin(tmp_path / "out")
+    write_binary(tmp_path / "out" / "other" / "a.bin", [[1]], None)  # other data next to it
+    assert find_origin(tmp_path / "out" / "other") is None
+
+    train_bpe(["other text"], 270, tmp_path / "tok")
+    note = f"note: the tokenizer {tmp_path / 'tok'} has changed since it was tokenized, so the text may be wrong"
+    lines: list[str] = []
+    with pytest.raises(DataError, match="outside the vocabulary"):
+        for line in describe(tmp_path / "out" / "en"):
+            lines.append(line)
+    assert note in lines
+    shutil.rmtree(tmp_path / "tok")
+    missing = f"the tokenizer {tmp_path / 'tok'}, with which it was tokenized, is no longer there"
+    assert any(missing in line for line in describe(tmp_path / "out" / "en"))
+    with pytest.raises(UsageError, match=f"--decode needs a tokenizer: {missing}; give --tokenizer PATH"):
+        list(describe(tmp_path / "out" / "en", decode=1))
+
+
+def test_raw_data_is_described_with_the_format_that_fits(tmp_path: Path) -> None:
+    chats = [{"id": n, "messages": [{"role": "user", "content": "x" * n}], "text": None} for n in range(1, 5)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    lines = list(describe(tmp_path / "chats.jsonl"))
+    assert lines[0].startswith(f"raw data {tmp_path / 'chats.jsonl'}: 1 file (jsonl), ") and "; 4 documents" in lines[0]
+    assert [line.split()[:4] for line in lines[1:4]] == [
+        ["id", "number", "4", "times"], ["messages", "list", "4", "times,"], ["text", "null", "4", "times"],
+    ]  # fmt: skip
+    assert "items: median 1, 95% 1, longest 1" in lines[2] and lines[-1] == "fits --format chat"
+    table = pyarrow.table({"instruction": ["a", "b"], "output": ["c", "dd" * 200], "extra": [1, None]})
+    (tmp_path / "table").mkdir()
+    parquet.write_table(table, tmp_path / "table" / "a.parquet")
+    lines = list(describe(tmp_path / "table"))
+    assert lines[-1] == "fits --format alpaca (or chat, with the tokenizer's chat template)" and "..." in lines[-2]
+    assert any("output" in line and "characters: median 200, 95% 380, longest 400" in line for line in lines)
+    (tmp_path / "c.csv").write_text("question,answer\na,b\n")
+    assert list(describe(tmp_path / "c.csv"))[-1].startswith("no format fits: chat needs a list in messages or conversations; ")
+    (tmp_path / "t.txt").write_text("a text")
+    assert list(describe(tmp_path / "t.txt"))[-1] == "fits --format text"
+    (tmp_path / "chats.jsonl").write_text('{"text": "a"}\n{nothing\n')
+    with pytest.raises(DataError, match=r"1 documents cannot be read; the first: .*chats.jsonl, byte 14: the line is not JSON"):
+        list(describe(tmp_path / "chats.jsonl"))

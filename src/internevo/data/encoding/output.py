@@ -22,6 +22,8 @@ from ...text.tokenizer import TRAINED, is_trained_here
 from ..raw.files import walk_files
 from ..tokenized.files import meta_path
 from ..tokenized.index import REPLACING, UNFINISHED, WORK, remove_cache
+from ..tokenized.origin import NAME as ORIGIN
+from ..tokenized.origin import Origin
 
 PART = re.compile(r"part-\d{5}\.bin")
 """The names of the files with ids that the command writes."""
@@ -80,7 +82,8 @@ class Output:
         parts = [part for folder in self._data_folders() for part in sorted(folder.iterdir()) if PART.fullmatch(part.name)]
         parts = [part for part in parts if _meta(part).is_file()]
         files = [file.relative_to(self.folder) for part in parts for file in (part, _meta(part))]
-        return [*files, *TOKENIZER] if is_trained_here(self.folder) else files
+        origin = [Path(ORIGIN)] if Origin.read(self.folder) is not None else []
+        return [*files, *origin, *(TOKENIZER if is_trained_here(self.folder) else [])]
 
     def check(self, overwrite: bool, trains_tokenizer: bool) -> list[Path]:
         """Returns the files that the new data replaces, relative to the folder.
@@ -157,7 +160,7 @@ class Output:
     def _others(self, own: list[Path], trains_tokenizer: bool) -> Iterator[Path]:
         """Yields files that no such command has written: tokenized data, and files whose names the new files may have."""
         known, folders = {self.folder / path for path in own}, self._data_folders()
-        tokenizer = [self.folder / path for path in TOKENIZER] if trains_tokenizer else []
+        tokenizer = [self.folder / path for path in (TOKENIZER if trains_tokenizer else [Path(ORIGIN)])]
         for path in walk_files(self.folder):
             part = path.parent in folders and PART.fullmatch(path.name.removesuffix(".meta"))
             if path not in known and (part or path in tokenizer or (path.suffix == ".bin" and meta_path(path).is_file())):

@@ -21,12 +21,14 @@ from typing import Any
 import numpy as np
 
 from ...errors import DataError, UsageError
+from ...storage.hub import model_folder
 from ...storage.jsonfile import read_object, write_json
 from ...text.tokenizer import Tokenizer, load_tokenizer, tokenizer_fingerprint, train_bpe
 from ..raw.documents import read_documents
 from ..raw.inputs import find_files, split_files
 from ..tokenized.files import TokenWriter
 from ..tokenized.index import UNFINISHED
+from ..tokenized.origin import Origin
 from .encode import Encoded, Encoder, EncoderPool, OnError
 from .formats import FormatName, document_text, format_fields
 from .output import Output
@@ -121,7 +123,8 @@ def tokenize(
 
     Args:
         inputs: files and folders.
-        tokenizer: a tokenizer file or folder. None: a tokenizer is trained and written to ``output``.
+        tokenizer: a tokenizer file or folder, or the name of a model on the Hugging Face Hub. None: a tokenizer is trained and
+            written to ``output``.
         train_vocab_size: the size of the vocabulary of the tokenizer to train.
         kind: the kind of the input files, a key of ``raw.inputs.SUFFIXES``; None: each file's suffix tells it.
         format: the format of the documents.
@@ -140,6 +143,7 @@ def tokenize(
             command continues from there. Also if there is nothing to write in place of ``output``'s old data.
         UsageError: if ``output`` already contains other data.
     """
+    tokenizer = tokenizer and model_folder(tokenizer, weights=False)
     target = Output(output, dataset_type, splits=bool(valid_ratio))
     own = {(output / path).resolve() for path in target.own_files()}
     files = [file for file in find_files(inputs, kind, pattern, exclude) if file[1].resolve() not in own]
@@ -168,6 +172,9 @@ def tokenize(
         if not saved.documents and (old or saved.result.skipped):
             (target.work / UNFINISHED).unlink()
             raise DataError("the input has no document that can be read and is not empty, so nothing was written")
+        if train_vocab_size is None:
+            folders = [path.as_posix() for path in target.targets.values() if (target.new / path).is_dir()]
+            Origin.of(tokenizer, format, folders).write(target.new)
         target.replace(old, asdict(saved))
     return saved.result
 
@@ -216,6 +223,23 @@ def _texts(files: list[tuple[str, Path]], key: str | None, on_error: OnError) ->
                 raise text
 
 
+def is_valid(number: int, valid_ratio: float) -> bool:
+    """Returns whether a document is for validation: about ``valid_ratio`` of them are, chosen by a hash of the number."""
+    if not valid_ratio:
+        return False
+    return int.from_bytes(hashlib.blake2b(str(number).encode(), digest_size=8).digest(), "little") < int(valid_ratio * 2**64)
+
+
+def valid_ratio_for(documents: int) -> float:
+    """Returns a share of a number of documents for validation: a tenth, but no more than about 1000 of many, and at least one
+    of a few."""
+    if documents < 2:
+        return 0.0
+    ratios = (min(0.1, 1000 / documents), *(percent / 100 for percent in range(11, 100)))
+    counts = {ratio: sum(is_valid(number, ratio) for number in range(min(documents, 1000))) for ratio in ratios}
+    return next((ratio for ratio, count in counts.items() if 0 < count < documents), 0.0)
+
+
 def _hash(files: list[tuple[str, Path]], tokenizer: Path | None) -> str:
     """Returns a hash of the names, sizes and times of the input files, and of the content of the tokenizer's files."""
     listing = [(kind, str(path), path.stat().st_size, path.stat().st_mtime_ns) for kind, path in files]
@@ -256,7 +280,7 @@ class _Writers:
             may_mask: documents may have masked tokens, whose negative ids need int32.
         """
         self.target, self.saved = target, saved
-        self.threshold = int(saved.options["valid_ratio"] * 2**64)
+        self.valid_ratio = saved.options["valid_ratio"]
         self.vocab_size = None if may_mask else saved.result.vocab_size
         self.writers = {name: self._open(name, *part) for name, part in saved.parts.items()}
 
@@ -268,7 +292,7 @@ class _Writers:
         """Writes the documents of one input chunk."""
         result, starts = self.saved.result, np.cumsum([0, *encoded.counts])
         number = self.saved.documents
-        valid = np.array([self._is_valid(number + n) for n in range(len(encoded.counts))], dtype=bool)
+        valid = np.array([is_valid(number + n, self.valid_ratio) for n in range(len(encoded.counts))], dtype=bool)
         for name, chosen in (("train", np.flatnonzero(~valid)), ("valid", np.flatnonzero(valid))):
             if not len(chosen):
                 continue
@@ -284,12 +308,6 @@ class _Writers:
         result.skipped += len(encoded.skipped)
         self.saved.chunks += 1
         self.saved.size += encoded.size
-
-    def _is_valid(self, number: int) -> bool:
-        """Returns whether a document is for validation: about ``valid_ratio`` of them are, chosen by a hash of the number."""
-        if not self.threshold:
-            return False
-        return int.from_bytes(hashlib.blake2b(str(number).encode(), digest_size=8).digest(), "little") < self.threshold
 
     def _writer(self, name: str) -> TokenWriter:
         """Returns the writer of the current file of "train" or "valid", and begins a new file if that one is full."""

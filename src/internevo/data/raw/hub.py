@@ -32,11 +32,12 @@ def dataset_files(name: str, subset: str | None, split: str) -> tuple[Path, list
         split: "train", "valid" or "test".
 
     Raises:
+        UsageError: if there is no such folder, and no such dataset on the hub.
         DataError: if there are no such files, or files of several kinds (see ``inputs.SUFFIXES``).
     """
     root = download(name, "dataset") if may_be_on_hub(name) else Path(name)
     if not root.exists():
-        raise DataError(f"{name} does not exist, and is no name of a dataset on the Hugging Face Hub (owner/name)")
+        raise UsageError(f"{name} does not exist, and is no name of a dataset on the Hugging Face Hub (owner/name)")
     root = root / subset if subset else root
     if not root.exists():
         raise DataError(f"{root} does not exist (see data.subset_name)")

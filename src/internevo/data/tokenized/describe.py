@@ -14,6 +14,7 @@ from ...text.tokenizer import Tokenizer, load_tokenizer
 from ..rows import tokens_and_labels
 from .files import Ids, TokenFile
 from .index import Index, list_files, open_index
+from .origin import find_origin
 from .vocabulary import find_tokenizer
 
 BAR = 40
@@ -26,7 +27,8 @@ def describe_dataset(root: Path, tokenizer: Path | None, decode: int) -> Iterato
     """Yields lines of text that describe the tokenized data below ``root``.
 
     Args:
-        tokenizer: every id must be in its vocabulary. None: the tokenizer in ``root`` or the folder above it, if there is one.
+        tokenizer: every id must be in its vocabulary. None: the tokenizer in ``root`` or the folder above it, or else the one
+            with which the data was tokenized, if it is still there.
         decode: the number of documents to show as text, with masked tokens in ⟦ ⟧.
 
     Raises:
@@ -39,11 +41,17 @@ def describe_dataset(root: Path, tokenizer: Path | None, decode: int) -> Iterato
     yield from _describe_types(index)
     yield from _describe_lengths(index)
     found = load_tokenizer(tokenizer) if tokenizer else find_tokenizer(root, above=True)
+    origin = find_origin(root) if found is None else None
+    if origin is not None:
+        found = origin.load()
+        yield f"tokenized with: {origin.tokenizer}, as {origin.format}"
+        if problem := origin.problem():
+            yield f"note: {problem}"
     yield from _describe_ids(index, found)
     if decode and found is None:
-        raise UsageError("--decode needs a tokenizer: give --tokenizer PATH")
+        raise UsageError(f"--decode needs a tokenizer: {(origin and origin.problem()) or 'give --tokenizer PATH'}")
     if decode and found:
-        yield from _decode(index, found, decode)
+        yield from decoded(index, found, decode)
 
 
 def _check_files(root: Path) -> Iterator[str]:
@@ -107,7 +115,8 @@ def _all_ids(file: TokenFile) -> Iterator[Ids]:
         yield ids[start : start + IDS_AT_ONCE].astype(np.int64)
 
 
-def _decode(index: Index, tokenizer: Tokenizer, count: int) -> Iterator[str]:
+def decoded(index: Index, tokenizer: Tokenizer, count: int) -> Iterator[str]:
+    """Yields the text of the first documents, each after a line that says which it is. Masked tokens are in ⟦ ⟧."""
     for document in range(min(count, len(index))):
         tokens, labels = tokens_and_labels(index.read(document))
         masked = labels < 0

@@ -80,7 +80,11 @@ def test_overwriting_replaces_what_tokenize_has_written_and_nothing_else(tmp_pat
         tokenize([source], out, tokenizer=tokenizer)
     tokenize([source], out, tokenizer=tokenizer, valid_ratio=0.2, overwrite=True)
     assert sorted(contents(out)) == sorted(
-        [*mine, *(f"{split}/en/part-00000.bin{suffix}" for split in ("train", "valid") for suffix in ("", ".meta"))]
+        [
+            *mine,
+            "tokenized.json",
+            *(f"{split}/en/part-00000.bin{suffix}" for split in ("train", "valid") for suffix in ("", ".meta")),
+        ]
     )
     assert sorted(texts(out / "train", tokenizer) + texts(out / "valid", tokenizer)) == sorted(TEXTS)
 

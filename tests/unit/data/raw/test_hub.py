@@ -89,7 +89,7 @@ def test_a_name_that_is_not_a_folder_is_downloaded_from_the_hub(tmp_path: Path, 
     assert chosen("some/thing", "train") == ["train.parquet"] and asked == [("some/thing", "dataset")]
     with pytest.raises(UsageError, match="is not a path here, and the dataset other/thing cannot be had from https:"):
         chosen("other/thing", "train")
-    with pytest.raises(DataError, match="no/such/folder does not exist"):
+    with pytest.raises(UsageError, match="no/such/folder does not exist"):
         chosen("no/such/folder", "train")
 
 

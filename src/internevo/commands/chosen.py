@@ -1,0 +1,219 @@
+"""What ``internevo finetune`` chooses where its options leave it open, and the config that it writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..config import Config
+from ..config.load import apply_override, validate
+from ..config.write import Code, readable
+from ..data.encoding.encode import OnError
+from ..data.rows import WholeRows
+from ..data.tokenized.index import Index
+from ..models.generate import longest_text
+from ..ops.precision import is_slow
+from ..parallel.world import pick_device
+from ..train import recipe
+from ..train.config import HfModel
+from ..train.fit import fitted
+
+CONFIG, DATA, MODEL, TOKENIZER = "config.py", "data", "model", "tokenizer"
+"""What is in the run folder, besides what every run writes."""
+RUN = "from pathlib import Path\n\nRUN = Path(__file__).parent"
+"""The beginning of the config: paths are relative to it, so that the folder may move."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides the result. The same options go on with a run; others are refused."""
+
+    model: str
+    data: str
+    format: str = "auto"
+    lora: int | None = None
+    text_key: str | None = None
+    subset: str | None = None
+    tokenizer: str | None = None
+    chat_template: str | None = None
+    epochs: float | None = None
+    lr: float | None = None
+    seq_len: int | None = None
+    valid_ratio: float | None = None
+    on_error: OnError = "stop"
+    overrides: list[str] = field(default_factory=list)
+
+
+def check_overrides(options: Options, found: HfModel) -> None:
+    """Checks the overrides, and that a config can describe the model, before anything is written.
+
+    Raises:
+        ConfigError: if an override is wrong, or contradicts the model's weights.
+    """
+    values: dict[str, Any] = {
+        "model": {"from_hf": found.name}, "data": {"seq_len": 1, "micro_bsz": 1, "total_steps": 1}, "adam": {"lr": 0.0},
+    }  # fmt: skip
+    for text in options.overrides:
+        apply_override(values, text)
+    found.check(validate(found.fill(values), source="the overrides"))
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The sizes and rates of a run."""
+
+    options: Options
+    found: HfModel
+    documents: int
+    mean: float
+    """Tokens of a document."""
+    longest: int
+    cut: int
+    """Number of documents that are longer than a row."""
+    seq_len: int
+    rows: int
+    """Rows of an epoch."""
+    padding: float
+    """The share of padding in them."""
+    per_step: int
+    """Rows of a step, over all ranks."""
+    epochs: float
+    lr: float
+
+    @classmethod
+    def of(cls, options: Options, found: HfModel, index: Index, processes: int) -> Chosen:
+        """Chooses by the model, and by the lengths of the training documents."""
+        lengths, decoder = index.documents[:, 1], found.decoder
+        mean, longest = index.tokens / len(index), int(lengths.max())
+        texts = index.types == ["text"]
+        seq_len = options.seq_len or recipe.row_length(longest, mean, longest_text(decoder), texts)
+        rows = len(WholeRows(index, seq_len, decoder.vocab_size))
+        return cls(
+            options, found, len(index), mean, longest, int((lengths > seq_len).sum()), seq_len, rows,
+            1 - index.tokens / (rows * seq_len),
+            recipe.rows_per_step(rows, len(index), seq_len, processes),
+            recipe.epochs(len(index)) if options.epochs is None else options.epochs,
+            recipe.learning_rate(decoder.parameters(), options.lora is not None) if options.lr is None else options.lr,
+        )  # fmt: skip
+
+    @property
+    def per_epoch(self) -> int:
+        """The number of steps of an epoch."""
+        return max(1, round(self.rows / self.per_step))
+
+    @property
+    def steps(self) -> int:
+        """The number of steps of the run."""
+        return max(1, round(self.epochs * self.rows / self.per_step))
+
+    def write_config(self, run: Path, tokenizer: Path, processes: int) -> Iterator[str]:
+        """Writes RUN/config.py, and yields lines that say what was chosen.
+
+        Raises:
+            ConfigError: if the overrides are wrong.
+        """
+        values = self._values(run, tokenizer)
+        for text in self.options.overrides:
+            apply_override(values, text)
+        config = validate(self.found.fill(_plain(values)), source="the config of this run")
+        self.found.check(config)
+        if not any(text.startswith("data.micro_bsz=") for text in self.options.overrides):
+            config, enough = self._fitted(config, values, processes)
+            if not enough:
+                yield "note: by the formula, this machine has too little memory; try --lora 16, or a smaller --seq-len"
+        beginning = (
+            f"Written by internevo finetune {self.options.model} {self.options.data}. To go on by hand:\n"
+            f"internevo train {run / CONFIG}"
+        )
+        temporary = run / f"{CONFIG}.tmp"
+        temporary.write_text(readable(values, self._comments(), beginning, RUN), encoding="utf-8")
+        temporary.replace(run / CONFIG)
+        yield from self._lines(config)
+        yield f"config: {run / CONFIG}"
+
+    def _values(self, run: Path, tokenizer: Path) -> dict[str, Any]:
+        """Returns the keys of the config. Micro-batches have one row."""
+        found, steps, lr = self.found, self.steps, self.lr
+        dtype = found.dtype or "bfloat16"
+        values: dict[str, Any] = {
+            "JOB_NAME": run.resolve().name,
+            "model": {
+                "from_hf": str(found.folder.resolve()) if found.folder == Path(found.name) else found.name,
+                "dtype": "torch.float32" if is_slow(dtype, pick_device(0)) else f"torch.{dtype}",
+            },
+            "data": {
+                "train_folder": _path(run, f"{DATA}/train"),
+                "seq_len": self.seq_len, "micro_bsz": 1, "global_batch_size": self.per_step, "total_steps": steps,
+                "split_documents": False,
+            },
+            "adam": {"lr": lr, "adam_beta2": 0.999, "weight_decay": 0.0},
+            "lr_scheduler": {"warmup_ratio": max(0.05, round(1 / steps, 4)), "eta_min": lr / 10},
+            "hybrid_zero_optimizer": {"clip_grad_norm": 1.0},
+            "ckpt": {
+                "save_ckpt_folder": _path(run), "checkpoint_every": max(1, min(self.per_epoch, steps // 4)), "keep_last": 2,
+            },
+        }  # fmt: skip
+        if tokenizer.resolve() != found.folder.resolve():
+            own = tokenizer == run / TOKENIZER
+            values["data"]["tokenizer_path"] = _path(run, TOKENIZER) if own else str(tokenizer.resolve())
+        if (run / DATA / "valid").is_dir():
+            every = min(self.per_epoch, steps)
+            valid = {"valid_folder": _path(run, f"{DATA}/valid"), "valid_every": every, "valid_at_start": True}
+            values["data"] |= valid
+        if (rank := self.options.lora) is not None:
+            targets = ("q", "k", "v", "o", *(() if found.decoder.experts else ("gate", "up", "down")))
+            values["model"]["lora"] = {"rank": rank, "alpha": 2.0 * rank, "targets": targets}
+        return values
+
+    def _fitted(self, config: Config, values: dict[str, Any], processes: int) -> tuple[Config, bool]:
+        """Chooses the micro-batch by the memory, and writes it into ``values``. Returns the config, and whether it fits."""
+        device = pick_device(0)
+        rows = max(1, (config.data.global_batch_size or processes) // processes)
+        config, enough = fitted(config, recipe.micro_batches(rows, config.data.seq_len, device.type), processes, device)
+        values["data"]["micro_bsz"] = config.data.micro_bsz
+        if config.model.checkpoint:
+            values["model"]["checkpoint"] = True
+        if config.parallel.zero1.fsdp:
+            values.setdefault("parallel", {}).setdefault("zero1", {})["fsdp"] = True
+        return config, enough
+
+    def _comments(self) -> dict[str, str]:
+        """Returns comments on what was chosen; none on what was given."""
+        given = [text.partition("=")[0] for text in self.options.overrides]
+        comments = {
+            "data.seq_len": f"tokens of a row; documents have {self.mean:,.0f} on average, and at most {self.longest:,}",
+            "data.global_batch_size": f"rows per step; about {self.per_step * self.documents / self.rows:.0f} documents",
+            "data.total_steps": f"{self.epochs:g} epochs of {self.per_epoch} steps",
+            "data.split_documents": "documents are not cut at the end of a row",
+            "adam.lr": "for adapters" if self.options.lora else "for all weights: the larger, the smaller the model",
+        }
+        return {key: text for key, text in comments.items() if key not in given}
+
+    def _lines(self, config: Config) -> Iterator[str]:
+        cut = f"{self.cut:,} longer documents are cut into pieces" if self.cut else "no document is cut"
+        yield (
+            f"rows: {self.rows:,} of {self.seq_len:,} tokens, with {self.documents / self.rows:.1f} documents on average, "
+            f"{self.padding:.0%} padding; {cut}"
+        )
+        what = f"adapters of rank {self.options.lora}" if self.options.lora else "all weights"
+        again = ", layers computed again" if config.model.checkpoint else ""
+        yield (
+            f"training: {what}, highest learning rate {config.adam.lr:g}, {self.epochs:g} epochs = {config.data.total_steps} "
+            f"steps of {config.data.global_batch_size} rows, in micro-batches of {config.data.micro_bsz}{again}; "
+            f"{config.model.dtype}"
+        )
+
+
+def _path(run: Path, name: str = "") -> Code:
+    """Returns a path in the run folder."""
+    return Code(f'f"{{RUN}}/{name}"' if name else "str(RUN)", str(run / name) if name else str(run))
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns the values for which the code in them stands."""
+    return {
+        key: _plain(value) if isinstance(value, dict) else value.value if isinstance(value, Code) else value
+        for key, value in values.items()
+    }

@@ -1,0 +1,255 @@
+"""``internevo finetune``: from a pretrained model and data to a better model, in one command.
+
+What it writes is in one run folder: the tokenized ``data``, ``config.py``, what every run writes, and the exported ``model``.
+Each step is done once. If the command is killed, the same command goes on where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..checkpoint import Checkpoint, complete_checkpoints
+from ..data.encoding.describe import RawData, fits, needs
+from ..data.encoding.formats import FormatName, encode_documents
+from ..data.encoding.tokenize import tokenize, valid_ratio_for
+from ..data.raw.hub import dataset_files
+from ..data.rows import tokens_and_labels
+from ..data.tokenized.describe import decoded
+from ..data.tokenized.index import Index, open_index
+from ..errors import DataError, UsageError
+from ..models.huggingface.tokenizer import copy_tokenizer, has_tokenizer
+from ..observe.metrics import read_rows
+from ..ops.precision import DTYPES
+from ..storage.folders import check_target, set_aside
+from ..storage.hub import model_folder
+from ..storage.jsonfile import read_object, write_json
+from ..storage.lock import FileLock
+from ..text.chat import has_template
+from ..text.tokenizer import TEMPLATE, Tokenizer, load_tokenizer
+from ..train.config import HfModel
+from ..train.folder import FINETUNE, LOCK
+from .chosen import CONFIG, DATA, MODEL, TOKENIZER, Chosen, Options, check_overrides
+from .convert import convert
+from .launch import default_processes
+from .progress import progress_bar
+from .template import describe
+from .train import train
+
+EXAMPLES, LOOKED_AT = 3, 1000
+"""Number of documents that are shown; and of which it is counted how many tokens are predicted."""
+
+
+def finetune(options: Options, run: Path, processes: int | None) -> int:
+    """Prepares the data, trains, and exports the model. What a killed command has done is not done again.
+
+    Args:
+        run: the run folder.
+        processes: number of local processes; None: one per GPU, or 1.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        UsageError: if the model, the data or the options cannot be used, or ``run`` is another run's.
+    """
+    if options.chat_template is not None and not Path(options.chat_template).is_file():
+        raise UsageError(f"--chat-template {options.chat_template} is not a file")
+    processes = processes or default_processes()
+    mark = run / FINETUNE
+    if mark.is_file():
+        FileLock.acquire(run / LOCK, say=print).release()  # no other command is using the folder
+        _check_same(options, read_object(mark), run)
+    else:
+        check_target(run, advice="give another --output")
+    if not (run / CONFIG).is_file():
+        _prepare(options, run, processes)
+    else:
+        print(f"going on with {run}")
+    if code := train(run / CONFIG, [], processes):
+        return code
+    checkpoints, total = complete_checkpoints(run), _total_steps(run)
+    step = Checkpoint(checkpoints[0]).manifest.step if checkpoints else 0
+    if step < total:
+        print(f"stopped after step {step} of {total}; the same command goes on")
+        return 0
+    _export(options, run)
+    print("\n".join(_summary(options, run)))
+    return 0
+
+
+def _check_same(options: Options, saved: dict[str, Any], run: Path) -> None:
+    """Checks that a run goes on with the same options. One that has saved no checkpoint is begun again with other options."""
+    wanted = asdict(options)
+    changed = [f"{key} = {saved.get(key)!r}, and not {value!r}" for key, value in wanted.items() if saved.get(key) != value]
+    if changed and complete_checkpoints(run):
+        raise UsageError(f"{run} was begun with {'; '.join(changed)}: give the same options to go on, or another --output")
+    if changed:
+        print(f"{run} was begun with {'; '.join(changed)}, and has saved nothing: beginning again")
+        (run / CONFIG).unlink(missing_ok=True)
+        if (run / DATA).exists():
+            set_aside(run / DATA)
+
+
+# Data ----------------------------------------------------------------------------------------------------------------
+
+
+def _prepare(options: Options, run: Path, processes: int) -> None:
+    """Tokenizes the data, says what it found, and writes the config."""
+    found = HfModel.find({"model": {"from_hf": options.model}})
+    check_overrides(options, found)
+    print(f"model: {describe(found.decoder)}")
+    place = _tokenizer_of(options, found)
+    tokenizer = load_tokenizer(place)
+    if tokenizer.vocab_size > found.decoder.vocab_size:
+        raise UsageError(
+            f"the tokenizer {place} has {tokenizer.vocab_size:,} entries, and the model {found.decoder.vocab_size:,}"
+        )
+    files = dataset_files(options.data, options.subset, "train")[1]
+    raw = RawData.read(files)
+    templated = options.chat_template is not None or has_template(tokenizer)
+    name = _format(options, raw, templated)
+    print(f"data: {options.data}: {_count(raw)}, read as {_meaning(name, raw, tokenizer)}")
+
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(run / FINETUNE, asdict(options), indent=1)
+    if options.chat_template is not None:
+        copy_tokenizer(place, run / TOKENIZER)
+        (run / TOKENIZER / TEMPLATE).write_text(Path(options.chat_template).read_text(encoding="utf-8"), encoding="utf-8")
+        place = run / TOKENIZER
+        tokenizer = load_tokenizer(place)
+    _check_beginning(name, raw, options, tokenizer)
+    _tokenize(options, run, raw, name, place)
+    train_data = open_index(run / DATA / "train")
+    print("\n".join(_describe(train_data, tokenizer)))
+    print("\n".join(Chosen.of(options, found, train_data, processes).write_config(run, place, processes)))
+
+
+def _tokenizer_of(options: Options, found: HfModel) -> Path:
+    if options.tokenizer is not None:
+        return model_folder(options.tokenizer, weights=False)
+    if not has_tokenizer(found.folder):
+        raise UsageError(f"{found.name} has no tokenizer; copy its files there, or give --tokenizer PATH")
+    return found.folder.resolve()
+
+
+def _format(options: Options, raw: RawData, templated: bool) -> FormatName:
+    """Returns the format by which the documents are encoded: instructions are chats, if there is a chat template."""
+    if not raw.documents:
+        raise raw.errors[0] if raw.errors else DataError(f"{options.data} has no document")
+    found = options.format if options.format != "auto" else raw.format(options.text_key)
+    if found is None:
+        fields = ", ".join(raw.fields()) or "no fields"
+        ways = "; ".join(f"{name} needs {needs(name)}" for name in ("chat", "alpaca", "text"))
+        raise UsageError(f"no format fits the data, which has {fields}: {ways}")
+    return "chat" if found == "alpaca" and templated else found  # type: ignore[return-value]
+
+
+def _count(raw: RawData) -> str:
+    kinds = ", ".join(sorted({kind for kind, _ in raw.files}))
+    more = "" if raw.whole else " at the beginning"
+    return f"{len(raw.files):,} file{'s' * (len(raw.files) != 1)} ({kinds}), {len(raw.documents):,} documents{more}"
+
+
+def _meaning(name: FormatName, raw: RawData, tokenizer: Tokenizer) -> str:
+    what = "instructions" if sum(fits("alpaca", document) for document in raw.documents) * 2 > len(raw.documents) else "chats"
+    return {
+        "text": "texts; all tokens are predicted",
+        "chat": f"{what}, with the chat template; what the assistant says is predicted",
+        "alpaca": "instructions, with InternEvo's own template (there is no chat template); the output is predicted",
+    }[name]
+
+
+def _check_beginning(name: FormatName, raw: RawData, options: Options, tokenizer: Tokenizer) -> None:
+    """Raises the first error of the first documents, before the whole data is tokenized."""
+    results = encode_documents(name, raw.documents[:100], options.text_key, tokenizer)
+    errors = [result for result in results if isinstance(result, DataError)]
+    if errors and (options.on_error == "stop" or len(errors) == len(results)):
+        raise errors[0]
+
+
+def _tokenize(options: Options, run: Path, raw: RawData, name: FormatName, tokenizer: Path) -> None:
+    """Tokenizes the data into RUN/data/train and RUN/data/valid: the split of the dataset, or a part that is held out."""
+    files, held_out, ratio = [path for _, path in raw.files], _valid_files(options), 0.0
+    if not held_out:
+        ratio = valid_ratio_for(raw.count) if options.valid_ratio is None else options.valid_ratio
+    parts = [("train", files), ("valid", held_out)] if held_out else [("" if ratio else "train", files)]
+    for part, inputs in parts:
+        with progress_bar("tokenizing") as (progress, status):
+            result = tokenize(
+                inputs, run / DATA / part, tokenizer=tokenizer, kind=raw.files[0][0], format=name, text_key=options.text_key,
+                dataset_type=name, valid_ratio=0.0 if part else ratio, overwrite=True, on_error=options.on_error,
+                status=status, progress=progress,
+            )  # fmt: skip
+        empty = len(raw.documents) - result.documents - result.valid_documents - result.skipped
+        if part == "valid":
+            print(f"to evaluate on: {result.documents:,} documents, {result.tokens:,} tokens (the dataset's own)")
+        else:
+            print(f"for training: {result.documents:,} documents, {result.tokens:,} tokens")
+            held = f"{result.valid_documents:,} documents, {result.valid_tokens:,} tokens" if ratio else "none"
+            if not held_out:
+                print(f"held out, to evaluate on: {held}")
+        if result.skipped:
+            print(f"left out: {result.skipped:,} documents that cannot be read (see above)")
+        if part != "valid" and raw.whole and empty:
+            print(f"left out: {empty:,} empty documents")
+    if not any((run / DATA / "train").rglob("*.bin")):
+        raise DataError(f"there is no document to train on in {options.data}, without those that are held out (--valid-ratio)")
+
+
+def _valid_files(options: Options) -> list[Path]:
+    """Returns the files of the dataset's own validation split; none if it has no such split, or another share is wanted."""
+    if options.valid_ratio is not None:
+        return []
+    try:
+        files = dataset_files(options.data, options.subset, "valid")[1]
+    except DataError:
+        return []
+    return [path for _, path in files] if files != dataset_files(options.data, options.subset, "train")[1] else []
+
+
+def _describe(index: Index, tokenizer: Tokenizer) -> Iterator[str]:
+    lengths = index.documents[:, 1]
+    sampled = [tokens_and_labels(index.read(number))[1] for number in range(min(len(index), LOOKED_AT))]
+    predicted = sum(int((labels >= 0).sum()) for labels in sampled) / sum(map(len, sampled))
+    yield (
+        f"lengths in tokens: median {np.median(lengths):,.0f}, 95% {np.percentile(lengths, 95):,.0f}, longest "
+        f"{lengths.max():,}; {predicted:.0%} of the tokens are predicted"
+    )
+    yield "examples; what is in ⟦ ⟧ is read, and the rest is predicted:"
+    yield from decoded(index, tokenizer, EXAMPLES)
+
+
+# Result --------------------------------------------------------------------------------------------------------------
+
+
+def _total_steps(run: Path) -> int:
+    return int(read_object(run / "config.json")["data"]["total_steps"])
+
+
+def _export(options: Options, run: Path) -> None:
+    """Writes the trained model as a Hugging Face folder, in the dtype of the model that it was made from."""
+    found = HfModel.find({"model": {"from_hf": options.model, "pretrained": False}})
+    dtype = DTYPES.get(found.dtype or "")
+    with progress_bar("exporting") as (progress, _):
+        convert(run, run / MODEL, "hf", dtype=dtype, overwrite=True, progress=progress)
+
+
+def _summary(options: Options, run: Path) -> Iterator[str]:
+    losses = [row for row in read_rows(run / "metrics.jsonl") if row.get("valid_loss") is not None]
+    if losses:
+        first, last = losses[0], losses[-1]
+        before = f"{first['valid_loss']:.4f} (perplexity {first['valid_ppl']:.2f})"
+        after = f"{last['valid_loss']:.4f} (perplexity {last['valid_ppl']:.2f})"
+        yield f"loss on the documents that were held out: {before} before, {after} after {last['step']} steps"
+    checkpoint = complete_checkpoints(run)[0]
+    if options.lora is not None:
+        yield f"adapters: {checkpoint}; they are merged in the model"
+    yield f"model: {run / MODEL} (Hugging Face's format, with the tokenizer)"
+    kind = next((run / DATA / "train").glob("*/*.bin")).parent.name
+    yield f"try it: internevo generate {run / MODEL} --format {kind} --prompt '...'"
+    yield f"go on by hand: internevo train {run / CONFIG} data.total_steps={2 * _total_steps(run)}"

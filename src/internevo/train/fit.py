@@ -1,0 +1,68 @@
+"""Chooses the size of a micro-batch by the memory of this machine, for a config that has everything else."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ..config import Config
+from ..models.families.registry import decoder_config
+from ..parallel import plan
+from ..parallel.layout import Layout
+from ..parallel.strategy import Workload
+
+USED = 0.7
+"""The share of the free memory that the formula may reach; it knows no temporary buffers."""
+
+
+def free_memory(device: torch.device, processes: int) -> int:
+    """Returns the bytes that a process may use: those that are free on its GPU, or its share of this machine's memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    meminfo, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+    if meminfo.is_file():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        limits.append(int(fields["MemAvailable"].split()[0]) * 1024)
+    if (group / "memory.max").is_file() and (limit := (group / "memory.max").read_text().strip()) != "max":
+        limits.append(int(limit) - int((group / "memory.current").read_text()))
+    return max(0, min(limits)) // processes
+
+
+def needed_memory(config: Config, processes: int, device: str) -> int:
+    """Returns the bytes that a rank needs by the formula. With adapters, the other weights have no gradients and no moments."""
+    layout = Layout.from_config(config, processes)
+    decoder = replace(decoder_config(config.model_type, config.model), lora=None)
+    work = Workload.from_config(decoder, config, layout, 2, device)
+    memory = plan.memory(work)
+    if config.model.lora is None:
+        return memory.total
+    return memory.activations + decoder.parameters() * (4 if processes > 1 else work.element_bytes)
+
+
+def fitted(config: Config, sizes: list[int], processes: int, device: torch.device) -> tuple[Config, bool]:
+    """Returns the config with the largest size of a micro-batch that fits into the memory.
+
+    If none does, layers are computed again in the backward pass; if the smallest does not fit then either, on several
+    processes the weights are sharded, too (FSDP).
+
+    Args:
+        sizes: in rows, the largest first.
+
+    Returns:
+        The config; and whether it fits.
+    """
+    limit = USED * free_memory(device, processes)
+    sharded = config.parallel.model_copy(update={"zero1": config.parallel.zero1.model_copy(update={"fsdp": True})})
+    for parallel in (config.parallel, *([sharded] if processes > 1 and config.model.lora is None else [])):
+        for checkpoint in (0.0, 1.0):
+            model = config.model.model_copy(update={"checkpoint": checkpoint})
+            for size in sizes:
+                data = config.data.model_copy(update={"micro_bsz": size})
+                tried = config.model_copy(update={"data": data, "model": model, "parallel": parallel})
+                if needed_memory(tried, processes, device.type) <= limit:
+                    return tried, True
+    return tried, False
