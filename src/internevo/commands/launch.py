@@ -12,10 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from ..parallel.launcher import STOP_SIGNALS
+from ..parallel.launcher import PARENT, STOP_SIGNALS
 
-PARENT = "INTERNEVO_PARENT"
-"""Environment variable with the process id of the launcher."""
 GRACE = 60.0
 """Seconds after a process has failed, in which the others may end by themselves; they may be saving a checkpoint."""
 

@@ -7,6 +7,7 @@ and, for an unknown key, the name that was probably meant.
 from __future__ import annotations
 
 import ast
+import copy
 import difflib
 import os
 import reprlib
@@ -24,16 +25,19 @@ from .option import Section, field_kinds, section_of
 from .schema import Config
 
 
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+def load_config(path: str | Path | dict[str, Any], overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Reads a config file (.py, .yaml, .yml, .toml or .json), applies ``key.path=value`` overrides, and validates the result.
+
+    Args:
+        path: the file; or what would be in it, as nested dicts.
 
     Raises:
         ConfigError: if the config has mistakes; one line for each.
     """
-    raw = read_file(Path(path))
+    raw = copy.deepcopy(path) if isinstance(path, dict) else read_file(Path(path))
     for text in overrides:
         apply_override(raw, text)
-    return validate(raw, source=str(path))
+    return validate(raw, source="the config" if isinstance(path, dict) else str(path))
 
 
 def validate(raw: dict[str, Any], source: str = "config") -> Config:

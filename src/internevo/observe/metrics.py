@@ -12,7 +12,7 @@ from typing import Any
 
 from ..storage.jsonfile import to_json
 from ..storage.naming import naming
-from .record import StepRecord, ValidRecord
+from .record import StepRecord, TaskRecord, ValidRecord
 
 
 class JsonLines:
@@ -125,6 +125,12 @@ class TensorBoardLog:
             self._writer.add_scalar("valid/ppl", record.valid_ppl, record.step)
             for name, loss in record.valid_loss_by_type.items():
                 self._writer.add_scalar(f"valid/loss/{name}", loss, record.step)
+
+    def tasks(self, record: TaskRecord) -> None:
+        """Writes the scalars of an evaluation on tasks."""
+        with naming(self.folder):
+            for name, value in record.values().items():
+                self._writer.add_scalar(f"tasks/{name}", value, record.step)
 
     def close(self) -> None:
         """Writes what is still in memory, and closes the file."""

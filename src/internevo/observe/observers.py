@@ -7,7 +7,7 @@ from pathlib import Path
 from ..config.run import Monitor
 from .console import Console
 from .metrics import JsonLines, TensorBoardLog
-from .record import StepRecord, ValidRecord
+from .record import StepRecord, TaskRecord, ValidRecord
 from .report import write_report
 
 
@@ -42,6 +42,13 @@ class Observers:
         self.console.valid(record)
         if self.tensorboard is not None:
             self.tensorboard.valid(record)
+
+    def tasks(self, record: TaskRecord) -> None:
+        """Must be called after each evaluation on tasks."""
+        self.metrics.write(record.to_dict())
+        self.console.say(f"step {record.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in record.values().items()))
+        if self.tensorboard is not None:
+            self.tensorboard.tasks(record)
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Writes a sample: the text that the model generated after ``prompt``."""

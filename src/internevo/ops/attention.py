@@ -28,6 +28,7 @@ def attention(
     *,
     window: int = 0,
     slopes_H: Tensor | None = None,
+    first_B: Tensor | None = None,
 ) -> Tensor:
     """Computes softmax(q k^T / sqrt(N) + bias) v. A token attends to itself and to earlier tokens of its row or document.
 
@@ -40,18 +41,20 @@ def attention(
         window: number of tokens that a token attends to, including itself (https://arxiv.org/abs/2004.05150); 0: all.
         slopes_H: fp32 [H]; slope * (position of the key - position of the query) is added to the scores (ALiBi,
             https://arxiv.org/abs/2108.12409).
+        first_B: without ``cu_seqlens``: where each row's text begins, int64 [B]. Before it is padding, which no token of the
+            text attends to.
 
     Returns:
         [B, S, H, N], in the queries' dtype.
     """
     masked = window > 0 or slopes_H is not None
-    if cu_seqlens is None and masked and q_BSHN.shape[1] == k_BSKN.shape[1]:
+    if cu_seqlens is None and first_B is None and masked and q_BSHN.shape[1] == k_BSKN.shape[1]:
         rows, size = q_BSHN.shape[:2]
         boundaries = torch.arange(0, (rows + 1) * size, size, dtype=torch.int32, device=q_BSHN.device)
         q, k, v = (x.reshape(1, rows * size, *x.shape[2:]) for x in (q_BSHN, k_BSKN, v_BSKN))
         return attention(q, k, v, boundaries, size, window=window, slopes_H=slopes_H).view(q_BSHN.shape)
     if cu_seqlens is None:
-        return _rows(q_BSHN, k_BSKN, v_BSKN, window, slopes_H)
+        return _rows(q_BSHN, k_BSKN, v_BSKN, window, slopes_H, first_B)
     if q_BSHN.is_cuda and q_BSHN.dtype in (torch.float16, torch.bfloat16) and slopes_H is None:
         from torch.nn.attention.varlen import varlen_attn
 
@@ -65,12 +68,17 @@ def attention(
     return out_THN.unsqueeze(0)
 
 
-def _rows(q: Tensor, k: Tensor, v: Tensor, window: int, slopes_H: Tensor | None) -> Tensor:
+def _rows(q: Tensor, k: Tensor, v: Tensor, window: int, slopes_H: Tensor | None, first_B: Tensor | None) -> Tensor:
     queries, keys = q.shape[1], k.shape[1]
     # A single query attends to all keys. Several queries after a cache need a mask that is aligned with the last key.
     mask = None
-    if slopes_H is not None or 0 < window < keys or 1 < queries < keys:
+    if slopes_H is not None or 0 < window < keys or 1 < queries < keys or first_B is not None:
         mask = mask_of(keys - queries, keys, 0, keys, window, slopes_H, q.device).to(q.dtype)
+    if mask is not None and first_B is not None:
+        key = torch.arange(keys, device=q.device)
+        # Padding attends to itself, because the softmax of nothing is NaN, also in sums in which its weight is 0.
+        other = key != torch.arange(keys - queries, keys, device=q.device).unsqueeze(1)
+        mask = mask.masked_fill((key < first_B.view(-1, 1, 1, 1)) & other, -torch.inf)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
         attn_mask=mask, is_causal=mask is None and queries > 1, enable_gqa=q.shape[2] != k.shape[2],

@@ -29,6 +29,8 @@ def check(config: Config, world_size: int) -> None:
     missing = rules.missing_paths(config)
     if config.enable_tb and find_spec("tensorboard") is None:
         missing.append("enable_tb = True needs the package tensorboard: pip install tensorboard, or set enable_tb = False")
+    if config.monitor.tasks and find_spec("lm_eval") is None:
+        missing.append("monitor.tasks needs the package lm-eval: pip install 'internevo[eval]'")
     check_config(config, world_size, missing)
     check_data(config)
 
