@@ -177,6 +177,23 @@ def test_a_rank_ends_without_shutting_python_down(module: str, rest: str) -> Non
     assert (done.returncode, done.stdout) == (3, f"the last line{rest}")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("generate", "x"), "give either --prompt TEXT or --prompts FILE"),
+        (("generate", "x", "--prompt", "a", "--prompts", "b"), "give either --prompt TEXT or --prompts FILE"),
+        (("generate", "x", "--prompt", "a", "--output", "b.jsonl"), "--output belongs to --prompts"),
+        (("generate", "nowhere", "--prompt", "a"), "model folder nowhere does not exist"),
+        (("chat", "nowhere"), "model folder nowhere does not exist"),
+        (("evaluate", "x"), "give --data FOLDER"),
+        (("evaluate", "x", "--data", "d", "--fewshot", "2"), "belong to --tasks"),
+        (("evaluate", "nowhere", "--data", "d", "--nproc", "1"), "model folder nowhere does not exist"),
+    ],
+)
+def test_wrong_usage_of_a_model_is_named(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str) -> None:
+    assert message in fail(capsys, *arguments)
+
+
 def test_debug_is_passed_on_to_the_processes_of_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str | None] = []
 

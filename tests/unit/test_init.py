@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def test_a_model_is_trained_stopped_resumed_and_exported_with_its_tokenizer(tmp_
     assert [record.step for record in records] == [1, 2, 3, 4, 5]  # the second call has resumed the run
     model = internevo.load_model(tmp_path / "run")
     internevo.save_hf(model, tmp_path / "hf", tokenizer=internevo.Tokenizer.load(tokenizer))
-    options = {"temperature": 0.0, "max_new_tokens": 5}
+    options: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": 5}
     mine = "".join(internevo.generate(model, "the", tokenizer=tokenizer, **options))
     assert mine == "".join(internevo.generate(tmp_path / "hf", "the", **options))
     with pytest.raises(UsageError, match="not this model's"):

@@ -88,7 +88,7 @@ def run(question: Question, processes: int | None) -> int:
 
 def table(found: Evaluation) -> Iterator[str]:
     """Yields the lines of tables: a row for each dataset type, and one for all; and a row for each metric of a task."""
-    if found.total is not None:
+    if found.data is not None:
         yield f"{found.model} on {found.data}, contexts of up to {found.seq_len:,} tokens"
         yield f"{'type':<16} {'documents':>10} {'tokens':>14} {'loss':>9} {'perplexity':>12} {'bits/byte':>10}"
         for name, score in {**found.by_type, **({"all": found.total} if len(found.by_type) != 1 else {})}.items():

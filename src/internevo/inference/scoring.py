@@ -16,7 +16,7 @@ class Scored(NamedTuple):
 
     ids: list[int]
     """What comes before, at least one id, and the span."""
-    count: int
+    predicted: int
     """Number of ids in the span."""
 
 
@@ -59,7 +59,9 @@ def _batch(model: LanguageModel, spans: Sequence[Scored], length: int, dtype: to
         logits_BSV = model(tokens, caches=caches)
     for span, logits_SV in zip(spans, logits_BSV, strict=True):
         end = len(span.ids) - 1
-        yield _score(logits_SV[end - span.count : end].float(), torch.tensor(span.ids[-span.count :], device=weight.device))
+        yield _score(
+            logits_SV[end - span.predicted : end].float(), torch.tensor(span.ids[-span.predicted :], device=weight.device)
+        )
 
 
 def _score(logits_SV: Tensor, ids_S: Tensor) -> LogLikelihood:

@@ -82,8 +82,8 @@ class Evaluation:
     seq_len: int = 0
     """Length of the rows, which is the longest context, in tokens."""
     stride: int = 0
-    total: Score | None = None
-    """The score of all documents; None without data."""
+    total: Score = Score(0, 0, math.nan, math.nan)
+    """The score of all documents; of none without data."""
     by_type: dict[str, Score] = field(default_factory=dict)
     """Dataset type -> its score."""
     tasks: dict[str, dict[str, float]] = field(default_factory=dict)

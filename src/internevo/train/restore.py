@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checkpoint import Checkpoint
 from ..checkpoint.folder import run_of
@@ -113,7 +113,7 @@ def load_hf(parts: Parts, source: HfFolder, wanted: LoadCkptInfo) -> list[str]:
     return [*lines, f"loaded weights from {source.folder}"]
 
 
-def read_shards(parameters: Mapping[str, Tensor], source: ParameterSource) -> None:
+def read_shards(parameters: Mapping[str, nn.Parameter], source: ParameterSource) -> None:
     """Reads this rank's shards of parameters. Adapters stay as they are."""
     for name, parameter in parameters.items():
         if ADAPTER_INFIX in name:

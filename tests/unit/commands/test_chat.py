@@ -56,7 +56,7 @@ def test_an_answer_is_that_of_the_library_for_the_whole_talk(
     wanted = []
     for number, question in enumerate(("the cat", "the mat")):
         messages.append({"role": "user", "content": question})
-        options = {"max_new_tokens": 8, "temperature": 0.9, "top_p": 1.0, "seed": 1 + number}
+        options: dict[str, Any] = {"max_new_tokens": 8, "temperature": 0.9, "top_p": 1.0, "seed": 1 + number}
         wanted.append("".join(internevo.chat(folder, messages, **options)))
         messages.append({"role": "assistant", "content": wanted[-1]})
     say(monkeypatch, "the cat", "", KeyboardInterrupt, "the mat", "/reset", "the cat", "/what", "/exit", "never read")

@@ -174,7 +174,7 @@ def test_scores_of_tasks_have_their_metrics_by_name(folder: Path, tmp_path: Path
     with pytest.raises(UsageError, match="the folder of tasks .* does not exist"):
         run_tasks(requests, ["arc"], tmp_path / "nothing")
     result = internevo.evaluate(folder, tasks=["arc"], limit=2)
-    assert result.tasks["arc"] == pytest.approx(found["arc"]) and result.total is None
+    assert result.tasks["arc"] == pytest.approx(found["arc"]) and result.data is None
 
 
 @pytest.mark.usefixtures("fake")

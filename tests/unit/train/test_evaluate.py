@@ -160,10 +160,10 @@ def test_the_config_of_an_evaluation_has_the_sizes_of_every_model(path: Path) ->
     config = load_config(path)
     decoder = decoder_config(config.model_type, config.model)
     source = SimpleNamespace(config=decoder, dtype_of=lambda name: torch.bfloat16)
-    made = evaluation_config(source, 512, 2, config, ["parallel.zero1.size=1"])  # type: ignore[arg-type]
+    made = evaluation_config(source, 512, 2, config, ["parallel.zero1.size=1"])
     again = decoder_config(made.model_type, made.model)
     for name in ("num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_size", "vocab_size", "tie_embeddings"):
         assert getattr(again, name) == getattr(decoder, name)
     assert made.model.num_experts == (decoder.experts.count if decoder.experts else 1)
     assert made.model.dtype == config.model.dtype and made.parallel.tensor == config.parallel.tensor
-    check_config(evaluation_config(source, 512, 2, None, []), 1)  # type: ignore[arg-type]
+    check_config(evaluation_config(source, 512, 2, None, []), 1)

@@ -141,11 +141,11 @@ def tokenize(
             command continues from there. Also if there is nothing to write in place of ``output``'s old data.
         UsageError: if ``output`` already contains other data.
     """
-    inputs = [Path(path) for path in ([inputs] if isinstance(inputs, str | Path) else inputs)]
+    paths = [Path(path) for path in ([inputs] if isinstance(inputs, str | Path) else inputs)]
     output, tokenizer = Path(output), None if tokenizer is None else Path(tokenizer)
     target = Output(output, dataset_type, splits=bool(valid_ratio))
     own = {(output / path).resolve() for path in target.own_files()}
-    files = [file for file in find_files(inputs, kind, pattern, exclude) if file[1].resolve() not in own]
+    files = [file for file in find_files(paths, kind, pattern, exclude) if file[1].resolve() not in own]
     options = {
         "tokenizer": tokenizer and str(tokenizer), "vocab_size": train_vocab_size, "format": format, "text_key": text_key,
         "type": dataset_type, "valid_ratio": valid_ratio,
