@@ -11,7 +11,7 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
-from .commands import tuning
+from .commands import inference, tuning
 from .commands.arguments import PROFILING, ConfigFile, Overrides, parse_input, parse_path, parse_size, parse_tokens
 from .commands.help import App, completion_script, prepare_completion, print_version
 from .commands.printing import describe_error, print_anything
@@ -223,36 +223,9 @@ def convert(
     )
 
 
-@app.command(epilog=_epilog("internevo generate runs/demo --prompt 'def ' --max-new-tokens 100 --seed 1"))
-def generate(
-    checkpoint: Annotated[
-        Path, typer.Argument(parser=parse_input, metavar="CHECKPOINT", help="Checkpoint, run folder or Hugging Face folder.")
-    ],
-    prompt: Annotated[str, typer.Option(help="Text to continue, or a question (see --format).")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=2**31, help="Maximum number of tokens to generate.")] = 100,
-    temperature: Annotated[float, typer.Option(min=0, help="Divides the logits; 0: always the most likely token.")] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Sample from the K most likely tokens; 0: from all.")] = 0,
-    top_p: Annotated[
-        float,
-        typer.Option(min=0, max=1, help="Sample from the most likely tokens with this total probability; 0: only the first."),
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(min=-(2**63), max=2**64 - 1, help="Seed of the random numbers.")] = 0,
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(parser=parse_input, metavar="PATH", help="Path of the tokenizer (default: the one of the model)."),
-    ] = None,
-    format: Annotated[
-        Literal["text", "alpaca", "chat"],
-        typer.Option(help="What the prompt is: a text, or a question (alpaca, chat: as in the fine-tuning data)."),
-    ] = "text",
-) -> None:
-    """Generate text after a prompt, or an answer to a question."""
-    from .commands.generate import continue_text
-    from .models.generate import Sampling
-
-    sampling = Sampling(temperature, top_k, top_p)
-    answer = continue_text(checkpoint, prompt, max_new_tokens, sampling, seed, tokenizer, format)
-    print(prompt + answer if format == "text" else answer)
+app.command(epilog=_epilog("internevo generate runs/demo --prompt 'def ' --max-new-tokens 100 --seed 1"))(inference.generate)
+app.command(epilog=_epilog("internevo chat exported --system 'Answer in one sentence.'"))(inference.chat)
+app.command(epilog=_epilog("internevo evaluate runs/demo --data data/valid"))(inference.evaluate)
 
 
 @app.command(epilog=_epilog("internevo inspect runs/demo"))

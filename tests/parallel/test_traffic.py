@@ -95,7 +95,8 @@ EXPERTS_OVER_RANKS = {
     "2 of 4, fsdp, recomputed": layout(4, **EXPERTS, parallel__expert={"size": 2}, fsdp=True, model__checkpoint=True),
     # The gradients of the router's sums arrive after the experts' backward pass; the experts are not gathered again.
     "mtp 2 whole, fsdp, pooled": layout(
-        4, "mtp", 2, **MIXED, parallel__expert={"no_tp": True}, fsdp=True, loss={"moe_loss_coeff": 0.1, "moe_loss_kind": "pooled"}
+        4, "mtp", 2, **MIXED, parallel__expert={"no_tp": True}, fsdp=True,
+        loss={"moe_loss_coeff": 0.1, "moe_loss_kind": "pooled"},
     ),
     "4": layout(4, **EXPERTS),
     "2, in a pipeline": pipelined(4, 2, layers=2, **EXPERTS),

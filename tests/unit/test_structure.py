@@ -15,8 +15,8 @@ import internevo
 SOURCE = Path(internevo.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 ROOMS = [
-    "cli", "commands", "planner", "train", "measure", "parallel", "checkpoint", "observe", "data", "models", "text", "storage",
-    "ops", "config", "errors",
+    "cli", "commands", "planner", "train", "inference", "measure", "parallel", "checkpoint", "observe", "data", "models",
+    "text", "storage", "ops", "config", "errors",
 ]  # fmt: skip
 """From top to bottom: a room may import those below it."""
 ENTRANCES = {"__init__.py", "__main__.py"}

@@ -1,81 +1,136 @@
-"""``internevo generate``: generates text after a prompt, or an answer to a question."""
+"""``internevo generate``: prints the text after a prompt as it comes, or continues the prompts of a file in batches."""
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, TextIO
 
-from ..checkpoint.open import load_model, open_source
-from ..data.encoding.formats import END_OF_ANSWER, FormatName, encode_prompt
-from ..errors import UsageError
-from ..models.config import DecoderConfig
-from ..models.generate import Sampling, generate, longest_text
-from ..models.source import most_common_dtype
-from ..parallel.world import pick_device
-from ..text.special_tokens import model_eos_ids
-from ..text.tokenizer import Tokenizer, load_tokenizer
+from ..data.encoding.formats import FormatName
+from ..errors import DataError, UsageError
+from ..inference.text import Prompt, TextModel, generate
+from ..models.generate import Sampling
 
 
-def continue_text(
-    folder: Path,
-    prompt: str,
-    max_new_tokens: int,
-    sampling: Sampling,
-    seed: int = 0,
-    tokenizer: Path | None = None,
-    format: FormatName = "text",
-) -> str:
-    """Generates text after ``prompt`` with the model in ``folder``, and returns the new text.
+@dataclass(frozen=True)
+class Options:
+    """How text is generated."""
 
-    Args:
-        folder: a checkpoint, a run folder or a Hugging Face folder.
-        prompt: a text, or a question.
-        max_new_tokens: maximum number of tokens to generate.
-        sampling: temperature, top-k and top-p.
-        seed: seed of the random numbers.
-        tokenizer: path of the tokenizer; None: the one in ``folder``.
-        format: "text" if the prompt is a text to continue; "alpaca" or "chat" if it is a question in the form of such data.
+    max_new_tokens: int
+    sampling: Sampling
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    format: FormatName = "text"
+
+    def arguments(self) -> dict[str, Any]:
+        """Returns the arguments of ``internevo.generate`` and ``internevo.chat``."""
+        rest = {"max_new_tokens": self.max_new_tokens, "seed": self.seed, "stop": self.stop}
+        return {**asdict(self.sampling), **rest}
+
+
+def print_text(folder: Path, tokenizer: Path | None, prompt: str, options: Options) -> None:
+    """Prints what follows a prompt, piece by piece; in the format "text" after the prompt itself.
 
     Raises:
         UsageError: if there is no tokenizer, it is not the model's, or the prompt is too long for the model.
     """
-    source = open_source(folder)
-    path = tokenizer or source.tokenizer
-    if path is None:
-        raise UsageError(f"there is no tokenizer in {folder}; use --tokenizer PATH")
-    text = load_tokenizer(path)
-    ids, stop_ids = encode_prompt(format, prompt, text)
-    room = _room(source.config, ids, text)
+    model = TextModel.open(folder, tokenizer)
+    note_limit(model, model.prompt(prompt, options.format), options.max_new_tokens)
+    if options.format == "text":
+        print(prompt, end="", flush=True)
+    for piece in generate(model, prompt, format=options.format, **options.arguments()):
+        print(piece, end="", flush=True)
+    print()
+
+
+def note_limit(model: TextModel, prompt: Prompt, max_new_tokens: int) -> None:
+    """Says so if fewer tokens can be generated than were asked for."""
+    room = model.room(prompt)
     if room is not None and max_new_tokens > room:
         print(f"note: at most {room} tokens are generated, because the model's positions end there", file=sys.stderr)
-        max_new_tokens = room
-    if source.tokenizer is not None:
-        home = source.tokenizer if source.tokenizer.is_dir() else source.tokenizer.parent
-        stop_ids |= set(model_eos_ids(home))
-    device = pick_device(0)
-    model = load_model(folder, dtype=most_common_dtype(source), device=device)
-    out = generate(
-        model, ids, max_new_tokens, sampling, seed=seed, eos_ids=tuple(stop_ids), vocab_size=text.vocab_size,
-    )  # fmt: skip
-    answer = text.decode([i for i in out if i not in stop_ids])
-    return answer.partition(END_OF_ANSWER)[0].strip() if format == "alpaca" else answer
 
 
-def _room(config: DecoderConfig, ids: list[int], tokenizer: Tokenizer) -> int | None:
-    """Returns how many tokens can follow a prompt; None if there is no limit.
+def complete_file(
+    folder: Path, tokenizer: Path | None, prompts: Path, output: Path | None, batch_size: int, options: Options
+) -> None:
+    """Continues each prompt of a file, in batches. Writes a line of JSON for each, in their order: what its line of the input
+    has, and "text", what the model adds.
+
+    The seed of line n, counted from 0, is the command's seed + n; so each text is what the command generates for it alone.
 
     Raises:
-        UsageError: if the prompt has ids that the model does not have, or is too long.
+        UsageError: if the file cannot be read, a line has no prompt, a prompt is too long, or the output is there already.
     """
-    if max(ids) >= config.vocab_size:
-        raise UsageError(
-            f"the prompt has the token id {max(ids)}, but the model's vocabulary has {config.vocab_size} entries: the "
-            f"tokenizer {tokenizer.path} ({tokenizer.vocab_size} entries) is not this model's; use --tokenizer PATH"
-        )
-    longest = longest_text(config)
-    if longest is not None and len(ids) >= longest:
-        raise UsageError(
-            f"the prompt has {len(ids)} tokens, and the model is made for texts of up to {longest}, the answer included "
-            "(max_position_embeddings and rope scaling); shorten it"
-        )
-    return None if longest is None else longest - len(ids)
+    rows = list(read_prompts(prompts, options.format))
+    if output is not None and output.exists():
+        raise UsageError(f"{output} is there already; give the name of a new file (--output)")
+    model, encoded = TextModel.open(folder, tokenizer), []
+    for number, row in rows:
+        try:
+            encoded.append(model.prompt(row.get("messages") or row["prompt"], options.format, options.stop))
+        except (UsageError, DataError) as error:
+            raise UsageError(f"{prompts}, line {number + 1}: {error}") from error
+    size = model.batch_size(batch_size)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    with nullcontext(sys.stdout) if output is None else output.open("x", encoding="utf-8") as file:
+        for first in range(0, len(rows), size):
+            places = range(first, min(first + size, len(rows)))
+            seeds = [(options.seed + rows[place][0]) % 2**64 for place in places]
+            texts = _complete(model, [encoded[place] for place in places], options, seeds)
+            _write(file, [{**rows[place][1], "text": text} for place, text in zip(places, texts, strict=True)])
+
+
+def _complete(model: TextModel, prompts: Sequence[Prompt], options: Options, seeds: Sequence[int]) -> list[str]:
+    texts = [""] * len(prompts)
+    for number, piece in model.stream(prompts, options.max_new_tokens, options.sampling, seeds):
+        texts[number] += piece
+    return texts
+
+
+def _write(file: TextIO, rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        print(json.dumps(row, ensure_ascii=False), file=file)
+    file.flush()
+
+
+def read_prompts(path: Path, format: FormatName) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (number of the line from 0, {"prompt": text} or {"messages": [...]}, and what else the line has) of a file.
+
+    A .jsonl file has an object on each line, and any other file a prompt on each line. Empty lines are left out.
+
+    Raises:
+        UsageError: if the file cannot be read, or a line has no prompt.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the prompts {path} cannot be read: {error}") from error
+    found = [(number, line) for number, line in enumerate(lines) if line.strip()]
+    if not found:
+        raise UsageError(f"{path} has no prompt")
+    for number, line in found:
+        yield number, _parse(path, number, line, format) if path.suffix in (".jsonl", ".json") else {"prompt": line}
+
+
+def _parse(path: Path, number: int, line: str, format: FormatName) -> dict[str, Any]:
+    where = f"{path}, line {number + 1}"
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{where} is not JSON: {error}") from error
+    if isinstance(row, dict) and isinstance(row.get("prompt"), str):
+        return {key: value for key, value in row.items() if key != "messages"}
+    messages = row.get("messages") if isinstance(row, dict) else None
+    good = (
+        isinstance(messages, list)
+        and messages
+        and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages)
+    )
+    if not good:
+        raise UsageError(f'{where} has neither a "prompt", a text, nor "messages", a list of {{"role": ..., "content": ...}}')
+    return row

@@ -8,14 +8,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from ..parallel.launcher import STOP_SIGNALS
+from ..parallel.launcher import PARENT, STOP_SIGNALS
+from ..train.run import say_starting
 
-PARENT = "INTERNEVO_PARENT"
-"""Environment variable with the process id of the launcher."""
 GRACE = 60.0
 """Seconds after a process has failed, in which the others may end by themselves; they may be saving a checkpoint."""
 
@@ -85,12 +84,6 @@ def launch(
         return 0
     code = children[failed].returncode
     return code if code > 0 else 1
-
-
-def say_starting(processes: int) -> None:
-    """Prints that processes are starting, which takes seconds. The run does not depend on being seen."""
-    with suppress(OSError):
-        os.write(1, f"starting {processes} process{'es' * (processes > 1)}\n".encode())
 
 
 @contextmanager

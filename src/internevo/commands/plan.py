@@ -10,23 +10,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import Config
-from ..config.check import data_size
 from ..config.write import check_own, check_writable, write_config
-from ..errors import ConfigError, UsageError
+from ..errors import UsageError
 from ..parallel.launcher import local_world_size, read_launcher
-from ..train.check import check_config, problems
 from ..train.config import load_config
 from .launch import default_processes, launch
 
 if TYPE_CHECKING:  # these import PyTorch, which takes seconds
     from ..planner.search import Candidate, Search
 
-RESERVE = 0.1
-"""The share of a GPU's memory that is left for CUDA, NCCL and the allocator."""
 FRONT = (1.0, 0.85, 0.7, 0.55, 0.4, 0.3, 0.2)
 """Shares of the limit whose fastest layouts are in the picture."""
-TOP = 10
 
 
 @dataclass(frozen=True)
@@ -56,61 +50,20 @@ def plan(path: Path, overrides: list[str], question: Question) -> None:
         if file is not None:
             check(file)
     config = load_config(path, overrides)
-    search = _search(config, question)
-    best = search.best(TOP)
+    from ..planner.plan import plan as find
+
+    found = find(
+        config, question.gpus, question.gpu, nodes=question.nodes, calibration=question.calibration,
+        memory_limit=question.memory, imbalance=question.imbalance,
+    )  # fmt: skip
+    search, best, own = found.search, found.best, found.own
     if not best:
         raise UsageError(_nothing(search, question.gpus))
-    own = _own(config, search)
     if question.json:
         print(json.dumps(_json(best, own, search, question), indent=1))
     else:
         print("\n".join(_text(best, own, search, question)))
     _write(best, own, search, question)
-
-
-def _search(config: Config, question: Question) -> Search:
-    from ..models.families.registry import decoder_config
-    from ..planner import hardware
-    from ..planner.calibration import Calibration
-    from ..planner.choice import Choice, global_rows
-    from ..planner.search import Search
-
-    gpu = hardware.find(question.gpu)
-    if question.nodes is not None:
-        if question.gpus % question.nodes:
-            raise UsageError(f"--gpus {question.gpus} cannot be divided among --nodes {question.nodes}")
-        gpu = replace(gpu, gpus_per_node=question.gpus // question.nodes)
-    calibration = Calibration.load(question.calibration) if question.calibration else Calibration()
-    rows = global_rows(config, question.gpus)
-    if rows is None:
-        raise ConfigError(
-            f"the config's own layout does not fit {question.gpus} GPUs, so its global batch is not known: set "
-            "data.global_batch_size, in rows"
-        )
-    if config.model.lora is not None:
-        raise ConfigError("memory and times are not known for model.lora; leave it out")
-    check_config(Choice().apply(config, rows), 1)
-    limit = question.memory or int(gpu.memory_gib * 2**30 * (1 - RESERVE))
-    decoder = decoder_config(config.model_type, config.model)
-    return Search(config, decoder, question.gpus, rows, gpu, calibration, limit, question.imbalance)
-
-
-def _own(config: Config, search: Search) -> Candidate | list[str]:
-    """Returns the config's own layout with its prediction, or why it cannot be trained on these GPUs."""
-    from ..data.batches import BatchSizes
-    from ..parallel.layout import Layout
-    from ..planner import memory, step
-    from ..planner.choice import Choice
-    from ..planner.job import Job
-    from ..planner.search import Candidate
-
-    wrong = problems(config, search.world)
-    if wrong:
-        return wrong
-    layout = Layout.from_config(config, search.world)
-    sizes = BatchSizes.from_config(config.data, data_size(config, search.world))
-    job = replace(Job.from_config(search.decoder, config, layout, sizes.micro_num), imbalance=search.imbalance)
-    return Candidate(Choice.of(config, layout), job, step.predict(job, search.gpu, search.calibration), memory.most_loaded(job))
 
 
 def _text(best: list[Candidate], own: Candidate | list[str], search: Search, question: Question) -> list[str]:
@@ -179,6 +132,7 @@ def _check_picture(path: Path) -> None:
 
 def _nothing(search: Search, gpus: int) -> str:
     """Says why no layout is there: none is legal, or none fits, and what would help."""
+    from ..planner.plan import RESERVE
     from ..planner.report import GIB, describe, memory_parts
 
     least = search.least()

@@ -65,8 +65,9 @@ def missing_paths(config: Config) -> list[str]:
     paths = {
         "data.train_folder": None if data.mixture or (stream and may_be_on_hub(train)) else train,
         "data.valid_folder": valid if data.valid_every and not (stream and may_be_on_hub(valid)) else None,
-        "data.tokenizer_path": data.tokenizer_path if config.monitor.sample_prompts or data.streams else None,
+        "data.tokenizer_path": data.tokenizer_path if config.monitor.needs_tokenizer or data.streams else None,
         "ckpt.load_ckpt_info.path": None if not info or (info.is_hf and may_be_on_hub(info.path)) else info.path,
+        "monitor.task_folder": config.monitor.task_folder,
     }
     for number, part in enumerate(data.mixture or []):
         if part.kind != "mocked" and not (part.kind in STREAMS and may_be_on_hub(part.folder)):
@@ -379,5 +380,5 @@ def _load(config: Config, world: int) -> Iterator[str]:
     info = config.ckpt.load_ckpt_info
     if info and info.path and info.is_hf and info.content != ("model",):
         yield 'ckpt.load_ckpt_info: a Hugging Face folder contains only weights; write content=("model",)'
-    if config.monitor.sample_prompts and not config.data.tokenizer_path:
-        yield "monitor.sample_prompts needs data.tokenizer_path"
+    if config.monitor.needs_tokenizer and not config.data.tokenizer_path:
+        yield f"monitor.{'sample_prompts' if config.monitor.sample_prompts else 'tasks'} needs data.tokenizer_path"

@@ -7,6 +7,7 @@ and, for an unknown key, the name that was probably meant.
 from __future__ import annotations
 
 import ast
+import copy
 import difflib
 import json
 import os
@@ -26,17 +27,20 @@ from .option import Section, field_kinds, section_of, walk
 from .schema import Config
 
 
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+def load_config(path: str | Path | dict[str, Any], overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Reads a config file, applies overrides, and validates the result. What ``model.from_hf`` names is not looked up; for that
     see ``train/config.py``.
+
+    Args:
+        path: the file; or what would be in it, as nested dicts.
 
     Raises:
         ConfigError: if the config has mistakes; one line for each.
     """
-    return validate(read_values(path, overrides), source=str(path))
+    return validate(read_values(path, overrides), source="the config" if isinstance(path, dict) else str(path))
 
 
-def read_values(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
+def read_values(path: str | Path | dict[str, Any], overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
     """Reads a config file (.py, .yaml, .yml, .toml or .json), and applies ``key.path=value`` overrides.
 
     Returns:
@@ -45,7 +49,7 @@ def read_values(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     Raises:
         ConfigError: if the file cannot be read, an override is not one, or an older key contradicts a newer one.
     """
-    raw = read_file(Path(path))
+    raw = copy.deepcopy(path) if isinstance(path, dict) else read_file(Path(path))
     for text in overrides:
         apply_override(raw, text)
     return translate(raw)

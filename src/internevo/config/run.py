@@ -221,6 +221,22 @@ class Monitor(Section):
     sample_tokens: int = option(
         64, "Number of tokens to generate for each prompt.", unit="tokens", ge=1, le=MAX_SIZE, needs="monitor.sample_prompts"
     )
+    tasks: tuple[str, ...] = option(
+        (),
+        "Tasks of lm-eval on which the model is evaluated. Needs data.tokenizer_path, and the package lm-eval (pip install "
+        "'internevo[eval]').",
+    )
+    evaluate_every: int = option(
+        0,
+        "Number of steps between these evaluations. 0: only at the end of the run.",
+        unit="steps",
+        ge=0,
+        needs="monitor.tasks",
+    )
+    task_folder: PathText | None = option(None, "Folder with task files of your own.", needs="monitor.tasks")
+    task_limit: int | None = option(
+        None, "Number of documents of each task to evaluate on, the first ones. None: all.", ge=1, needs="monitor.tasks"
+    )
     peak_tflops: float | None = option(
         None,
         "Peak performance of one device for the model's dtype, from which MFU is computed. None: that of the GPU, if known.",
@@ -268,6 +284,11 @@ class Monitor(Section):
     @classmethod
     def _once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(dict.fromkeys(value))
+
+    @property
+    def needs_tokenizer(self) -> bool:
+        """Whether text is generated or evaluated during training."""
+        return bool(self.sample_prompts or self.tasks)
 
 
 class Generation(Section):

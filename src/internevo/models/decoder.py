@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from ..errors import UsageError
 from ..ops.compiler import mark_dynamic
 from .config import DecoderConfig, Stage
 from .layers import Cache, Context, DecoderLayer, Embedding, Head, RMSNorm
@@ -81,6 +82,7 @@ class Decoder(nn.Module):
         caches: list[Cache] | None = None,
         hidden: Tensor | None = None,
         pooled: Tensor | None = None,
+        last_only: bool = False,
     ) -> Tensor | Loss | HandedOn:
         """Computes the logits of the next token, or with ``labels`` the loss, for which the logits never exist all at once.
 
@@ -89,14 +91,22 @@ class Decoder(nn.Module):
             positions: the position of each token in its document [B, S]. None: counted from the start of the row or document.
             cu_seqlens: for one packed row (B = 1): where its documents begin and end, int32 [documents + 1]. If it is on the
                 host, the host need not wait for the device.
-            labels: the id to be predicted at each token, or -100, int64 [B, S].
+            labels: the id to be predicted at each token, or -100, int64 [B, S]. They are not shifted here, unlike in
+                transformers: the label of a token is the id that follows it, as in
+                ``model(tokens[:, :-1], labels=tokens[:, 1:])``.
             terms: the weights of the terms of the loss.
             caches: for generation: one for each layer. The keys and values of ``tokens`` are added to them.
             hidden, pooled: for a stage without the embedding: what the stage before has handed on.
+            last_only: compute the logits of the last token of each row only [B, 1, V].
 
         Returns:
             The logits [B, S, V]; or the loss, if there are labels. A stage without a head returns what it hands on to the next.
+
+        Raises:
+            UsageError: if the labels are the tokens themselves, as transformers wants them.
         """
+        if labels is not None:
+            check_labels(tokens, labels)
         if self.stage.embeds:
             assert self.embed is not None
             hidden = self.embed(tokens)
@@ -118,7 +128,7 @@ class Decoder(nn.Module):
         routed = Routed(sums, losses)
         if self.norm is None or self.head is None:
             return HandedOn(x_BSD, pooled, routed)
-        out = self.head(self.norm(x_BSD), labels, terms.smoothing)
+        out = self.head(self.norm(x_BSD[:, -1:] if last_only else x_BSD), labels, terms.smoothing)
         if labels is None:
             return out
         cross_entropy, losses = out
@@ -149,6 +159,8 @@ class Decoder(nn.Module):
             return {False: Context(None, None, cu_seqlens, max_seqlen)}
         if positions is None:
             positions = torch.arange(past, past + tokens.shape[1], device=tokens.device).expand(tokens.shape)
+            if caches and (first := caches[0].first) is not None:
+                positions = (positions - first.unsqueeze(1)).clamp(min=0)
             if cu_seqlens is not None:
                 starts = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff(), output_size=tokens.shape[1])
                 positions = positions - starts
@@ -160,6 +172,26 @@ class Decoder(nn.Module):
             cos, sin = tables(its, head_dim, longest, positions, lengths, dtype)
             found[windowed] = Context(cos, sin, cu_seqlens, max_seqlen)
         return found
+
+
+def check_labels(tokens: Tensor, labels: Tensor) -> None:
+    """Refuses labels that are the tokens themselves and not those that follow, as far as this can be seen without waiting for a
+    GPU. (Texts of one repeated token are both.)
+
+    Raises:
+        UsageError: if they are.
+    """
+    same = labels is tokens
+    if type(labels) is Tensor and labels.device.type == "cpu" == tokens.device.type and tokens.shape[1] > 1:
+        ids, wanted = tokens.detach().numpy(), labels.detach().numpy()  # PyTorch's probes do not see what NumPy does
+        predicted = wanted != -100
+        follows = (wanted[:, :-1] == ids[:, 1:]) | ~predicted[:, :-1]
+        same = bool(predicted.any() and (wanted == ids)[predicted].all() and not follows.all())
+    if same:
+        raise UsageError(
+            "labels= are the tokens themselves, which a model would only have to copy. Labels are not shifted here, unlike in "
+            "transformers: the label of each token is the id that follows it. Call model(tokens[:, :-1], labels=tokens[:, 1:])"
+        )
 
 
 def _lengths(positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:

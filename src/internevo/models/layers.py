@@ -42,6 +42,8 @@ class Cache(NamedTuple):
     keys: Tensor
     values: Tensor
     length: int
+    first: Tensor | None = None
+    """Where each row's text begins, int64 [B]; before it is padding, which no token attends to. None: every row at 0."""
 
 
 # The functions that a strategy may replace. Each layer holds one as an attribute and calls it. -----------------------------
@@ -193,8 +195,8 @@ class Attention(nn.Module):
             k_BSKN, v_BSKN = add_to_cache(cache, k_BSKN, v_BSKN)
         slopes_H = None if self.slopes is None else torch.tensor(self.own_heads(self.slopes), device=x_BSD.device)
         out_BSHN = ops.attention(
-            q_BSHN, k_BSKN, v_BSKN, context.cu_seqlens, context.max_seqlen,
-            window=self.window, slopes_H=slopes_H, softcap=self.softcap,
+            q_BSHN, k_BSKN, v_BSKN, context.cu_seqlens, context.max_seqlen, window=self.window, slopes_H=slopes_H,
+            softcap=self.softcap, first_B=None if cache is None else cache.first,
         )  # fmt: skip
         return self.finish(self.join_heads(out_BSHN).flatten(2), self.o)
 

@@ -47,8 +47,8 @@ class ParameterSource(Protocol):
 class ModelInMemory:
     """A model in memory as a source of parameters."""
 
-    def __init__(self, config: DecoderConfig, model: Decoder) -> None:
-        self.config, self.tokenizer = config, None
+    def __init__(self, config: DecoderConfig, model: Decoder, tokenizer: Path | None = None) -> None:
+        self.config, self.tokenizer = config, tokenizer
         self.hf_config: dict[str, Any] = {}
         self._parameters = {name: tensor.detach() for name, tensor in model.stored().items()}
 

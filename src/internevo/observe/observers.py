@@ -12,7 +12,7 @@ from ..config.run import Monitor
 from ..errors import InternEvoError
 from .console import Console
 from .metrics import JsonLines
-from .record import SaveRecord, StepRecord, ValidRecord
+from .record import SaveRecord, StepRecord, TaskRecord, ValidRecord
 from .report import write_report
 from .trackers import Entry, Tracked, close_trackers, make_trackers
 from .units import amount, duration, size
@@ -55,6 +55,12 @@ class Observers:
         self.metrics.write(record.to_dict())
         self.console.valid(record)
         self._track(Entry.of_evaluation(record))
+
+    def tasks(self, record: TaskRecord) -> None:
+        """Must be called after each evaluation on tasks."""
+        self.metrics.write(record.to_dict())
+        self.console.say(f"step {record.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in record.values().items()))
+        self._track(Entry.of_tasks(record))
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Writes a sample: the text that the model generated after ``prompt``."""

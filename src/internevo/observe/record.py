@@ -112,6 +112,31 @@ class SaveRecord:
     """Unix time at the end of the save."""
 
 
+@dataclass
+class TaskRecord:
+    """An evaluation on tasks of lm-eval: a row of metrics.jsonl."""
+
+    step: int
+    """The step after which the model was evaluated."""
+    tasks: dict[str, dict[str, float]]
+    """Task -> metric -> value, and its standard error as METRIC_stderr."""
+    time: float
+    """Unix time at the end of the evaluation."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the row for metrics.jsonl."""
+        return asdict(self)
+
+    def values(self) -> dict[str, float]:
+        """Returns TASK/METRIC -> value, without standard errors."""
+        return {
+            f"{task}/{metric}": value
+            for task, metrics in self.tasks.items()
+            for metric, value in metrics.items()
+            if "_stderr" not in metric
+        }
+
+
 def peak_tflops(device: torch.device, dtype: str, given: float | None) -> float | None:
     """Returns the peak of one device in TFLOPS: ``given``, if it is not None, or a known one, or None."""
     if given is not None or device.type != "cuda" or dtype not in ("bfloat16", "float16"):

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from ..config.run import Monitor
 from ..storage.jsonfile import write_json
-from .record import StepRecord, ValidRecord
+from .record import StepRecord, TaskRecord, ValidRecord
 
 IDS = "trackers.json"
 """File in a run folder: the run's ids in its trackers, with which a resumed run continues them."""
@@ -56,6 +56,11 @@ class Entry:
         """Returns the entry of an evaluation."""
         by_type = {f"valid/loss/{name}": loss for name, loss in record.valid_loss_by_type.items()}
         return cls(record.step, record.time, {"valid/loss": record.valid_loss, "valid/ppl": record.valid_ppl, **by_type})
+
+    @classmethod
+    def of_tasks(cls, record: TaskRecord) -> Entry:
+        """Returns the entry of an evaluation on tasks."""
+        return cls(record.step, record.time, {f"tasks/{name}": value for name, value in record.values().items()})
 
     def finite(self) -> dict[str, float]:
         """Returns the scalars that are numbers; not every tracker takes others."""

@@ -33,6 +33,7 @@ def attention(
     window: int = 0,
     slopes_H: Tensor | None = None,
     softcap: float = 0.0,
+    first_B: Tensor | None = None,
 ) -> Tensor:
     """Computes softmax(q k^T / sqrt(N) + bias) v. A token attends to itself and to earlier tokens of its row or document.
 
@@ -47,19 +48,21 @@ def attention(
             https://arxiv.org/abs/2108.12409).
         softcap: c > 0: scores s become c * tanh(s / c) before the bias is added (Gemma 2, https://arxiv.org/abs/2408.00118,
             section 2). 0: they stay as they are.
+        first_B: without ``cu_seqlens``: where each row's text begins, int64 [B]. Before it is padding, which no token of the
+            text attends to.
 
     Returns:
         [B, S, H, N], in the queries' dtype.
     """
     masked = window > 0 or slopes_H is not None or softcap > 0
-    if cu_seqlens is None and masked and q_BSHN.shape[1] == k_BSKN.shape[1]:
+    if cu_seqlens is None and first_B is None and masked and q_BSHN.shape[1] == k_BSKN.shape[1]:
         rows, size = q_BSHN.shape[:2]
         boundaries = torch.arange(0, (rows + 1) * size, size, dtype=torch.int32, device=q_BSHN.device)
         q, k, v = (x.reshape(1, rows * size, *x.shape[2:]) for x in (q_BSHN, k_BSKN, v_BSKN))
         out = attention(q, k, v, boundaries, size, window=window, slopes_H=slopes_H, softcap=softcap)
         return out.view(q_BSHN.shape)
     if cu_seqlens is None:
-        return _rows(q_BSHN, k_BSKN, v_BSKN, window, slopes_H, softcap)
+        return _rows(q_BSHN, k_BSKN, v_BSKN, window, slopes_H, softcap, first_B)
     fast = q_BSHN.is_cuda and q_BSHN.dtype in (torch.float16, torch.bfloat16) and slopes_H is None
     if fast and softcap and (torch.compiler.is_compiling() or not _is_watched()):
         return flex_attention(q_BSHN[0], k_BSKN[0], v_BSKN[0], cu_seqlens, window, softcap).unsqueeze(0)
@@ -83,12 +86,19 @@ def _is_watched() -> bool:
     return is_watched()
 
 
-def _rows(q: Tensor, k: Tensor, v: Tensor, window: int, slopes_H: Tensor | None, softcap: float) -> Tensor:
+def _rows(
+    q: Tensor, k: Tensor, v: Tensor, window: int, slopes_H: Tensor | None, softcap: float, first_B: Tensor | None
+) -> Tensor:
     queries, keys = q.shape[1], k.shape[1]
     # A single query attends to all keys. Several queries after a cache need a mask that is aligned with the last key.
     mask = None
-    if slopes_H is not None or 0 < window < keys or 1 < queries < keys or softcap:
+    if slopes_H is not None or 0 < window < keys or 1 < queries < keys or softcap or first_B is not None:
         mask = mask_of(keys - queries, keys, 0, keys, window, slopes_H, q.device).to(q.dtype)
+    if mask is not None and first_B is not None:
+        key = torch.arange(keys, device=q.device)
+        # Padding attends to itself, because the softmax of nothing is NaN, also in sums in which its weight is 0.
+        other = key != torch.arange(keys - queries, keys, device=q.device).unsqueeze(1)
+        mask = mask.masked_fill((key < first_B.view(-1, 1, 1, 1)) & other, -torch.inf)
     if softcap and mask is not None:
         return capped(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, softcap)[0].transpose(1, 2)
     out = F.scaled_dot_product_attention(

@@ -310,8 +310,8 @@ def _set_backward_prefetch(joined: list[list[nn.Module]], apart: bool) -> None:
 def _gather_once(layer: nn.Module, experts: FSDPModule) -> None:
     """Gathers the experts of a layer when the gradient of its residual stream arrives.
 
-    The prefetch of ``fully_shard`` runs for the gradient of each output. A router's sums are outputs too, and their gradients may
-    arrive after the backward pass of the experts, which would be gathered once more for nothing.
+    The prefetch of ``fully_shard`` runs for the gradient of each output. A router's sums are outputs, too, and their gradients
+    may arrive after the backward pass of the experts, which would be gathered once more for nothing.
     """
 
     def gather(gradient: Tensor) -> None:

@@ -11,6 +11,8 @@ from typing import ClassVar
 
 from ..errors import UsageError
 
+PARENT = "INTERNEVO_PARENT"
+"""Environment variable with the process id of the launcher, in the processes that ``internevo`` starts."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 """These signals and Ctrl-C ask a run to stop. SIGHUP does not if it is ignored, as under nohup."""
 PORT = 8888

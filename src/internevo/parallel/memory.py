@@ -135,7 +135,8 @@ def _left_of_attention(work: Workload, kept: KeptActivations) -> int:
     if decoder.latent is None:
         # The gradients of keys and values; isp has added up those of replicas of a head.
         shared = tokens * decoder.num_kv_heads // ranks if work.layout.mode == "isp" else tokens * _kv_heads(work, kept)
-        return d * (kept.input_tokens + kept.output_tokens) + 2 * (tokens * decoder.num_heads // ranks + shared) * decoder.head_dim
+        outputs = 2 * (tokens * decoder.num_heads // ranks + shared) * decoder.head_dim
+        return d * (kept.input_tokens + kept.output_tokens) + outputs
     latents = sum(linear.outputs for linear in linears.values() if linear.heads is None)
     by_heads = (linears["q"].outputs + linears["kv"].outputs + linears["o"].inputs) // ranks
     inputs = kept.shared_latents * decoder.attention_inputs

@@ -326,26 +326,29 @@ class PipelinedModel(nn.Module):
         """Returns the layers of this rank, with their numbers in the whole decoder."""
         return [pair for chunk in self.chunks for pair in chunk.model.numbered_layers()]
 
-    def forward(self, tokens: Tensor, caches: list[Cache]) -> Tensor:
+    def forward(self, tokens: Tensor, caches: list[Cache], last_only: bool = False) -> Tensor:
         """Computes the logits [B, S, V], on every rank of the pipeline.
 
         Args:
             tokens: int64 [B, S].
             caches: the caches of this rank's layers.
+            last_only: compute the logits of the last token of each row only [B, 1, V].
         """
         channels, config = self.channels, self.config
         channels.expect(self.plan, (*tokens.shape, config.hidden_size))
         logits, rest = None, iter(caches)
         for stage, model, *_ in self.chunks:
             hidden = channels.take(Action(FORWARD, stage - 1, 0))[0] if stage else None
-            result = model(tokens, caches=list(itertools.islice(rest, len(model.layers))), hidden=hidden)
+            mine = list(itertools.islice(rest, len(model.layers)))
+            result = model(tokens, caches=mine, hidden=hidden, last_only=last_only)
             if isinstance(result, HandedOn):
                 channels.send(Action(FORWARD, stage, 0), result.message())
             else:
                 logits = result.contiguous()
         channels.wait()
         if logits is None:
-            logits = torch.empty(*tokens.shape, config.vocab_size, dtype=channels.dtype, device=channels.device)
+            shape = (tokens.shape[0], 1 if last_only else tokens.shape[1], config.vocab_size)
+            logits = torch.empty(shape, dtype=channels.dtype, device=channels.device)
         # All pipelines compute the same. One of them gives its result to all ranks, and no pipeline needs a group of its own.
         dist.broadcast(logits, channels.first[channels.rank_of[-1]])
         return logits

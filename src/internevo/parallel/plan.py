@@ -42,18 +42,22 @@ from .views import Groups
 
 
 def build(
-    decoder: DecoderConfig, config: Config, layout: Layout, device: torch.device
+    decoder: DecoderConfig, config: Config, layout: Layout, device: torch.device, frozen: bool = False
 ) -> tuple[Decoder | PipelinedModel, Weights, Schedule]:
     """Builds the model of a run, or this rank's stages of it, and applies all strategies. Its weights are not filled in yet.
 
     Every rank must call it.
+
+    Args:
+        frozen: nothing is trained, so that no weight needs a gradient or a master of its own.
 
     Returns:
         The model on ``device``; the data axis, which owns its weights; and the schedule, which runs micro-batches through it.
     """
     meshes = Meshes.from_layout(layout, device.type) if layout.world > 1 else None
     if meshes is None or layout.pipeline == 1:
-        model, axis = _build_stage(Stage(range(decoder.num_layers)), decoder, config, layout, meshes, device)
+        whole = Stage(range(decoder.num_layers))
+        model, axis = _build_stage(whole, decoder, config, layout, meshes, device, frozen=frozen)
         return model, axis, OneStage(model, axis, device)
     stages = split(decoder, layout.stages, config.data.seq_len, config.parallel.pipeline.layers)
     pipelines, dtype = layout.weights.groups("stage"), COMPUTE[config.model.dtype]
@@ -63,7 +67,8 @@ def build(
     for number, stage in enumerate(stages):
         if channels.rank_of[number] == channels.rank:
             deferred = Deferred() if mode != "1F1B" else None
-            chunks.append(Chunk(number, *_build_stage(stage, decoder, config, layout, meshes, device, deferred), deferred))
+            built = _build_stage(stage, decoder, config, layout, meshes, device, deferred, frozen)
+            chunks.append(Chunk(number, *built, deferred))
     both = Chunks([chunk.axis for chunk in chunks], _tied_group(decoder, layout, meshes.groups, ranks_of_stages))
     sequence_ranks = layout.tensor if layout.shards_sequence else 1
     return PipelinedModel(mode, chunks, channels), both, Pipeline(mode, chunks, both, channels, sequence_ranks)
@@ -77,6 +82,7 @@ def _build_stage(
     meshes: Meshes | None,
     device: torch.device,
     deferred: Deferred | None = None,
+    frozen: bool = False,
 ) -> tuple[Decoder, DataAxis]:
     """Builds one stage, or the whole model, and applies the strategies to it, in the order that they need."""
     section = config.model
@@ -95,7 +101,9 @@ def _build_stage(
         inner += ExpertParallel(layout, meshes, config.parallel.expert_weight.overlap, deferred).apply(model)
     if deferred is not None:
         deferred.apply(model)
-    if decoder.lora is not None:
+    if frozen:
+        model.requires_grad_(False)
+    elif decoder.lora is not None:
         freeze_all_but_adapters(model)
     # Recomputation comes before compilation, so that compiled layers contain it. isp's linears, those that defer gradients, and
     # experts over ranks are not compiled, so with them no layer is compiled as a whole.

@@ -76,9 +76,10 @@ class OneStage:
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterable[MicroBatch], on_result: OnResult) -> None:
         """Runs the forward passes one after the other, in evaluation mode."""
+        training = self.model.training
         self.model.eval()
         for micro_batch in micro_batches:
             on_device = micro_batch.to(self.device)
             on_result(on_device, self.model(on_device.tokens, cu_seqlens=on_device.cu_seqlens, labels=on_device.labels))
-        self.model.train()
+        self.model.train(training)
         self.axis.after_forwards()

@@ -15,7 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from ..errors import InternEvoError
+from ..errors import InternEvoError, UsageError
 from . import gloo
 from .launcher import LauncherInfo, launcher_has_store, read_launcher
 
@@ -51,7 +51,15 @@ def join(info: LauncherInfo | None = None, timeout: timedelta = TIMEOUT) -> Iter
     Args:
         info: what the launcher has said; None: it is read from the environment.
         timeout: time-out of the collectives of training.
+
+    Raises:
+        UsageError: if this process has already joined a world.
     """
+    if dist.is_initialized():
+        raise UsageError(
+            "this process is in a run already (torch.distributed is initialized), and can be in one only: train or evaluate "
+            "when it has ended, or in another process. To evaluate during a run: data.valid_every, monitor.tasks"
+        )
     info = info or read_launcher(os.environ)
     device = pick_device(info.local_rank)
     on_cpu = gloo.register()

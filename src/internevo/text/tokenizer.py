@@ -49,7 +49,7 @@ class Backend(Protocol):
 
 @dataclass
 class Tokenizer:
-    """A tokenizer, with the ids of the tokens that begin and end a document."""
+    """A tokenizer, with the ids of the tokens that begin and end a document. ``Tokenizer.load(path)`` opens one."""
 
     backend: Backend
     path: Path
@@ -58,6 +58,18 @@ class Tokenizer:
     eos_id: int | None = None
     special_tokens: dict[str, str] = field(default_factory=dict)
     """The special tokens by their names in transformers, {"bos_token": "<s>", ...}, which chat templates use."""
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """Opens a tokenizer.
+
+        Args:
+            path: a tokenizer.json, SentencePiece .model or .tiktoken file, or a folder that contains a tokenizer.
+
+        Raises:
+            UsageError: if ``path`` does not exist, is not a tokenizer, or cannot be read.
+        """
+        return load_tokenizer(path)
 
     @property
     def bos(self) -> list[int]:

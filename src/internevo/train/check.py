@@ -33,6 +33,8 @@ def check(config: Config, world_size: int) -> None:
         f'monitor.trackers = {name} needs the package {name}: pip install "internevo[{name}]"'
         for name in config.monitor.trackers if find_spec(name) is None
     ]  # fmt: skip
+    if config.monitor.tasks and find_spec("lm_eval") is None:
+        missing.append("monitor.tasks needs the package lm-eval: pip install 'internevo[eval]'")
     check_config(config, world_size, missing)
     check_data(config)
 

@@ -37,7 +37,9 @@ OTHER_NAMES = {
 """Key of ``model`` -> other keys that say the same. If one of these is set, the key is not filled in."""
 
 
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = (), to_train: bool = False) -> Config:
+def load_config(
+    path: str | Path | dict[str, Any], overrides: list[str] | tuple[str, ...] = (), to_train: bool = False
+) -> Config:
     """Reads a config file (.py, .yaml, .yml, .toml or .json), applies ``key.path=value`` overrides, fills in what
     ``model.from_hf`` has, and validates the result.
 
@@ -53,11 +55,11 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = (), t
     if isinstance(model, dict) and isinstance(model.get("from_hf"), str):
         found = HfModel.find(values)
         values = found.fill(values)
-    config = validate(values, source=str(path))
+    config = validate(values, source="the config" if isinstance(path, dict) else str(path))
     if found is not None:
         found.check(config)
     tokenizer = config.data.tokenizer_path
-    if to_train and tokenizer and (config.data.streams or config.monitor.sample_prompts):
+    if to_train and tokenizer and (config.data.streams or config.monitor.needs_tokenizer):
         data = config.data.model_copy(update={"tokenizer_path": str(model_folder(tokenizer, weights=False))})
         config = config.model_copy(update={"data": data})
     return config

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checkpoint import Checkpoint
 from ..checkpoint.folder import run_of
@@ -17,6 +18,7 @@ from ..errors import CheckpointError
 from ..models.huggingface.folder import HfFolder
 from ..models.huggingface.peft import PeftFolder
 from ..models.linear import ADAPTER_INFIX
+from ..models.source import ParameterSource
 from ..parallel.shards import fill_local
 from ..storage.header import Spec
 from .parts import Doing, Parts
@@ -121,7 +123,13 @@ def load_hf(parts: Parts, source: HfFolder, wanted: LoadCkptInfo) -> list[str]:
         ConfigError: if the folder's model is not that of the config.
     """
     lines = check_source(parts.decoder, source, wanted)
-    for name, parameter in parts.optimizer.named.items():
+    read_shards(parts.optimizer.named, source)
+    return [*lines, f"loaded weights from {source.folder}"]
+
+
+def read_shards(parameters: Mapping[str, nn.Parameter], source: ParameterSource) -> None:
+    """Reads this rank's shards of parameters. Adapters stay as they are."""
+    for name, parameter in parameters.items():
         if ADAPTER_INFIX in name:
             continue
         shape = parameter.shape
@@ -131,4 +139,3 @@ def load_hf(parts: Parts, source: HfFolder, wanted: LoadCkptInfo) -> list[str]:
             return source.read(name, start * n, (stop - start) * n).view(stop - start, *shape[1:])
 
         fill_local(parameter, values)
-    return [*lines, f"loaded weights from {source.folder}"]

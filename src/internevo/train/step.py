@@ -19,6 +19,7 @@ from ..ops import foreach
 from ..parallel import plan
 from ..parallel.layout import Layout
 from ..parallel.memory import Memory
+from ..parallel.schedule import Schedule
 from ..parallel.strategy import Collectives, Workload, add_up
 from .parts import Parts
 from .routing import RouterSums
@@ -231,14 +232,14 @@ def sum_over_ranks(*vectors: Tensor) -> list[Tensor]:
     return list(packed.split([vector.numel() for vector in vectors]))
 
 
-def evaluate(parts: Parts, batches: Iterable[MicroBatch], types: int) -> Losses:
-    """Computes the losses over the validation batches of all ranks. All ranks must have the same number of batches."""
-    losses = Losses.zeros(types, parts.world.device)
+def evaluate(schedule: Schedule, layout: Layout, device: torch.device, batches: Iterable[MicroBatch], types: int) -> Losses:
+    """Computes the losses over the batches of all ranks, by dataset type. All ranks must have the same number of batches."""
+    losses = Losses.zeros(types, device)
 
     def on_result(micro_batch: MicroBatch, result: Loss | HandedOn) -> None:
         if isinstance(result, Loss):
             losses.add(result.losses, micro_batch)
 
-    parts.schedule.evaluate(batches, on_result)
+    schedule.evaluate(batches, on_result)
     sums, counts = sum_over_ranks(losses.sums, losses.counts)
-    return Losses(sums, counts / parts.layout.tensor)
+    return Losses(sums, counts / layout.tensor)

@@ -74,11 +74,15 @@ class StopRequests:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """A context in which signals become requests. A second Ctrl-C interrupts the process immediately.
+        """A context in which signals become requests. A second Ctrl-C interrupts the process immediately. (Only the main thread
+        can receive signals; in another one this does nothing.)
 
         The launcher starts processes with these signals blocked. A signal that comes before this context is delivered
         when the context begins. After the context, such a process ignores them. Thus a request to stop kills no process.
         """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
 
         def ask(number: int, _frame: object) -> None:
             # Nothing more may be done here: the main thread may be anywhere, even in the middle of writing to the log.

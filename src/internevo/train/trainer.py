@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -19,6 +20,8 @@ from ..config import Config, dump, flat
 from ..data.batches import StepBatch, TrainBatches, parse_skip_batches, valid_batches
 from ..data.build import checked_tokenizer
 from ..errors import InternEvoError
+from ..inference.tasks import requests_of, run_tasks
+from ..inference.text import TextModel
 from ..measure.probes import Probes
 from ..models.decoder import parameter_shapes
 from ..models.families.registry import decoder_config
@@ -27,7 +30,7 @@ from ..models.linear import ADAPTER_INFIX
 from ..observe.console import Console, log, start_log
 from ..observe.facts import facts
 from ..observe.observers import Observers
-from ..observe.record import StepRecord, ValidRecord, memory_peak, peak_tflops
+from ..observe.record import StepRecord, TaskRecord, ValidRecord, memory_peak, peak_tflops
 from ..observe.trackers import Tracked
 from ..ops.precision import COMPUTE, is_slow
 from ..parallel import gloo
@@ -88,8 +91,12 @@ class Trainer:
 
     # The loop --------------------------------------------------------------------------------------------------------
 
-    def fit(self) -> None:
-        """Trains to the last step, or until a request to stop, and saves a checkpoint at the end."""
+    def fit(self, on_step: Callable[[StepRecord], object] | None = None) -> None:
+        """Trains to the last step, or until a request to stop, and saves a checkpoint at the end.
+
+        Args:
+            on_step: is called with the record of each step. If it returns True, the run stops after the next step.
+        """
         config, data = self.config, self.config.data
         observers = self._observers()
         try:
@@ -105,10 +112,14 @@ class Trainer:
                     for line in [*self.probes.lines, *self.stop_time.lines(record, self.saver.seconds, stop)]:
                         observers.console.say(line)
                 self._check_progress(step)
+                if on_step is not None and on_step(record) is True:
+                    self.stops.asked = self.stops.asked or "on_step"
                 if _due(step, data.valid_every, last and not stop):
                     self._evaluate(step, observers)
                 if _due(step, config.monitor.sample_every, last):
                     self._sample(step, observers)
+                if config.monitor.tasks and _due(step, config.monitor.evaluate_every, last and not stop):
+                    self._evaluate_tasks(step, observers)
                 if config.ckpt.enable_save_ckpt and (_due(step, config.ckpt.checkpoint_every, last) or save):
                     self._save(step)
                 elif config.ckpt.enable_save_ckpt and _due(step, config.ckpt.oss_snapshot_freq, False):
@@ -180,7 +191,7 @@ class Trainer:
         rank = layout.data_rank(self.world.rank)
         batches = valid_batches(valid, data.micro_bsz, rank, layout.data, data.use_packed_dataset, data.valid_max_rows)
         with self._doing("evaluating"):
-            losses = evaluate(self.parts, batches, len(valid.types))
+            losses = evaluate(self.parts.schedule, layout, self.world.device, batches, len(valid.types))
         self.garbage.collect()
         if observers:
             by_type = losses.by_type(valid.types)
@@ -206,6 +217,22 @@ class Trainer:
             if observers:
                 observers.sample(step, prompt, tokenizer.decode([i for i in out if i not in ends]))
         parts.axis.after_forwards()
+
+    def _evaluate_tasks(self, step: int, observers: Observers | None) -> None:
+        """Evaluates on ``monitor.tasks``. All ranks take part."""
+        monitor, tokenizer, parts = self.config.monitor, self.tokenizer, self.parts
+        assert tokenizer is not None
+        text = TextModel(
+            parts.decoder, tokenizer, lambda: parts.model, dtype=COMPUTE[self.config.model.dtype],
+            whole_sequences=parts.axis.unsharded_sequences,
+        )  # fmt: skip
+        scores = run_tasks(
+            requests_of(text, parts.layout, self.world), monitor.tasks, monitor.task_folder, limit=monitor.task_limit
+        )
+        parts.axis.after_forwards()
+        self.garbage.collect()
+        if observers:
+            observers.tasks(TaskRecord(step, scores, time.time()))
 
     def _check_progress(self, step: int) -> None:
         """Ends a run that has lost its folder to another process, or that has diverged."""
@@ -326,8 +353,8 @@ def _batches(parts: Parts) -> TrainBatches:
 
 
 def _sample_tokenizer(config: Config) -> Tokenizer | None:
-    """Opens the tokenizer for samples, if samples are configured."""
-    if not config.monitor.sample_prompts or not config.data.tokenizer_path:
+    """Opens the tokenizer for samples and tasks, if they are configured."""
+    if not config.monitor.needs_tokenizer or not config.data.tokenizer_path:
         return None
     return checked_tokenizer(config.data.tokenizer_path, config.model.vocab_size)
 

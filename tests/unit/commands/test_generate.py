@@ -3,16 +3,18 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import internevo
 from internevo import save_hf
-from internevo.commands.generate import continue_text
+from internevo.commands.generate import Options, complete_file, print_text
 from internevo.errors import InternEvoError, UsageError
 from internevo.models.config import DecoderConfig, Rope
 from internevo.models.decoder import Decoder
-from internevo.models.generate import Sampling, empty_caches, generate, longest_text
+from internevo.models.generate import Continuation, Sampling, empty_caches, generate, longest_text
 from internevo.text.tokenizer import load_tokenizer, train_bpe
 from tests.conftest import Run
 
@@ -36,12 +38,18 @@ def model_in(folder: Path, config: DecoderConfig) -> Path:
     return folder
 
 
+def text(folder: Path, prompt: str, max_new_tokens: int, **options: Any) -> str:
+    return "".join(internevo.generate(folder, prompt, max_new_tokens=max_new_tokens, **{"temperature": 0.0, **options}))
+
+
 def test_a_prompt_beyond_the_models_positions_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UsageError, match="the prompt has 64 tokens, and the model is made for texts of up to 64"):
-        continue_text(folder, "!" * 64, 5, GREEDY)
-    answer = continue_text(folder, "!" * 61, 5, GREEDY)
-    assert "note: at most 3 tokens are generated" in capsys.readouterr().err
-    assert answer == continue_text(folder, "!" * 61, 3, GREEDY) and not capsys.readouterr().err
+        internevo.generate(folder, "!" * 64, max_new_tokens=5)  # before a piece is asked for
+    print_text(folder, None, "!" * 61, Options(5, GREEDY))
+    out, err = capsys.readouterr()
+    assert "note: at most 3 tokens are generated" in err
+    print_text(folder, None, "!" * 61, Options(3, GREEDY))
+    assert capsys.readouterr() == (out, "") and out == "!" * 61 + text(folder, "!" * 61, 9) + "\n"
 
 
 def test_the_scaling_of_the_rotary_embedding_makes_longer_texts_possible() -> None:
@@ -57,32 +65,88 @@ def test_a_tokenizer_that_is_larger_than_the_model_is_refused(tmp_path: Path, fo
     assert fast.size() <= 330
     small = model_in(tmp_path / "small", replace(CONFIG, vocab_size=260))
     with pytest.raises(UsageError, match=r"the prompt has the token id \d+, but the model's vocabulary has 260 entries"):
-        continue_text(small, "zebras zigzag zealously", 5, GREEDY, tokenizer=other)
+        text(small, "zebras zigzag zealously", 5, tokenizer=other)
 
 
 def test_only_ids_of_the_tokenizer_are_drawn(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[int] = []
-    real = generate
+    real = Continuation.step
 
-    def watched(*arguments: object, **options: object) -> list[int]:
-        drawn.extend(real(*arguments, **options))  # type: ignore[arg-type]
-        return drawn
+    def watched(self: Continuation) -> list[tuple[int, int]]:
+        new = real(self)
+        drawn.extend(id_ for _, id_ in new)
+        return new
 
-    monkeypatch.setattr("internevo.commands.generate.generate", watched)
+    monkeypatch.setattr(Continuation, "step", watched)
     for seed in range(20):
-        continue_text(folder, "the", 20, Sampling(temperature=100.0), seed)
+        text(folder, "the", 20, temperature=100.0, seed=seed)
     assert len(drawn) > 200 and max(drawn) < load_tokenizer(folder).vocab_size <= 280
 
 
 def test_generation_ends_at_the_ids_of_the_models_generation_config(folder: Path) -> None:
-    first = load_tokenizer(folder).encode(continue_text(folder, "the cat", 1, GREEDY))
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [299, *first]}))
-    assert continue_text(folder, "the cat", 20, GREEDY) == ""
+    tokenizer, longer = load_tokenizer(folder), text(folder, "the cat", 20)
+    ids = generate(internevo.load_model(folder), tokenizer.with_bos("the cat"), 1, GREEDY)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [299, *ids]}))
+    assert longer and text(folder, "the cat", 20) == ""
 
 
 def test_bytes_that_are_not_utf8_are_refused(folder: Path) -> None:
     with pytest.raises(UsageError, match="the prompt is not UTF-8"):
-        continue_text(folder, "the \udcff", 5, GREEDY)
+        text(folder, "the \udcff", 5)
+
+
+def test_pieces_are_yielded_as_they_come_and_end_at_a_stop_text(folder: Path) -> None:
+    options: dict[str, Any] = {"temperature": 2.0, "seed": 3}
+    whole = text(folder, "the cat", 30, **options)
+    pieces = list(internevo.generate(folder, "the cat", max_new_tokens=30, **options))
+    assert "".join(pieces) == whole and len(pieces) > 10
+    stop = whole[7:9]
+    assert text(folder, "the cat", 30, stop=[stop], **options) == whole[: whole.index(stop)]
+
+
+def test_a_file_of_prompts_in_batches_gives_what_each_prompt_gives_alone(folder: Path, tmp_path: Path) -> None:
+    prompts = ["the", "the cat sat on the mat and purred", "a", "", "purred and the cat"]
+    source, output = tmp_path / "prompts.jsonl", tmp_path / "out" / "texts.jsonl"
+    source.write_text("\n".join(json.dumps({"id": n, "prompt": prompt}) for n, prompt in enumerate(prompts)))
+    complete_file(folder, None, source, output, 2, Options(12, Sampling(temperature=1.5), seed=7))
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["id"] for row in rows] == [0, 1, 2, 3, 4] and [row["prompt"] for row in rows] == prompts
+    alone = [text(folder, prompt, 12, temperature=1.5, seed=7 + n) for n, prompt in enumerate(prompts)]
+    assert [row["text"] for row in rows] == alone and len(set(alone)) > 3
+    with pytest.raises(UsageError, match="is there already"):
+        complete_file(folder, None, source, output, 2, Options(12, GREEDY))
+
+
+def test_lines_of_other_files_are_prompts(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "prompts.txt"
+    source.write_text("the cat\n\nthe mat\n")
+    complete_file(folder, None, source, None, 8, Options(5, GREEDY))
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert rows == [{"prompt": prompt, "text": text(folder, prompt, 5)} for prompt in ("the cat", "the mat")]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "has no prompt"),
+        ('{"prompt": "a"}\n{', "line 2 is not JSON"),
+        ('{"text": "a"}', 'line 1 has neither a "prompt"'),
+        ('{"messages": []}', 'line 1 has neither a "prompt"'),
+        ('{"prompt": "a"}\n{"prompt": "%s"}' % ("!" * 70), "line 2: the prompt has 70 tokens"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "line 1: .* has no chat template"),
+    ],
+)  # fmt: skip
+def test_a_file_of_prompts_with_a_mistake_is_refused_by_line(folder: Path, tmp_path: Path, content: str, message: str) -> None:
+    source = tmp_path / "prompts.jsonl"
+    source.write_text(content)
+    with pytest.raises(UsageError, match=message):
+        complete_file(folder, None, source, tmp_path / "out.jsonl", 2, Options(5, GREEDY))
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_model_in_memory_needs_a_tokenizer() -> None:
+    with pytest.raises(UsageError, match="give tokenizer="):
+        internevo.generate(Decoder(CONFIG), "a")
 
 
 def test_a_cache_that_does_not_fit_into_memory_is_named() -> None:

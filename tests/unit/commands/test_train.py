@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from internevo.commands import train as command
-from internevo.commands.launch import PARENT
 from internevo.errors import InternEvoError, UsageError
+from internevo.parallel.launcher import PARENT
 from tests.conftest import write_config, write_dataset
 from tests.pool import launcher_env
 

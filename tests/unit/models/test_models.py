@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from internevo.models.decoder import Decoder
-from internevo.models.generate import Sampling, generate
+from internevo.models.generate import Continuation, Sampling, generate
 from internevo.models.losses import LossTerms, add_pooled, pooled_balance
 from internevo.models.moe import MoE
 from tests.families import CONFIGS, disk_tensors, pair, to_disk
@@ -106,6 +106,22 @@ def test_generation_with_the_cache_equals_transformers(family: str, data: st.Dat
     tokens, count = prompt[0].tolist(), 9
     wanted = theirs.generate(prompt, max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert generate(ours, tokens, count, Sampling(temperature=0)) == wanted[0, 7:].tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=4, deadline=None)
+@given(data=st.data(), seed=st.integers(0, 10**6))
+def test_texts_that_are_continued_together_are_those_of_each_alone(family: str, data: st.DataObject, seed: int) -> None:
+    _, ours = pair(data.draw(CONFIGS[family]), seed)
+    lengths, limits = [7, 2, 11, 5], [6, 9, 3, 9]
+    prompts = [torch.randint(1, ours.config.vocab_size, (length,)).tolist() for length in lengths]
+    together = Continuation(ours, prompts, limits, Sampling(temperature=0), seeds=[0] * 4)
+    while together.step():
+        if together.generated[3] == 4:
+            together.end([3])
+    limits[3] = 4
+    alone = [generate(ours, prompt, limit, Sampling(temperature=0)) for prompt, limit in zip(prompts, limits, strict=True)]
+    assert together.texts == [[*prompt, *ids] for prompt, ids in zip(prompts, alone, strict=True)]
 
 
 @settings(max_examples=20, deadline=None)

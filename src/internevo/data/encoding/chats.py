@@ -49,20 +49,23 @@ def encode_chats(documents: list[Document], key: str | None, tokenizer: Tokenize
     return [_encode_chat(document, key, tokenizer, templates) for document in documents]
 
 
-def encode_question(text: str, tokenizer: Tokenizer) -> tuple[list[int], int | None]:
-    """Returns the ids of a question up to where the answer begins, and the id that ends the answer, if there is one.
+def encode_messages(messages: Messages, tokenizer: Tokenizer) -> tuple[list[int], int | None]:
+    """Returns the ids of a chat up to where the assistant's answer begins, and the id that ends the answer, if there is one.
+
+    Args:
+        messages: {"role": ..., "content": ...} of each message, the last one the user's.
 
     Raises:
-        DataError: if the chat template cannot render the question.
-        UsageError: if there is no chat template, or it makes no text of the question.
+        DataError: if the chat template cannot render the messages.
+        UsageError: if there is no chat template, or it makes no text of the messages.
     """
     template = ChatTemplate.load(tokenizer)
-    question = [{"role": "user", "content": text}]
-    after_answer = tokenizer.encode(template.render([*question, _marked()]).partition(MARK)[2])
+    after_answer = tokenizer.encode(template.render([*messages, _marked()]).partition(MARK)[2])
     end = next((id_ for id_ in after_answer if tokenizer.decode([id_]).strip()), None)
-    ids = tokenizer.encode(template.render(question, prompt=True))
+    ids = tokenizer.encode(template.render(messages, prompt=True))
     if not ids:
-        raise UsageError(f"the chat template of {template.path} makes no text of the question {text!r}")
+        last = messages[-1]["content"] if messages else ""
+        raise UsageError(f"the chat template of {template.path} makes no text of the question {last!r}")
     return ids, end
 
 

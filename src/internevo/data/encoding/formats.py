@@ -25,7 +25,7 @@ import numpy as np
 from ...errors import DataError, UsageError
 from ...text.tokenizer import Tokenizer
 from ..raw.documents import Document
-from .chats import CHAT_FIELDS, CHAT_VALUES, INSTRUCTION_FIELDS, encode_chats, encode_question, question_of
+from .chats import CHAT_FIELDS, CHAT_VALUES, INSTRUCTION_FIELDS, encode_chats, encode_messages, question_of
 from .shared import IdsOrError, mask, missing_field
 
 FormatName = Literal["text", "alpaca", "chat"]
@@ -87,7 +87,7 @@ def encode_prompt(name: FormatName, text: str, tokenizer: Tokenizer) -> tuple[li
     if name == "alpaca":
         end = tokenizer.backend.token_id(END_OF_ANSWER)
         return [*tokenizer.bos, *_question(text, tokenizer)], stop_ids | (set() if end is None else {end})
-    prompt, end = encode_question(text, tokenizer)
+    prompt, end = encode_messages([{"role": "user", "content": text}], tokenizer)
     return prompt, stop_ids | (set() if end is None else {end})
 
 

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
@@ -101,10 +101,10 @@ class SavedProgress:
 
 
 def tokenize(
-    inputs: list[Path],
-    output: Path,
+    inputs: str | Path | Sequence[str | Path],
+    output: str | Path,
     *,
-    tokenizer: Path | None = None,
+    tokenizer: str | Path | None = None,
     train_vocab_size: int | None = None,
     kind: str | None = None,
     format: FormatName = "text",
@@ -123,6 +123,7 @@ def tokenize(
 
     Args:
         inputs: files and folders.
+        output: the folder for the tokenized data.
         tokenizer: a tokenizer file or folder, or the name of a model on the Hugging Face Hub. None: a tokenizer is trained and
             written to ``output``.
         train_vocab_size: the size of the vocabulary of the tokenizer to train.
@@ -143,10 +144,11 @@ def tokenize(
             command continues from there. Also if there is nothing to write in place of ``output``'s old data.
         UsageError: if ``output`` already contains other data.
     """
-    tokenizer = tokenizer and model_folder(tokenizer, weights=False)
+    paths = [Path(path) for path in ([inputs] if isinstance(inputs, str | Path) else inputs)]
+    output, tokenizer = Path(output), None if tokenizer is None else model_folder(tokenizer, weights=False)
     target = Output(output, dataset_type, splits=bool(valid_ratio))
     own = {(output / path).resolve() for path in target.own_files()}
-    files = [file for file in find_files(inputs, kind, pattern, exclude) if file[1].resolve() not in own]
+    files = [file for file in find_files(paths, kind, pattern, exclude) if file[1].resolve() not in own]
     options = {
         "tokenizer": tokenizer and str(tokenizer), "vocab_size": train_vocab_size, "format": format, "text_key": text_key,
         "type": dataset_type, "valid_ratio": valid_ratio,

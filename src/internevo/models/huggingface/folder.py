@@ -19,6 +19,7 @@ from ...storage.folders import target
 from ...storage.header import Spec
 from ...storage.jsonfile import write_json
 from ...storage.tensors import ByteRange, ShardWriter, joint_dtype
+from ...text.tokenizer import Tokenizer, load_tokenizer
 from ..config import DecoderConfig
 from ..decoder import Decoder, parameter_shapes, stored_shapes
 from ..families.hf_values import read_config
@@ -146,23 +147,34 @@ def save_hf(
     dtype: torch.dtype | None = None,
     max_shard_size: int = 5 * 10**9,
     overwrite: bool = False,
+    tokenizer: Tokenizer | str | Path | None = None,
 ) -> None:
     """Writes a model as a Hugging Face folder: ``config.json`` and ``model*.safetensors``, with an index if there are several.
 
     Args:
+        model: a model of ``load_model``, or one that you have trained.
         folder: a new or empty folder.
         dtype: dtype of the weights on disk. None: each weight keeps its own.
         max_shard_size: maximum size of a file, in bytes.
         overwrite: the folder may have files. Those that this program has written are replaced, and all others stay as they
             are.
+        tokenizer: the model's tokenizer, or its path, which is copied into the folder. None: the folder gets none.
 
     Raises:
         UsageError: if the folder is not empty and ``overwrite`` is False, or it cannot be written, or a file of another program
-            is in the way, or the family's ``config.json`` cannot describe the model.
+            is in the way, or the family's ``config.json`` cannot describe the model, or the tokenizer cannot be read or is
+            larger than the model's vocabulary.
     """
     if max_shard_size < 1:
         raise UsageError(f"max_shard_size = {max_shard_size} must be at least 1 byte")
-    source = ModelInMemory(model.config, model)
+    if isinstance(tokenizer, str | Path):
+        tokenizer = load_tokenizer(tokenizer)
+    if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
+        raise UsageError(
+            f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size} entries, and the model's vocabulary only "
+            f"{model.config.vocab_size}: it is not this model's"
+        )
+    source = ModelInMemory(model.config, model, None if tokenizer is None else tokenizer.path)
     write_hf(source, Path(folder), dtype=dtype, shard_bytes=max_shard_size, overwrite=overwrite)
 
 

@@ -1,0 +1,121 @@
+"""``internevo evaluate``: starts the processes if no launcher has, evaluates, and prints a table or JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import UsageError
+from ..parallel.launcher import read_launcher
+from ..train.config import load_config
+from .launch import default_processes, launch
+
+if TYPE_CHECKING:
+    from ..train.evaluate import Evaluation, Score
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is evaluated, and how: the options of the command, under their names."""
+
+    model: Path
+    data: Path | None
+    tasks: tuple[str, ...]
+    task_folder: Path | None
+    fewshot: int | None
+    chat_template: bool
+    tokenizer: Path | None
+    seq_len: int | None
+    stride: int | None
+    batch_size: int | None
+    limit: int | None
+    config: Path | None
+    overrides: tuple[str, ...]
+    json: bool
+
+    def arguments(self) -> list[str]:
+        """Returns the arguments of the command that asks this."""
+        options = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in ("model", "overrides") or value is None or value is False or value == ():
+                continue
+            text = ",".join(value) if isinstance(value, tuple) else str(value)
+            options += [f"--{field.name.replace('_', '-')}", *([] if value is True else [text])]
+        return ["evaluate", *options, "--", str(self.model), *self.overrides]
+
+
+def run(question: Question, processes: int | None) -> int:
+    """Evaluates, and prints the result on rank 0.
+
+    Args:
+        processes: number of processes to start, if no launcher has started this one; None: one per GPU, or 1.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        UsageError: if nothing is asked, or as ``train.evaluate.evaluate``.
+    """
+    if question.data is None and not question.tasks:
+        raise UsageError("give --data FOLDER, a folder of tokenized data (internevo tokenize makes one), or --tasks NAMES")
+    info = read_launcher(os.environ)
+    if info.address is None:
+        processes = processes or default_processes()
+        if processes > 1:
+            with tempfile.TemporaryDirectory() as log:
+                return launch(question.arguments(), processes, Path(log))
+    elif processes not in (None, info.size):
+        raise UsageError(f"--nproc {processes}: a launcher has started this process as one of {info.size}: leave out --nproc")
+    from ..train.evaluate import evaluate
+
+    found = evaluate(
+        question.model, question.data, tasks=question.tasks, task_folder=question.task_folder, fewshot=question.fewshot,
+        chat=question.chat_template, tokenizer=question.tokenizer, seq_len=question.seq_len, stride=question.stride,
+        batch_size=question.batch_size, limit=question.limit,
+        config=load_config(question.config) if question.config else None, overrides=question.overrides, launcher=info,
+    )  # fmt: skip
+    if info.rank == 0:
+        print(json.dumps(_finite(found.to_dict()), indent=1) if question.json else "\n".join(table(found)), flush=True)
+    return 0
+
+
+def table(found: Evaluation) -> Iterator[str]:
+    """Yields the lines of tables: a row for each dataset type, and one for all; and a row for each metric of a task."""
+    if found.data is not None:
+        yield f"{found.model} on {found.data}, contexts of up to {found.seq_len:,} tokens"
+        yield f"{'type':<16} {'documents':>10} {'tokens':>14} {'loss':>9} {'perplexity':>12} {'bits/byte':>10}"
+        for name, score in {**found.by_type, **({"all": found.total} if len(found.by_type) != 1 else {})}.items():
+            yield f"{name:<16} {_row(score)}"
+    if found.tasks:
+        yield f"{found.model}, tasks of lm-eval"
+        yield f"{'task':<32} {'metric':<24} {'value':>9} {'stderr':>9}"
+    for task, values in found.tasks.items():
+        for metric, value in values.items():
+            if "_stderr" not in metric:
+                error = values.get(stderr_of(metric))
+                yield f"{task:<32} {metric:<24} {value:>9.4f} {'-' if error is None else f'{error:.4f}':>9}"
+
+
+def stderr_of(metric: str) -> str:
+    """Returns the name of a metric's standard error: that of "acc (strict)" is "acc_stderr (strict)"."""
+    name, space, rest = metric.partition(" ")
+    return f"{name}_stderr{space}{rest}"
+
+
+def _row(score: Score) -> str:
+    bits = "-" if score.bits_per_byte is None else f"{score.bits_per_byte:.4f}"
+    return f"{score.documents:>10,} {score.tokens:>14,} {score.loss:>9.4f} {score.perplexity:>12.4f} {bits:>10}"
+
+
+def _finite(value: object) -> object:
+    """Returns JSON values in which numbers that are not finite are null."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

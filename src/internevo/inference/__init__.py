@@ -1,0 +1,1 @@
+"""Using a model: texts, chats, and tasks of lm-eval."""

@@ -1,0 +1,240 @@
+"""Text from a model: what follows a prompt, the answer to a question, the next message of a chat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ..checkpoint.open import load_model, open_source
+from ..data.encoding.chats import encode_messages
+from ..data.encoding.formats import END_OF_ANSWER, FormatName, encode_prompt
+from ..errors import UsageError
+from ..models.config import DecoderConfig
+from ..models.decoder import Decoder
+from ..models.generate import Continuation, LanguageModel, Sampling, longest_text
+from ..models.source import ParameterSource, most_common_dtype
+from ..parallel.world import pick_device
+from ..text.chat import Messages
+from ..text.pieces import Pieces
+from ..text.special_tokens import model_eos_ids
+from ..text.tokenizer import Tokenizer, load_tokenizer
+
+
+class Prompt(NamedTuple):
+    """What a model continues."""
+
+    ids: list[int]
+    stop_ids: set[int]
+    """Ids that end the text."""
+    stop: tuple[str, ...] = ()
+    """The text ends before the first of these."""
+    continues: bool = True
+    """Whether the new text is appended to that of the prompt; otherwise it is an answer."""
+    strip: bool = False
+    """Whether white space at the ends of the answer is left out."""
+
+
+@dataclass
+class TextModel:
+    """A model and its tokenizer."""
+
+    config: DecoderConfig
+    tokenizer: Tokenizer
+    get: Callable[[], LanguageModel] = field(repr=False)
+    """Loads the model."""
+    eos_ids: frozenset[int] = frozenset()
+    """The ids that end a text, by the model's ``generation_config.json``."""
+    dtype: torch.dtype | None = None
+    """Dtype of the cache; None: that of the weights."""
+    whole_sequences: Callable[[], AbstractContextManager[None]] = nullcontext
+    """A context in which every rank computes all tokens, if the model is sharded."""
+
+    @classmethod
+    def open(cls, model: Decoder | str | Path, tokenizer: Tokenizer | str | Path | None = None) -> TextModel:
+        """Opens a model. The weights of a folder are loaded when they are first used, in the dtype that most of them have.
+
+        Args:
+            model: a Hugging Face folder, a checkpoint, a run folder, or a model in memory.
+            tokenizer: None: the one in the folder.
+
+        Raises:
+            UsageError, CheckpointError: if the folder cannot be used, or there is no tokenizer.
+        """
+        if isinstance(model, Decoder):
+            if tokenizer is None:
+                raise UsageError("a model in memory has no tokenizer: give tokenizer=, its folder or a Tokenizer")
+            return cls(model.config, _tokenizer(tokenizer), lambda: model)
+        folder = Path(model)
+        source = open_source(folder)
+        found = tokenizer or source.tokenizer
+        if found is None:
+            raise UsageError(f"there is no tokenizer in {folder}; use --tokenizer PATH")
+
+        def load() -> Decoder:
+            return load_model(folder, dtype=most_common_dtype(source), device=pick_device(0))
+
+        return cls(source.config, _tokenizer(found), load, eos_ids(source))
+
+    @cached_property
+    def model(self) -> LanguageModel:
+        """The model, with its weights."""
+        return self.get()
+
+    def prompt(self, text: str | Messages, format: FormatName = "text", stop: Sequence[str] = ()) -> Prompt:
+        """Encodes a prompt.
+
+        Args:
+            text: a text to continue or a question, as ``format`` says; or the messages of a chat.
+            stop: the new text ends before the first of these.
+
+        Raises:
+            UsageError: if it is too long for the model, or has ids that the model does not have.
+        """
+        if isinstance(text, str):
+            ids, stop_ids = encode_prompt(format, text, self.tokenizer)
+        else:
+            ids, end = encode_messages(text, self.tokenizer)
+            stop_ids = {*self.tokenizer.eos, *(() if end is None else (end,))}
+        texts = (*stop, *((END_OF_ANSWER,) if format == "alpaca" else ()))
+        continues = isinstance(text, str) and format == "text"
+        prompt = Prompt(ids, stop_ids | self.eos_ids, texts, continues, strip=format == "alpaca")
+        self.room(prompt)
+        return prompt
+
+    def room(self, prompt: Prompt) -> int | None:
+        """Returns how many tokens can follow a prompt; None if there is no limit.
+
+        Raises:
+            UsageError: if the prompt has ids that the model does not have, or is too long.
+        """
+        largest, longest, tokenizer = max(prompt.ids), longest_text(self.config), self.tokenizer
+        if largest >= self.config.vocab_size:
+            raise UsageError(
+                f"the prompt has the token id {largest}, but the model's vocabulary has {self.config.vocab_size} entries: the "
+                f"tokenizer {tokenizer.path} ({tokenizer.vocab_size} entries) is not this model's; use --tokenizer PATH"
+            )
+        if longest is not None and len(prompt.ids) >= longest:
+            raise UsageError(
+                f"the prompt has {len(prompt.ids)} tokens, and the model is made for texts of up to {longest}, the answer "
+                "included (max_position_embeddings and rope scaling); shorten it"
+            )
+        return None if longest is None else longest - len(prompt.ids)
+
+    def stream(
+        self, prompts: Sequence[Prompt], max_new_tokens: int | Sequence[int], sampling: Sampling, seeds: Sequence[int]
+    ) -> Iterator[tuple[int, str]]:
+        """Continues several prompts together. Yields (number of the prompt, next piece of its text) as they come; the last
+        piece of each may be empty.
+
+        No text gets longer than the model's positions reach.
+        """
+        limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+        rooms = [self.room(prompt) for prompt in prompts]
+        limits = [limit if room is None else min(limit, room) for limit, room in zip(limits, rooms, strict=True)]
+        texts = [Pieces(self.tokenizer, p.ids if p.continues else (), p.stop, p.strip) for p in prompts]
+        vocab = min(self.tokenizer.vocab_size, self.config.vocab_size)
+        with self.whole_sequences():
+            together = Continuation(
+                self.model, [p.ids for p in prompts], limits, sampling, seeds=seeds, vocab_size=vocab, dtype=self.dtype
+            )  # fmt: skip
+        while together.rows:
+            with self.whole_sequences():
+                new = together.step()
+            for number, id_ in new:
+                ended = id_ in prompts[number].stop_ids
+                if piece := "" if ended else texts[number].add(id_):
+                    yield number, piece
+                if ended or texts[number].stopped:
+                    together.end([number])
+                if number not in together.rows:
+                    yield number, texts[number].finish()
+
+    def batch_size(self, wanted: int) -> int:
+        """Returns how many texts can be generated together: one, if others would change it because experts have a capacity."""
+        experts = self.config.experts
+        return 1 if experts is not None and experts.eval_capacity_factor else wanted
+
+
+def eos_ids(source: ParameterSource) -> frozenset[int]:
+    """Returns the ids that end a text, by the ``generation_config.json`` or ``config.json`` of the model."""
+    path = source.tokenizer
+    return frozenset() if path is None else frozenset(model_eos_ids(path if path.is_dir() else path.parent))
+
+
+def _tokenizer(given: Tokenizer | str | Path) -> Tokenizer:
+    return given if isinstance(given, Tokenizer) else load_tokenizer(given)
+
+
+def generate(
+    model: Decoder | str | Path | TextModel,
+    prompt: str,
+    *,
+    tokenizer: Tokenizer | str | Path | None = None,
+    max_new_tokens: int = 100,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    format: FormatName = "text",
+) -> Iterator[str]:
+    """Continues a text. ``"".join(internevo.generate(...))`` is the whole of what the model adds to it.
+
+    Args:
+        model: a Hugging Face folder, a checkpoint, a run folder, or what ``load_model`` returned.
+        prompt: the text, or a question.
+        tokenizer: the tokenizer, or its path; None: the one in the folder.
+        max_new_tokens: the maximum number of tokens to generate.
+        temperature, top_k, top_p: how tokens are drawn (``Sampling``).
+        seed: seed of the random draws.
+        stop: the text ends before the first of these.
+        format: "text" if the prompt is a text to continue; "alpaca" or "chat" if it is a question in the form of such data.
+
+    Yields:
+        Pieces of text, as the model generates them.
+
+    Raises:
+        UsageError, CheckpointError: if the folder cannot be used, there is no tokenizer, it is not the model's, or the prompt
+            is too long for the model. They are raised at once, before the first piece is asked for.
+    """
+    sampling = Sampling(temperature, top_k, top_p)
+    found = model if isinstance(model, TextModel) else TextModel.open(model, tokenizer)
+    encoded = found.prompt(prompt, format, stop)
+    return (piece for _, piece in found.stream([encoded], max_new_tokens, sampling, [seed]))
+
+
+def chat(
+    model: Decoder | str | Path | TextModel,
+    messages: Messages,
+    *,
+    tokenizer: Tokenizer | str | Path | None = None,
+    max_new_tokens: int = 1000,
+    temperature: float = 0.7,
+    top_k: int = 0,
+    top_p: float = 0.95,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+) -> Iterator[str]:
+    """Answers the last message of a chat, with the chat template of the model's tokenizer.
+
+    Args:
+        model, tokenizer: as for ``generate``.
+        messages: {"role": "system", "user" or "assistant", "content": text} of each message, the last one the user's.
+        max_new_tokens, temperature, top_k, top_p, seed, stop: as for ``generate``.
+
+    Yields:
+        Pieces of the answer, as the model generates them.
+
+    Raises:
+        UsageError, DataError: as ``generate``; also if there is no chat template, or it cannot render the messages.
+    """
+    sampling = Sampling(temperature, top_k, top_p)
+    found = model if isinstance(model, TextModel) else TextModel.open(model, tokenizer)
+    encoded = found.prompt(messages, stop=stop)
+    return (piece for _, piece in found.stream([encoded], max_new_tokens, sampling, [seed]))
