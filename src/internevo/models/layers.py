@@ -275,7 +275,10 @@ class LatentAttention(nn.Module):
         q_BSHN, k_BSHN = (self._rotate(x, context) for x in (q_BSHN, k_BSHN))
         if cache is not None:
             k_BSHN, v_BSHN = add_to_cache(cache, k_BSHN, v_BSHN)
-        out_BSHN = ops.attention(q_BSHN, k_BSHN, v_BSHN, context.cu_seqlens, context.max_seqlen, window=self.window)
+        out_BSHN = ops.attention(
+            q_BSHN, k_BSHN, v_BSHN, context.cu_seqlens, context.max_seqlen, window=self.window,
+            first_B=None if cache is None else cache.first,
+        )  # fmt: skip
         return self.finish(self.join_heads(out_BSHN[..., :value]).flatten(2), self.o)
 
     def _rotate(self, x_BSHN: Tensor, context: Context) -> Tensor:
