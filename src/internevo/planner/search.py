@@ -7,9 +7,9 @@ It refines choices in the order of a lower bound of the time of a step, so that 
 | axes: pipeline, tensor mode, expert                            | what a rank computes, with the largest micro-batch       |
 | in addition rows: the size of a micro-batch                    | the same                                                 |
 | in addition schedule: schedule, chunks                         | what the slowest rank computes and waits for             |
+| in addition kind: what is recomputed, if something must be     | the same, with as little of it as may be enough          |
 | in addition weights: weight, expert weight, FSDP               | the same, and what it communicates of weights            |
-| in addition memory: a kind of recomputation                    | the same, with as little of it as may be enough, and     |
-|                                                                | with the schedule played out                             |
+| in addition memory: how much is recomputed, at least           | the same, with the schedule played out                   |
 | in addition recomputation: enough, if ZeRO is over all ranks   | all but the communication of the optimizer state         |
 | in addition zero                                               | all but the communication of that of experts             |
 | in addition expert zero: a layout                              | the prediction; then it is known whether it fits         |
@@ -52,7 +52,7 @@ class Candidate:
     memory: RankMemory
 
 
-Level = Literal["axes", "rows", "schedule", "weights", "memory", "recomputation", "zero", "layout", "fits"]
+Level = Literal["axes", "rows", "schedule", "kind", "weights", "memory", "recomputation", "zero", "layout", "fits"]
 Node = tuple[float, Level, Choice]
 """A lower bound of the time of a step, what is decided, and the choice."""
 
@@ -84,8 +84,8 @@ class Search:
         """Returns the fastest layouts that fit, the fastest first."""
         serial, found = count(), list[Candidate]()
         steps: dict[Level, Callable[[Choice], Iterator[Node]]] = {
-            "axes": self._rows, "rows": self._schedules, "schedule": self._weights, "weights": self._memory,
-            "memory": self._recomputations, "recomputation": self._zeros, "zero": self._expert_zeros,
+            "axes": self._rows, "rows": self._schedules, "schedule": self._kinds, "kind": self._weights,
+            "weights": self._memory, "memory": self._recomputations, "recomputation": self._zeros, "zero": self._expert_zeros,
             "layout": self._recomputed,
         }  # fmt: skip
         heap = [(bound, next(serial), level, choice) for bound, level, choice in self._axes()]
@@ -117,6 +117,17 @@ class Search:
             option = replace(choice, schedule=schedule, chunks=chunks)
             yield self.bounds.of_schedule(option, weights_decided=False), "schedule", option
 
+    def _kinds(self, choice: Choice) -> Iterator[Node]:
+        """Decides what is recomputed, unless all may fit without."""
+        likely = self._of_least_memory(choice)
+        plain = any(self.bounds.least(option, NOTHING) for option in likely)
+        for again in (NOTHING,) if plain else KINDS:
+            found = [option for option in (self.bounds.least(option, again) for option in likely) if option]
+            if found:
+                part = found[0].checkpoint if again.what == "attention" else min(float(option.checkpoint) for option in found)
+                option = replace(choice, checkpoint=part, selective=again.keeps_attention)
+                yield self.bounds.of_schedule(option, weights_decided=False), "kind", option
+
     def _weights(self, choice: Choice) -> Iterator[Node]:
         for option, fsdp in product(weights(choice, self.config, self.world), (False, True)):
             option = replace(option, fsdp=fsdp)
@@ -124,8 +135,9 @@ class Search:
 
     def _memory(self, choice: Choice) -> Iterator[Node]:
         if self.is_legal(choice):
-            plain = self.bounds.least(choice, NOTHING)
-            for option in [plain] if plain else [self.bounds.least(choice, again) for again in KINDS]:
+            enough = self.bounds.least(choice, Recomputation.of(choice))
+            again = () if enough or choice.checkpoint else KINDS
+            for option in [enough, *(self.bounds.least(choice, kind) for kind in again)]:
                 if option is not None:
                     yield self.bounds.of_memory(option), "memory", option
 
@@ -220,19 +232,24 @@ class Search:
         least, job = self.bounds.least(choice, again), self.job(choice)
         if least is None or self._fits(job, least):
             return [least] if least else []
-        more = [replace(least, checkpoint=part) for part in self.bounds.parts(choice, again).tolist() if again.what == "layer"]
-        options = [option for option in more if option.checkpoint > least.checkpoint]
+        parts = self.bounds.parts(choice, again).tolist() if again.what == "layer" else []
+        options = [replace(least, checkpoint=part) for part in parts if part > float(least.checkpoint)]
         place = bisect_left(options, True, key=lambda option: self._fits(job, option))
         return options[place : place + 1]
 
     def _may_fit(self, choice: Choice) -> bool:
         """Whether a layout may fit with any weight axes, schedule and recomputation."""
+        options = schedules(choice.pipeline, self.decoder.num_layers)
+        sure = (replace(choice, schedule=schedule, chunks=chunks) for schedule, chunks in options)
+        least = (option for scheduled in sure for option in self._of_least_memory(scheduled))
+        return any(self.bounds.needs(option, Recomputation("layer"))[-1] <= self.limit for option in least)
+
+    def _of_least_memory(self, choice: Choice) -> list[Choice]:
+        """Returns the weight axes and FSDP of which one needs the least memory. (They need not be legal.)"""
         if choice.mode == "isp":
             ranks = self.world // choice.pipeline
             choice = replace(choice, weight=ranks, expert_weight=max(1, ranks // choice.expert))
-        options = product(schedules(choice.pipeline, self.decoder.num_layers), (False, True))
-        least = (replace(choice, schedule=schedule, chunks=chunks, fsdp=fsdp) for (schedule, chunks), fsdp in options)
-        return any(self.bounds.needs(option, Recomputation("layer"))[-1] <= self.limit for option in least)
+        return [replace(choice, fsdp=fsdp) for fsdp in (False, True)]
 
     def _fits(self, job: Job, choice: Choice) -> bool:
         job = replace(job, work=replace(job.work, recomputed=choice.checkpoint, keeps_attention=choice.selective))
