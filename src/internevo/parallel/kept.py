@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable
 from functools import lru_cache
 from operator import le
 from typing import NamedTuple
@@ -74,28 +76,28 @@ def within(schedule: str, ranks: int, chunks: int, micro_batches: int, rank: int
     planned, zero_bubble = Plan.of(rank, _orders(schedule, ranks, chunks, micro_batches), stages), schedule != "1F1B"
     forward, backward, passes = dict.fromkeys(numbers, 0), dict.fromkeys(numbers, 0), dict.fromkeys(numbers, "")
     last, before, first = WEIGHTS if zero_bubble else BACKWARD, 0, dict[tuple[bool, ...], str]()
-    found = dict[Within, None]()
+    found = defaultdict[tuple[object, ...], dict[tuple[int, ...], Within]](dict)
     for (kind, number, micro_batch), messages in zip(planned.order, kept(planned, rank, stages), strict=True):
         if kind == FORWARD:
             passes[number] += kind
             forward[number] += 1
         same = tuple(first.setdefault(facts(text, last, micro_batches), text) for text in passes.values())
         completes = kind == last and micro_batch == micro_batches - 1
-        counts = tuple(forward.values()), tuple(backward.values())
         most = messages if kind == FORWARD else max(before, messages)
-        found[Within(kind, numbers.index(number), completes, *counts, same, most)] = None
+        what, place = (kind, number, completes, same), numbers.index(number)
+        amounts = *forward.values(), *backward.values(), most
+        found[what][amounts] = Within(kind, place, completes, tuple(forward.values()), tuple(backward.values()), same, most)
         if kind != FORWARD:
             passes[number] += kind
             forward[number] -= kind == BACKWARD
             backward[number] += ((kind == BACKWARD) - (kind == WEIGHTS)) * zero_bubble
         before = messages
-    return tuple(one for one in found if not any(_is_less_within(one, other) for other in found))
+    return tuple(one for alike in found.values() for amounts, one in alike.items() if not _is_exceeded(amounts, alike))
 
 
-def _is_less_within(one: Within, other: Within) -> bool:
-    mine, theirs = ((*w.forward, *w.backward, w.messages) for w in (one, other))
-    same = one[:3] == other[:3] and one.passes == other.passes
-    return same and mine != theirs and all(map(le, mine, theirs))
+def _is_exceeded(amounts: tuple[int, ...], others: Iterable[tuple[int, ...]]) -> bool:
+    """Whether one of the others has more of something, and less of nothing."""
+    return any(amounts != other and all(map(le, amounts, other)) for other in others)
 
 
 def _is_less(point: Point, other: Point) -> bool:

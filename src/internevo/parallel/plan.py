@@ -205,7 +205,7 @@ class _StageBytes(NamedTuple):
 
 def _like(stage: Stage, decoder: DecoderConfig) -> Stage:
     """Returns a stage that needs as much memory: the first one with as many layers, if all layers are alike."""
-    if decoder.window_rope is not None or (decoder.experts is not None and decoder.experts.dense_layers):
+    if decoder.windows or (decoder.experts is not None and decoder.experts.dense_layers):
         return stage
     return replace(stage, layers=range(len(stage.layers)))
 
@@ -226,7 +226,8 @@ def enough(micro_batches: int, ranks: int) -> int:
 
 def elements(work: Workload) -> Elements:
     """Counts the parameters of the one stage of ``work``."""
-    stage, decoder = _like(work.on_rank[0], work.decoder), _shape_of(work.decoder)
+    decoder = _shape_of(work.decoder)
+    stage = _like(work.on_rank[0], decoder)
     # The same for all micro-batches and pipeline ranks, so that it is counted once for all of them.
     any_rank = replace(
         work,

@@ -8,6 +8,7 @@ of one byte for each element (Korthikanti et al., arXiv:2205.05198, section 4.1)
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from operator import mul
 
@@ -33,21 +34,36 @@ class RankMemory:
         return self.kept.total + self.temporary
 
 
-def most_loaded(job: Job) -> RankMemory:
-    """Returns the memory of the pipeline rank that needs the most."""
-    return max((on_rank(job, rank) for rank in range(job.work.layout.pipeline)), key=lambda memory: memory.total)
+def most_loaded(job: Job, limit: float = math.inf) -> RankMemory:
+    """Returns the memory of the pipeline rank that needs the most.
+
+    The fullest moment is looked for on the rank that keeps the most, and on those with the embedding and the head.
+
+    Args:
+        limit: if a rank keeps more bytes than this, its fullest moment is not looked for.
+    """
+    works = {rank: job.on_rank(rank) for rank in range(job.work.layout.pipeline)}
+    keeps = {rank: plan.memory(work) for rank, work in works.items()}
+    most = max(keeps, key=lambda rank: keeps[rank].total)
+    if keeps[most].total > limit:
+        return RankMemory(most, keeps[most], 0)
+    ranks = {most, *(rank for rank, work in works.items() if work.embeddings or work.heads)}
+    return max((_of(job, works[rank], keeps[rank]) for rank in sorted(ranks)), key=lambda memory: memory.total)
 
 
 def on_rank(job: Job, pipeline_rank: int) -> RankMemory:
     """Returns the memory of a rank."""
     work = job.on_rank(pipeline_rank)
-    kept = plan.memory(work)
+    return _of(job, work, plan.memory(work))
+
+
+def _of(job: Job, work: Workload, kept: Memory) -> RankMemory:
     largest = temporary(work, kept)
     if job.keeps_scores:
         scores = _scores(job)
         kept = replace(kept, activations=kept.activations + scores * _layers_kept(work))
         largest += scores * bool(work.recomputed_attentions)
-    return RankMemory(pipeline_rank, kept, largest)
+    return RankMemory(work.pipeline_rank, kept, largest)
 
 
 def _scores(job: Job) -> int:

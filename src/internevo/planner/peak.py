@@ -15,7 +15,7 @@ The last pass of a stage also reduces the gradients of each unit, from a buffer.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
@@ -145,8 +145,7 @@ def _parts(work: Workload, kept: KeptActivations) -> list[Part]:
     """Returns the parts of the one stage of ``work``, in the order of the forward pass."""
     stage, decoder = work.on_rank[0], work.decoder
     layers = {sparse: plan.layer(work, sparse) for sparse in {decoder.is_sparse(number) for number in stage.layers}}
-    weights = [layers[decoder.is_sparse(number)] for number in stage.layers]
-    units = _units(work, weights)
+    units = _units(work, layers)
     parts = list[Part]()
     table, ranks = decoder.vocab_size * decoder.hidden_size, _ranks(work)
     tied = stage.embeds and stage.heads and decoder.tie_embeddings
@@ -183,15 +182,19 @@ def _part(work: Workload, full: int, kept: int, backward: tuple[int, int]) -> Pa
     return Part(kept, 0, _full_gradient(work) * full, 0, backward, 0, unit)
 
 
-def _units(work: Workload, weights: Sequence[Sequence[plan.OnRank]]) -> list[Unit | None]:
-    """Returns for each layer the unit that is complete after its backward pass."""
-    layout = work.layout
-    sizes = [sum(math.prod(w.shape) for w in its if not (w.of_experts and layout.experts_apart)) for its in weights]
-    found: list[Unit | None] = [None] * len(weights)
-    for joined in data_axis.join(sizes, None if layout.fsdp else work.bucket_elements):
-        found[joined[0]] = _unit(
-            work, [(p.shape, p.of_experts and layout.experts_apart) for layer in joined for p in weights[layer]]
-        )
+def _units(work: Workload, weights: Mapping[bool, Sequence[plan.OnRank]]) -> list[Unit | None]:
+    """Returns for each layer the unit that is complete after its backward pass.
+
+    Args:
+        weights: those of a layer with experts (True), and of one without (False).
+    """
+    layout, sparse = work.layout, [kind.sparse for kind in work.kinds]
+    shapes = {kind: [(p.shape, p.of_experts and layout.experts_apart) for p in its] for kind, its in weights.items()}
+    sizes = {kind: sum(math.prod(shape) for shape, apart in its if not apart) for kind, its in shapes.items()}
+    unit = cache(lambda kinds: _unit(work, [shape for kind in kinds for shape in shapes[kind]]))
+    found: list[Unit | None] = [None] * len(sparse)
+    for joined in data_axis.join([sizes[kind] for kind in sparse], None if layout.fsdp else work.bucket_elements):
+        found[joined[0]] = unit(tuple(sparse[place] for place in joined))
     return found
 
 

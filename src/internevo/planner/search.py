@@ -253,7 +253,7 @@ class Search:
 
     def _fits(self, job: Job, choice: Choice) -> bool:
         job = replace(job, work=replace(job.work, recomputed=choice.checkpoint, keeps_attention=choice.selective))
-        return all(memory.on_rank(job, rank).total <= self.limit for rank in range(choice.pipeline))
+        return memory.most_loaded(job, self.limit).total <= self.limit
 
     def _stages_of(self, number: int) -> tuple[Stage, ...]:
         layout = replace(self.base.work.layout, world=number, pipeline=number)
