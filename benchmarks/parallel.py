@@ -145,7 +145,9 @@ def tensor_parallel(model: Decoder, sequence: bool) -> None:
         found = F.embedding(DTensor.from_local(tokens_BS, mesh, [Replicate()]), weight_VD)
         return cast(DTensor, found).redistribute(mesh, [outside]).to_local()
 
-    def loss(x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+    def loss(
+        x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor, smoothing: float, softcap: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
         whole = DTensor.from_local(x_BSD, mesh, [outside]).redistribute(mesh, [Replicate()])
         logits = F.linear(whole, weight_VD).flatten(0, 1).float()
         labels = DTensor.from_local(labels_BS.flatten(), mesh, [Replicate()])

@@ -178,7 +178,8 @@ def gemma2(draw: st.DrawFn) -> Any:
 def deepseek(draw: st.DrawFn, version: int) -> Any:
     shape, layers = draw(common()), draw(st.integers(1, 3))
     heads = shape["num_attention_heads"] = draw(st.sampled_from([1, 2, 4]))
-    scaling = draw(st.sampled_from([None, *SCALINGS[3:], {**SCALINGS[4], "mscale": 0.7, "mscale_all_dim": 1.3}]).map(copy))
+    mscale = {**(SCALINGS[4] or {}), "mscale": 0.7, "mscale_all_dim": 1.3}
+    scaling = draw(st.sampled_from([None, *SCALINGS[3:], mscale]).map(copy))
     groups, per_group = draw(st.sampled_from([(1, 4), (2, 3), (4, 2)]))
     chosen = draw(st.integers(1, groups))
     shape |= {
@@ -195,7 +196,7 @@ def deepseek(draw: st.DrawFn, version: int) -> Any:
         method = "group_limited_greedy" if groups > 1 else "greedy"
         return tf.DeepseekV2Config(**shape, topk_method=method)
     return tf.DeepseekV3Config(
-        **shape, rope_interleave=draw(st.booleans()), norm_topk_prob=draw(st.booleans()), num_nextn_predict_layers=0
+        **shape, rope_interleave=draw(st.booleans()), norm_topk_prob=draw(st.booleans()), num_mtp_layers=0
     )  # fmt: skip
 
 

@@ -52,15 +52,10 @@ CASES = {
     "gemma 3, fsp 2": layout(2, "fsp", 2, **GEMMA3),
     "gemma 3, isp 2 x 2, half recomputed": layout(2, "isp", 2, 2, **GEMMA3, model__checkpoint=0.5),
     "gemma 2, mtp 2": layout(2, "mtp", 2, model_type="GEMMA2"),
-    **{
-        f"deepseek {version}, {name}": layout(count, name.split()[0], 2, *weight, **DEEPSEEK_MEMORY[version], **more)
-        for version, name, count, weight, more in [
-            (2, "mtp 2", 2, (), {}),
-            (3, "msp 2", 2, (), {}),
-            (3, "fsp 2, attention recomputed", 2, (), {"model__checkpoint": "attention"}),
-            (3, "isp 2 x 2, bf16", 2, (2,), {"model__dtype": "torch.bfloat16"}),
-        ]
-    },
+    "deepseek 2, mtp 2": layout(2, "mtp", 2, **DEEPSEEK_MEMORY[2]),
+    "deepseek 3, msp 2": layout(2, "msp", 2, **DEEPSEEK_MEMORY[3]),
+    "deepseek 3, fsp 2, attention recomputed": layout(2, "fsp", 2, **DEEPSEEK_MEMORY[3], model__checkpoint="attention"),
+    "deepseek 3, isp 2 x 2, bf16": layout(2, "isp", 2, 2, **DEEPSEEK_MEMORY[3], **BF16),
     "glm 4, mtp 2, attention recomputed": layout(2, "mtp", 2, model_type="GLM4", model__checkpoint="attention"),
     "experts": layout(1, **EXPERTS, model__moe_type="Dropless"),
     "experts with capacity, bf16, zero 2": layout(2, **EXPERTS, model__dtype="torch.bfloat16", parallel__expert={"size": 1}),

@@ -59,8 +59,6 @@ class Experts:
     """Whether the weights of a token's experts are divided by their sum. Otherwise they are the router's probabilities."""
     shared_size: int = 0
     """Width of the shared expert, which sees every token; 0: there is none."""
-    shared_gate: bool = True
-    """Whether the output of the shared expert is multiplied by a sigmoid gate."""
     dense_layers: tuple[int, ...] = ()
     """Numbers of the layers that have an MLP in place of experts."""
     capacity_factor: float = 0.0
@@ -85,6 +83,8 @@ class Experts:
     top_groups: int = 1
     scale: float = 1.0
     """The weights of a token's experts are multiplied by this."""
+    shared_gate: bool = True
+    """Whether the output of the shared expert is multiplied by a sigmoid gate."""
 
     def dropless(self) -> Experts:
         """Returns the same experts without a capacity."""

@@ -43,5 +43,5 @@ def test_flex_attention_equals_the_other_path(window: int) -> None:
     boundaries = torch.tensor([0, 30, 31, 31, 100], dtype=torch.int32)
     q, k, v = (torch.randn(100, heads, 16) for heads in (4, 2, 2))
     out = flex_attention(q, k, v, boundaries, window, 0.8)
-    wanted = ops.attention(*(x.unsqueeze(0) for x in (q, k, v)), boundaries, window=window, softcap=0.8)[0]
+    wanted = ops.attention(q[None], k[None], v[None], boundaries, window=window, softcap=0.8)[0]
     assert_close_to_scale(out, wanted)

@@ -27,7 +27,7 @@ def prefetches(
     by_layer = [[GatheredWeights(None, [], None) for _ in of_layer] for of_layer in per_layer]  # type: ignore[arg-type]
     made = list(itertools.chain.from_iterable(by_layer))
     settings = {"overlap": overlap, "forward_overlap_per": unit, "launch_allgather_before": before}
-    set_prefetch_order(by_layer, Weight.model_validate(settings))
+    set_prefetch_order(by_layer, Weight.model_validate(settings), attention=2)
     assert {weights.overlap for weights in made} == {overlap}
     name_of = dict(zip(map(id, made), names, strict=True))
     forward, backward = (
