@@ -95,8 +95,8 @@ def photograph(page: Path, picture: Path, width: int, height: int) -> None:
 
 
 def is_half_done(lines: list[Text]) -> bool:
-    """Whether the bar below the lines is past half."""
-    percent = lines[-1].plain.partition("%")[0].split()[-1:] if lines and "%" in lines[-1].plain else []
+    """Whether the bar below the lines is past half, and tells the time left."""
+    percent = lines[-1].plain.partition("%")[0].split()[-1:] if lines and lines[-1].plain.endswith(" left") else []
     return bool(percent) and percent[0].isdigit() and int(percent[0]) >= 50
 
 
