@@ -95,8 +95,8 @@ def photograph(page: Path, picture: Path, width: int, height: int) -> None:
 
 
 def is_half_done(lines: list[Text]) -> bool:
-    """Whether the bar below the lines is past half."""
-    percent = lines[-1].plain.partition("%")[0].split()[-1:] if lines and "%" in lines[-1].plain else []
+    """Whether the bar below the lines is past half, and tells the time left."""
+    percent = lines[-1].plain.partition("%")[0].split()[-1:] if lines and lines[-1].plain.endswith(" left") else []
     return bool(percent) and percent[0].isdigit() and int(percent[0]) >= 50
 
 
@@ -106,6 +106,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400, help="steps of a run")
     parser.add_argument("--nproc", type=int, default=2, help="processes of a run")
     parser.add_argument("--fp32", action="store_true", help="for CPUs without instructions for bfloat16")
+    parser.add_argument("overrides", nargs="*", metavar="KEY.PATH=VALUE", help="more overrides, for a smaller model, say")
     parser.add_argument("--images", type=Path, default=Path("docs/images"), help="folder for the pictures")
     a = parser.parse_args()
     if not Path("demo/data/tokenizer.json").is_file():
@@ -120,7 +121,7 @@ def main() -> None:
             "train", "configs/demo.py", f"data.total_steps={a.steps}", f"data.valid_every={every}",
             f"ckpt.checkpoint_every={every}", f"monitor.sample_every={every}",
             f"adam.lr={lr}", f"ckpt.save_ckpt_folder={run}", f"JOB_NAME={run.name}",
-            *(["model.dtype=torch.float32"] if a.fp32 else []), "--nproc", str(a.nproc),
+            *(["model.dtype=torch.float32"] if a.fp32 else []), *a.overrides, "--nproc", str(a.nproc),
         ]  # fmt: skip
 
         def while_training(lines: list[Text]) -> bool:

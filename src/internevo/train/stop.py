@@ -111,11 +111,12 @@ class StopRequests:
         os.set_blocking(write, False)
 
         def announce() -> None:
+            told = False
             with open(read, "rb", buffering=0) as file:
-                while (number := file.read(1)) and number[0] not in heard:
-                    pass
-                if number:
-                    self.on_signal(signal.Signals(number[0]).name)
+                while number := file.read(1):  # to the end of the file: nobody could write to it if it were closed here
+                    if number[0] in heard and not told:
+                        told = True
+                        self.on_signal(signal.Signals(number[0]).name)
 
         thread = threading.Thread(target=announce, name="signals", daemon=True)
         before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
