@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -82,8 +83,8 @@ def finetune(
     from .finetune import finetune as run
 
     options = Options(
-        model, data, format, lora, text_key, subset, None if tokenizer is None else str(tokenizer),
-        None if chat_template is None else str(chat_template), epochs,
-        lr, seq_len, valid_ratio, on_error, list(overrides or []),
+        os.path.expanduser(model), os.path.expanduser(data), format, lora, text_key, subset,
+        None if tokenizer is None else str(tokenizer), None if chat_template is None else str(chat_template),
+        epochs, lr, seq_len, valid_ratio, on_error, list(overrides or []),
     )  # fmt: skip
     raise typer.Exit(run(options, output, nproc))

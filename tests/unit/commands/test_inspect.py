@@ -90,11 +90,11 @@ def test_tokenized_data_remembers_its_tokenizer(tmp_path: Path) -> None:
 
     train_bpe(["other text"], 270, tmp_path / "tok")
     note = f"note: the tokenizer {tmp_path / 'tok'} has changed since it was tokenized, so the text may be wrong"
-    lines: list[str] = []
+    seen: list[str] = []
     with pytest.raises(DataError, match="outside the vocabulary"):
         for line in describe(tmp_path / "out" / "en"):
-            lines.append(line)
-    assert note in lines
+            seen.append(line)
+    assert note in seen
     shutil.rmtree(tmp_path / "tok")
     missing = f"the tokenizer {tmp_path / 'tok'}, with which it was tokenized, is no longer there"
     assert any(missing in line for line in describe(tmp_path / "out" / "en"))

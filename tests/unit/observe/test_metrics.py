@@ -95,3 +95,14 @@ def test_a_line_that_is_not_a_row_is_kept_apart_and_the_rows_after_it_stay(tmp_p
     assert read_rows(path) == [row(1), row(2), row(3)]
     assert set(removed.read_bytes().splitlines()) == {line}
     json.loads(path.read_text().splitlines()[0])
+
+
+def test_an_evaluation_before_the_first_step_is_kept_unless_the_run_starts_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for last, kept in ((0, [0]), (0, [0]), (1, [0, 1])):
+        lines = JsonLines(path, last)
+        if not last:
+            lines.write({"step": 0, "valid_loss": 1.0})
+            lines.write({"step": 1, "loss": 1.0})
+        lines.close()
+        assert [row["step"] for row in read_rows(path)] == ([0, 1] if not last else kept)
