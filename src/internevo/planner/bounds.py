@@ -14,7 +14,7 @@ import numpy as np
 
 from ..models.config import Stage
 from ..parallel.orders import BACKWARD, FORWARD, interleaved, one_f_one_b
-from . import links, memory, step, timing
+from . import links, peak, step, timing
 from .calibration import Calibration
 from .choice import Choice
 from .costs import NOTHING, Costs, CostTable, Division, Key, Numbers, Recomputation, gathering, key_of, routed_parameters
@@ -180,7 +180,8 @@ class Bounds:
         if later is not None:
             most = np.maximum(most, later @ kept + gradients)
         gathers = choice.weight if choice.fsdp else 0
-        temporary, if_repeated = self._temporary(key_of(choice), first.kinds, gathers)
+        temporary, if_repeated, head = self._temporary(key_of(choice), first.kinds, gathers)
+        temporary = max(0, temporary - head * bool(first.stages.heads.any()))  # freed before the layers' backward passes
         layers = (first.stages.stops - first.stages.starts)[:, None]
         return 12 * shards + weights + most + temporary + if_repeated * (layers * shares >= 1).any(axis=0)
 
@@ -200,19 +201,22 @@ class Bounds:
         kinds = frozenset(self.table.like[layer] for layer in layers)
         return First(stages, int((division.stops - division.starts).max()), dense, routed, kinds)
 
-    def _temporary_of(self, key: Key, layers: frozenset[int], gathers: int) -> tuple[int, int]:
-        """Returns bytes of temporary buffers that a rank with such layers has at least, and those that it has in addition if it
-        recomputes some.
+    def _temporary_of(self, key: Key, layers: frozenset[int], gathers: int) -> tuple[int, int, int]:
+        """Returns bytes of temporary buffers that a rank with such layers has at least; those that it has in addition if it
+        recomputes some; and what a head keeps.
 
         Args:
             gathers: with FSDP, the ranks of the weight axis; otherwise 0.
         """
         work = gathering(self.job(key.choice()).work)
         work = replace(work, layout=replace(work.layout, fsdp=gathers > 0, weight=max(1, gathers)), recomputed=0.0)
-        kinds = [replace(work, stages=(Stage(range(n, n + 1), False, False),)) for n in layers]
-        plain = [memory.temporary(kind) for kind in kinds]
-        again = [memory.temporary(replace(kind, recomputed=1.0)) - nbytes for kind, nbytes in zip(kinds, plain, strict=True)]
-        return min(plain), min(again)
+        plain, again = list[int](), list[int]()
+        for number in layers:
+            one = replace(work, stages=(Stage(range(number, number + 1), False, False),))
+            plain.append(peak.least(one, one.kinds[0]))
+            one = replace(one, recomputed=1.0)
+            again.append(peak.least(one, one.kinds[0]) - plain[-1])
+        return min(plain), min(again), peak.head(work)
 
 
 def _inner(choice: Choice) -> int:

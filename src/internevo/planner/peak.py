@@ -96,6 +96,17 @@ def peak(work: Workload) -> int:
     return found
 
 
+def least(work: Workload, kind: LayerKind) -> int:
+    """Returns what a backward pass through a layer without a head after it has at least, besides what passes keep."""
+    kept = (isp if work.layout.mode == "isp" else tensor).memory(work)
+    return _backward(work, kept, kind, False)
+
+
+def head(work: Workload) -> int:
+    """Returns the bytes that a head keeps."""
+    return head_activations(work, (isp if work.layout.mode == "isp" else tensor).memory(work))
+
+
 def _forward(work: Workload, kept: KeptActivations) -> int:
     """Returns the most that a forward pass has in addition to what it keeps: in the head, or in the last layer's experts."""
     decoder, e, d = work.decoder, work.element_bytes, work.decoder.hidden_size

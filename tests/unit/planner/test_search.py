@@ -110,7 +110,7 @@ def test_no_layout_needs_less_memory_than_its_bound(experts: bool) -> None:
             if again.what != "layer" or part >= choice.checkpoint
         ]
         assert at_most[0] <= total
-        assert at_most[0] >= 0.6 * total or again != NOTHING  # otherwise it would be of no use
+        assert at_most[0] >= 0.5 * total or again != NOTHING  # otherwise it would be of no use
 
 
 @pytest.mark.parametrize(("schedule", "chunks"), [("1F1B", 1), ("1F1B", 2), ("1F1B", 3), ("ZBH1", 1), ("ZBV", 2)])
