@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -180,10 +180,10 @@ class Bounds:
         if later is not None:
             most = np.maximum(most, later @ kept + gradients)
         gathers = choice.weight if choice.fsdp else 0
-        temporary, if_repeated, head = self._temporary(key_of(choice), first.kinds, gathers)
+        temporary, if_repeated, head = self._temporary(key_of(choice), first.kinds, gathers, again.what)
         temporary = max(0, temporary - head * bool(first.stages.heads.any()))  # freed before the layers' backward passes
-        layers = (first.stages.stops - first.stages.starts)[:, None]
-        return 12 * shards + weights + most + temporary + if_repeated * (layers * shares >= 1).any(axis=0)
+        # If some layers are not recomputed, those are the last, and what they keep is freed before others are recomputed.
+        return 12 * shards + weights + most + temporary + if_repeated * (shares >= 1)
 
     def parts(self, choice: Choice, again: Recomputation) -> Numbers:
         """Returns the shares of recomputed layers that make a difference, in ascending order."""
@@ -201,22 +201,24 @@ class Bounds:
         kinds = frozenset(self.table.like[layer] for layer in layers)
         return First(stages, int((division.stops - division.starts).max()), dense, routed, kinds)
 
-    def _temporary_of(self, key: Key, layers: frozenset[int], gathers: int) -> tuple[int, int, int]:
+    def _temporary_of(self, key: Key, layers: frozenset[int], gathers: int, what: str) -> tuple[int, int, int]:
         """Returns bytes of temporary buffers that a rank with such layers has at least; those that it has in addition if it
-        recomputes some; and what a head keeps.
+        recomputes all; and what a head keeps.
 
         Args:
             gathers: with FSDP, the ranks of the weight axis; otherwise 0.
+            what: is recomputed (``Recomputation.what``).
         """
-        work = gathering(self.job(key.choice()).work)
-        work = replace(work, layout=replace(work.layout, fsdp=gathers > 0, weight=max(1, gathers)), recomputed=0.0)
-        plain, again = list[int](), list[int]()
-        for number in layers:
-            one = replace(work, stages=(Stage(range(number, number + 1), False, False),))
-            plain.append(peak.least(one, one.kinds[0]))
-            one = replace(one, recomputed=1.0)
-            again.append(peak.least(one, one.kinds[0]) - plain[-1])
-        return min(plain), min(again), peak.head(work)
+        work = self.job(key.choice()).work
+        work = replace(work, layout=replace(work.layout, fsdp=gathers > 0, weight=max(1, gathers)))
+
+        def least(recomputed: float | Literal["attention"]) -> int:
+            both = (replace(option, recomputed=recomputed) for option in (work, gathering(work)))
+            ones = [replace(one, stages=(Stage(range(n, n + 1), False, False),)) for one in both for n in layers]
+            return min(peak.least(one, one.kinds[0]) for one in ones)
+
+        plain = least(0.0)
+        return plain, least("attention" if what == "attention" else 1.0) - plain, peak.head(work)
 
 
 def _inner(choice: Choice) -> int:

@@ -69,7 +69,7 @@ def test_values_are_read_back_bit_for_bit(tmp_path: Path, family: str, dtype: to
     model = model_of(family)
     source = ModelInMemory(model.config, model)
     train_bpe(["def f(x): return x"] * 5, 300, tmp_path / "tokenizer")
-    source.tokenizer = tmp_path / "tokenizer"  # type: ignore[assignment]
+    source.tokenizer = tmp_path / "tokenizer"
     write_gguf(source, tmp_path / "out", dtype=dtype)
     reader = gguf.GGUFReader(tmp_path / "out" / "model.gguf")
     found, config = values(reader), model.config
