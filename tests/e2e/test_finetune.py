@@ -23,10 +23,9 @@ from tests.unit.data.encoding.test_formats import CHATML, folder_with
 OPTIONS = ("--lora", "4", "--seq-len", "128", "data.total_steps=12", "ckpt.checkpoint_every=4")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a small Hugging Face folder with a tokenizer that has a chat template."""
-    folder = folder_with(tmp_path_factory.mktemp("finetune") / "model", CHATML)
+def write_chat_model(path: Path) -> Path:
+    """Writes a small Hugging Face folder with a tokenizer that has a chat template."""
+    folder = folder_with(path, CHATML)
     hf = {
         "model_type": "llama", "vocab_size": 304, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, "max_position_embeddings": 256,
@@ -38,6 +37,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
             parameter.mul_(0.1)
     save_hf(model, folder, overwrite=True)
     return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a small Hugging Face folder with a tokenizer that has a chat template."""
+    return write_chat_model(tmp_path_factory.mktemp("finetune") / "model")
 
 
 def write_chats(path: Path, count: int) -> Path:

@@ -66,3 +66,23 @@ def test_the_runs_of_the_strategies_have_run_folders_of_their_own() -> None:
     folders = [re.findall(r"ckpt\.save_ckpt_folder=(runs/\S+)", command) for command in commands]
     assert all(len(found) == 1 for found in folders), commands
     assert len({found[0] for found in folders}) == len(commands) > 8
+
+
+@pytest.mark.parametrize("name", ["README-zh-Hans.md", "README-ja-JP.md"])
+def test_a_translation_of_the_readme_says_the_same(name: str) -> None:
+    """The same headings, commands (without their comments), links and rows of tables, in the same order."""
+    english, translation = ((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", name))
+    assert skeleton(translation) == skeleton(english)
+
+
+def skeleton(text: str) -> list[tuple[str, ...]]:
+    """What a translation leaves as it is: levels of headings, blocks of code, the code and links of each paragraph and row."""
+    parts = re.findall(r"^```.*?^```$|^[^\n]+(?:\n(?!```|\|)[^\n]+)*", text, re.MULTILINE | re.DOTALL)
+    commands = (re.sub(r"\s+#.*", "", part) if part.startswith("```") else part for part in parts if "README-" not in part)
+    return [(part,) if part.startswith("```") else of_paragraph(part) for part in commands]
+
+
+def of_paragraph(part: str) -> tuple[str, ...]:
+    """A heading's level, or a row's number of cells; and sorted code and links, since languages order words differently."""
+    kind = part.split()[0] if part.startswith("#") else f"{part.count('|')} cells"
+    return (kind, *sorted(re.findall(r"`[^`\n]+`", part) + LINK.findall(part)))

@@ -251,5 +251,6 @@ def _summary(options: Options, run: Path) -> Iterator[str]:
         yield f"adapters: {checkpoint}; they are merged in the model"
     yield f"model: {run / MODEL} (Hugging Face's format, with the tokenizer)"
     kind = next((run / DATA / "train").glob("*/*.bin")).parent.name
-    yield f"try it: internevo generate {run / MODEL} --format {kind} --prompt '...'"
+    command = "chat {}" if kind == "chat" else f"generate {{}} --format {kind} --prompt '...'"
+    yield f"try it: internevo {command.format(run / MODEL)}"
     yield f"go on by hand: internevo train {run / CONFIG} data.total_steps={2 * _total_steps(run)}"
