@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT, tiny
 from tests.e2e.test_finetune import write_chat_model, write_chats
 
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -53,7 +53,7 @@ def inputs(tmp_path: Path) -> Path:
     shutil.copytree(tmp_path / "texts", tmp_path / "old_texts")
     write_chat_model(tmp_path / "base")
     write_chats(tmp_path / "chats.jsonl", 20)
-    (tmp_path / "tiny.json").write_text(json.dumps({**TINY, "data": {**TINY["data"], "total_steps": 2}}))
+    (tmp_path / "tiny.json").write_text(json.dumps(tiny(data__total_steps=2)))
     return tmp_path
 
 
