@@ -13,6 +13,7 @@ from ..config.write import Code, readable
 from ..data.encoding.encode import OnError
 from ..data.rows import WholeRows
 from ..data.tokenized.index import Index
+from ..errors import UsageError
 from ..models.generate import longest_text
 from ..ops.precision import is_slow
 from ..parallel.world import pick_device
@@ -46,16 +47,23 @@ class Options:
     overrides: list[str] = field(default_factory=list)
 
 
+FIXED = ("ckpt.save_ckpt_folder=", "ckpt.enable_save_ckpt=")
+"""Beginnings of overrides with which there would be nothing to export."""
+
+
 def check_overrides(options: Options, found: HfModel) -> None:
     """Checks the overrides, and that a config can describe the model, before anything is written.
 
     Raises:
         ConfigError: if an override is wrong, or contradicts the model's weights.
+        UsageError: if an override is of a key that ``finetune`` decides.
     """
     values: dict[str, Any] = {
         "model": {"from_hf": found.name}, "data": {"seq_len": 1, "micro_bsz": 1, "total_steps": 1}, "adam": {"lr": 0.0},
     }  # fmt: skip
     for text in options.overrides:
+        if text.startswith(FIXED):
+            raise UsageError(f"{text}: finetune decides this key itself, since it exports what it has trained; leave it out")
         apply_override(values, text)
     found.check(validate(found.fill(values), source="the overrides"))
 
@@ -163,7 +171,8 @@ class Chosen:
             valid = {"valid_folder": _path(run, f"{DATA}/valid"), "valid_every": every, "valid_at_start": True}
             values["data"] |= valid
         if (rank := self.options.lora) is not None:
-            targets = ("q", "k", "v", "o", *(() if found.decoder.experts else ("gate", "up", "down")))
+            attention = [name for name in ("q", "k", "v", "o") if name in found.decoder.projections()]
+            targets = (*attention, *(() if found.decoder.experts else ("gate", "up", "down")))
             values["model"]["lora"] = {"rank": rank, "alpha": 2.0 * rank, "targets": targets}
         return values
 

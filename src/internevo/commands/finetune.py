@@ -6,6 +6,7 @@ Each step is done once. If the command is killed, the same command goes on where
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +26,7 @@ from ..errors import DataError, UsageError
 from ..models.huggingface.tokenizer import copy_tokenizer, has_tokenizer
 from ..observe.metrics import read_rows
 from ..ops.precision import DTYPES
+from ..parallel.launcher import read_launcher
 from ..storage.folders import check_target, set_aside
 from ..storage.hub import model_folder
 from ..storage.jsonfile import read_object, write_json
@@ -59,6 +61,8 @@ def finetune(options: Options, run: Path, processes: int | None) -> int:
     """
     if options.chat_template is not None and not Path(options.chat_template).is_file():
         raise UsageError(f"--chat-template {options.chat_template} is not a file")
+    if read_launcher(os.environ).address is not None:
+        raise UsageError("finetune starts its processes itself: run it once, without torchrun or srun, with --nproc N")
     processes = processes or default_processes()
     mark = run / FINETUNE
     if mark.is_file():
@@ -90,9 +94,9 @@ def _check_same(options: Options, saved: dict[str, Any], run: Path) -> None:
         raise UsageError(f"{run} was begun with {'; '.join(changed)}: give the same options to go on, or another --output")
     if changed:
         print(f"{run} was begun with {'; '.join(changed)}, and has saved nothing: beginning again")
-        (run / CONFIG).unlink(missing_ok=True)
-        if (run / DATA).exists():
-            set_aside(run / DATA)
+        for old in (run / CONFIG, run / DATA):
+            if old.exists():
+                print(f"what was there is now {set_aside(old)}")
 
 
 # Data ----------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ from pathlib import Path
 from types import FrameType
 
 from ..parallel.launcher import PARENT, STOP_SIGNALS
-from ..train.run import say_starting
 
 GRACE = 60.0
 """Seconds after a process has failed, in which the others may end by themselves; they may be saving a checkpoint."""
@@ -44,7 +43,6 @@ def launch(
     Returns:
         0, or the exit code of the first process that failed.
     """
-    say_starting(processes)
     import torch.distributed as dist
 
     from ..observe.facts import COMMAND, command

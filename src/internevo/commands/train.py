@@ -41,6 +41,7 @@ def train(path: Path, overrides: list[str], processes: int | None, port: int | N
                 check_start(config)
                 variables = {INHERITED: str(lock.descriptor)}
                 arguments = ["train", str(path), *overrides]
+                run.say_starting(processes)
                 return launch(arguments, processes, config.run_folder / "log", variables, (lock.descriptor,))
     elif processes not in (None, info.size):
         raise UsageError(
