@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import atexit
 import faulthandler
-import gc
-import itertools
 import multiprocessing
 import os
 import pickle
@@ -32,14 +30,11 @@ def _work(rank: int, pipe: Connection) -> None:
     faulthandler.enable()  # prints the stacks after a crash
     torch.set_num_threads(1)
     pipe.send_bytes(b"ready")
-    for job in itertools.count():
+    while True:
         try:
             message = pipe.recv_bytes()
         except EOFError:
             return  # the tests have ended
-        if job % 20 == 0:
-            gc.collect()
-        gc.freeze()  # what exists is not visited when the job collects garbage, which would take a fifth of a short training
         try:
             environment, function, arguments = pickle.loads(message)
             os.environ.update(environment)
