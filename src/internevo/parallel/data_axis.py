@@ -311,7 +311,8 @@ def _gather_once(layer: nn.Module, experts: FSDPModule) -> None:
     """Gathers the experts of a layer when the gradient of its residual stream arrives.
 
     The prefetch of ``fully_shard`` runs for the gradient of each output. A router's sums are outputs, too, and their gradients
-    may arrive after the backward pass of the experts, which would be gathered once more for nothing.
+    may arrive after the backward pass of the experts, which would be gathered once more for nothing. Experts that are there
+    when their layer is recomputed stay until their backward pass.
     """
 
     def gather(gradient: Tensor) -> None:
@@ -376,23 +377,21 @@ def traffic(
 
     Args:
         shapes: for each unit, the shapes that its parameters have on a rank before the data axis shards them.
-        experts: layer -> the same for its experts, if they are a unit of their own. With FSDP, recomputation gathers them too.
+        experts: layer -> the same for its experts, if they are a unit of their own.
         summed: axis -> such shapes of the parameters whose gradients are summed over that axis at the end of a step.
     """
     layout, rows = work.layout, list[Collectives]()
     passes = work.micro_batches if layout.fsdp else 1
     gathers = passes * (2 if layout.fsdp else 1)
-    again = [unit for layer, unit in experts.items() if layout.fsdp and layer in work.recomputed_layers]
-    for axis, replicas, ranks, units_, more in (
-        ("zero", "replicate", layout.zero, shapes, []),
-        ("expert zero", "expert replicate", layout.expert_zero, list(experts.values()), again),
+    for axis, replicas, ranks, units_ in (
+        ("zero", "replicate", layout.zero, shapes),
+        ("expert zero", "expert replicate", layout.expert_zero, list(experts.values())),
     ):
         shard = expert_shard_size if axis == "expert zero" else shard_size
-        shards, repeated = ([sum(shard(shape, ranks) for shape in unit) for unit in kind if unit] for kind in (units_, more))
+        shards = [sum(shard(shape, ranks) for shape in unit) for unit in units_ if unit]
         elements, count = ranks * sum(shards), len(shards)
         rows += [
             Collectives("all-gather", axis, count, elements * work.element_bytes).times(gathers),
-            Collectives("all-gather", axis, len(repeated), ranks * sum(repeated) * work.element_bytes).times(passes),
             Collectives("reduce-scatter", axis, count, elements * work.gradient_bytes).times(passes),
             Collectives("all-reduce", replicas, count, sum(shards) * work.gradient_bytes).times(passes),
         ]
