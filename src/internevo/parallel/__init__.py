@@ -4,6 +4,7 @@
 |-----------------------------------|-------------------------------------------------------------------------------------|
 | ``data_axis.py``                  | ZeRO-1.5 and FSDP: where gradients are reduced over the data ranks, and weights are |
 |                                   | gathered                                                                            |
+| ``prefetch.py``                   | what FSDP gathers in advance                                                        |
 | ``tensor.py``                     | mtp, msp, fsp: heads and columns over the tensor ranks                              |
 | ``isp.py``, ``gathered.py``       | isp: sequences over the tensor ranks, weights over the weight ranks; its prefetch   |
 | ``expert.py``                     | experts over ranks: which rank has which experts, and how tokens travel             |

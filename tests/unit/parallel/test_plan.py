@@ -14,7 +14,7 @@ from internevo.models.decoder import Decoder
 from internevo.models.families.registry import decoder_config
 from internevo.models.linear import Linear
 from internevo.models.moe import ExpertLinear
-from internevo.parallel import data_axis, expert, isp, plan, tensor
+from internevo.parallel import data_axis, expert, isp, plan, prefetch, tensor
 from internevo.parallel.layout import Layout
 from internevo.parallel.memory import Elements
 from internevo.parallel.stages import split
@@ -76,7 +76,7 @@ def of_a_model(work: Workload, stage: Stage) -> tuple[list[list[plan.OnRank]], l
             found[id(parameter)] = on_rank
     bucket = None if layout.fsdp else work.bucket_elements
     joined = data_axis.units(model, bucket, lambda p: math.prod(found[id(p)].shape), layout.experts_apart)
-    experts = data_axis.experts_in([model]) if layout.experts_apart else []
+    experts = prefetch.experts_in([model]) if layout.experts_apart else []
     of_experts = [[found.pop(id(parameter)) for parameter in unit.parameters()] for unit in experts]
     return [[found.pop(id(p)) for m in unit for p in m.parameters() if id(p) in found] for unit in joined], of_experts
 
