@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from internevo.config import Config, load_config
+from internevo.config import Config
 from internevo.models.families.registry import decoder_config
 from internevo.parallel import plan
 from internevo.parallel.layout import Layout
 from internevo.parallel.strategy import Workload, add_up
 from internevo.train import step
+from internevo.train.config import load_config
 from tests.conftest import metrics, write_config, write_dataset
 from tests.parallel.conftest import assert_same
 from tests.parallel.layouts import (

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from internevo.commands.train import train
-from internevo.config import load_config
 from internevo.measure.peak import Peak
 from internevo.models.moe import Router
 from internevo.parallel.shards import local
 from internevo.planner.dryrun import DryRun, dry_run
+from internevo.train.config import load_config
 from internevo.train.step import Stepper, StepResult
 from tests.conftest import write_config
 from tests.parallel.layouts import Composition, compositions

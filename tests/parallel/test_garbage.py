@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from internevo.config import load_config
 from internevo.parallel.world import World
 from internevo.train.check import check
+from internevo.train.config import load_config
 from internevo.train.stop import StopRequests
 from internevo.train.trainer import Trainer
 from internevo.train.watchdog import Watchdog

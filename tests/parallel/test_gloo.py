@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 
-from internevo.config import load_config
 from internevo.parallel import gloo
 from internevo.parallel.world import World
 from internevo.text.tokenizer import train_bpe
+from internevo.train.config import load_config
 from internevo.train.stop import StopRequests
 from internevo.train.trainer import Trainer
 from internevo.train.watchdog import Watchdog

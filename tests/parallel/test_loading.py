@@ -11,12 +11,12 @@ import pytest
 from internevo.checkpoint import Checkpoint
 from internevo.checkpoint.saver import Saver
 from internevo.commands.convert import convert
-from internevo.config import load_config
 from internevo.config.run import LoadCkptInfo
 from internevo.parallel import gloo
 from internevo.parallel.shards import local
 from internevo.parallel.world import World
 from internevo.storage import header, tensors
+from internevo.train.config import load_config
 from internevo.train.parts import Parts
 from internevo.train.restore import load_checkpoint
 from tests.conftest import WriteConfig

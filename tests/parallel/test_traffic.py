@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from internevo.config import load_config
 from internevo.models.families.registry import decoder_config
 from internevo.parallel import plan
 from internevo.parallel.layout import Layout
 from internevo.parallel.strategy import Workload, add_up
 from internevo.train import step
+from internevo.train.config import load_config
 from tests.conftest import run, write_config, write_dataset
 from tests.parallel.layouts import EXPERTS, FAMILIES, MODELS, NAMED, PREFETCH, RECOMPUTED, layout, pipelined
 from tests.pool import DEVICE, Pool

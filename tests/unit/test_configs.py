@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from internevo.config import load_config
 from internevo.models.decoder import parameter_shapes, stored_shapes
 from internevo.models.families.registry import decoder_config, decoder_from_hf, family
 from internevo.train.check import missing_features, problems
+from internevo.train.config import load_config
 from tests.conftest import ROOT
 
 PUBLISHED = {

@@ -1,7 +1,7 @@
 """Reads and checks InternEvo's config files. It does not import PyTorch, so that checking a config is quick."""
 
-from .load import dump, flat, load_config, validate
+from .load import dump, flat, validate
 from .option import notices
 from .schema import Config
 
-__all__ = ["Config", "dump", "flat", "load_config", "notices", "validate"]
+__all__ = ["Config", "dump", "flat", "notices", "validate"]

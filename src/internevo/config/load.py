@@ -27,21 +27,11 @@ from .option import Section, field_kinds, section_of, walk
 from .schema import Config
 
 
-def load_config(path: str | Path | dict[str, Any], overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Reads a config file, applies overrides, and validates the result. What ``model.from_hf`` names is not looked up; for that
-    see ``train/config.py``.
+def read_values(path: str | Path | dict[str, Any], overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
+    """Reads a config file (.py, .yaml, .yml, .toml or .json), and applies ``key.path=value`` overrides.
 
     Args:
         path: the file; or what would be in it, as nested dicts.
-
-    Raises:
-        ConfigError: if the config has mistakes; one line for each.
-    """
-    return validate(read_values(path, overrides), source="the config" if isinstance(path, dict) else str(path))
-
-
-def read_values(path: str | Path | dict[str, Any], overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
-    """Reads a config file (.py, .yaml, .yml, .toml or .json), and applies ``key.path=value`` overrides.
 
     Returns:
         The values by the schema's names, which are not validated yet.

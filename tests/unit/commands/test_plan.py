@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from internevo.cli import main
-from internevo.config.load import load_config
 from internevo.train.check import problems
+from internevo.train.config import load_config
 from tests.conftest import write_config
 
 MODEL = {"model__num_layers": 4, "model__dtype": "torch.bfloat16", "data__global_batch_size": 16}

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from internevo.commands.config import layout_lines, show
-from internevo.config import Config, dump, load_config, notices, validate
+from internevo.config import Config, dump, notices, validate
 from internevo.config.check import smallest_world
 from internevo.config.option import walk
 from internevo.errors import ConfigError, NotAvailableYet
 from internevo.models.families.registry import decoder_config
 from internevo.train.check import check, missing_features, problems
+from internevo.train.config import load_config
 from tests import conftest
 from tests.conftest import ROOT, TINY, run
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from internevo.config import load_config, notices, validate
+from internevo.config import notices, validate
 from internevo.errors import ConfigError
 from internevo.train.check import problems
+from internevo.train.config import load_config
 from tests.conftest import TINY, tiny
 
 BODY = "".join(f"{key} = {value!r}\n" for key, value in TINY.items())

@@ -16,7 +16,6 @@ import transformers
 
 import internevo
 from internevo.commands.evaluate import Question, run
-from internevo.config import load_config
 from internevo.data.tokenized.files import MASKED_ZERO, TokenWriter
 from internevo.data.tokenized.index import open_index
 from internevo.data.windows import WholeDocuments, choose_documents
@@ -25,6 +24,7 @@ from internevo.models.config import DecoderConfig, Experts
 from internevo.models.families.registry import decoder_config
 from internevo.text.tokenizer import load_tokenizer, train_bpe
 from internevo.train.check import check_config
+from internevo.train.config import load_config
 from internevo.train.evaluate import evaluation_config
 from tests.conftest import ROOT, random_model, write_dataset
 

@@ -10,9 +10,10 @@ import pytest
 from internevo.checkpoint import Checkpoint, find_checkpoint
 from internevo.checkpoint.finish import Extras, complete
 from internevo.checkpoint.manifest import NAME, Manifest
-from internevo.config import Config, load_config
+from internevo.config import Config
 from internevo.errors import CheckpointError, UsageError
 from internevo.storage.folders import shared_temporary
+from internevo.train.config import load_config
 from internevo.train.folder import LOCK, acquire
 from tests.conftest import write_config
 

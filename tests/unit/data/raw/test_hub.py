@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from internevo.config import load_config
 from internevo.data.raw.hub import dataset_files
 from internevo.errors import ConfigError, DataError, UsageError
 from internevo.train.check import check
+from internevo.train.config import load_config
 from tests.conftest import write_config
 
 

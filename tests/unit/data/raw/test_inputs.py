@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from internevo.config import load_config
 from internevo.config.data import MixturePart
 from internevo.data.build import train_source, valid_rows
 from internevo.data.encoding import encode
@@ -32,6 +31,7 @@ from internevo.data.tokenized.index import open_index
 from internevo.errors import DataError
 from internevo.text.tokenizer import train_bpe
 from internevo.train.check import check
+from internevo.train.config import load_config
 from tests.conftest import Run, write_config, write_dataset
 
 LINES = ("jsonl", "ndjson")
