@@ -34,7 +34,9 @@ SMALLER: dict[str, list[tuple[str, str]]] = {
     "finetune": [("--output runs/chat", "--output runs/chat data.total_steps=2"), ("--lora 16", "--lora 2 data.total_steps=2")],
     "resume": [],
     "data-format": [],
-    "eight-gpus": [*SMALLER_SHAPE, ("--gpus 8", "--gpus 2"), (" data.train_folder=data/train", "")],
+    "eight-gpus": [
+        *SMALLER_SHAPE, ("--gpus 8", "--gpus 2"), ("--world-size 8", "--world-size 2"), (" data.train_folder=data/train", ""),
+    ],
     "slurm": [*SMALLER_SHAPE, ("128", "2")],
 }  # fmt: skip
 """For each recipe the texts that are replaced, each of which must be there."""

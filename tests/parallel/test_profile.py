@@ -96,7 +96,8 @@ def test_the_parts_add_up_to_the_peak_that_the_profiler_counts(pool: Pool, tmp_p
         exact = [size for size, is_exact in peaks if is_exact]
         # How many rows an expert gets changes from step to step.
         assert peak["total"] <= 1.02 * max(exact or [size for size, _ in peaks])
-        assert not exact or peak["total"] >= 0.98 * min(exact)
+        # Under load gloo's thread keeps up to two layers that FSDP gathered, a twentieth of all, for longer.
+        assert not exact or peak["total"] >= (0.94 if name == "fsdp" else 0.98) * min(exact)
         passed = next(phase for phase in profiled["phases"] if phase["pass"] == summary[rank]["measured"]["after"])
         total = sum(summary[rank]["measured"][part] for part in PARTS)
         assert passed["alive"]["total"] == pytest.approx(total, rel=1e-3, abs=3000)

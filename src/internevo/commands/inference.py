@@ -97,7 +97,7 @@ def evaluate(
         typer.Option(parser=parse_input, metavar="FOLDER", help="Tokenized data, on whose documents the loss is computed."),
     ] = None,
     tasks: Annotated[
-        str | None, typer.Option(metavar="NAMES", help="Tasks of lm-eval, separated by commas (pip install 'internevo[eval]').")
+        str | None, typer.Option(metavar="NAMES", help="Tasks of lm-eval (a package to install), separated by commas.")
     ] = None,
     task_folder: Annotated[
         Path | None, typer.Option(parser=parse_input, metavar="FOLDER", help="Folder with task files of your own.")

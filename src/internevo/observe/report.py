@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 import secrets
 import time
 from collections.abc import Sequence
@@ -158,7 +157,7 @@ def _differences(runs: Sequence[RunData]) -> str:
     """Returns a table of the options whose values are not the same in all configs; the run folders always differ."""
     configs = [run.options() for run in runs]
     keys = dict.fromkeys(key for config in configs for key in config if key != "ckpt.save_ckpt_folder")
-    shown = [[json.dumps(config[key], ensure_ascii=False) if key in config else "-" for config in configs] for key in keys]
+    shown = [[to_json(config[key], escaped=False) if key in config else "-" for config in configs] for key in keys]
     rows = [
         {"option": key} | {run.name: value for run, value in zip(runs, values, strict=True)}
         for key, values in zip(keys, shown, strict=True) if len(set(values)) > 1

@@ -28,9 +28,13 @@ def read_object(path: Path) -> dict[str, Any]:
     return values
 
 
-def to_json(values: Any, indent: int | None = None) -> str:
-    """Converts ``values`` to JSON text. NaN and infinity, which JSON does not have, become null at any depth."""
-    return json.dumps(_finite(values), indent=indent, allow_nan=False)
+def to_json(values: Any, indent: int | None = None, escaped: bool = True) -> str:
+    """Converts ``values`` to JSON text. NaN and infinity, which JSON does not have, become null at any depth.
+
+    Args:
+        escaped: write characters that are not ASCII as escapes.
+    """
+    return json.dumps(_finite(values), indent=indent, allow_nan=False, ensure_ascii=escaped)
 
 
 def write_json(path: Path, values: Any, indent: int | None = None) -> None:

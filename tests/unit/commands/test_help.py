@@ -75,4 +75,4 @@ def test_bash_completes_commands_options_values_and_keys(tmp_path: Path) -> None
         try internevo tr; try internevo convert a b --to ""; try internevo train x.py --np; try internevo train x.py data.seq_
     """
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.split("\n")[:-1] == ["train", "hf internevo", "--nproc", "data.seq_len="]
+    assert done.stdout.split("\n")[:-1] == ["train", "hf internevo peft gguf", "--nproc", "data.seq_len="]

@@ -73,7 +73,8 @@ def test_stages_hand_on_what_the_pooled_balance_loss_needs(name: str, dense_laye
     for parameter in whole.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     tokens, terms = torch.randint(0, 97, (2, 20)), LossTerms(balance=5.0, balance_kind="pooled", router_z=0.1)
-    expected = whole(tokens, labels=tokens, terms=terms)
+    labels = tokens.roll(-1, dims=1)
+    expected = whole(tokens, labels=labels, terms=terms)
     expected.total.backward()
     result: HandedOn | Loss | None = None
     losses = list[Tensor]()
@@ -83,7 +84,7 @@ def test_stages_hand_on_what_the_pooled_balance_loss_needs(name: str, dense_laye
             module, _, last = key.rpartition(".")
             setattr(stage.get_submodule(module), last, whole.get_parameter(key))
         hidden, pooled = (result.hidden, result.pooled) if isinstance(result, HandedOn) else (None, None)
-        result = stage(tokens, labels=tokens, terms=terms, hidden=hidden, pooled=pooled)
+        result = stage(tokens, labels=labels, terms=terms, hidden=hidden, pooled=pooled)
         assert isinstance(result, Loss) or (result.pooled is not None and len(result.message()) == 2)
         losses += [result.routed.loss] if result.routed.loss is not None else []
     gradients = {key: parameter.grad for key, parameter in whole.named_parameters()}

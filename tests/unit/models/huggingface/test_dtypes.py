@@ -50,7 +50,7 @@ def parameters(folder: Path) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("family", [*sorted(CONFIGS), *REFERENCES])
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=2, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 10**6))
 def test_every_tensor_is_read_and_kept_in_its_own_dtype(family: str, data: st.DataObject, seed: int) -> None:
     if family in CONFIGS:
@@ -75,7 +75,8 @@ def test_every_tensor_is_read_and_kept_in_its_own_dtype(family: str, data: st.Da
             parts = {mixed[part.disk].dtype for mapping in mappings for part in naming.by_parameter[mapping.parameter]}
             assert found[name].dtype == (mixed[name].dtype if len(parts) == 1 else torch.float32)
         convert(there, narrow, "hf", dtype=torch.bfloat16)
-        assert all(torch.equal(tensor, mixed[name].to(torch.bfloat16)) for name, tensor in disk(narrow).items())
+        for name, tensor in disk(narrow).items():  # biases of routers stay in fp32, as in transformers
+            assert torch.equal(tensor, mixed[name].to(torch.float32 if name.endswith("correction_bias") else torch.bfloat16))
         convert(ours, wide, "internevo", dtype=torch.float32)
         assert dtypes(Checkpoint(wide)) == [torch.float32]
         wanted = parameters(there)
