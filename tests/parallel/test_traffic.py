@@ -55,6 +55,7 @@ CASES: dict[str, Any] = {
     "fsp 2, half recomputed": layout(2, "fsp", 2, model__checkpoint=0.5),
     "isp 2 x 2, attention recomputed": layout(2, "isp", 2, 2, weights=PREFETCH, model__checkpoint="attention"),
     "mtp 4, two replicas of each key/value head": layout(4, "mtp", 4),
+    "msp 2, one key/value head": (*layout(2, "msp", 2), "biased, one key/value head"),
     "pipeline of 4": pipelined(4, 4),
     "pipeline of 2, interleaved, zero 2": pipelined(4, 2, 2),
     "pipeline of 3, msp 2, tied": (*pipelined(6, 3, mode="msp", tensor=2), "internlm2, tied"),

@@ -129,7 +129,9 @@ def shape_on_rank(shape: Sequence[int], axes: Sequence[str], name: str, layout: 
 def partial_axis(axes: Sequence[str], name: str, layout: Layout) -> str | None:
     """Returns the axis over which a parameter's gradients are summed after the last backward pass of a step, or None."""
     if sharded_dim(axes, name) is not None:
-        return "kv replicas" if axes[0] == "kv_heads" and layout.kv_replicas > 1 else None
+        replicated = axes[0] == "kv_heads" and layout.kv_replicas > 1
+        # One key/value head is on all ranks: the same group, which sums all gradients at once.
+        return ("kv replicas" if layout.kv_replicas < layout.tensor else "tensor") if replicated else None
     return "tensor" if is_partial(axes, layout.shards_sequence, layout.experts_by_tensor) else None
 
 
