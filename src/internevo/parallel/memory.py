@@ -97,7 +97,7 @@ def _norm(work: Workload, kept: KeptActivations) -> int:
 
 def _losses(work: Workload, stage: Stage) -> int:
     """Returns the bytes that the loss of a stage keeps: its own 4; for the losses of routers, the number of predicted tokens,
-    and what the load-balancing loss multiplies."""
+    and what the load-balancing loss multiplies. A pooled one also has an input of later stages, which gets a gradient."""
     loss, experts = work.loss, work.decoder.experts
     sparse = sum(work.decoder.is_sparse(layer) for layer in stage.layers)
     pooled, each = work.pooled_bytes * stage.heads, 0
@@ -105,7 +105,8 @@ def _losses(work: Workload, stage: Stage) -> int:
         # The first choices; and the probabilities, if both are sums of the same all-reduce.
         each = 4 * experts.count * sparse * (1 + work.sums_routers)
     of_routers = bool(pooled or each or (sparse and loss.router_z))
-    return 4 * (stage.heads or of_routers) + 8 * of_routers + pooled + each
+    received = work.pooled_bytes * (not stage.embeds)
+    return 4 * (stage.heads or of_routers) + 8 * of_routers + pooled + received + each
 
 
 def left(work: Workload, kept: KeptActivations) -> int:
@@ -234,6 +235,8 @@ class Elements:
     """Of ``full``, how many are in weights whose gradients a zero-bubble schedule computes apart."""
     shard: int
     """Of a rank's shards."""
+    padded: int
+    """The same with the padding: gradients are views of the buffer that a reduce-scatter has filled."""
 
     def plus(self, other: Elements, times: int) -> Elements:
         """Returns the sum with ``times`` as many as another one."""
@@ -254,7 +257,7 @@ class Elements:
         shard += sum(expert_shard_size(shape, expert_zero, work.expert_zero_rank) for shape in experts)
         full, apart = (sum(math.prod(shape) for shape in kind) for kind in ((*shapes, *experts), deferred))
         gathered = zero * dense + expert_zero * of_experts
-        return cls(full, gathered, apart if work.zero_bubble else 0, shard)
+        return cls(full, gathered, apart if work.zero_bubble else 0, shard, dense + of_experts)
 
 
 def weights_and_gradients(work: Workload, stage: Elements, passes: str) -> int:
@@ -281,7 +284,7 @@ def weights_and_gradients(work: Workload, stage: Elements, passes: str) -> int:
     if layout.world == layout.pipeline:
         return (0 if compute == 4 else compute * stage.full) + 4 * (others + deferred)
     if layout.fsdp or passes.count(last) == work.micro_batches:
-        return 4 * stage.shard * (BACKWARD in passes)
+        return 4 * stage.padded * (BACKWARD in passes)
     weights = compute * stage.gathered * (FORWARD in passes)
     if not work.zero_bubble or compute == gradient:
         return weights + gradient * (others + deferred)

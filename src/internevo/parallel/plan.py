@@ -248,7 +248,7 @@ def _count_elements(work: Workload) -> Elements:
     sparse = sum(decoder.is_sparse(number) for number in stage.layers)
     parts = [(1, list(itertools.chain(*_ends(work, stage))))]
     parts += [(count, layer(work, kind)) for kind, count in ((True, sparse), (False, len(stage.layers) - sparse)) if count]
-    total = Elements(0, 0, 0, 0)
+    total = Elements(0, 0, 0, 0, 0)
     for count, parameters in parts:
         shapes = [parameter.shape for parameter in parameters if not (parameter.of_experts and layout.experts_apart)]
         experts = [parameter.shape for parameter in parameters if parameter.of_experts and layout.experts_apart]

@@ -23,6 +23,7 @@ LARGE: dict[str, dict[str, Any]] = {
     "ZBH1 2, experts over 4, msp 2": {
         **EXPERTS, "model__moe_type": "Dropless", "model__num_layers": 2, "parallel__pipeline": {"size": 2, "mode": "ZBH1"},
         "parallel__tensor": {"size": 2, "mode": "msp"}, "parallel__expert": {"size": 4},
+        "loss__moe_loss_coeff": 0.1, "loss__moe_loss_kind": "pooled",
     },
     "fsdp": {"parallel__zero1": {"size": -1, "fsdp": True}, "model__checkpoint": True, "model__dtype": "torch.bfloat16"},
 }  # fmt: skip
@@ -34,7 +35,7 @@ def dry(rank: int, world: int, **changes: Any) -> DryRun:
     return dry_run(config, world, rank)
 
 
-@pytest.mark.parametrize(("name", "rank"), [*((name, 0) for name in LARGE), ("ZBV 4, isp 4 x 8, zero 2", 1023)])
+@pytest.mark.parametrize(("name", "rank"), [*((name, 0) for name in LARGE), *((name, 1023) for name in LARGE)])
 def test_a_rank_of_1024_has_what_the_strategies_state(name: str, rank: int) -> None:
     found = dry(rank, 1024, **LARGE[name])
     assert found.stated_collectives is not None and found.stated_memory is not None
