@@ -138,7 +138,7 @@ def checked_tokenizer(path: str, vocab_size: int) -> Tokenizer:
         ConfigError: if its vocabulary is larger than the model's.
     """
     found = cached_tokenizer(Path(path).resolve())
-    if found.vocab_size > vocab_size:
+    if not found.fits(vocab_size):
         raise ConfigError(
             f"model.vocab_size = {vocab_size} is smaller than the vocabulary of data.tokenizer_path = {path!r}, which has "
             f"{found.vocab_size} entries"
@@ -165,7 +165,7 @@ def _stream(
         for (type_, minimum), group in groupby(files, type_and_minimum)
         for shard in make_shards(list(group), types.index(type_), minimum)
     ]
-    encoder = Encoder(tokenizer, data.format, data.content_name, data.on_error)
+    encoder = Encoder(tokenizer, data.format, data.content_name, data.on_error, vocab_size)
     pool = EncoderPool(encoder, min(data.num_worker, max(1, (os.cpu_count() or 1) // local_world_size)))
     blocks = BlockReader(shards, data.seed, pool, exchange, epochs)
     return Stream(blocks, data.seq_len, types, packed=data.use_packed_dataset, into_one=data.pack_sample_into_one)

@@ -83,7 +83,7 @@ def _vocabulary_problems(config: Config) -> Iterator[str]:
     except UsageError as error:
         yield str(error)
     for what, tokenizer in found.items():
-        if tokenizer.vocab_size > config.model.vocab_size:
+        if not tokenizer.fits(config.model.vocab_size):
             yield (
                 f"model.vocab_size = {config.model.vocab_size} is smaller than the vocabulary of {what}, which has "
                 f"{tokenizer.vocab_size} entries"

@@ -19,7 +19,7 @@ from ..checkpoint.saver import Saver
 from ..config import Config, dump, flat
 from ..data.batches import StepBatch, TrainBatches, parse_skip_batches, valid_batches
 from ..data.build import checked_tokenizer
-from ..errors import InternEvoError
+from ..errors import ConfigError, InternEvoError
 from ..inference.tasks import requests_of, run_tasks
 from ..inference.text import TextModel
 from ..measure.probes import Probes
@@ -356,7 +356,14 @@ def _sample_tokenizer(config: Config) -> Tokenizer | None:
     """Opens the tokenizer for samples and tasks, if they are configured."""
     if not config.monitor.needs_tokenizer or not config.data.tokenizer_path:
         return None
-    return checked_tokenizer(config.data.tokenizer_path, config.model.vocab_size)
+    tokenizer, vocab = checked_tokenizer(config.data.tokenizer_path, config.model.vocab_size), config.model.vocab_size
+    for prompt in config.monitor.sample_prompts:
+        if (largest := max(tokenizer.with_bos(prompt))) >= vocab:
+            raise ConfigError(
+                f"monitor.sample_prompts: {prompt!r} has the token {tokenizer.decode([largest])!r} (id {largest}), which is "
+                f"outside the vocabulary of {vocab} (model.vocab_size)"
+            )
+    return tokenizer
 
 
 def _warnings(config: Config, world: World) -> list[str]:
