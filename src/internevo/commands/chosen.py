@@ -20,8 +20,9 @@ from ..parallel.world import pick_device
 from ..train import recipe
 from ..train.config import HfModel
 from ..train.fit import fitted
+from ..train.resume import TOKENIZER
 
-CONFIG, DATA, MODEL, TOKENIZER = "config.py", "data", "model", "tokenizer"
+CONFIG, DATA, MODEL = "config.py", "data", "model"
 """What is in the run folder, besides what every run writes."""
 RUN = "from pathlib import Path\n\nRUN = Path(__file__).parent"
 """The beginning of the config: paths are relative to it, so that the folder may move."""

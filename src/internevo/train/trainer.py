@@ -43,6 +43,7 @@ from .lr_schedule import beta2, learning_rate
 from .parts import Parts
 from .process import GarbageCollector, prepare
 from .restore import restore
+from .resume import keep_tokenizer
 from .shared import Shared
 from .step import Stepper, StepResult, evaluate, formulas
 from .stop import StopRequests, StopTime
@@ -340,6 +341,7 @@ def _prepare_saving(config: Config, world: World) -> None:
         check_export(decoder_config(config.model_type, config.model), config.data.tokenizer_path)
     if world.rank == 0:
         remove_leftovers(config.run_folder)
+        keep_tokenizer(config.run_folder, config.data.tokenizer_path)
     dist.barrier()  # after it, all ranks find the same checkpoints
 
 

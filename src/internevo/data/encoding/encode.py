@@ -69,9 +69,10 @@ class Encoder:
         for batch in self._batches(chunk, skipped):
             encoded = encode_documents(self.format, batch, self.key, cached_tokenizer(self.tokenizer))
             for document, ids in zip(batch, encoded, strict=True):
-                error = ids if isinstance(ids, DataError) else self._outside(document, ids)
-                if error is not None:
-                    self._skip(error, skipped)
+                if isinstance(ids, DataError):
+                    self._skip(ids, skipped)
+                elif (outside := self._outside(document, ids)) is not None:
+                    self._skip(outside, skipped)
                 elif len(ids):  # there is nothing to train on in an empty document
                     parts.append(ids)
         counts = np.array([len(part) for part in parts], np.int32)
@@ -105,7 +106,7 @@ class Encoder:
 
     def _outside(self, document: Document, ids: npt.NDArray[np.int32]) -> DataError | None:
         """Returns an error if a document has an id that the model does not have."""
-        largest = int(tokens_and_labels(ids)[0].max(initial=-1))
+        largest = int(tokens_and_labels(ids.astype(np.int64))[0].max(initial=-1))
         if self.vocab_size is None or largest < self.vocab_size:
             return None
         text = cached_tokenizer(self.tokenizer).decode([largest])

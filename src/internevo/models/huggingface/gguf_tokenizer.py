@@ -1,9 +1,9 @@
 """Writes tokenizers into GGUF files, in the forms that llama.cpp reads.
 
-llama.cpp has one implementation for each kind of tokenizer, by name: "llama" merges SentencePiece's pieces by their scores, "t5"
-finds the most likely pieces, and "gpt2" is byte-level BPE with a named way to split texts into words. What it would read in
-another way is refused here. Added tokens are of type CONTROL (it hides them, and finds them in texts only if it is told to), or
-USER_DEFINED (it always splits them off).
+llama.cpp has one implementation for each kind of tokenizer, by name: "llama" merges SentencePiece's pieces by their scores,
+"t5" finds the most likely pieces, and "gpt2" is byte-level BPE with a named way to split texts into words. What it would read
+in another way is refused here. Added tokens are of type CONTROL (it hides them, and finds them in texts only if it is told to),
+or USER_DEFINED (it always splits them off).
 """
 
 from __future__ import annotations
