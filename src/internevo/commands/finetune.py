@@ -211,10 +211,9 @@ def _valid_files(options: Options) -> list[Path]:
     if options.valid_ratio is not None:
         return []
     try:
-        files = dataset_files(options.data, options.subset, "valid")[1]
+        return [path for _, path in dataset_files(options.data, options.subset, "valid", trained_on=True)[1]]
     except DataError:
         return []
-    return [path for _, path in files] if files != dataset_files(options.data, options.subset, "train")[1] else []
 
 
 def _describe(index: Index, tokenizer: Tokenizer) -> Iterator[str]:

@@ -146,13 +146,19 @@ def checked_tokenizer(path: str, vocab_size: int) -> Tokenizer:
     return found
 
 
+def _is_trained_on(data: Data, name: str) -> bool:
+    """Whether the training data is read from the same folder."""
+    folders = [part.folder for part in data.mixture or ()] or [data.folders[0]]
+    return any(folder and (folder == name or Path(folder).resolve() == Path(name).resolve()) for folder in folders)
+
+
 def _stream(
     data: Data, name: str, split: str, vocab_size: int, exchange: Exchange, local_world_size: int, epochs: int | None
 ) -> Stream:
     assert data.tokenizer_path is not None
     tokenizer = Path(data.tokenizer_path).resolve()
     checked_tokenizer(data.tokenizer_path, vocab_size)
-    root, files = dataset_files(name, data.subset_name, split)
+    root, files = dataset_files(name, data.subset_name, split, trained_on=_is_trained_on(data, name))
     min_length, min_lengths = (data.min_length, data.min_length_dict) if split == "train" else (MIN_VALID_LENGTH, None)
 
     def type_and_minimum(file: tuple[str, Path]) -> tuple[str, int]:

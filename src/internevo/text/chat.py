@@ -103,9 +103,16 @@ def has_template(tokenizer: Tokenizer) -> bool:
 
 
 def templates(folder: Path) -> dict[str, str]:
-    """Returns the templates of a folder by their names; if there is only one, its name is "default"."""
+    """Returns the templates of a folder by their names; if there is only one, its name is "default".
+
+    Raises:
+        UsageError: if a file cannot be read.
+    """
     files = {"default": folder / TEMPLATE, **{path.stem: path for path in folder.glob(TEMPLATES)}}
-    found = {name: path.read_text(encoding="utf-8") for name, path in files.items() if path.is_file()}
+    try:
+        found = {name: path.read_text(encoding="utf-8") for name, path in files.items() if path.is_file()}
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the chat templates of {folder} cannot be read: {error}") from error
     value = found or read_optional(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(value, list):
         value = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}

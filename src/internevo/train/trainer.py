@@ -21,7 +21,7 @@ from ..data.batches import StepBatch, TrainBatches, parse_skip_batches, valid_ba
 from ..data.build import checked_tokenizer
 from ..errors import ConfigError, InternEvoError
 from ..inference.tasks import requests_of, run_tasks
-from ..inference.text import TextModel
+from ..inference.text import TextModel, eos_ids
 from ..measure.probes import Probes
 from ..models.decoder import parameter_shapes
 from ..models.families.registry import decoder_config
@@ -205,10 +205,9 @@ class Trainer:
         monitor, tokenizer, parts = self.config.monitor, self.tokenizer, self.parts
         if tokenizer is None:
             return
-        dtype = COMPUTE[self.config.model.dtype]
+        dtype, ends = COMPUTE[self.config.model.dtype], {*tokenizer.eos, *eos_ids(tokenizer.path)}
         for prompt in monitor.sample_prompts:
             ids = tokenizer.with_bos(prompt)
-            ends = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
             sampling = Sampling(temperature=0.8, top_p=0.95)
             with self._doing("generating samples"), parts.axis.unsharded_sequences():
                 out = generate(
@@ -224,12 +223,12 @@ class Trainer:
         monitor, tokenizer, parts = self.config.monitor, self.tokenizer, self.parts
         assert tokenizer is not None
         text = TextModel(
-            parts.decoder, tokenizer, lambda: parts.model, dtype=COMPUTE[self.config.model.dtype],
-            whole_sequences=parts.axis.unsharded_sequences,
+            parts.decoder, tokenizer, lambda: parts.model, eos_ids(tokenizer.path), COMPUTE[self.config.model.dtype],
+            parts.axis.unsharded_sequences,
         )  # fmt: skip
-        scores = run_tasks(
-            requests_of(text, parts.layout, self.world), monitor.tasks, monitor.task_folder, limit=monitor.task_limit
-        )
+        with self._doing(f"evaluating on {', '.join(monitor.tasks)}"):
+            requests = requests_of(text, parts.layout, self.world)
+            scores = run_tasks(requests, monitor.tasks, monitor.task_folder, limit=monitor.task_limit)
         parts.axis.after_forwards()
         self.garbage.collect()
         if observers:

@@ -52,18 +52,24 @@ def llama(tmp_path: Path) -> Path:
     return tmp_path / "llama"
 
 
+@st.composite
+def as_published(draw: st.DrawFn, name: str) -> dict[str, Any]:
+    """Any ``config.json`` of a family, with what all of its published models have and a config has no key for."""
+    values: dict[str, Any] = {**draw(CONFIGS[name]).to_dict(), "architectures": [FAMILIES[name].ARCHITECTURE]}
+    if name == "GEMMA3":
+        values["rope_parameters"]["sliding_attention"]["rope_theta"] = 10000.0
+    if name == "DEEPSEEKV3":
+        values["rope_interleave"] = True
+    return values
+
+
 @given(data=st.data(), name=st.sampled_from(sorted(CONFIGS)))
 @settings(max_examples=60)
 def test_a_config_from_a_folder_is_the_model_of_the_conversion(
     data: st.DataObject, name: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("model")
-    values = data.draw(CONFIGS[name]).to_dict()
-    values["architectures"] = [FAMILIES[name].ARCHITECTURE]
-    if name == "GEMMA3":
-        values["rope_parameters"]["sliding_attention"]["rope_theta"] = 10000.0  # that of all published models
-    if name == "DEEPSEEKV3":
-        values["rope_interleave"] = True  # as in all published models
+    values = data.draw(as_published(name))
     (folder / "hf").mkdir()
     (folder / "hf" / "config.json").write_text(json.dumps(values))
     wanted = decoder_from_hf(values, "test")
@@ -177,14 +183,12 @@ def recorded(run: Path, config: Config, tokenizer: Path | None) -> None:
 
 
 @given(data=st.data(), name=st.sampled_from(sorted(CONFIGS)))
-@settings(max_examples=30)
+@settings(max_examples=25)
 def test_a_run_with_a_checkpoint_needs_neither_the_model_nor_its_tokenizer(
     data: st.DataObject, name: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     tmp_path = tmp_path_factory.mktemp("model")
-    hf = {**data.draw(CONFIGS[name]).to_dict(), "architectures": [FAMILIES[name].ARCHITECTURE]}
-    if name == "GEMMA3":
-        hf["rope_parameters"]["sliding_attention"]["rope_theta"] = 10000.0
+    hf = data.draw(as_published(name))
     model, run = tmp_path / "model", tmp_path / "run"
     model.mkdir()
     (model / "config.json").write_text(json.dumps(hf))
