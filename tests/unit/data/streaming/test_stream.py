@@ -232,7 +232,7 @@ def test_a_document_with_a_token_that_the_model_lacks_is_refused_or_left_out(
     added = {str(size): {"content": "<image>", "special": False}}
     (home / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>", "added_tokens_decoder": added}))
     data = Data(
-        type="streaming", train_folder=str(tmp_path / "data"), tokenizer_path=str(home), seq_len=32, micro_bsz=1,
+        type="streaming", train_folder=str(tmp_path / "train"), tokenizer_path=str(home), seq_len=32, micro_bsz=1,
         global_batch_size=2, total_steps=1000, num_worker=0, valid_every=1, valid_folder=str(tmp_path / "data"),
     )  # fmt: skip
     message = rf"has the token '<image>' \(id {size}\), which is outside the vocabulary of {size}"
