@@ -53,7 +53,8 @@ def dataset_files(name: str, subset: str | None, split: str, trained_on: bool = 
         chosen = chosen or [file for file, file_split in zip(found, splits, strict=True) if file_split is None]
     if not chosen:
         others = sorted({name or "train, since their paths name no split" for name in splits})
-        raise DataError(f"{root} has no files for the split {split} (it has files for: {', '.join(others)})")
+        advice = "; name another data.valid_folder, or set data.valid_every=0" if trained_on and split == "valid" else ""
+        raise DataError(f"{root} has no files for the split {split} (it has files for: {', '.join(others)}){advice}")
     chosen = [file for file in chosen if root / "data" in file[1].parents] or chosen
     kinds = Counter(kind for kind, _ in chosen)
     if len(kinds) > 1:
