@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 from collections import Counter
 from pathlib import Path
@@ -27,6 +28,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         for number in range(3):
             lines = [json.dumps({"text": "".join(draw.choices("abcd 春", k=draw.randint(1, 90)))}) for _ in range(12)]
             (folder / "raw" / name / f"{number}.jsonl").write_text("\n".join(lines))
+    shutil.copytree(folder / "raw", folder / "held")
     return folder, train_bpe(["the cat sat"] * 3, 300, folder / "tokenizer")
 
 
@@ -35,7 +37,7 @@ def test_a_stream_gives_the_same_losses_on_any_number_of_processes_and_after_a_s
 ) -> None:
     folder, tokenizer = texts
     changes = {**STREAM, "data__type": "streaming", "data__tokenizer_path": str(tokenizer)}
-    changes |= {"data__valid_folder": str(folder / "raw")}
+    changes |= {"data__valid_folder": str(folder / "held")}
 
     def run(name: str, processes: int, steps: int = 8, **more: Any) -> list[Any]:
         config = write_config(tmp_path, folder / "raw", name, **changes, **more)

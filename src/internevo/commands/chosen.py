@@ -16,12 +16,13 @@ from ..data.tokenized.index import Index
 from ..errors import UsageError
 from ..models.generate import longest_text
 from ..ops.precision import is_slow
-from ..parallel.world import pick_device
+from ..parallel.world import first_device
 from ..train import recipe
 from ..train.config import HfModel
-from ..train.fit import fitted
+from ..train.fit import CHECKPOINT, FSDP, fitted
+from ..train.resume import TOKENIZER
 
-CONFIG, DATA, MODEL, TOKENIZER = "config.py", "data", "model", "tokenizer"
+CONFIG, DATA, MODEL = "config.py", "data", "model"
 """What is in the run folder, besides what every run writes."""
 RUN = "from pathlib import Path\n\nRUN = Path(__file__).parent"
 """The beginning of the config: paths are relative to it, so that the folder may move."""
@@ -149,7 +150,7 @@ class Chosen:
             "JOB_NAME": run.resolve().name,
             "model": {
                 "from_hf": str(found.folder.resolve()) if found.folder == Path(found.name) else found.name,
-                "dtype": "torch.float32" if is_slow(dtype, pick_device(0)) else f"torch.{dtype}",
+                "dtype": "torch.float32" if is_slow(dtype, first_device()) else f"torch.{dtype}",
             },
             "data": {
                 "train_folder": _path(run, f"{DATA}/train"),
@@ -178,13 +179,16 @@ class Chosen:
 
     def _fitted(self, config: Config, values: dict[str, Any], processes: int) -> tuple[Config, bool]:
         """Chooses the micro-batch by the memory, and writes it into ``values``. Returns the config, and whether it fits."""
-        device = pick_device(0)
+        device = first_device()
         rows = max(1, (config.data.global_batch_size or processes) // processes)
-        config, enough = fitted(config, recipe.micro_batches(rows, config.data.seq_len, device.type), processes, device)
+        given = [text.partition("=")[0] for text in self.options.overrides]
+        fixed = {key for key in (CHECKPOINT, FSDP) if any(f"{key}.".startswith(f"{name}.") for name in given)}
+        sizes = recipe.micro_batches(rows, config.data.seq_len, device.type)
+        config, enough = fitted(config, sizes, processes, device, fixed)
         values["data"]["micro_bsz"] = config.data.micro_bsz
-        if config.model.checkpoint:
+        if config.model.checkpoint and CHECKPOINT not in fixed:
             values["model"]["checkpoint"] = True
-        if config.parallel.zero1.fsdp:
+        if config.parallel.zero1.fsdp and FSDP not in fixed:
             values.setdefault("parallel", {}).setdefault("zero1", {})["fsdp"] = True
         return config, enough
 

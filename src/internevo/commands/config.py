@@ -19,6 +19,7 @@ from ..models.families.registry import decoder_config
 from ..observe.units import amount
 from ..train.check import check_data, missing_features, problems
 from ..train.config import load_config
+from ..train.resume import resumes
 
 if TYPE_CHECKING:  # these import PyTorch, which takes seconds and is only needed for a layout
     from ..models.config import DecoderConfig
@@ -44,7 +45,7 @@ def show(path: Path, overrides: list[str], world_size: int | None, per_node: int
     config = load_config(path, overrides)
     for line in notices(config):
         print(f"note: {line}", file=sys.stderr)
-    for line in [*missing_paths(config), *missing_features(config)]:
+    for line in [*missing_paths(config, new=not resumes(config)), *missing_features(config)]:
         print(f"warning: {line}", file=sys.stderr)
     wrong = problems(config, world_size or smallest_world(config))
     if wrong:

@@ -87,10 +87,10 @@ def _check(config: Path, folder: Path) -> None:
 def _dtype(config: Path) -> list[str]:
     """Returns an override to fp32 if the config's dtype is slow on this device."""
     from ..ops.precision import is_slow
-    from ..parallel.world import pick_device
+    from ..parallel.world import first_device
     from ..train.config import load_config
 
-    slow = is_slow(load_config(config).model.dtype, pick_device(0))
+    slow = is_slow(load_config(config).model.dtype, first_device())
     return ["model.dtype=torch.float32"] if slow else []
 
 

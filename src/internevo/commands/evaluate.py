@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from ..parallel.launcher import read_launcher
@@ -50,6 +51,20 @@ class Question:
             options += [f"--{field.name.replace('_', '-')}", *([] if value is True else [text])]
         return ["evaluate", *options, "--", str(self.model), *self.overrides]
 
+    def checked(self) -> dict[str, Any]:
+        """Returns the arguments of ``train.evaluate.evaluate`` that can be checked before any process is started."""
+        return {
+            "tasks": self.tasks, "task_folder": self.task_folder, "tokenizer": self.tokenizer, "seq_len": self.seq_len,
+            "stride": self.stride, "batch_size": self.batch_size, "limit": self.limit,
+            "config": load_config(self.config) if self.config else None, "overrides": self.overrides,
+        }  # fmt: skip
+
+    def check(self, processes: int) -> None:
+        """Checks all that is asked, before any process is started."""
+        from ..train.evaluate import Asked
+
+        Asked.checked(self.model, self.data, world_size=processes, **self.checked())
+
 
 def run(question: Question, processes: int | None) -> int:
     """Evaluates, and prints the result on rank 0.
@@ -69,6 +84,7 @@ def run(question: Question, processes: int | None) -> int:
     if info.address is None:
         processes = processes or default_processes()
         if processes > 1:
+            question.check(processes)
             with tempfile.TemporaryDirectory() as log:
                 return launch(question.arguments(), processes, Path(log))
     elif processes not in (None, info.size):
@@ -76,12 +92,12 @@ def run(question: Question, processes: int | None) -> int:
     from ..train.evaluate import evaluate
 
     found = evaluate(
-        question.model, question.data, tasks=question.tasks, task_folder=question.task_folder, fewshot=question.fewshot,
-        chat=question.chat_template, tokenizer=question.tokenizer, seq_len=question.seq_len, stride=question.stride,
-        batch_size=question.batch_size, limit=question.limit,
-        config=load_config(question.config) if question.config else None, overrides=question.overrides, launcher=info,
+        question.model, question.data, fewshot=question.fewshot, chat=question.chat_template, launcher=info,
+        **question.checked(),
     )  # fmt: skip
     if info.rank == 0:
+        for note in found.notes:
+            print(f"note: {note}", file=sys.stderr)
         print(json.dumps(_finite(found.to_dict()), indent=1) if question.json else "\n".join(table(found)), flush=True)
     return 0
 

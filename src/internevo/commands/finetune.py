@@ -33,9 +33,10 @@ from ..storage.jsonfile import read_object, write_json
 from ..storage.lock import FileLock
 from ..text.chat import has_template
 from ..text.tokenizer import TEMPLATE, Tokenizer, load_tokenizer
-from ..train.config import HfModel
+from ..train.config import HfModel, load_config
 from ..train.folder import FINETUNE, LOCK
-from .chosen import CONFIG, DATA, MODEL, TOKENIZER, Chosen, Options, check_overrides
+from ..train.resume import TOKENIZER
+from .chosen import CONFIG, DATA, MODEL, Chosen, Options, check_overrides
 from .convert import convert
 from .launch import default_processes
 from .progress import progress_bar
@@ -109,7 +110,7 @@ def _prepare(options: Options, run: Path, processes: int) -> None:
     print(f"model: {describe(found.decoder)}")
     place = _tokenizer_of(options, found)
     tokenizer = load_tokenizer(place)
-    if tokenizer.vocab_size > found.decoder.vocab_size:
+    if not tokenizer.fits(found.decoder.vocab_size):
         raise UsageError(
             f"the tokenizer {place} has {tokenizer.vocab_size:,} entries, and the model {found.decoder.vocab_size:,}"
         )
@@ -210,10 +211,9 @@ def _valid_files(options: Options) -> list[Path]:
     if options.valid_ratio is not None:
         return []
     try:
-        files = dataset_files(options.data, options.subset, "valid")[1]
+        return [path for _, path in dataset_files(options.data, options.subset, "valid", trained_on=True)[1]]
     except DataError:
         return []
-    return [path for _, path in files] if files != dataset_files(options.data, options.subset, "train")[1] else []
 
 
 def _describe(index: Index, tokenizer: Tokenizer) -> Iterator[str]:
@@ -237,10 +237,12 @@ def _total_steps(run: Path) -> int:
 
 def _export(options: Options, run: Path) -> None:
     """Writes the trained model as a Hugging Face folder, in the dtype of the model that it was made from."""
-    found = HfModel.find({"model": {"from_hf": options.model, "pretrained": False}})
-    dtype = DTYPES.get(found.dtype or "")
+    try:
+        dtype = HfModel.find({"model": {"from_hf": options.model, "pretrained": False}}).dtype
+    except UsageError:  # the run was taken elsewhere, and the model was not
+        dtype = load_config(run / CONFIG).model.dtype
     with progress_bar("exporting") as (progress, _):
-        convert(run, run / MODEL, "hf", dtype=dtype, overwrite=True, progress=progress)
+        convert(run, run / MODEL, "hf", dtype=DTYPES.get(dtype or ""), overwrite=True, progress=progress)
 
 
 def _summary(options: Options, run: Path) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -58,7 +58,8 @@ def complete_file(
     folder: Path, tokenizer: Path | None, prompts: Path, output: Path | None, batch_size: int, options: Options
 ) -> None:
     """Continues each prompt of a file, in batches. Writes a line of JSON for each, in their order: what its line of the input
-    has, and "text", what the model adds.
+    has, and "text", what the model adds. Until all are there, the output is called NAME.partial; if the command ends before,
+    that file has the texts of the first prompts.
 
     The seed of line n, counted from 0, is the command's seed + n; so each text is what the command generates for it alone.
 
@@ -66,8 +67,10 @@ def complete_file(
         UsageError: if the file cannot be read, a line has no prompt, a prompt is too long, or the output is there already.
     """
     rows = list(read_prompts(prompts, options.format))
-    if output is not None and output.exists():
-        raise UsageError(f"{output} is there already; give the name of a new file (--output)")
+    partial = None if output is None else output.with_name(f"{output.name}.partial")
+    for path in (output, partial):
+        if path is not None and path.exists():
+            raise UsageError(f"{path} is there already; move it away, or give the name of a new file (--output)")
     model, encoded = TextModel.open(folder, tokenizer), []
     for number, row in rows:
         try:
@@ -75,14 +78,34 @@ def complete_file(
         except (UsageError, DataError) as error:
             raise UsageError(f"{prompts}, line {number + 1}: {error}") from error
     size = model.batch_size(batch_size)
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    with nullcontext(sys.stdout) if output is None else output.open("x", encoding="utf-8") as file:
+    with nullcontext(sys.stdout) if partial is None else _partial(partial) as file:
         for first in range(0, len(rows), size):
             places = range(first, min(first + size, len(rows)))
             seeds = [(options.seed + rows[place][0]) % 2**64 for place in places]
             texts = _complete(model, [encoded[place] for place in places], options, seeds)
             _write(file, [{**rows[place][1], "text": text} for place, text in zip(places, texts, strict=True)])
+    if output is not None and partial is not None:
+        partial.rename(output)
+
+
+@contextmanager
+def _partial(path: Path) -> Iterator[TextIO]:
+    """Opens a new file for writing. If it cannot be finished, says so; if it is empty then, removes it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("x", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}") from error
+    try:
+        with file:
+            yield file
+    except BaseException:
+        count = path.read_bytes().count(b"\n")
+        if count:
+            print(f"note: {path} has the texts of the first {count} prompts", file=sys.stderr)
+        else:
+            path.unlink()
+        raise
 
 
 def _complete(model: TextModel, prompts: Sequence[Prompt], options: Options, seeds: Sequence[int]) -> list[str]:
@@ -107,10 +130,10 @@ def read_prompts(path: Path, format: FormatName) -> Iterator[tuple[int, dict[str
         UsageError: if the file cannot be read, or a line has no prompt.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")  # and not at U+2028 and others, as splitlines does
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"the prompts {path} cannot be read: {error}") from error
-    found = [(number, line) for number, line in enumerate(lines) if line.strip()]
+    found = [(number, line.removesuffix("\r")) for number, line in enumerate(lines) if line.strip()]
     if not found:
         raise UsageError(f"{path} has no prompt")
     for number, line in found:

@@ -10,7 +10,7 @@ from ..errors import UsageError
 from ..parallel.launcher import PARENT, read_launcher
 from ..train import run
 from ..train.check import check, check_config
-from ..train.config import load_config
+from ..train.config import load_config, local_tokenizer
 from .launch import default_processes, launch
 
 
@@ -27,7 +27,7 @@ def train(path: Path, overrides: list[str], processes: int | None, port: int | N
         The exit code.
     """
     parent = int(os.environ.get(PARENT) or os.getppid())  # read first: the launcher may end meanwhile
-    config = load_config(path, overrides, to_train=True)
+    config = load_config(path, overrides)
     info = read_launcher(os.environ, port, launcher)
     if info.address is None:
         processes = processes or default_processes()
@@ -35,6 +35,7 @@ def train(path: Path, overrides: list[str], processes: int | None, port: int | N
             from ..train.folder import INHERITED, acquire
             from ..train.start import check_start
 
+            config = local_tokenizer(config)
             check(config, processes)
             run.print_notices(config)
             with acquire(config) as lock:

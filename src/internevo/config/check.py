@@ -54,10 +54,13 @@ def problems(config: Config, world_size: int) -> list[str]:
     return [line for rule in rules for line in rule(config, world_size)]
 
 
-def missing_paths(config: Config) -> list[str]:
+def missing_paths(config: Config, new: bool = True) -> list[str]:
     """Returns one line for each file or folder that the run would read and that does not exist.
 
     A folder may also be the path of Megatron's files without ".bin".
+
+    Args:
+        new: whether the run is new; one that goes on from its own checkpoint reads no other.
     """
     data, info = config.data, config.ckpt.load_ckpt_info
     train, valid = data.folders
@@ -66,7 +69,7 @@ def missing_paths(config: Config) -> list[str]:
         "data.train_folder": None if data.mixture or (stream and may_be_on_hub(train)) else train,
         "data.valid_folder": valid if data.valid_every and not (stream and may_be_on_hub(valid)) else None,
         "data.tokenizer_path": data.tokenizer_path if config.monitor.needs_tokenizer or data.streams else None,
-        "ckpt.load_ckpt_info.path": None if not info or (info.is_hf and may_be_on_hub(info.path)) else info.path,
+        "ckpt.load_ckpt_info.path": None if not info or not new or (info.is_hf and may_be_on_hub(info.path)) else info.path,
         "monitor.task_folder": config.monitor.task_folder,
     }
     for number, part in enumerate(data.mixture or []):

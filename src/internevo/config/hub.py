@@ -1,11 +1,12 @@
-"""Tells the name of a model or dataset on the Hugging Face Hub (owner/name) from the path of a file or folder."""
+"""Tells the name of a model or dataset on the Hugging Face Hub (owner/name, or owner/name@revision) from the path of a file or
+folder."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w.-]+)?", re.ASCII)
 FILES = (
     ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".gz", ".zst", ".bin", ".safetensors", ".model",
     ".tiktoken", ".py", ".yaml", ".yml", ".toml",

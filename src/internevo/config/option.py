@@ -149,13 +149,17 @@ def field_extras(field: FieldInfo) -> dict[str, str]:
 
 
 def notices(section: Section) -> list[str]:
-    """Returns one line for each key that the user has set and that has no effect here."""
+    """Returns one line for each key that the user has set and that has no effect here.
+
+    In the resolved config of a run all keys are set; those with their defaults are not the user's.
+    """
     options = {key: (field, value) for key, field, value, _ in walk(section)}
+    whole = all(given or field_extras(field).get("ignored") for _, field, _, given in walk(section))
     lines = []
     for key, field, value, given in walk(section):
         extras = field_extras(field)
         needs = extras.get("needs")
-        if given and extras.get("ignored"):
+        if given and extras.get("ignored") and not (whole and _is_default(field, value)):
             lines.append(f"{key} has no effect here: {extras['ignored']}")
         elif given and needs and not _is_default(field, value) and _is_default(*options[needs]):
             lines.append(f"{key} has no effect without {needs}")

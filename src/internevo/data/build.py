@@ -138,12 +138,18 @@ def checked_tokenizer(path: str, vocab_size: int) -> Tokenizer:
         ConfigError: if its vocabulary is larger than the model's.
     """
     found = cached_tokenizer(Path(path).resolve())
-    if found.vocab_size > vocab_size:
+    if not found.fits(vocab_size):
         raise ConfigError(
             f"model.vocab_size = {vocab_size} is smaller than the vocabulary of data.tokenizer_path = {path!r}, which has "
             f"{found.vocab_size} entries"
         )
     return found
+
+
+def _is_trained_on(data: Data, name: str) -> bool:
+    """Whether the training data is read from the same folder."""
+    folders = [part.folder for part in data.mixture or ()] or [data.folders[0]]
+    return any(folder and (folder == name or Path(folder).resolve() == Path(name).resolve()) for folder in folders)
 
 
 def _stream(
@@ -152,7 +158,7 @@ def _stream(
     assert data.tokenizer_path is not None
     tokenizer = Path(data.tokenizer_path).resolve()
     checked_tokenizer(data.tokenizer_path, vocab_size)
-    root, files = dataset_files(name, data.subset_name, split)
+    root, files = dataset_files(name, data.subset_name, split, trained_on=_is_trained_on(data, name))
     min_length, min_lengths = (data.min_length, data.min_length_dict) if split == "train" else (MIN_VALID_LENGTH, None)
 
     def type_and_minimum(file: tuple[str, Path]) -> tuple[str, int]:
@@ -165,7 +171,7 @@ def _stream(
         for (type_, minimum), group in groupby(files, type_and_minimum)
         for shard in make_shards(list(group), types.index(type_), minimum)
     ]
-    encoder = Encoder(tokenizer, data.format, data.content_name, data.on_error)
+    encoder = Encoder(tokenizer, data.format, data.content_name, data.on_error, vocab_size)
     pool = EncoderPool(encoder, min(data.num_worker, max(1, (os.cpu_count() or 1) // local_world_size)))
     blocks = BlockReader(shards, data.seed, pool, exchange, epochs)
     return Stream(blocks, data.seq_len, types, packed=data.use_packed_dataset, into_one=data.pack_sample_into_one)

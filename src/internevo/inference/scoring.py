@@ -36,11 +36,12 @@ def log_likelihoods(
     """Computes the log-likelihood of each span. Spans of similar lengths are computed together.
 
     Args:
+        spans: one without ids is certain: 0, and the most likely one.
         tokens_at_once, rows_at_once: the largest size of a batch, with its padding. (Its logits are in memory at once.)
         dtype: as for ``Continuation``.
     """
-    order = sorted(range(len(spans)), key=lambda number: -len(spans[number].ids))
-    found: list[LogLikelihood | None] = [None] * len(spans)
+    found: list[LogLikelihood | None] = [None if span.predicted else LogLikelihood(0.0, True) for span in spans]
+    order = sorted((number for number, span in enumerate(spans) if span.predicted), key=lambda number: -len(spans[number].ids))
     while order:
         longest = len(spans[order[0]].ids) - 1
         size = max(1, min(rows_at_once, tokens_at_once // max(1, longest)))

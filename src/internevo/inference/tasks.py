@@ -222,7 +222,7 @@ def run_tasks(
 
     adapter: Any = type("InternEvoLM", (Requests, LM), {})
     model = adapter(requests.text, requests.batch_rows, requests.tokens_at_once, requests.share)
-    with _random_states_kept():
+    with _random_states_kept(next(requests.text.model.parameters()).device):
         found = simple_evaluate(
             model=model, tasks=list(names), num_fewshot=fewshot, limit=limit, task_manager=manager, log_samples=False,
             apply_chat_template=chat,
@@ -246,10 +246,10 @@ def _scores(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 @contextmanager
-def _random_states_kept() -> Iterator[None]:
+def _random_states_kept(device: torch.device) -> Iterator[None]:
     """lm-eval seeds all generators of random numbers; after this context they are as before."""
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
             yield
         finally:

@@ -18,8 +18,9 @@ from ..errors import UsageError
 from ..models.config import DecoderConfig
 from ..models.decoder import Decoder
 from ..models.generate import Continuation, LanguageModel, Sampling, longest_text
-from ..models.source import ParameterSource, most_common_dtype
+from ..models.source import most_common_dtype
 from ..parallel.world import pick_device
+from ..storage.hub import model_folder
 from ..text.chat import Messages
 from ..text.pieces import Pieces
 from ..text.special_tokens import model_eos_ids
@@ -69,17 +70,19 @@ class TextModel:
         if isinstance(model, Decoder):
             if tokenizer is None:
                 raise UsageError("a model in memory has no tokenizer: give tokenizer=, its folder or a Tokenizer")
-            return cls(model.config, _tokenizer(tokenizer), lambda: model)
+            found = _tokenizer(tokenizer)
+            return cls(model.config, found, lambda: model, eos_ids(found.path))
         folder = Path(model)
         source = open_source(folder)
-        found = tokenizer or source.tokenizer
-        if found is None:
+        given = tokenizer or source.tokenizer
+        if given is None:
             raise UsageError(f"there is no tokenizer in {folder}; use --tokenizer PATH")
 
         def load() -> Decoder:
             return load_model(folder, dtype=most_common_dtype(source), device=pick_device(0))
 
-        return cls(source.config, _tokenizer(found), load, eos_ids(source))
+        found = _tokenizer(given)
+        return cls(source.config, found, load, eos_ids(model_folder(folder), source.tokenizer, found.path))
 
     @cached_property
     def model(self) -> LanguageModel:
@@ -161,10 +164,14 @@ class TextModel:
         return 1 if experts is not None and experts.eval_capacity_factor else wanted
 
 
-def eos_ids(source: ParameterSource) -> frozenset[int]:
-    """Returns the ids that end a text, by the ``generation_config.json`` or ``config.json`` of the model."""
-    path = source.tokenizer
-    return frozenset() if path is None else frozenset(model_eos_ids(path if path.is_dir() else path.parent))
+def eos_ids(*paths: Path | None) -> frozenset[int]:
+    """Returns the ids that end a text, by the ``generation_config.json`` or ``config.json`` of the model.
+
+    Args:
+        paths: where these files may be, the first first: the model's folder, and the file or folder of its tokenizer.
+    """
+    folders = [path if path.is_dir() else path.parent for path in paths if path is not None]
+    return next((frozenset(ids) for folder in folders if (ids := model_eos_ids(folder))), frozenset())
 
 
 def _tokenizer(given: Tokenizer | str | Path) -> Tokenizer:

@@ -8,7 +8,8 @@ Which kernel is used:
 - packed documents on CUDA in half precision, without ALiBi and caps: ``torch.nn.attention.varlen`` (flash attention, with
   windows).
 - packed documents with a cap on CUDA in half precision, without ALiBi: ``ops.flex`` (FlexAttention), unless a dispatch mode
-  watches what runs: it could not see what compiled code does.
+  watches what runs (it could not see what compiled code does), or nothing is to be compiled, as when text is generated:
+  FlexAttention that is not compiled has all scores in memory.
 - packed documents otherwise: ``ops.documents``.
 - whole rows with a window, ALiBi or a cap: computed as packed documents, one per row.
 """
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .compiler import runs_uncompiled
 from .documents import capped, mask_of
 from .flex import flex_attention
 
@@ -64,7 +66,7 @@ def attention(
     if cu_seqlens is None:
         return _rows(q_BSHN, k_BSKN, v_BSKN, window, slopes_H, softcap, first_B)
     fast = q_BSHN.is_cuda and q_BSHN.dtype in (torch.float16, torch.bfloat16) and slopes_H is None
-    if fast and softcap and (torch.compiler.is_compiling() or not _is_watched()):
+    if fast and softcap and (torch.compiler.is_compiling() or not (_is_watched() or runs_uncompiled())):
         return flex_attention(q_BSHN[0], k_BSKN[0], v_BSKN[0], cu_seqlens, window, softcap).unsqueeze(0)
     if fast and not softcap:
         from torch.nn.attention.varlen import varlen_attn

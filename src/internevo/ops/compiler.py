@@ -23,3 +23,9 @@ def mark_dynamic(tensor: Tensor, dim: int) -> None:
     """Tells the compiler that a dimension's size changes from step to step, so that it does not compile again for each size."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+def runs_uncompiled() -> bool:
+    """Whether ``torch.compile`` would have no effect, or would not be worth it: in ``running_uncompiled``."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    return not torch.is_grad_enabled() if dynamo is None else dynamo._stance.stance == "force_eager"

@@ -149,6 +149,11 @@ def has_gpu() -> bool:
     return os.environ.get("INTERNEVO_DEVICE") != "cpu" and torch.cuda.is_available()
 
 
+def first_device() -> torch.device:
+    """Returns the first GPU, or the CPU. Unlike ``pick_device``, it takes no memory on the GPU."""
+    return torch.device("cuda", 0) if has_gpu() else torch.device("cpu")
+
+
 def pick_device(local_rank: int) -> torch.device:
     """Returns the GPU of this process and makes it the current one, or returns the CPU."""
     if not has_gpu():

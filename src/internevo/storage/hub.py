@@ -51,7 +51,7 @@ def download(name: str, kind: Kind, patterns: tuple[str, ...] | None = None) -> 
     """Downloads what is not in the cache yet, and returns the folder.
 
     Args:
-        name: owner/name.
+        name: owner/name, or owner/name@revision: of a commit, a tag or a branch.
         patterns: which files; None: all.
 
     Raises:
@@ -64,9 +64,11 @@ def download(name: str, kind: Kind, patterns: tuple[str, ...] | None = None) -> 
             f"{name} is not a path here; if it is a {kind} on the Hugging Face Hub, install the library that downloads it: "
             "pip install huggingface_hub"
         ) from error
+    repository, _, revision = name.partition("@")
+    chosen = None if patterns is None else list(patterns)
     try:
         return Path(
-            huggingface_hub.snapshot_download(name, repo_type=kind, allow_patterns=list(patterns) if patterns else None)
+            huggingface_hub.snapshot_download(repository, repo_type=kind, revision=revision or None, allow_patterns=chosen)
         )
     except Exception as error:  # the library raises errors of several other libraries
         tried = f"{name} is not a path here, and the {kind} {name} cannot be had from {_address()}"
@@ -81,6 +83,8 @@ def _why(error: Exception) -> str:
         return "HF_HUB_OFFLINE is set, and it is not in the cache. Unset it once, or copy the folder here and give its path"
     if isinstance(error, errors.GatedRepoError):
         return "its owner asks for consent: give it on its page there, and set HF_TOKEN to your token"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "it has no such revision (what comes after @): give a commit, a tag or a branch"
     if isinstance(error, errors.RepositoryNotFoundError):
         has_token = bool(os.environ.get("HF_TOKEN"))
         token = "your token (HF_TOKEN) may not read it" if has_token else "it is private, and HF_TOKEN is not set"

@@ -53,10 +53,10 @@ class ChatTemplate:
             UsageError: if the tokenizer has no template, or it cannot be compiled.
         """
         folder = tokenizer.path if tokenizer.path.is_dir() else tokenizer.path.parent
-        templates = _templates(folder)
-        text = templates.get(name) or templates.get("default")
+        known = templates(folder)
+        text = known.get(name) or known.get("default")
         if not text:
-            names = f" called default (it has {', '.join(sorted(templates))})" if templates else ""
+            names = f" called default (it has {', '.join(sorted(known))})" if known else ""
             raise UsageError(
                 f"{folder} has no chat template{names}, so it cannot be used for chats: add {TEMPLATE}, or chat_template in "
                 "tokenizer_config.json"
@@ -99,13 +99,20 @@ class ChatTemplate:
 
 def has_template(tokenizer: Tokenizer) -> bool:
     """Whether a tokenizer has a chat template."""
-    return "default" in _templates(tokenizer.path if tokenizer.path.is_dir() else tokenizer.path.parent)
+    return "default" in templates(tokenizer.path if tokenizer.path.is_dir() else tokenizer.path.parent)
 
 
-def _templates(folder: Path) -> dict[str, str]:
-    """Returns the templates of a folder by their names; if there is only one, its name is "default"."""
+def templates(folder: Path) -> dict[str, str]:
+    """Returns the templates of a folder by their names; if there is only one, its name is "default".
+
+    Raises:
+        UsageError: if a file cannot be read.
+    """
     files = {"default": folder / TEMPLATE, **{path.stem: path for path in folder.glob(TEMPLATES)}}
-    found = {name: path.read_text(encoding="utf-8") for name, path in files.items() if path.is_file()}
+    try:
+        found = {name: path.read_text(encoding="utf-8") for name, path in files.items() if path.is_file()}
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the chat templates of {folder} cannot be read: {error}") from error
     value = found or read_optional(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(value, list):
         value = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}

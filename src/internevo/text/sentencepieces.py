@@ -138,9 +138,9 @@ class SentencePieceBackend:
             text += "" if number is None else self.names[number]
         return text
 
-    def size(self) -> int:
-        """Returns the size of the vocabulary, added tokens included: the largest id plus 1."""
-        return max([self.model.get_piece_size(), *(token.id + 1 for token in self.added.values())])
+    def size(self, added: bool = True) -> int:
+        """Returns the size of the vocabulary, with or without added tokens: the largest id plus 1."""
+        return max([self.model.get_piece_size(), *(token.id + 1 for token in self.added.values() if added)])
 
     def bos_eos(self) -> dict[str, str | None]:
         """Returns the tokens that begin and end a text, "bos_token" and "eos_token", as the model itself names them."""

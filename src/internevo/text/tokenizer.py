@@ -40,8 +40,8 @@ class Backend(Protocol):
     def decode(self, ids: list[int]) -> str:
         """Returns the text of ids."""
 
-    def size(self) -> int:
-        """Returns the size of the vocabulary. Every id is below it."""
+    def size(self, added: bool = True) -> int:
+        """Returns the size of the vocabulary, with or without added tokens: every such id is below it."""
 
     def token_id(self, token: str) -> int | None:
         """Returns the id of a token, or None if there is no such token."""
@@ -86,6 +86,15 @@ class Tokenizer:
         """The size of the vocabulary. Every id is below it."""
         return self.backend.size()
 
+    def fits(self, vocab_size: int) -> bool:
+        """Whether it can be that of a model with this size of the vocabulary.
+
+        Only ids of added tokens may be outside (a text model's tokenizer may have a token for images, as Gemma 3's), and not
+        those that begin and end a document. A text with such a token is refused where it is read.
+        """
+        needed = [self.backend.size(added=False) - 1, *self.bos, *self.eos]
+        return self.vocab_size <= vocab_size or max(needed) < vocab_size
+
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text, without the tokens that begin and end a document."""
         return self.backend.encode_batch([text])[0]
@@ -99,7 +108,7 @@ class Tokenizer:
         return self.backend.decode(ids)
 
 
-class _TokenizersBackend:
+class TokenizersBackend:
     """A tokenizer of Hugging Face's ``tokenizers`` library."""
 
     def __init__(self, fast: Any, folder: Path, settings: dict[str, Any]) -> None:
@@ -119,7 +128,7 @@ class _TokenizersBackend:
         self.fast = fast
 
     @classmethod
-    def read(cls, path: Path, settings: dict[str, Any]) -> _TokenizersBackend:
+    def read(cls, path: Path, settings: dict[str, Any]) -> TokenizersBackend:
         """Reads a tokenizer.json."""
         from tokenizers import Tokenizer as Fast
 
@@ -135,8 +144,9 @@ class _TokenizersBackend:
     def decode(self, ids: list[int]) -> str:
         return self.fast.decode(ids, skip_special_tokens=False)
 
-    def size(self) -> int:
-        return max(self.fast.get_vocab().values(), default=-1) + 1  # ids may have gaps
+    def size(self, added: bool = True) -> int:
+        apart = set() if added else set(self.fast.get_added_tokens_decoder())
+        return max(set(self.fast.get_vocab().values()) - apart, default=-1) + 1  # ids may have gaps
 
     def token_id(self, token: str) -> int | None:
         return self.fast.token_to_id(token)
@@ -169,8 +179,9 @@ class _TransformersBackend:
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids)
 
-    def size(self) -> int:
-        return max(self.tokenizer.get_vocab().values(), default=-1) + 1  # ids may have gaps
+    def size(self, added: bool = True) -> int:
+        apart = set() if added else set(self.tokenizer.get_added_vocab().values())
+        return max(set(self.tokenizer.get_vocab().values()) - apart, default=-1) + 1  # ids may have gaps
 
     def token_id(self, token: str) -> int | None:
         return self.tokenizer.get_vocab().get(token)
@@ -197,10 +208,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     usual: dict[str, str | None] = {}
     backend: Backend
     if path.suffix == ".json":
-        backend = _TokenizersBackend.read(path, settings)
+        backend = TokenizersBackend.read(path, settings)
     elif path.suffix == ".tiktoken" or (path.suffix == ".model" and is_tiktoken(path)):
         fast, encoding = read_tiktoken(path)
-        backend = _TokenizersBackend(fast, folder, settings)
+        backend = TokenizersBackend(fast, folder, settings)
         usual = {"bos_token": encoding.bos, "eos_token": encoding.eos}
     elif path.suffix == ".model":
         backend = SentencePieceBackend(path, settings)

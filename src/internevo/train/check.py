@@ -16,6 +16,7 @@ from ..data.tokenized.vocabulary import check_ids, find_tokenizer, open_tokenize
 from ..errors import ConfigError, NotAvailableYet, UsageError
 from ..models.families import registry
 from ..text.tokenizer import Tokenizer
+from .resume import resumes
 
 
 def check(config: Config, world_size: int) -> None:
@@ -26,7 +27,7 @@ def check(config: Config, world_size: int) -> None:
         NotAvailableYet: if the config is right, but needs a feature that this version does not have.
         DataError: if the tokenized data has ids outside the model's vocabulary, or cannot be read.
     """
-    missing = rules.missing_paths(config)
+    missing = rules.missing_paths(config, new=not resumes(config))
     if config.enable_tb and find_spec("tensorboard") is None:
         missing.append("enable_tb = True needs the package tensorboard: pip install tensorboard, or set enable_tb = False")
     missing += [
@@ -83,7 +84,7 @@ def _vocabulary_problems(config: Config) -> Iterator[str]:
     except UsageError as error:
         yield str(error)
     for what, tokenizer in found.items():
-        if tokenizer.vocab_size > config.model.vocab_size:
+        if not tokenizer.fits(config.model.vocab_size):
             yield (
                 f"model.vocab_size = {config.model.vocab_size} is smaller than the vocabulary of {what}, which has "
                 f"{tokenizer.vocab_size} entries"

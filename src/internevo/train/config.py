@@ -6,10 +6,12 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..config.hub import may_be_on_hub
 from ..config.load import read_values, validate
 from ..config.model import Model
 from ..config.option import DTYPES
@@ -23,6 +25,7 @@ from ..models.families.registry import decoder_config, decoder_from_hf, family
 from ..models.huggingface.tokenizer import has_tokenizer
 from ..storage.hub import model_folder
 from .compare import compare_models, differences
+from .resume import Recorded
 
 OTHER_NAMES = {
     "intermediate_size": ("mlp_ratio", "multiple_of"),
@@ -36,33 +39,85 @@ OTHER_NAMES = {
 }
 """Key of ``model`` -> other keys that say the same. If one of these is set, the key is not filled in."""
 
+MORE_KEYS = {"intermediate_size", "dtype", "use_sliding_window", "layer_windows", "moe_type"}
+"""Keys of ``model`` that are filled in, besides those by which a decoder describes itself."""
 
-def load_config(
-    path: str | Path | dict[str, Any], overrides: list[str] | tuple[str, ...] = (), to_train: bool = False
-) -> Config:
+
+def load_config(path: str | Path | dict[str, Any], overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Reads a config file (.py, .yaml, .yml, .toml or .json), applies ``key.path=value`` overrides, fills in what
     ``model.from_hf`` has, and validates the result.
 
-    Args:
-        to_train: also download the tokenizer, if the run needs it and ``data.tokenizer_path`` is a name on the hub.
+    If the run has a checkpoint, it is filled in from there: neither the model nor its tokenizer needs to be here any more.
 
     Raises:
         ConfigError: if the config has mistakes; one line for each. Also if a key contradicts the weights of ``model.from_hf``.
         UsageError: if ``model.from_hf`` is not a model that can be read.
     """
     values = read_values(path, overrides)
-    model, found = values.get("model"), None
+    record, model, found = Recorded.find(values), values.get("model"), None
     if isinstance(model, dict) and isinstance(model.get("from_hf"), str):
-        found = HfModel.find(values)
-        values = found.fill(values)
+        known = resolved_keys(values, record)
+        found = HfModel.find(values) if known is None else None
+        values = found.fill(values) if found is not None else {**values, **(known or {})}
     config = validate(values, source="the config" if isinstance(path, dict) else str(path))
     if found is not None:
         found.check(config)
-    tokenizer = config.data.tokenizer_path
-    if to_train and tokenizer and (config.data.streams or config.monitor.needs_tokenizer):
-        data = config.data.model_copy(update={"tokenizer_path": str(model_folder(tokenizer, weights=False))})
-        config = config.model_copy(update={"data": data})
+    path_of_tokenizer = config.data.tokenizer_path
+    if record is not None and path_of_tokenizer and (copy := record.tokenizer(path_of_tokenizer)):
+        config = with_tokenizer(config, copy)
     return config
+
+
+def with_tokenizer(config: Config, path: str) -> Config:
+    """Returns a config with another ``data.tokenizer_path``."""
+    return config.model_copy(update={"data": config.data.model_copy(update={"tokenizer_path": path})})
+
+
+def local_tokenizer(config: Config) -> Config:
+    """Returns a config whose ``data.tokenizer_path`` is a path: a tokenizer on the hub is downloaded.
+
+    Raises:
+        UsageError: if it cannot be downloaded, and the run needs it. If it is only kept with the checkpoints, they get none.
+    """
+    path = config.data.tokenizer_path
+    if not path or not may_be_on_hub(path):
+        return config
+    try:
+        return with_tokenizer(config, str(model_folder(path, weights=False)))
+    except UsageError as error:
+        if config.data.streams or config.monitor.needs_tokenizer:
+            raise
+        print(f"note: the checkpoints get no tokenizer (data.tokenizer_path): {error}", file=sys.stderr)
+        return config
+
+
+def resolved_keys(values: dict[str, Any], record: Recorded | None) -> dict[str, Any] | None:
+    """Returns the sections of a config with what ``model.from_hf`` would fill in, if that is known without the model: from the
+    checkpoint that the run goes on from; or because the config is the resolved one of a run, and the model isn't here.
+
+    Otherwise returns None.
+    """
+    model = values["model"]
+    whole = Model.model_fields.keys() <= model.keys()
+    if record is None or (record.values.get("model") or {}).get("from_hf") != model["from_hf"]:
+        here = Path(model["from_hf"]).expanduser().exists()
+        return {} if whole and not here else None
+    known, given = record.values["model"], _given(values)
+    stated = decoder_config(record.values["model_type"], Model.model_validate(known)).settings()
+    shape = {key.removeprefix("model.") for key in stated} | MORE_KEYS
+    own = {key for key in shape & known.keys() if not given & {key, *OTHER_NAMES.get(key, ())}}
+    filled: dict[str, Any] = {"model": {**{key: known[key] for key in own}, **model}}
+    filled["model_type"] = values.get("model_type") or record.values["model_type"]
+    for section, key in (("data", "tokenizer_path"), ("ckpt", "load_ckpt_info")):
+        own = values.get(section, {})
+        if isinstance(own, dict):
+            filled[section] = {key: (record.values.get(section) or {}).get(key), **own}
+    return filled
+
+
+def _given(values: dict[str, Any]) -> frozenset[str]:
+    """Returns the keys of ``model`` that a config sets, and ``model_type`` if it does."""
+    return frozenset(values["model"]) | ({"model_type"} if values.get("model_type") is not None else set())
 
 
 @dataclass(frozen=True)
@@ -108,8 +163,7 @@ class HfModel:
 
             decoder = HfFolder(folder).config
         dtype = DTYPES.get(str(hf.get("dtype") or hf.get("torch_dtype")), hf.get("dtype") or hf.get("torch_dtype"))
-        given = frozenset(model) | ({"model_type"} if values.get("model_type") is not None else set())
-        return cls(name, folder, decoder, dtype if dtype in DTYPES.values() else None, starts, given)
+        return cls(name, folder, decoder, dtype if dtype in DTYPES.values() else None, starts, _given(values))
 
     def fill(self, values: dict[str, Any]) -> dict[str, Any]:
         """Returns the values of a config with those of the model for the keys that are not set.

@@ -16,8 +16,11 @@ from ..checkpoint.open import open_source
 from ..config import Config, validate
 from ..config.load import apply_override
 from ..data.batches import valid_batches
-from ..data.tokenized.index import Index, open_index
-from ..data.tokenized.vocabulary import find_tokenizer
+from ..data.rows import tokens_and_labels
+from ..data.tokenized.files import TokenFile
+from ..data.tokenized.index import Index, list_files, open_index
+from ..data.tokenized.origin import find_origin
+from ..data.tokenized.vocabulary import check_ids, find_tokenizer
 from ..data.windows import WholeDocuments, choose_documents, predicted_bytes
 from ..errors import DataError, UsageError
 from ..inference.tasks import TASK_ROWS, check_tasks, requests_of, run_tasks
@@ -33,7 +36,7 @@ from ..parallel.launcher import LauncherInfo, read_launcher
 from ..parallel.layout import Layout
 from ..parallel.schedule import Schedule
 from ..parallel.world import World, join
-from ..text.tokenizer import Tokenizer, load_tokenizer
+from ..text.tokenizer import Tokenizer, load_tokenizer, tokenizer_fingerprint
 from .check import check_config
 from .process import prepare
 from .restore import read_shards
@@ -44,6 +47,8 @@ LONGEST_ROW = 4096
 """Length of a row, if neither the model's positions nor the user say another one, in tokens."""
 ROW_TOKENS = 8192
 """Number of tokens that go through the model at once on each rank, if the user does not say how many rows."""
+COMPARED_FILES, COMPARED, COMPARED_IDS = 5, 20, 200
+"""Number of files, of documents in each, and of ids at their beginnings, whose text is compared between two tokenizers."""
 OVERRIDABLE = ("parallel", "model.dtype", "hybrid_zero_optimizer")
 """What overrides may change: how the model is computed, and not what it is."""
 
@@ -88,6 +93,8 @@ class Evaluation:
     """Dataset type -> its score."""
     tasks: dict[str, dict[str, float]] = field(default_factory=dict)
     """Task -> metric -> value, and its standard error as METRIC_stderr."""
+    notes: tuple[str, ...] = ()
+    """What could not be made sure of."""
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the result as JSON values."""
@@ -155,33 +162,131 @@ def evaluate(
         ConfigError: if the layout does not fit the model or the number of ranks.
         DataError: if the data cannot be read, or was made with another tokenizer.
     """
-    source = ModelInMemory(model.config, model) if isinstance(model, Decoder) else open_source(Path(model))
-    size, info = seq_len or default_length(source.config), launcher or read_launcher(os.environ)
-    _check(data, tasks, stride, size, limit)
-    rows = batch_size or max(1, ROW_TOKENS // size)
-    chosen = evaluation_config(source, size, rows, config, overrides)
-    check_config(chosen, info.size)
-    given = load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
-    own = given or (load_tokenizer(source.tokenizer) if source.tokenizer else None)
-    if tasks:
-        check_tasks(tasks, task_folder)
-        if own is None:
-            raise UsageError("tasks need the model's tokenizer: give it (--tokenizer PATH)")
-    result = Evaluation("model in memory" if isinstance(model, Decoder) else str(model))
+    info = launcher or read_launcher(os.environ)
+    asked = Asked.checked(
+        model, data, tasks=tasks, task_folder=task_folder, tokenizer=tokenizer, seq_len=seq_len, stride=stride,
+        batch_size=batch_size, limit=limit, config=config, overrides=overrides, world_size=info.size,
+    )  # fmt: skip
+    size, source, own = asked.seq_len, asked.source, asked.own_tokenizer
+    result = Evaluation("model in memory" if isinstance(model, Decoder) else str(model), notes=asked.notes)
     with join(info) as world:
-        loaded = load(source, chosen, world)
+        loaded = load(source, asked.config, world)
         if data is not None:
-            found = given or find_tokenizer(Path(data), above=True) or own
-            total, by_type = _score(loaded, Path(data), found, rows, size, stride or size, limit)
+            total, by_type = _score(loaded, Path(data), asked.data_tokenizer, asked.rows, size, stride or size, limit)
             result = replace(result, data=str(data), seq_len=size, stride=stride or size, total=total, by_type=by_type)
         if own is not None and tasks:
+            folder = Path(model) if isinstance(model, str | Path) else None
             text = TextModel(
-                source.config, own, lambda: loaded.model, eos_ids(source), loaded.dtype, loaded.axis.unsharded_sequences
+                source.config, own, lambda: loaded.model, eos_ids(folder, source.tokenizer, own.path), loaded.dtype,
+                loaded.axis.unsharded_sequences,
             )  # fmt: skip
             requests = requests_of(text, loaded.layout, world, batch_size or TASK_ROWS)
             scores = run_tasks(requests, tasks, task_folder, fewshot=fewshot, limit=limit, chat=chat)
             result = replace(result, tasks=scores)
     return result
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is evaluated, after all that can be checked without processes and weights has been."""
+
+    source: ParameterSource
+    config: Config
+    seq_len: int
+    rows: int
+    own_tokenizer: Tokenizer | None
+    """The model's."""
+    data_tokenizer: Tokenizer | None
+    """The one that the data was made with, for bits per byte."""
+    notes: tuple[str, ...]
+
+    @classmethod
+    def checked(
+        cls,
+        model: str | Path | Decoder,
+        data: str | Path | None,
+        *,
+        tasks: Sequence[str],
+        task_folder: str | Path | None,
+        tokenizer: Tokenizer | str | Path | None,
+        seq_len: int | None,
+        stride: int | None,
+        batch_size: int | None,
+        limit: int | None,
+        config: Config | None,
+        overrides: Sequence[str],
+        world_size: int,
+    ) -> Asked:
+        """Checks the arguments of ``evaluate``, which also says what is raised."""
+        source = ModelInMemory(model.config, model) if isinstance(model, Decoder) else open_source(Path(model))
+        size = seq_len or default_length(source.config)
+        _check(data, tasks, stride, size, limit)
+        rows = batch_size or max(1, ROW_TOKENS // size)
+        chosen = evaluation_config(source, size, rows, config, overrides)
+        check_config(chosen, world_size)
+        given = load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
+        own, notes = given, list[str]()
+        if tasks:
+            check_tasks(tasks, task_folder)
+            own = given or (load_tokenizer(source.tokenizer) if source.tokenizer else None)
+            if own is None:
+                raise UsageError("tasks need the model's tokenizer: give it (--tokenizer PATH)")
+        found = given
+        if data is not None:
+            list_files(Path(data))
+            if given is None:
+                found, notes = tokenizer_of_data(Path(data), source.tokenizer)
+            check_ids(Path(data), source.config.vocab_size, "of the model: the data was tokenized with another tokenizer")
+        return cls(source, chosen, size, rows, own, found, tuple(notes))
+
+
+def tokenizer_of_data(data: Path, model: Path | None) -> tuple[Tokenizer | None, list[str]]:
+    """Finds the tokenizer that tokenized data was made with: next to the data, or where it was then, or else the model's.
+
+    Args:
+        model: the model's tokenizer.
+
+    Returns:
+        The tokenizer, if there is one that can be opened; and notes for the user.
+
+    Raises:
+        DataError: if the model's tokenizer is another one, by which the ids of the data are other texts.
+    """
+    try:
+        own = None if model is None else load_tokenizer(model)
+    except UsageError as error:
+        own, reason = None, f"the model's tokenizer cannot be opened: {error}"
+    else:
+        reason = "there is no tokenizer (--tokenizer PATH)"
+    origin = find_origin(data)
+    theirs = find_tokenizer(data, above=True)
+    if theirs is None and origin is not None and not origin.problem():
+        theirs = origin.load()
+    if theirs is not None and own is not None and (example := _difference(data, theirs, own)):
+        raise DataError(
+            f"{data} was tokenized with {theirs.path}, and {own.path} is the model's tokenizer: {example}. Tokenize the text "
+            "again with the model's tokenizer; or give --tokenizer PATH if the model has another one than its folder"
+        )
+    if theirs is None and origin is not None and own is not None and model is not None:
+        if tokenizer_fingerprint(model) == origin.fingerprint:
+            return own, []
+        return own, [f"{origin.problem()}; it may be another one than the model's, {own.path}"]
+    found = theirs or own
+    return found, [] if found is not None else [f"bits per byte are not known, because {reason}"]
+
+
+def _difference(data: Path, theirs: Tokenizer, own: Tokenizer) -> str:
+    """Says which document of the data is another text by another tokenizer; empty if none of the first ones is."""
+    home = data if data.is_dir() else data.parent
+    for name, *_ in list_files(data)[:COMPARED_FILES]:
+        file = TokenFile.open(home / name)
+        for document in range(min(len(file.meta), COMPARED)):
+            ids = tokens_and_labels(file.read(document))[0][:COMPARED_IDS].tolist()
+            texts = [tokenizer.decode([id_ for id_ in ids if id_ < tokenizer.vocab_size]) for tokenizer in (theirs, own)]
+            if texts[0] != texts[1]:
+                begins = f"begins with {texts[0][:30]!r} by the one, and {texts[1][:30]!r} by the other"
+                return f"document {document} of {file.path} {begins}"
+    return ""
 
 
 def _check(data: str | Path | None, tasks: Sequence[str], stride: int | None, size: int, limit: int | None) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,8 +23,9 @@ USED = 0.7
 
 def free_memory(device: torch.device, processes: int) -> int:
     """Returns the bytes that a process may use: those that are free on its GPU, or its share of this machine's memory."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type == "cuda":  # in a process of its own, since whoever asks has memory on the GPU until it ends
+        command = [sys.executable, "-c", f"import torch; print(torch.cuda.mem_get_info({device.index or 0})[0])"]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     meminfo, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
     if meminfo.is_file():
@@ -43,7 +47,13 @@ def needed_memory(config: Config, processes: int, device: str) -> int:
     return memory.activations + decoder.parameters() * (4 if processes > 1 else work.element_bytes)
 
 
-def fitted(config: Config, sizes: list[int], processes: int, device: torch.device) -> tuple[Config, bool]:
+CHECKPOINT, FSDP = "model.checkpoint", "parallel.zero1.fsdp"
+"""The keys that may be changed so that a run fits, besides the size of a micro-batch."""
+
+
+def fitted(
+    config: Config, sizes: list[int], processes: int, device: torch.device, fixed: Collection[str] = ()
+) -> tuple[Config, bool]:
     """Returns the config with the largest size of a micro-batch that fits into the memory.
 
     If none does, layers are computed again in the backward pass; if the smallest does not fit then either, on several
@@ -51,14 +61,16 @@ def fitted(config: Config, sizes: list[int], processes: int, device: torch.devic
 
     Args:
         sizes: in rows, the largest first.
+        fixed: those of ``CHECKPOINT`` and ``FSDP`` that stay as they are.
 
     Returns:
         The config; and whether it fits.
     """
     limit = USED * free_memory(device, processes)
     sharded = config.parallel.model_copy(update={"zero1": config.parallel.zero1.model_copy(update={"fsdp": True})})
-    for parallel in (config.parallel, *([sharded] if processes > 1 and config.model.lora is None else [])):
-        for checkpoint in (0.0, 1.0):
+    may_shard = processes > 1 and config.model.lora is None and FSDP not in fixed
+    for parallel in (config.parallel, *([sharded] if may_shard else [])):
+        for checkpoint in (config.model.checkpoint,) if CHECKPOINT in fixed else (0.0, 1.0):
             model = config.model.model_copy(update={"checkpoint": checkpoint})
             for size in sizes:
                 data = config.data.model_copy(update={"micro_bsz": size})

@@ -33,6 +33,7 @@ from ..parallel.pipeline import PipelinedModel
 from ..parallel.schedule import Schedule
 from ..parallel.world import World
 from .optimizer import Optimizer
+from .resume import TOKENIZER
 from .scaler import LossScaler
 from .state import RunState
 
@@ -102,6 +103,7 @@ class Parts:
     def extras(self) -> Extras:
         """Returns what a checkpoint contains besides tensors: counters, the model's shape, the config, and the tokenizer."""
         path = self.config.data.tokenizer_path
+        places = (self.config.run_folder / TOKENIZER, Path(path)) if path else ()
         state = {
             **self.state.to_dict(), "updates": self.optimizer.steps, "scaler": self.scaler.state(),
             "data": self.source.fingerprint(), "global_rows": self.sizes.rows(self.state.cursor.batch),
@@ -111,7 +113,7 @@ class Parts:
             "model.json": self.decoder.to_dict(),
             "config.json": json.loads(dump(self.config)),
         }
-        return Extras(files, Path(path) if path and Path(path).exists() else None)
+        return Extras(files, next((place for place in places if place.exists()), None))
 
 
 def _what_is_read(config: Config) -> str:

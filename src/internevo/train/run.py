@@ -16,6 +16,7 @@ from ..config import Config, notices
 from ..errors import InternEvoError
 from ..parallel.launcher import PARENT, LauncherInfo, launcher_has_store, read_launcher
 from .check import check
+from .config import local_tokenizer
 
 if TYPE_CHECKING:
     from ..observe.record import StepRecord
@@ -48,6 +49,7 @@ def train(
     """
     parent = parent or int(os.environ.get(PARENT) or os.getppid())  # read first: the launcher may end meanwhile
     info = launcher or read_launcher(os.environ)
+    config = local_tokenizer(config)
     check(config, info.size)
     from ..parallel.world import join
     from .folder import acquire_on_rank_0

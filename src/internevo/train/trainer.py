@@ -19,9 +19,9 @@ from ..checkpoint.saver import Saver
 from ..config import Config, dump, flat
 from ..data.batches import StepBatch, TrainBatches, parse_skip_batches, valid_batches
 from ..data.build import checked_tokenizer
-from ..errors import InternEvoError
+from ..errors import ConfigError, InternEvoError
 from ..inference.tasks import requests_of, run_tasks
-from ..inference.text import TextModel
+from ..inference.text import TextModel, eos_ids
 from ..measure.probes import Probes
 from ..models.decoder import parameter_shapes
 from ..models.families.registry import decoder_config
@@ -43,6 +43,7 @@ from .lr_schedule import beta2, learning_rate
 from .parts import Parts
 from .process import GarbageCollector, prepare
 from .restore import restore
+from .resume import keep_tokenizer
 from .shared import Shared
 from .step import Stepper, StepResult, evaluate, formulas
 from .stop import StopRequests, StopTime
@@ -204,10 +205,9 @@ class Trainer:
         monitor, tokenizer, parts = self.config.monitor, self.tokenizer, self.parts
         if tokenizer is None:
             return
-        dtype = COMPUTE[self.config.model.dtype]
+        dtype, ends = COMPUTE[self.config.model.dtype], {*tokenizer.eos, *eos_ids(tokenizer.path)}
         for prompt in monitor.sample_prompts:
             ids = tokenizer.with_bos(prompt)
-            ends = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
             sampling = Sampling(temperature=0.8, top_p=0.95)
             with self._doing("generating samples"), parts.axis.unsharded_sequences():
                 out = generate(
@@ -223,12 +223,12 @@ class Trainer:
         monitor, tokenizer, parts = self.config.monitor, self.tokenizer, self.parts
         assert tokenizer is not None
         text = TextModel(
-            parts.decoder, tokenizer, lambda: parts.model, dtype=COMPUTE[self.config.model.dtype],
-            whole_sequences=parts.axis.unsharded_sequences,
+            parts.decoder, tokenizer, lambda: parts.model, eos_ids(tokenizer.path), COMPUTE[self.config.model.dtype],
+            parts.axis.unsharded_sequences,
         )  # fmt: skip
-        scores = run_tasks(
-            requests_of(text, parts.layout, self.world), monitor.tasks, monitor.task_folder, limit=monitor.task_limit
-        )
+        with self._doing(f"evaluating on {', '.join(monitor.tasks)}"):
+            requests = requests_of(text, parts.layout, self.world)
+            scores = run_tasks(requests, monitor.tasks, monitor.task_folder, limit=monitor.task_limit)
         parts.axis.after_forwards()
         self.garbage.collect()
         if observers:
@@ -340,6 +340,7 @@ def _prepare_saving(config: Config, world: World) -> None:
         check_export(decoder_config(config.model_type, config.model), config.data.tokenizer_path)
     if world.rank == 0:
         remove_leftovers(config.run_folder)
+        keep_tokenizer(config.run_folder, config.data.tokenizer_path)
     dist.barrier()  # after it, all ranks find the same checkpoints
 
 
@@ -356,7 +357,14 @@ def _sample_tokenizer(config: Config) -> Tokenizer | None:
     """Opens the tokenizer for samples and tasks, if they are configured."""
     if not config.monitor.needs_tokenizer or not config.data.tokenizer_path:
         return None
-    return checked_tokenizer(config.data.tokenizer_path, config.model.vocab_size)
+    tokenizer, vocab = checked_tokenizer(config.data.tokenizer_path, config.model.vocab_size), config.model.vocab_size
+    for prompt in config.monitor.sample_prompts:
+        if (largest := max(tokenizer.with_bos(prompt))) >= vocab:
+            raise ConfigError(
+                f"monitor.sample_prompts: {prompt!r} has the token {tokenizer.decode([largest])!r} (id {largest}), which is "
+                f"outside the vocabulary of {vocab} (model.vocab_size)"
+            )
+    return tokenizer
 
 
 def _warnings(config: Config, world: World) -> list[str]:

@@ -10,8 +10,9 @@ import torch
 
 import internevo
 from internevo import save_hf
-from internevo.commands.generate import Options, complete_file, print_text
+from internevo.commands.generate import Options, complete_file, print_text, read_prompts
 from internevo.errors import InternEvoError, UsageError
+from internevo.inference.text import TextModel
 from internevo.models.config import DecoderConfig, Rope
 from internevo.models.decoder import Decoder
 from internevo.models.generate import Continuation, Sampling, empty_caches, generate, longest_text
@@ -162,3 +163,56 @@ def test_a_cache_that_does_not_fit_into_memory_is_named() -> None:
 def test_nonsense_is_wrong_usage(run: Run, tmp_path: Path, options: tuple[str, str]) -> None:
     done = run("generate", tmp_path, "--prompt", "a", *options, code=2)
     assert options[0].strip("-").replace("-", "_") in done.stderr.replace("-", "_") and "Traceback" not in done.stderr
+
+
+def test_prompts_are_divided_at_the_ends_of_lines_only(tmp_path: Path) -> None:
+    odd = "one\u2028two\x0bthree\x0cfour\x85five\rsix"
+    (tmp_path / "p.txt").write_bytes(f"\ufeffa\r\n\n{odd}\n".encode())
+    assert list(read_prompts(tmp_path / "p.txt", "text")) == [(0, {"prompt": "a"}), (2, {"prompt": odd})]
+    row = {"prompt": odd, "id": 7}
+    (tmp_path / "p.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n")
+    assert list(read_prompts(tmp_path / "p.jsonl", "text")) == [(0, row)]
+
+
+def test_an_output_is_there_when_it_is_complete_and_nothing_is_overwritten(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "p.txt").write_text("the cat\n" * 5)
+    out, partial, real, calls = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial", TextModel.stream, [0]
+
+    def interrupted(*args: Any) -> Any:
+        calls[0] += 1
+        if calls[0] > stop:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(TextModel, "stream", interrupted)
+    stop = 0
+    with pytest.raises(KeyboardInterrupt):
+        complete_file(folder, None, tmp_path / "p.txt", out, 2, Options(2, GREEDY))
+    assert not out.exists() and not partial.exists() and not capsys.readouterr().err
+    calls[0], stop = 0, 2
+    with pytest.raises(KeyboardInterrupt):
+        complete_file(folder, None, tmp_path / "p.txt", out, 2, Options(2, GREEDY))
+    assert not out.exists() and len(partial.read_text().splitlines()) == 4
+    assert f"{partial} has the texts of the first 4 prompts" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="out.jsonl.partial is there already; move it away"):
+        complete_file(folder, None, tmp_path / "p.txt", out, 2, Options(2, GREEDY))
+    partial.unlink()
+    calls[0], stop = 0, 9
+    complete_file(folder, None, tmp_path / "p.txt", out, 2, Options(2, GREEDY))
+    assert len(out.read_text().splitlines()) == 5 and not partial.exists()
+    with pytest.raises(UsageError, match="out.jsonl is there already"):
+        complete_file(folder, None, tmp_path / "p.txt", out, 2, Options(2, GREEDY))
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="file/out.jsonl.partial cannot be written"):
+        complete_file(folder, None, tmp_path / "p.txt", tmp_path / "file" / "out.jsonl", 2, Options(2, GREEDY))
+
+
+def test_a_text_ends_at_all_end_tokens_of_the_model(tmp_path: Path, folder: Path) -> None:
+    """Those of generation_config.json, also if the tokenizer is in another folder."""
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 7]}))
+    train_bpe(["the cat sat on the mat and purred"] * 9, 280, tmp_path / "other")
+    assert TextModel.open(folder).eos_ids == TextModel.open(folder, tmp_path / "other").eos_ids == {5, 7}
+    (tmp_path / "other" / "generation_config.json").write_text(json.dumps({"eos_token_id": 9}))
+    assert TextModel.open(Decoder(CONFIG), tmp_path / "other").eos_ids == {9}

@@ -102,6 +102,9 @@ def test_an_internevo_file_works_unchanged(tmp_path: Path) -> None:
     said = {line.split()[0] for line in notices(config)}
     assert "ckpt.async_upload" in said and "model.use_flash_attn" in said
     assert "parallel.weight.layer_fuse_isp_comm" in silent - said  # the file does not set it, so there is no notice
+    (tmp_path / "config.json").write_text(dump(config))  # the resolved config of a run, in which every key is set
+    resolved = {line.split()[0] for line in notices(load_config(tmp_path / "config.json"))}
+    assert "ckpt.async_upload" in resolved and not silent - said & resolved
 
 
 def test_read_base_works_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

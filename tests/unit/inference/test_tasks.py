@@ -114,6 +114,16 @@ def test_log_likelihoods_of_pairs_are_those_of_transformers(folder: Path) -> Non
         assert found[-1][1] is reference(model, [*context, best], 1)[1]
 
 
+def test_an_empty_continuation_is_certain(folder: Path) -> None:
+    requests, *_ = load(folder)
+    pairs = [("the cat", ""), ("", ""), ("a", " mat"), ("the cat ", "")]
+    empty, nothing, other, space = requests.loglikelihood(ask(*pairs))
+    assert empty == nothing == (0.0, True)
+    for found, pair in ((other, ("a", " mat")), (space, ("the cat", " "))):
+        assert found[0] == pytest.approx(requests.loglikelihood(ask(pair))[0][0], rel=1e-5)
+    assert requests.loglikelihood_rolling(ask(("",))) == [0.0]
+
+
 def test_rolling_log_likelihoods_predict_each_token_once_with_the_most_context(folder: Path) -> None:
     requests, model, tokenizer = load(folder)
     texts = ["the cat", "the cat sat on the mat and purred " * 4, ""]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from internevo import ops
+from internevo.ops.compiler import running_uncompiled, runs_uncompiled
 from internevo.ops.flex import flex_attention
 from tests.references import assert_close_to_scale, plain_attention
 
@@ -45,3 +46,15 @@ def test_flex_attention_equals_the_other_path(window: int) -> None:
     out = flex_attention(q, k, v, boundaries, window, 0.8)
     wanted = ops.attention(q[None], k[None], v[None], boundaries, window=window, softcap=0.8)[0]
     assert_close_to_scale(out, wanted)
+
+
+def test_nothing_is_to_be_compiled_while_text_is_generated() -> None:
+    """FlexAttention that isn't compiled has all scores in memory, so that capped scores of a prompt are computed otherwise."""
+    import torch._dynamo
+
+    assert not runs_uncompiled()
+    with torch.no_grad():
+        assert not runs_uncompiled(), "an evaluation of compiled layers"
+    with running_uncompiled():
+        assert runs_uncompiled()
+    assert not runs_uncompiled() and torch._dynamo is not None

@@ -50,6 +50,9 @@ class Hub(BaseHTTPRequestHandler):
 
     def _describe(self, name: str, tree: bool) -> None:
         folder = self.root / name
+        if "/revision/gone" in self.path:
+            self._send(404, b"{}", X_Error_Code="RevisionNotFound")
+            return
         if name == "some/gated":
             self._send(403, b"{}", X_Error_Code="GatedRepo")
             return
@@ -108,10 +111,12 @@ def test_models_are_downloaded_once_and_every_failure_says_what_to_do(tmp_path: 
         (tmp_path / "hub" / name).mkdir(parents=True)
         for file in names:
             (tmp_path / "hub" / name / file).write_text(f"{name}/{file}")
-    new, old, empty, missing, gated = ask(
+    new, old, empty, missing, gated, pinned, gone = ask(
         tmp_path, address, ("some/new", True), ("some/old", True), ("some/empty", True), ("some/missing", True),
-        ("some/gated", True), HF_TOKEN="secret",
+        ("some/gated", True), ("some/new@v1.0", True), ("some/new@gone", True), HF_TOKEN="secret",
     )  # fmt: skip
+    assert pinned == new and any("/some/new/revision/v1.0" in path for path, _ in handler.asked)
+    assert "the model some/new@gone cannot be had" in gone and "it has no such revision (what comes after @)" in gone
     assert new == ["config.json", "model.safetensors", "tokenizer.json"] and old == ["config.json", "pytorch_model.bin"]
     assert empty == "the model some/empty has no weights on the hub (model*.safetensors or pytorch_model*.bin)"
     tried = f"is not a path here, and the model some/missing cannot be had from {address}: "

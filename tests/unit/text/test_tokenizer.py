@@ -380,3 +380,24 @@ def test_the_error_names_the_folder_of_damaged_settings(tmp_path: Path, models: 
     write_json(tmp_path / "tokenizer_config.json", {"added_tokens_decoder": decoder})
     with pytest.raises(UsageError, match="the added tokens in .* cannot be read"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["json", "model"])
+def test_only_added_tokens_that_no_document_needs_may_be_outside_a_models_vocabulary(tmp_path: Path, kind: str) -> None:
+    """As in Gemma 3 1B, whose tokenizer has one token more than the model: a place for images."""
+    if kind == "json":
+        train_bpe(iter(TEXTS), 300, tmp_path)
+        table = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    else:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(TEXTS), model_prefix=str(tmp_path / "tokenizer"), vocab_size=40, minloglevel=2,
+        )  # fmt: skip
+        table = {"eos_token": "</s>"}
+    size = load_tokenizer(tmp_path).vocab_size
+    assert load_tokenizer(tmp_path).fits(size) and not load_tokenizer(tmp_path).fits(size - 1)
+    more = {"added_tokens_decoder": {str(size): {"content": "<image>", "special": False}}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**table, **more}))
+    found = load_tokenizer(tmp_path)
+    assert found.vocab_size == size + 1 and found.fits(size) and not found.fits(size - 1)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**table, **more, "eos_token": "<image>"}))
+    assert not load_tokenizer(tmp_path).fits(size)

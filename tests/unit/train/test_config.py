@@ -1,6 +1,7 @@
 """``model.from_hf``: a config gets its shape, tokenizer and weights from a Hugging Face folder."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from internevo.config import dump
+from internevo.checkpoint.manifest import Manifest
+from internevo.config import Config, dump
+from internevo.config.check import missing_paths
 from internevo.config.load import read_values
 from internevo.errors import ConfigError, UsageError
 from internevo.models.families.registry import FAMILIES, decoder_config, decoder_from_hf
 from internevo.models.huggingface.folder import HfFolder, save_hf
 from internevo.text.tokenizer import train_bpe
 from internevo.train.check import problems
-from internevo.train.config import load_config
+from internevo.train.config import load_config, with_tokenizer
+from internevo.train.resume import resumes
 from tests.conftest import random_model
 from tests.families import CONFIGS
 
@@ -48,18 +52,24 @@ def llama(tmp_path: Path) -> Path:
     return tmp_path / "llama"
 
 
+@st.composite
+def as_published(draw: st.DrawFn, name: str) -> dict[str, Any]:
+    """Any ``config.json`` of a family, with what all of its published models have and a config has no key for."""
+    values: dict[str, Any] = {**draw(CONFIGS[name]).to_dict(), "architectures": [FAMILIES[name].ARCHITECTURE]}
+    if name == "GEMMA3":
+        values["rope_parameters"]["sliding_attention"]["rope_theta"] = 10000.0
+    if name == "DEEPSEEKV3":
+        values["rope_interleave"] = True
+    return values
+
+
 @given(data=st.data(), name=st.sampled_from(sorted(CONFIGS)))
 @settings(max_examples=60)
 def test_a_config_from_a_folder_is_the_model_of_the_conversion(
     data: st.DataObject, name: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("model")
-    values = data.draw(CONFIGS[name]).to_dict()
-    values["architectures"] = [FAMILIES[name].ARCHITECTURE]
-    if name == "GEMMA3":
-        values["rope_parameters"]["sliding_attention"]["rope_theta"] = 10000.0  # that of all published models
-    if name == "DEEPSEEKV3":
-        values["rope_interleave"] = True  # as in all published models
+    values = data.draw(as_published(name))
     (folder / "hf").mkdir()
     (folder / "hf" / "config.json").write_text(json.dumps(values))
     wanted = decoder_from_hf(values, "test")
@@ -160,3 +170,50 @@ def test_a_folder_is_the_same_model_as_its_weights(llama: Path, tmp_path: Path) 
     assert "model_type" not in values and values["model"] == {"from_hf": str(llama)}
     config = load_config(tmp_path / "config.json")
     assert decoder_config(config.model_type, config.model) == HfFolder(llama).config
+
+
+def recorded(run: Path, config: Config, tokenizer: Path | None) -> None:
+    """What of a run's checkpoint matters here."""
+    folder = run / "checkpoints" / "step-00000001"
+    folder.mkdir(parents=True)
+    Manifest(1, {}, {}, run="a").write(folder)
+    (folder / "config.json").write_text(dump(config))
+    if tokenizer is not None:
+        shutil.copytree(tokenizer, folder / "tokenizer")
+
+
+@given(data=st.data(), name=st.sampled_from(sorted(CONFIGS)))
+@settings(max_examples=25)
+def test_a_run_with_a_checkpoint_needs_neither_the_model_nor_its_tokenizer(
+    data: st.DataObject, name: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    tmp_path = tmp_path_factory.mktemp("model")
+    hf = data.draw(as_published(name))
+    model, run = tmp_path / "model", tmp_path / "run"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(hf))
+    train_bpe(["abc"], 280, model)
+    lora = {"from_hf": str(model), "pretrained": False, "lora": {"rank": 2}, "checkpoint": 0.5}
+    path = write(tmp_path, lora, ckpt={"save_ckpt_folder": str(run)})
+    config = load_config(path)
+    (tmp_path / "tokenizer").mkdir()
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (model / file).rename(tmp_path / "tokenizer" / file)
+    shutil.rmtree(model)
+    with pytest.raises(UsageError, match="model.from_hf = .* does not exist"):
+        load_config(path)
+    recorded(run, config, tmp_path / "tokenizer")
+    again = load_config(path)
+    assert decoder_config(again.model_type, again.model) == decoder_config(config.model_type, config.model)
+    kept = str(run / "checkpoints" / "step-00000001" / "tokenizer")
+    assert again == with_tokenizer(config, kept) and not missing_paths(again, new=not resumes(again))
+    write(tmp_path, {**lora, "checkpoint": 0.0}, ckpt={"save_ckpt_folder": str(run)})
+    assert load_config(path).model.checkpoint == 0.0, "a key that the model does not fill in is the config's"
+    (tmp_path / "run.json").write_text(dump(config))  # the resolved config in the run folder, also where the run is not
+    assert load_config(tmp_path / "run.json") == again
+    run.rename(tmp_path / "moved")
+    assert load_config(tmp_path / "run.json") == config
+    moved = load_config(tmp_path / "run.json", [f"ckpt.save_ckpt_folder={tmp_path / 'moved'}"])
+    assert moved.data.tokenizer_path == str(tmp_path / "moved" / "checkpoints" / "step-00000001" / "tokenizer")
+    with pytest.raises(UsageError, match="model.from_hf = 'other/than/that' does not exist"):
+        load_config(path, [f"ckpt.save_ckpt_folder={tmp_path / 'moved'}", "model.from_hf=other/than/that"])

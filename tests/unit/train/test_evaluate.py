@@ -3,7 +3,9 @@
 import itertools
 import json
 import math
+import shutil
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,13 +15,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from typer.testing import CliRunner
 
 import internevo
+from internevo.cli import app
 from internevo.commands.evaluate import Question, run
 from internevo.data.tokenized.files import MASKED_ZERO, TokenWriter
 from internevo.data.tokenized.index import open_index
 from internevo.data.windows import WholeDocuments, choose_documents
-from internevo.errors import ConfigError, DataError, UsageError
+from internevo.errors import ConfigError, DataError, InternEvoError, UsageError
 from internevo.models.config import DecoderConfig, Experts
 from internevo.models.families.registry import decoder_config
 from internevo.text.tokenizer import load_tokenizer, train_bpe
@@ -138,7 +142,7 @@ def test_the_command_prints_a_table_or_json(tmp_path: Path, capsys: pytest.Captu
 def test_what_cannot_be_evaluated_is_refused(tmp_path: Path) -> None:
     folder, data = model_in(tmp_path / "hf", LLAMA), write_dataset(tmp_path / "data")
     small = model_in(tmp_path / "small", DecoderConfig("LLAMA2", 50, 24, 40, 1, 4, 2, 6))
-    with pytest.raises(DataError, match="outside the model's vocabulary of 50"):
+    with pytest.raises(DataError, match="outside the vocabulary of 50 of the model"):
         internevo.evaluate(small, data)
     with pytest.raises(DataError, match="neither a folder of tokenized data"):
         internevo.evaluate(folder, tmp_path / "nothing")
@@ -167,3 +171,48 @@ def test_the_config_of_an_evaluation_has_the_sizes_of_every_model(path: Path) ->
     assert made.model.num_experts == (decoder.experts.count if decoder.experts else 1)
     assert made.model.dtype == config.model.dtype and made.parallel.tensor == config.parallel.tensor
     check_config(evaluation_config(source, 512, 2, None, []), 1)
+
+
+def test_data_of_another_tokenizer_is_refused_and_what_is_not_known_is_said(tmp_path: Path) -> None:
+    texts = [f"the cat sat on {n} mats and purred" for n in range(30)]
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    one, two = tmp_path / "one", tmp_path / "two"
+    train_bpe(texts * 3, 290, one)
+    train_bpe(["xyz " + text[::-1] for text in texts] * 3, 290, two)
+    folder = model_in(tmp_path / "hf", replace(LLAMA, vocab_size=300))
+    shutil.copytree(one, folder, dirs_exist_ok=True)
+    data = tmp_path / "data"
+    internevo.tokenize([tmp_path / "texts.txt"], data, tokenizer=two)
+    with pytest.raises(DataError, match=r"was tokenized with .*two.*hf.* is the model's tokenizer: .* by the other"):
+        internevo.evaluate(folder, data)
+    known = internevo.evaluate(folder, data, tokenizer=two)
+    assert known.total.bits_per_byte and not known.notes
+    two.rename(tmp_path / "moved")
+    found = internevo.evaluate(folder, data)
+    assert found.total.loss == known.total.loss and "is no longer there" in found.notes[0]
+    internevo.tokenize([tmp_path / "texts.txt"], tmp_path / "right", tokenizer=one)
+    assert not internevo.evaluate(folder, tmp_path / "right").notes
+    (folder / "tokenizer.json").write_text("{}")  # the loss needs none
+    found = internevo.evaluate(folder, tmp_path / "right")
+    assert found.total.bits_per_byte and not found.notes
+    found = internevo.evaluate(folder, data)
+    assert found.total.loss == known.total.loss and found.total.bits_per_byte is None
+    assert "bits per byte are not known, because the model's tokenizer cannot be opened" in found.notes[0]
+
+
+def test_all_is_checked_before_processes_are_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, data = model_in(tmp_path / "hf", LLAMA), write_dataset(tmp_path / "data")
+    monkeypatch.setattr("internevo.commands.evaluate.launch", lambda *arguments: pytest.fail("started"))
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+
+    def ask(*arguments: str) -> str:
+        result = CliRunner().invoke(app, ["evaluate", *arguments, "--nproc", "2"])
+        assert isinstance(result.exception, InternEvoError), result.output
+        return str(result.exception)
+
+    assert "none does not exist" in ask(str(tmp_path / "none"), "--data", str(data))
+    assert "neither a folder of tokenized data" in ask(str(folder), "--data", str(tmp_path / "hf" / "x"))
+    assert "package lm-eval" in ask(str(folder), "--tasks", "arc") or find_spec("lm_eval")
+    assert "parallel.tensor" in ask(str(folder), "parallel.tensor.size=4", "--data", str(data))
+    assert "does not exist" in ask(str(folder), "--data", str(data), "--tokenizer", str(tmp_path / "t"))

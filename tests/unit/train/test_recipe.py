@@ -1,11 +1,14 @@
 """The values that are chosen for fine-tuning are in the ranges that people use, and fit together."""
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from internevo.config import validate
 from internevo.data.encoding.tokenize import is_valid, valid_ratio_for
-from internevo.train import recipe
+from internevo.train import fit, recipe
+from tests.conftest import tiny
 
 
 def test_larger_models_have_smaller_learning_rates() -> None:
@@ -40,3 +43,19 @@ def test_some_documents_are_held_out_if_there_are_a_few(documents: int) -> None:
     held_out = sum(is_valid(number, ratio) for number in range(min(documents, 20_000)))
     assert (held_out > 0) == (documents > 2) and (held_out < documents or not documents)
     assert ratio * documents <= 1500
+
+
+def test_a_run_is_made_to_fit_without_changing_what_was_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = validate(tiny())
+    for limit in (0, 10**15):
+        monkeypatch.setattr(fit, "free_memory", lambda device, processes, limit=limit: limit)
+        for checkpoint in (0.0, 0.5, 1.0):
+            model = config.model.model_copy(update={"checkpoint": checkpoint})
+            tried = config.model_copy(update={"model": model})
+            found, enough = fit.fitted(tried, [2, 1], 2, torch.device("cpu"), {fit.CHECKPOINT, fit.FSDP})
+            assert enough == (limit > 0) and found.model.checkpoint == checkpoint
+            assert found.parallel.zero1.fsdp == config.parallel.zero1.fsdp
+            assert found.data.micro_bsz == (2 if enough else 1)
+    monkeypatch.setattr(fit, "free_memory", lambda device, processes: 0)
+    found, _ = fit.fitted(config, [1], 2, torch.device("cpu"))
+    assert found.model.checkpoint == 1.0 and found.parallel.zero1.fsdp

@@ -21,6 +21,7 @@ from ...errors import DataError, InternEvoError
 from ...text.tokenizer import Tokenizer, load_tokenizer
 from ..raw.documents import Document, read_documents
 from ..raw.inputs import InputChunk
+from ..rows import tokens_and_labels
 from .formats import FormatName, encode_documents, read_fields
 
 OnError = Literal["stop", "skip"]
@@ -54,6 +55,8 @@ class Encoder:
     key: str | None = None
     """The field that has the text or the messages; None: the usual fields."""
     on_error: OnError = "stop"
+    vocab_size: int | None = None
+    """The size of the model's vocabulary; every id is less. None: any id is right."""
 
     def __call__(self, chunk: InputChunk) -> Encoded:
         """Encodes a chunk.
@@ -64,9 +67,12 @@ class Encoder:
         parts: list[npt.NDArray[np.int32]] = []
         skipped: list[str] = []
         for batch in self._batches(chunk, skipped):
-            for ids in encode_documents(self.format, batch, self.key, cached_tokenizer(self.tokenizer)):
+            encoded = encode_documents(self.format, batch, self.key, cached_tokenizer(self.tokenizer))
+            for document, ids in zip(batch, encoded, strict=True):
                 if isinstance(ids, DataError):
                     self._skip(ids, skipped)
+                elif (outside := self._outside(document, ids)) is not None:
+                    self._skip(outside, skipped)
                 elif len(ids):  # there is nothing to train on in an empty document
                     parts.append(ids)
         counts = np.array([len(part) for part in parts], np.int32)
@@ -97,6 +103,17 @@ class Encoder:
                 batch, size = [], 0
         if batch:
             yield batch
+
+    def _outside(self, document: Document, ids: npt.NDArray[np.int32]) -> DataError | None:
+        """Returns an error if a document has an id that the model does not have."""
+        largest = int(tokens_and_labels(ids.astype(np.int64))[0].max(initial=-1))
+        if self.vocab_size is None or largest < self.vocab_size:
+            return None
+        text = cached_tokenizer(self.tokenizer).decode([largest])
+        return DataError(
+            f"{document.where} has the token {text!r} (id {largest}), which is outside the vocabulary of {self.vocab_size} "
+            "(model.vocab_size)"
+        )
 
     def _skip(self, error: DataError, skipped: list[str]) -> None:
         """Raises the error, or adds its message to ``skipped``."""

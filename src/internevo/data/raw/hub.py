@@ -12,30 +12,32 @@ from pathlib import Path
 from ...config.hub import may_be_on_hub
 from ...errors import DataError, UsageError
 from ...storage.hub import download
-from .inputs import find_files
+from .files import COMPRESSED
+from .inputs import SUFFIXES, find_files
 
 SPLIT_WORDS = {"train": "train|training", "valid": "validation|valid|val|dev", "test": "test|testing|eval|evaluation"}
 """For each split, the words (as a regular expression) by which files or folders are known to be part of it."""
 METADATA_FILES = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 
 
-def dataset_files(name: str, subset: str | None, split: str) -> tuple[Path, list[tuple[str, Path]]]:
+def dataset_files(name: str, subset: str | None, split: str, trained_on: bool = False) -> tuple[Path, list[tuple[str, Path]]]:
     """Returns the folder of a dataset, and (kind, path) of each file of a split.
 
     These are the files whose path contains the split's name or, if there are none, the files whose path contains the name of no
-    other split. If some of them are in the folder "data", only those are used, because some datasets also have the same rows as
-    text next to it.
+    split; but of a dataset that is also trained on, those are training data, and no other split's. If some of them are in the
+    folder "data", only those are used, because some datasets also have the same rows as text next to it.
 
     Args:
         name: a folder, or the name of a dataset on the hub (owner/name), which is downloaded into the hub's cache.
         subset: a folder inside the dataset; only the files in it are used.
         split: "train", "valid" or "test".
+        trained_on: whether the same dataset is trained on, so that another split needs files of its own.
 
     Raises:
         UsageError: if there is no such folder, and no such dataset on the hub.
         DataError: if there are no such files, or files of several kinds (see ``inputs.SUFFIXES``).
     """
-    root = download(name, "dataset") if may_be_on_hub(name) else Path(name)
+    root = download(name, "dataset", _patterns(subset)) if may_be_on_hub(name) else Path(name)
     if not root.exists():
         raise UsageError(f"{name} does not exist, and is no name of a dataset on the Hugging Face Hub (owner/name)")
     root = root / subset if subset else root
@@ -47,10 +49,12 @@ def dataset_files(name: str, subset: str | None, split: str) -> tuple[Path, list
         raise DataError(str(error)) from error
     splits = [_split(str(path.relative_to(root))) if path != root else None for _, path in found]
     chosen = [file for file, file_split in zip(found, splits, strict=True) if file_split == split]
-    chosen = chosen or [file for file, file_split in zip(found, splits, strict=True) if file_split is None]
+    if split == "train" or not trained_on:
+        chosen = chosen or [file for file, file_split in zip(found, splits, strict=True) if file_split is None]
     if not chosen:
-        others = ", ".join(sorted({name for name in splits if name}))
-        raise DataError(f"{root} has no files for the split {split} (it has files for: {others})")
+        others = sorted({name or "train, since their paths name no split" for name in splits})
+        advice = "; name another data.valid_folder, or set data.valid_every=0" if trained_on and split == "valid" else ""
+        raise DataError(f"{root} has no files for the split {split} (it has files for: {', '.join(others)}){advice}")
     chosen = [file for file in chosen if root / "data" in file[1].parents] or chosen
     kinds = Counter(kind for kind, _ in chosen)
     if len(kinds) > 1:
@@ -60,6 +64,12 @@ def dataset_files(name: str, subset: str | None, split: str) -> tuple[Path, list
             "folder in it with data.subset_name, or list the files in data.mixture"
         )
     return (root if root.is_dir() else root.parent), chosen
+
+
+def _patterns(subset: str | None) -> tuple[str, ...]:
+    """Returns patterns of the files that can be read; a dataset may also have images, archives and weights."""
+    suffixes = [suffix for kind in SUFFIXES.values() for suffix in kind]
+    return tuple(f"{subset}/*{s}{end}" if subset else f"*{s}{end}" for s in suffixes for end in ("", *COMPRESSED))
 
 
 def _split(path: str) -> str | None:

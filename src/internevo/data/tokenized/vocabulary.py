@@ -38,7 +38,7 @@ def open_tokenizer(path: Path) -> Tokenizer | None:
     return load_tokenizer(path) if quick else None
 
 
-def check_ids(root: Path, vocab_size: int) -> None:
+def check_ids(root: Path, vocab_size: int, advice: str = "(model.vocab_size)") -> None:
     """Looks for ids outside a vocabulary in samples of tokenized data; small datasets are read whole.
 
     Raises:
@@ -55,7 +55,7 @@ def check_ids(root: Path, vocab_size: int) -> None:
                 document = int(np.searchsorted(file.meta[:, 0], offset, side="right")) - 1
                 raise DataError(
                     f"{file.path}, document {document}: token id {tokens[wrong[0]]} is outside the vocabulary of {vocab_size} "
-                    "(model.vocab_size)"
+                    f"{advice}"
                 )
 
 

@@ -169,7 +169,7 @@ def save_hf(
         raise UsageError(f"max_shard_size = {max_shard_size} must be at least 1 byte")
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(tokenizer)
-    if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
+    if tokenizer is not None and not tokenizer.fits(model.config.vocab_size):
         raise UsageError(
             f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size} entries, and the model's vocabulary only "
             f"{model.config.vocab_size}: it is not this model's"

@@ -7,7 +7,6 @@ dtype; vectors and routers are in fp32.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,9 +23,9 @@ from ..config import DecoderConfig, Rope
 from ..decoder import parameter_shapes
 from ..rotary import inverse_frequencies
 from ..source import ParameterSource, most_common_dtype
+from .gguf_tokenizer import write_tokenizer
 from .naming import row_count
 from .owned import mark, replaceable
-from .tokenizer import special_ids
 
 NAME = "model.gguf"
 """The name of the file in the folder."""
@@ -108,7 +107,7 @@ def write_gguf(
         writer = gguf.GGUFWriter(new / NAME, form.arch)
         writer.add_file_type(gguf.LlamaFileType[{"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16"}[kinds[dtype]]])
         _metadata(writer, config, form)
-        _tokenizer(writer, source, config.vocab_size)
+        write_tokenizer(writer, source.tokenizer, config.vocab_size)
         for one in tensors:
             kind = gguf.GGMLQuantizationType[kinds[one.dtype]]
             number = _array(torch.empty(0, dtype=one.dtype)).dtype
@@ -266,74 +265,3 @@ def _scaling_type(kind: str) -> Any:
     import gguf
 
     return gguf.RopeScalingType(kind)
-
-
-# The tokenizer -------------------------------------------------------------------------------------------------------
-
-SPLITS = {
-    "llama-bpe": r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*",
-    "qwen2": r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*",
-}
-"""llama.cpp's name of a way to split texts -> a part of its regular expression."""
-
-
-def _tokenizer(writer: Any, source: ParameterSource, vocab_size: int) -> None:
-    """Adds the tokenizer, if the model has one of a kind that GGUF files have: sentencepiece, or byte-level BPE.
-
-    Raises:
-        UsageError: if it is of another kind.
-    """
-    import gguf
-
-    if source.tokenizer is None:
-        writer.add_tokenizer_model("no_vocab")
-        return
-    folder = source.tokenizer if source.tokenizer.is_dir() else source.tokenizer.parent
-    tokens, types = [f"[PAD{number}]" for number in range(vocab_size)], [int(gguf.TokenType.UNUSED)] * vocab_size
-    scores = [-1000.0] * vocab_size
-    if (folder / "tokenizer.model").is_file():
-        vocab = gguf.SentencePieceVocab(folder)
-        for number, (text, score, kind) in enumerate(vocab.all_tokens()):
-            tokens[number], scores[number], types[number] = text.decode("utf-8"), score, int(kind)
-        writer.add_tokenizer_model("llama")
-        writer.add_token_scores(scores)
-        merges = False
-    else:
-        pre = _byte_level(folder / "tokenizer.json", tokens, types)
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(pre)
-        merges = True
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    special = gguf.SpecialVocab(folder, load_merges=merges, n_vocab=vocab_size)
-    for key, number in special_ids(source.tokenizer).items():
-        if isinstance(number, int):
-            special.special_token_ids[key.removesuffix("_token_id")] = number
-    special.add_to_gguf(writer, quiet=True)
-
-
-def _byte_level(path: Path, tokens: list[str], types: list[int]) -> str:
-    """Fills in the tokens of a ``tokenizer.json`` and their types. Returns llama.cpp's name of how it splits texts.
-
-    Raises:
-        UsageError: if it is not byte-level BPE, or has a way to split texts that llama.cpp has no name for.
-    """
-    import gguf
-
-    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    model, splits = values.get("model") or {}, values.get("pre_tokenizer") or {}
-    parts = splits.get("pretokenizers") or [splits]
-    if model.get("type") != "BPE" or not any(part.get("type") == "ByteLevel" for part in parts):
-        raise UsageError(f"{path} is neither byte-level BPE nor next to a tokenizer.model: a GGUF file cannot have it")
-    for token, number in model["vocab"].items():
-        tokens[number], types[number] = token, int(gguf.TokenType.NORMAL)
-    for added in values.get("added_tokens") or []:
-        kind = gguf.TokenType.CONTROL if added.get("special") else gguf.TokenType.USER_DEFINED
-        tokens[added["id"]], types[added["id"]] = added["content"], int(kind)
-    patterns = [(part.get("pattern") or {}).get("Regex", "") for part in parts if part.get("type") == "Split"]
-    if not patterns and any(part.get("use_regex", True) for part in parts if part.get("type") == "ByteLevel"):
-        return "gpt-2"
-    found = [name for name, text in SPLITS.items() if any(text in pattern for pattern in patterns)]
-    if not found:
-        raise UsageError(f"{path} splits texts in a way that llama.cpp has no name for ({patterns or splits})")
-    return found[0]

@@ -16,7 +16,8 @@ from internevo.data.rows import tokens_and_labels
 from internevo.data.tokenized.index import open_index
 from internevo.errors import DataError, UsageError
 from internevo.models.huggingface.tokenizer import copy_tokenizer
-from internevo.text.tokenizer import Tokenizer, load_tokenizer
+from internevo.text.chat import ChatTemplate
+from internevo.text.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
 from .test_formats import CHATML, folder_with
 
@@ -253,3 +254,10 @@ def test_a_template_that_makes_nothing_of_a_question_is_named(tmp_path: Path) ->
 def test_a_prompt_with_invalid_bytes_is_refused(tmp_path: Path, format: Any) -> None:
     with pytest.raises(UsageError, match=r"the prompt is not UTF-8: character 2 is '\\udcff'"):
         encode_prompt(format, "ab\udcff", tokenizer_with(tmp_path, CHATML))
+
+
+def test_a_template_that_is_not_text_is_refused_by_name(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(train_bpe(["abc"], 280, tmp_path))
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match="the chat templates of .* cannot be read: 'utf-8'"):
+        ChatTemplate.load(tokenizer)

@@ -1,6 +1,8 @@
 """Which files of a dataset in the Hugging Face layout belong to a split."""
 
 import gzip
+from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,8 @@ def write_files(root: Path, *names: str) -> Path:
     return root
 
 
-def chosen(root: Path | str, split: str, subset: str | None = None) -> list[str]:
-    home, files = dataset_files(str(root), subset, split)
+def chosen(root: Path | str, split: str, subset: str | None = None, trained_on: bool = False) -> list[str]:
+    home, files = dataset_files(str(root), subset, split, trained_on)
     return [path.relative_to(home).as_posix() for _, path in files]
 
 
@@ -54,6 +56,11 @@ def test_the_files_of_a_split_are_found_by_their_names(
             chosen(tmp_path, "valid")
     else:
         assert chosen(tmp_path, "valid") == valid
+    if valid and valid != train:
+        assert chosen(tmp_path, "valid", trained_on=True) == valid
+    else:  # what is trained on is never taken for validation data in silence
+        with pytest.raises(DataError, match="has no files for the split valid"):
+            chosen(tmp_path, "valid", trained_on=True)
 
 
 def test_a_split_with_files_of_several_formats_is_refused(tmp_path: Path) -> None:
@@ -78,15 +85,17 @@ def test_a_name_that_is_not_a_folder_is_downloaded_from_the_hub(tmp_path: Path, 
     asked = []
     write_files(tmp_path / "cache", "train.parquet")
 
-    def download(name: str, repo_type: str, allow_patterns: list[str] | None) -> str:
-        assert allow_patterns is None
-        asked.append((name, repo_type))
+    def download(name: str, repo_type: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((name, repo_type, revision))
+        wanted = ("data/train-0.parquet", "a.jsonl.gz", "b.csv", "c.txt.zst", "photo.jpg", "all.tar.gz", "weights.bin")
+        assert [any(map(partial(fnmatch, name), allow_patterns)) for name in wanted] == [True] * 4 + [False] * 3
         if name == "some/thing":
             return str(tmp_path / "cache")
         raise OSError("no network")
 
     monkeypatch.setattr(hub, "snapshot_download", download)
-    assert chosen("some/thing", "train") == ["train.parquet"] and asked == [("some/thing", "dataset")]
+    assert chosen("some/thing", "train") == ["train.parquet"] and asked == [("some/thing", "dataset", None)]
+    assert chosen("some/thing@v1.0", "train") == ["train.parquet"] and asked[1:] == [("some/thing", "dataset", "v1.0")]
     with pytest.raises(UsageError, match="is not a path here, and the dataset other/thing cannot be had from https:"):
         chosen("other/thing", "train")
     with pytest.raises(UsageError, match="no/such/folder does not exist"):

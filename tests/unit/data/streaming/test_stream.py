@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import random
+import re
 import threading
 from collections import Counter
 from functools import partial
@@ -215,6 +216,31 @@ def test_every_seed_and_every_epoch_has_another_order(tmp_path: Path, small: Non
     one, two = (documents(train(data.model_copy(update={"seed": seed}), 1, Cursor(), 90)[0], text) for seed in (1, 2))
     assert one[:40] != two[:40] and one[:40] != one[40:80] and one[:40] != corpus
     assert sorted(one[:40]) == sorted(one[40:80]) == sorted(two[:40]) == sorted(corpus)
+
+
+def test_a_document_with_a_token_that_the_model_lacks_is_refused_or_left_out(
+    tmp_path: Path, small: None, tokenizer: Path
+) -> None:
+    """A tokenizer may have added tokens that are outside the model's vocabulary; a document may not."""
+    corpus = [f"document {n}" for n in range(20)]
+    write(tmp_path / "data", [*corpus, "with an <image> in it"], ["jsonl"], random.Random(1))
+    home = tmp_path / "tokenizer"
+    home.mkdir()
+    file = tokenizer if tokenizer.is_file() else tokenizer / "tokenizer.json"
+    (home / "tokenizer.json").write_bytes(file.read_bytes())
+    size = load_tokenizer(home).vocab_size
+    added = {str(size): {"content": "<image>", "special": False}}
+    (home / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>", "added_tokens_decoder": added}))
+    data = Data(
+        type="streaming", train_folder=str(tmp_path / "train"), tokenizer_path=str(home), seq_len=32, micro_bsz=1,
+        global_batch_size=2, total_steps=1000, num_worker=0, valid_every=1, valid_folder=str(tmp_path / "data"),
+    )  # fmt: skip
+    message = rf"has the token '<image>' \(id {size}\), which is outside the vocabulary of {size}"
+    with pytest.raises(DataError, match=message):
+        load_stream(valid_rows(data, size), None)
+    skipped: list[str] = []
+    rows = load_stream(valid_rows(data.model_copy(update={"on_error": "skip"}), size), None, skipped.append)
+    assert rows is not None and len(skipped) == 1 and re.search(message, skipped[0])
 
 
 def test_a_document_that_cannot_be_read_stops_every_rank_or_is_left_out(tmp_path: Path, small: None, tokenizer: Path) -> None:
