@@ -101,7 +101,7 @@ def draw(name: str, seed: int) -> tuple[Config, int]:
         }))  # fmt: skip
         if not problems(config, processes) and not missing_features(config):
             layout = Layout.from_config(config, processes)
-            if not (layout.fsdp and layout.zero == 1):  # for FSDP over one rank, which is of no use, the formula is 4 % off
+            if not (layout.fsdp and layout.zero == 1):  # FSDP over one rank: the formula says up to 4 % too much
                 return config, processes
 
 
