@@ -7,10 +7,11 @@ print in a row, but says once for all of its rows, is in ``SOURCES``.
 from __future__ import annotations
 
 import csv
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from internevo.models.config import DecoderConfig, Experts
+from internevo.models.config import DecoderConfig, Experts, Latent
 from internevo.parallel.layout import Layout
 from internevo.parallel.strategy import Workload
 from internevo.planner import memory as planned
@@ -128,8 +129,10 @@ GPU_NAMES = {
     "H200": "h200", "B200": "b200", "B300": "b300", "GB200": "gb200", "GB300": "gb300", "MI300X": "mi300x",
 }  # fmt: skip
 """What a name in the table begins with -> the planner's."""
+LATENT = Latent(rank=512, query_rank=1536, plain_dim=128, rotary_dim=64, value_dim=128)
+LATENTS = {"DeepSeek-V3": LATENT, "Kimi-K2": LATENT}
+"""What a model's name begins with -> its latent attention, from its public config; the table has no columns for it."""
 OTHER_SHAPES = (
-    "MLA",
     "hybrid",
     "GPT-OSS",
     "sliding-window",
@@ -312,17 +315,24 @@ def _gpu(row: Row, source: Source) -> GPU:
 
 def _decoder(row: Row, source: Source) -> DecoderConfig:
     """A MLP without a gate is as one with a gate and 2/3 of its width: the same FLOPs, weights and activations."""
-    d, heads = _number(row, "hidden"), _number(row, "heads")
+    d, heads, note = _number(row, "hidden"), _number(row, "heads"), row["note"]
+    latent = next((latent for begin, latent in LATENTS.items() if row["model"].startswith(begin)), None)
+    if ("MLA" in note) != (latent is not None):
+        raise NotExpressibleError("another architecture")
     plain = row["model"].startswith(WITHOUT_GATE)
     ffn = _number(row, "ffn", 4 * d if plain else None)
     experts = None
     if row["experts"]:
-        shared = _number(row, "shared_expert_ffn", 0)
-        experts = Experts(_number(row, "experts"), _number(row, "top_k"), _number(row, "expert_ffn", ffn), shared_size=shared)
+        shared, dense = _number(row, "shared_expert_ffn", 0), re.search(r"first (?:(\d+) layers|layer) dense", note)
+        experts = Experts(
+            _number(row, "experts"), _number(row, "top_k"), _number(row, "expert_ffn", ffn), shared_size=shared,
+            dense_layers=tuple(range(int(dense[1] or 1))) if dense and latent else (), shared_gate=latent is None,
+        )  # fmt: skip
     return DecoderConfig(
         "llama", _number(row, "vocab", source.vocab), d, round(ffn * 2 / 3) if plain else ffn, _number(row, "layers"), heads,
-        _number(row, "kv_heads", heads), _number(row, "head_dim", d // heads),
-        tie_embeddings=plain or ("tied" in row["note"] and row["params_b"] in ("1.34", "3.57")), experts=experts,
+        heads if latent else _number(row, "kv_heads", heads),
+        latent.plain_dim + latent.rotary_dim if latent else _number(row, "head_dim", d // heads),
+        tie_embeddings=plain or ("tied" in note and row["params_b"] in ("1.34", "3.57")), experts=experts, latent=latent,
     )  # fmt: skip
 
 

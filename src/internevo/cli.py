@@ -52,7 +52,7 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Do not train: count the memory and the collectives of one rank of --world-size.")
     ] = False,
-    world_size: Annotated[int | None, typer.Option(min=1, help="Number of ranks of a dry run.", metavar="N")] = None,
+    world_size: Annotated[int | None, typer.Option(min=1, max=2**20, help="Number of ranks of a dry run.", metavar="N")] = None,
     rank: Annotated[int | None, typer.Option(min=0, help="The rank that a dry run is of (default: 0).", metavar="R")] = None,
 ) -> None:
     """Train a model. Under torchrun or srun, this process is one rank of the run; otherwise it starts the processes itself."""

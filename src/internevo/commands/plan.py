@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,20 +86,24 @@ def _text(best: list[Candidate], own: Candidate | list[str], search: Search, que
         lines += [report.table([own], "own")[0] + fits]
     lines += ["", "1  " + "\n".join(report.in_full(best[0], gpu, search.calibration, search.limit, question.tokens))]
     if len(best) > 1:
-        lines += ["", "Why 1 is faster than 2:", *report.why(best[0], best[1])]
+        lines += ["", "Why 1 is faster than 2:", *report.why(best[0], best[1], gpu, search.calibration)]
     return lines
 
 
 def _json(best: list[Candidate], own: Candidate | list[str], search: Search, question: Question) -> dict[str, Any]:
-    from ..planner.report import to_dict
+    from ..planner.report import to_dict, why
 
     def values(candidate: Candidate) -> dict[str, Any]:
         return to_dict(candidate, search.gpu, search.calibration, question.tokens)
 
+    gpu, calibration = search.gpu, search.calibration
+    reasons = [line.strip() for line in why(best[0], best[1], gpu, calibration)] if len(best) > 1 else []
     return {
-        "gpus": search.world, "gpu": search.gpu.name, "limit": search.limit, "rows": search.rows,
-        "best": [values(candidate) for candidate in best],
-        "own": {"problems": own} if isinstance(own, list) else values(own),
+        "name": search.config.JOB_NAME, "parameters": search.decoder.parameters(), "gpus": search.world,
+        "gpu": gpu.name, "machine": asdict(gpu), "calibration": asdict(calibration), "limit": search.limit,
+        "rows": search.rows, "seq_len": search.config.data.seq_len,
+        "best": [values(candidate) for candidate in best], "why": reasons,
+        "own": {"problems": own} if isinstance(own, list) else {**values(own), "fits": own.memory.total <= search.limit},
     }  # fmt: skip
 
 

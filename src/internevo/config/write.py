@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from pprint import pformat
@@ -46,10 +47,25 @@ def check_own(path: Path, beginning: str) -> None:
     """Checks that a file does not exist, or begins with what a command of this program writes.
 
     Raises:
-        UsageError: if it is something else.
+        UsageError: if it is something else, or cannot be written.
     """
-    if path.exists() and not (path.is_file() and path.read_bytes().startswith(beginning.encode())):
+    if os.path.lexists(path) and not (path.is_file() and os.access(path, os.R_OK) and _begins(path, beginning)):
         raise UsageError(f"{path} exists and is not replaced, because internevo plan has not written it: choose another name")
+    if reason := obstacle(path.parent) or (path.exists() and not os.access(path, os.W_OK) and f"{path} cannot be written to"):
+        raise UsageError(f"{path} cannot be written, because {reason}: choose another name")
+
+
+def _begins(path: Path, beginning: str) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(beginning.encode())) == beginning.encode()
+
+
+def obstacle(folder: Path) -> str:
+    """Returns why nothing can be written to a folder, which may still have to be made; empty: something can."""
+    nearest = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(parent))
+    if not nearest.is_dir():
+        return f"{nearest} is not a folder"
+    return "" if os.access(nearest, os.W_OK | os.X_OK) else f"{nearest} cannot be written to"
 
 
 @dataclass(frozen=True)

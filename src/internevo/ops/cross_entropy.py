@@ -92,6 +92,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(grad_logits, weight, out=grad_hidden[part])
             if grad_weight is not None:
                 _add_product(grad_weight, grad_logits, hidden[part])
+            del grad_logits  # before the next chunk's logits are there
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         ctx.save_for_backward(*(g for g in (grad_hidden, grad_weight) if g is not None))

@@ -189,7 +189,6 @@ class Sharded:
             shard(modules, mesh=_data_mesh(meshes.weights))
         if fsdp:
             set_backward_prefetch(joined[:-1], apart)
-        on_gloo = gloo.is_used(device)
         may_defer = config.overlap_sync_grad and not fsdp
         self.reduce_scatter, self.reduce_scatter_experts = (
             ReduceScatter(may_defer and mesh["replicate"].size() == 1)
@@ -197,6 +196,18 @@ class Sharded:
         )
         # In the order of the forward pass; the whole model is the first.
         self.units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        self._set_collectives(config, apart)
+        model.to_empty(device=device)
+        self.masters = dict(model.named_parameters())
+        self.copies: Sequence[nn.Parameter] = ()
+
+    def _set_collectives(self, config: HybridZeroOptimizer, apart: bool) -> None:
+        """Makes the units sum gradients, and communicate while something computes, or not, as the config says.
+
+        Args:
+            apart: the experts of a layer are a unit of their own.
+        """
+        on_gloo = gloo.is_used(self.device)
         for unit in self.units:
             unit.set_gradient_divide_factor(1.0)
             # Otherwise the divide factor is applied with PREMUL_SUM, which gloo does not have.
@@ -210,9 +221,6 @@ class Sharded:
                 unit.set_custom_all_gather(cast(Any, AllGather()))
         if config.overlap_sync_param:
             set_forward_prefetch(self.units, apart)
-        model.to_empty(device=device)
-        self.masters = dict(model.named_parameters())
-        self.copies: Sequence[nn.Parameter] = ()
 
     def before_backward(self, last: bool) -> None:
         if not self.fsdp:

@@ -76,8 +76,8 @@ def layer_activations(work: Workload, kept: KeptActivations, kind: LayerKind) ->
     mlp = _experts(work, kept) if kind.sparse else _mlp(work, kept, decoder.intermediate_size)
     if work.recomputed == "attention":
         return norms + work.element_bytes * d * kept.residual_tokens + output + mlp
-    borders = 4 * (work.rows + 1) if work.rows else 0  # of rows, which a window or ALiBi makes documents
-    return norms + attention + mlp + borders * (decoder.rope is None or kind.windowed)
+    borders = 4 * (work.rows + 1) if work.rows else 0  # of rows, which a window, ALiBi or a cap makes documents
+    return norms + attention + mlp + borders * (decoder.rope is None or kind.windowed or decoder.attention_softcap > 0)
 
 
 def head_activations(work: Workload, kept: KeptActivations) -> int:
@@ -189,9 +189,9 @@ def expert_width(work: Workload, experts: Experts) -> int:
 def _experts(work: Workload, kept: KeptActivations) -> int:
     """Returns the bytes that a layer with experts keeps.
 
-    The router computes in fp32. For each token it keeps the probabilities, and the sum of those chosen; and for the z-loss, or
-    an all-reduce of all that routers sum up, the logits and their log-sum-exp. For each choice it keeps its expert (int64), its
-    probability, and whether it is dropped.
+    The router computes in fp32. For each token it keeps the probabilities, and the sum of those chosen (with sigmoid scores
+    also that of all); and for the z-loss, or an all-reduce of all that routers sum up, the logits and their log-sum-exp. For
+    each choice it keeps its expert (int64), its probability, and whether it is dropped.
     Each choice is a row that goes through an expert. Gathered weights do not keep the product of gate and up.
     """
     decoder, experts, layout = work.decoder, work.decoder.experts, work.layout
@@ -202,6 +202,8 @@ def _experts(work: Workload, kept: KeptActivations) -> int:
     router = 4 * tokens * experts.count + rows * (8 + 1)
     if experts.normalize:
         router += 4 * (rows + tokens)
+    if experts.scoring == "sigmoid":
+        router += 4 * tokens  # the sums of the scores
     if work.loss.router_z or (work.loss.balance and work.sums_routers):
         router += 4 * tokens * (experts.count + 1)
     if work.element_bytes != 4:

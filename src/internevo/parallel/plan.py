@@ -106,10 +106,8 @@ def _build_stage(
     elif decoder.lora is not None:
         freeze_all_but_adapters(model)
     # Recomputation comes before compilation, so that compiled layers contain it. isp's linears, those that defer gradients, and
-    # experts over ranks are not compiled, so with them no layer is compiled as a whole.
-    whole_layers = (
-        layout.weight == layout.expert == 1 and deferred is None and (layout.mode != "isp" or layout.expert_inner == 1)
-    )
+    # the hooks of experts that are a unit of the data axis are not compiled, so with them no layer is compiled as a whole.
+    whole_layers = layout.weight == 1 and not layout.experts_apart and deferred is None
     compiled: Literal["no", "inside", "around"] = "no" if not section.compile else "around" if whole_layers else "inside"
     recompute(layers, section.checkpoint, config.selective_checkpoint, compiled)
     # Compilation comes before the data axis, so that the hooks of ``fully_shard`` stay outside the compiled code.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from ..models.moe import ExpertMLPs
+from ..ops.compiler import not_compiled
 
 
 def experts_in(modules: Sequence[nn.Module]) -> list[ExpertMLPs]:
@@ -52,6 +53,7 @@ def _gather_once(layer: nn.Module, experts: FSDPModule) -> None:
     def gather(gradient: Tensor) -> None:
         experts.unshard(async_op=True)
 
+    @not_compiled
     def after_forward(module: nn.Module, arguments: Any, output: tuple[Tensor, Any]) -> None:
         if output[0].requires_grad:
             output[0].register_hook(gather)

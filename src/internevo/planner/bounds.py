@@ -57,13 +57,13 @@ class Bounds:
         self.gpu, self.calibration = gpu, calibration
         self.table = CostTable(base, gpu, calibration, job)
         self._divided, self._first, self._shares = cache(self._division), cache(self._first_of), cache(_shares)
-        self._link, self._temporary = cache(self._link_of), cache(self._temporary_of)
+        self._link, self._temporary, self._costs = cache(self._link_of), cache(self._temporary_of), cache(self._costs_of)
 
     # Time ------------------------------------------------------------------------------------------------------------
 
     def of_axes(self, choice: Choice) -> float:
         """Returns a bound for layouts with these pipeline, tensor and expert axes, and micro-batches of at most this size."""
-        whole = self.table.costs(choice, self.division(Choice()), NOTHING, 0.0)
+        whole = self.table.costs(key_of(choice), self.division(Choice()), NOTHING, 0.0)
         forward, backward, weights, _ = self._passes(whole, choice, weights_decided=False)
         everything = float((forward + backward + weights)[0])
         return everything * self.micro_batches(choice) / choice.pipeline + self.calibration.step
@@ -96,8 +96,11 @@ class Bounds:
 
     def _stage_passes(self, choice: Choice, *, weights_decided: bool) -> tuple[Numbers, Numbers, Numbers, Numbers]:
         again, part = Recomputation.of(choice), 1.0 if isinstance(choice.checkpoint, str) else choice.checkpoint
-        costs = self.table.costs(choice, self.division(choice), again, part)
+        costs = self._costs(key_of(choice), (choice.pipeline, choice.chunks, choice.schedule), again, part)
         return self._passes(costs, choice, weights_decided=weights_decided)
+
+    def _costs_of(self, key: Key, stages: tuple[int, int, str], again: Recomputation, part: float) -> Costs:
+        return self.table.costs(key, self._divided(*stages), again, part)
 
     def _passes(self, costs: Costs, choice: Choice, *, weights_decided: bool) -> tuple[Numbers, Numbers, Numbers, Numbers]:
         """Returns the seconds of a forward pass, of a backward pass, of gradients of weights if the schedule computes them

@@ -40,12 +40,12 @@ class Line(NamedTuple):
 
 @dataclass
 class Measured:
-    """What was measured."""
+    """What was measured, by the slowest rank: a step waits for it."""
 
     products: dict[int, float]
     """Size of the matrices -> seconds."""
     attention: tuple[float, float]
-    """FLOPs and seconds."""
+    """FLOPs and seconds of a forward and a backward pass."""
     memory: float
     """Bytes per second of a copy, reading and writing."""
     launch: float
@@ -88,7 +88,12 @@ def _wait(device: torch.device) -> None:
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Returns the median time of a kernel, of which several run one after the other."""
+    """Returns the median time of a kernel on the slowest rank. Several run one after the other, after some that do not count:
+    they choose an algorithm, and a GPU that was idle is slower."""
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < SECONDS / 4:
+        run()
+        _wait(device)
     times, begin, number = list[float](), time.perf_counter(), 1
     while not times or time.perf_counter() - begin < SECONDS:
         _wait(device)
@@ -98,7 +103,15 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
         _wait(device)
         times.append((time.perf_counter() - start) / number)
         number = max(1, min(100, int(0.02 / times[-1])))
-    return statistics.median(times[1:] or times)
+    return _slowest([statistics.median(times)], device)[0]
+
+
+def _slowest(seconds: list[float], device: torch.device) -> list[float]:
+    """Returns each of these times on the rank where it is the longest."""
+    found = torch.tensor(seconds, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+    return [float(value) for value in found]
 
 
 def _launch(device: torch.device) -> float:
@@ -112,10 +125,16 @@ def _product(size: int, device: torch.device) -> float:
 
 
 def _attention(device: torch.device, tokens: int, heads: int) -> tuple[float, float]:
+    """Returns the FLOPs and the seconds of both passes: 2 products, and 5 in the backward pass (see ``flops``)."""
     size = 128
-    q, k, v = (torch.randn(1, heads, tokens, size, device=device).to(COMPUTE["bfloat16"]) for _ in range(3))
-    seconds = _seconds(lambda: scaled_dot_product_attention(q, k, v, is_causal=True), device)
-    return 4.0 * tokens * heads * size * tokens / 2, seconds
+    q, k, v, grad = (torch.randn(1, heads, tokens, size, device=device).to(COMPUTE["bfloat16"]) for _ in range(4))
+    for tensor in (q, k, v):
+        tensor.requires_grad_()
+
+    def run() -> None:
+        torch.autograd.grad(scaled_dot_product_attention(q, k, v, is_causal=True), (q, k, v), grad)
+
+    return (2 + 5) * 2.0 * tokens * heads * size * tokens / 2, _seconds(run, device)
 
 
 def _copy(device: torch.device, nbytes: int) -> float:
@@ -131,6 +150,7 @@ def _collectives(group: dist.ProcessGroup, ranks: int, device: torch.device) -> 
     for nbytes in sizes:
         for kind, run in _kinds(group, ranks, torch.ones(nbytes // 4 // ranks * ranks, device=device)).items():
             times = []
+            run()
             for _ in range(REPEATS):
                 dist.barrier(group)
                 _wait(device)
@@ -138,7 +158,7 @@ def _collectives(group: dist.ProcessGroup, ranks: int, device: torch.device) -> 
                 run()
                 _wait(device)
                 times.append(time.perf_counter() - start)
-            found.setdefault(kind, []).append(statistics.median(times))
+            found.setdefault(kind, []).append(statistics.median(_slowest(times, device)))
     return {kind: _line(sizes, times) for kind, times in found.items()}
 
 
@@ -163,11 +183,13 @@ def _line(sizes: Sequence[int], times: Sequence[float]) -> Line:
 
 
 def known_gpu(device: torch.device) -> GPU | None:
-    """Returns the GPU of this machine, if the table has it: of those of its name the one with the most similar memory."""
+    """Returns the GPU of this machine, if the table has it: of those of its name the one with the most similar memory. (Cards
+    for PCIe are not in the table: they are slower, and so is what connects them.)"""
     if device.type != "cuda":
         return None
-    name, size = torch.cuda.get_device_name(device).lower(), torch.cuda.get_device_properties(device).total_memory / 2**30
-    alike = [gpu for gpu in GPUS.values() if gpu.name.split("-")[0] in name.replace("-", " ").split()]
+    words = torch.cuda.get_device_name(device).lower().replace("-", " ").split()
+    size = torch.cuda.get_device_properties(device).total_memory / 2**30
+    alike = [gpu for gpu in GPUS.values() if gpu.name.split("-")[0] in words and not {"pcie", "nvl"} & set(words)]
     return min(alike, key=lambda gpu: abs(gpu.memory_gib - size), default=None)
 
 
@@ -229,7 +251,7 @@ def lines(measured: Measured, gpu: GPU, found: Calibration) -> list[str]:
         text.append(f"{f'product {size} x {size} x {size}, bf16':32}{rate / TERA:>7.2f} TFLOPS{rate / gpu.peak('bf16'):>14.1%}")
     flops, seconds = measured.attention
     rate = flops / seconds
-    text.append(f"{'attention, causal, bf16':32}{rate / TERA:>7.2f} TFLOPS{rate / gpu.peak('bf16'):>14.1%}")
+    text.append(f"{'attention, causal, both passes':32}{rate / TERA:>7.2f} TFLOPS{rate / gpu.peak('bf16'):>14.1%}")
     text.append(f"{'memory':32}{measured.memory / GIGA:>9.1f} GB/s{measured.memory / GIGA / gpu.memory_gb_per_s:>14.1%}")
     text.append(f"{'smallest kernel':32}{measured.launch * 1e6:>11.1f} us")
     for where, (kinds, ranks) in zip(("in a node", "over nodes"), _linked(measured), strict=True):

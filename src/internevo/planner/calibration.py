@@ -57,7 +57,7 @@ class Calibration:
             raise UsageError(f"the calibration {path} cannot be read: {error}") from error
         version, known = values.pop("version", None), [field.name for field in fields(cls)]
         if version != VERSION:
-            found = "has no version" if version is None else f"is of version {version}"
+            found = "has no version" if version is None else f"is of version {version!r}"
             raise UsageError(
                 f"the calibration {path} {found}; this is version {VERSION}. Measure again: internevo plan --calibrate"
             )

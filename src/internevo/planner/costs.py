@@ -150,14 +150,13 @@ class CostTable:
         self.like = [kinds.index(kind) for kind in kinds]
         """For each layer the first one of its kind."""
 
-    def costs(self, choice: Choice, division: Division, again: Recomputation, part: float) -> Costs:
+    def costs(self, key: Key, division: Division, again: Recomputation, part: float) -> Costs:
         """Returns the costs of stages.
 
         Args:
-            choice: of which the tensor mode, the tensor and expert axes and the size of a micro-batch count.
             part: the share of the layers of a stage that are recomputed.
         """
-        return Costs(*self._between(key_of(choice), division, again, np.array([part]), slice(None))[:, :, 0])
+        return Costs(*self._between(key, division, again, np.array([part]), slice(None))[:, :, 0])
 
     def kept(self, choice: Choice, division: Division, again: Recomputation, parts: Numbers) -> Numbers:
         """Returns the bytes that a forward pass through each stage keeps, for several shares of recomputed layers: an array

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..config import Config
 from ..config.data import Data, name_of
+from ..config.write import obstacle
 from ..data.batches import Cursor, MicroBatch, StepBatch, TrainBatches
 from ..data.rows import RandomRows
 from ..data.source import ShuffledRows
@@ -199,10 +200,8 @@ def check_file(folder: Path) -> None:
         UsageError: if its ``dryrun.json`` is not one that a dry run has written, or nothing can be written there.
     """
     path = folder / DRY_RUN
-    nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        what = "cannot be written to" if nearest.is_dir() else "is not a folder"
-        raise UsageError(f"the run folder {folder} cannot be used: {nearest} {what}; {OTHER_FOLDER}")
+    if reason := obstacle(folder):
+        raise UsageError(f"the run folder {folder} cannot be used: {reason}; {OTHER_FOLDER}")
     if os.path.lexists(path) and not path.is_file():
         raise UsageError(f"{path} is not a file, and is not replaced: {OTHER_FOLDER}")
     if path.exists() and not str(read_object(path).get("format")).startswith("dry run"):

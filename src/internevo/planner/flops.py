@@ -93,7 +93,7 @@ def layer(job: Job, number: int, recomputed: bool) -> Passes:
     )
     written = 8.0 * sum(columns_in * columns_out * times for _, columns_in, columns_out, times in (*attention, *mlp))
     weights = _linears([*attention, *mlp], e)._replace(memory=written, kernels=count / 2).plus(routers)
-    return Passes(forward, inputs, weights, _again(job, forward, _linears(attention, e), mlp, recomputed))
+    return Passes(forward, inputs, weights, _again(job, forward, attention, mlp, recomputed))
 
 
 def _attention(job: Job, number: int) -> tuple[float, float, float]:
@@ -108,13 +108,13 @@ def _attention(job: Job, number: int) -> tuple[float, float, float]:
     return forward, 2.0 * forward, SCORE_BYTES * pairs
 
 
-def _again(job: Job, forward: Amounts, attention: Amounts, mlp: Sequence[Linears], recomputed: bool) -> Amounts:
+def _again(job: Job, forward: Amounts, attention: Sequence[Linears], mlp: Sequence[Linears], recomputed: bool) -> Amounts:
     """Returns what is recomputed of a layer: until the input of the last linear is there."""
     work = job.work
     if job.again is not None:
         share = job.again
     elif work.recomputed == "attention":
-        linears = attention.products * (1 - 1 / 4) / max(forward.products, 1.0)  # all but the last of four
+        linears = _linears(attention[:-1], work.element_bytes).products / max(forward.products, 1.0)
         share = Again(linears, 0.0 if work.keeps_attention else 1.0, 0.3)
     elif recomputed:
         last = _linears(mlp[-1:], work.element_bytes).products / max(forward.products, 1.0)

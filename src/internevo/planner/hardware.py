@@ -110,11 +110,15 @@ def read(path: Path) -> GPU:
         values = tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"{path} cannot be read as a description of a GPU: {error}. The format is\n{EXAMPLE}") from error
-    base: dict[str, Any] = asdict(find(str(values.pop("based_on")))) if "based_on" in values else {}
     known = [field.name for field in fields(GPU)]
-    problems = [tomlfile.unknown(key, known) for key in values if key not in known]
+    based_on = values.pop("based_on", None)
+    base = asdict(GPUS[based_on.lower()]) if isinstance(based_on, str) and based_on.lower() in GPUS else {}
+    wrong = [f"based_on = {based_on!r} must be one of {', '.join(GPUS)}"] if based_on is not None and not base else []
+    problems = wrong + [tomlfile.unknown(key, known) for key in values if key not in known]
     values = {"name": path.stem, **base, **values}
-    problems += [f"{key} is missing" for key in known if key not in values]
+    problems += [f"{key} is missing" for key in known if key not in values and not wrong]
+    if not isinstance(values["name"], str):
+        problems.append(f"name = {values['name']!r} must be a text")
     for key in known[1:]:
         if key in values and not _is_size(values[key], whole=key == "gpus_per_node", zero=key in FREE):
             kind = "a whole number of at least 1" if key == "gpus_per_node" else "a number of at least 0" if key in FREE else ""
@@ -122,7 +126,7 @@ def read(path: Path) -> GPU:
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise UsageError(f"{path} does not describe a GPU:\n{lines}\nThe format is\n{EXAMPLE}")
-    return GPU(**{**values, "name": str(values["name"])})
+    return GPU(**values)
 
 
 def save(gpu: GPU, path: Path, comment: str) -> None:

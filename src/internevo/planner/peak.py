@@ -109,31 +109,58 @@ def head(work: Workload) -> int:
 
 def _forward(work: Workload, kept: KeptActivations) -> int:
     """Returns the most that a forward pass has in addition to what it keeps: in the head, or in the last layer's experts."""
-    decoder, e, d = work.decoder, work.element_bytes, work.decoder.hidden_size
     last = work.kinds[-1]
     experts = 0 if last.recomputed else _travelling(work, last) + _residual(work, kept)
-    if not work.heads:
-        return experts
-    rows = kept.head_rows
-    logits = (4 if e == 4 else 4 + e) * rows * ops.chunk_tokens(kept.loss_tokens, rows, work.device)
-    product = (e if work.device == "cpu" else 4) * d * (min(rows, BLOCK) if work.device == "cpu" else rows)
+    return max(_head_forward(work, kept), experts - head_activations(work, kept)) if work.heads else experts
+
+
+def _head_forward(work: Workload, kept: KeptActivations) -> int:
+    """Returns the most that a head has in a forward pass in addition to what it keeps (``ops.linear_cross_entropy``)."""
+    decoder, layout, e, d = work.decoder, work.layout, work.element_bytes, work.decoder.hidden_size
+    rows, on_cpu = kept.head_rows, work.device == "cpu"
+    logits = rows * ops.chunk_tokens(kept.loss_tokens, rows, work.device)
+    fused = not on_cpu and rows == decoder.vocab_size  # the compiler keeps what a cap needs in registers
+    softmax = (12 if decoder.logit_softcap and not fused else 4 + e * (e != 4)) * logits
+    product = e * logits + (e if on_cpu else 4) * d * (min(rows, BLOCK) if on_cpu else rows)
+    # The gradient of the weight is added up in fp32, and at the end converted.
+    chunks, end = (4 - e) * rows * d + max(softmax, product), 4 * rows * d * (e != 4)
     inputs = e * d * (kept.loss_tokens + (kept.residual_tokens if kept.residual_tokens != kept.loss_tokens else 0))
-    sums = (4 - e) * rows * d  # the gradient of the weight in fp32
-    gathered = e * rows * d * (work.layout.mode == "isp" and work.layout.weight > 1 and not decoder.norm_head)
-    unit = e * rows * d // (work.layout.weight if work.layout.mode == "isp" else 1) * work.layout.fsdp
-    return max(logits + product + inputs + sums + gathered + unit, experts - head_activations(work, kept))
+    weight = e * rows * d * (decoder.norm_head or (layout.mode == "isp" and layout.weight > 1))  # normed, or gathered
+    gathered = 0
+    if _is_fsdp(work):  # the buffer of the collective, which is there until the next one, and the weights
+        unit = _unit(work, [([rows * d // (layout.weight if layout.mode == "isp" else 1)], False)])
+        gathered = e * (unit.full + unit.gathered * (layout.zero > 1 and not decoder.tie_embeddings))
+    return max(chunks, end) + inputs + weight + gathered
+
+
+def _head_backward(work: Workload, kept: KeptActivations, full: int) -> tuple[int, int]:
+    """Returns what the backward pass of a head and its norm needs, as ``Part.backward``.
+
+    Args:
+        full: the elements of its weights on this rank.
+    """
+    e, d = work.element_bytes, work.decoder.hidden_size
+    product = e * d * kept.head_rows  # the gradient of the weight, which the forward pass has kept
+    normed = 20 * d * kept.head_rows - product if work.decoder.norm_head else 0
+    norm = _residual(work, kept) - e * d * kept.loss_tokens - product + _norm_backward(work, kept)
+    gathered = e * full if work.layout.mode == "isp" and work.layout.weight > 1 else 0
+    first = _full_gradient(work) * full
+    return max(gathered, norm, normed), max(first + gathered, first + norm, normed)
 
 
 def _walk(work: Workload, parts: Sequence[Part], moment: Within) -> int:
     """Returns the most that a backward pass, or one for the gradients of weights, has in addition to what there was before."""
     layout, e, g, full = work.layout, work.element_bytes, work.gradient_bytes, _full_gradient(work)
     first = (BACKWARD if moment.kind == BACKWARD else WEIGHTS) not in moment.passes[moment.stage]
-    none_yet = first or layout.fsdp
-    reduces = layout.world > layout.pipeline and (moment.last or layout.fsdp)
+    fsdp = _is_fsdp(work)
+    none_yet = first or fsdp
+    reduces = layout.world > layout.pipeline and (moment.last or fsdp)
     most = now = buffer = 0
     units = [part.unit for part in reversed(parts) if part.unit is not None]
     for part in reversed(parts):
-        in_use = e * sum(unit.gathered for unit in units[:2]) * layout.fsdp
+        in_use = e * sum(unit.gathered for unit in units[:2]) * fsdp
+        if work.decoder.tie_embeddings and len(units) > 2:  # the weight of both ends is gathered all the time
+            in_use += e * units[-1].gathered * fsdp
         backward = moment.kind == BACKWARD
         most = max(most, now + in_use + (part.backward[none_yet] if backward else part.late))
         now += part.times * (part.left - part.kept if backward else -part.left)
@@ -141,14 +168,14 @@ def _walk(work: Workload, parts: Sequence[Part], moment: Within) -> int:
         if part.unit is not None:
             units.pop(0)
         if part.unit is not None and reduces:
-            now -= part.times * (e * part.unit.gathered * (not layout.fsdp) + full * part.unit.full) + buffer
+            now -= part.times * (e * part.unit.gathered * (not fsdp) + full * part.unit.full) + buffer
             buffer = g * part.unit.gathered
             most = max(
                 most,
                 now + in_use + buffer + full * part.unit.full,
                 now + in_use + buffer + g * (part.unit.shard + part.unit.copied),
             )
-            now += buffer + part.times * g * (part.unit.shard if first or not layout.fsdp else part.unit.summed)
+            now += buffer + part.times * g * (part.unit.shard if first or not fsdp else part.unit.summed)
     return max(most, now)
 
 
@@ -158,18 +185,26 @@ def _parts(work: Workload, kept: KeptActivations) -> list[Part]:
     layers = {sparse: plan.layer(work, sparse) for sparse in {decoder.is_sparse(number) for number in stage.layers}}
     units = _units(work, layers)
     parts = list[Part]()
-    table, ranks = decoder.vocab_size * decoder.hidden_size, _ranks(work)
-    tied = stage.embeds and stage.heads and decoder.tie_embeddings
+    table, d, e = decoder.vocab_size * decoder.hidden_size // _ranks(work), decoder.hidden_size, work.element_bytes
+    tied = decoder.tie_embeddings  # then both ends are one unit, which is complete after all layers
+    product = e * kept.head_rows * d
     if stage.embeds:
-        full = 0 if tied else table // ranks
-        computed = _residual(work, kept) + work.element_bytes * kept.head_rows * decoder.hidden_size
-        parts.append(_part(work, full, kept.looked_up, (computed, computed if ranks > 1 else _residual(work, kept))))
+        computed = _residual(work, kept) + product
+        backward = computed, computed if _ranks(work) > 1 else _residual(work, kept)
+        twice = tied and stage.heads  # the gradient of the head waits for that of the embedding
+        size = table + d * (twice)
+        parts.append(_part(work, size, kept.looked_up + product * twice, backward, size))
+    elif tied and stage.heads:
+        parts.append(_part(work, 0, 0, (0, 0), table + d))
     for same, run in groupby(zip(work.kinds, units, strict=True)):
         part, count = _layer(work, kept, layers[same[0].sparse], *same), len(list(run))
         # What changes from layer to layer is the same, so that the most is at the beginning or at the end.
         parts += [part] * count if count < 4 else [part, replace(part, times=count - 2), part]
     if stage.heads:
-        parts.append(_part(work, table // ranks + decoder.hidden_size, head_activations(work, kept), (0, 0)))
+        twice = tied and stage.embeds
+        full = 0 if twice else table + d
+        its = head_activations(work, kept) - product * twice
+        parts.append(_part(work, full, its, _head_backward(work, kept, full), 0 if tied else full))
     return parts
 
 
@@ -187,10 +222,15 @@ def _layer(work: Workload, kept: KeptActivations, weights: Sequence[plan.OnRank]
     )
 
 
-def _part(work: Workload, full: int, kept: int, backward: tuple[int, int]) -> Part:
-    """An end of a stage, which is a unit."""
-    unit = _unit(work, [([full], False)]) if full else None
-    return Part(kept, 0, _full_gradient(work) * full, 0, backward, 0, unit)
+def _part(work: Workload, full: int, kept: int, backward: tuple[int, int], unit: int) -> Part:
+    """An end of a stage.
+
+    Args:
+        full: elements of the weights whose gradients it computes.
+        unit: elements of the unit that is complete after it; 0: none.
+    """
+    complete = _unit(work, [([unit], False)]) if unit else None
+    return Part(kept, 0, _full_gradient(work) * full, 0, backward, 0, complete)
 
 
 def _units(work: Workload, weights: Mapping[bool, Sequence[plan.OnRank]]) -> list[Unit | None]:
@@ -227,9 +267,22 @@ def _ranks(work: Workload) -> int:
     return work.layout.weight if work.layout.mode == "isp" else work.layout.tensor
 
 
+def _is_fsdp(work: Workload) -> bool:
+    """Whether full weights are gathered and freed in each pass."""
+    return work.layout.fsdp and work.layout.world > work.layout.pipeline
+
+
+def _norm_backward(work: Workload, kept: KeptActivations) -> int:
+    """Returns what the backward pass of a norm needs besides the gradients of its output: of its input, or without a fused
+    kernel intermediate results in fp32."""
+    d, e = work.decoder.hidden_size, work.element_bytes
+    fused = work.device == "cuda" and not work.decoder.norm_unit_offset
+    return _residual(work, kept) if fused else (5 if e != 4 else 4) * 4 * d * kept.residual_tokens
+
+
 def _full_gradient(work: Workload) -> int:
     """Returns the bytes per element of a full gradient: ZeRO-1.5 adds them up in the dtype of the reduction."""
-    return work.element_bytes if work.layout.fsdp else work.gradient_bytes
+    return work.element_bytes if _is_fsdp(work) else work.gradient_bytes
 
 
 def _residual(work: Workload, kept: KeptActivations) -> int:
@@ -258,8 +311,7 @@ def _backward(work: Workload, kept: KeptActivations, kind: LayerKind, first: boo
     again = whole - layer_activations(work, kept, kind)
     residual, gradient = _residual(work, kept), e * d * kept.output_tokens
     gathered = gradient if kept.output_tokens != kept.residual_tokens else 0
-    fused = work.device == "cuda" and not decoder.norm_unit_offset
-    norm = residual + (residual if fused else 5 * 4 * d * kept.residual_tokens)
+    norm = residual + _norm_backward(work, kept)
     mlp, hidden, matrix = _mlp(work, kept, kind)
     heads, kv_heads = decoder.num_heads // kept.head_ranks, max(1, decoder.num_kv_heads // kept.head_ranks)
     kernel = e * kept.attention_tokens * decoder.head_dim * (2 * heads + 2 * kv_heads)
@@ -278,6 +330,8 @@ def _backward(work: Workload, kept: KeptActivations, kind: LayerKind, first: boo
         late + after + residual + norm + ended,
         again + after + residual + gathered + kernel + ended,
     ]
+    if decoder.out_norms:
+        moments.append(late + norm)
     if late and kind.sparse:
         moments.append(late + residual + _travelling(work, kind))
     return max(moments)

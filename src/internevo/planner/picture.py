@@ -32,14 +32,11 @@ def draw(title: str, front: Sequence[Candidate], best: Sequence[Candidate], own:
         return TOP + HEIGHT - tgs / top * HEIGHT
 
     def dots(candidates: Sequence[Candidate], colour: str, size: float) -> str:
-        drawn = []
-        for c in candidates:
-            gib, tgs = c.memory.total / GIB, c.prediction.tgs
-            about = f"{html.escape(describe(c.choice))}: {tgs:,.0f} TGS, {gib:.1f} GiB"
-            drawn.append(
-                f'<circle cx="{x(gib):.1f}" cy="{y(tgs):.1f}" r="{size}" fill="{colour}"><title>{about}</title></circle>'
-            )
-        return "".join(drawn)
+        places = ((x(c.memory.total / GIB), y(c.prediction.tgs), _about(c)) for c in candidates)
+        return "".join(
+            f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="{size}" fill="{colour}"><title>{about}</title></circle>'
+            for cx, cy, about in places
+        )
 
     line = " ".join(
         f"{x(c.memory.total / GIB):.1f},{y(c.prediction.tgs):.1f}" for c in sorted(front, key=lambda c: c.memory.total)
@@ -67,6 +64,10 @@ def draw(title: str, front: Sequence[Candidate], best: Sequence[Candidate], own:
         f'<text transform="translate(16 {TOP + HEIGHT / 2}) rotate(-90)" text-anchor="middle">tokens per GPU and second</text>'
         "</svg>\n"
     )
+
+
+def _about(c: Candidate) -> str:
+    return f"{html.escape(describe(c.choice))}: {c.prediction.tgs:,.0f} TGS, {c.memory.total / GIB:.1f} GiB"
 
 
 def _mark(x: float, y: float, text: str, anchor: str) -> str:

@@ -21,6 +21,8 @@ PARTS = {
     "optimizer": "optimizer", "other": "data, logging, waiting",
 }  # fmt: skip
 """The parts of a step's time, by their names in ``Prediction``."""
+IMBALANCE = "experts' imbalance"
+"""What it takes longer because some experts get more rows than others."""
 
 
 def describe(choice: Choice) -> str:
@@ -69,7 +71,7 @@ def in_full(candidate: Candidate, gpu: GPU, calibration: Calibration, limit: int
     yield f"{describe(candidate.choice)}: {layout.data} data ranks, {job.work.micro_batches} micro-batches on each"
     yield f"  {p.tgs:,.0f} tokens per GPU and second, {p.tflops:.0f} TFLOPS, MFU {p.mfu:.1%}"
     if layout.pipeline > 1:
-        yield f"  layers of the stages: {' '.join(str(len(stage.layers)) for stage in job.stages())}"
+        yield f"  layers of the stages: {' '.join(map(str, _layers(candidate)))}"
     where = f"on pipeline rank {memory.pipeline_rank}, the most loaded"
     yield f"  memory, GiB{memory.total / GIB:>18.2f}  of {limit / GIB:.1f}, {where}"
     for part, nbytes in memory_parts(candidate).items():
@@ -77,10 +79,11 @@ def in_full(candidate: Candidate, gpu: GPU, calibration: Calibration, limit: int
     yield f"  step, s{p.step:>22.3f}"
     for part, seconds in time_parts(candidate, gpu, calibration).items():
         yield f"    {part:24}{seconds:>10.3f}{seconds / p.step:>8.1%}"
-    yield f"  {'communication of a rank, a step':34}{'group':>16}{'ranks':>7}{'over':>9}{'count':>8}{'GB sent':>10}"
+    of = f"pipeline rank {memory.pipeline_rank}" if layout.pipeline > 1 else "a rank"
+    yield f"  {f'communication of {of}, a step':38}{'group':>16}{'ranks':>7}{'over':>9}{'count':>8}{'GB sent':>10}"
     for row in traffic(candidate, gpu):
         over = f"{row['group']:>16}{row['ranks']:>7}{row['over']:>9}"
-        yield f"    {row['kind']:32}{over}{row['count']:>8,}{row['sent'] / 1e9:>10.3f}"
+        yield f"    {row['kind']:36}{over}{row['count']:>8,}{row['sent'] / 1e9:>10.3f}"
     if tokens:
         cost = step.budget(tokens, p, layout.world, gpu)
         yield (
@@ -104,7 +107,7 @@ def time_parts(candidate: Candidate, gpu: GPU, calibration: Calibration) -> dict
         even = step.predict(replace(candidate.job, imbalance=1.0), gpu, calibration)
         more = candidate.prediction.compute - even.compute
         parts[PARTS["compute"]] -= more
-        parts["experts' imbalance"] = more
+        parts[IMBALANCE] = more
     return parts
 
 
@@ -128,7 +131,7 @@ def _link(row: Collectives, ranks: Sequence[int], gpu: GPU) -> str:
     return "node" if last // gpu.gpus_per_node == ranks[0] // gpu.gpus_per_node else "network"
 
 
-def why(first: Candidate, second: Candidate) -> Iterator[str]:
+def why(first: Candidate, second: Candidate, gpu: GPU, calibration: Calibration) -> Iterator[str]:
     """Yields why the first of two layouts is faster than the second: the parts of a step that differ, the largest first."""
     a, b = first.prediction, second.prediction
     if a.step == b.step:
@@ -141,22 +144,31 @@ def why(first: Candidate, second: Candidate) -> Iterator[str]:
         if getattr(first.choice, field.name) != getattr(second.choice, field.name)
     ]
     yield f"  the layouts differ in: {', '.join(changes) or 'nothing'}"
-    gains = {name: getattr(b, part) - getattr(a, part) for part, name in PARTS.items()}
-    for name, gain in sorted(gains.items(), key=lambda item: -abs(item[1])):
+    now, before = ({IMBALANCE: 0.0, **time_parts(candidate, gpu, calibration)} for candidate in (first, second))
+    for name in sorted(now, key=lambda name: -abs(before[name] - now[name])):
+        gain = before[name] - now[name]
         if abs(gain) > 0.02 * (b.step - a.step):
-            before, after = (next(getattr(p, part) for part in PARTS if PARTS[part] == name) for p in (b, a))
-            yield f"  {name}: {abs(gain):.3f} s {'less' if gain > 0 else 'more'} ({after:.3f} in place of {before:.3f} s)"
+            how = "less" if gain > 0 else "more"
+            yield f"  {name}: {abs(gain):.3f} s {how} ({now[name]:.3f} in place of {before[name]:.3f} s)"
     more = (first.memory.total - second.memory.total) / GIB
     yield f"  memory: {abs(more):.1f} GiB {'more' if more > 0 else 'less'} on the most loaded rank"
 
 
 def to_dict(candidate: Candidate, gpu: GPU, calibration: Calibration, tokens: float | None) -> dict[str, Any]:
-    """Returns all of that as JSON values."""
+    """Returns all of that as JSON values. Memory and communication are those of ``pipeline_rank``, which has the most in
+    memory."""
     found: dict[str, Any] = {
-        "layout": asdict(candidate.choice), "prediction": asdict(candidate.prediction),
-        "memory": {**memory_parts(candidate), "total": candidate.memory.total},
+        "words": describe(candidate.choice), "layout": asdict(candidate.choice),
+        "data_ranks": candidate.job.work.layout.data, "micro_batches": candidate.job.work.micro_batches,
+        "layers_of_stages": _layers(candidate), "prediction": asdict(candidate.prediction),
+        "pipeline_rank": candidate.memory.pipeline_rank, "memory": {**memory_parts(candidate), "total": candidate.memory.total},
         "seconds": time_parts(candidate, gpu, calibration), "traffic": traffic(candidate, gpu),
     }  # fmt: skip
     if tokens:
         found["budget"] = asdict(step.budget(tokens, candidate.prediction, candidate.job.work.layout.world, gpu))
     return found
+
+
+def _layers(candidate: Candidate) -> list[int]:
+    """Returns the number of layers of each stage."""
+    return [len(stage.layers) for stage in candidate.job.stages()]

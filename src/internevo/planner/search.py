@@ -194,7 +194,7 @@ class Search:
 
     def seconds(self, choice: Choice) -> float:
         """Returns the predicted time of a step."""
-        return step.predict(self.job(choice), self.gpu, self.calibration).step
+        return step.timed(step.count(self.job(choice)), self.gpu, self.calibration).step
 
     def predict(self, choice: Choice) -> Candidate:
         """Returns a layout with its prediction."""

@@ -17,6 +17,7 @@ What hides takes its share of the GPU's multiprocessors and of its memory bandwi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -63,8 +64,10 @@ class StageCounts(NamedTuple):
     shard: float
     """Elements of the rank's shards, which the optimizer updates."""
     first: float
-    """The share of the first unit of the data axis in all: nothing computes before its weights are there, nor while its
-    gradients are reduced."""
+    """The share of the first unit of the data axis in all, without experts: nothing computes before its weights are there, nor
+    while its gradients are reduced."""
+    elements: dict[str, int]
+    """Axis of ZeRO -> elements of the weights that are sharded over it, on the rank, before they are."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,9 @@ def _count_stage(job: Job, stage: Stage, groups: dict[str, Group]) -> StageCount
     if layout.fsdp:
         prefetched, gathers, reductions = [*prefetched, *of_data], [], []
     passes = flops.stage(job, stage.layers, stage.heads)
-    return StageCounts(passes, waited, prefetched, gathers, reductions, shard, units[0] / sum(units))
+    routed = sum(math.prod(shape) for unit in experts.values() for shape in unit)
+    elements, first = {"zero": sum(units), "expert zero": routed}, units[0] / sum(units)
+    return StageCounts(passes, waited, prefetched, gathers, reductions, shard, first, elements)
 
 
 def of_layers(work: Workload) -> list[Collectives]:
@@ -239,8 +244,27 @@ class StageSeconds(NamedTuple):
     optimizer: float
 
 
+class Times(NamedTuple):
+    """The parts of a step, as in ``Prediction``."""
+
+    compute: float
+    communication: float
+    bubble: float
+    optimizer: float
+    other: float
+    step: float
+
+
 def price(counts: Counts, gpu: GPU, calibration: Calibration) -> Prediction:
     """Returns the time of a step on a machine."""
+    job, times = counts.job, timed(counts, gpu, calibration)
+    tgs = job.global_tokens / job.work.layout.world / times.step
+    achieved = tgs * job.work.decoder.flops_per_token(job.seq_len)
+    return Prediction(*times, tgs, achieved / 1e12, achieved / gpu.peak("bf16"))
+
+
+def timed(counts: Counts, gpu: GPU, calibration: Calibration) -> Times:
+    """Returns the seconds of a step on a machine."""
     job, layout, work = counts.job, counts.job.work.layout, counts.job.work
     known = {id(stage): _price_stage(job, stage, gpu, calibration) for stage in counts.stages}
     stages = [known[id(stage)] for stage in counts.stages]
@@ -255,12 +279,7 @@ def price(counts: Counts, gpu: GPU, calibration: Calibration) -> Prediction:
     busy = work.micro_batches * sum(s.forward + s.backward + s.weights for s in slowest)
     exposed = work.micro_batches * sum(s.exposed for s in slowest)
     step = passes + data + optimizer + calibration.step
-    tgs = job.global_tokens / layout.world / step
-    achieved = tgs * work.decoder.flops_per_token(job.seq_len)
-    return Prediction(
-        busy - exposed, exposed + data, passes - busy, optimizer, calibration.step, step,
-        tgs, achieved / 1e12, achieved / gpu.peak("bf16"),
-    )  # fmt: skip
+    return Times(busy - exposed, exposed + data, passes - busy, optimizer, calibration.step, step)
 
 
 def _price_stage(job: Job, counts: StageCounts, gpu: GPU, calibration: Calibration) -> StageSeconds:
@@ -273,13 +292,20 @@ def _price_stage(job: Job, counts: StageCounts, gpu: GPU, calibration: Calibrati
     repeats = again / forward if forward else 0.0
     waited = seconds_of(counts.waited, gpu, calibration)
     waited_forward = waited / (2 + repeats)  # what the backward pass has is the same twice: its own, and what it repeats
-    gathered = seconds_of([m for m in counts.prefetched if m.kind == "all-gather"], gpu, calibration)
-    reduced = seconds_of([m for m in counts.prefetched if m.kind != "all-gather"], gpu, calibration)
-    exposed_forward = waited_forward + exposed(gathered / 2, forward, calibration, counts.first)
-    exposed_backward = waited - waited_forward + exposed(gathered / 2 + reduced, backward, calibration, counts.first)
-    hides_weights, hides_gradients = forward * job.overlaps_weights, backward * job.overlaps_gradients
-    once = exposed(seconds_of(counts.gathered, gpu, calibration), hides_weights, calibration, counts.first)
-    once += exposed(seconds_of(counts.reduced, gpu, calibration), hides_gradients, calibration, counts.first)
+
+    def both(found: Iterable[Message]) -> tuple[float, float]:
+        """Returns the seconds of collectives, and those during which nothing computes."""
+        times = [(seconds_of([message], gpu, calibration), _alone(message, counts)) for message in found]
+        return sum(seconds for seconds, _ in times), sum(seconds * alone for seconds, alone in times)
+
+    gathered, first = both([m for m in counts.prefetched if m.kind == "all-gather"])
+    reduced, last = both([m for m in counts.prefetched if m.kind != "all-gather"])
+    exposed_forward = waited_forward + exposed(gathered / 2, forward, calibration, first / 2)
+    exposed_backward = waited - waited_forward + exposed(gathered / 2 + reduced, backward, calibration, first / 2 + last)
+    once_gathered, once_first = both(counts.gathered)
+    once_reduced, once_last = both(counts.reduced)
+    once = exposed(once_gathered, forward * job.overlaps_weights, calibration, once_first)
+    once += exposed(once_reduced, backward * job.overlaps_gradients, calibration, once_last)
     optimizer = counts.shard * OPTIMIZER_BYTES / (gpu.memory_gb_per_s * GIGA * calibration.memory)
     return StageSeconds(
         forward + exposed_forward, backward + exposed_backward, weights if apart else 0.0,
@@ -287,9 +313,17 @@ def _price_stage(job: Job, counts: StageCounts, gpu: GPU, calibration: Calibrati
     )  # fmt: skip
 
 
+def _alone(message: Message, counts: StageCounts) -> float:
+    """Returns the share of prefetched collectives during which nothing computes: of the data axis the first unit, which is not
+    one of experts; of isp's weights and those of experts the first gather of a pass, or its last reduction."""
+    if message.axis in ("weight", "expert weight"):
+        return min(1.0, (2 if message.kind == "all-gather" else 1) / message.number)
+    return counts.first if message.axis in ("zero", "replicate") else 0.0
+
+
 def exposed(communication: float, computation: float, calibration: Calibration, alone: float = 0.0) -> float:
-    """Returns how much longer a pass gets by communication of which all but the share ``alone`` runs at the same time."""
-    return communication - calibration.overlap * min(communication * (1 - alone), computation)
+    """Returns how much longer a pass gets by communication of which all but ``alone`` seconds run at the same time."""
+    return communication - calibration.overlap * min(communication - alone, computation)
 
 
 def seconds_of(found: Iterable[Message], gpu: GPU, calibration: Calibration) -> float:
@@ -316,16 +350,19 @@ def at_least(job: Job, gpu: GPU, calibration: Calibration, *, of_experts: bool =
     most = replace(layout, zero=zero, expert_zero=experts["zero"] * experts["replicate"])
     counts = count(replace(job, work=replace(job.work, layout=most)))
     axes = ("expert zero",) if of_experts else ("zero", "expert zero")
-    stages = tuple(_without_shards(stage, axes) for stage in counts.stages)
-    return price(replace(counts, stages=stages), gpu, calibration).step
+    stages = tuple(_without_shards(stage, axes, job.work.gradient_bytes) for stage in counts.stages)
+    return timed(replace(counts, stages=stages), gpu, calibration).step
 
 
-def _without_shards(stage: StageCounts, axes: Sequence[str]) -> StageCounts:
-    """Returns a stage without the collectives over these axes, but for the bytes of its gradients; and without shards."""
+def _without_shards(stage: StageCounts, axes: Sequence[str], gradient_bytes: int) -> StageCounts:
+    """Returns a stage without the collectives over these axes, but for the bytes of its gradients, without padding; and without
+    shards."""
 
     def changed(found: Sequence[Message]) -> list[Message]:
-        reduced = (m._replace(number=NO_LATENCY) if m.axis in axes else m for m in found)
-        return [m for m in reduced if m.kind != "all-gather" or m.axis not in axes]
+        kept = [m for m in found if m.kind != "all-gather" or m.axis not in axes]
+        return [
+            m._replace(number=NO_LATENCY, nbytes=stage.elements[m.axis] * gradient_bytes) if m.axis in axes else m for m in kept
+        ]
 
     return stage._replace(
         prefetched=changed(stage.prefetched), gathered=changed(stage.gathered), reduced=changed(stage.reduced), shard=0.0

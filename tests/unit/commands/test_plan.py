@@ -46,7 +46,14 @@ def test_the_written_config_can_be_trained(tmp_path: Path, capsys: pytest.Captur
 def test_json_is_for_scripts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, text, _ = run(capsys, config(tmp_path), "--gpus", "4", "--gpu", "h100", "--json")
     found = json.loads(text)
-    assert code == 0 and len(found["best"]) == 10 and found["rows"] == 16
+    assert (
+        code == 0
+        and len(found["best"]) == 10
+        and (found["rows"], found["gpu"], found["machine"]["name"]) == (16, "h100", "h100")
+    )
+    _, printed, _ = run(capsys, config(tmp_path), "--gpus", "4", "--gpu", "h100")
+    assert found["why"] == [line.strip() for line in printed.partition("Why 1 is faster than 2:\n")[2].splitlines()]
+    assert all(each["words"] in printed for each in found["best"])
     for each in [*found["best"], found["own"]]:
         assert sum(each["seconds"].values()) == pytest.approx(each["prediction"]["step"])
         *parts, total = each["memory"].values()
@@ -64,6 +71,8 @@ def test_json_is_for_scripts(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["--gpus", "8"], ["--gpu NAME"]),
         (["--gpus", "8", "--gpu", "h100", "--picture", "a.png"], [".svg"]),
         (["--gpus", "8", "--gpu", "h100", "--out", "a.txt"], ["a.txt", ".py"]),
+        (["--gpus", "8", "--gpu", "h100", "--out", "/dev/null/a.py"], ["/dev/null is not a folder"]),
+        (["--gpus", "8", "--gpu", "h100", "--picture", "/dev/null/a.svg"], ["/dev/null is not a folder"]),
         (["--gpus", "8", "--gpu", "h100", "--tokens", "many"], ["'many' is not a number of tokens"]),
         (["--gpus", "8", "--gpu", "h100", "--nproc", "2"], ["--calibrate"]),
         (["--calibrate", "--tokens", "1B", "--json"], ["leave out CONFIG, --tokens, --json"]),

@@ -4,22 +4,27 @@ import math
 import random
 from dataclasses import replace
 from itertools import chain
+from typing import Any
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from internevo.config import validate
 from internevo.models.config import DecoderConfig, Experts, Latent, Rope, Stage
 from internevo.models.decoder import Decoder
 from internevo.models.families.registry import decoder_config
+from internevo.models.layers import DecoderLayer
 from internevo.models.linear import Linear
 from internevo.models.moe import ExpertLinear
 from internevo.parallel import data_axis, expert, isp, plan, prefetch, tensor
 from internevo.parallel.layout import Layout
 from internevo.parallel.memory import Elements
+from internevo.parallel.pretended import NoMemory, pretend
 from internevo.parallel.stages import split
 from internevo.parallel.strategy import Workload
 from tests.conftest import tiny
+from tests.parallel.layouts import EXPERTS
 
 
 def work(mode: str, chunks: int, ranks: int, micro_batches: int, rank: int = 0, **changes: object) -> Workload:
@@ -118,3 +123,20 @@ def test_the_parameters_of_a_rank_are_those_of_its_model(number: int) -> None:
         deferred = [parameter.shape for parameter in (*dense, *routed) if parameter.deferred]
         expected = Elements.of(work, [p.shape for p in dense], [p.shape for p in routed], deferred)
         assert plan.elements(replace(work, stages=(stage,))) == expected
+
+
+@pytest.mark.parametrize("changes", [{}, EXPERTS, {**EXPERTS, "parallel__expert": {"size": 1, "no_tp": True}}], ids=str)
+def test_a_layer_is_compiled_as_a_whole_if_no_hook_of_the_data_axis_is_inside(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """Compiled code that must be whole cannot call the hooks of ``fully_shard``."""
+    asked = dict[DecoderLayer, bool]()
+    monkeypatch.setattr(DecoderLayer, "compile", lambda layer, fullgraph: asked.update({layer: fullgraph}))
+    split = {"parallel__tensor": {"size": 2, "mode": "msp"}, "model__vocab_size": 104, "model__compile": True}
+    config = validate(tiny(**{**split, **changes}))
+    with pretend(0, 4) as world, NoMemory().building():
+        layout = Layout.from_config(config, 4)
+        plan.build(decoder_config(config.model_type, config.model), config, layout, world.device)
+    assert len(asked) == config.model.num_layers
+    for layer, whole in asked.items():
+        assert whole is not any(isinstance(part, FSDPModule) for part in layer.modules() if part is not layer)

@@ -48,6 +48,8 @@ def test_an_unknown_name_names_the_nearest_and_the_format() -> None:
         ("memory_gib", True, "memory_gib = True must be"),
         ("watts", -1, "watts = -1 must be a number of at least 0"),
         ("gpus_per_node", 7.5, "gpus_per_node = 7.5 must be a whole number"),
+        ("based_on", "h10", "based_on = 'h10' must be one of a100"),
+        ("name", 3, "name = 3 must be a text"),
         ("memory_gigs", 80, "unknown key memory_gigs; did you mean memory_gib"),
     ],
 )

@@ -53,6 +53,17 @@ def test_a_row_is_a_job(published: ModuleType) -> None:
     assert (work.tokens, work.micro_batches, found.job.global_tokens) == (4096, 4, 16 * 4 * 4096)
 
 
+def test_latent_attention_is_that_of_the_public_config(published: ModuleType) -> None:
+    shape = {
+        "layers": "61", "hidden": "7168", "ffn": "18432", "heads": "128", "kv_heads": "", "vocab": "129280", "experts": "256",
+        "top_k": "8", "expert_ffn": "2048", "shared_expert_ffn": "2048", "note": "MLA attention; first 3 layers dense",
+    }  # fmt: skip
+    decoder = published.measured(row(model="DeepSeek-V3", **shape)).job.work.decoder
+    assert decoder.parameters() == pytest.approx(671.03e9, rel=1e-4) and decoder.sparse_layers == 58
+    with pytest.raises(published.NotExpressibleError, match="another architecture"):
+        published.measured(row(model="Unknown", **shape))
+
+
 def test_a_mlp_without_a_gate_has_the_same_weights(published: ModuleType) -> None:
     decoder = published.measured(row(model="GPT-7B", ffn="16384")).job.work.decoder
     assert 3 * decoder.intermediate_size == pytest.approx(2 * 16384, abs=2) and decoder.tie_embeddings

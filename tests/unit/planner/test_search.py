@@ -97,6 +97,21 @@ def test_no_layout_is_faster_than_its_bounds(experts: bool) -> None:
             assert step.at_least(this.job(replace(choice, expert_zero=-1)), GPU, Calibration(), of_experts=True) <= seconds
 
 
+@pytest.mark.parametrize("world", [12, 24])
+def test_padding_of_the_shards_of_experts_is_in_no_bound(world: int) -> None:
+    """Two experts over 12 ranks are padded to 12, and over 2 ranks they are not."""
+    this = search(config(True, rows=world), world, 10**12)
+    tried = 0
+    for expert, fsdp in product((1, 2, 4), (False, True)):
+        choice = Choice(expert=expert, zero=1, fsdp=fsdp)
+        layout = this.job(choice).work.layout
+        bounds = [step.at_least(this.job(choice), GPU, Calibration(), of_experts=of_experts) for of_experts in (False, True)]
+        for expert_zero in divisors(world // expert) if layout.experts_apart else [-1]:
+            assert max(bounds) <= this.seconds(replace(choice, expert_zero=expert_zero)) * (1 + 1e-9)
+            tried += 1
+    assert tried > 10
+
+
 @pytest.mark.parametrize("experts", [False, True])
 def test_no_layout_needs_less_memory_than_its_bound(experts: bool) -> None:
     this = search(config(experts), 4, 10**12)

@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 
 import pytest
 
-from internevo.models.config import DecoderConfig, Experts
+from internevo.models.config import DecoderConfig, Experts, Latent
 from internevo.parallel import orders, plan
 from internevo.parallel.layout import Layout
 from internevo.parallel.strategy import Workload, add_up
@@ -76,6 +76,17 @@ def test_recomputation_stops_at_the_input_of_the_last_linear(recomputed: float, 
     assert passes.again.attention == pytest.approx(products * passes.forward.attention)
 
 
+LATENT = replace(DENSE, num_kv_heads=32, head_dim=192, latent=Latent(512, 1536, 128, 64, 128))
+
+
+@pytest.mark.parametrize("decoder", [DENSE, LATENT], ids=["grouped", "latent"])
+def test_recomputed_attention_computes_all_its_linears_but_the_last(decoder: DecoderConfig) -> None:
+    this = job(one(), decoder)
+    again = flops.layer(replace(this, work=replace(this.work, recomputed="attention")), 0, False).again
+    expected = sum(2 * 2048 * linear.inputs * linear.outputs for name, linear in decoder.projections().items() if name != "o")
+    assert again.products == pytest.approx(expected)
+
+
 def test_what_is_recomputed_can_be_given() -> None:
     passes = flops.layer(replace(job(one()), again=Again(0.5, 0.0, 1.0)), 0, False)
     assert passes.again.products == passes.forward.products / 2 and passes.again.attention == 0
@@ -96,7 +107,7 @@ def test_kept_scores_are_moved_and_the_masked_half_is_computed() -> None:
 def test_the_first_unit_communicates_alone() -> None:
     half = replace(IDEAL, overlap=0.5)
     assert step.exposed(4.0, 10.0, half) == 2.0 and step.exposed(4.0, 1.0, half) == 3.5
-    assert step.exposed(4.0, 10.0, IDEAL, 0.25) == 1.0 and step.exposed(4.0, 10.0, IDEAL, 1.0) == 4.0
+    assert step.exposed(4.0, 10.0, IDEAL, 1.0) == 1.0 and step.exposed(4.0, 10.0, IDEAL, 4.0) == 4.0
     embedding, rest = 32000 * 4096, 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 11008 + 2 * 4096)
     (stage,) = step.count(job(Layout(8, 1, "mtp", 1, 1, 8, False))).stages
     assert stage.first == pytest.approx(embedding / (2 * embedding + rest + 4096))
