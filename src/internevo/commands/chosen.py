@@ -20,8 +20,9 @@ from ..parallel.world import pick_device
 from ..train import recipe
 from ..train.config import HfModel
 from ..train.fit import fitted
+from ..train.folder import CONFIG
 
-CONFIG, DATA, MODEL, TOKENIZER = "config.py", "data", "model", "tokenizer"
+DATA, MODEL, TOKENIZER = "data", "model", "tokenizer"
 """What is in the run folder, besides what every run writes."""
 RUN = "from pathlib import Path\n\nRUN = Path(__file__).parent"
 """The beginning of the config: paths are relative to it, so that the folder may move."""
@@ -47,8 +48,10 @@ class Options:
     overrides: list[str] = field(default_factory=list)
 
 
-FIXED = ("ckpt.save_ckpt_folder=", "ckpt.enable_save_ckpt=")
-"""Beginnings of overrides with which there would be nothing to export."""
+FIXED = (
+    "ckpt.save_ckpt_folder", "ckpt.enable_save_ckpt", "ckpt.auto_resume", "model.from_hf", "data.train_folder", "data.type",
+)  # fmt: skip
+"""Keys that ``finetune`` decides: with others, it would train something else, or have nothing to export."""
 
 
 def check_overrides(options: Options, found: HfModel) -> None:
@@ -56,16 +59,28 @@ def check_overrides(options: Options, found: HfModel) -> None:
 
     Raises:
         ConfigError: if an override is wrong, or contradicts the model's weights.
-        UsageError: if an override is of a key that ``finetune`` decides.
+        UsageError: if an override is of a key that ``finetune`` decides, or of a whole section.
     """
     values: dict[str, Any] = {
         "model": {"from_hf": found.name}, "data": {"seq_len": 1, "micro_bsz": 1, "total_steps": 1}, "adam": {"lr": 0.0},
     }  # fmt: skip
     for text in options.overrides:
-        if text.startswith(FIXED):
-            raise UsageError(f"{text}: finetune decides this key itself, since it exports what it has trained; leave it out")
+        key = text.partition("=")[0]
+        if key in FIXED:
+            raise UsageError(f"{text}: finetune decides this key itself; leave it out")
         apply_override(values, text)
+        if "." not in key and isinstance(values[key], dict):
+            raise UsageError(f"{text}: give single keys, as in {key}.KEY=VALUE, so that the others of this section stay")
     found.check(validate(found.fill(values), source="the overrides"))
+
+
+def _overridden(options: Options, key: str) -> Any:
+    """Returns the value of a key that is overridden; None if it is not."""
+    values: dict[str, Any] = {}
+    for text in options.overrides:
+        apply_override(values, text)
+    section, _, name = key.partition(".")
+    return values.get(section, {}).get(name)
 
 
 @dataclass(frozen=True)
@@ -87,7 +102,7 @@ class Chosen:
     """The share of padding in them."""
     per_step: int
     """Rows of a step, over all ranks."""
-    epochs: float
+    steps: int
     lr: float
 
     @classmethod
@@ -96,13 +111,19 @@ class Chosen:
         lengths, decoder = index.documents[:, 1], found.decoder
         mean, longest = index.tokens / len(index), int(lengths.max())
         texts = index.types == ["text"]
-        seq_len = options.seq_len or recipe.row_length(longest, mean, longest_text(decoder), texts)
+        seq_len = (
+            _overridden(options, "data.seq_len")
+            or options.seq_len
+            or recipe.row_length(longest, mean, longest_text(decoder), texts)
+        )
         rows = len(WholeRows(index, seq_len, decoder.vocab_size))
+        per_step = _overridden(options, "data.global_batch_size") or recipe.rows_per_step(rows, len(index), seq_len, processes)
+        epochs = recipe.epochs(len(index)) if options.epochs is None else options.epochs
         return cls(
             options, found, len(index), mean, longest, int((lengths > seq_len).sum()), seq_len, rows,
             1 - index.tokens / (rows * seq_len),
-            recipe.rows_per_step(rows, len(index), seq_len, processes),
-            recipe.epochs(len(index)) if options.epochs is None else options.epochs,
+            per_step,
+            _overridden(options, "data.total_steps") or max(1, round(epochs * rows / per_step)),
             recipe.learning_rate(decoder.parameters(), options.lora is not None) if options.lr is None else options.lr,
         )  # fmt: skip
 
@@ -112,9 +133,9 @@ class Chosen:
         return max(1, round(self.rows / self.per_step))
 
     @property
-    def steps(self) -> int:
-        """The number of steps of the run."""
-        return max(1, round(self.epochs * self.rows / self.per_step))
+    def epochs(self) -> float:
+        """The number of passes over the data."""
+        return self.steps * self.per_step / self.rows
 
     def write_config(self, run: Path, tokenizer: Path, processes: int) -> Iterator[str]:
         """Writes RUN/config.py, and yields lines that say what was chosen.
@@ -157,7 +178,7 @@ class Chosen:
                 "split_documents": False,
             },
             "adam": {"lr": lr, "adam_beta2": 0.999, "weight_decay": 0.0},
-            "lr_scheduler": {"warmup_ratio": max(0.05, round(1 / steps, 4)), "eta_min": lr / 10},
+            "lr_scheduler": {"warmup_ratio": recipe.warmup_ratio(steps), "eta_min": lr / 10},
             "hybrid_zero_optimizer": {"clip_grad_norm": 1.0},
             "ckpt": {
                 "save_ckpt_folder": _path(run), "checkpoint_every": max(1, min(self.per_epoch, steps // 4)), "keep_last": 2,
@@ -194,7 +215,7 @@ class Chosen:
         comments = {
             "data.seq_len": f"tokens of a row; documents have {self.mean:,.0f} on average, and at most {self.longest:,}",
             "data.global_batch_size": f"rows per step; about {self.per_step * self.documents / self.rows:.0f} documents",
-            "data.total_steps": f"{self.epochs:g} epochs of {self.per_epoch} steps",
+            "data.total_steps": f"{_epochs(self.epochs)} of {_steps(self.per_epoch)}",
             "data.split_documents": "documents are not cut at the end of a row",
             "adam.lr": "for adapters" if self.options.lora else "for all weights: the larger, the smaller the model",
         }
@@ -208,11 +229,20 @@ class Chosen:
         )
         what = f"adapters of rank {self.options.lora}" if self.options.lora else "all weights"
         again = ", layers computed again" if config.model.checkpoint else ""
+        data = config.data
         yield (
-            f"training: {what}, highest learning rate {config.adam.lr:g}, {self.epochs:g} epochs = {config.data.total_steps} "
-            f"steps of {config.data.global_batch_size} rows, in micro-batches of {config.data.micro_bsz}{again}; "
-            f"{config.model.dtype}"
+            f"training: {what}, highest learning rate {config.adam.lr:g}, {_epochs(self.epochs)} = {_steps(data.total_steps)} "
+            f"of {data.global_batch_size} rows, in micro-batches of {data.micro_bsz}{again}; {config.model.dtype}"
         )
+
+
+def _epochs(number: float) -> str:
+    shown = f"{round(number, 1):g}" if number >= 1 else f"{number:.2g}"
+    return f"{shown} epoch{'s' * (shown != '1')}"
+
+
+def _steps(number: int) -> str:
+    return f"{number:,} step{'s' * (number != 1)}"
 
 
 def _path(run: Path, name: str = "") -> Code:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -27,15 +28,15 @@ from ..models.huggingface.tokenizer import copy_tokenizer, has_tokenizer
 from ..observe.metrics import read_rows
 from ..ops.precision import DTYPES
 from ..parallel.launcher import read_launcher
-from ..storage.folders import check_target, set_aside
+from ..storage.folders import check_target, clean_up, set_aside
 from ..storage.hub import model_folder
-from ..storage.jsonfile import read_object, write_json
+from ..storage.jsonfile import read_object, replace_json
 from ..storage.lock import FileLock
 from ..text.chat import has_template
 from ..text.tokenizer import TEMPLATE, Tokenizer, load_tokenizer
-from ..train.config import HfModel
-from ..train.folder import FINETUNE, LOCK
-from .chosen import CONFIG, DATA, MODEL, TOKENIZER, Chosen, Options, check_overrides
+from ..train.config import HfModel, load_config
+from ..train.folder import CONFIG, FINETUNE, LOCK
+from .chosen import DATA, MODEL, TOKENIZER, Chosen, Options, check_overrides
 from .convert import convert
 from .launch import default_processes
 from .progress import progress_bar
@@ -44,6 +45,8 @@ from .train import train
 
 EXAMPLES, LOOKED_AT = 3, 1000
 """Number of documents that are shown; and of which it is counted how many tokens are predicted."""
+EXPORTED = "exported step"
+"""Key of ``finetune.json``, besides the options: the step whose model has been exported."""
 
 
 def finetune(options: Options, run: Path, processes: int | None) -> int:
@@ -64,26 +67,36 @@ def finetune(options: Options, run: Path, processes: int | None) -> int:
     if read_launcher(os.environ).address is not None:
         raise UsageError("finetune starts its processes itself: run it once, without torchrun or srun, with --nproc N")
     processes = processes or default_processes()
-    mark = run / FINETUNE
-    if mark.is_file():
-        FileLock.acquire(run / LOCK, say=print).release()  # no other command is using the folder
-        _check_same(options, read_object(mark), run)
+    if (run / FINETUNE).is_file():
+        with _locked(run):
+            _check_same(options, read_object(run / FINETUNE), run)
     else:
         check_target(run, advice="give another --output")
     if not (run / CONFIG).is_file():
         _prepare(options, run, processes)
     else:
         print(f"going on with {run}")
-    if code := train(run / CONFIG, [], processes):
+    total = load_config(run / CONFIG).data.total_steps
+    if _last_step(run) < total and (code := train(run / CONFIG, [], processes)):
         return code
-    checkpoints, total = complete_checkpoints(run), _total_steps(run)
-    step = Checkpoint(checkpoints[0]).manifest.step if checkpoints else 0
-    if step < total:
-        print(f"stopped after step {step} of {total}; the same command goes on")
+    if (step := _last_step(run)) < total:
+        print(f"step {step} of {total} is done, and no model is exported yet; the same command goes on")
         return 0
-    _export(options, run)
+    with _locked(run):
+        _export(options, run, step)
     print("\n".join(_summary(options, run)))
     return 0
+
+
+def _locked(run: Path) -> FileLock:
+    """Returns the lock of the run folder: no other command uses it at the same time."""
+    return FileLock.acquire(run / LOCK, say=print)
+
+
+def _last_step(run: Path) -> int:
+    """Returns the step of the newest checkpoint; 0 without one."""
+    checkpoints = complete_checkpoints(run)
+    return Checkpoint(checkpoints[0]).manifest.step if checkpoints else 0
 
 
 def _check_same(options: Options, saved: dict[str, Any], run: Path) -> None:
@@ -103,42 +116,47 @@ def _check_same(options: Options, saved: dict[str, Any], run: Path) -> None:
 
 
 def _prepare(options: Options, run: Path, processes: int) -> None:
-    """Tokenizes the data, says what it found, and writes the config."""
+    """Tokenizes the data, says what it found, and writes the config. All that may be wrong is checked before."""
     found = HfModel.find({"model": {"from_hf": options.model}})
     check_overrides(options, found)
     print(f"model: {describe(found.decoder)}")
-    place = _tokenizer_of(options, found)
-    tokenizer = load_tokenizer(place)
-    if tokenizer.vocab_size > found.decoder.vocab_size:
-        raise UsageError(
-            f"the tokenizer {place} has {tokenizer.vocab_size:,} entries, and the model {found.decoder.vocab_size:,}"
-        )
-    files = dataset_files(options.data, options.subset, "train")[1]
-    raw = RawData.read(files)
-    templated = options.chat_template is not None or has_template(tokenizer)
-    name = _format(options, raw, templated)
-    print(f"data: {options.data}: {_count(raw)}, read as {_meaning(name, raw, tokenizer)}")
-
-    run.mkdir(parents=True, exist_ok=True)
-    write_json(run / FINETUNE, asdict(options), indent=1)
-    if options.chat_template is not None:
-        copy_tokenizer(place, run / TOKENIZER)
-        (run / TOKENIZER / TEMPLATE).write_text(Path(options.chat_template).read_text(encoding="utf-8"), encoding="utf-8")
-        place = run / TOKENIZER
+    with TemporaryDirectory() as temporary:
+        place = _tokenizer_of(options, found, Path(temporary))
         tokenizer = load_tokenizer(place)
-    _check_beginning(name, raw, options, tokenizer)
-    _tokenize(options, run, raw, name, place)
-    train_data = open_index(run / DATA / "train")
-    print("\n".join(_describe(train_data, tokenizer)))
-    print("\n".join(Chosen.of(options, found, train_data, processes).write_config(run, place, processes)))
+        if tokenizer.vocab_size > found.decoder.vocab_size:
+            raise UsageError(
+                f"the tokenizer {place} has {tokenizer.vocab_size:,} entries, and the model {found.decoder.vocab_size:,}"
+            )
+        raw = RawData.read(dataset_files(options.data, options.subset, "train")[1])
+        name = _format(options, raw, has_template(tokenizer))
+        print(f"data: {options.data}: {_count(raw)}, read as {_meaning(name, raw)}")
+        _check_beginning(name, raw, options, tokenizer)
+
+        run.mkdir(parents=True, exist_ok=True)
+        replace_json(run / FINETUNE, asdict(options), indent=1)
+        if options.chat_template is not None:
+            copy_tokenizer(place, run / TOKENIZER)
+            place = run / TOKENIZER
+    with _locked(run):
+        _tokenize(options, run, raw, name, place)
+        train_data = open_index(run / DATA / "train")
+        print("\n".join(_describe(train_data, load_tokenizer(place))))
+        print("\n".join(Chosen.of(options, found, train_data, processes).write_config(run, place, processes)))
 
 
-def _tokenizer_of(options: Options, found: HfModel) -> Path:
+def _tokenizer_of(options: Options, found: HfModel, folder: Path) -> Path:
+    """Returns the tokenizer. With another chat template it is a copy, in ``folder``."""
     if options.tokenizer is not None:
-        return model_folder(options.tokenizer, weights=False)
-    if not has_tokenizer(found.folder):
+        place = model_folder(options.tokenizer, weights=False)
+    elif has_tokenizer(found.folder):
+        place = found.folder.resolve()
+    else:
         raise UsageError(f"{found.name} has no tokenizer; copy its files there, or give --tokenizer PATH")
-    return found.folder.resolve()
+    if options.chat_template is None:
+        return place
+    copy_tokenizer(place, folder)
+    (folder / TEMPLATE).write_text(Path(options.chat_template).read_text(encoding="utf-8"), encoding="utf-8")
+    return folder
 
 
 def _format(options: Options, raw: RawData, templated: bool) -> FormatName:
@@ -159,7 +177,7 @@ def _count(raw: RawData) -> str:
     return f"{len(raw.files):,} file{'s' * (len(raw.files) != 1)} ({kinds}), {len(raw.documents):,} documents{more}"
 
 
-def _meaning(name: FormatName, raw: RawData, tokenizer: Tokenizer) -> str:
+def _meaning(name: FormatName, raw: RawData) -> str:
     what = "instructions" if sum(fits("alpaca", document) for document in raw.documents) * 2 > len(raw.documents) else "chats"
     return {
         "text": "texts; all tokens are predicted",
@@ -231,16 +249,17 @@ def _describe(index: Index, tokenizer: Tokenizer) -> Iterator[str]:
 # Result --------------------------------------------------------------------------------------------------------------
 
 
-def _total_steps(run: Path) -> int:
-    return int(read_object(run / "config.json")["data"]["total_steps"])
-
-
-def _export(options: Options, run: Path) -> None:
-    """Writes the trained model as a Hugging Face folder, in the dtype of the model that it was made from."""
+def _export(options: Options, run: Path, step: int) -> None:
+    """Writes the trained model as a Hugging Face folder, in the dtype of the model that it was made from, unless that of this
+    step is there. That it is, is written down last."""
+    if read_object(run / FINETUNE).get(EXPORTED) == step and (run / MODEL / "config.json").is_file():
+        return
+    clean_up(run, MODEL)  # what killed commands have left
+    clean_up(run / MODEL, "new")
     found = HfModel.find({"model": {"from_hf": options.model, "pretrained": False}})
-    dtype = DTYPES.get(found.dtype or "")
     with progress_bar("exporting") as (progress, _):
-        convert(run, run / MODEL, "hf", dtype=dtype, overwrite=True, progress=progress)
+        convert(run, run / MODEL, "hf", dtype=DTYPES.get(found.dtype or ""), overwrite=True, progress=progress)
+    replace_json(run / FINETUNE, {**asdict(options), EXPORTED: step}, indent=1)
 
 
 def _summary(options: Options, run: Path) -> Iterator[str]:
@@ -257,4 +276,3 @@ def _summary(options: Options, run: Path) -> Iterator[str]:
     kind = next((run / DATA / "train").glob("*/*.bin")).parent.name
     command = "chat {}" if kind == "chat" else f"generate {{}} --format {kind} --prompt '...'"
     yield f"try it: internevo {command.format(run / MODEL)}"
-    yield f"go on by hand: internevo train {run / CONFIG} data.total_steps={2 * _total_steps(run)}"

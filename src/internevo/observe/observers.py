@@ -81,11 +81,12 @@ class Observers:
         what = f"saved step {record.step}" + (" as a snapshot" if record.snapshot else "")
         self.console.say(f"{what}: {record.folder} ({size(record.nbytes)}, {duration(record.seconds)} in the background)")
 
-    def summary(self, total_steps: int, steps: int, seconds: float) -> None:
+    def summary(self, total_steps: int, steps: int, seconds: float, how: str) -> None:
         """Prints what has been trained, where it is, and how to go on. Must be called at the end, if there was no error.
 
         Args:
             steps, seconds: number of steps since the start of the process, and the time that they took.
+            how: how to go on from the checkpoint.
         """
         last, valid, checkpoint = self.last, self.last_valid, self.checkpoint
         if last is None:
@@ -105,7 +106,7 @@ class Observers:
             f"  checkpoint: {checkpoint}" if checkpoint else "  no checkpoint (ckpt.enable_save_ckpt = False)",
         ]
         if checkpoint:
-            lines.append("  the same command goes on" + (" with more steps (data.total_steps)" if done else " from there"))
+            lines.append(f"  {how}")
         for line in lines:
             self.console.say(line)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..config.run import Monitor
-from ..storage.jsonfile import write_json
+from ..storage.jsonfile import replace_json
 from .record import StepRecord, TaskRecord, ValidRecord
 
 IDS = "trackers.json"
@@ -117,7 +117,7 @@ class Ids:
         """Stores an id."""
         with self.lock:
             self.known[tracker] = known
-            write_json(self.path, self.known, indent=1)
+            replace_json(self.path, self.known, indent=1)
 
 
 class Background:

@@ -39,6 +39,7 @@ from ..parallel.world import World
 from ..storage.lock import FileLock
 from ..storage.naming import naming
 from ..text.tokenizer import Tokenizer
+from .folder import CONFIG, FINETUNE
 from .lr_schedule import beta2, learning_rate
 from .parts import Parts
 from .process import GarbageCollector, prepare
@@ -136,7 +137,7 @@ class Trainer:
                 self.saver.wait()
             self._tell_saved(observers)
             if observers:
-                observers.summary(data.total_steps, self.state.step - first, time.perf_counter() - begin)
+                observers.summary(data.total_steps, self.state.step - first, time.perf_counter() - begin, self._how_to_go_on())
         finally:
             self.garbage.release()
             if observers:
@@ -306,6 +307,14 @@ class Trainer:
         for record in self.saver.take_saved():
             if observers:
                 observers.saved(record)
+
+    def _how_to_go_on(self) -> str:
+        total = self.config.data.total_steps
+        if self.state.step < total:
+            return "the same command goes on from there"
+        if (self.run / FINETUNE).is_file():  # ``internevo finetune`` refuses other options
+            return f"more steps: internevo train {self.run / CONFIG} data.total_steps={2 * total}"
+        return "the same command goes on with more steps (data.total_steps)"
 
     def _facts(self) -> dict[str, Any]:
         """Returns what the report says about the run."""

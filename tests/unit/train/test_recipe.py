@@ -4,8 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from internevo.config.training import LrScheduler
 from internevo.data.encoding.tokenize import is_valid, valid_ratio_for
 from internevo.train import recipe
+from internevo.train.lr_schedule import learning_rate
 
 
 def test_larger_models_have_smaller_learning_rates() -> None:
@@ -40,3 +42,12 @@ def test_some_documents_are_held_out_if_there_are_a_few(documents: int) -> None:
     held_out = sum(is_valid(number, ratio) for number in range(min(documents, 20_000)))
     assert (held_out > 0) == (documents > 2) and (held_out < documents or not documents)
     assert ratio * documents <= 1500
+
+
+@given(steps=st.integers(1, 10**6))
+def test_the_rate_rises_for_a_twentieth_of_the_steps_but_for_two_at_least(steps: int) -> None:
+    schedule = LrScheduler(warmup_ratio=recipe.warmup_ratio(steps))
+    first = [learning_rate(step, steps, 1.0, schedule) for step in range(min(steps, 2))]
+    assert first == [1.0] if steps == 1 else first[0] < first[1]
+    rising = int(steps * schedule.warmup_ratio)
+    assert min(2, steps) <= rising <= max(2, steps / 20)
