@@ -16,7 +16,6 @@ from ..config.option import notices, walk
 from ..config.schema import Config
 from ..errors import ConfigError
 from ..models.families.registry import decoder_config
-from ..observe.units import amount
 from ..train.check import check_data, missing_features, problems
 from ..train.config import load_config
 
@@ -72,13 +71,8 @@ def _wrapped(line: str) -> str:
 
 def model_line(config: Config) -> str:
     """Describes the model: its family, the number of its parameters, and its size."""
-    decoder = decoder_config(config.model_type, config.model)
-    total, active = decoder.parameters(), decoder.parameters(active=True)
-    used = f", {active:,} of them for each token" if active != total else ""
-    return (
-        f"{config.JOB_NAME}: {decoder.family}, {total:,} parameters ({amount(total)}){used}; "
-        f"{config.model.num_layers} layers of {config.model.hidden_size}, {config.model.dtype}"
-    )
+    decoder, model = decoder_config(config.model_type, config.model), config.model
+    return f"{config.JOB_NAME}: {decoder.summary()}; {model.num_layers} layers of {model.hidden_size}, {model.dtype}"
 
 
 def differences(config: Config) -> dict[str, Any]:

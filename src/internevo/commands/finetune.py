@@ -25,7 +25,7 @@ from ..data.tokenized.describe import decoded
 from ..data.tokenized.index import Index, open_index
 from ..errors import DataError, UsageError
 from ..models.huggingface.tokenizer import copy_tokenizer, has_tokenizer
-from ..observe.metrics import read_rows
+from ..observe.metrics import usable_rows
 from ..ops.precision import DTYPES
 from ..parallel.launcher import read_launcher
 from ..storage.folders import check_target, clean_up, set_aside
@@ -263,7 +263,7 @@ def _export(options: Options, run: Path, step: int) -> None:
 
 
 def _summary(options: Options, run: Path) -> Iterator[str]:
-    losses = [row for row in read_rows(run / "metrics.jsonl") if row.get("valid_loss") is not None]
+    losses, _ = usable_rows(run / "metrics.jsonl", {"valid_loss": float, "valid_ppl": float})
     if losses:
         first, last = losses[0], losses[-1]
         before = f"{first['valid_loss']:.4f} (perplexity {first['valid_ppl']:.2f})"

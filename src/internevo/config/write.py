@@ -39,17 +39,20 @@ def check_writable(path: Path) -> None:
     """
     if path.suffix not in (".py", ".yaml", ".yml", ".toml", ".json"):
         raise UsageError(f"{path}: unknown file type {path.suffix!r}; use .py, .yaml, .toml or .json")
-    check_own(path, f"# {MARK}")
+    check_own(path, f"# {MARK}", "a config that internevo plan has written")
 
 
-def check_own(path: Path, beginning: str) -> None:
+def check_own(path: Path, beginning: str, what: str) -> None:
     """Checks that a file does not exist, or begins with what a command of this program writes.
+
+    Args:
+        what: what this program writes to it, for the message.
 
     Raises:
         UsageError: if it is something else.
     """
     if path.exists() and not (path.is_file() and path.read_bytes().startswith(beginning.encode())):
-        raise UsageError(f"{path} exists and is not replaced, because internevo plan has not written it: choose another name")
+        raise UsageError(f"{path} exists and is not {what}, so it is not replaced: rename it, or choose another name")
 
 
 @dataclass(frozen=True)

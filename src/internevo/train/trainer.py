@@ -27,11 +27,11 @@ from ..models.decoder import parameter_shapes
 from ..models.families.registry import decoder_config
 from ..models.generate import Sampling, generate
 from ..models.linear import ADAPTER_INFIX
+from ..observe.background import Tracked
 from ..observe.console import Console, log, start_log
 from ..observe.facts import facts
 from ..observe.observers import Observers
 from ..observe.record import StepRecord, TaskRecord, ValidRecord, memory_peak, peak_tflops
-from ..observe.trackers import Tracked
 from ..ops.precision import COMPUTE, is_slow
 from ..parallel import gloo
 from ..parallel.layout import Layout
@@ -319,14 +319,14 @@ class Trainer:
     def _facts(self) -> dict[str, Any]:
         """Returns what the report says about the run."""
         decoder, model = self.parts.decoder, self.config.model
-        total, active = decoder.parameters(), decoder.parameters(active=True)
-        used = f", {active:,} of them for each token" if active != total else ""
         axes = ", ".join(f"{axis} {size}" for axis, size in _sizes(self.parts.layout).items() if size > 1 and axis != "world")
-        size = f"{model.num_layers} layers of {model.hidden_size}, {model.dtype}"
         return {
-            **facts(self.world.device), "processes": self.world.size, "layout": axes or "one process", "parameters": total,
-            "model": f"{decoder.family}, {total:,} parameters{used}, {size}",
-        }  # fmt: skip
+            **facts(self.world.device),
+            "processes": self.world.size,
+            "layout": axes or "one process",
+            "parameters": decoder.parameters(),
+            "model": f"{decoder.summary()}, {model.num_layers} layers of {model.hidden_size}, {model.dtype}",
+        }
 
     def _title(self) -> str:
         config, parts = self.config, self.parts
@@ -335,7 +335,7 @@ class Trainer:
         trained = sum(shape.numel() for name, shape in shapes.items() if ADAPTER_INFIX in name)
         adapters = f" and {trained:,} in adapters" if parts.decoder.lora else ""
         return (
-            f"{config.JOB_NAME}: {parts.decoder.family}, {parts.decoder.parameters():,} parameters{adapters}, "
+            f"{config.JOB_NAME}: {parts.decoder.summary()}{adapters}, "
             f"{config.model.dtype}, on {self.world.size} x {self.world.device.type}; {rows} rows of {config.data.seq_len} "
             f"tokens per step; {self.run}/"
         )

@@ -11,10 +11,10 @@ import pytest
 from rich.console import Console as Terminal
 
 from internevo.config.run import Monitor
+from internevo.observe.background import Tracked
 from internevo.observe.console import Console
 from internevo.observe.observers import Observers
 from internevo.observe.record import SaveRecord, ValidRecord
-from internevo.observe.trackers import Tracked
 from tests.unit.observe.test_console import STEP
 
 
