@@ -17,9 +17,9 @@ import torch
 
 import internevo
 from internevo.checkpoint import Checkpoint, complete_checkpoints
-from internevo.commands.chosen import Options
 from internevo.commands.demo import compare_with_transformers
 from internevo.commands.finetune import finetune
+from internevo.commands.finetune_config import Options
 from internevo.models.families.registry import decoder_from_hf
 from internevo.models.huggingface.folder import save_hf
 from tests.conftest import Run, metrics, random_model

@@ -36,11 +36,11 @@ from ..text.chat import has_template
 from ..text.tokenizer import TEMPLATE, Tokenizer, load_tokenizer
 from ..train.config import HfModel, load_config
 from ..train.folder import CONFIG, FINETUNE, LOCK
-from .chosen import DATA, MODEL, TOKENIZER, Chosen, Options, check_overrides
+from .config_from_hf import describe
 from .convert import convert
+from .finetune_config import DATA, MODEL, TOKENIZER, Chosen, Options, check_overrides
 from .launch import default_processes
 from .progress import progress_bar
-from .template import describe
 from .train import train
 
 EXAMPLES, LOOKED_AT = 3, 1000

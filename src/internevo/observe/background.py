@@ -1,5 +1,5 @@
-"""What trackers of experiments are told. Each has a thread, so that none delays a step, and none that fails or is slow ends a run.
-What they have been told is written down, for a run that is resumed."""
+"""What trackers of experiments are told. Each has a thread, so that none delays a step, and none that fails or is slow ends a
+run. What they have been told is written down, for a run that is resumed."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from internevo.commands import finetune as command
-from internevo.commands.chosen import FIXED, Chosen, Options, check_overrides
+from internevo.commands.finetune_config import FIXED, Chosen, Options, check_overrides
 from internevo.data.encoding.tokenize import tokenize
 from internevo.data.tokenized.index import Index, open_index
 from internevo.errors import ConfigError, InternEvoError, UsageError
