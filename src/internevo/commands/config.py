@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +16,7 @@ from ..errors import ConfigError
 from ..models.families.registry import decoder_config
 from ..train.check import check_data, missing_features, problems
 from ..train.config import load_config
+from .printing import wrapped
 
 if TYPE_CHECKING:  # these import PyTorch, which takes seconds and is only needed for a layout
     from ..models.config import DecoderConfig
@@ -52,7 +51,7 @@ def show(path: Path, overrides: list[str], world_size: int | None, per_node: int
     everything = not sys.stdout.isatty() if everything is None else everything
     print(model_line(config), file=sys.stderr if everything else sys.stdout)
     if world_size:
-        print("\n".join(map(_wrapped, layout_lines(config, world_size, per_node))) + "\n")
+        print("\n".join(wrapped(line, 22) for line in layout_lines(config, world_size, per_node)) + "\n")
     if everything:
         print(dump(config), end="")
         return
@@ -61,12 +60,6 @@ def show(path: Path, overrides: list[str], world_size: int | None, per_node: int
     print("what differs from the defaults (--all prints everything):")
     for key, value in differences(config).items():
         print(f"  {key} = {json.dumps(value, ensure_ascii=False)}")
-
-
-def _wrapped(line: str) -> str:
-    """Breaks a line that is too long for the terminal between words."""
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
-    return line if len(line) <= width or not width else textwrap.fill(line, width, subsequent_indent=" " * 22)
 
 
 def model_line(config: Config) -> str:

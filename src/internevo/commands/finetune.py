@@ -40,11 +40,13 @@ from .config_from_hf import describe
 from .convert import convert
 from .finetune_config import DATA, MODEL, TOKENIZER, Chosen, Options, check_overrides
 from .launch import default_processes
+from .printing import counted, say
 from .progress import progress_bar
 from .train import train
 
-EXAMPLES, LOOKED_AT = 3, 1000
-"""Number of documents that are shown; and of which it is counted how many tokens are predicted."""
+EXAMPLES, SHOWN, LOOKED_AT = 3, 1000, 1000
+"""Number of documents that are shown; and how many characters of each; and number of documents of which it is counted how many
+tokens are predicted."""
 EXPORTED = "exported step"
 """Key of ``finetune.json``, besides the options: the step whose model has been exported."""
 
@@ -75,16 +77,19 @@ def finetune(options: Options, run: Path, processes: int | None) -> int:
     if not (run / CONFIG).is_file():
         _prepare(options, run, processes)
     else:
-        print(f"going on with {run}")
+        say(f"going on with {run}")
     total = load_config(run / CONFIG).data.total_steps
-    if _last_step(run) < total and (code := train(run / CONFIG, [], processes)):
+    if _last_step(run) >= total:
+        say(f"{total:,} of {counted(total, 'step')} are done")
+    elif code := train(run / CONFIG, [], processes):
         return code
     if (step := _last_step(run)) < total:
-        print(f"step {step} of {total} is done, and no model is exported yet; the same command goes on")
+        say(f"step {step} of {total} is done, and no model is exported yet; the same command goes on")
         return 0
     with _locked(run):
         _export(options, run, step)
-    print("\n".join(_summary(options, run)))
+    for line in _summary(options, run):
+        say(line)
     return 0
 
 
@@ -106,10 +111,10 @@ def _check_same(options: Options, saved: dict[str, Any], run: Path) -> None:
     if changed and complete_checkpoints(run):
         raise UsageError(f"{run} was begun with {'; '.join(changed)}: give the same options to go on, or another --output")
     if changed:
-        print(f"{run} was begun with {'; '.join(changed)}, and has saved nothing: beginning again")
+        say(f"{run} was begun with {'; '.join(changed)}, and has saved nothing: beginning again")
         for old in (run / CONFIG, run / DATA):
             if old.exists():
-                print(f"what was there is now {set_aside(old)}")
+                say(f"what was there is now {set_aside(old)}")
 
 
 # Data ----------------------------------------------------------------------------------------------------------------
@@ -119,7 +124,7 @@ def _prepare(options: Options, run: Path, processes: int) -> None:
     """Tokenizes the data, says what it found, and writes the config. All that may be wrong is checked before."""
     found = HfModel.find({"model": {"from_hf": options.model}})
     check_overrides(options, found)
-    print(f"model: {describe(found.decoder)}")
+    say(f"model: {describe(found.decoder)}")
     with TemporaryDirectory() as temporary:
         place = _tokenizer_of(options, found, Path(temporary))
         tokenizer = load_tokenizer(place)
@@ -129,7 +134,7 @@ def _prepare(options: Options, run: Path, processes: int) -> None:
             )
         raw = RawData.read(dataset_files(options.data, options.subset, "train")[1])
         name = _format(options, raw, has_template(tokenizer))
-        print(f"data: {options.data}: {_count(raw)}, read as {_meaning(name, raw)}")
+        say(f"data: {options.data}: {_count(raw)}, read as {_meaning(name, raw)}")
         _check_beginning(name, raw, options, tokenizer)
 
         run.mkdir(parents=True, exist_ok=True)
@@ -140,8 +145,9 @@ def _prepare(options: Options, run: Path, processes: int) -> None:
     with _locked(run):
         _tokenize(options, run, raw, name, place)
         train_data = open_index(run / DATA / "train")
-        print("\n".join(_describe(train_data, load_tokenizer(place))))
-        print("\n".join(Chosen.of(options, found, train_data, processes).write_config(run, place, processes)))
+        _describe(train_data, load_tokenizer(place))
+        for line in Chosen.of(options, found, train_data, processes).write_config(run, place, processes):
+            say(line)
 
 
 def _tokenizer_of(options: Options, found: HfModel, folder: Path) -> Path:
@@ -168,13 +174,16 @@ def _format(options: Options, raw: RawData, templated: bool) -> FormatName:
         fields = ", ".join(raw.fields()) or "no fields"
         ways = "; ".join(f"{name} needs {needs(name)}" for name in ("chat", "alpaca", "text"))
         raise UsageError(f"no format fits the data, which has {fields}: {ways}")
-    return "chat" if found == "alpaca" and templated else found  # type: ignore[return-value]
+    name = "chat" if found == "alpaca" and templated else found
+    if name == "chat" and not templated:
+        raise UsageError("the data has chats, and the tokenizer has no chat template: give --chat-template FILE (Jinja)")
+    return name  # type: ignore[return-value]
 
 
 def _count(raw: RawData) -> str:
     kinds = ", ".join(sorted({kind for kind, _ in raw.files}))
     more = "" if raw.whole else " at the beginning"
-    return f"{len(raw.files):,} file{'s' * (len(raw.files) != 1)} ({kinds}), {len(raw.documents):,} documents{more}"
+    return f"{counted(len(raw.files), 'file')} ({kinds}), {counted(len(raw.documents), 'document')}{more}"
 
 
 def _meaning(name: FormatName, raw: RawData) -> str:
@@ -187,10 +196,10 @@ def _meaning(name: FormatName, raw: RawData) -> str:
 
 
 def _check_beginning(name: FormatName, raw: RawData, options: Options, tokenizer: Tokenizer) -> None:
-    """Raises the first error of the first documents, before the whole data is tokenized."""
+    """Raises the first error at the beginning of the data, before all of it is tokenized."""
     results = encode_documents(name, raw.documents[:100], options.text_key, tokenizer)
-    errors = [result for result in results if isinstance(result, DataError)]
-    if errors and (options.on_error == "stop" or len(errors) == len(results)):
+    errors = [*(result for result in results if isinstance(result, DataError)), *raw.errors]
+    if errors and (options.on_error == "stop" or len(errors) == len(results) + len(raw.errors)):
         raise errors[0]
 
 
@@ -209,16 +218,16 @@ def _tokenize(options: Options, run: Path, raw: RawData, name: FormatName, token
             )  # fmt: skip
         empty = len(raw.documents) - result.documents - result.valid_documents - result.skipped
         if part == "valid":
-            print(f"to evaluate on: {result.documents:,} documents, {result.tokens:,} tokens (the dataset's own)")
+            say(f"to evaluate on: {counted(result.documents, 'document')}, {result.tokens:,} tokens (the dataset's own)")
         else:
-            print(f"for training: {result.documents:,} documents, {result.tokens:,} tokens")
-            held = f"{result.valid_documents:,} documents, {result.valid_tokens:,} tokens" if ratio else "none"
+            say(f"for training: {counted(result.documents, 'document')}, {result.tokens:,} tokens")
+            held = f"{counted(result.valid_documents, 'document')}, {result.valid_tokens:,} tokens" if ratio else "none"
             if not held_out:
-                print(f"held out, to evaluate on: {held}")
+                say(f"held out, to evaluate on: {held}")
         if result.skipped:
-            print(f"left out: {result.skipped:,} documents that cannot be read (see above)")
+            say(f"left out: {counted(result.skipped, 'document')} that cannot be read (see above)")
         if part != "valid" and raw.whole and empty:
-            print(f"left out: {empty:,} empty documents")
+            say(f"left out: {counted(empty, 'empty document')}")
     if not any((run / DATA / "train").rglob("*.bin")):
         raise DataError(f"there is no document to train on in {options.data}, without those that are held out (--valid-ratio)")
 
@@ -234,16 +243,19 @@ def _valid_files(options: Options) -> list[Path]:
     return [path for _, path in files] if files != dataset_files(options.data, options.subset, "train")[1] else []
 
 
-def _describe(index: Index, tokenizer: Tokenizer) -> Iterator[str]:
+def _describe(index: Index, tokenizer: Tokenizer) -> None:
+    """Prints how long the documents are, what of them is predicted, and the beginnings of some."""
     lengths = index.documents[:, 1]
     sampled = [tokens_and_labels(index.read(number))[1] for number in range(min(len(index), LOOKED_AT))]
     predicted = sum(int((labels >= 0).sum()) for labels in sampled) / sum(map(len, sampled))
-    yield (
+    say(
         f"lengths in tokens: median {np.median(lengths):,.0f}, 95% {np.percentile(lengths, 95):,.0f}, longest "
         f"{lengths.max():,}; {predicted:.0%} of the tokens are predicted"
     )
-    yield "examples; what is in ⟦ ⟧ is read, and the rest is predicted:"
-    yield from decoded(index, tokenizer, EXAMPLES)
+    say("examples; what is in ⟦ ⟧ is read, and the rest is predicted:")
+    for text in decoded(index, tokenizer, EXAMPLES):
+        more = len(text) - SHOWN
+        print(text if more <= 0 else f"{text[:SHOWN]} ... (and {more:,} characters more)")
 
 
 # Result --------------------------------------------------------------------------------------------------------------
@@ -268,7 +280,7 @@ def _summary(options: Options, run: Path) -> Iterator[str]:
         first, last = losses[0], losses[-1]
         before = f"{first['valid_loss']:.4f} (perplexity {first['valid_ppl']:.2f})"
         after = f"{last['valid_loss']:.4f} (perplexity {last['valid_ppl']:.2f})"
-        yield f"loss on the documents that were held out: {before} before, {after} after {last['step']} steps"
+        yield f"loss on the documents that were held out: {before} before, {after} after {counted(last['step'], 'step')}"
     checkpoint = complete_checkpoints(run)[0]
     if options.lora is not None:
         yield f"adapters: {checkpoint}; they are merged in the model"

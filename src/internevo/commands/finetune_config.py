@@ -21,6 +21,7 @@ from ..train import recipe
 from ..train.config import HfModel
 from ..train.fit import fitted
 from ..train.folder import CONFIG
+from .printing import counted
 
 DATA, MODEL, TOKENIZER = "data", "model", "tokenizer"
 """What is in the run folder, besides what every run writes."""
@@ -55,15 +56,17 @@ FIXED = (
 
 
 def check_overrides(options: Options, found: HfModel) -> None:
-    """Checks the overrides, and that a config can describe the model, before anything is written.
+    """Checks the options and overrides, and that a config can describe the model, before anything is written.
 
     Raises:
         ConfigError: if an override is wrong, or contradicts the model's weights.
         UsageError: if an override is of a key that ``finetune`` decides, or of a whole section.
     """
     values: dict[str, Any] = {
-        "model": {"from_hf": found.name}, "data": {"seq_len": 1, "micro_bsz": 1, "total_steps": 1}, "adam": {"lr": 0.0},
-    }  # fmt: skip
+        "model": {"from_hf": found.name, **_lora(options, found)},
+        "data": {"seq_len": options.seq_len or 1, "micro_bsz": 1, "total_steps": 1},
+        "adam": {"lr": options.lr or 0.0},
+    }
     for text in options.overrides:
         key = text.partition("=")[0]
         if key in FIXED:
@@ -71,7 +74,16 @@ def check_overrides(options: Options, found: HfModel) -> None:
         apply_override(values, text)
         if "." not in key and isinstance(values[key], dict):
             raise UsageError(f"{text}: give single keys, as in {key}.KEY=VALUE, so that the others of this section stay")
-    found.check(validate(found.fill(values), source="the overrides"))
+    found.check(validate(found.fill(values), source="the options"))
+
+
+def _lora(options: Options, found: HfModel) -> dict[str, Any]:
+    """Returns the keys of ``model`` that are about adapters: none without ``--lora``."""
+    if (rank := options.lora) is None:
+        return {}
+    attention = [name for name in ("q", "k", "v", "o") if name in found.decoder.projections()]
+    targets = (*attention, *(() if found.decoder.experts else ("gate", "up", "down")))
+    return {"lora": {"rank": rank, "alpha": 2.0 * rank, "targets": targets}}
 
 
 def _overridden(options: Options, key: str) -> Any:
@@ -191,10 +203,7 @@ class Chosen:
             every = min(self.per_epoch, steps)
             valid = {"valid_folder": _path(run, f"{DATA}/valid"), "valid_every": every, "valid_at_start": True}
             values["data"] |= valid
-        if (rank := self.options.lora) is not None:
-            attention = [name for name in ("q", "k", "v", "o") if name in found.decoder.projections()]
-            targets = (*attention, *(() if found.decoder.experts else ("gate", "up", "down")))
-            values["model"]["lora"] = {"rank": rank, "alpha": 2.0 * rank, "targets": targets}
+        values["model"] |= _lora(self.options, found)
         return values
 
     def _fitted(self, config: Config, values: dict[str, Any], processes: int) -> tuple[Config, bool]:
@@ -215,7 +224,7 @@ class Chosen:
         comments = {
             "data.seq_len": f"tokens of a row; documents have {self.mean:,.0f} on average, and at most {self.longest:,}",
             "data.global_batch_size": f"rows per step; about {self.per_step * self.documents / self.rows:.0f} documents",
-            "data.total_steps": f"{_epochs(self.epochs)} of {_steps(self.per_epoch)}",
+            "data.total_steps": f"{_epochs(self.epochs)} of {counted(self.per_epoch, 'step')}",
             "data.split_documents": "documents are not cut at the end of a row",
             "adam.lr": "for adapters" if self.options.lora else "for all weights: the larger, the smaller the model",
         }
@@ -230,19 +239,16 @@ class Chosen:
         what = f"adapters of rank {self.options.lora}" if self.options.lora else "all weights"
         again = ", layers computed again" if config.model.checkpoint else ""
         data = config.data
+        much = f"{_epochs(self.epochs)} = {counted(data.total_steps, 'step')} of {counted(data.global_batch_size or 1, 'row')}"
         yield (
-            f"training: {what}, highest learning rate {config.adam.lr:g}, {_epochs(self.epochs)} = {_steps(data.total_steps)} "
-            f"of {data.global_batch_size} rows, in micro-batches of {data.micro_bsz}{again}; {config.model.dtype}"
+            f"training: {what}, highest learning rate {config.adam.lr:g}, {much}, in micro-batches of {data.micro_bsz}{again}; "
+            f"{config.model.dtype}"
         )
 
 
 def _epochs(number: float) -> str:
     shown = f"{round(number, 1):g}" if number >= 1 else f"{number:.2g}"
     return f"{shown} epoch{'s' * (shown != '1')}"
-
-
-def _steps(number: int) -> str:
-    return f"{number:,} step{'s' * (number != 1)}"
 
 
 def _path(run: Path, name: str = "") -> Code:

@@ -1,7 +1,7 @@
 """``internevo finetune`` before it trains: what it refuses, and what it chooses. (``tests/e2e`` has the whole command.)"""
 
+import json
 import os
-import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,9 @@ CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "c
         ({}, '{"messages": [{"role": "system", "content": "a"}]}\n', "assistant"),
         ({"format": "chat"}, '{"text": "x"}\n', "messages"),
         ({"text_key": "body"}, CHAT, "body"),
+        ({}, CHAT * 20 + CHAT[:30], "not JSON"),
+        ({"lora": 100_000}, CHAT, "model.lora.rank"),
+        ({"lr": float("inf")}, CHAT, "adam.lr"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_written(
@@ -116,7 +119,7 @@ def test_what_it_says_is_what_the_config_has(tmp_path: Path, model: Path, index:
     assert f"rows: {chosen.rows:,} of {config.data.seq_len} tokens" in said[0]
     steps, rows, lr = config.data.total_steps, config.data.global_batch_size, config.adam.lr
     assert rows is not None
-    assert f"highest learning rate {lr:g}, " in said[1] and f"= {steps} steps of {rows} rows" in said[1]
+    assert f"highest learning rate {lr:g}, " in said[1] and f"= {steps} steps of {rows} row" in said[1]
     epochs = float(said[1].partition(" epochs")[0].rpartition(", ")[2])
     assert abs(epochs - steps * rows / chosen.rows) < 0.06
     for text in overrides:
@@ -151,6 +154,17 @@ def test_a_kill_before_the_config_is_written_leaves_what_the_same_command_goes_o
 def test_data_without_a_chat_template_is_refused_with_the_way_out(tmp_path: Path, model: Path) -> None:
     plain = folder_with(tmp_path / "plain", None)
     chats = write_chats(tmp_path / "chats.jsonl", 3)
-    with pytest.raises(UsageError, match="chat template"):
+    with pytest.raises(UsageError, match="has no chat template: give --chat-template FILE"):
         command.finetune(Options(str(model), str(chats), tokenizer=str(plain)), tmp_path / "out", 1)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_the_beginnings_of_long_examples_are_shown(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": text}] for text in ("b" * 5000, "c", "d")]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    monkeypatch.setattr(command, "train", lambda *arguments: 7)
+    command.finetune(Options(str(model), str(tmp_path / "chats.jsonl"), valid_ratio=0.0), tmp_path / "out", 1)
+    said = capsys.readouterr().out
+    assert "b" * 900 in said and "b" * 1000 not in said and "more)" in said and "c<|im_end|>" in said
