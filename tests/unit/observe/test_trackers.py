@@ -124,7 +124,7 @@ def resumed(folder: Path, steps: range, **config: object) -> list[Entry]:
     run = run_of(folder, steps.start - 1)
     run.config |= config
     tracker, got = Fake(), list[Entry]()
-    tracker.write = got.extend  # type: ignore[method-assign]
+    tracker.write = got.extend  # type: ignore[method-assign, assignment]
     background = Background(tracker, print, Ids(run))
     for step in steps:
         background.put(Entry(step, 1.0, {"loss": 1.0 * step}))
