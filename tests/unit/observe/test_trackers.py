@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -198,6 +199,48 @@ def test_mlflow(tmp_path: Path, end: End, state: str) -> None:
     assert run.info.status == state and run.info.run_name == "job" and run.data.params["section.key149"] == "149"
     assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "train/loss")] == [(1, 10.0), (2, 20.0)]
     assert "train/grad_norm" not in run.data.metrics and run.data.metrics["valid/loss"] == 40.0
+
+
+class Recorded:
+    """Stands for a library: every call of any of its functions returns it, and is written down."""
+
+    def __init__(self) -> None:
+        self.calls = list[tuple[str, tuple[Any, ...], dict[str, Any]]]()
+        self.info, self.run_id, self.experiment_id = self, "1", "2"
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+        def call(*arguments: Any, **options: Any) -> Recorded:
+            self.calls.append((name, arguments, options))
+            return self
+
+        return call
+
+    def of(self, name: str) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        return [(arguments, options) for called, arguments, options in self.calls if called == name]
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "state"), [("finished", 0, "FINISHED"), ("stopped", 255, "KILLED"), ("failed", 1, "FAILED")]
+)
+def test_libraries_are_told_each_step_once_and_how_the_run_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: End, code: int, state: str
+) -> None:
+    """As their functions are called; the tests of the real libraries say whether that is right."""
+    libraries = {name: Recorded() for name in ("wandb", "mlflow", "trackio")}
+    for name, library in libraries.items():
+        monkeypatch.setitem(sys.modules, name, library)
+    monkeypatch.setitem(sys.modules, "mlflow.entities", libraries["mlflow"])
+    assert track(tmp_path, {"trackers": list(libraries)}, end=end) == []
+    wandb, mlflow, trackio = libraries.values()
+    assert [options for _, options in wandb.of("finish")] == [{"exit_code": 255}, {"exit_code": code}]
+    assert [values["train/loss"] for (values,), _ in wandb.of("log") if "train/loss" in values] == [10.0, 20.0]
+    assert [arguments[1] for arguments, _ in mlflow.of("set_terminated")] == ["KILLED", state]
+    assert [of[1] for of, _ in mlflow.of("Metric") if of[0] == "train/loss"] == [10.0, 20.0]
+    assert [of[0]["train/loss"] for of, _ in trackio.of("log") if "train/loss" in of[0]] == [10.0, 20.0]
+    assert len(trackio.of("finish")) == 2
 
 
 def records_of(data: bytes, header: int = 7, block: int = 32_768) -> Iterator[bytes]:
