@@ -251,10 +251,15 @@ class Trainer:
             if good
             else "There is no checkpoint from before, so start again"
         )
+        advice = (
+            f"{start}, with a smaller adam.lr, with hybrid_zero_optimizer.clip_grad_norm, or without these batches "
+            "(data.skip_batches)"
+        )
+        if (self.run / FINETUNE).is_file():
+            advice = "Begin again with another --output and a smaller --lr"
         raise InternEvoError(
             f"the run has diverged: the last {row} steps, until step {step}, were skipped, because their gradients were not "
-            f"finite (monitor.max_skipped_steps = {limit}). {start}, with a smaller adam.lr, with "
-            "hybrid_zero_optimizer.clip_grad_norm, or without these batches (data.skip_batches)"
+            f"finite (monitor.max_skipped_steps = {limit}). {advice}"
         )
 
     def _save(self, step: int) -> None:
