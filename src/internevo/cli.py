@@ -11,7 +11,7 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
-from .commands import inference, tuning
+from .commands import cli_data, cli_models
 from .commands.arguments import PROFILING, ConfigFile, Overrides, parse_input, parse_path, parse_size, parse_tokens
 from .commands.help import App, completion_script, prepare_completion, print_version
 from .commands.printing import describe_error, print_anything
@@ -89,13 +89,13 @@ def config_(
     ] = None,
 ) -> None:
     """Check a config, and print the model, the layout and what differs from the defaults."""
-    from .commands import template
     from .commands.config import show
+    from .commands.config_from_hf import from_hf as new_config
 
     if from_hf is not None and config is not None:
         raise UsageError("--from-hf prints a new config: leave out CONFIG")
     if from_hf is not None:
-        print(template.from_hf(from_hf), end="")
+        print(new_config(from_hf), end="")
     elif config is None:
         raise UsageError("give a config file, or --from-hf MODEL for a new one")
     else:
@@ -160,10 +160,10 @@ def plan(
 
 
 app.command(epilog=_epilog("internevo tokenize corpus.jsonl --tokenizer llama/ --output data --valid-ratio 0.01"))(
-    tuning.tokenize
+    cli_data.tokenize
 )
 app.command(epilog=_epilog("internevo finetune HuggingFaceTB/SmolLM2-135M chats.jsonl --output runs/tuned --lora 16"))(
-    tuning.finetune
+    cli_data.finetune
 )
 
 
@@ -223,9 +223,9 @@ def convert(
     )
 
 
-app.command(epilog=_epilog("internevo generate runs/demo --prompt 'def ' --max-new-tokens 100 --seed 1"))(inference.generate)
-app.command(epilog=_epilog("internevo chat exported --system 'Answer in one sentence.'"))(inference.chat)
-app.command(epilog=_epilog("internevo evaluate runs/demo --data data/valid"))(inference.evaluate)
+app.command(epilog=_epilog("internevo generate runs/demo --prompt 'def ' --max-new-tokens 100 --seed 1"))(cli_models.generate)
+app.command(epilog=_epilog("internevo chat exported --system 'Answer in one sentence.'"))(cli_models.chat)
+app.command(epilog=_epilog("internevo evaluate runs/demo --data data/valid"))(cli_models.evaluate)
 
 
 @app.command(epilog=_epilog("internevo inspect runs/demo"))

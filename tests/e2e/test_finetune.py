@@ -2,10 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +18,15 @@ import torch
 import internevo
 from internevo.checkpoint import Checkpoint, complete_checkpoints
 from internevo.commands.demo import compare_with_transformers
+from internevo.commands.finetune import finetune
+from internevo.commands.finetune_config import Options
 from internevo.models.families.registry import decoder_from_hf
 from internevo.models.huggingface.folder import save_hf
 from tests.conftest import Run, metrics, random_model
 from tests.unit.data.encoding.test_formats import CHATML, folder_with
 
 OPTIONS = ("--lora", "4", "--seq-len", "128", "data.total_steps=12", "ckpt.checkpoint_every=4")
+OPTIONS_IN_PYTHON = partial(Options, lora=4, seq_len=128, overrides=["data.total_steps=12", "ckpt.checkpoint_every=4"])
 
 
 def write_chat_model(path: Path) -> Path:
@@ -91,9 +97,15 @@ def test_adapters_are_trained_also_over_a_kill_and_exported(tmp_path: Path, run:
         assert not torch.allclose(tuned, base, atol=1e-3)
     assert Checkpoint(complete_checkpoints(out)[0]).config.lora is not None
     assert json.loads((out / "model" / "tokenizer_config.json").read_text())["chat_template"] == CHATML
-    # By hand, with the config that it has written; and the command on what is finished.
-    run("train", out / "config.py", "data.total_steps=14")
+    # By hand, with the config that it has written; and the command on what is finished exports what is new.
+    assert "the same command goes on" not in said
+    again = said.partition("more steps: internevo ")[2].splitlines()[0].replace("=24", "=14").split()
+    run(*again)
     assert [row["step"] for row in metrics(out)] == list(range(1, 15))
+    assert finetune(OPTIONS_IN_PYTHON(str(model), str(chats)), out, None) == 0
+    with torch.no_grad():
+        tuned, trained = (internevo.load_model(folder)(tokens) for folder in (out / "model", out))
+    assert torch.allclose(tuned, trained, atol=1e-5)
 
 
 def test_all_weights_are_trained_on_instructions_with_the_models_own_template(tmp_path: Path, run: Run, model: Path) -> None:
@@ -105,5 +117,16 @@ def test_all_weights_are_trained_on_instructions_with_the_models_own_template(tm
     assert "⟦<|im_start|>user\nsay 0<|im_end|>\n<|im_start|>assistant\n⟧abc <|im_end|>" in said
     assert "no document is cut" in said and "lengths in tokens: median" in said
     assert compare_with_transformers(out / "model") < 1e-4
-    wrong = run("finetune", model, tmp_path / "data.json", "--output", tmp_path, code=2).stderr
-    assert "is not empty (it has data.json); give another --output" in wrong
+    # Killed after the last step; while it exports; and after everything.
+    options, steps = Options(str(model), str(tmp_path / "data.json"), epochs=1.0), metrics(out)
+    for lost in (["finetune.json"], ["finetune.json", "model"], ["finetune.json", "model/config.json"], []):
+        before = {path: path.stat().st_mtime_ns for path in (out / "model").rglob("*")}
+        if lost:
+            (out / "finetune.json").write_text(json.dumps(asdict(options)))
+            (out / ".model.0123abcd.tmp").mkdir()
+        for name in lost[1:]:
+            shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink()
+        assert finetune(options, out, None) == 0
+        assert compare_with_transformers(out / "model") < 1e-4 and metrics(out) == steps
+        assert not (out / ".model.0123abcd.tmp").exists()
+        assert ({path: path.stat().st_mtime_ns for path in (out / "model").rglob("*")} == before) == (not lost)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from internevo.observe.metrics import read_rows
+from internevo.observe.metrics import usable_rows
 from tests.conftest import WriteConfig, metrics, run
 from tests.pool import Pool
 
@@ -101,7 +101,7 @@ def test_of_two_runs_that_start_together_one_is_refused(tmp_path: Path, config: 
     outputs = [open(tmp_path / f"{number}.txt", "w") for number in range(2)]
     both = [subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT) for output in outputs]
     try:
-        until(lambda: any(process.poll() is not None for process in both) and len(read_rows(folder / "metrics.jsonl")) > 2)
+        until(lambda: any(one.poll() is not None for one in both) and len(usable_rows(folder / "metrics.jsonl", {})[0]) > 2)
         (loser,) = [number for number, process in enumerate(both) if process.poll() is not None]
         message = (tmp_path / f"{loser}.txt").read_text()
         assert both[loser].returncode == (1 if "torchrun" in start else 2), message

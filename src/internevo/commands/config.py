@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +14,10 @@ from ..config.option import notices, walk
 from ..config.schema import Config
 from ..errors import ConfigError
 from ..models.families.registry import decoder_config
-from ..observe.units import amount
 from ..train.check import check_data, missing_features, problems
 from ..train.config import load_config
 from ..train.resume import resumes
+from .printing import wrapped
 
 if TYPE_CHECKING:  # these import PyTorch, which takes seconds and is only needed for a layout
     from ..models.config import DecoderConfig
@@ -54,7 +52,7 @@ def show(path: Path, overrides: list[str], world_size: int | None, per_node: int
     everything = not sys.stdout.isatty() if everything is None else everything
     print(model_line(config), file=sys.stderr if everything else sys.stdout)
     if world_size:
-        print("\n".join(map(_wrapped, layout_lines(config, world_size, per_node))) + "\n")
+        print("\n".join(wrapped(line, 22) for line in layout_lines(config, world_size, per_node)) + "\n")
     if everything:
         print(dump(config), end="")
         return
@@ -65,21 +63,10 @@ def show(path: Path, overrides: list[str], world_size: int | None, per_node: int
         print(f"  {key} = {json.dumps(value, ensure_ascii=False)}")
 
 
-def _wrapped(line: str) -> str:
-    """Breaks a line that is too long for the terminal between words."""
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
-    return line if len(line) <= width or not width else textwrap.fill(line, width, subsequent_indent=" " * 22)
-
-
 def model_line(config: Config) -> str:
     """Describes the model: its family, the number of its parameters, and its size."""
-    decoder = decoder_config(config.model_type, config.model)
-    total, active = decoder.parameters(), decoder.parameters(active=True)
-    used = f", {active:,} of them for each token" if active != total else ""
-    return (
-        f"{config.JOB_NAME}: {decoder.family}, {total:,} parameters ({amount(total)}){used}; "
-        f"{config.model.num_layers} layers of {config.model.hidden_size}, {config.model.dtype}"
-    )
+    decoder, model = decoder_config(config.model_type, config.model), config.model
+    return f"{config.JOB_NAME}: {decoder.summary()}; {model.num_layers} layers of {model.hidden_size}, {model.dtype}"
 
 
 def differences(config: Config) -> dict[str, Any]:

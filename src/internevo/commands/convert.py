@@ -114,7 +114,7 @@ def convert_with_progress(source: Path, target: Path, to: str, **options: Any) -
     """Calls ``convert`` with a progress bar, and prints a line at the end."""
     with progress_bar("converting") as (progress, _):
         written = convert(source, target, to, progress=progress, **options)
-    print(f"{source} -> {target} ({written.family}, {written.parameters():,} parameters)")
+    print(f"{source} -> {target} ({written.summary()})")
     config = target / "config.json"
     if to == "hf" and "auto_map" in (values := json.loads(config.read_text(encoding="utf-8"))):
         file = values["auto_map"]["AutoConfig"].split(".")[0] + ".py"

@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from ..errors import InternEvoError, UsageError
-from ..observe.metrics import read_rows
+from ..observe.metrics import usable_rows
 
 MARK = ".internevo-demo"
 """File in the folder of a demo."""
@@ -64,7 +64,7 @@ def run(config: Path, folder: Path, steps: int | None) -> None:
     say(f"transformers loads {exported}; largest difference of the logits: {difference:.1e}")
     if not difference < 1e-3:
         raise InternEvoError(f"transformers computes other logits with {exported}: they differ by up to {difference}")
-    valid = [r for r in read_rows(trained / "metrics.jsonl") if "valid_loss" in r]
+    valid = usable_rows(trained / "metrics.jsonl", {"valid_loss": float})[0]
     if valid:
         say(f"\nvalidation perplexity after {valid[-1]['step']} steps: [bold]{valid[-1]['valid_ppl']:.2f}[/bold]")
     say(f"report: [bold]{(trained / 'report.html').resolve()}[/bold] (open it in a browser)")

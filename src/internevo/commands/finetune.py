@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -24,27 +25,31 @@ from ..data.tokenized.describe import decoded
 from ..data.tokenized.index import Index, open_index
 from ..errors import DataError, UsageError
 from ..models.huggingface.tokenizer import copy_tokenizer, has_tokenizer
-from ..observe.metrics import read_rows
+from ..observe.metrics import usable_rows
 from ..ops.precision import DTYPES
 from ..parallel.launcher import read_launcher
-from ..storage.folders import check_target, set_aside
+from ..storage.folders import check_target, clean_up, set_aside
 from ..storage.hub import model_folder
-from ..storage.jsonfile import read_object, write_json
+from ..storage.jsonfile import read_object, replace_json
 from ..storage.lock import FileLock
 from ..text.chat import has_template
 from ..text.tokenizer import TEMPLATE, Tokenizer, load_tokenizer
 from ..train.config import HfModel, load_config
-from ..train.folder import FINETUNE, LOCK
+from ..train.folder import CONFIG, FINETUNE, LOCK
 from ..train.resume import TOKENIZER
-from .chosen import CONFIG, DATA, MODEL, Chosen, Options, check_overrides
+from .config_from_hf import describe
 from .convert import convert
+from .finetune_config import DATA, MODEL, Chosen, Options, check_overrides
 from .launch import default_processes
+from .printing import counted, say
 from .progress import progress_bar
-from .template import describe
 from .train import train
 
-EXAMPLES, LOOKED_AT = 3, 1000
-"""Number of documents that are shown; and of which it is counted how many tokens are predicted."""
+EXAMPLES, SHOWN, LOOKED_AT = 3, 1000, 1000
+"""Number of documents that are shown; and how many characters of each; and number of documents of which it is counted how many
+tokens are predicted."""
+EXPORTED = "exported step"
+"""Key of ``finetune.json``, besides the options: the step whose model has been exported."""
 
 
 def finetune(options: Options, run: Path, processes: int | None) -> int:
@@ -65,26 +70,39 @@ def finetune(options: Options, run: Path, processes: int | None) -> int:
     if read_launcher(os.environ).address is not None:
         raise UsageError("finetune starts its processes itself: run it once, without torchrun or srun, with --nproc N")
     processes = processes or default_processes()
-    mark = run / FINETUNE
-    if mark.is_file():
-        FileLock.acquire(run / LOCK, say=print).release()  # no other command is using the folder
-        _check_same(options, read_object(mark), run)
+    if (run / FINETUNE).is_file():
+        with _locked(run):
+            _check_same(options, read_object(run / FINETUNE), run)
     else:
         check_target(run, advice="give another --output")
     if not (run / CONFIG).is_file():
         _prepare(options, run, processes)
     else:
-        print(f"going on with {run}")
-    if code := train(run / CONFIG, [], processes):
+        say(f"going on with {run}")
+    total = load_config(run / CONFIG).data.total_steps
+    if _last_step(run) >= total:
+        say(f"{total:,} of {counted(total, 'step')} are done")
+    elif code := train(run / CONFIG, [], processes):
         return code
-    checkpoints, total = complete_checkpoints(run), _total_steps(run)
-    step = Checkpoint(checkpoints[0]).manifest.step if checkpoints else 0
-    if step < total:
-        print(f"stopped after step {step} of {total}; the same command goes on")
+    if (step := _last_step(run)) < total:
+        say(f"step {step} of {total} is done, and no model is exported yet; the same command goes on")
         return 0
-    _export(options, run)
-    print("\n".join(_summary(options, run)))
+    with _locked(run):
+        _export(options, run, step)
+    for line in _summary(options, run):
+        say(line)
     return 0
+
+
+def _locked(run: Path) -> FileLock:
+    """Returns the lock of the run folder: no other command uses it at the same time."""
+    return FileLock.acquire(run / LOCK, say=print)
+
+
+def _last_step(run: Path) -> int:
+    """Returns the step of the newest checkpoint; 0 without one."""
+    checkpoints = complete_checkpoints(run)
+    return Checkpoint(checkpoints[0]).manifest.step if checkpoints else 0
 
 
 def _check_same(options: Options, saved: dict[str, Any], run: Path) -> None:
@@ -94,52 +112,58 @@ def _check_same(options: Options, saved: dict[str, Any], run: Path) -> None:
     if changed and complete_checkpoints(run):
         raise UsageError(f"{run} was begun with {'; '.join(changed)}: give the same options to go on, or another --output")
     if changed:
-        print(f"{run} was begun with {'; '.join(changed)}, and has saved nothing: beginning again")
+        say(f"{run} was begun with {'; '.join(changed)}, and has saved nothing: beginning again")
         for old in (run / CONFIG, run / DATA):
             if old.exists():
-                print(f"what was there is now {set_aside(old)}")
+                say(f"what was there is now {set_aside(old)}")
 
 
 # Data ----------------------------------------------------------------------------------------------------------------
 
 
 def _prepare(options: Options, run: Path, processes: int) -> None:
-    """Tokenizes the data, says what it found, and writes the config."""
+    """Tokenizes the data, says what it found, and writes the config. All that may be wrong is checked before."""
     found = HfModel.find({"model": {"from_hf": options.model}})
     check_overrides(options, found)
-    print(f"model: {describe(found.decoder)}")
-    place = _tokenizer_of(options, found)
-    tokenizer = load_tokenizer(place)
-    if not tokenizer.fits(found.decoder.vocab_size):
-        raise UsageError(
-            f"the tokenizer {place} has {tokenizer.vocab_size:,} entries, and the model {found.decoder.vocab_size:,}"
-        )
-    files = dataset_files(options.data, options.subset, "train")[1]
-    raw = RawData.read(files)
-    templated = options.chat_template is not None or has_template(tokenizer)
-    name = _format(options, raw, templated)
-    print(f"data: {options.data}: {_count(raw)}, read as {_meaning(name, raw, tokenizer)}")
-
-    run.mkdir(parents=True, exist_ok=True)
-    write_json(run / FINETUNE, asdict(options), indent=1)
-    if options.chat_template is not None:
-        copy_tokenizer(place, run / TOKENIZER)
-        (run / TOKENIZER / TEMPLATE).write_text(Path(options.chat_template).read_text(encoding="utf-8"), encoding="utf-8")
-        place = run / TOKENIZER
+    say(f"model: {describe(found.decoder)}")
+    with TemporaryDirectory() as temporary:
+        place = _tokenizer_of(options, found, Path(temporary))
         tokenizer = load_tokenizer(place)
-    _check_beginning(name, raw, options, tokenizer)
-    _tokenize(options, run, raw, name, place)
-    train_data = open_index(run / DATA / "train")
-    print("\n".join(_describe(train_data, tokenizer)))
-    print("\n".join(Chosen.of(options, found, train_data, processes).write_config(run, place, processes)))
+        if not tokenizer.fits(found.decoder.vocab_size):
+            raise UsageError(
+                f"the tokenizer {place} has {tokenizer.vocab_size:,} entries, and the model {found.decoder.vocab_size:,}"
+            )
+        raw = RawData.read(dataset_files(options.data, options.subset, "train")[1])
+        name = _format(options, raw, has_template(tokenizer))
+        say(f"data: {options.data}: {_count(raw)}, read as {_meaning(name, raw)}")
+        _check_beginning(name, raw, options, tokenizer)
+
+        run.mkdir(parents=True, exist_ok=True)
+        replace_json(run / FINETUNE, asdict(options), indent=1)
+        if options.chat_template is not None:
+            copy_tokenizer(place, run / TOKENIZER)
+            place = run / TOKENIZER
+    with _locked(run):
+        _tokenize(options, run, raw, name, place)
+        train_data = open_index(run / DATA / "train")
+        _describe(train_data, load_tokenizer(place))
+        for line in Chosen.of(options, found, train_data, processes).write_config(run, place, processes):
+            say(line)
 
 
-def _tokenizer_of(options: Options, found: HfModel) -> Path:
+def _tokenizer_of(options: Options, found: HfModel, folder: Path) -> Path:
+    """Returns the tokenizer. With another chat template it is a copy, in ``folder``."""
     if options.tokenizer is not None:
-        return model_folder(options.tokenizer, weights=False)
-    if not has_tokenizer(found.folder):
+        place = model_folder(options.tokenizer, weights=False)
+    elif has_tokenizer(found.folder):
+        place = found.folder.resolve()
+    else:
         raise UsageError(f"{found.name} has no tokenizer; copy its files there, or give --tokenizer PATH")
-    return found.folder.resolve()
+    if options.chat_template is None:
+        return place
+    copy_tokenizer(place, folder)
+    (folder / TEMPLATE).write_text(Path(options.chat_template).read_text(encoding="utf-8"), encoding="utf-8")
+    return folder
 
 
 def _format(options: Options, raw: RawData, templated: bool) -> FormatName:
@@ -151,16 +175,19 @@ def _format(options: Options, raw: RawData, templated: bool) -> FormatName:
         fields = ", ".join(raw.fields()) or "no fields"
         ways = "; ".join(f"{name} needs {needs(name)}" for name in ("chat", "alpaca", "text"))
         raise UsageError(f"no format fits the data, which has {fields}: {ways}")
-    return "chat" if found == "alpaca" and templated else found  # type: ignore[return-value]
+    name = "chat" if found == "alpaca" and templated else found
+    if name == "chat" and not templated:
+        raise UsageError("the data has chats, and the tokenizer has no chat template: give --chat-template FILE (Jinja)")
+    return name  # type: ignore[return-value]
 
 
 def _count(raw: RawData) -> str:
     kinds = ", ".join(sorted({kind for kind, _ in raw.files}))
     more = "" if raw.whole else " at the beginning"
-    return f"{len(raw.files):,} file{'s' * (len(raw.files) != 1)} ({kinds}), {len(raw.documents):,} documents{more}"
+    return f"{counted(len(raw.files), 'file')} ({kinds}), {counted(len(raw.documents), 'document')}{more}"
 
 
-def _meaning(name: FormatName, raw: RawData, tokenizer: Tokenizer) -> str:
+def _meaning(name: FormatName, raw: RawData) -> str:
     what = "instructions" if sum(fits("alpaca", document) for document in raw.documents) * 2 > len(raw.documents) else "chats"
     return {
         "text": "texts; all tokens are predicted",
@@ -170,10 +197,10 @@ def _meaning(name: FormatName, raw: RawData, tokenizer: Tokenizer) -> str:
 
 
 def _check_beginning(name: FormatName, raw: RawData, options: Options, tokenizer: Tokenizer) -> None:
-    """Raises the first error of the first documents, before the whole data is tokenized."""
+    """Raises the first error at the beginning of the data, before all of it is tokenized."""
     results = encode_documents(name, raw.documents[:100], options.text_key, tokenizer)
-    errors = [result for result in results if isinstance(result, DataError)]
-    if errors and (options.on_error == "stop" or len(errors) == len(results)):
+    errors = [*(result for result in results if isinstance(result, DataError)), *raw.errors]
+    if errors and (options.on_error == "stop" or len(errors) == len(results) + len(raw.errors)):
         raise errors[0]
 
 
@@ -192,16 +219,16 @@ def _tokenize(options: Options, run: Path, raw: RawData, name: FormatName, token
             )  # fmt: skip
         empty = len(raw.documents) - result.documents - result.valid_documents - result.skipped
         if part == "valid":
-            print(f"to evaluate on: {result.documents:,} documents, {result.tokens:,} tokens (the dataset's own)")
+            say(f"to evaluate on: {counted(result.documents, 'document')}, {result.tokens:,} tokens (the dataset's own)")
         else:
-            print(f"for training: {result.documents:,} documents, {result.tokens:,} tokens")
-            held = f"{result.valid_documents:,} documents, {result.valid_tokens:,} tokens" if ratio else "none"
+            say(f"for training: {counted(result.documents, 'document')}, {result.tokens:,} tokens")
+            held = f"{counted(result.valid_documents, 'document')}, {result.valid_tokens:,} tokens" if ratio else "none"
             if not held_out:
-                print(f"held out, to evaluate on: {held}")
+                say(f"held out, to evaluate on: {held}")
         if result.skipped:
-            print(f"left out: {result.skipped:,} documents that cannot be read (see above)")
+            say(f"left out: {counted(result.skipped, 'document')} that cannot be read (see above)")
         if part != "valid" and raw.whole and empty:
-            print(f"left out: {empty:,} empty documents")
+            say(f"left out: {counted(empty, 'empty document')}")
     if not any((run / DATA / "train").rglob("*.bin")):
         raise DataError(f"there is no document to train on in {options.data}, without those that are held out (--valid-ratio)")
 
@@ -216,42 +243,47 @@ def _valid_files(options: Options) -> list[Path]:
         return []
 
 
-def _describe(index: Index, tokenizer: Tokenizer) -> Iterator[str]:
+def _describe(index: Index, tokenizer: Tokenizer) -> None:
+    """Prints how long the documents are, what of them is predicted, and the beginnings of some."""
     lengths = index.documents[:, 1]
     sampled = [tokens_and_labels(index.read(number))[1] for number in range(min(len(index), LOOKED_AT))]
     predicted = sum(int((labels >= 0).sum()) for labels in sampled) / sum(map(len, sampled))
-    yield (
+    say(
         f"lengths in tokens: median {np.median(lengths):,.0f}, 95% {np.percentile(lengths, 95):,.0f}, longest "
         f"{lengths.max():,}; {predicted:.0%} of the tokens are predicted"
     )
-    yield "examples; what is in ⟦ ⟧ is read, and the rest is predicted:"
-    yield from decoded(index, tokenizer, EXAMPLES)
+    say("examples; what is in ⟦ ⟧ is read, and the rest is predicted:")
+    for text in decoded(index, tokenizer, EXAMPLES):
+        more = len(text) - SHOWN
+        print(text if more <= 0 else f"{text[:SHOWN]} ... (and {more:,} characters more)")
 
 
 # Result --------------------------------------------------------------------------------------------------------------
 
 
-def _total_steps(run: Path) -> int:
-    return int(read_object(run / "config.json")["data"]["total_steps"])
-
-
-def _export(options: Options, run: Path) -> None:
-    """Writes the trained model as a Hugging Face folder, in the dtype of the model that it was made from."""
+def _export(options: Options, run: Path, step: int) -> None:
+    """Writes the trained model as a Hugging Face folder, in the dtype of the model that it was made from, unless that of this
+    step is there. That it is, is written down last."""
+    if read_object(run / FINETUNE).get(EXPORTED) == step and (run / MODEL / "config.json").is_file():
+        return
+    clean_up(run, MODEL)  # what killed commands have left
+    clean_up(run / MODEL, "new")
     try:
         dtype = HfModel.find({"model": {"from_hf": options.model, "pretrained": False}}).dtype
     except UsageError:  # the run was taken elsewhere, and the model was not
         dtype = load_config(run / CONFIG).model.dtype
     with progress_bar("exporting") as (progress, _):
         convert(run, run / MODEL, "hf", dtype=DTYPES.get(dtype or ""), overwrite=True, progress=progress)
+    replace_json(run / FINETUNE, {**asdict(options), EXPORTED: step}, indent=1)
 
 
 def _summary(options: Options, run: Path) -> Iterator[str]:
-    losses = [row for row in read_rows(run / "metrics.jsonl") if row.get("valid_loss") is not None]
+    losses, _ = usable_rows(run / "metrics.jsonl", {"valid_loss": float, "valid_ppl": float})
     if losses:
         first, last = losses[0], losses[-1]
         before = f"{first['valid_loss']:.4f} (perplexity {first['valid_ppl']:.2f})"
         after = f"{last['valid_loss']:.4f} (perplexity {last['valid_ppl']:.2f})"
-        yield f"loss on the documents that were held out: {before} before, {after} after {last['step']} steps"
+        yield f"loss on the documents that were held out: {before} before, {after} after {counted(last['step'], 'step')}"
     checkpoint = complete_checkpoints(run)[0]
     if options.lora is not None:
         yield f"adapters: {checkpoint}; they are merged in the model"
@@ -259,4 +291,3 @@ def _summary(options: Options, run: Path) -> Iterator[str]:
     kind = next((run / DATA / "train").glob("*/*.bin")).parent.name
     command = "chat {}" if kind == "chat" else f"generate {{}} --format {kind} --prompt '...'"
     yield f"try it: internevo {command.format(run / MODEL)}"
-    yield f"go on by hand: internevo train {run / CONFIG} data.total_steps={2 * _total_steps(run)}"

@@ -55,7 +55,7 @@ def _describe_checkpoint(path: Path) -> Iterator[str]:
     checkpoint = Checkpoint(path)
     manifest = checkpoint.manifest
     yield f"checkpoint {path}: step {manifest.step}"
-    yield f"model: {checkpoint.config.family}, {checkpoint.config.parameters():,} parameters, {_dtypes(checkpoint)}"
+    yield f"model: {checkpoint.config.summary()}, {_dtypes(checkpoint)}"
     kinds = sorted({name.split("/")[0] for name in manifest.tensors})
     size = sum(f.size for f in manifest.files.values())
     yield f"contains: {', '.join(kinds)}; {len(manifest.tensors)} tensors in {len(manifest.files)} files, {size / 1e6:,.1f} MB"
@@ -73,7 +73,7 @@ def _dtypes(source: ParameterSource) -> str:
 
 def _describe_run(path: Path) -> Iterator[str]:
     file = path / "metrics.jsonl"
-    rows, damaged = usable_rows(file, {"step": int, "loss": int | float | None, "consumed_tokens": int})
+    rows, damaged = usable_rows(file, {"loss": int | float | None, "consumed_tokens": int})
     yield f"run {path}: {len(rows)} steps"
     if damaged:
         yield f"damaged: {damaged} lines of {file}, which are left out here"
@@ -90,8 +90,8 @@ def _describe_run(path: Path) -> Iterator[str]:
 def _describe_hf(path: Path) -> Iterator[str]:
     folder = HfFolder(path)
     config = folder.config
-    yield f"Hugging Face model {path}: {family(config.family).ARCHITECTURE} ({config.family})"
-    yield f"model: {config.parameters():,} parameters, {_dtypes(folder)}; tokenizer: {'yes' if folder.tokenizer else 'no'}"
+    yield f"Hugging Face model {path}: {family(config.family).ARCHITECTURE}"
+    yield f"model: {config.summary()}, {_dtypes(folder)}; tokenizer: {'yes' if folder.tokenizer else 'no'}"
     read = 0
     for disk in folder.naming.shapes:
         spec = folder.weights.spec(disk)

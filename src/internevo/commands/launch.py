@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Self
 
 from ..parallel.launcher import PARENT, STOP_SIGNALS
 
@@ -59,25 +60,25 @@ def launch(
     log.mkdir(parents=True, exist_ok=True)
     errors = [log / f"rank-{rank:05d}.stderr" for rank in range(processes)]
     children: list[subprocess.Popen[bytes]] = []
-    signals = _Signals(children)
-    for rank in range(processes):
-        with open(errors[rank], "w") as stderr, _blocked((*STOP_SIGNALS, signal.SIGINT)):
-            child = subprocess.Popen(
-                [sys.executable, "-m", "internevo", *arguments],
-                stderr=stderr,
-                stdin=subprocess.DEVNULL,
-                env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), **(variables or {} if rank == 0 else {})},
-                pass_fds=pass_fds if rank == 0 else (),
-            )
-        children.append(child)
-        for number in signals.sent:
-            child.send_signal(number)
 
     def print_failure(rank: int) -> None:
         interrupted = signal.SIGKILL in signals.sent
         print("interrupted" if interrupted else _failure(rank, children[rank], errors[rank], processes), file=sys.stderr)
 
-    failed = _wait(children, print_failure)
+    with _Signals(children) as signals:
+        for rank in range(processes):
+            with open(errors[rank], "w") as stderr, _blocked((*STOP_SIGNALS, signal.SIGINT)):
+                child = subprocess.Popen(
+                    [sys.executable, "-m", "internevo", *arguments],
+                    stderr=stderr,
+                    stdin=subprocess.DEVNULL,
+                    env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), **(variables or {} if rank == 0 else {})},
+                    pass_fds=pass_fds if rank == 0 else (),
+                )
+            children.append(child)
+            for number in signals.sent:
+                child.send_signal(number)
+        failed = _wait(children, print_failure)
     if failed is None:
         return 0
     code = children[failed].returncode
@@ -95,7 +96,7 @@ def _blocked(signals: tuple[int, ...]) -> Iterator[None]:
 
 
 class _Signals:
-    """Forwards the signals that this process receives to all ``children``."""
+    """A context in which the signals that this process receives are forwarded to all ``children``."""
 
     def __init__(self, children: list[subprocess.Popen[bytes]]) -> None:
         self.children = children
@@ -103,10 +104,16 @@ class _Signals:
         """The signals sent so far, for processes that are started later."""
         self.interrupts = 0
         """Number of Ctrl-C."""
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup lets a process ignore SIGHUP
-                signal.signal(number, self.forward)
-        signal.signal(signal.SIGINT, self.interrupt)
+
+    def __enter__(self) -> Self:
+        forwarded = [n for n in STOP_SIGNALS if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores SIGHUP
+        self.before = {number: signal.signal(number, self.forward) for number in forwarded}
+        self.before[signal.SIGINT] = signal.signal(signal.SIGINT, self.interrupt)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def forward(self, number: int, _frame: FrameType | None = None) -> None:
         """Sends a signal to the processes that are running."""

@@ -131,7 +131,7 @@ PICTURE = "<!-- Written by internevo plan -->\n"
 def _check_picture(path: Path) -> None:
     if path.suffix != ".svg":
         raise UsageError(f"{path}: a picture is an SVG file; give it a name that ends with .svg")
-    check_own(path, PICTURE)
+    check_own(path, PICTURE, "a picture that internevo plan has written")
 
 
 def _nothing(search: Search, gpus: int) -> str:
@@ -177,7 +177,7 @@ def calibrate(out: Path, gpu: str | None, processes: int | None) -> int:
 
     described = out.with_name(f"{out.stem}-gpu.toml")
     for path in (out, described):
-        check_own(path, f"# {MEASURED}")
+        check_own(path, f"# {MEASURED}", "what internevo plan --calibrate has written")
     given = hardware.find(gpu) if gpu else None
     info = read_launcher(os.environ)
     if info.address is None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import shutil
 import sys
+import textwrap
 
 
 def print_anything() -> None:
@@ -11,6 +13,28 @@ def print_anything() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def wrapped(line: str, indent: int = 2) -> str:
+    """Breaks a line that is too long for the terminal between words. Elsewhere it stays whole.
+
+    Args:
+        indent: the number of spaces before its other parts.
+    """
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+    if not width or len(line) <= width:
+        return line
+    return textwrap.fill(line, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+
+
+def say(line: str) -> None:
+    """Prints a line, with whole words on a terminal."""
+    print(wrapped(line), flush=True)
+
+
+def counted(number: int, noun: str) -> str:
+    """Returns a number with its noun: "1 step", "2,000 steps"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def describe_error(error: Exception) -> str:

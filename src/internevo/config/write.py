@@ -40,17 +40,20 @@ def check_writable(path: Path) -> None:
     """
     if path.suffix not in (".py", ".yaml", ".yml", ".toml", ".json"):
         raise UsageError(f"{path}: unknown file type {path.suffix!r}; use .py, .yaml, .toml or .json")
-    check_own(path, f"# {MARK}")
+    check_own(path, f"# {MARK}", "a config that internevo plan has written")
 
 
-def check_own(path: Path, beginning: str) -> None:
+def check_own(path: Path, beginning: str, what: str) -> None:
     """Checks that a file does not exist, or begins with what a command of this program writes.
+
+    Args:
+        what: what this program writes to it, for the message.
 
     Raises:
         UsageError: if it is something else, or cannot be written.
     """
     if os.path.lexists(path) and not (path.is_file() and os.access(path, os.R_OK) and _begins(path, beginning)):
-        raise UsageError(f"{path} exists and is not replaced, because internevo plan has not written it: choose another name")
+        raise UsageError(f"{path} exists and is not {what}, so it is not replaced: rename it, or choose another name")
     if reason := obstacle(path.parent) or (path.exists() and not os.access(path, os.W_OK) and f"{path} cannot be written to"):
         raise UsageError(f"{path} cannot be written, because {reason}: choose another name")
 

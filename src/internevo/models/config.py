@@ -349,6 +349,12 @@ class DecoderConfig:
         ends = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2) + self.hidden_size
         return ends + sum(self.layer_parameters(layer, active) for layer in range(self.num_layers))
 
+    def summary(self) -> str:
+        """Returns the family and the number of parameters, for messages."""
+        total, active = self.parameters(), self.parameters(active=True)
+        used = f", {active:,} of them for each token" if active != total else ""
+        return f"{self.family}, {total:,} parameters{used}"
+
     def layer_parameters(self, layer: int, active: bool = False) -> int:
         """Returns the number of parameters of a layer, without adapters.
 

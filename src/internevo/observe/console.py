@@ -168,7 +168,8 @@ class Console:
 
     def valid(self, record: ValidRecord) -> None:
         """Shows an evaluation."""
-        types = "".join(f" | {name} {loss:.4f}" for name, loss in sorted(record.valid_loss_by_type.items()))
+        losses = sorted(record.valid_loss_by_type.items())
+        types = "".join(f" | {name} {loss:.4f}" for name, loss in losses) if len(losses) > 1 else ""
         if not record.valid_loss_by_type:
             self.warn(f"step {record.step}: no validation loss, because the validation data has no token to predict")
             return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ class JsonLines:
         self.path = path
         kept, removed = list[str](), list[bytes]()
         for line, row in _lines(path):
-            if row is not None and last_step > 0 and row["step"] <= last_step:
+            if row is not None and _is_step(row.get("step")) and 0 < last_step >= row["step"]:
                 kept.append(to_json(row) + "\n")  # strict JSON, which older versions did not write
             else:
                 removed.append(line + b"\n")
@@ -52,37 +51,31 @@ class JsonLines:
             self._file.close()
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Reads the rows of a file. Lines that are not rows are left out: damaged ones, which a killed process may have left, and
-    those without a step. No file: no rows."""
-    return [row for _, row in _lines(path) if row is not None]
+def usable_rows(path: Path, kinds: dict[str, type | UnionType]) -> tuple[list[dict[str, Any]], int]:
+    """Reads the rows that have a step, and the keys in ``kinds`` with values of these types. No file: no rows.
+
+    Returns:
+        The rows, and the number of lines that are damaged: not JSON, or not an object. A killed process may leave some.
+    """
+    found = [row for _, row in _lines(path)]
+    rows = [row for row in found if row is not None and _is_step(row.get("step"))]
+    usable = [row for row in rows if all(isinstance(row.get(key, ...), kind) for key, kind in kinds.items())]
+    return usable, found.count(None)
+
+
+def _is_step(value: object) -> bool:
+    """Whether a value of a row can be the number of a step."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
-    """Yields each line of a file without its end, and the row in it, if it is one."""
+    """Yields each line of a file without its end, and the object in it; None if the line is damaged."""
     if not path.is_file():
         return
     with open(path, "rb") as file:
         for line in file:
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 row = None
-            step = row.get("step") if isinstance(row, dict) else None
-            yield line.rstrip(b"\r\n"), row if isinstance(step, int) and not isinstance(step, bool) else None
-
-
-def usable_rows(path: Path, kinds: dict[str, type | UnionType]) -> tuple[list[dict[str, Any]], int]:
-    """Reads the rows that have the keys in ``kinds``, with values of these types. No file: no rows.
-
-    Returns:
-        The rows, and the number of lines that are damaged: not JSON, or not an object.
-    """
-    lines = path.read_bytes().splitlines() if path.is_file() else []
-    rows = []
-    for line in lines:
-        with contextlib.suppress(ValueError, RecursionError):
-            rows.append(json.loads(line))
-    objects = [row for row in rows if isinstance(row, dict)]
-    usable = [row for row in objects if all(isinstance(row.get(key, ...), kind) for key, kind in kinds.items())]
-    return usable, len(lines) - len(objects)
+            yield line.rstrip(b"\r\n"), row if isinstance(row, dict) else None

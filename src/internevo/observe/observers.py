@@ -10,11 +10,12 @@ from typing import Any
 
 from ..config.run import Monitor
 from ..errors import InternEvoError
+from .background import End, Entry, Tracked
 from .console import Console
 from .metrics import JsonLines
 from .record import SaveRecord, StepRecord, TaskRecord, ValidRecord
 from .report import write_report
-from .trackers import Entry, Tracked, close_trackers, make_trackers
+from .trackers import close_trackers, make_trackers
 from .units import amount, duration, size
 
 
@@ -34,6 +35,7 @@ class Observers:
         self.last_valid: ValidRecord | None = None
         self.checkpoint: Path | None = None
         """The newest that has been saved since the start."""
+        self.end: End = "failed"
 
     def start(self, facts: dict[str, Any]) -> None:
         """Must be called before the first step. ``facts``: what the report says about the run."""
@@ -81,17 +83,19 @@ class Observers:
         what = f"saved step {record.step}" + (" as a snapshot" if record.snapshot else "")
         self.console.say(f"{what}: {record.folder} ({size(record.nbytes)}, {duration(record.seconds)} in the background)")
 
-    def summary(self, total_steps: int, steps: int, seconds: float) -> None:
+    def summary(self, total_steps: int, steps: int, seconds: float, how: str) -> None:
         """Prints what has been trained, where it is, and how to go on. Must be called at the end, if there was no error.
 
         Args:
             steps, seconds: number of steps since the start of the process, and the time that they took.
+            how: how to go on from the checkpoint.
         """
         last, valid, checkpoint = self.last, self.last_valid, self.checkpoint
+        done = (last.step if last else self.last_step) >= total_steps
+        self.end = "finished" if done else "stopped"
         if last is None:
             return
         self.console.close()
-        done = last.step >= total_steps
         since = "" if steps == last.step else f" ({steps} of them since this start)"
         results = ["no loss in the last step" if math.isnan(last.loss) else f"loss {last.loss:.4f}"]
         if valid and valid.valid_loss_by_type:
@@ -105,7 +109,7 @@ class Observers:
             f"  checkpoint: {checkpoint}" if checkpoint else "  no checkpoint (ckpt.enable_save_ckpt = False)",
         ]
         if checkpoint:
-            lines.append("  the same command goes on" + (" with more steps (data.total_steps)" if done else " from there"))
+            lines.append(f"  {how}")
         for line in lines:
             self.console.say(line)
 
@@ -120,7 +124,7 @@ class Observers:
             self.events.close()
         if self.trackers:
             with self.console.doing("finishing the trackers"):
-                close_trackers(self.trackers)
+                close_trackers(self.trackers, self.end)
         try:
             self.console.say(f"report: {write_report(self.run)}")
         except Exception as error:

@@ -10,6 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from ..config.write import check_own
 from ..errors import UsageError
 from ..storage.jsonfile import read_object, to_json
 from ..storage.naming import naming
@@ -66,8 +67,7 @@ def write_comparison(runs: Sequence[Path], path: Path) -> Path:
 def _write(path: Path, title: str, body: str, drawn: Sequence[dict[str, Any]], runs: Sequence[RunData]) -> Path:
     from plotly.offline import get_plotlyjs
 
-    if path.exists() and not (path.is_file() and path.read_bytes().startswith(HEAD.encode())):
-        raise UsageError(f"{path} exists and is not a report of internevo: rename it")
+    check_own(path, HEAD, "a report of internevo")
     values = to_json({"figures": drawn, "axes": [axes(run) for run in runs]}).replace("<", "\\u003c")
     page = (
         f"{HEAD}{html.escape(title)}</title>"

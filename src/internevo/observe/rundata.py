@@ -38,10 +38,10 @@ class RunData:
     @classmethod
     def read(cls, folder: Path) -> RunData:
         """Reads the files of a run folder."""
-        train, damaged = usable_rows(folder / "metrics.jsonl", {"step": int, "loss": NUMBER})
-        valid, _ = usable_rows(folder / "metrics.jsonl", {"step": int, "valid_loss": NUMBER})
-        samples, _ = usable_rows(folder / "samples.jsonl", {"step": int, "prompt": str, "text": str})
-        events, _ = usable_rows(folder / "events.jsonl", {"step": int, "time": int | float, "event": str})
+        train, damaged = usable_rows(folder / "metrics.jsonl", {"loss": NUMBER})
+        valid, _ = usable_rows(folder / "metrics.jsonl", {"valid_loss": NUMBER})
+        samples, _ = usable_rows(folder / "samples.jsonl", {"prompt": str, "text": str})
+        events, _ = usable_rows(folder / "events.jsonl", {"time": int | float, "event": str})
         path = folder / "config.json"
         text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else "{}"
         name = _object(text).get("JOB_NAME")

@@ -40,7 +40,7 @@ def temporary(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def target(folder: Path, last: str, replaced: Iterable[str] | None = None) -> Iterator[Path]:
+def target(folder: Path, last: str, replaced: Iterable[str] | None = None, first: str | None = None) -> Iterator[Path]:
     """Makes an empty folder. At the end, unless there was an error, its files are moved to ``folder``.
 
     A ``folder`` that did not exist appears when it is complete. Other files of one that exists stay as they are.
@@ -48,7 +48,10 @@ def target(folder: Path, last: str, replaced: Iterable[str] | None = None) -> It
     Args:
         folder: if it is a link, its target is written, on the target's disk.
         last: name of the file without which ``folder`` is not complete. It is deleted first and moved last.
-        replaced: names of the files in ``folder`` that the new ones replace. None: ``folder`` must be empty.
+        replaced: names of the files in ``folder`` that the new ones replace, and which are deleted before. None: ``folder``
+            must be empty.
+        first: name of a new file that says which files are this program's. It is moved before the others, when those that
+            they replace are gone, so that it is never wrong.
 
     Raises:
         UsageError: if ``folder`` is a file, or cannot be written, or has files that may not be replaced. Nothing is changed.
@@ -63,7 +66,7 @@ def target(folder: Path, last: str, replaced: Iterable[str] | None = None) -> It
             raise UsageError(f"{folder} cannot be written: {error.strerror}: {error.filename}") from error
         yield new
         if exists:
-            _move_files(new, folder, last, replaced or ())
+            _move_files(new, folder, last, replaced or (), first)
         else:
             new.rename(folder)
             sync(folder.parent)
@@ -87,16 +90,14 @@ def check_target(folder: Path, may_have_files: bool = False, advice: str = "give
         raise UsageError(f"{folder} is not empty (it has {min(names)}); {advice}")
 
 
-def _move_files(new: Path, folder: Path, last: str, replaced: Iterable[str]) -> None:
-    names = sorted(
-        (p.relative_to(new).as_posix() for p in new.rglob("*") if p.is_file()), key=lambda name: (name == last, name)
-    )
+def _move_files(new: Path, folder: Path, last: str, replaced: Iterable[str], first: str | None) -> None:
+    names = [p.relative_to(new).as_posix() for p in new.rglob("*") if p.is_file()]
     for name in names:
         if (folder / name).is_dir():
             raise UsageError(f"{folder / name} is a folder, and a file of this name is to be written; give another folder")
-    for name in (last, *replaced):
+    for name in dict.fromkeys((last, *replaced)):
         (folder / name).unlink(missing_ok=True)
-    for name in names:
+    for name in sorted(names, key=lambda name: (name == last, name != first, name)):
         (folder / name).parent.mkdir(exist_ok=True)
         (new / name).replace(folder / name)
     sync(folder)

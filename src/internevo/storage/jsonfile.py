@@ -43,6 +43,13 @@ def write_json(path: Path, values: Any, indent: int | None = None) -> None:
         path.write_text(to_json(values, indent) + "\n", encoding="utf-8")
 
 
+def replace_json(path: Path, values: Any, indent: int | None = None) -> None:
+    """As ``write_json``, for a file that may exist: it has the old or the new values, also if the process is killed."""
+    temporary = path.with_name(path.name + ".tmp")
+    write_json(temporary, values, indent)
+    temporary.replace(path)
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None

@@ -20,8 +20,8 @@ INHERITED = "INTERNEVO_LOCK"
 """Environment variable with the file descriptor of the lock that the launcher has acquired for rank 0."""
 DRY_RUN = "dryrun.json"
 """What a dry run writes, into a folder that need not be a run's yet."""
-FINETUNE = "finetune.json"
-"""What ``internevo finetune`` writes first into its run folder: its options."""
+FINETUNE, CONFIG = "finetune.json", "config.py"
+"""What ``internevo finetune`` writes into its run folder: its options, which are there first; and the config of the run."""
 FOLDERS, FILES = (
     ("log", CHECKPOINTS, SNAPSHOTS, "tensorboard"),
     ("config.json", "metrics.jsonl", "samples.jsonl", "events.jsonl", "report.html"),

@@ -35,6 +35,12 @@ def epochs(documents: int) -> float:
     return EPOCHS if documents <= FEW else 1.0
 
 
+def warmup_ratio(steps: int) -> float:
+    """Returns the share of the steps in which the learning rate rises: a twentieth, but at least two steps, the first of which
+    has half of the rate. (One step alone would have the whole rate at once.)"""
+    return max(0.05, math.ceil(10_000 * min(2, steps) / steps) / 10_000)  # rounded up: the schedule rounds down
+
+
 def row_length(longest: int, mean: float, limit: int | None, texts: bool = False) -> int:
     """Returns a length of rows, in tokens, that has room for the longest document and for several of mean length.
 

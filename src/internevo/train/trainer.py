@@ -27,11 +27,11 @@ from ..models.decoder import parameter_shapes
 from ..models.families.registry import decoder_config
 from ..models.generate import Sampling, generate
 from ..models.linear import ADAPTER_INFIX
+from ..observe.background import Tracked
 from ..observe.console import Console, log, start_log
 from ..observe.facts import facts
 from ..observe.observers import Observers
 from ..observe.record import StepRecord, TaskRecord, ValidRecord, memory_peak, peak_tflops
-from ..observe.trackers import Tracked
 from ..ops.precision import COMPUTE, is_slow
 from ..parallel import gloo
 from ..parallel.layout import Layout
@@ -39,6 +39,7 @@ from ..parallel.world import World
 from ..storage.lock import FileLock
 from ..storage.naming import naming
 from ..text.tokenizer import Tokenizer
+from .folder import CONFIG, FINETUNE
 from .lr_schedule import beta2, learning_rate
 from .parts import Parts
 from .process import GarbageCollector, prepare
@@ -137,7 +138,7 @@ class Trainer:
                 self.saver.wait()
             self._tell_saved(observers)
             if observers:
-                observers.summary(data.total_steps, self.state.step - first, time.perf_counter() - begin)
+                observers.summary(data.total_steps, self.state.step - first, time.perf_counter() - begin, self._how_to_go_on())
         finally:
             self.garbage.release()
             if observers:
@@ -250,10 +251,15 @@ class Trainer:
             if good
             else "There is no checkpoint from before, so start again"
         )
+        advice = (
+            f"{start}, with a smaller adam.lr, with hybrid_zero_optimizer.clip_grad_norm, or without these batches "
+            "(data.skip_batches)"
+        )
+        if (self.run / FINETUNE).is_file():
+            advice = "Begin again with another --output and a smaller --lr"
         raise InternEvoError(
             f"the run has diverged: the last {row} steps, until step {step}, were skipped, because their gradients were not "
-            f"finite (monitor.max_skipped_steps = {limit}). {start}, with a smaller adam.lr, with "
-            "hybrid_zero_optimizer.clip_grad_norm, or without these batches (data.skip_batches)"
+            f"finite (monitor.max_skipped_steps = {limit}). {advice}"
         )
 
     def _save(self, step: int) -> None:
@@ -307,17 +313,25 @@ class Trainer:
             if observers:
                 observers.saved(record)
 
+    def _how_to_go_on(self) -> str:
+        total = self.config.data.total_steps
+        if self.state.step < total:
+            return "the same command goes on from there"
+        if (self.run / FINETUNE).is_file():  # ``internevo finetune`` refuses other options
+            return f"more steps: internevo train {self.run / CONFIG} data.total_steps={2 * total}"
+        return "the same command goes on with more steps (data.total_steps)"
+
     def _facts(self) -> dict[str, Any]:
         """Returns what the report says about the run."""
         decoder, model = self.parts.decoder, self.config.model
-        total, active = decoder.parameters(), decoder.parameters(active=True)
-        used = f", {active:,} of them for each token" if active != total else ""
         axes = ", ".join(f"{axis} {size}" for axis, size in _sizes(self.parts.layout).items() if size > 1 and axis != "world")
-        size = f"{model.num_layers} layers of {model.hidden_size}, {model.dtype}"
         return {
-            **facts(self.world.device), "processes": self.world.size, "layout": axes or "one process", "parameters": total,
-            "model": f"{decoder.family}, {total:,} parameters{used}, {size}",
-        }  # fmt: skip
+            **facts(self.world.device),
+            "processes": self.world.size,
+            "layout": axes or "one process",
+            "parameters": decoder.parameters(),
+            "model": f"{decoder.summary()}, {model.num_layers} layers of {model.hidden_size}, {model.dtype}",
+        }
 
     def _title(self) -> str:
         config, parts = self.config, self.parts
@@ -326,7 +340,7 @@ class Trainer:
         trained = sum(shape.numel() for name, shape in shapes.items() if ADAPTER_INFIX in name)
         adapters = f" and {trained:,} in adapters" if parts.decoder.lora else ""
         return (
-            f"{config.JOB_NAME}: {parts.decoder.family}, {parts.decoder.parameters():,} parameters{adapters}, "
+            f"{config.JOB_NAME}: {parts.decoder.summary()}{adapters}, "
             f"{config.model.dtype}, on {self.world.size} x {self.world.device.type}; {rows} rows of {config.data.seq_len} "
             f"tokens per step; {self.run}/"
         )

@@ -1,7 +1,9 @@
 """A conversion writes its target, and changes nothing else."""
 
+import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from internevo.models.decoder import Decoder
 from internevo.models.huggingface.owned import MARK
 from tests.conftest import Run, random_model
 from tests.kills import kill_at_every_moment
+from tests.unit.data.encoding.test_formats import CHATML, folder_with
 
 TINY = DecoderConfig(
     family="LLAMA2", vocab_size=30, hidden_size=8, intermediate_size=12, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4
@@ -171,20 +174,42 @@ def test_overwrite_keeps_files_that_are_not_of_a_model(tmp_path: Path, model: De
     assert tree(tmp_path) == before
 
 
-def test_a_kill_while_a_model_is_replaced_leaves_a_whole_model_or_none(tmp_path: Path, model: Decoder) -> None:
+def test_a_kill_while_a_model_is_replaced_leaves_a_whole_model_or_one_that_can_be_replaced(tmp_path: Path) -> None:
+    """Also if the tokenizer is another one. Each file of the folder stays known as this program's."""
+    model = random_model(replace(TINY, vocab_size=310))
+    old, new = (folder_with(tmp_path / name, template) for name, template in (("old", CHATML), ("new", None)))
+    (new / "added_tokens.json").write_text("{}")
+
+    def save(folder: Path) -> None:
+        save_hf(model, folder, max_shard_size=10_000, overwrite=True, tokenizer=new)
+
     def check(parent: Path) -> None:
-        assert (parent / "out" / "thesis.tex").is_file()
         if (parent / "out" / "config.json").is_file():
-            load_model(parent / "out")
+            assert same(parent / "out", model)
+        save(parent / "out")
+        assert same(parent / "out", model) and (parent / "out" / "thesis.tex").is_file()
+        assert json.loads((parent / "out" / "tokenizer_config.json").read_text())["chat_template"] is None
 
     def prepare(parent: Path) -> None:
-        save_hf(model, parent / "out")
+        save_hf(model, parent / "out", tokenizer=old)
         (parent / "out" / "thesis.tex").write_text("x")
 
-    def replace(parent: Path) -> None:
-        save_hf(model, parent / "out", max_shard_size=1000, overwrite=True)
+    (tmp_path / "moments").mkdir()
+    assert kill_at_every_moment(tmp_path / "moments", prepare, lambda parent: save(parent / "out"), check) > 8
 
-    assert kill_at_every_moment(tmp_path, prepare, replace, check) > 8
+
+def test_different_forms_of_a_model_in_one_folder_do_not_forget_each_other(tmp_path: Path, model: Decoder) -> None:
+    pytest.importorskip("gguf")
+    for _ in range(2):
+        convert_all(model, tmp_path)
+    assert {"config.json", "model.safetensors", "model.gguf", MARK} <= set(os.listdir(tmp_path / "out"))
+
+
+def convert_all(model: Decoder, folder: Path) -> None:
+    """Writes a model in two forms into the same folder."""
+    save_hf(model, folder / "from", overwrite=True, tokenizer=None)
+    for to in ("hf", "gguf"):
+        convert(folder / "from", folder / "out", to, overwrite=True)
 
 
 @pytest.mark.parametrize("size", ["0GB", "-1GB", "nanGB", "infGB", "1e999GB", "5", "GB", "", "0.0001KB"])

@@ -406,7 +406,7 @@ def test_people_see_what_differs_from_the_defaults(
     assert capsys.readouterr().out == whole
     show(tmp_path / "c.json", ["ckpt.keep_last=3"], 4)
     title, rest = capsys.readouterr().out.split("\n", 1)
-    assert title == "tiny: LLAMA2, 21,728 parameters (21.7k); 2 layers of 32, float32" and rest.startswith(layout)
+    assert title == "tiny: LLAMA2, 21,728 parameters; 2 layers of 32, float32" and rest.startswith(layout)
     lines = [line.strip() for line in rest.split("(--all prints everything):\n")[1].splitlines()]
     assert "ckpt.keep_last = 3" in lines and "data.seq_len = 32" in lines and not any("keep_every" in line for line in lines)
     (tmp_path / "empty.json").write_text("{}")

@@ -123,3 +123,12 @@ def test_an_evaluation_without_tokens_to_predict_has_no_perplexity() -> None:
     console.valid(ValidRecord(4, math.nan, math.nan, 1.0))
     assert "warning: step 4: no validation loss, because the validation data has no token to predict" in said(console)
     assert "perplexity" not in said(console)
+
+
+def test_an_evaluation_says_the_losses_of_several_types_only() -> None:
+    console = new()
+    console.valid(ValidRecord(4, 2.0, 7.389, 1.0, {"en": 2.0}))
+    console.valid(ValidRecord(5, 2.0, 7.389, 1.0, {"en": 2.5, "code": 1.5}))
+    one, two = said(console).splitlines()
+    assert one == "step 4: validation loss 2.0000, perplexity 7.39"
+    assert two == "step 5: validation loss 2.0000, perplexity 7.39 | code 1.5000 | en 2.5000"

@@ -11,10 +11,10 @@ import pytest
 from rich.console import Console as Terminal
 
 from internevo.config.run import Monitor
+from internevo.observe.background import Tracked
 from internevo.observe.console import Console
 from internevo.observe.observers import Observers
 from internevo.observe.record import SaveRecord, ValidRecord
-from internevo.observe.trackers import Tracked
 from tests.unit.observe.test_console import STEP
 
 
@@ -51,13 +51,13 @@ def test_events_before_a_checkpoint_are_kept_when_a_run_resumes(tmp_path: Path) 
             10,
             2.5,
             True,
-            ["done: 10 of 10 steps", "loss 2.5000, validation loss 3.0000", "checkpoint: ", "goes on with more steps"],
+            ["done: 10 of 10 steps", "loss 2.5000, validation loss 3.0000", "checkpoint: ", "the same command goes on"],
         ),
         (
             4,
             math.nan,
             True,
-            ["stopped: 4 of 10 steps (2 of them since this start)", "no loss in", "checkpoint: ", "on from there"],
+            ["stopped: 4 of 10 steps (2 of them since this start)", "no loss in", "checkpoint: ", "the same command goes on"],
         ),
         (10, 2.5, False, ["done: 10 of 10", "loss 2.5000", "no checkpoint (ckpt.enable_save_ckpt = False)"]),
     ],
@@ -68,7 +68,7 @@ def test_the_summary(tmp_path: Path, step: int, loss: float, saved: bool, lines:
     observers.valid(ValidRecord(step, 3.0, 20.0, 1.0, {"en": 3.0}))
     if saved:
         observers.saved(SaveRecord(step, tmp_path / "new", 10, 1.0, False, 1.0))
-    observers.summary(10, step if step == 10 else 2, 65.0)
+    observers.summary(10, step if step == 10 else 2, 65.0, "the same command goes on")
     file = observers.console.terminal.file
     assert isinstance(file, io.StringIO)
     said = file.getvalue().splitlines()[-len(lines) :]

@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,8 +12,9 @@ from typing import Any
 import pytest
 
 from internevo.config.run import Monitor
+from internevo.observe.background import Background, End, Entry, Ids, Tracked
 from internevo.observe.record import StepRecord, ValidRecord
-from internevo.observe.trackers import Background, Entry, Ids, Tracked, close_trackers, make_trackers
+from internevo.observe.trackers import close_trackers, make_trackers
 
 RECORD = StepRecord(
     3, 2.0, 1.5, 0.1, 8, 24, 1.0, 1.0, None, 1.0, 0.5, 1, 1, False, 50.0, {"en": 2.5}, moe={"load": [1.0], "max_load": 2.0}
@@ -35,8 +37,8 @@ class Fake:
         self.fail("write")
         self.got += [entry.step for entry in entries]
 
-    def close(self) -> None:
-        self.calls.append("close")
+    def close(self, end: End) -> None:
+        self.calls.append(end)
 
 
 def entries(steps: range) -> list[Entry]:
@@ -48,14 +50,14 @@ def given(tracker: Fake, steps: range, patience: float = 60.0, **options: Any) -
     background = Background(tracker, said.append, **options)
     for entry in entries(steps):
         background.put(entry)
-    close_trackers([background], patience)
+    close_trackers([background], "finished", patience)
     return background, said
 
 
 def test_a_tracker_gets_every_entry_in_order() -> None:
     tracker = Fake()
     _, said = given(tracker, range(500))
-    assert tracker.got == list(range(500)) and tracker.calls == ["start", "close"] and said == []
+    assert tracker.got == list(range(500)) and tracker.calls == ["start", "finished"] and said == []
     empty = Fake()
     given(empty, range(0))
     assert empty.calls == []
@@ -77,7 +79,7 @@ def test_a_tracker_that_comes_back_gets_what_waited(call: str) -> None:
         background.put(entry)
     while tracker.got != list(range(50)):
         done.wait(0.001)
-    close_trackers([background])
+    close_trackers([background], "stopped")
     assert said == ["fake: no route. The run goes on; fake is tried again every 0 s"]
 
 
@@ -118,6 +120,44 @@ def test_ids_are_those_of_the_run(tmp_path: Path) -> None:
     assert Ids(run).get("wandb") is None
 
 
+def resumed(folder: Path, steps: range, **config: object) -> list[Entry]:
+    """A process of a run that takes these steps, evaluates every two, and shows two samples. Returns what its tracker got."""
+    run = run_of(folder, steps.start - 1)
+    run.config |= config
+    tracker, got = Fake(), list[Entry]()
+    tracker.write = got.extend  # type: ignore[method-assign, assignment]
+    background = Background(tracker, print, Ids(run))
+    for step in steps:
+        background.put(Entry(step, 1.0, {"loss": 1.0 * step}))
+        if step % 2 == 0:
+            background.put(Entry(step, 1.0, {"valid": 2.0 * step}))
+            background.put(Entry(step, 1.0, samples=[("a", str(step))]))
+            background.put(Entry(step, 1.0, samples=[("b", str(step))]))
+    close_trackers([background], "stopped")
+    return got
+
+
+def names(entries: Sequence[Entry]) -> list[tuple[int, str]]:
+    return [(entry.step, name) for entry in entries for name in (*entry.scalars, *(prompt for prompt, _ in entry.samples))]
+
+
+def test_steps_that_a_resumed_run_repeats_are_not_sent_again(tmp_path: Path) -> None:
+    """Neither after a kill between a step and its evaluation."""
+    first = resumed(tmp_path, range(1, 5))
+    assert names(first) == [
+        (1, "loss"), (2, "loss"), (2, "valid"), (2, "a"), (2, "b"), (3, "loss"), (4, "loss"), (4, "valid"), (4, "a"), (4, "b"),
+    ]  # fmt: skip
+    known = json.loads((tmp_path / "trackers.json").read_text())
+    del known["sent"]["fake"]["valid"], known["sent"]["fake"]["samples"]
+    (tmp_path / "trackers.json").write_text(json.dumps(known))
+    again = resumed(tmp_path, range(3, 7), **{"ckpt.keep_last": 9})
+    wanted = [(4, "valid"), (4, "a"), (4, "b"), (5, "loss"), (6, "loss"), (6, "valid"), (6, "a"), (6, "b")]
+    assert names(again) == wanted
+    assert names(resumed(tmp_path, range(5, 7))) == []
+    other = resumed(tmp_path, range(5, 7), **{"adam.lr": 1.0})  # which have other numbers
+    assert names(other) == wanted[3:]
+
+
 def test_what_a_tracker_is_told() -> None:
     entry = Entry.of_step(RECORD)
     assert (entry.step, entry.time) == (3, 50.0)
@@ -127,7 +167,7 @@ def test_what_a_tracker_is_told() -> None:
     assert valid.finite() == {"valid/loss": 2.0, "valid/loss/en": 2.5}
 
 
-def track(folder: Path, monitor: dict[str, Any], tensorboard: bool = False) -> list[str]:
+def track(folder: Path, monitor: dict[str, Any], tensorboard: bool = False, end: End = "finished") -> list[str]:
     """A run of two steps with an evaluation and a sample, which is resumed after step 1. Returns the warnings."""
     said = list[str]()
     for last_step in (0, 1):
@@ -137,7 +177,7 @@ def track(folder: Path, monitor: dict[str, Any], tensorboard: bool = False) -> l
                 tracker.put(Entry(step, 1000.0 + step, {"train/loss": 10.0 * step, "train/grad_norm": float("nan")}))
                 tracker.put(Entry(step, 1000.0 + step, {"valid/loss": 20.0 * step}))
                 tracker.put(Entry(step, 1000.0 + step, samples=[("a prompt", " a text")]))
-        close_trackers(trackers, 300)
+        close_trackers(trackers, end if last_step else "stopped", 300)
     return said
 
 
@@ -149,15 +189,58 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert any("a_prompt" in name or "a prompt" in name for name in found.Tags()["tensors"])
 
 
-def test_mlflow(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("end", "state"), [("finished", "FINISHED"), ("stopped", "KILLED"), ("failed", "FAILED")])
+def test_mlflow(tmp_path: Path, end: End, state: str) -> None:
     mlflow, _ = pytest.importorskip("mlflow"), pytest.importorskip("sqlalchemy")
     address = f"sqlite:///{tmp_path}/mlflow.db"
-    assert track(tmp_path, {"trackers": "mlflow", "mlflow": {"tracking_uri": address, "experiment": "tests"}}) == []
+    assert track(tmp_path, {"trackers": "mlflow", "mlflow": {"tracking_uri": address, "experiment": "tests"}}, end=end) == []
     client = mlflow.MlflowClient(tracking_uri=address)
     (run,) = client.search_runs([client.get_experiment_by_name("tests").experiment_id])
-    assert run.info.status == "FINISHED" and run.info.run_name == "job" and run.data.params["section.key149"] == "149"
-    assert {(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "train/loss")} == {(1, 10.0), (2, 20.0)}
+    assert run.info.status == state and run.info.run_name == "job" and run.data.params["section.key149"] == "149"
+    assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "train/loss")] == [(1, 10.0), (2, 20.0)]
     assert "train/grad_norm" not in run.data.metrics and run.data.metrics["valid/loss"] == 40.0
+
+
+class Recorded:
+    """Stands for a library: every call of any of its functions returns it, and is written down."""
+
+    def __init__(self) -> None:
+        self.calls = list[tuple[str, tuple[Any, ...], dict[str, Any]]]()
+        self.info, self.run_id, self.experiment_id = self, "1", "2"
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+        def call(*arguments: Any, **options: Any) -> Recorded:
+            self.calls.append((name, arguments, options))
+            return self
+
+        return call
+
+    def of(self, name: str) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        return [(arguments, options) for called, arguments, options in self.calls if called == name]
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "state"), [("finished", 0, "FINISHED"), ("stopped", 255, "KILLED"), ("failed", 1, "FAILED")]
+)
+def test_libraries_are_told_each_step_once_and_how_the_run_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: End, code: int, state: str
+) -> None:
+    """As their functions are called; the tests of the real libraries say whether that is right."""
+    libraries = {name: Recorded() for name in ("wandb", "mlflow", "trackio")}
+    for name, library in libraries.items():
+        monkeypatch.setitem(sys.modules, name, library)
+    monkeypatch.setitem(sys.modules, "mlflow.entities", libraries["mlflow"])
+    assert track(tmp_path, {"trackers": list(libraries)}, end=end) == []
+    wandb, mlflow, trackio = libraries.values()
+    assert [options for _, options in wandb.of("finish")] == [{"exit_code": 255}, {"exit_code": code}]
+    assert [values["train/loss"] for (values,), _ in wandb.of("log") if "train/loss" in values] == [10.0, 20.0]
+    assert [arguments[1] for arguments, _ in mlflow.of("set_terminated")] == ["KILLED", state]
+    assert [of[1] for of, _ in mlflow.of("Metric") if of[0] == "train/loss"] == [10.0, 20.0]
+    assert [of[0]["train/loss"] for of, _ in trackio.of("log") if "train/loss" in of[0]] == [10.0, 20.0]
+    assert len(trackio.of("finish")) == 2
 
 
 def records_of(data: bytes, header: int = 7, block: int = 32_768) -> Iterator[bytes]:
@@ -179,17 +262,19 @@ def test_wandb(tmp_path: Path) -> None:
     from wandb.proto.wandb_internal_pb2 import Record
 
     assert track(tmp_path, {"trackers": ["wandb"], "wandb": {"mode": "offline", "project": "tests", "tags": ["a"]}}) == []
-    ids, losses = set(), list[tuple[int, float]]()
-    for path in sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb")):
-        for data in records_of(path.read_bytes()):
-            record = Record()
-            record.ParseFromString(data)
-            if record.run.run_id:
-                ids.add((record.run.run_id, record.run.project, record.run.display_name))
-            row = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
-            if "train/loss" in row:
-                losses.append((row["step"], row["train/loss"]))
-    assert ids == {("0123456789abcdef", "tests", "job")} and sorted(set(losses)) == [(1, 10.0), (2, 20.0)]
+    records, end = list[Any](), time.monotonic() + 60
+    while sum(record.HasField("exit") for record in records) < 2 and time.monotonic() < end:  # its process writes the end late
+        records = []
+        for path in sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb")):
+            for data in records_of(path.read_bytes()):
+                records.append(Record())
+                records[-1].ParseFromString(data)
+        time.sleep(0.1)
+    assert [record.exit.exit_code for record in records if record.HasField("exit")] == [255, 0]  # as after Ctrl-C; finished
+    runs = {(r.run.run_id, r.run.project, r.run.display_name) for r in records if r.run.run_id}
+    rows = [{item.key or item.nested_key[0]: json.loads(item.value_json) for item in r.history.item} for r in records]
+    assert runs == {("0123456789abcdef", "tests", "job")}
+    assert [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row] == [(1, 10.0), (2, 20.0)]
 
 
 def test_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,4 +285,4 @@ def test_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run.name == "job-012345"
     with sqlite3.connect(tmp_path / "trackio" / "tests.db") as database:
         rows = [(step, json.loads(values)) for step, values in database.execute("select step, metrics from metrics")]
-    assert {(step, row["train/loss"]) for step, row in rows if "train/loss" in row} == {(1, 10.0), (2, 20.0)}
+    assert sorted((step, row["train/loss"]) for step, row in rows if "train/loss" in row) == [(1, 10.0), (2, 20.0)]

@@ -6,8 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from internevo.config import validate
+from internevo.config.training import LrScheduler
 from internevo.data.encoding.tokenize import is_valid, valid_ratio_for
 from internevo.train import fit, recipe
+from internevo.train.lr_schedule import learning_rate
 from tests.conftest import tiny
 
 
@@ -59,3 +61,12 @@ def test_a_run_is_made_to_fit_without_changing_what_was_set(monkeypatch: pytest.
     monkeypatch.setattr(fit, "free_memory", lambda device, processes: 0)
     found, _ = fit.fitted(config, [1], 2, torch.device("cpu"))
     assert found.model.checkpoint == 1.0 and found.parallel.zero1.fsdp
+
+
+@given(steps=st.integers(1, 10**6))
+def test_the_rate_rises_for_a_twentieth_of_the_steps_but_for_two_at_least(steps: int) -> None:
+    schedule = LrScheduler(warmup_ratio=recipe.warmup_ratio(steps))
+    first = [learning_rate(step, steps, 1.0, schedule) for step in range(min(steps, 2))]
+    assert first == [1.0] if steps == 1 else first[0] < first[1]
+    rising = int(steps * schedule.warmup_ratio)
+    assert min(2, steps) <= rising <= max(2, steps / 20)

@@ -22,7 +22,7 @@ import numpy as np
 
 from ...errors import DataError, UsageError
 from ...storage.hub import model_folder
-from ...storage.jsonfile import read_object, write_json
+from ...storage.jsonfile import read_object, replace_json
 from ...text.tokenizer import Tokenizer, load_tokenizer, tokenizer_fingerprint, train_bpe
 from ..raw.documents import read_documents
 from ..raw.inputs import find_files, split_files
@@ -86,9 +86,7 @@ class SavedProgress:
 
     def write(self, work: Path) -> None:
         """Replaces the file at once, so that it is complete at every moment."""
-        temporary = work / f"{UNFINISHED}.tmp"
-        write_json(temporary, asdict(self))
-        temporary.replace(work / UNFINISHED)
+        replace_json(work / UNFINISHED, asdict(self))
 
     @property
     def documents(self) -> int:

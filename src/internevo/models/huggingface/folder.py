@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ...errors import UsageError
-from ...storage.folders import target
 from ...storage.header import Spec
 from ...storage.jsonfile import write_json
 from ...storage.tensors import ByteRange, ShardWriter, joint_dtype
@@ -26,7 +25,7 @@ from ..families.hf_values import read_config
 from ..families.registry import decoder_from_hf, family
 from ..source import ModelInMemory, ParameterSource, most_common_dtype, write_rows
 from .naming import Naming, overlapping
-from .owned import mark, replaceable
+from .owned import owned_target
 from .tokenizer import copy_tokenizer, has_tokenizer, special_ids
 from .weights import Weights
 
@@ -203,15 +202,13 @@ def write_hf(
     """
     name = write_as or source.config.family
     config = as_family(source.config if _has_biases(family(name)) else _without_zero_biases(source), name)
-    with target(folder, "config.json", replaceable(folder, _model_files(folder)) if overwrite else None) as new:
+    with owned_target(folder, "config.json", _model_files(folder), overwrite) as new:
         _write_weights(source, naming(config), new, dtype, shard_bytes, progress)
         special: dict[str, Any] = {}
         if source.tokenizer:
             copy_tokenizer(source.tokenizer, new)
             special = special_ids(source.tokenizer)
         write_json(new / "config.json", _config_json(source, config, special, dtype or most_common_dtype(source)), indent=2)
-        replaceable(folder, [path.relative_to(new).as_posix() for path in new.rglob("*")])
-        mark(new)
 
 
 def _without_zero_biases(source: ParameterSource) -> DecoderConfig:

@@ -18,14 +18,13 @@ from torch import Tensor
 
 from ... import __version__
 from ...errors import UsageError
-from ...storage.folders import target
 from ..config import DecoderConfig, Rope
 from ..decoder import parameter_shapes
 from ..rotary import inverse_frequencies
 from ..source import ParameterSource, most_common_dtype
 from .gguf_tokenizer import write_tokenizer
 from .naming import row_count
-from .owned import mark, replaceable
+from .owned import owned_target
 
 NAME = "model.gguf"
 """The name of the file in the folder."""
@@ -103,7 +102,7 @@ def write_gguf(
         raise UsageError(f"a GGUF file cannot have matrices in {dtype}; use --dtype float32, float16 or bfloat16")
     tensors = list(_tensors(source, form, dtype))
     total, done = sum(one.nbytes for one in tensors), 0
-    with target(folder, NAME, replaceable(folder, [NAME]) if overwrite else None) as new:
+    with owned_target(folder, NAME, [NAME], overwrite) as new:
         writer = gguf.GGUFWriter(new / NAME, form.arch)
         writer.add_file_type(gguf.LlamaFileType[{"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16"}[kinds[dtype]]])
         _metadata(writer, config, form)
@@ -120,7 +119,6 @@ def write_gguf(
             done += one.nbytes
             progress(done, total)
         writer.close()
-        mark(new)
 
 
 def form_of(config: DecoderConfig) -> Form:

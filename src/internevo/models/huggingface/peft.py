@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from ...errors import UsageError
-from ...storage.folders import target
 from ...storage.header import Spec
 from ...storage.jsonfile import read_object, write_json
 from ...storage.tensors import ShardWriter, TensorFile
@@ -28,7 +27,7 @@ from ..linear import ADAPTER_INFIX
 from ..source import ParameterSource
 from .folder import naming
 from .naming import Naming, RowMapping, row_count
-from .owned import mark, replaceable
+from .owned import owned_target
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 FIXED: dict[str, tuple[Any, ...]] = {
@@ -64,7 +63,7 @@ def write_peft(
         raise UsageError("the source has no adapters (model.lora), which --to peft writes; use --to hf for the whole model")
     names = _naming(source.config)
     modules = _modules(source.config, names)
-    with target(folder, CONFIG, replaceable(folder, (CONFIG, WEIGHTS)) if overwrite else None) as new:
+    with owned_target(folder, CONFIG, (CONFIG, WEIGHTS), overwrite) as new:
         tensors = {
             f"{PREFIX}{disk}.lora_{part}.weight": tensor
             for disk, mappings in modules.items()
@@ -78,7 +77,6 @@ def write_peft(
                 done += specs[name].nbytes
                 progress(done, total)
         write_json(new / CONFIG, _config(modules, lora, base), indent=2)
-        mark(new)
 
 
 def _naming(config: DecoderConfig) -> Naming:

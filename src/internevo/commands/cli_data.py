@@ -1,4 +1,4 @@
-"""The arguments of the commands ``tokenize`` and ``finetune``."""
+"""The command line of ``tokenize`` and ``finetune``. (That of most others is in ``cli.py``.)"""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ def finetune(
     nproc: Annotated[int | None, typer.Option(min=1, help="Number of local processes (default: one per GPU, or 1).")] = None,
 ) -> None:
     """Fine-tune a pretrained model on your data, and export it. The same command goes on after it was stopped."""
-    from .chosen import Options
     from .finetune import finetune as run
+    from .finetune_config import Options
 
     options = Options(
         os.path.expanduser(model), os.path.expanduser(data), format, lora, text_key, subset,

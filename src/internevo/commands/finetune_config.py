@@ -20,9 +20,11 @@ from ..parallel.world import first_device
 from ..train import recipe
 from ..train.config import HfModel
 from ..train.fit import CHECKPOINT, FSDP, fitted
+from ..train.folder import CONFIG
 from ..train.resume import TOKENIZER
+from .printing import counted
 
-CONFIG, DATA, MODEL = "config.py", "data", "model"
+DATA, MODEL = "data", "model"
 """What is in the run folder, besides what every run writes."""
 RUN = "from pathlib import Path\n\nRUN = Path(__file__).parent"
 """The beginning of the config: paths are relative to it, so that the folder may move."""
@@ -48,25 +50,50 @@ class Options:
     overrides: list[str] = field(default_factory=list)
 
 
-FIXED = ("ckpt.save_ckpt_folder=", "ckpt.enable_save_ckpt=")
-"""Beginnings of overrides with which there would be nothing to export."""
+FIXED = (
+    "ckpt.save_ckpt_folder", "ckpt.enable_save_ckpt", "ckpt.auto_resume", "model.from_hf", "data.train_folder", "data.type",
+)  # fmt: skip
+"""Keys that ``finetune`` decides: with others, it would train something else, or have nothing to export."""
 
 
 def check_overrides(options: Options, found: HfModel) -> None:
-    """Checks the overrides, and that a config can describe the model, before anything is written.
+    """Checks the options and overrides, and that a config can describe the model, before anything is written.
 
     Raises:
         ConfigError: if an override is wrong, or contradicts the model's weights.
-        UsageError: if an override is of a key that ``finetune`` decides.
+        UsageError: if an override is of a key that ``finetune`` decides, or of a whole section.
     """
     values: dict[str, Any] = {
-        "model": {"from_hf": found.name}, "data": {"seq_len": 1, "micro_bsz": 1, "total_steps": 1}, "adam": {"lr": 0.0},
-    }  # fmt: skip
+        "model": {"from_hf": found.name, **_lora(options, found)},
+        "data": {"seq_len": options.seq_len or 1, "micro_bsz": 1, "total_steps": 1},
+        "adam": {"lr": options.lr or 0.0},
+    }
     for text in options.overrides:
-        if text.startswith(FIXED):
-            raise UsageError(f"{text}: finetune decides this key itself, since it exports what it has trained; leave it out")
+        key = text.partition("=")[0]
+        if key in FIXED:
+            raise UsageError(f"{text}: finetune decides this key itself; leave it out")
         apply_override(values, text)
-    found.check(validate(found.fill(values), source="the overrides"))
+        if "." not in key and isinstance(values[key], dict):
+            raise UsageError(f"{text}: give single keys, as in {key}.KEY=VALUE, so that the others of this section stay")
+    found.check(validate(found.fill(values), source="the options"))
+
+
+def _lora(options: Options, found: HfModel) -> dict[str, Any]:
+    """Returns the keys of ``model`` that are about adapters: none without ``--lora``."""
+    if (rank := options.lora) is None:
+        return {}
+    attention = [name for name in ("q", "k", "v", "o") if name in found.decoder.projections()]
+    targets = (*attention, *(() if found.decoder.experts else ("gate", "up", "down")))
+    return {"lora": {"rank": rank, "alpha": 2.0 * rank, "targets": targets}}
+
+
+def _overridden(options: Options, key: str) -> Any:
+    """Returns the value of a key that is overridden; None if it is not."""
+    values: dict[str, Any] = {}
+    for text in options.overrides:
+        apply_override(values, text)
+    section, _, name = key.partition(".")
+    return values.get(section, {}).get(name)
 
 
 @dataclass(frozen=True)
@@ -88,7 +115,7 @@ class Chosen:
     """The share of padding in them."""
     per_step: int
     """Rows of a step, over all ranks."""
-    epochs: float
+    steps: int
     lr: float
 
     @classmethod
@@ -97,13 +124,19 @@ class Chosen:
         lengths, decoder = index.documents[:, 1], found.decoder
         mean, longest = index.tokens / len(index), int(lengths.max())
         texts = index.types == ["text"]
-        seq_len = options.seq_len or recipe.row_length(longest, mean, longest_text(decoder), texts)
+        seq_len = (
+            _overridden(options, "data.seq_len")
+            or options.seq_len
+            or recipe.row_length(longest, mean, longest_text(decoder), texts)
+        )
         rows = len(WholeRows(index, seq_len, decoder.vocab_size))
+        per_step = _overridden(options, "data.global_batch_size") or recipe.rows_per_step(rows, len(index), seq_len, processes)
+        epochs = recipe.epochs(len(index)) if options.epochs is None else options.epochs
         return cls(
             options, found, len(index), mean, longest, int((lengths > seq_len).sum()), seq_len, rows,
             1 - index.tokens / (rows * seq_len),
-            recipe.rows_per_step(rows, len(index), seq_len, processes),
-            recipe.epochs(len(index)) if options.epochs is None else options.epochs,
+            per_step,
+            _overridden(options, "data.total_steps") or max(1, round(epochs * rows / per_step)),
             recipe.learning_rate(decoder.parameters(), options.lora is not None) if options.lr is None else options.lr,
         )  # fmt: skip
 
@@ -113,9 +146,9 @@ class Chosen:
         return max(1, round(self.rows / self.per_step))
 
     @property
-    def steps(self) -> int:
-        """The number of steps of the run."""
-        return max(1, round(self.epochs * self.rows / self.per_step))
+    def epochs(self) -> float:
+        """The number of passes over the data."""
+        return self.steps * self.per_step / self.rows
 
     def write_config(self, run: Path, tokenizer: Path, processes: int) -> Iterator[str]:
         """Writes RUN/config.py, and yields lines that say what was chosen.
@@ -158,7 +191,7 @@ class Chosen:
                 "split_documents": False,
             },
             "adam": {"lr": lr, "adam_beta2": 0.999, "weight_decay": 0.0},
-            "lr_scheduler": {"warmup_ratio": max(0.05, round(1 / steps, 4)), "eta_min": lr / 10},
+            "lr_scheduler": {"warmup_ratio": recipe.warmup_ratio(steps), "eta_min": lr / 10},
             "hybrid_zero_optimizer": {"clip_grad_norm": 1.0},
             "ckpt": {
                 "save_ckpt_folder": _path(run), "checkpoint_every": max(1, min(self.per_epoch, steps // 4)), "keep_last": 2,
@@ -171,10 +204,7 @@ class Chosen:
             every = min(self.per_epoch, steps)
             valid = {"valid_folder": _path(run, f"{DATA}/valid"), "valid_every": every, "valid_at_start": True}
             values["data"] |= valid
-        if (rank := self.options.lora) is not None:
-            attention = [name for name in ("q", "k", "v", "o") if name in found.decoder.projections()]
-            targets = (*attention, *(() if found.decoder.experts else ("gate", "up", "down")))
-            values["model"]["lora"] = {"rank": rank, "alpha": 2.0 * rank, "targets": targets}
+        values["model"] |= _lora(self.options, found)
         return values
 
     def _fitted(self, config: Config, values: dict[str, Any], processes: int) -> tuple[Config, bool]:
@@ -198,7 +228,7 @@ class Chosen:
         comments = {
             "data.seq_len": f"tokens of a row; documents have {self.mean:,.0f} on average, and at most {self.longest:,}",
             "data.global_batch_size": f"rows per step; about {self.per_step * self.documents / self.rows:.0f} documents",
-            "data.total_steps": f"{self.epochs:g} epochs of {self.per_epoch} steps",
+            "data.total_steps": f"{_epochs(self.epochs)} of {counted(self.per_epoch, 'step')}",
             "data.split_documents": "documents are not cut at the end of a row",
             "adam.lr": "for adapters" if self.options.lora else "for all weights: the larger, the smaller the model",
         }
@@ -212,11 +242,17 @@ class Chosen:
         )
         what = f"adapters of rank {self.options.lora}" if self.options.lora else "all weights"
         again = ", layers computed again" if config.model.checkpoint else ""
+        data = config.data
+        much = f"{_epochs(self.epochs)} = {counted(data.total_steps, 'step')} of {counted(data.global_batch_size or 1, 'row')}"
         yield (
-            f"training: {what}, highest learning rate {config.adam.lr:g}, {self.epochs:g} epochs = {config.data.total_steps} "
-            f"steps of {config.data.global_batch_size} rows, in micro-batches of {config.data.micro_bsz}{again}; "
+            f"training: {what}, highest learning rate {config.adam.lr:g}, {much}, in micro-batches of {data.micro_bsz}{again}; "
             f"{config.model.dtype}"
         )
+
+
+def _epochs(number: float) -> str:
+    shown = f"{round(number, 1):g}" if number >= 1 else f"{number:.2g}"
+    return f"{shown} epoch{'s' * (shown != '1')}"
 
 
 def _path(run: Path, name: str = "") -> Code:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from internevo.commands.template import from_hf
+from internevo.commands.config_from_hf import from_hf
 from internevo.errors import UsageError
 from internevo.models.families.registry import decoder_config, decoder_from_hf
 from internevo.models.huggingface.folder import HfFolder, save_hf

@@ -52,6 +52,6 @@ def describe(decoder: DecoderConfig) -> str:
     scaling = f" ({decoder.rope.kind})" if decoder.rope and decoder.rope.kind != "default" else ""
     tied = ", tied embedding" if decoder.tie_embeddings else ""
     return (
-        f"{decoder.family}, {decoder.parameters():,} parameters: {decoder.num_layers} layers of width {decoder.hidden_size}, "
+        f"{decoder.summary()}: {decoder.num_layers} layers of width {decoder.hidden_size}, "
         f"{heads}, {mlp}, vocabulary {decoder.vocab_size}, {rope}{scaling}, epsilon {decoder.norm_eps:g}{tied}"
     )

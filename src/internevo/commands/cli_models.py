@@ -1,4 +1,4 @@
-"""The arguments of the commands that use a model: ``generate``, ``chat`` and ``evaluate``."""
+"""The command line of ``generate``, ``chat`` and ``evaluate``, which use a model. (That of most others is in ``cli.py``.)"""
 
 from __future__ import annotations
 
