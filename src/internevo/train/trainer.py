@@ -23,22 +23,19 @@ from ..errors import ConfigError, InternEvoError
 from ..inference.tasks import requests_of, run_tasks
 from ..inference.text import TextModel, eos_ids
 from ..measure.probes import Probes
-from ..models.decoder import parameter_shapes
 from ..models.families.registry import decoder_config
 from ..models.generate import Sampling, generate
-from ..models.linear import ADAPTER_INFIX
 from ..observe.background import Tracked
 from ..observe.console import Console, log, start_log
-from ..observe.facts import facts
 from ..observe.observers import Observers
 from ..observe.record import StepRecord, TaskRecord, ValidRecord, memory_peak, peak_tflops
 from ..ops.precision import COMPUTE, is_slow
 from ..parallel import gloo
-from ..parallel.layout import Layout
 from ..parallel.world import World
 from ..storage.lock import FileLock
 from ..storage.naming import naming
 from ..text.tokenizer import Tokenizer
+from .about import facts_of, sizes, title
 from .folder import CONFIG, FINETUNE
 from .lr_schedule import beta2, learning_rate
 from .parts import Parts
@@ -74,7 +71,7 @@ class Trainer:
         self.exporter = Exporter(self.run, COMPUTE[config.model.dtype], log.warning)
         after = self.exporter if config.ckpt.enable_internevo2hf_ckpt else lambda folder: None
         group, identity = gloo.new_group(), self.state.run
-        self.saver = Saver(self.run, config.ckpt, world.rank, _sizes(self.parts.layout), group, after, identity)
+        self.saver = Saver(self.run, config.ckpt, world.rank, sizes(self.parts.layout), group, after, identity)
         watchdog.before_end = self.saver.finish
         self.garbage = GarbageCollector()
         self.saved_step = self.state.step
@@ -280,9 +277,9 @@ class Trainer:
         assert self.console is not None
         tracked = Tracked(self.run, config.JOB_NAME, self.state.run, self.state.step, flat(config))
         observers = Observers(self.console, config.monitor, tracked, config.enable_tb)
-        observers.start(self._facts())
+        observers.start(facts_of(self.parts))
         self.exporter.warn = self.console.warn
-        for line in [self._title(), *self.start_lines]:
+        for line in [title(self.parts, self.state.cursor.batch), *self.start_lines]:
             self.console.say(line)
         if self.state.step >= total:
             self.console.say(
@@ -320,30 +317,6 @@ class Trainer:
         if (self.run / FINETUNE).is_file():  # ``internevo finetune`` refuses other options
             return f"more steps: internevo train {self.run / CONFIG} data.total_steps={2 * total}"
         return "the same command goes on with more steps (data.total_steps)"
-
-    def _facts(self) -> dict[str, Any]:
-        """Returns what the report says about the run."""
-        decoder, model = self.parts.decoder, self.config.model
-        axes = ", ".join(f"{axis} {size}" for axis, size in _sizes(self.parts.layout).items() if size > 1 and axis != "world")
-        return {
-            **facts(self.world.device),
-            "processes": self.world.size,
-            "layout": axes or "one process",
-            "parameters": decoder.parameters(),
-            "model": f"{decoder.summary()}, {model.num_layers} layers of {model.hidden_size}, {model.dtype}",
-        }
-
-    def _title(self) -> str:
-        config, parts = self.config, self.parts
-        rows = parts.sizes.rows(self.state.cursor.batch)
-        shapes = parameter_shapes(parts.decoder)  # of all stages of a pipeline
-        trained = sum(shape.numel() for name, shape in shapes.items() if ADAPTER_INFIX in name)
-        adapters = f" and {trained:,} in adapters" if parts.decoder.lora else ""
-        return (
-            f"{config.JOB_NAME}: {parts.decoder.summary()}{adapters}, "
-            f"{config.model.dtype}, on {self.world.size} x {self.world.device.type}; {rows} rows of {config.data.seq_len} "
-            f"tokens per step; {self.run}/"
-        )
 
 
 def _prepare_saving(config: Config, world: World) -> None:
@@ -396,7 +369,3 @@ def _due(step: int, every: int, last: bool) -> bool:
 
 def _perplexity(loss: float) -> float:
     return math.exp(min(loss, 700.0))
-
-
-def _sizes(layout: Layout) -> dict[str, int]:
-    return {axis: size for axis, size, _ in layout.describe()}
