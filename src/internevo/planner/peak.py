@@ -46,6 +46,8 @@ class Unit(NamedTuple):
     """Of the weights."""
     gathered: int
     """The same with padding."""
+    experts: int
+    """Of ``gathered``, those of experts apart, which FSDP does not gather before the backward pass of their layer begins."""
     shard: int
     """Of a rank's shard."""
     copied: int
@@ -158,7 +160,7 @@ def _walk(work: Workload, parts: Sequence[Part], moment: Within) -> int:
     most = now = buffer = 0
     units = [part.unit for part in reversed(parts) if part.unit is not None]
     for part in reversed(parts):
-        in_use = e * sum(unit.gathered for unit in units[:2]) * fsdp
+        in_use = e * (sum(unit.gathered for unit in units[:2]) - sum(unit.experts for unit in units[1:2])) * fsdp
         if work.decoder.tie_embeddings and len(units) > 2:  # the weight of both ends is gathered all the time
             in_use += e * units[-1].gathered * fsdp
         backward = moment.kind == BACKWARD
@@ -168,13 +170,13 @@ def _walk(work: Workload, parts: Sequence[Part], moment: Within) -> int:
         if part.unit is not None:
             units.pop(0)
         if part.unit is not None and reduces:
-            now -= part.times * (e * part.unit.gathered * (not fsdp) + full * part.unit.full) + buffer
-            buffer = g * part.unit.gathered
-            most = max(
-                most,
-                now + in_use + buffer + full * part.unit.full,
-                now + in_use + buffer + g * (part.unit.shard + part.unit.copied),
-            )
+            unit = part.unit
+            now -= part.times * (e * unit.gathered * (not fsdp) + full * unit.full) + buffer
+            # FSDP has reduced and freed experts apart before: ``_backward``.
+            apart = unit.experts * fsdp
+            buffer = g * (unit.gathered - apart)
+            reducing = now + in_use - e * apart + buffer
+            most = max(most, reducing + full * (unit.full - apart), reducing + g * (unit.shard + unit.copied))
             now += buffer + part.times * g * (part.unit.shard if first or not fsdp else part.unit.summed)
     return max(most, now)
 
@@ -251,13 +253,13 @@ def _units(work: Workload, weights: Mapping[bool, Sequence[plan.OnRank]]) -> lis
 
 def _unit(work: Workload, shapes: Sequence[tuple[data_axis.Shape, bool]]) -> Unit:
     """``shapes``: those of its parameters, and whether each is of experts that have ranks of their own."""
-    layout, total = work.layout, Unit(0, 0, 0, 0, 0)
+    layout, total = work.layout, Unit(0, 0, 0, 0, 0, 0)
     stage = layout.world // layout.pipeline
     for shape, apart in shapes:
         zero = layout.expert_zero if apart else layout.zero
         shard = (data_axis.expert_shard_size if apart else data_axis.shard_size)(shape, zero)
         replicas = stage // zero // (layout.expert * layout.expert_inner if apart else layout.inner)
-        its = (math.prod(shape), zero * shard, shard, shard * (zero == 1), shard * (replicas > 1))
+        its = (math.prod(shape), zero * shard, zero * shard * apart, shard, shard * (zero == 1), shard * (replicas > 1))
         total = Unit(*map(add, total, its))
     return total
 
@@ -321,6 +323,9 @@ def _backward(work: Workload, kept: KeptActivations, kind: LayerKind, first: boo
     if kind.sparse and decoder.experts is not None:
         rows = e * work.routed_tokens * decoder.experts.top_k * d
         gathered = 0
+    apart = _is_fsdp(work) and kind.sparse and work.layout.experts_apart
+    if apart:
+        after = gradient - mlp + 3 * computed // work.layout.expert_zero
     weights, ended = _gathered(work, kind.sparse, matrix)
     late = again if work.recomputed != "attention" else 0
     moments = [
@@ -330,6 +335,8 @@ def _backward(work: Workload, kept: KeptActivations, kind: LayerKind, first: boo
         late + after + residual + norm + ended,
         again + after + residual + gathered + kernel + ended,
     ]
+    if apart:  # FSDP reduces them in a buffer as soon as they are complete
+        moments.append(late - mlp + residual + 6 * computed)
     if decoder.out_norms:
         moments.append(late + norm)
     if late and kind.sparse:
