@@ -124,7 +124,7 @@ def _check_same(options: Options, saved: dict[str, Any], run: Path) -> None:
 def _prepare(options: Options, run: Path, processes: int) -> None:
     """Tokenizes the data, says what it found, and writes the config. All that may be wrong is checked before."""
     found = HfModel.find({"model": {"from_hf": options.model}})
-    check_overrides(options, found)
+    check_overrides(options, found, processes)
     say(f"model: {describe(found.decoder)}")
     with TemporaryDirectory() as temporary:
         place = _tokenizer_of(options, found, Path(temporary))

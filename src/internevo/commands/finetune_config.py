@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config
+from ..config.check import problems
 from ..config.load import apply_override, validate
 from ..config.write import Code, readable
 from ..data.encoding.encode import OnError
 from ..data.rows import WholeRows
 from ..data.tokenized.index import Index
-from ..errors import UsageError
+from ..errors import ConfigError, UsageError
 from ..models.generate import longest_text
 from ..ops.precision import is_slow
 from ..parallel.world import first_device
 from ..train import recipe
+from ..train.check import check_config
 from ..train.config import HfModel
 from ..train.fit import CHECKPOINT, FSDP, fitted
 from ..train.folder import CONFIG
@@ -51,31 +53,45 @@ class Options:
 
 
 FIXED = (
-    "ckpt.save_ckpt_folder", "ckpt.enable_save_ckpt", "ckpt.auto_resume", "model.from_hf", "data.train_folder", "data.type",
+    "ckpt.save_ckpt_folder", "ckpt.enable_save_ckpt", "ckpt.auto_resume", "ckpt.load_ckpt_info", "ckpt.load_ckpt_folder",
+    "ckpt.load_model_only_folder", "model.from_hf", "model.pretrained", "data.train_folder", "data.type", "data.mixture",
+    "data.tokenizer_path", "data.subset_name",
 )  # fmt: skip
-"""Keys that ``finetune`` decides: with others, it would train something else, or have nothing to export."""
+"""Keys that ``finetune`` decides, with all that is inside them: with other values, it would train something else than its
+arguments say, or have nothing to export."""
+MANY_STEPS = 10**9
+"""Stands for a number of steps that is not known yet, and that no rule finds too small."""
 
 
-def check_overrides(options: Options, found: HfModel) -> None:
-    """Checks the options and overrides, and that a config can describe the model, before anything is written.
+def check_overrides(options: Options, found: HfModel, processes: int) -> None:
+    """Checks the options and overrides, and that a config can describe the model, before anything is written. What depends on
+    the data (the number of steps, and the size of a step) is checked when the config is written.
 
     Raises:
-        ConfigError: if an override is wrong, or contradicts the model's weights.
+        ConfigError: if an override is wrong, or contradicts another key or the model's weights.
         UsageError: if an override is of a key that ``finetune`` decides, or of a whole section.
     """
     values: dict[str, Any] = {
         "model": {"from_hf": found.name, **_lora(options, found)},
-        "data": {"seq_len": options.seq_len or 1, "micro_bsz": 1, "total_steps": 1},
-        "adam": {"lr": options.lr or 0.0},
+        "data": {"seq_len": options.seq_len or recipe.ROW, "micro_bsz": 1, "total_steps": MANY_STEPS},
+        "adam": {"lr": _given_lr(options, found)},
     }
+    if options.tokenizer is not None:
+        values["data"]["tokenizer_path"] = options.tokenizer
     for text in options.overrides:
         key = text.partition("=")[0]
-        if key in FIXED:
+        if any(f"{key}.".startswith(f"{name}.") for name in FIXED):
             raise UsageError(f"{text}: finetune decides this key itself; leave it out")
         apply_override(values, text)
         if "." not in key and isinstance(values[key], dict):
             raise UsageError(f"{text}: give single keys, as in {key}.KEY=VALUE, so that the others of this section stay")
-    found.check(validate(found.fill(values), source="the options"))
+    config = validate(found.fill(values), source="the options")
+    found.check(config)
+    if config.data.total_steps == MANY_STEPS and config.lr_scheduler.total_steps is not None:  # at most as many
+        steps = {"total_steps": config.lr_scheduler.total_steps}
+        config = config.model_copy(update={"data": config.data.model_copy(update=steps)})
+    if wrong := problems(config, processes):
+        raise ConfigError("the options cannot be trained with:\n" + "\n".join(f"  {line}" for line in wrong))
 
 
 def _lora(options: Options, found: HfModel) -> dict[str, Any]:
@@ -85,6 +101,13 @@ def _lora(options: Options, found: HfModel) -> dict[str, Any]:
     attention = [name for name in ("q", "k", "v", "o") if name in found.decoder.projections()]
     targets = (*attention, *(() if found.decoder.experts else ("gate", "up", "down")))
     return {"lora": {"rank": rank, "alpha": 2.0 * rank, "targets": targets}}
+
+
+def _given_lr(options: Options, found: HfModel) -> float:
+    """Returns the highest learning rate, unless ``adam.lr`` is overridden."""
+    if options.lr is not None:
+        return options.lr
+    return recipe.learning_rate(found.decoder.parameters(), options.lora is not None)
 
 
 def _overridden(options: Options, key: str) -> Any:
@@ -132,12 +155,13 @@ class Chosen:
         rows = len(WholeRows(index, seq_len, decoder.vocab_size))
         per_step = _overridden(options, "data.global_batch_size") or recipe.rows_per_step(rows, len(index), seq_len, processes)
         epochs = recipe.epochs(len(index)) if options.epochs is None else options.epochs
+        lr = _overridden(options, "adam.lr")
         return cls(
             options, found, len(index), mean, longest, int((lengths > seq_len).sum()), seq_len, rows,
             1 - index.tokens / (rows * seq_len),
             per_step,
             _overridden(options, "data.total_steps") or max(1, round(epochs * rows / per_step)),
-            recipe.learning_rate(decoder.parameters(), options.lora is not None) if options.lr is None else options.lr,
+            _given_lr(options, found) if lr is None else lr,
         )  # fmt: skip
 
     @property
@@ -154,7 +178,7 @@ class Chosen:
         """Writes RUN/config.py, and yields lines that say what was chosen.
 
         Raises:
-            ConfigError: if the overrides are wrong.
+            ConfigError: if the overrides are wrong, or contradict what was chosen.
         """
         values = self._values(run, tokenizer)
         for text in self.options.overrides:
@@ -165,6 +189,7 @@ class Chosen:
             config, enough = self._fitted(config, values, processes)
             if not enough:
                 yield "note: by the formula, this machine has too little memory; try --lora 16, or a smaller --seq-len"
+        check_config(config, processes)
         beginning = (
             f"Written by internevo finetune {self.options.model} {self.options.data}. To go on by hand:\n"
             f"internevo train {run / CONFIG}"

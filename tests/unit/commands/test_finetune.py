@@ -42,10 +42,11 @@ def overridden(model: Path, *texts: str) -> Options:
 
 def test_keys_that_the_command_decides_are_refused(model: Path) -> None:
     for key in FIXED:
-        with pytest.raises(UsageError, match=f"{key}=x: finetune decides this key itself"):
-            check_overrides(overridden(model, f"{key}=x"), found(model))
+        for inside in ("", ".path", ".0.folder"):
+            with pytest.raises(UsageError, match=f"{key}{inside}=x: finetune decides this key itself"):
+                check_overrides(overridden(model, f"{key}{inside}=x"), found(model), 1)
     with pytest.raises(UsageError, match=r"give single keys, as in ckpt.KEY=VALUE"):
-        check_overrides(overridden(model, "ckpt={'keep_last': 1}"), found(model))
+        check_overrides(overridden(model, "ckpt={'keep_last': 1}"), found(model), 1)
 
 
 @pytest.mark.parametrize(
@@ -53,11 +54,24 @@ def test_keys_that_the_command_decides_are_refused(model: Path) -> None:
     [
         ("data.total_step=3", "total_step"), ("adam.lr=fast", "adam.lr"), ("data.total_steps=0", "data.total_steps"),
         ("model.hidden_size=64", "hidden_size"), ("nothing", "does not have the form key.path=value"),
+        ("lr_scheduler.eta_min=0.5", "lr_scheduler.eta_min = 0.5 is greater than adam.lr"),
+        ("parallel.tensor=3", "parallel.tensor.size"), ("data.global_batch_size=3", "data.global_batch_size = 3"),
     ],
 )  # fmt: skip
 def test_wrong_overrides_are_refused(model: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_overrides(overridden(model, override), found(model))
+        check_overrides(overridden(model, override), found(model), 2)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("adam.lr=1e-7",), ("lr_scheduler.init_steps=5",), ("lr_scheduler.total_steps=9", "lr_scheduler.init_steps=5"),
+        ("parallel.tensor=2",), ("adam.lr=0.5", "lr_scheduler.eta_min=0.4"),
+    ],
+)  # fmt: skip
+def test_what_is_not_known_before_the_data_is_read_refuses_no_override(model: Path, overrides: tuple[str, ...]) -> None:
+    check_overrides(overridden(model, *overrides), found(model), 2)
 
 
 CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
@@ -110,7 +124,8 @@ def test_a_folder_with_files_of_the_user_is_refused(tmp_path: Path, model: Path)
 
 
 @pytest.mark.parametrize(
-    "overrides", [(), ("data.total_steps=5",), ("data.seq_len=100", "data.global_batch_size=3"), ("adam.lr=0.5",)]
+    "overrides",
+    [(), ("data.total_steps=5",), ("data.seq_len=100", "data.global_batch_size=3"), ("adam.lr=0.5",), ("adam.lr=1e-07",)],
 )
 def test_what_it_says_is_what_the_config_has(tmp_path: Path, model: Path, index: Index, overrides: tuple[str, ...]) -> None:
     chosen = Chosen.of(overridden(model, *overrides), found(model), index, 1)
@@ -125,7 +140,7 @@ def test_what_it_says_is_what_the_config_has(tmp_path: Path, model: Path, index:
     for text in overrides:
         assert f"{text.rpartition('.')[2]}," in (tmp_path / "config.py").read_text()
     rates = [learning_rate(step, steps, lr, config.lr_scheduler) for step in range(steps)]
-    assert rates[0] < rates[1] and max(rates) == lr
+    assert rates[0] < rates[1] and max(rates) == lr and config.lr_scheduler.eta_min == lr / 10
 
 
 def test_a_kill_before_the_config_is_written_leaves_what_the_same_command_goes_on_with(
