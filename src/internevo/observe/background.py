@@ -20,8 +20,11 @@ End = Literal["finished", "stopped", "failed"]
 """How a process of a run ends: after the last step; before it, because it was asked to; or with an error."""
 IDS = "trackers.json"
 """File in a run folder: the run's ids in its trackers, with which a resumed run continues them, and what they have got."""
-ELSEWHERE = ("ckpt.", "monitor.", "parallel.", "enable_tb", "JOB_NAME")
-"""Beginnings of config keys that do not change what is tracked."""
+ELSEWHERE = (
+    "ckpt.", "monitor.", "parallel.", "enable_tb", "JOB_NAME", "model.from_hf", "data.train_folder", "data.valid_folder",
+    "data.tokenizer_path",
+)  # fmt: skip
+"""Beginnings of config keys that do not change what is tracked; paths do not, since a run may be taken elsewhere."""
 MOST, PAUSE, RETRY, PATIENCE = 10_000, 5.0, 30.0, 60.0
 """How many entries wait for a tracker; seconds between two writes, each of which takes time of this process; seconds until a
 tracker is tried again after a failure; seconds that the end of a run waits."""
@@ -107,18 +110,21 @@ class Ids:
     earlier checkpoint repeats steps with the same numbers. These are not sent again, unless the config has changed.
     """
 
-    def __init__(self, run: Tracked) -> None:
-        self.path, self.lock = run.folder / IDS, threading.Lock()
+    def __init__(self, run: Tracked, warn: Callable[[str], None] = print) -> None:
+        """``warn`` prints a warning. It is called once, if the file cannot be written."""
+        self.path, self.warn, self.told, self.lock = run.folder / IDS, warn, False, threading.Lock()
         try:
             found = json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             found = None
-        counts = sorted((key, repr(value)) for key, value in run.config.items() if not key.startswith(ELSEWHERE))
-        config = hashlib.sha256(repr(counts).encode()).hexdigest()[:16]
         if not (isinstance(found, dict) and found.get("run") == run.identity):
-            found = {"run": run.identity, "ids": {}}
-        same = found.get("config") == config
-        self.known: dict[str, Any] = {**found, "config": config, "sent": found.get("sent", {}) if same else {}}
+            found = {}
+        ids, sent, config = found.get("ids"), found.get("sent"), _what_counts(run.config)
+        if not isinstance(ids, dict):  # earlier versions wrote the ids next to "run"
+            ids = {name: known for name, known in found.items() if isinstance(known, str) and name not in ("run", "config")}
+        if not isinstance(sent, dict) or found.get("config") != config:
+            sent = {}
+        self.known: dict[str, Any] = {"run": run.identity, "ids": ids, "config": config, "sent": sent}
         self.before: dict[str, dict[str, int]] = {name: dict(steps) for name, steps in self.known["sent"].items()}
         """Tracker -> name of a number -> last step, of earlier processes of the run."""
 
@@ -131,7 +137,7 @@ class Ids:
         """Stores an id."""
         with self.lock:
             self.known["ids"][tracker] = known
-            replace_json(self.path, self.known, indent=1)
+            self._write()
 
     def new(self, tracker: str, entries: Sequence[Entry]) -> list[Entry]:
         """Returns what a tracker has not got from an earlier process of the run."""
@@ -150,7 +156,28 @@ class Ids:
             for entry in entries:
                 for name in (*entry.scalars, *(["samples"] if entry.samples else [])):
                     steps[name] = max(entry.step, steps.get(name, -1))
+            self._write()
+
+    def _write(self) -> None:
+        """Writes the file. If that fails, this process still knows what is in it, and its trackers go on."""
+        try:
             replace_json(self.path, self.known, indent=1)
+        except OSError as error:
+            if not self.told:
+                self.told = True
+                self.warn(
+                    f"{self.path} cannot be written: {error.strerror or error}. The trackers get everything; but if the run is "
+                    "resumed before it can be, they may get some steps again, or begin another run"
+                )
+
+
+def _what_counts(config: dict[str, Any]) -> str:
+    """Returns a hash of the keys that change what is tracked."""
+    counted = {key: value for key, value in config.items() if not key.startswith(ELSEWHERE)}
+    if mixture := config.get("data.mixture"):
+        counted["data.mixture"] = [{**part, "folder": None} for part in mixture]
+    counts = sorted((key, repr(value)) for key, value in counted.items())
+    return hashlib.sha256(repr(counts).encode()).hexdigest()[:16]
 
 
 class Background:

@@ -14,7 +14,7 @@ from .background import PATIENCE, Background, End, Entry, Ids, Tracked, Tracker
 
 def make_trackers(monitor: Monitor, run: Tracked, tensorboard: bool, warn: Callable[[str], None]) -> list[Background]:
     """Makes the trackers of a run (``monitor.trackers``), and TensorBoard's."""
-    ids = Ids(run)
+    ids = Ids(run, warn)
     kinds: dict[str, Callable[[Monitor, Tracked, Ids], Tracker]] = {"wandb": WandB, "mlflow": MLflow, "trackio": Trackio}
     made = [Background(kinds[name](monitor, run, ids), warn, ids) for name in monitor.trackers]
     if tensorboard:

@@ -1,5 +1,6 @@
 """Trackers: what they get; that none delays or ends a run; that a resumed run continues; with real libraries, if installed."""
 
+import errno
 import json
 import sqlite3
 import sys
@@ -7,14 +8,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from internevo.config import Config
+from internevo.config.option import PathText, walk
 from internevo.config.run import Monitor
 from internevo.observe.background import Background, End, Entry, Ids, Tracked
 from internevo.observe.record import StepRecord, ValidRecord
 from internevo.observe.trackers import close_trackers, make_trackers
+from tests.conftest import tiny
 
 RECORD = StepRecord(
     3, 2.0, 1.5, 0.1, 8, 24, 1.0, 1.0, None, 1.0, 0.5, 1, 1, False, 50.0, {"en": 2.5}, moe={"load": [1.0], "max_load": 2.0}
@@ -118,6 +122,42 @@ def test_ids_are_those_of_the_run(tmp_path: Path) -> None:
     assert Ids(run_of(tmp_path, identity="another")).get("wandb") is None
     (tmp_path / "trackers.json").write_text("{")
     assert Ids(run).get("wandb") is None
+
+
+def test_ids_that_an_earlier_version_has_written_are_read(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    (tmp_path / "trackers.json").write_text(json.dumps({"run": run.identity, "wandb": "a"}))
+    ids = Ids(run)
+    ids.keep("mlflow", "b")
+    assert ids.get("wandb") == Ids(run).get("wandb") == "a" and Ids(run).get("mlflow") == "b" and ids.get("run") is None
+
+
+def test_a_full_disk_makes_no_tracker_get_anything_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("internevo.observe.background.replace_json", full)
+    said = list[str]()
+    tracker, ids = Fake(), Ids(run_of(tmp_path), said.append)
+    tracker.start = lambda: ids.keep("fake", "a")  # type: ignore[method-assign]
+    _, of_tracker = given(tracker, range(50), ids=ids, retry=0.001, pause=0.001)
+    assert tracker.got == list(range(50)) and tracker.calls == ["finished"] and of_tracker == []
+    assert len(said) == 1 and said[0].startswith(f"{tmp_path / 'trackers.json'} cannot be written: No space left on device")
+
+
+def is_path(field: Any) -> bool:
+    return any(part == PathText for part in (field.annotation, *get_args(field.annotation))) or any(
+        part in field.metadata for part in PathText.__metadata__
+    )
+
+
+def test_a_run_that_is_taken_elsewhere_sends_no_step_again(tmp_path: Path) -> None:
+    keys = {key for key, field, *_ in walk(Config.model_validate(tiny())) if is_path(field)}
+    assert {"data.train_folder", "data.valid_folder", "data.tokenizer_path", "model.from_hf"} <= keys
+    places = [{**dict.fromkeys(keys, at), "data.mixture": [{"folder": at, "weight": 1.0}]} for at in ("/here", "/there")]
+    assert len(resumed(tmp_path, range(1, 3), **places[0])) == 5
+    assert resumed(tmp_path, range(2, 3), **places[1]) == []
+    assert resumed(tmp_path, range(2, 3), **places[1] | {"data.mixture": [{"folder": "/there", "weight": 2.0}]}) != []
 
 
 def resumed(folder: Path, steps: range, **config: object) -> list[Entry]:
