@@ -5,9 +5,10 @@ The layout: https://huggingface.co/docs/datasets/repository_structure
 
 from __future__ import annotations
 
+import glob
 import re
 from collections import Counter
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from ...config.hub import may_be_on_hub
 from ...errors import DataError, UsageError
@@ -34,9 +35,10 @@ def dataset_files(name: str, subset: str | None, split: str, trained_on: bool = 
         trained_on: whether the same dataset is trained on, so that another split needs files of its own.
 
     Raises:
-        UsageError: if there is no such folder, and no such dataset on the hub.
+        UsageError: if there is no such folder, and no such dataset on the hub; or ``subset`` is outside of it.
         DataError: if there are no such files, or files of several kinds (see ``inputs.SUFFIXES``).
     """
+    subset = _inside(subset)
     root = download(name, "dataset", _patterns(subset)) if may_be_on_hub(name) else Path(name)
     if not root.exists():
         raise UsageError(f"{name} does not exist, and is no name of a dataset on the Hugging Face Hub (owner/name)")
@@ -66,10 +68,18 @@ def dataset_files(name: str, subset: str | None, split: str, trained_on: bool = 
     return (root if root.is_dir() else root.parent), chosen
 
 
+def _inside(subset: str | None) -> str | None:
+    """Returns the folder of a subset in the one form that the hub's files have; None for the whole dataset."""
+    path = PurePosixPath(subset or ".")
+    if path.is_absolute() or ".." in path.parts:
+        raise UsageError(f"the subset {subset!r} is not a folder inside the dataset (see data.subset_name)")
+    return None if path == PurePosixPath(".") else path.as_posix()
+
+
 def _patterns(subset: str | None) -> tuple[str, ...]:
     """Returns patterns of the files that can be read; a dataset may also have images, archives and weights."""
-    suffixes = [suffix for kind in SUFFIXES.values() for suffix in kind]
-    return tuple(f"{subset}/*{s}{end}" if subset else f"*{s}{end}" for s in suffixes for end in ("", *COMPRESSED))
+    suffixes, folder = [suffix for kind in SUFFIXES.values() for suffix in kind], f"{glob.escape(subset)}/" if subset else ""
+    return tuple(f"{folder}*{s}{end}" for s in suffixes for end in ("", *COMPRESSED))
 
 
 def _split(path: str) -> str | None:

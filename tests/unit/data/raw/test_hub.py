@@ -102,6 +102,31 @@ def test_a_name_that_is_not_a_folder_is_downloaded_from_the_hub(tmp_path: Path, 
         chosen("no/such/folder", "train")
 
 
+@pytest.mark.parametrize("subset", ["en/", "./en", "en//", "a/./b", "[x]", "w*", ".", "", "a b", "?"])
+def test_a_subset_is_downloaded_however_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, subset: str) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    wanted = (Path(subset) / "train.jsonl").as_posix()
+    others = ["x/train.jsonl", "wide/train.jsonl", "e/train.jsonl"]
+
+    def download(name: str, allow_patterns: list[str], **rest: object) -> str:
+        files = hub.utils.filter_repo_objects([wanted, *others, "photo.jpg"], allow_patterns=allow_patterns)
+        return str(write_files(tmp_path / "cache", *files))
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    home, files = dataset_files("some/thing", subset, "train")
+    found = [path.relative_to(tmp_path / "cache").as_posix() for _, path in files]
+    assert sorted(found) == sorted([wanted] if Path(subset) != Path() else [wanted, *others])
+    assert home == tmp_path / "cache" / subset
+
+
+@pytest.mark.parametrize("subset", ["..", "en/../..", "/etc", "../other"])
+def test_a_subset_outside_of_the_dataset_is_refused(tmp_path: Path, subset: str) -> None:
+    write_files(tmp_path, "other/train.jsonl", "thing/train.jsonl")
+    for name in (str(tmp_path / "thing"), "some/thing"):
+        with pytest.raises(UsageError, match="is not a folder inside the dataset"):
+            dataset_files(name, subset, "train")
+
+
 def test_the_data_section_is_checked_before_anything_is_read(tmp_path: Path) -> None:
     (tmp_path / "tokenizer").mkdir()
     stream = {"data__type": "streaming", "data__tokenizer_path": str(tmp_path / "tokenizer")}
