@@ -6,7 +6,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w.-]+)?", re.ASCII)
+NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w-][\w.-]*(/[\w-][\w.-]*)*)?", re.ASCII)
+"""A revision may have slashes, as the branches feature/x and refs/pr/3 do."""
 FILES = (
     ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".gz", ".zst", ".bin", ".safetensors", ".model",
     ".tiktoken", ".py", ".yaml", ".yml", ".toml",
@@ -22,3 +23,9 @@ def may_be_on_hub(name: str | None) -> bool:
     if name is None or NAME.fullmatch(name) is None or name.endswith(FILES):
         return False
     return not Path(name).exists() and not Path(name.split("/")[0]).exists()
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """Splits owner/name@revision, the name of something on the hub, into owner/name and the revision."""
+    repository, _, revision = name.partition("@")
+    return repository, revision or None

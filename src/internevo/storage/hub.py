@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from ..config.hub import may_be_on_hub
+from ..config.hub import may_be_on_hub, split_revision
 from ..errors import UsageError
 
 Kind = Literal["model", "dataset"]
@@ -64,12 +64,10 @@ def download(name: str, kind: Kind, patterns: tuple[str, ...] | None = None) -> 
             f"{name} is not a path here; if it is a {kind} on the Hugging Face Hub, install the library that downloads it: "
             "pip install huggingface_hub"
         ) from error
-    repository, _, revision = name.partition("@")
+    repository, revision = split_revision(name)
     chosen = None if patterns is None else list(patterns)
     try:
-        return Path(
-            huggingface_hub.snapshot_download(repository, repo_type=kind, revision=revision or None, allow_patterns=chosen)
-        )
+        return Path(huggingface_hub.snapshot_download(repository, repo_type=kind, revision=revision, allow_patterns=chosen))
     except Exception as error:  # the library raises errors of several other libraries
         tried = f"{name} is not a path here, and the {kind} {name} cannot be had from {_address()}"
         raise UsageError(f"{tried}: {_why(error)}") from error

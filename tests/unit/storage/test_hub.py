@@ -111,11 +111,13 @@ def test_models_are_downloaded_once_and_every_failure_says_what_to_do(tmp_path: 
         (tmp_path / "hub" / name).mkdir(parents=True)
         for file in names:
             (tmp_path / "hub" / name / file).write_text(f"{name}/{file}")
-    new, old, empty, missing, gated, pinned, gone = ask(
+    new, old, empty, missing, gated, pinned, gone, proposed = ask(
         tmp_path, address, ("some/new", True), ("some/old", True), ("some/empty", True), ("some/missing", True),
-        ("some/gated", True), ("some/new@v1.0", True), ("some/new@gone", True), HF_TOKEN="secret",
+        ("some/gated", True), ("some/new@v1.0", True), ("some/new@gone", True), ("some/new@refs/pr/3", False),
+        HF_TOKEN="secret",
     )  # fmt: skip
     assert pinned == new and any("/some/new/revision/v1.0" in path for path, _ in handler.asked)
+    assert "config.json" in proposed and any("/some/new/revision/refs%2Fpr%2F3" in path for path, _ in handler.asked)
     assert "the model some/new@gone cannot be had" in gone and "it has no such revision (what comes after @)" in gone
     assert new == ["config.json", "model.safetensors", "tokenizer.json"] and old == ["config.json", "pytorch_model.bin"]
     assert empty == "the model some/empty has no weights on the hub (model*.safetensors or pytorch_model*.bin)"
@@ -138,6 +140,8 @@ def test_models_are_downloaded_once_and_every_failure_says_what_to_do(tmp_path: 
 @pytest.mark.parametrize(
     ("name", "is_one"),
     [
+        ("a/b@feature/x", True), ("a/b@refs/pr/3", True), ("a/b@v1.0", True), ("a/b@", False), ("a/b@x/", False),
+        ("a/b@../x", False), ("a/b/c@x", False), ("models/llama@feature/x", False),
         ("HuggingFaceTB/SmolLM2-135M", True), ("a/b.c_d-e", True), ("models/llama", False), ("runs", False), ("./a/b", False),
         ("../a/b", False), ("/a/b", False), ("~/b", False), ("a/b/c", False), ("a/", False), ("data/train.jsonl", False),
         ("a/tokenizer.json", False), ("a b/c", False), ("", False), (None, False), ("http://x", False), ("\u00e9/b", False),

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...config.hub import may_be_on_hub, split_revision
 from ...errors import UsageError
 from ...storage.header import Spec
 from ...storage.jsonfile import read_object, write_json
@@ -50,7 +51,8 @@ def write_peft(
     """Writes the adapters of a model.
 
     Args:
-        base: name or folder of the model that the adapters belong to, for ``adapter_config.json``.
+        base: folder of the model that the adapters belong to, or its name on the hub (owner/name, or owner/name@revision),
+            for ``adapter_config.json``.
         dtype: dtype on disk. None: each adapter keeps its own.
         overwrite: adapters that this program has written to ``folder`` before may be replaced.
         progress: called with (bytes written, bytes in all).
@@ -116,10 +118,12 @@ def _joined(source: ParameterSource, mappings: list[RowMapping], lora: Lora, sha
 def _config(modules: dict[str, list[RowMapping]], lora: Lora, base: str | None) -> dict[str, Any]:
     alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
     joined = {disk.rpartition(".")[2]: len(_parts(mappings)) for disk, mappings in modules.items()}
+    name, revision = split_revision(base) if base and may_be_on_hub(base) else (base, None)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": name,
+        "revision": revision,
         "r": lora.rank,
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
