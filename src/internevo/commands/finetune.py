@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +24,7 @@ from ..data.raw.hub import dataset_files
 from ..data.rows import tokens_and_labels
 from ..data.tokenized.describe import decoded
 from ..data.tokenized.index import Index, open_index
-from ..errors import DataError, UsageError
+from ..errors import DataError, InternEvoError, UsageError
 from ..models.huggingface.tokenizer import copy_tokenizer, has_tokenizer
 from ..observe.metrics import usable_rows
 from ..ops.precision import DTYPES
@@ -69,14 +70,14 @@ def finetune(options: Options, run: Path, processes: int | None) -> int:
         raise UsageError(f"--chat-template {options.chat_template} is not a file")
     if read_launcher(os.environ).address is not None:
         raise UsageError("finetune starts its processes itself: run it once, without torchrun or srun, with --nproc N")
-    processes = processes or default_processes()
-    if (run / FINETUNE).is_file():
+    processes, begun = processes or default_processes(), _begun(run)
+    if begun is not None:
         with _locked(run):
-            _check_same(options, read_object(run / FINETUNE), run)
-    else:
+            _check_same(options, begun, run)
+    elif not _is_locked_only(run):
         check_target(run, advice="give another --output")
     if not (run / CONFIG).is_file():
-        _prepare(options, run, processes)
+        _prepare(options, run, processes, begun)
     else:
         say(f"going on with {run}")
     total = load_config(run / CONFIG).data.total_steps
@@ -99,6 +100,16 @@ def _locked(run: Path) -> FileLock:
     return FileLock.acquire(run / LOCK, say=print)
 
 
+def _begun(run: Path) -> dict[str, Any] | None:
+    """Returns what ``finetune.json`` says of the command that has begun in this folder; None if none has."""
+    return read_object(run / FINETUNE) if (run / FINETUNE).is_file() else None
+
+
+def _is_locked_only(run: Path) -> bool:
+    """Whether a command has begun here, and was killed before it wrote anything."""
+    return run.is_dir() and os.listdir(run) == [LOCK]
+
+
 def _last_step(run: Path) -> int:
     """Returns the step of the newest checkpoint; 0 without one."""
     checkpoints = complete_checkpoints(run)
@@ -113,7 +124,7 @@ def _check_same(options: Options, saved: dict[str, Any], run: Path) -> None:
         raise UsageError(f"{run} was begun with {'; '.join(changed)}: give the same options to go on, or another --output")
     if changed:
         say(f"{run} was begun with {'; '.join(changed)}, and has saved nothing: beginning again")
-        for old in (run / CONFIG, run / DATA):
+        for old in (run / CONFIG, run / DATA, run / TOKENIZER):
             if old.exists():
                 say(f"what was there is now {set_aside(old)}")
 
@@ -121,29 +132,38 @@ def _check_same(options: Options, saved: dict[str, Any], run: Path) -> None:
 # Data ----------------------------------------------------------------------------------------------------------------
 
 
-def _prepare(options: Options, run: Path, processes: int) -> None:
-    """Tokenizes the data, says what it found, and writes the config. All that may be wrong is checked before."""
+def _prepare(options: Options, run: Path, processes: int, begun: dict[str, Any] | None) -> None:
+    """Tokenizes the data, says what it found, and writes the config. All that may be wrong is checked before.
+
+    Args:
+        begun: what ``finetune.json`` said when this command looked at the folder.
+
+    Raises:
+        UsageError: if something cannot be used, or another command has begun in the folder since.
+    """
     found = HfModel.find({"model": {"from_hf": options.model}})
     check_overrides(options, found, processes)
     say(f"model: {describe(found.decoder)}")
-    with TemporaryDirectory() as temporary:
-        place = _tokenizer_of(options, found, Path(temporary))
-        tokenizer = load_tokenizer(place)
-        if not tokenizer.fits(found.decoder.vocab_size):
-            raise UsageError(
-                f"the tokenizer {place} has {tokenizer.vocab_size:,} entries, and the model {found.decoder.vocab_size:,}"
-            )
+    place = _tokenizer_of(options, found)
+    tokenizer = load_tokenizer(place)
+    if not tokenizer.fits(found.decoder.vocab_size):
+        raise UsageError(
+            f"the tokenizer {place} has {tokenizer.vocab_size:,} entries, and the model {found.decoder.vocab_size:,}"
+        )
+    with _with_template(place, options.chat_template) as folder:
+        tokenizer = tokenizer if folder == place else load_tokenizer(folder)
         raw = RawData.read(dataset_files(options.data, options.subset, "train")[1])
         name = _format(options, raw, has_template(tokenizer))
         say(f"data: {options.data}: {_count(raw)}, read as {_meaning(name, raw)}")
         _check_beginning(name, raw, options, tokenizer)
-
-        run.mkdir(parents=True, exist_ok=True)
+    run.mkdir(parents=True, exist_ok=True)
+    with _locked(run):
+        if _begun(run) != begun or (run / CONFIG).is_file():
+            raise UsageError(f"another command has begun in {run} meanwhile: wait until it has ended, or give another --output")
         replace_json(run / FINETUNE, asdict(options), indent=1)
         if options.chat_template is not None:
-            copy_tokenizer(place, run / TOKENIZER)
+            _copy_with_template(place, Path(options.chat_template), run / TOKENIZER)
             place = run / TOKENIZER
-    with _locked(run):
         _tokenize(options, run, raw, name, place)
         train_data = open_index(run / DATA / "train")
         _describe(train_data, load_tokenizer(place))
@@ -151,19 +171,40 @@ def _prepare(options: Options, run: Path, processes: int) -> None:
             say(line)
 
 
-def _tokenizer_of(options: Options, found: HfModel, folder: Path) -> Path:
-    """Returns the tokenizer. With another chat template it is a copy, in ``folder``."""
+def _tokenizer_of(options: Options, found: HfModel) -> Path:
+    """Returns the tokenizer's path."""
     if options.tokenizer is not None:
-        place = model_folder(options.tokenizer, weights=False)
-    elif has_tokenizer(found.folder):
-        place = found.folder.resolve()
-    else:
-        raise UsageError(f"{found.name} has no tokenizer; copy its files there, or give --tokenizer PATH")
-    if options.chat_template is None:
-        return place
-    copy_tokenizer(place, folder)
-    (folder / TEMPLATE).write_text(Path(options.chat_template).read_text(encoding="utf-8"), encoding="utf-8")
-    return folder
+        return model_folder(options.tokenizer, weights=False)
+    if has_tokenizer(found.folder):
+        return found.folder.resolve()
+    raise UsageError(f"{found.name} has no tokenizer; copy its files there, or give --tokenizer PATH")
+
+
+def _copy_with_template(tokenizer: Path, template: Path, folder: Path) -> None:
+    """Copies a tokenizer to a folder, with another chat template."""
+    try:
+        text = template.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--chat-template {template} cannot be read: {error}") from error
+    if not text.strip():
+        raise UsageError(f"--chat-template {template} is empty")
+    copy_tokenizer(tokenizer, folder)
+    (folder / TEMPLATE).write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _with_template(tokenizer: Path, template: str | None) -> Iterator[Path]:
+    """Gives a tokenizer's path: with another chat template, that of a temporary copy. Errors name the template in its place."""
+    if template is None:
+        yield tokenizer
+        return
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "tokenizer"
+        _copy_with_template(tokenizer, Path(template), folder)
+        try:
+            yield folder
+        except InternEvoError as error:
+            raise type(error)(str(error).replace(str(folder), template)) from error
 
 
 def _format(options: Options, raw: RawData, templated: bool) -> FormatName:

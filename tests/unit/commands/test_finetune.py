@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from internevo.commands.finetune_config import FIXED, Chosen, Options, check_ove
 from internevo.data.encoding.tokenize import tokenize
 from internevo.data.tokenized.index import Index, open_index
 from internevo.errors import ConfigError, InternEvoError, UsageError
+from internevo.storage.lock import FileLock
 from internevo.train.config import HfModel, load_config
 from internevo.train.lr_schedule import learning_rate
 from tests.e2e.test_finetune import write_chat_model, write_chats
@@ -164,6 +166,53 @@ def test_a_kill_before_the_config_is_written_leaves_what_the_same_command_goes_o
     config = load_config(out / "config.py")
     assert config.data.tokenizer_path == str(out / "tokenizer")
     assert (out / "tokenizer" / "chat_template.jinja").read_text() == template.read_text()
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_a_folder_in_which_another_command_has_begun_meanwhile_stays_as_it_is(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, running: bool
+) -> None:
+    chats, out, locks = write_chats(tmp_path / "chats.jsonl", 20), tmp_path / "out", list[FileLock]()
+
+    def other(*arguments: object) -> None:
+        out.mkdir()
+        (out / "finetune.json").write_text("{}")
+        locks.extend([FileLock.acquire(out / "internevo.lock", print)] if running else [])
+
+    monkeypatch.setattr(command, "_check_beginning", other)
+    said = "is in use by process" if running else "another command has begun in"
+    with pytest.raises(UsageError, match=said):
+        command.finetune(Options(str(model), str(chats)), out, 1)
+    assert (out / "finetune.json").read_text() == "{}" and set(os.listdir(out)) == {"finetune.json", "internevo.lock"}
+    for lock in locks:
+        lock.release()
+
+
+def test_beginning_again_with_another_tokenizer_leaves_nothing_of_the_first(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chats, out = write_chats(tmp_path / "chats.jsonl", 20), tmp_path / "out"
+    other, template = Path(shutil.copytree(model, tmp_path / "other")), tmp_path / "mine.jinja"
+    (other / "added_tokens.json").write_text("{}")
+    template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}")
+    monkeypatch.setattr(command, "train", lambda *arguments: 7)
+    out.mkdir()
+    (out / "internevo.lock").touch()  # of a command that was killed before it wrote anything else
+    for tokenizer in (other, model):
+        options = Options(str(model), str(chats), tokenizer=str(tokenizer), chat_template=str(template))
+        assert command.finetune(options, out, 1) == 7
+    assert (out / "tokenizer.1" / "added_tokens.json").is_file() and not (out / "tokenizer" / "added_tokens.json").exists()
+    assert (out / "tokenizer" / "chat_template.jinja").read_text() == template.read_text()
+
+
+@pytest.mark.parametrize(("text", "said"), [(b" ", "is empty"), (b"{% if", "cannot be read"), (b"\xff", "cannot be read")])
+def test_what_is_wrong_with_a_chat_template_names_its_file(tmp_path: Path, model: Path, text: bytes, said: str) -> None:
+    chats, template = write_chats(tmp_path / "chats.jsonl", 3), tmp_path / "mine.jinja"
+    template.write_bytes(text)
+    options = Options(str(model), str(chats), chat_template=str(template), format="chat")
+    with pytest.raises(UsageError, match=said) as error:
+        command.finetune(options, tmp_path / "out", 1)
+    assert "mine.jinja" in str(error.value) and "tmp/tmp" not in str(error.value) and not (tmp_path / "out").exists()
 
 
 def test_data_without_a_chat_template_is_refused_with_the_way_out(tmp_path: Path, model: Path) -> None:
