@@ -222,15 +222,19 @@ SPLITS: dict[tuple[str, ...], str] = {
     (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", DIGITS): "deepseek-coder",
 }
 """The regular expressions that split a text, one after the other -> llama.cpp's name of them."""
-WITHOUT_IGNORED_MERGES = {"llama-bpe": "smaug-bpe"}
-"""Another name of the same, for tokenizers that merge also words that are tokens."""
+IGNORES_MERGES = ("llama-bpe", "tekken")
+"""The names with which llama.cpp takes a word that is a token as it is (``ignore_merges``). With all others it merges its
+bytes, whatever the tokenizer's file says (src/llama-vocab.cpp)."""
+MERGES = {"llama-bpe": "smaug-bpe"}
+"""Another name of the same way to split texts, with which llama.cpp merges."""
 
 
 def _byte_level(writer: Any, values: dict[str, Any], tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
     """Adds a tokenizer of byte-level BPE.
 
     Raises:
-        UsageError: if it is of another kind, or has a way to split texts that llama.cpp has no name for.
+        UsageError: if it is of another kind, or has a way to split texts that llama.cpp has no name for, or finds the token of
+            a word in another way.
     """
     model, normalizers = values["model"], [part["type"] for part in _parts(values.get("normalizer"))]
     parts, path = _parts(values.get("pre_tokenizer")), tokenizer.path
@@ -239,14 +243,43 @@ def _byte_level(writer: Any, values: dict[str, Any], tokenizer: Tokenizer, vocab
     name = SPLITS.get(tuple(_split(part, path) for part in parts if part["type"] != "ByteLevel" or part.get("use_regex", True)))
     if name is None or set(normalizers) - {"NFC"} or any(part.get("add_prefix_space") for part in parts):
         raise UsageError(f"{path} splits texts in a way that llama.cpp has no name for ({normalizers or ''}{parts})")
-    if not model.get("ignore_merges"):
-        name = WITHOUT_IGNORED_MERGES.get(name, name)
+    assert isinstance(tokenizer.backend, TokenizersBackend)
+    ignores = bool(model.get("ignore_merges"))
+    name = name if ignores else MERGES.get(name, name)
+    if ignores != (name in IGNORES_MERGES) and (word := _word_that_merges_change(tokenizer.backend.fast, model)):
+        ways = f"{'takes' if ignores else 'merges'} it, and llama.cpp {'merges' if ignores else 'takes'} it"
+        raise UsageError(
+            f"{path}: the token {word!r} is a word that its merges do not make. This tokenizer {ways} (ignore_merges, which "
+            f"llama.cpp decides by the name {name!r} of how texts are split): a GGUF file cannot have it"
+        )
     for text, number in model["vocab"].items():
         vocabulary.put(number, text, NORMAL)
-    assert isinstance(tokenizer.backend, TokenizersBackend)
     vocabulary.put_added(_added(tokenizer.backend))
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(name)
+
+
+def _word_that_merges_change(fast: Any, model: dict[str, Any]) -> str | None:
+    """Returns a token that is a whole word, and that the merges do not make of its bytes.
+
+    None: there is none, so it makes no difference whether words that are tokens are merged.
+
+    Args:
+        fast: the library's tokenizer.
+        model: the part of its file that has the tokens and the merges.
+    """
+    from tokenizers import decoders, models
+
+    merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
+    merging, characters = models.BPE(vocab=model["vocab"], merges=merges), decoders.ByteLevel()
+    added = {token.content for token in fast.get_added_tokens_decoder().values()}
+    for token in model["vocab"]:
+        if token in added or [piece.value for piece in merging.tokenize(token)] == [token]:
+            continue
+        word = characters.decode([token])
+        if [piece for piece, _ in fast.pre_tokenizer.pre_tokenize_str(word)] == [token]:
+            return str(word)
+    return None
 
 
 def _parts(values: dict[str, Any] | None) -> list[dict[str, Any]]:

@@ -17,8 +17,8 @@ from tokenizers.models import Unigram
 from transformers import AutoTokenizer
 
 from internevo.errors import UsageError
-from internevo.models.huggingface.gguf_tokenizer import write_tokenizer
-from internevo.text.tiktokens import CL100K_PATTERN
+from internevo.models.huggingface.gguf_tokenizer import TEKKEN, write_tokenizer
+from internevo.text.tiktokens import CL100K_PATTERN, O200K_PATTERN
 from internevo.text.tokenizer import load_tokenizer, train_bpe
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "über", "den", "faulen", "Hund", "def", "return", "2026"]
@@ -194,3 +194,40 @@ def test_byte_level_bpe_has_the_name_of_how_it_splits_texts(tmp_path: Path, word
     assert fields["tokens"][fields["eos_token_id"]] == "<|endoftext|>"
     assert fields["add_bos_token"] is False, "llama.cpp would put a token in front that the tokenizer does not have"
     assert fields["tokenizer.chat_template" if "tokenizer.chat_template" in fields else "chat_template"] == "{{ messages }}"
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "ignores"),
+    [
+        (BYTE_LEVEL, "gpt-2", False), (split(QWEN), "qwen2", False), (split(O200K_PATTERN), "gpt-4o", False),
+        (split(TEKKEN), "tekken", True), (split(CL100K), "llama-bpe", None),
+        (pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), BYTE_LEVEL]), "smollm", False),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("ignore_merges", [True, False])
+def test_a_word_has_the_token_that_llama_cpp_gives_it(
+    tmp_path: Path, words: Any, name: str, ignores: bool | None, ignore_merges: bool
+) -> None:
+    """With some names llama.cpp looks for a whole word among the tokens, and with others it merges its bytes."""
+    fast = Fast.from_file(str(train_bpe(TEXTS, 400, tmp_path)))
+    fast.pre_tokenizer = words
+    values = json.loads(fast.to_str())
+    values["model"]["ignore_merges"] = ignore_merges
+
+    def read() -> str:
+        (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+        return str(written(tmp_path, 410, tmp_path)["pre"])
+
+    same = ignores in (None, ignore_merges)
+    assert read() == (name if ignores is not None or ignore_merges else "smaug-bpe")  # the merges make all tokens
+    size = len(values["model"]["vocab"])
+    values["model"]["vocab"] |= {"a\u0120b": size, "\u00c3": values["model"]["vocab"]["\u00c3"]}  # no word, and half of one
+    read()
+    values["model"]["vocab"]["Zebra"] = size + 1
+    if same:
+        read()
+    else:
+        with pytest.raises(UsageError, match="the token 'Zebra' is a word that its merges do not make"):
+            read()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    assert (load_tokenizer(tmp_path).encode("Zebra") == [size + 1]) == ignore_merges
