@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from ..config import Config
+from ..errors import InternEvoError
 from ..models.families.registry import decoder_config
 from ..parallel import plan
 from ..parallel.layout import Layout
@@ -22,10 +23,18 @@ USED = 0.7
 
 
 def free_memory(device: torch.device, processes: int) -> int:
-    """Returns the bytes that a process may use: those that are free on its GPU, or its share of this machine's memory."""
+    """Returns the bytes that a process may use: those that are free on its GPU, or its share of this machine's memory.
+
+    Raises:
+        InternEvoError: if the GPU cannot be used.
+    """
     if device.type == "cuda":  # in a process of its own, since whoever asks has memory on the GPU until it ends
         command = [sys.executable, "-c", f"import torch; print(torch.cuda.mem_get_info({device.index or 0})[0])"]
-        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            raise InternEvoError(f"the free memory of {device} cannot be read: {reason}")
+        return int(done.stdout)
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     meminfo, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
     if meminfo.is_file():

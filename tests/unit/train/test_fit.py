@@ -7,6 +7,7 @@ import torch
 
 from internevo.config import Config
 from internevo.config.load import validate
+from internevo.errors import InternEvoError
 from internevo.train import fit
 from internevo.train.fit import USED, fitted, free_memory, needed_memory
 from tests.conftest import tiny
@@ -42,6 +43,11 @@ def test_one_process_and_adapters_shard_nothing(monkeypatch: pytest.MonkeyPatch)
     for config, processes in ((config_of(), 1), (adapters, 2)):
         assert choose(config, processes, 1, monkeypatch) == (1, True, False, False)
     assert needed_memory(adapters, 1, "cpu") < needed_memory(config_of(), 1, "cpu")
+
+
+def test_a_gpu_that_cannot_be_used_says_why() -> None:
+    with pytest.raises(InternEvoError, match=r"the free memory of cuda:99 cannot be read: \w+.*: .*(CUDA|device)"):
+        free_memory(torch.device("cuda", 99), 1)
 
 
 def test_free_memory_is_shared_by_the_processes() -> None:
