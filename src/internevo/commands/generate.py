@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -85,7 +86,23 @@ def complete_file(
             texts = _complete(model, [encoded[place] for place in places], options, seeds)
             _write(file, [{**rows[place][1], "text": text} for place, text in zip(places, texts, strict=True)])
     if output is not None and partial is not None:
-        partial.rename(output)
+        _finish(partial, output)
+
+
+def _finish(partial: Path, output: Path) -> None:
+    """Gives a complete output its name, unless a file has appeared there meanwhile.
+
+    Raises:
+        UsageError: if one has.
+    """
+    try:
+        os.link(partial, output)  # unlike a rename, it replaces nothing
+    except OSError as error:
+        if os.path.lexists(output):
+            raise UsageError(f"{output} is there already: it has appeared meanwhile. The texts are in {partial}") from error
+        partial.rename(output)  # a file system without links
+    else:
+        partial.unlink()
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """``internevo generate``: what does not fit the model is refused by name, and only what the tokenizer knows is generated."""
 
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -207,6 +209,32 @@ def test_an_output_is_there_when_it_is_complete_and_nothing_is_overwritten(
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="file/out.jsonl.partial cannot be written"):
         complete_file(folder, None, tmp_path / "p.txt", tmp_path / "file" / "out.jsonl", 2, Options(2, GREEDY))
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_an_output_that_appears_meanwhile_is_not_replaced(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    (tmp_path / "p.txt").write_text("the cat\n")
+    out, real = tmp_path / "out.jsonl", TextModel.stream
+
+    def refused(*arguments: object) -> None:
+        raise PermissionError(errno.EPERM, "no links on this disk")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refused)
+    complete_file(folder, None, tmp_path / "p.txt", out, 2, Options(2, GREEDY))
+    rows = out.read_text()
+    out.unlink()
+
+    def meanwhile(*arguments: Any) -> Any:
+        out.write_text("mine")
+        return real(*arguments)
+
+    monkeypatch.setattr(TextModel, "stream", meanwhile)
+    with pytest.raises(UsageError, match=r"out.jsonl is there already.*The texts are in .*out.jsonl.partial"):
+        complete_file(folder, None, tmp_path / "p.txt", out, 2, Options(2, GREEDY))
+    assert out.read_text() == "mine" and (tmp_path / "out.jsonl.partial").read_text() == rows
 
 
 def test_a_text_ends_at_all_end_tokens_of_the_model(tmp_path: Path, folder: Path) -> None:
