@@ -1,4 +1,8 @@
-"""The command line. Each command parses its arguments and calls ``commands/``. PyTorch is imported only where it is needed."""
+"""The command line. Each command parses its arguments and calls ``commands/``. PyTorch is imported only where it is needed.
+
+The commands for configs, runs and checkpoints are here; ``commands/cli_data.py`` has those that read raw data, and
+``commands/cli_models.py`` those that use a model.
+"""
 
 from __future__ import annotations
 

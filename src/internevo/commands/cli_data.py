@@ -1,4 +1,4 @@
-"""The command line of ``tokenize`` and ``finetune``. (That of most others is in ``cli.py``.)"""
+"""The command line of the commands that read raw data: ``tokenize`` and ``finetune``."""
 
 from __future__ import annotations
 

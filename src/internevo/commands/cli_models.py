@@ -1,4 +1,4 @@
-"""The command line of ``generate``, ``chat`` and ``evaluate``, which use a model. (That of most others is in ``cli.py``.)"""
+"""The command line of the commands that use a model: ``generate``, ``chat`` and ``evaluate``."""
 
 from __future__ import annotations
 
@@ -97,7 +97,8 @@ def evaluate(
         typer.Option(parser=parse_input, metavar="FOLDER", help="Tokenized data, on whose documents the loss is computed."),
     ] = None,
     tasks: Annotated[
-        str | None, typer.Option(metavar="NAMES", help="Tasks of lm-eval (a package to install), separated by commas.")
+        str | None,
+        typer.Option(metavar="NAMES", help="Tasks of lm-eval (the extra eval of this package), separated by commas."),
     ] = None,
     task_folder: Annotated[
         Path | None, typer.Option(parser=parse_input, metavar="FOLDER", help="Folder with task files of your own.")

@@ -43,19 +43,21 @@ def check_writable(path: Path) -> None:
     check_own(path, f"# {MARK}", "a config that internevo plan has written")
 
 
-def check_own(path: Path, beginning: str, what: str) -> None:
+def check_own(path: Path, beginning: str, what: str, chosen: bool = True) -> None:
     """Checks that a file does not exist, or begins with what a command of this program writes.
 
     Args:
         what: what this program writes to it, for the message.
+        chosen: whether the user has chosen the name, and may choose another.
 
     Raises:
         UsageError: if it is something else, or cannot be written.
     """
+    other = "choose another name" if chosen else ""
     if os.path.lexists(path) and not (path.is_file() and os.access(path, os.R_OK) and _begins(path, beginning)):
-        raise UsageError(f"{path} exists and is not {what}, so it is not replaced: rename it, or choose another name")
+        raise UsageError(f"{path} exists and is not {what}, so it is not replaced: rename it{other and f', or {other}'}")
     if reason := obstacle(path.parent) or (path.exists() and not os.access(path, os.W_OK) and f"{path} cannot be written to"):
-        raise UsageError(f"{path} cannot be written, because {reason}: choose another name")
+        raise UsageError(f"{path} cannot be written, because {reason}{other and f': {other}'}")
 
 
 def _begins(path: Path, beginning: str) -> bool:

@@ -67,7 +67,7 @@ def write_comparison(runs: Sequence[Path], path: Path) -> Path:
 def _write(path: Path, title: str, body: str, drawn: Sequence[dict[str, Any]], runs: Sequence[RunData]) -> Path:
     from plotly.offline import get_plotlyjs
 
-    check_own(path, HEAD, "a report of internevo")
+    check_own(path, HEAD, "a report of internevo", chosen=len(runs) > 1)
     values = to_json({"figures": drawn, "axes": [axes(run) for run in runs]}).replace("<", "\\u003c")
     page = (
         f"{HEAD}{html.escape(title)}</title>"

@@ -26,6 +26,10 @@ def mark_dynamic(tensor: Tensor, dim: int) -> None:
 
 
 def runs_uncompiled() -> bool:
-    """Whether ``torch.compile`` would have no effect, or would not be worth it: in ``running_uncompiled``."""
+    """Whether ``torch.compile`` has no effect, or is not worth it.
+
+    Before anything has imported the compiler: if no gradients are computed (``torch.is_grad_enabled``). After that: in
+    ``running_uncompiled``, wherever it was entered; ``torch.compiler`` sets this stance and has no function that tells it.
+    """
     dynamo = sys.modules.get("torch._dynamo.eval_frame")
     return not torch.is_grad_enabled() if dynamo is None else dynamo._stance.stance == "force_eager"

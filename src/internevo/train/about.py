@@ -11,7 +11,7 @@ from ..parallel.layout import Layout
 from .parts import Parts
 
 
-def sizes(layout: Layout) -> dict[str, int]:
+def axis_sizes(layout: Layout) -> dict[str, int]:
     """Returns axis -> number of ranks."""
     return {axis: size for axis, size, _ in layout.describe()}
 
@@ -19,7 +19,7 @@ def sizes(layout: Layout) -> dict[str, int]:
 def facts_of(parts: Parts) -> dict[str, Any]:
     """Returns what the report says about a run."""
     decoder, model, world = parts.decoder, parts.config.model, parts.world
-    axes = ", ".join(f"{axis} {size}" for axis, size in sizes(parts.layout).items() if size > 1 and axis != "world")
+    axes = ", ".join(f"{axis} {size}" for axis, size in axis_sizes(parts.layout).items() if size > 1 and axis != "world")
     return {
         **facts(world.device),
         "processes": world.size,

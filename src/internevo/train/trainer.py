@@ -35,7 +35,7 @@ from ..parallel.world import World
 from ..storage.lock import FileLock
 from ..storage.naming import naming
 from ..text.tokenizer import Tokenizer
-from .about import facts_of, sizes, title
+from .about import axis_sizes, facts_of, title
 from .folder import CONFIG, FINETUNE
 from .lr_schedule import beta2, learning_rate
 from .parts import Parts
@@ -71,7 +71,7 @@ class Trainer:
         self.exporter = Exporter(self.run, COMPUTE[config.model.dtype], log.warning)
         after = self.exporter if config.ckpt.enable_internevo2hf_ckpt else lambda folder: None
         group, identity = gloo.new_group(), self.state.run
-        self.saver = Saver(self.run, config.ckpt, world.rank, sizes(self.parts.layout), group, after, identity)
+        self.saver = Saver(self.run, config.ckpt, world.rank, axis_sizes(self.parts.layout), group, after, identity)
         watchdog.before_end = self.saver.finish
         self.garbage = GarbageCollector()
         self.saved_step = self.state.step

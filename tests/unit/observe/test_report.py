@@ -58,6 +58,8 @@ def test_the_current_folder_has_a_name(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_page_that_is_no_report_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
     (tmp_path / "report.html").write_text("<html>mine</html>")
-    with pytest.raises(UsageError, match=r"report\.html exists and is not a report"):
+    with pytest.raises(
+        UsageError, match=r"report\.html exists and is not a report of internevo, so it is not replaced: rename it$"
+    ):
         write_report(tmp_path)
     assert (tmp_path / "report.html").read_text() == "<html>mine</html>"

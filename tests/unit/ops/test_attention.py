@@ -1,6 +1,9 @@
 """Compares attention with its definition: windows, ALiBi, capped scores; packed documents, whole rows, and with a cache."""
 
 import itertools
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 import torch
@@ -56,5 +59,15 @@ def test_nothing_is_to_be_compiled_while_text_is_generated() -> None:
     with torch.no_grad():
         assert not runs_uncompiled(), "an evaluation of compiled layers"
     with running_uncompiled():
-        assert runs_uncompiled()
+        with suppress(KeyError), running_uncompiled():
+            raise KeyError
+        assert runs_uncompiled() and ThreadPoolExecutor(1).submit(runs_uncompiled).result(), "backward passes have threads"
     assert not runs_uncompiled() and torch._dynamo is not None
+
+
+def test_before_the_compiler_is_imported_only_training_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch._dynamo.eval_frame", raising=False)
+    assert not runs_uncompiled()
+    with torch.no_grad():
+        assert runs_uncompiled()
+    assert not runs_uncompiled()

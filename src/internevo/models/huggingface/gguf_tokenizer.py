@@ -270,7 +270,7 @@ def _word_that_merges_change(fast: Any, model: dict[str, Any]) -> str | None:
     """
     from tokenizers import decoders, models
 
-    merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
+    merges = [(left, right) for left, right in (p.split(" ") if isinstance(p, str) else p for p in model["merges"])]
     merging, characters = models.BPE(vocab=model["vocab"], merges=merges), decoders.ByteLevel()
     added = {token.content for token in fast.get_added_tokens_decoder().values()}
     for token in model["vocab"]:

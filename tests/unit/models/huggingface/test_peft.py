@@ -64,7 +64,7 @@ def test_the_library_loads_adapters_and_they_are_read_back(tmp_path: Path, name:
     base, model = adapted(*CASES[name])
     theirs = save_base(base, tmp_path / "base")
     write_peft(ModelInMemory(model.config, model), tmp_path / "adapter", base="a/b@refs/pr/3")
-    theirs_of_it = PeftConfig.from_pretrained(tmp_path / "adapter")
+    theirs_of_it = PeftConfig.from_pretrained(str(tmp_path / "adapter"))
     assert (theirs_of_it.base_model_name_or_path, theirs_of_it.revision) == ("a/b", "refs/pr/3")
     tokens = torch.randint(0, 97, (2, 9))
     assert (theirs(tokens).logits - base(tokens)).abs().max() < 1e-4
