@@ -32,7 +32,7 @@ from ..models.source import ModelInMemory, ParameterSource, most_common_dtype
 from ..ops.precision import COMPUTE
 from ..parallel import plan
 from ..parallel.data_axis import Weights
-from ..parallel.launcher import LauncherInfo, read_launcher
+from ..parallel.launcher import PARENT, LauncherInfo, read_launcher
 from ..parallel.layout import Layout
 from ..parallel.schedule import Schedule
 from ..parallel.world import World, join
@@ -48,7 +48,7 @@ LONGEST_ROW = 4096
 ROW_TOKENS = 8192
 """Number of tokens that go through the model at once on each rank, if the user does not say how many rows."""
 COMPARED_FILES, COMPARED, COMPARED_IDS = 5, 20, 200
-"""Number of files, of documents in each, and of ids at their beginnings, whose text is compared between two tokenizers."""
+"""Number of files, of documents in each, and of ids at their beginnings, that are compared between two tokenizers."""
 OVERRIDABLE = ("parallel", "model.dtype", "hybrid_zero_optimizer")
 """What overrides may change: how the model is computed, and not what it is."""
 
@@ -166,6 +166,7 @@ def evaluate(
     asked = Asked.checked(
         model, data, tasks=tasks, task_folder=task_folder, tokenizer=tokenizer, seq_len=seq_len, stride=stride,
         batch_size=batch_size, limit=limit, config=config, overrides=overrides, world_size=info.size,
+        compares=PARENT not in os.environ,
     )  # fmt: skip
     size, source, own = asked.seq_len, asked.source, asked.own_tokenizer
     result = Evaluation("model in memory" if isinstance(model, Decoder) else str(model), notes=asked.notes)
@@ -216,8 +217,13 @@ class Asked:
         config: Config | None,
         overrides: Sequence[str],
         world_size: int,
+        compares: bool = True,
     ) -> Asked:
-        """Checks the arguments of ``evaluate``, which also says what is raised."""
+        """Checks the arguments of ``evaluate``, which also says what is raised.
+
+        Args:
+            compares: compare the tokenizers of data and model; the process that starts the ranks has done it before them.
+        """
         source = ModelInMemory(model.config, model) if isinstance(model, Decoder) else open_source(Path(model))
         size = seq_len or default_length(source.config)
         _check(data, tasks, stride, size, limit)
@@ -235,16 +241,17 @@ class Asked:
         if data is not None:
             list_files(Path(data))
             if given is None:
-                found, notes = tokenizer_of_data(Path(data), source.tokenizer)
+                found, notes = tokenizer_of_data(Path(data), source.tokenizer, compares)
             check_ids(Path(data), source.config.vocab_size, "of the model: the data was tokenized with another tokenizer")
         return cls(source, chosen, size, rows, own, found, tuple(notes))
 
 
-def tokenizer_of_data(data: Path, model: Path | None) -> tuple[Tokenizer | None, list[str]]:
+def tokenizer_of_data(data: Path, model: Path | None, compares: bool = True) -> tuple[Tokenizer | None, list[str]]:
     """Finds the tokenizer that tokenized data was made with: next to the data, or where it was then, or else the model's.
 
     Args:
         model: the model's tokenizer.
+        compares: read the beginning of the data to see whether the model's tokenizer is another one.
 
     Returns:
         The tokenizer, if there is one that can be opened; and notes for the user.
@@ -252,16 +259,18 @@ def tokenizer_of_data(data: Path, model: Path | None) -> tuple[Tokenizer | None,
     Raises:
         DataError: if the model's tokenizer is another one, by which the ids of the data are other texts.
     """
+    origin = find_origin(data)
+    theirs = find_tokenizer(data, above=True)
+    if theirs is None and origin is not None and not origin.problem():
+        theirs = origin.load()
+    if theirs is not None and not compares:
+        return theirs, []
     try:
         own = None if model is None else load_tokenizer(model)
     except UsageError as error:
         own, reason = None, f"the model's tokenizer cannot be opened: {error}"
     else:
         reason = "there is no tokenizer (--tokenizer PATH)"
-    origin = find_origin(data)
-    theirs = find_tokenizer(data, above=True)
-    if theirs is None and origin is not None and not origin.problem():
-        theirs = origin.load()
     if theirs is not None and own is not None and (example := _difference(data, theirs, own)):
         raise DataError(
             f"{data} was tokenized with {theirs.path}, and {own.path} is the model's tokenizer: {example}. Tokenize the text "
@@ -276,15 +285,23 @@ def tokenizer_of_data(data: Path, model: Path | None) -> tuple[Tokenizer | None,
 
 
 def _difference(data: Path, theirs: Tokenizer, own: Tokenizer) -> str:
-    """Says which document of the data is another text by another tokenizer; empty if none of the first ones is."""
+    """Says which document of the data is another text by another tokenizer; empty if none of the first ones is.
+
+    Special and added tokens are left out: two forms of the same tokenizer need not have the same ones. They may also differ in
+    spaces around tokens when they decode, so another text counts only if it is encoded otherwise, too.
+    """
     home = data if data.is_dir() else data.parent
+    added = theirs.apart | own.apart
     for name, *_ in list_files(data)[:COMPARED_FILES]:
         file = TokenFile.open(home / name)
         for document in range(min(len(file.meta), COMPARED)):
             ids = tokens_and_labels(file.read(document))[0][:COMPARED_IDS].tolist()
-            texts = [tokenizer.decode([id_ for id_ in ids if id_ < tokenizer.vocab_size]) for tokenizer in (theirs, own)]
-            if texts[0] != texts[1]:
-                begins = f"begins with {texts[0][:30]!r} by the one, and {texts[1][:30]!r} by the other"
+            plain = [id_ for id_ in ids if id_ not in added]
+            text, other = (
+                tokenizer.decode([id_ for id_ in plain if id_ < tokenizer.vocab_size]) for tokenizer in (theirs, own)
+            )
+            if text != other and theirs.encode(text) != own.encode(text):
+                begins = f"begins with {text[:30]!r} by the one, and {other[:30]!r} by the other"
                 return f"document {document} of {file.path} {begins}"
     return ""
 
