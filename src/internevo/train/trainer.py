@@ -326,8 +326,11 @@ def _prepare_saving(config: Config, world: World) -> None:
     if config.ckpt.enable_internevo2hf_ckpt:
         check_export(decoder_config(config.model_type, config.model), config.data.tokenizer_path)
     if world.rank == 0:
-        remove_leftovers(config.run_folder)
-        keep_tokenizer(config.run_folder, config.data.tokenizer_path)
+        try:  # no step needs this, and the other ranks wait
+            remove_leftovers(config.run_folder)
+            keep_tokenizer(config.run_folder, config.data.tokenizer_path)
+        except (OSError, InternEvoError) as error:
+            log.warning(f"the run folder keeps no copy of the tokenizer (data.tokenizer_path), and training goes on: {error}")
     dist.barrier()  # after it, all ranks find the same checkpoints
 
 
