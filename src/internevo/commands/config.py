@@ -15,8 +15,8 @@ from ..config.schema import Config
 from ..errors import ConfigError
 from ..models.families.registry import decoder_config
 from ..train.check import check_data, missing_features, problems
-from ..train.config import load_config
-from ..train.resume import resumes
+from ..train.config import load_config, with_tokenizer
+from ..train.resume import Recorded
 from .printing import wrapped
 
 if TYPE_CHECKING:  # these import PyTorch, which takes seconds and is only needed for a layout
@@ -43,9 +43,12 @@ def show(path: Path, overrides: list[str], world_size: int | None, per_node: int
     config = load_config(path, overrides)
     for line in notices(config):
         print(f"note: {line}", file=sys.stderr)
-    for line in [*missing_paths(config, new=not resumes(config)), *missing_features(config)]:
+    record = Recorded.of(config)
+    kept = record.tokenizer(config.data.tokenizer_path) if record and config.data.tokenizer_path else None
+    opened = with_tokenizer(config, str(kept)) if kept else config
+    for line in [*missing_paths(opened, new=record is None), *missing_features(config)]:
         print(f"warning: {line}", file=sys.stderr)
-    wrong = problems(config, world_size or smallest_world(config))
+    wrong = problems(opened, world_size or smallest_world(config))
     if wrong:
         raise ConfigError("the config cannot be trained:\n" + "\n".join(f"  {line}" for line in wrong))
     check_data(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 from ..errors import UsageError
@@ -11,6 +12,7 @@ from ..parallel.launcher import PARENT, read_launcher
 from ..train import run
 from ..train.check import check, check_config
 from ..train.config import load_config, local_tokenizer
+from ..train.resume import Recorded
 from .launch import default_processes, launch
 
 
@@ -35,8 +37,9 @@ def train(path: Path, overrides: list[str], processes: int | None, port: int | N
             from ..train.folder import INHERITED, acquire
             from ..train.start import check_start
 
-            config = local_tokenizer(config)
-            check(config, processes)
+            record = Recorded.of(config)
+            opened = local_tokenizer(config, record, partial(print, file=sys.stderr))
+            check(opened, processes, new=record is None)
             run.print_notices(config)
             with acquire(config) as lock:
                 check_start(config)

@@ -68,7 +68,7 @@ def missing_paths(config: Config, new: bool = True) -> list[str]:
     paths = {
         "data.train_folder": None if data.mixture or (stream and may_be_on_hub(train)) else train,
         "data.valid_folder": valid if data.valid_every and not (stream and may_be_on_hub(valid)) else None,
-        "data.tokenizer_path": data.tokenizer_path if config.monitor.needs_tokenizer or data.streams else None,
+        "data.tokenizer_path": data.tokenizer_path if _needs_tokenizer(config) else None,
         "ckpt.load_ckpt_info.path": None if not info or not new or (info.is_hf and may_be_on_hub(info.path)) else info.path,
         "monitor.task_folder": config.monitor.task_folder,
     }
@@ -80,6 +80,11 @@ def missing_paths(config: Config, new: bool = True) -> list[str]:
         for key, path in paths.items()
         if path and not Path(path).exists() and not (key.endswith("folder") and Path(f"{path}.bin").exists())
     ]
+
+
+def _needs_tokenizer(config: Config) -> bool:
+    """Whether the run opens ``data.tokenizer_path``, and it is not a name on the hub."""
+    return bool(config.monitor.needs_tokenizer or config.data.streams) and not may_be_on_hub(config.data.tokenizer_path)
 
 
 def _data(config: Config, world: int) -> Iterator[str]:

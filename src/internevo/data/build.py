@@ -147,9 +147,14 @@ def checked_tokenizer(path: str, vocab_size: int) -> Tokenizer:
 
 
 def _is_trained_on(data: Data, name: str) -> bool:
-    """Whether the training data is read from the same folder."""
-    folders = [part.folder for part in data.mixture or ()] or [data.folders[0]]
-    return any(folder and (folder == name or Path(folder).resolve() == Path(name).resolve()) for folder in folders)
+    """Whether the training data is read from the same folder. Two subsets of one dataset have no file in common."""
+    sources = [_part_data(data, part) for part in data.mixture or ()] or [data]
+    return any(
+        Path(folder).resolve() == Path(name).resolve()
+        and (source.subset_name == data.subset_name or not source.subset_name or not data.subset_name)
+        for source in sources
+        if (folder := source.folders[0])
+    )
 
 
 def _stream(

@@ -142,6 +142,10 @@ class SentencePieceBackend:
         """Returns the size of the vocabulary, with or without added tokens: the largest id plus 1."""
         return max([self.model.get_piece_size(), *(token.id + 1 for token in self.added.values() if added)])
 
+    def added_ids(self) -> set[int]:
+        """Returns the ids of the added tokens, and of the model's control pieces, which no text has."""
+        return {*self.names, *(number for number in range(self.model.get_piece_size()) if self.model.is_control(number))}
+
     def bos_eos(self) -> dict[str, str | None]:
         """Returns the tokens that begin and end a text, "bos_token" and "eos_token", as the model itself names them."""
         ids = {"bos_token": self.model.bos_id(), "eos_token": self.model.eos_id()}

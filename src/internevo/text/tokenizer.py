@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,6 +43,9 @@ class Backend(Protocol):
 
     def size(self, added: bool = True) -> int:
         """Returns the size of the vocabulary, with or without added tokens: every such id is below it."""
+
+    def added_ids(self) -> set[int]:
+        """Returns the ids of added tokens, special ones among them."""
 
     def token_id(self, token: str) -> int | None:
         """Returns the id of a token, or None if there is no such token."""
@@ -82,6 +86,11 @@ class Tokenizer:
         return [] if self.eos_id is None else [self.eos_id]
 
     @property
+    def apart(self) -> set[int]:
+        """The ids of special and added tokens, which are no piece of a plain text."""
+        return {*self.backend.added_ids(), *self.bos, *self.eos}
+
+    @cached_property
     def vocab_size(self) -> int:
         """The size of the vocabulary. Every id is below it."""
         return self.backend.size()
@@ -92,8 +101,7 @@ class Tokenizer:
         Only ids of added tokens may be outside (a text model's tokenizer may have a token for images, as Gemma 3's), and not
         those that begin and end a document. A text with such a token is refused where it is read.
         """
-        needed = [self.backend.size(added=False) - 1, *self.bos, *self.eos]
-        return self.vocab_size <= vocab_size or max(needed) < vocab_size
+        return self.vocab_size <= vocab_size or max(self.backend.size(added=False) - 1, *self.bos, *self.eos) < vocab_size
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text, without the tokens that begin and end a document."""
@@ -145,8 +153,11 @@ class TokenizersBackend:
         return self.fast.decode(ids, skip_special_tokens=False)
 
     def size(self, added: bool = True) -> int:
-        apart = set() if added else set(self.fast.get_added_tokens_decoder())
+        apart = set() if added else self.added_ids()
         return max(set(self.fast.get_vocab().values()) - apart, default=-1) + 1  # ids may have gaps
+
+    def added_ids(self) -> set[int]:
+        return set(self.fast.get_added_tokens_decoder())
 
     def token_id(self, token: str) -> int | None:
         return self.fast.token_to_id(token)
@@ -180,8 +191,11 @@ class _TransformersBackend:
         return self.tokenizer.decode(ids)
 
     def size(self, added: bool = True) -> int:
-        apart = set() if added else set(self.tokenizer.get_added_vocab().values())
+        apart = set() if added else self.added_ids()
         return max(set(self.tokenizer.get_vocab().values()) - apart, default=-1) + 1  # ids may have gaps
+
+    def added_ids(self) -> set[int]:
+        return {*self.tokenizer.get_added_vocab().values(), *self.tokenizer.all_special_ids}
 
     def token_id(self, token: str) -> int | None:
         return self.tokenizer.get_vocab().get(token)

@@ -15,19 +15,22 @@ from ..config.data import STREAMS
 from ..data.tokenized.vocabulary import check_ids, find_tokenizer, open_tokenizer
 from ..errors import ConfigError, NotAvailableYet, UsageError
 from ..models.families import registry
-from ..text.tokenizer import Tokenizer
-from .resume import resumes
+from ..text.tokenizer import Tokenizer, load_tokenizer
+from .resume import Recorded
 
 
-def check(config: Config, world_size: int) -> None:
+def check(config: Config, world_size: int, new: bool | None = None) -> None:
     """Checks that ``config`` can be trained on ``world_size`` processes.
+
+    Args:
+        new: whether it is a new run; None: if its folder has no checkpoint.
 
     Raises:
         ConfigError: with all problems that were found.
         NotAvailableYet: if the config is right, but needs a feature that this version does not have.
         DataError: if the tokenized data has ids outside the model's vocabulary, or cannot be read.
     """
-    missing = rules.missing_paths(config, new=not resumes(config))
+    missing = rules.missing_paths(config, new=Recorded.of(config) is None if new is None else new)
     if config.enable_tb and find_spec("tensorboard") is None:
         missing.append("enable_tb = True needs the package tensorboard: pip install tensorboard, or set enable_tb = False")
     missing += [
@@ -76,8 +79,10 @@ def _vocabulary_problems(config: Config) -> Iterator[str]:
     found: dict[str, Tokenizer] = {}
     path = config.data.tokenizer_path
     try:
-        if path and (tokenizer := open_tokenizer(Path(path))) is not None:
+        whole = config.monitor.sample_prompts and path and Path(path).exists()
+        if path and (tokenizer := load_tokenizer(path) if whole else open_tokenizer(Path(path))) is not None:
             found[f"data.tokenizer_path = {path!r}"] = tokenizer
+            yield from _prompt_problems(config, tokenizer)
         for key, folder in _tokenized_folders(config).items():
             if (tokenizer := find_tokenizer(folder)) is not None:
                 found[f"the tokenizer ({tokenizer.path}) of {key}"] = tokenizer
@@ -88,6 +93,17 @@ def _vocabulary_problems(config: Config) -> Iterator[str]:
             yield (
                 f"model.vocab_size = {config.model.vocab_size} is smaller than the vocabulary of {what}, which has "
                 f"{tokenizer.vocab_size} entries"
+            )
+
+
+def _prompt_problems(config: Config, tokenizer: Tokenizer) -> Iterator[str]:
+    """Yields a line for each prompt with a token that the model does not have."""
+    vocab = config.model.vocab_size
+    for prompt in config.monitor.sample_prompts:
+        if (largest := max(tokenizer.with_bos(prompt))) >= vocab:
+            yield (
+                f"monitor.sample_prompts: {prompt!r} has the token {tokenizer.decode([largest])!r} (id {largest}), which is "
+                f"outside the vocabulary of {vocab} (model.vocab_size)"
             )
 
 

@@ -6,10 +6,12 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from ..config.hub import may_be_on_hub
 from ..config.load import read_values, validate
@@ -25,7 +27,7 @@ from ..models.families.registry import decoder_config, decoder_from_hf, family
 from ..models.huggingface.tokenizer import has_tokenizer
 from ..storage.hub import model_folder
 from .compare import compare_models, differences
-from .resume import Recorded
+from .resume import TOKENIZER, Recorded
 
 OTHER_NAMES = {
     "intermediate_size": ("mlp_ratio", "multiple_of"),
@@ -47,24 +49,20 @@ def load_config(path: str | Path | dict[str, Any], overrides: list[str] | tuple[
     """Reads a config file (.py, .yaml, .yml, .toml or .json), applies ``key.path=value`` overrides, fills in what
     ``model.from_hf`` has, and validates the result.
 
-    If the run has a checkpoint, it is filled in from there: neither the model nor its tokenizer needs to be here any more.
+    If the run has a checkpoint, and the model is no folder here any more, it is filled in from there. The tokenizer need not be
+    here either (see ``local_tokenizer``).
 
     Raises:
         ConfigError: if the config has mistakes; one line for each. Also if a key contradicts the weights of ``model.from_hf``.
         UsageError: if ``model.from_hf`` is not a model that can be read.
     """
     values = read_values(path, overrides)
-    record, model, found = Recorded.find(values), values.get("model"), None
+    model, found = values.get("model"), None
     if isinstance(model, dict) and isinstance(model.get("from_hf"), str):
-        known = resolved_keys(values, record)
-        found = HfModel.find(values) if known is None else None
-        values = found.fill(values) if found is not None else {**values, **(known or {})}
+        found, values = _filled(values)
     config = validate(values, source="the config" if isinstance(path, dict) else str(path))
     if found is not None:
         found.check(config)
-    path_of_tokenizer = config.data.tokenizer_path
-    if record is not None and path_of_tokenizer and (copy := record.tokenizer(path_of_tokenizer)):
-        config = with_tokenizer(config, copy)
     return config
 
 
@@ -73,13 +71,21 @@ def with_tokenizer(config: Config, path: str) -> Config:
     return config.model_copy(update={"data": config.data.model_copy(update={"tokenizer_path": path})})
 
 
-def local_tokenizer(config: Config) -> Config:
-    """Returns a config whose ``data.tokenizer_path`` is a path: a tokenizer on the hub is downloaded.
+def local_tokenizer(config: Config, record: Recorded | None, say: Callable[[str], None] = lambda line: None) -> Config:
+    """Returns a config whose ``data.tokenizer_path`` can be opened. What the config itself says is recorded, and not this.
+
+    It is the run's own copy, if the tokenizer is not here or on the hub; and that of a new run is downloaded from there.
+
+    Args:
+        record: what the run goes on from.
+        say: is called with a line if a tokenizer that the run does not need cannot be downloaded.
 
     Raises:
-        UsageError: if it cannot be downloaded, and the run needs it. If it is only kept with the checkpoints, they get none.
+        UsageError: if it cannot be downloaded, and the run needs it.
     """
     path = config.data.tokenizer_path
+    if path and record is not None and (copy := record.tokenizer(path)):
+        return with_tokenizer(config, str(copy))
     if not path or not may_be_on_hub(path):
         return config
     try:
@@ -87,32 +93,63 @@ def local_tokenizer(config: Config) -> Config:
     except UsageError as error:
         if config.data.streams or config.monitor.needs_tokenizer:
             raise
-        print(f"note: the checkpoints get no tokenizer (data.tokenizer_path): {error}", file=sys.stderr)
+        kept = config.run_folder / TOKENIZER
+        get = f"get that in {kept}" if kept.is_dir() else "get no tokenizer"
+        say(f"note: the checkpoints {get} (data.tokenizer_path): {error}")
         return config
 
 
-def resolved_keys(values: dict[str, Any], record: Recorded | None) -> dict[str, Any] | None:
-    """Returns the sections of a config with what ``model.from_hf`` would fill in, if that is known without the model: from the
-    checkpoint that the run goes on from; or because the config is the resolved one of a run, and the model isn't here.
+def _filled(values: dict[str, Any]) -> tuple[HfModel | None, dict[str, Any]]:
+    """Returns what ``model.from_hf`` names, and the values of a config with what that has.
 
-    Otherwise returns None.
+    The model is not read, and is None, if the run goes on from a checkpoint and the model is no folder here, or lacks its
+    weights: then the checkpoint has the values. Nor if it isn't here and the config is the resolved one of a run.
     """
-    model = values["model"]
-    whole = Model.model_fields.keys() <= model.keys()
+    model, record = values["model"], Recorded.find(values)
+    here = Path(model["from_hf"]).expanduser().exists()
     if record is None or (record.values.get("model") or {}).get("from_hf") != model["from_hf"]:
-        here = Path(model["from_hf"]).expanduser().exists()
-        return {} if whole and not here else None
-    known, given = record.values["model"], _given(values)
-    stated = decoder_config(record.values["model_type"], Model.model_validate(known)).settings()
+        if Model.model_fields.keys() <= model.keys() and not here:
+            return None, values
+        found = HfModel.find(values)
+        return found, found.fill(values)
+    try:
+        read = HfModel.find(values) if here else None
+    except UsageError:
+        read = None
+    if read is None:
+        return None, {**values, **_recorded_keys(values, record)}
+    return read, _with_recorded(read.fill(values), record, "data", "tokenizer_path")
+
+
+def _recorded_keys(values: dict[str, Any], record: Recorded) -> dict[str, Any]:
+    """Returns the sections of a config with what ``model.from_hf`` would fill in, from the checkpoint that it goes on from.
+
+    Raises:
+        ConfigError: if another version wrote the checkpoint, and this one does not have its keys.
+    """
+    model, known, given = values["model"], record.values["model"], _given(values)
+    try:
+        stated = decoder_config(record.values["model_type"], Model.model_validate(known)).settings()
+    except (KeyError, ValidationError) as error:
+        wrong = [".".join(map(str, e["loc"])) for e in error.errors()] if isinstance(error, ValidationError) else [str(error)]
+        raise ConfigError(
+            f"{record.checkpoint / 'config.json'} is of another version, whose keys this one does not have (model: "
+            f"{', '.join(wrong)}). So model.from_hf = {model['from_hf']!r} must be here: copy it there, or give its folder"
+        ) from error
     shape = {key.removeprefix("model.") for key in stated} | MORE_KEYS
     own = {key for key in shape & known.keys() if not given & {key, *OTHER_NAMES.get(key, ())}}
     filled: dict[str, Any] = {"model": {**{key: known[key] for key in own}, **model}}
     filled["model_type"] = values.get("model_type") or record.values["model_type"]
     for section, key in (("data", "tokenizer_path"), ("ckpt", "load_ckpt_info")):
-        own = values.get(section, {})
-        if isinstance(own, dict):
-            filled[section] = {key: (record.values.get(section) or {}).get(key), **own}
+        if section in (more := _with_recorded(values, record, section, key)):
+            filled[section] = more[section]
     return filled
+
+
+def _with_recorded(values: dict[str, Any], record: Recorded, section: str, key: str) -> dict[str, Any]:
+    """Returns the values of a config with a key of the checkpoint, if it is not set."""
+    own = values.get(section, {})
+    return {**values, section: {key: (record.values.get(section) or {}).get(key), **own}} if isinstance(own, dict) else values
 
 
 def _given(values: dict[str, Any]) -> frozenset[str]:

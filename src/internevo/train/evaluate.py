@@ -16,11 +16,9 @@ from ..checkpoint.open import open_source
 from ..config import Config, validate
 from ..config.load import apply_override
 from ..data.batches import valid_batches
-from ..data.rows import tokens_and_labels
-from ..data.tokenized.files import TokenFile
 from ..data.tokenized.index import Index, list_files, open_index
-from ..data.tokenized.origin import find_origin
-from ..data.tokenized.vocabulary import check_ids, find_tokenizer
+from ..data.tokenized.made_with import tokenizer_of_data
+from ..data.tokenized.vocabulary import check_ids
 from ..data.windows import WholeDocuments, choose_documents, predicted_bytes
 from ..errors import DataError, UsageError
 from ..inference.tasks import TASK_ROWS, check_tasks, requests_of, run_tasks
@@ -32,11 +30,11 @@ from ..models.source import ModelInMemory, ParameterSource, most_common_dtype
 from ..ops.precision import COMPUTE
 from ..parallel import plan
 from ..parallel.data_axis import Weights
-from ..parallel.launcher import LauncherInfo, read_launcher
+from ..parallel.launcher import PARENT, LauncherInfo, read_launcher
 from ..parallel.layout import Layout
 from ..parallel.schedule import Schedule
 from ..parallel.world import World, join
-from ..text.tokenizer import Tokenizer, load_tokenizer, tokenizer_fingerprint
+from ..text.tokenizer import Tokenizer, load_tokenizer
 from .check import check_config
 from .process import prepare
 from .restore import read_shards
@@ -47,8 +45,6 @@ LONGEST_ROW = 4096
 """Length of a row, if neither the model's positions nor the user say another one, in tokens."""
 ROW_TOKENS = 8192
 """Number of tokens that go through the model at once on each rank, if the user does not say how many rows."""
-COMPARED_FILES, COMPARED, COMPARED_IDS = 5, 20, 200
-"""Number of files, of documents in each, and of ids at their beginnings, whose text is compared between two tokenizers."""
 OVERRIDABLE = ("parallel", "model.dtype", "hybrid_zero_optimizer")
 """What overrides may change: how the model is computed, and not what it is."""
 
@@ -166,6 +162,7 @@ def evaluate(
     asked = Asked.checked(
         model, data, tasks=tasks, task_folder=task_folder, tokenizer=tokenizer, seq_len=seq_len, stride=stride,
         batch_size=batch_size, limit=limit, config=config, overrides=overrides, world_size=info.size,
+        compares=PARENT not in os.environ,
     )  # fmt: skip
     size, source, own = asked.seq_len, asked.source, asked.own_tokenizer
     result = Evaluation("model in memory" if isinstance(model, Decoder) else str(model), notes=asked.notes)
@@ -216,8 +213,13 @@ class Asked:
         config: Config | None,
         overrides: Sequence[str],
         world_size: int,
+        compares: bool = True,
     ) -> Asked:
-        """Checks the arguments of ``evaluate``, which also says what is raised."""
+        """Checks the arguments of ``evaluate``, which also says what is raised.
+
+        Args:
+            compares: compare the tokenizers of data and model; the process that starts the ranks has done it before them.
+        """
         source = ModelInMemory(model.config, model) if isinstance(model, Decoder) else open_source(Path(model))
         size = seq_len or default_length(source.config)
         _check(data, tasks, stride, size, limit)
@@ -235,58 +237,9 @@ class Asked:
         if data is not None:
             list_files(Path(data))
             if given is None:
-                found, notes = tokenizer_of_data(Path(data), source.tokenizer)
+                found, notes = tokenizer_of_data(Path(data), source.tokenizer, compares)
             check_ids(Path(data), source.config.vocab_size, "of the model: the data was tokenized with another tokenizer")
         return cls(source, chosen, size, rows, own, found, tuple(notes))
-
-
-def tokenizer_of_data(data: Path, model: Path | None) -> tuple[Tokenizer | None, list[str]]:
-    """Finds the tokenizer that tokenized data was made with: next to the data, or where it was then, or else the model's.
-
-    Args:
-        model: the model's tokenizer.
-
-    Returns:
-        The tokenizer, if there is one that can be opened; and notes for the user.
-
-    Raises:
-        DataError: if the model's tokenizer is another one, by which the ids of the data are other texts.
-    """
-    try:
-        own = None if model is None else load_tokenizer(model)
-    except UsageError as error:
-        own, reason = None, f"the model's tokenizer cannot be opened: {error}"
-    else:
-        reason = "there is no tokenizer (--tokenizer PATH)"
-    origin = find_origin(data)
-    theirs = find_tokenizer(data, above=True)
-    if theirs is None and origin is not None and not origin.problem():
-        theirs = origin.load()
-    if theirs is not None and own is not None and (example := _difference(data, theirs, own)):
-        raise DataError(
-            f"{data} was tokenized with {theirs.path}, and {own.path} is the model's tokenizer: {example}. Tokenize the text "
-            "again with the model's tokenizer; or give --tokenizer PATH if the model has another one than its folder"
-        )
-    if theirs is None and origin is not None and own is not None and model is not None:
-        if tokenizer_fingerprint(model) == origin.fingerprint:
-            return own, []
-        return own, [f"{origin.problem()}; it may be another one than the model's, {own.path}"]
-    found = theirs or own
-    return found, [] if found is not None else [f"bits per byte are not known, because {reason}"]
-
-
-def _difference(data: Path, theirs: Tokenizer, own: Tokenizer) -> str:
-    """Says which document of the data is another text by another tokenizer; empty if none of the first ones is."""
-    home = data if data.is_dir() else data.parent
-    for name, *_ in list_files(data)[:COMPARED_FILES]:
-        file = TokenFile.open(home / name)
-        for document in range(min(len(file.meta), COMPARED)):
-            ids = tokens_and_labels(file.read(document))[0][:COMPARED_IDS].tolist()
-            texts = [tokenizer.decode([id_ for id_ in ids if id_ < tokenizer.vocab_size]) for tokenizer in (theirs, own)]
-            if texts[0] != texts[1]:
-                begins = f"begins with {texts[0][:30]!r} by the one, and {texts[1][:30]!r} by the other"
-                return f"document {document} of {file.path} {begins}"
-    return ""
 
 
 def _check(data: str | Path | None, tasks: Sequence[str], stride: int | None, size: int, limit: int | None) -> None:

@@ -61,13 +61,16 @@ class Parts:
     optimizer: Optimizer
     scaler: LossScaler
     state: RunState
+    stated: Config | None = None
+    """As in ``Trainer``."""
 
     @classmethod
-    def build(cls, config: Config, world: World, doing: Doing = nullcontext) -> Parts:
+    def build(cls, config: Config, world: World, doing: Doing = nullcontext, stated: Config | None = None) -> Parts:
         """Opens the data, and builds the model with its initial weights. Every rank must call it.
 
         Args:
             doing: a context that shows what is being done.
+            stated: as in ``Trainer``.
         """
         layout = Layout.from_config(config, world.size)
         with doing(_what_is_read(config)):
@@ -75,6 +78,7 @@ class Parts:
         with doing("building the model"):
             parts = cls.without_weights(config, world, layout, source, valid)
             plan.fill(parts.axis, parts.decoder, config)
+        parts.stated = stated
         return parts
 
     @classmethod
@@ -86,6 +90,11 @@ class Parts:
         scaler = LossScaler.from_config(config.grad_scaler, config.model.dtype)
         sizes = BatchSizes.from_config(config.data, layout.data)
         return cls(config, world, layout, source, valid, sizes, decoder, model, axis, schedule, optimizer, scaler, RunState())
+
+    @property
+    def recorded(self) -> Config:
+        """The config that the run folder and the checkpoints have."""
+        return self.stated or self.config
 
     @property
     def terms(self) -> LossTerms:
@@ -111,7 +120,7 @@ class Parts:
         files = {
             "state.json": state,
             "model.json": self.decoder.to_dict(),
-            "config.json": json.loads(dump(self.config)),
+            "config.json": json.loads(dump(self.recorded)),
         }
         return Extras(files, next((place for place in places if place.exists()), None))
 

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config
-from ..config.hub import may_be_on_hub
 from ..errors import UsageError
-from ..models.huggingface.tokenizer import copy_tokenizer
+from ..models.huggingface.tokenizer import copy_tokenizer, has_tokenizer
 from ..storage.folders import clean_up, put_in_place, set_aside, temporary
 from ..storage.jsonfile import read_object
 from ..text.tokenizer import tokenizer_fingerprint
@@ -52,16 +51,17 @@ class Recorded:
                 continue  # a checkpoint that was converted has none; a damaged one is named when it is loaded
         return None
 
-    def tokenizer(self, path: str) -> str | None:
-        """Returns the tokenizer that the run has kept, if ``path`` was that of the run and is no longer there."""
-        if path != (self.values.get("data") or {}).get("tokenizer_path") or Path(path).exists() or may_be_on_hub(path):
+    @classmethod
+    def of(cls, config: Config) -> Recorded | None:
+        """Returns what the run of a config goes on from, as ``find``. Then what a new run starts from is not read."""
+        return cls.find({"ckpt": config.ckpt.model_dump(), "JOB_NAME": config.JOB_NAME})
+
+    def tokenizer(self, path: str) -> Path | None:
+        """Returns the tokenizer that the run has kept, if ``path`` is that of the run, and is not here or on the hub, where it
+        may have changed."""
+        if path != (self.values.get("data") or {}).get("tokenizer_path") or Path(path).exists():
             return None
-        return next((str(copy) for folder in (self.run, self.checkpoint) if (copy := folder / TOKENIZER).is_dir()), None)
-
-
-def resumes(config: Config) -> bool:
-    """Whether a run goes on from a checkpoint of its own, so that what a new run starts from is not read."""
-    return Recorded.find({"ckpt": config.ckpt.model_dump(), "JOB_NAME": config.JOB_NAME}) is not None
+        return next((copy for folder in (self.run, self.checkpoint) if has_tokenizer(copy := folder / TOKENIZER)), None)
 
 
 def keep_tokenizer(run: Path, path: str | None) -> None:

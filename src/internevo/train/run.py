@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from ..errors import InternEvoError
 from ..parallel.launcher import PARENT, LauncherInfo, launcher_has_store, read_launcher
 from .check import check
 from .config import local_tokenizer
+from .resume import Recorded
 
 if TYPE_CHECKING:
     from ..observe.record import StepRecord
@@ -49,8 +51,9 @@ def train(
     """
     parent = parent or int(os.environ.get(PARENT) or os.getppid())  # read first: the launcher may end meanwhile
     info = launcher or read_launcher(os.environ)
-    config = local_tokenizer(config)
-    check(config, info.size)
+    speaks, record = info.rank == 0 and PARENT not in os.environ, Recorded.of(config)
+    opened = local_tokenizer(config, record, partial(print, file=sys.stderr) if speaks else lambda line: None)
+    check(opened, info.size, new=record is None)
     from ..parallel.world import join
     from .folder import acquire_on_rank_0
     from .stop import StopRequests
@@ -59,7 +62,7 @@ def train(
 
     if info.address is not None:
         faulthandler.enable()  # after a crash or SIGABRT, prints the stacks of all threads
-    if info.rank == 0 and PARENT not in os.environ:
+    if speaks:
         print_notices(config)
         say_starting(info.size)
     stops = StopRequests(parent if _ends_with_launcher(info) else None)
@@ -74,7 +77,7 @@ def train(
     ):
         if launcher_has_store(os.environ):
             watchdog.on_lost_store = stops.launcher_has_ended
-        trainer = Trainer(config, world, stops, watchdog, lock)
+        trainer = Trainer(opened, world, stops, watchdog, lock, stated=config)
         trainer.fit(on_step)
     if stops.cut_off and trainer.state.step < config.data.total_steps:  # torchrun must not take this for the end of the run
         raise InternEvoError(

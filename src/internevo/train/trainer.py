@@ -19,7 +19,7 @@ from ..checkpoint.saver import Saver
 from ..config import Config, dump, flat
 from ..data.batches import StepBatch, TrainBatches, parse_skip_batches, valid_batches
 from ..data.build import checked_tokenizer
-from ..errors import ConfigError, InternEvoError
+from ..errors import InternEvoError
 from ..inference.tasks import requests_of, run_tasks
 from ..inference.text import TextModel, eos_ids
 from ..measure.probes import Probes
@@ -52,9 +52,14 @@ class Trainer:
     """A training run on this rank."""
 
     def __init__(
-        self, config: Config, world: World, stops: StopRequests, watchdog: Watchdog, lock: FileLock | None = None
-    ) -> None:
-        """``lock``: the lock of the run folder, on the rank that has it."""
+        self, config: Config, world: World, stops: StopRequests, watchdog: Watchdog, lock: FileLock | None = None,
+        stated: Config | None = None,
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            lock: the lock of the run folder, on the rank that has it.
+            stated: the config that is recorded, if the tokenizer is opened at another path than it says.
+        """
         self.config, self.world, self.stops, self.watchdog, self.lock = config, world, stops, watchdog, lock
         self.run = config.run_folder
         start_log(self.run / "log", world.rank, config.monitor.alert.alert_file_path)
@@ -62,7 +67,7 @@ class Trainer:
         doing = self._doing
         prepare(config, world.device)
         _prepare_saving(config, world)
-        self.parts = Parts.build(config, world, doing)
+        self.parts = Parts.build(config, world, doing, stated)
         self.start_lines = [*restore(self.parts, self.run, doing), *_warnings(config, world)]
         self.parts.axis.masters_changed()
         self.state = self.parts.state
@@ -272,10 +277,10 @@ class Trainer:
                 log.info(line)
             return None
         with naming(self.run / "config.json"):
-            (self.run / "config.json").write_text(dump(self.config), encoding="utf-8")
+            (self.run / "config.json").write_text(dump(self.parts.recorded), encoding="utf-8")
         config, total = self.config, self.config.data.total_steps
         assert self.console is not None
-        tracked = Tracked(self.run, config.JOB_NAME, self.state.run, self.state.step, flat(config))
+        tracked = Tracked(self.run, config.JOB_NAME, self.state.run, self.state.step, flat(self.parts.recorded))
         observers = Observers(self.console, config.monitor, tracked, config.enable_tb)
         observers.start(facts_of(self.parts))
         self.exporter.warn = self.console.warn
@@ -326,8 +331,11 @@ def _prepare_saving(config: Config, world: World) -> None:
     if config.ckpt.enable_internevo2hf_ckpt:
         check_export(decoder_config(config.model_type, config.model), config.data.tokenizer_path)
     if world.rank == 0:
-        remove_leftovers(config.run_folder)
-        keep_tokenizer(config.run_folder, config.data.tokenizer_path)
+        try:  # no step needs this, and the other ranks wait
+            remove_leftovers(config.run_folder)
+            keep_tokenizer(config.run_folder, config.data.tokenizer_path)
+        except (OSError, InternEvoError) as error:
+            log.warning(f"the run folder keeps no copy of the tokenizer (data.tokenizer_path), and training goes on: {error}")
     dist.barrier()  # after it, all ranks find the same checkpoints
 
 
@@ -344,14 +352,7 @@ def _sample_tokenizer(config: Config) -> Tokenizer | None:
     """Opens the tokenizer for samples and tasks, if they are configured."""
     if not config.monitor.needs_tokenizer or not config.data.tokenizer_path:
         return None
-    tokenizer, vocab = checked_tokenizer(config.data.tokenizer_path, config.model.vocab_size), config.model.vocab_size
-    for prompt in config.monitor.sample_prompts:
-        if (largest := max(tokenizer.with_bos(prompt))) >= vocab:
-            raise ConfigError(
-                f"monitor.sample_prompts: {prompt!r} has the token {tokenizer.decode([largest])!r} (id {largest}), which is "
-                f"outside the vocabulary of {vocab} (model.vocab_size)"
-            )
-    return tokenizer
+    return checked_tokenizer(config.data.tokenizer_path, config.model.vocab_size)
 
 
 def _warnings(config: Config, world: World) -> list[str]:

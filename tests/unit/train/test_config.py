@@ -18,8 +18,8 @@ from internevo.models.families.registry import FAMILIES, decoder_config, decoder
 from internevo.models.huggingface.folder import HfFolder, save_hf
 from internevo.text.tokenizer import train_bpe
 from internevo.train.check import problems
-from internevo.train.config import load_config, with_tokenizer
-from internevo.train.resume import resumes
+from internevo.train.config import load_config, local_tokenizer, with_tokenizer
+from internevo.train.resume import Recorded
 from tests.conftest import random_model
 from tests.families import CONFIGS
 
@@ -182,6 +182,25 @@ def recorded(run: Path, config: Config, tokenizer: Path | None) -> None:
         shutil.copytree(tokenizer, folder / "tokenizer")
 
 
+def test_a_model_that_is_here_decides_also_when_a_run_goes_on(llama: Path, tmp_path: Path) -> None:
+    """So an override of the first command counts only where it is given."""
+    run = tmp_path / "run"
+    path = write(tmp_path, {"from_hf": str(llama)}, ckpt={"save_ckpt_folder": str(run)})
+    own = load_config(path)
+    recorded(run, load_config(path, ["model.dtype=torch.float16", "model.layer_norm_epsilon=1e-4"]), llama)
+    again = load_config(path)
+    assert again.model == own.model and again.model.dtype != "float16"
+    assert again.data.tokenizer_path == str(llama)
+    for weights in llama.glob("*.safetensors"):
+        weights.unlink()
+    assert load_config(path).model.dtype == "float16", "the model cannot be read any more"
+    config = run / "checkpoints" / "step-00000001" / "config.json"
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps({**values, "model": {**values["model"], "key_of_another_version": 1}}))
+    with pytest.raises(ConfigError, match=r"step-00000001/config.json is of another version.*key_of_another_version"):
+        load_config(path)
+
+
 @given(data=st.data(), name=st.sampled_from(sorted(CONFIGS)))
 @settings(max_examples=25)
 def test_a_run_with_a_checkpoint_needs_neither_the_model_nor_its_tokenizer(
@@ -205,8 +224,9 @@ def test_a_run_with_a_checkpoint_needs_neither_the_model_nor_its_tokenizer(
     recorded(run, config, tmp_path / "tokenizer")
     again = load_config(path)
     assert decoder_config(again.model_type, again.model) == decoder_config(config.model_type, config.model)
-    kept = str(run / "checkpoints" / "step-00000001" / "tokenizer")
-    assert again == with_tokenizer(config, kept) and not missing_paths(again, new=not resumes(again))
+    kept, record = str(run / "checkpoints" / "step-00000001" / "tokenizer"), Recorded.of(again)
+    assert again == config and local_tokenizer(again, record) == with_tokenizer(config, kept)
+    assert not missing_paths(local_tokenizer(again, record), new=record is None)
     write(tmp_path, {**lora, "checkpoint": 0.0}, ckpt={"save_ckpt_folder": str(run)})
     assert load_config(path).model.checkpoint == 0.0, "a key that the model does not fill in is the config's"
     (tmp_path / "run.json").write_text(dump(config))  # the resolved config in the run folder, also where the run is not
@@ -214,6 +234,7 @@ def test_a_run_with_a_checkpoint_needs_neither_the_model_nor_its_tokenizer(
     run.rename(tmp_path / "moved")
     assert load_config(tmp_path / "run.json") == config
     moved = load_config(tmp_path / "run.json", [f"ckpt.save_ckpt_folder={tmp_path / 'moved'}"])
-    assert moved.data.tokenizer_path == str(tmp_path / "moved" / "checkpoints" / "step-00000001" / "tokenizer")
+    opened = local_tokenizer(moved, Recorded.of(moved))
+    assert opened.data.tokenizer_path == str(tmp_path / "moved" / "checkpoints" / "step-00000001" / "tokenizer")
     with pytest.raises(UsageError, match="model.from_hf = 'other/than/that' does not exist"):
         load_config(path, [f"ckpt.save_ckpt_folder={tmp_path / 'moved'}", "model.from_hf=other/than/that"])

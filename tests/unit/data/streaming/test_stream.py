@@ -322,6 +322,33 @@ def test_validation_has_each_document_of_its_split_once(tmp_path: Path, small: N
     assert Counter(documents(train(data, 1, Cursor(), 6)[0], text)) == Counter({"a": 6, "b": 6})
 
 
+def test_a_subset_that_is_not_trained_on_is_validation_data(tmp_path: Path, tokenizer: Path) -> None:
+    for subset in "ab":
+        write(tmp_path / "set" / subset, [subset * 3], ["jsonl"], random.Random(1))  # no path names a split
+
+    def valid(train: str | None, subset: str | None, mixture: bool = True) -> Any:
+        folder = str(tmp_path / "set")
+        part = {"folder": folder, "kind": "streaming", "subset_name": train}
+        trained: dict[str, Any] = {"mixture": [part]} if mixture else {"train_folder": folder}
+        return valid_rows(validate_data(tokenizer, valid_folder=folder, subset_name=subset, **trained), VOCAB)
+
+    assert load_stream(valid("a", "b"), None) is not None
+    for train, subset, mixture in (
+        ("b", "b", True),
+        (None, "b", True),
+        ("b", None, True),
+        (None, "b", False),
+        (None, None, False),
+    ):
+        with pytest.raises(DataError, match="has no files for the split valid"):
+            valid(train, subset, mixture)
+
+
+def validate_data(tokenizer: Path, **values: Any) -> Data:
+    fixed = {"type": "streaming", "tokenizer_path": str(tokenizer), "seq_len": 4, "micro_bsz": 1, "total_steps": 10}
+    return Data.model_validate({**fixed, "num_worker": 0, "valid_every": 1, **values})
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz"])
 def test_data_with_nothing_to_train_on_is_an_error(tmp_path: Path, small: None, tokenizer: Path, kind: str) -> None:
     write(tmp_path / "data", [""] * 40, [kind], random.Random(1))
