@@ -333,15 +333,16 @@ def test_a_subset_that_is_not_trained_on_is_validation_data(tmp_path: Path, toke
         return valid_rows(validate_data(tokenizer, valid_folder=folder, subset_name=subset, **trained), VOCAB)
 
     assert load_stream(valid("a", "b"), None) is not None
-    for train, subset, mixture in (
+    refused: list[tuple[str | None, str | None, bool]] = [
         ("b", "b", True),
         (None, "b", True),
         ("b", None, True),
         (None, "b", False),
         (None, None, False),
-    ):
+    ]
+    for arguments in refused:
         with pytest.raises(DataError, match="has no files for the split valid"):
-            valid(train, subset, mixture)
+            valid(*arguments)
 
 
 def validate_data(tokenizer: Path, **values: Any) -> Data:

@@ -42,7 +42,12 @@ def test_two_forms_of_a_tokenizer_are_one(tmp_path: Path, monkeypatch: pytest.Mo
     ids = [form.with_bos(texts[0]) + form.eos for form in forms]
     assert ids[0] == ids[1] and forms[0].decode(ids[0]) != forms[1].decode(ids[0])
     sizes, whole = list[bool](), TokenizersBackend.size
-    monkeypatch.setattr(TokenizersBackend, "size", lambda self, added=True: sizes.append(added) or whole(self, added))
+
+    def size(backend: TokenizersBackend, added: bool = True) -> int:
+        sizes.append(added)
+        return whole(backend, added)
+
+    monkeypatch.setattr(TokenizersBackend, "size", size)
     data = tmp_path / "data"
     for made_with, other in ((model, folder), (folder, model)):
         shutil.rmtree(data, ignore_errors=True)
