@@ -23,7 +23,7 @@ class Pieces:
         """
         Args:
             prompt: the ids that the new ones follow, if the text is to be appended to theirs.
-            stop: the text ends before the first of these.
+            stop: the text ends before the first of these that is complete.
             strip: leave out white space at both ends.
         """
         self.tokenizer, self.stop, self.strip = tokenizer, [text for text in stop if text], strip
@@ -59,8 +59,9 @@ class Pieces:
         text = self.held + piece
         if self.strip and self.empty:
             text = text.lstrip()
-        found = min((at for stop in self.stop if (at := text.find(stop)) >= 0), default=None)
-        if found is not None:
+        ends = [(at + len(stop), at) for stop in self.stop if (at := text.find(stop)) >= 0]
+        if ends:
+            _, found = min(ends)
             self.stopped, self.held = True, ""
             return text[:found].rstrip() if self.strip else text[:found]
         certain = len(text) - max((_overlap(text, stop) for stop in self.stop), default=0)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from internevo.text.pieces import Pieces
@@ -42,6 +42,7 @@ def test_the_pieces_of_any_text_are_the_whole_text(tokenizer: Tokenizer, text: s
 
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10**6))
+@example(seed=1236)
 def test_a_text_ends_before_the_first_stop_text(tokenizer: Tokenizer, seed: int) -> None:
     draw = random.Random(seed)
     text = "".join(draw.choice("ab\n") for _ in range(30))
@@ -53,4 +54,6 @@ def test_a_text_ends_before_the_first_stop_text(tokenizer: Tokenizer, seed: int)
             break
     found += pieces.finish()
     text = tokenizer.decode(tokenizer.encode(text))
-    assert found == text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
+    # Of two that overlap, the one that is complete first, in whatever tokens the text comes.
+    _, end = min(((text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text), default=(0, len(text)))
+    assert found == text[:end]
