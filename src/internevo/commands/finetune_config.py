@@ -80,7 +80,7 @@ def check_overrides(options: Options, found: HfModel, processes: int) -> None:
         values["data"]["tokenizer_path"] = options.tokenizer
     for text in options.overrides:
         key = text.partition("=")[0]
-        if any(f"{key}.".startswith(f"{name}.") for name in FIXED):
+        if any(_covers(name, key) for name in FIXED):
             raise UsageError(f"{text}: finetune decides this key itself; leave it out")
         apply_override(values, text)
         if "." not in key and isinstance(values[key], dict):
@@ -92,6 +92,11 @@ def check_overrides(options: Options, found: HfModel, processes: int) -> None:
         config = config.model_copy(update={"data": config.data.model_copy(update=steps)})
     if wrong := problems(config, processes):
         raise ConfigError("the options cannot be trained with:\n" + "\n".join(f"  {line}" for line in wrong))
+
+
+def _covers(name: str, key: str) -> bool:
+    """Whether ``key`` is the key ``name``, or inside it."""
+    return f"{key}.".startswith(f"{name}.")
 
 
 def _lora(options: Options, found: HfModel) -> dict[str, Any]:
@@ -237,7 +242,7 @@ class Chosen:
         device = first_device()
         rows = max(1, (config.data.global_batch_size or processes) // processes)
         given = [text.partition("=")[0] for text in self.options.overrides]
-        fixed = {key for key in (CHECKPOINT, FSDP) if any(f"{key}.".startswith(f"{name}.") for name in given)}
+        fixed = {key for key in (CHECKPOINT, FSDP) if any(_covers(name, key) for name in given)}
         sizes = recipe.micro_batches(rows, config.data.seq_len, device.type)
         config, enough = fitted(config, sizes, processes, device, fixed)
         values["data"]["micro_bsz"] = config.data.micro_bsz

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from functools import partial
 from pathlib import Path
 
 from ..errors import UsageError
 from ..parallel.launcher import PARENT, read_launcher
 from ..train import run
-from ..train.check import check, check_config
-from ..train.config import load_config, local_tokenizer
-from ..train.resume import Recorded
+from ..train.check import check_config
+from ..train.config import load_config
 from .launch import default_processes, launch
 
 
@@ -37,9 +35,7 @@ def train(path: Path, overrides: list[str], processes: int | None, port: int | N
             from ..train.folder import INHERITED, acquire
             from ..train.start import check_start
 
-            record = Recorded.of(config)
-            opened = local_tokenizer(config, record, partial(print, file=sys.stderr))
-            check(opened, processes, new=record is None)
+            run.checked(config, processes, speaks=True)
             run.print_notices(config)
             with acquire(config) as lock:
                 check_start(config)

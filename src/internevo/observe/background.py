@@ -140,7 +140,7 @@ class Ids:
             self._write()
 
     def new(self, tracker: str, entries: Sequence[Entry]) -> list[Entry]:
-        """Returns what a tracker has not got from an earlier process of the run."""
+        """Returns entries without the numbers and samples that an earlier process of the run has sent to a tracker."""
         sent, found = self.before.get(tracker, {}), list[Entry]()
         for entry in entries:
             scalars = {name: value for name, value in entry.scalars.items() if sent.get(name, -1) < entry.step}

@@ -130,7 +130,7 @@ def _head_forward(work: Workload, kept: KeptActivations) -> int:
     weight = e * rows * d * (decoder.norm_head or (layout.mode == "isp" and layout.weight > 1))  # normed, or gathered
     gathered = 0
     if _is_fsdp(work):  # the buffer of the collective, which is there until the next one, and the weights
-        unit = _unit(work, [([rows * d // (layout.weight if layout.mode == "isp" else 1)], False)])
+        unit = _unit(work, [([_table(work)], False)])
         gathered = e * (unit.full + unit.gathered * (layout.zero > 1 and not decoder.tie_embeddings))
     return max(chunks, end) + inputs + weight + gathered
 
@@ -177,7 +177,7 @@ def _walk(work: Workload, parts: Sequence[Part], moment: Within) -> int:
             buffer = g * (unit.gathered - apart)
             reducing = now + in_use - e * apart + buffer
             most = max(most, reducing + full * (unit.full - apart), reducing + g * (unit.shard + unit.copied))
-            now += buffer + part.times * g * (part.unit.shard if first or not fsdp else part.unit.summed)
+            now += buffer + part.times * g * (unit.shard if first or not fsdp else unit.summed)
     return max(most, now)
 
 
@@ -187,14 +187,14 @@ def _parts(work: Workload, kept: KeptActivations) -> list[Part]:
     layers = {sparse: plan.layer(work, sparse) for sparse in {decoder.is_sparse(number) for number in stage.layers}}
     units = _units(work, layers)
     parts = list[Part]()
-    table, d, e = decoder.vocab_size * decoder.hidden_size // _ranks(work), decoder.hidden_size, work.element_bytes
+    table, d, e = _table(work), decoder.hidden_size, work.element_bytes
     tied = decoder.tie_embeddings  # then both ends are one unit, which is complete after all layers
     product = e * kept.head_rows * d
     if stage.embeds:
         computed = _residual(work, kept) + product
         backward = computed, computed if _ranks(work) > 1 else _residual(work, kept)
         twice = tied and stage.heads  # the gradient of the head waits for that of the embedding
-        size = table + d * (twice)
+        size = table + d * twice
         parts.append(_part(work, size, kept.looked_up + product * twice, backward, size))
     elif tied and stage.heads:
         parts.append(_part(work, 0, 0, (0, 0), table + d))
@@ -267,6 +267,11 @@ def _unit(work: Workload, shapes: Sequence[tuple[data_axis.Shape, bool]]) -> Uni
 def _ranks(work: Workload) -> int:
     """Returns the number of ranks that share each dense weight before the data axis does."""
     return work.layout.weight if work.layout.mode == "isp" else work.layout.tensor
+
+
+def _table(work: Workload) -> int:
+    """Returns the elements that a rank has of the embedding's or the head's weight before the data axis shards it."""
+    return work.decoder.vocab_size * work.decoder.hidden_size // _ranks(work)
 
 
 def _is_fsdp(work: Workload) -> bool:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 from ..models.config import Stage
@@ -81,8 +81,8 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """A step on paper. The seconds are those of the pipeline rank that computes the longest; they add up to the step."""
+class Times:
+    """The seconds of a step: those of the pipeline rank that computes the longest. They add up to the step."""
 
     compute: float
     communication: float
@@ -91,6 +91,12 @@ class Prediction:
     optimizer: float
     other: float
     step: float
+
+
+@dataclass(frozen=True)
+class Prediction(Times):
+    """A step on paper."""
+
     tgs: float
     """Tokens per GPU and second."""
     tflops: float
@@ -244,23 +250,12 @@ class StageSeconds(NamedTuple):
     optimizer: float
 
 
-class Times(NamedTuple):
-    """The parts of a step, as in ``Prediction``."""
-
-    compute: float
-    communication: float
-    bubble: float
-    optimizer: float
-    other: float
-    step: float
-
-
 def price(counts: Counts, gpu: GPU, calibration: Calibration) -> Prediction:
     """Returns the time of a step on a machine."""
     job, times = counts.job, timed(counts, gpu, calibration)
     tgs = job.global_tokens / job.work.layout.world / times.step
     achieved = tgs * job.work.decoder.flops_per_token(job.seq_len)
-    return Prediction(*times, tgs, achieved / 1e12, achieved / gpu.peak("bf16"))
+    return Prediction(**asdict(times), tgs=tgs, tflops=achieved / 1e12, mfu=achieved / gpu.peak("bf16"))
 
 
 def timed(counts: Counts, gpu: GPU, calibration: Calibration) -> Times:

@@ -52,7 +52,7 @@ class ChatTemplate:
         Raises:
             UsageError: if the tokenizer has no template, or it cannot be compiled.
         """
-        folder = tokenizer.path if tokenizer.path.is_dir() else tokenizer.path.parent
+        folder = tokenizer.folder
         known = templates(folder)
         text = known.get(name) or known.get("default")
         if not text:
@@ -99,7 +99,7 @@ class ChatTemplate:
 
 def has_template(tokenizer: Tokenizer) -> bool:
     """Whether a tokenizer has a chat template."""
-    return "default" in templates(tokenizer.path if tokenizer.path.is_dir() else tokenizer.path.parent)
+    return "default" in templates(tokenizer.folder)
 
 
 def templates(folder: Path) -> dict[str, str]:

@@ -6,6 +6,7 @@ Python code in a tokenizer's folder is never run.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -86,6 +87,11 @@ class Tokenizer:
         return [] if self.eos_id is None else [self.eos_id]
 
     @property
+    def folder(self) -> Path:
+        """The folder that has its file and the files next to it."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @property
     def apart(self) -> set[int]:
         """The ids of special and added tokens, which are no piece of a plain text."""
         return {*self.backend.added_ids(), *self.bos, *self.eos}
@@ -103,6 +109,11 @@ class Tokenizer:
         """
         return self.vocab_size <= vocab_size or max(self.backend.size(added=False) - 1, *self.bos, *self.eos) < vocab_size
 
+    def describe_outside(self, id_: int, vocab_size: int) -> str:
+        """Returns the words of a message about a token that a model with this size of the vocabulary does not have."""
+        text = self.decode([id_])
+        return f"the token {text!r} (id {id_}), which is outside the vocabulary of {vocab_size} (model.vocab_size)"
+
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text, without the tokens that begin and end a document."""
         return self.backend.encode_batch([text])[0]
@@ -114,6 +125,11 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         """Returns the text of ids."""
         return self.backend.decode(ids)
+
+
+def _size(vocab: Mapping[str, int], left_out: set[int]) -> int:
+    """Returns the largest id of a vocabulary plus 1, without some ids. (There may be gaps between ids.)"""
+    return max(set(vocab.values()) - left_out, default=-1) + 1
 
 
 class TokenizersBackend:
@@ -153,8 +169,7 @@ class TokenizersBackend:
         return self.fast.decode(ids, skip_special_tokens=False)
 
     def size(self, added: bool = True) -> int:
-        apart = set() if added else self.added_ids()
-        return max(set(self.fast.get_vocab().values()) - apart, default=-1) + 1  # ids may have gaps
+        return _size(self.fast.get_vocab(), set() if added else self.added_ids())
 
     def added_ids(self) -> set[int]:
         return set(self.fast.get_added_tokens_decoder())
@@ -191,8 +206,7 @@ class _TransformersBackend:
         return self.tokenizer.decode(ids)
 
     def size(self, added: bool = True) -> int:
-        apart = set() if added else self.added_ids()
-        return max(set(self.tokenizer.get_vocab().values()) - apart, default=-1) + 1  # ids may have gaps
+        return _size(self.tokenizer.get_vocab(), set() if added else self.added_ids())
 
     def added_ids(self) -> set[int]:
         return {*self.tokenizer.get_added_vocab().values(), *self.tokenizer.all_special_ids}

@@ -101,10 +101,7 @@ def _prompt_problems(config: Config, tokenizer: Tokenizer) -> Iterator[str]:
     vocab = config.model.vocab_size
     for prompt in config.monitor.sample_prompts:
         if (largest := max(tokenizer.with_bos(prompt))) >= vocab:
-            yield (
-                f"monitor.sample_prompts: {prompt!r} has the token {tokenizer.decode([largest])!r} (id {largest}), which is "
-                f"outside the vocabulary of {vocab} (model.vocab_size)"
-            )
+            yield f"monitor.sample_prompts: {prompt!r} has {tokenizer.describe_outside(largest, vocab)}"
 
 
 def _tokenized_folders(config: Config) -> dict[str, Path]:

@@ -51,9 +51,8 @@ def train(
     """
     parent = parent or int(os.environ.get(PARENT) or os.getppid())  # read first: the launcher may end meanwhile
     info = launcher or read_launcher(os.environ)
-    speaks, record = info.rank == 0 and PARENT not in os.environ, Recorded.of(config)
-    opened = local_tokenizer(config, record, partial(print, file=sys.stderr) if speaks else lambda line: None)
-    check(opened, info.size, new=record is None)
+    speaks = info.rank == 0 and PARENT not in os.environ
+    opened = checked(config, info.size, speaks)
     from ..parallel.world import join
     from .folder import acquire_on_rank_0
     from .stop import StopRequests
@@ -85,6 +84,21 @@ def train(
             f"{config.data.total_steps}; the same command continues it"
         )
     return config.run_folder
+
+
+def checked(config: Config, processes: int, speaks: bool) -> Config:
+    """Checks that a run can be trained on this number of processes. Returns its config with a tokenizer that can be opened.
+
+    Args:
+        speaks: print a line if a tokenizer that the run does not need cannot be had.
+
+    Raises:
+        ConfigError, DataError, UsageError: as ``check`` and ``local_tokenizer``.
+    """
+    record = Recorded.of(config)
+    opened = local_tokenizer(config, record, partial(print, file=sys.stderr) if speaks else lambda line: None)
+    check(opened, processes, new=record is None)
+    return opened
 
 
 def _collective_timeout(step: float) -> timedelta:

@@ -66,12 +66,14 @@ class Encoder:
         """
         parts: list[npt.NDArray[np.int32]] = []
         skipped: list[str] = []
+        tokenizer = cached_tokenizer(self.tokenizer)
+        may_be_outside = self.vocab_size is not None and tokenizer.vocab_size > self.vocab_size
         for batch in self._batches(chunk, skipped):
-            encoded = encode_documents(self.format, batch, self.key, cached_tokenizer(self.tokenizer))
+            encoded = encode_documents(self.format, batch, self.key, tokenizer)
             for document, ids in zip(batch, encoded, strict=True):
                 if isinstance(ids, DataError):
                     self._skip(ids, skipped)
-                elif (outside := self._outside(document, ids)) is not None:
+                elif may_be_outside and (outside := self._outside(document, ids)) is not None:
                     self._skip(outside, skipped)
                 elif len(ids):  # there is nothing to train on in an empty document
                     parts.append(ids)
@@ -109,11 +111,8 @@ class Encoder:
         largest = int(tokens_and_labels(ids.astype(np.int64))[0].max(initial=-1))
         if self.vocab_size is None or largest < self.vocab_size:
             return None
-        text = cached_tokenizer(self.tokenizer).decode([largest])
-        return DataError(
-            f"{document.where} has the token {text!r} (id {largest}), which is outside the vocabulary of {self.vocab_size} "
-            "(model.vocab_size)"
-        )
+        outside = cached_tokenizer(self.tokenizer).describe_outside(largest, self.vocab_size)
+        return DataError(f"{document.where} has {outside}")
 
     def _skip(self, error: DataError, skipped: list[str]) -> None:
         """Raises the error, or adds its message to ``skipped``."""

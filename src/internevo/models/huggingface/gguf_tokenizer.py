@@ -83,8 +83,7 @@ def write_tokenizer(writer: Any, path: Path | None, vocab_size: int) -> None:
     if path is None:
         writer.add_tokenizer_model("no_vocab")
         return
-    folder = path if path.is_dir() else path.parent
-    file = folder / MODEL if path.is_dir() else path
+    file = path / MODEL if path.is_dir() else path
     tokenizer, vocabulary = load_tokenizer(path), Vocabulary.empty(vocab_size)
     if file.suffix == ".model" and file.is_file() and not is_tiktoken(file):
         _sentencepiece(writer, file, tokenizer, vocabulary)
@@ -97,13 +96,14 @@ def write_tokenizer(writer: Any, path: Path | None, vocab_size: int) -> None:
         raise UsageError(f"{path} is neither a SentencePiece model nor a tokenizer.json: a GGUF file cannot have it")
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.types)
-    _special_tokens(writer, folder, path, tokenizer, vocabulary)
+    _special_tokens(writer, path, tokenizer, vocabulary)
 
 
-def _special_tokens(writer: Any, folder: Path, path: Path, tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
+def _special_tokens(writer: Any, path: Path, tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
     """Adds which tokens begin and end a text, whether llama.cpp adds them, the merges, and the chat template."""
     import gguf
 
+    folder = tokenizer.folder
     try:
         special = gguf.SpecialVocab(folder, n_vocab=len(vocabulary.tokens))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
