@@ -189,9 +189,9 @@ def expert_width(work: Workload, experts: Experts) -> int:
 def _experts(work: Workload, kept: KeptActivations) -> int:
     """Returns the bytes that a layer with experts keeps.
 
-    The router computes in fp32. For each token it keeps the probabilities, and the sum of those chosen (with sigmoid scores
-    also that of all); and for the z-loss, or an all-reduce of all that routers sum up, the logits and their log-sum-exp. For
-    each choice it keeps its expert (int64), its probability, and whether it is dropped.
+    The router computes in fp32. For each token it keeps the probabilities, and the sum of those chosen; for the balancing loss
+    with sigmoid scores also the sum of all; for the z-loss, or an all-reduce of all that routers sum up, the logits and their
+    log-sum-exp. For each choice it keeps its expert (int64), its probability, and whether it is dropped.
     Each choice is a row that goes through an expert. Gathered weights do not keep the product of gate and up.
     """
     decoder, experts, layout = work.decoder, work.decoder.experts, work.layout
@@ -202,7 +202,7 @@ def _experts(work: Workload, kept: KeptActivations) -> int:
     router = 4 * tokens * experts.count + rows * (8 + 1)
     if experts.normalize:
         router += 4 * (rows + tokens)
-    if experts.scoring == "sigmoid":
+    if experts.scoring == "sigmoid" and (work.loss.balance or (work.loss.router_z and work.sums_routers)):
         router += 4 * tokens  # the sums of the scores
     if work.loss.router_z or (work.loss.balance and work.sums_routers):
         router += 4 * tokens * (experts.count + 1)

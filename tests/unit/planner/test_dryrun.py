@@ -12,7 +12,7 @@ from internevo import cli
 from internevo.config import validate
 from internevo.planner.dryrun import DryRun, balanced_rows, dry_run
 from tests.conftest import tiny, write_config
-from tests.parallel.layouts import EXPERTS
+from tests.parallel.layouts import DEEPSEEK, EXPERTS
 
 DRY = ["--dry-run", "--world-size"]
 LARGE: dict[str, dict[str, Any]] = {
@@ -45,6 +45,14 @@ def test_a_rank_of_1024_has_what_the_strategies_state(name: str, rank: int) -> N
     assert counted == stated
     assert found.memory == found.stated_memory
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(("balance", "z", "tensor"), [(0.1, 0.0, 1), (0.0, 0.1, 2), (0.0, 0.1, 1), (0.0, 0.0, 2)])
+def test_routers_with_sigmoid_scores_keep_what_the_losses_need(balance: float, z: float, tensor: int) -> None:
+    losses = {"loss__moe_loss_coeff": balance, "loss__moe_z_loss_coeff": z}
+    layout = {"parallel__tensor": {"size": tensor, "mode": "msp"}, "parallel__expert": {"size": 1}}
+    found = dry(0, 2, **{**DEEPSEEK, "model_type": "DEEPSEEKV3", **layout, **losses})
+    assert found.memory == found.stated_memory
 
 
 @pytest.mark.parametrize("name", [*LARGE, "1F1B 2 x 2"])
