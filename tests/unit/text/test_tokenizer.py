@@ -19,6 +19,7 @@ from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 from internevo.data.encoding.formats import encode_documents
 from internevo.data.raw.documents import Document
 from internevo.errors import UsageError
+from internevo.models.huggingface.tokenizer import copy_tokenizer, special_ids
 from internevo.text.tiktokens import ENCODINGS
 from internevo.text.tokenizer import load_tokenizer, tokenizer_fingerprint, train_bpe
 
@@ -294,6 +295,12 @@ def test_special_tokens_and_ids_are_those_of_transformers(tmp_path: Path, models
     if form != "gemma":  # transformers builds Gemma's from the pieces, not from tokenizer.json
         assert [ours.encode(text) for text in SAID] == theirs(SAID, add_special_tokens=False)["input_ids"]
         assert ours.vocab_size == len(theirs)
+    copy_tokenizer(tmp_path, copied := tmp_path / "copy")
+    copy = load_tokenizer(copied)
+    assert (copy.bos_id, copy.eos_id, copy.special_tokens) == (ours.bos_id, ours.eos_id, ours.special_tokens)
+    assert [copy.encode(text) for text in SAID] == [ours.encode(text) for text in SAID]
+    assert tokenizer_fingerprint(copied) == tokenizer_fingerprint(tmp_path)
+    assert special_ids(copied) == special_ids(tmp_path)
 
 
 @pytest.mark.parametrize(

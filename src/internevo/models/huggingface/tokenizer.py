@@ -6,7 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
-from ...text.special_tokens import SETTINGS
+from ...storage.jsonfile import write_json
+from ...text.special_tokens import SETTINGS, read_optional
 from ...text.tokenizer import FILES, TEMPLATES, load_tokenizer
 
 TOKENIZER_FILES = (
@@ -17,6 +18,8 @@ RANK_FILES = "*.tiktoken"
 CODE_FILES = ("configuration_*.py", "modeling_*.py", "tokenization_*.py")
 """A family's own code for transformers. It is copied, and never run."""
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+MODEL_KEYS = ("model_type", "tokenizer_class", *SPECIAL_IDS)
+"""What a model's ``config.json`` says about its tokenizer: which tokens are special if the tokenizer's files do not name them."""
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -28,7 +31,8 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     """Copies a tokenizer to ``folder``, which can then be opened as a tokenizer.
 
     Args:
-        source: a tokenizer file, or a folder, of which the tokenizer's files and the code files are copied.
+        source: a tokenizer file, or a folder, of which the tokenizer's files and the code files are copied. Of its
+            ``config.json`` the copy has what is about the tokenizer.
     """
     folder.mkdir(parents=True, exist_ok=True)
     home = _folder_of(source)
@@ -43,6 +47,9 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
         if path.is_file():
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, folder / name)
+    model = read_optional(home / "config.json")
+    if of_tokenizer := {key: model[key] for key in MODEL_KEYS if key in model}:
+        write_json(folder / "config.json", of_tokenizer, indent=2)
 
 
 def special_ids(tokenizer: Path) -> dict[str, int]:
