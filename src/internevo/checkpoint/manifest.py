@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..storage.jsonfile import to_json
-from ..storage.naming import naming
+from ..storage.jsonfile import replace_json
 
 NAME = "manifest.json"
 FORMAT = 2
@@ -72,12 +70,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Writes ``folder/manifest.json`` atomically."""
-        temporary = folder / (NAME + ".tmp")
-        with naming(temporary), open(temporary, "w", encoding="utf-8") as file:
-            file.write(to_json(asdict(self)))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(folder / NAME)
+        replace_json(folder / NAME, asdict(self))
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:

@@ -18,6 +18,7 @@ from ..errors import ConfigError, UsageError
 from ..models.generate import longest_text
 from ..ops.precision import is_slow
 from ..parallel.world import first_device
+from ..storage.replace import replace_text
 from ..train import recipe
 from ..train.check import check_config
 from ..train.config import HfModel
@@ -199,9 +200,7 @@ class Chosen:
             f"Written by internevo finetune {self.options.model} {self.options.data}. To go on by hand:\n"
             f"internevo train {run / CONFIG}"
         )
-        temporary = run / f"{CONFIG}.tmp"
-        temporary.write_text(readable(values, self._comments(), beginning, RUN), encoding="utf-8")
-        temporary.replace(run / CONFIG)
+        replace_text(run / CONFIG, readable(values, self._comments(), beginning, RUN))
         yield from self._lines(config)
         yield f"config: {run / CONFIG}"
 

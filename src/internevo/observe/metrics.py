@@ -11,6 +11,7 @@ from typing import Any
 
 from ..storage.jsonfile import to_json
 from ..storage.naming import naming
+from ..storage.replace import replace_text
 
 
 class JsonLines:
@@ -34,10 +35,7 @@ class JsonLines:
                 file.writelines(removed)
                 file.flush()
                 os.fsync(file.fileno())
-        temporary = path.with_name(path.name + ".tmp")
-        with naming(temporary):
-            temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, path)
+        replace_text(path, "".join(kept))
         self._file = open(path, "a", encoding="utf-8", buffering=1)
 
     def write(self, row: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import secrets
 import time
 from collections.abc import Sequence
 from itertools import groupby
@@ -13,7 +12,7 @@ from typing import Any
 from ..config.write import check_own
 from ..errors import UsageError
 from ..storage.jsonfile import read_object, to_json
-from ..storage.naming import naming
+from ..storage.replace import replace_text
 from .curves import axes, figures, timeline
 from .memory import draw_peak, draw_timeline, peaks_table
 from .page import HEAD, SCRIPT, STYLE
@@ -75,10 +74,7 @@ def _write(path: Path, title: str, body: str, drawn: Sequence[dict[str, Any]], r
         f"<script>{get_plotlyjs()}</script></head><body><h1>{html.escape(title)}</h1>{body}"
         f"<script>const report = {values};{SCRIPT}</script></body></html>"
     )
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    with naming(temporary):
-        temporary.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
-    temporary.replace(path)
+    replace_text(path, page, errors="xmlcharrefreplace")
     return path
 
 

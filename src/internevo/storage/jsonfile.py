@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import UsageError
 from .naming import naming
+from .replace import replace_text
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -44,10 +45,8 @@ def write_json(path: Path, values: Any, indent: int | None = None) -> None:
 
 
 def replace_json(path: Path, values: Any, indent: int | None = None) -> None:
-    """As ``write_json``, for a file that may exist: it has the old or the new values, also if the process is killed."""
-    temporary = path.with_name(path.name + ".tmp")
-    write_json(temporary, values, indent)
-    temporary.replace(path)
+    """As ``write_json``, for a file that may exist: it has the old or the new values at every moment."""
+    replace_text(path, to_json(values, indent) + "\n")
 
 
 def _finite(value: Any) -> Any:

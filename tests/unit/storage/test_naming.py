@@ -73,7 +73,7 @@ WRITERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "metrics": (write_rows, "metrics.jsonl"),
     "report": (write_report, ".report.html."),
     "tokenizer": (lambda folder: train_bpe(["some text"], 2000, folder), "tokenizer.json"),
-    "manifest": (lambda folder: Manifest(step=1, layout={}, versions={"a": "x" * LIMIT}).write(folder), "manifest.json.tmp"),
+    "manifest": (lambda folder: Manifest(step=1, layout={}, versions={"a": "x" * LIMIT}).write(folder), ".manifest.json."),
 }
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from ...errors import UsageError
 from ...storage.folders import sync
-from ...storage.jsonfile import read_object, write_json
+from ...storage.jsonfile import read_object, replace_json
 from ...storage.lock import FileLock
 from ...text.tokenizer import TRAINED, is_trained_here
 from ..raw.files import walk_files
@@ -120,11 +120,8 @@ class Output:
         new = [path.relative_to(self.new) for path in sorted(self.new.rglob("*")) if path.is_file()]
         for path in new:
             sync(self.new / path)
-        plan = self.work / "plan.tmp"
         lists = {"old": [str(path) for path in old], "new": [str(path) for path in new]}
-        write_json(plan, {**lists, "progress": progress})
-        sync(plan)
-        plan.replace(self.work / REPLACING)
+        replace_json(self.work / REPLACING, {**lists, "progress": progress})
         self.continue_replacing()
 
     def continue_replacing(self) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ CODE_FILES = ("configuration_*.py", "modeling_*.py", "tokenization_*.py")
 """A family's own code for transformers. It is copied, and never run."""
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 MODEL_KEYS = ("model_type", "tokenizer_class", *SPECIAL_IDS)
-"""What a model's ``config.json`` says about its tokenizer: which tokens are special if the tokenizer's files do not name them."""
+"""What a model's ``config.json`` says about its tokenizer: the special tokens, if the tokenizer's files do not name them."""
 
 
 def has_tokenizer(folder: Path) -> bool:
