@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -29,6 +30,9 @@ WriteConfig = Callable[..., Path]
 settings.register_profile("internevo", deadline=None)  # no test depends on how fast a machine is
 settings.load_profile("internevo")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Where the tests run under nohup, or in the background of a script, these are ignored, also by the processes that they start.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {
     "JOB_NAME": "tiny",

@@ -215,7 +215,7 @@ def test_stops_at_random_steps(config: WriteConfig, tmp_path: Path, busy: None) 
         shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_while_ranks_start_stops_after_the_first_step(
     config: WriteConfig, tmp_path: Path, number: signal.Signals
 ) -> None:

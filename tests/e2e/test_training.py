@@ -156,8 +156,7 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str], secon
     raise AssertionError(f"step {step} was not reached: {said}")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(("processes", "number"), [(1, signal.SIGTERM), (2, signal.SIGUSR1)])
 def test_a_signal_finishes_the_step_saves_and_exits_0(
     config: WriteConfig, tmp_path: Path, number: signal.Signals, processes: int
 ) -> None:

@@ -17,6 +17,7 @@ in ``hybrid_zero_optimizer.grad_dtype``.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -41,7 +42,7 @@ from .prefetch import experts_in, set_backward_prefetch, set_forward_prefetch
 from .shards import local, shard_dim_of_experts
 from .strategy import AppliedStrategy, Collectives, Workload
 
-Shape = Sequence[int]
+Shape = tuple[int, ...]
 
 
 class Weights(Protocol):
@@ -348,18 +349,23 @@ def traffic(
         ("zero", "replicate", layout.zero, shapes),
         ("expert zero", "expert replicate", layout.expert_zero, list(experts.values())),
     ):
-        shard = expert_shard_size if axis == "expert zero" else shard_size
-        shards = [sum(shard(shape, ranks) for shape in unit) for unit in units_ if unit]
-        elements, count = ranks * sum(shards), len(shards)
+        count, elements = sharded(units_, ranks, of_experts=axis == "expert zero")
         rows += [
-            Collectives("all-gather", axis, count, elements * work.element_bytes).times(gathers),
-            Collectives("reduce-scatter", axis, count, elements * work.gradient_bytes).times(passes),
-            Collectives("all-reduce", replicas, count, sum(shards) * work.gradient_bytes).times(passes),
+            Collectives("all-gather", axis, count, ranks * elements * work.element_bytes).times(gathers),
+            Collectives("reduce-scatter", axis, count, ranks * elements * work.gradient_bytes).times(passes),
+            Collectives("all-reduce", replicas, count, elements * work.gradient_bytes).times(passes),
         ]
     for axis, shapes_of_axis in summed.items():
         elements = sum(shard_size(shape, layout.zero, work.zero_rank) for shape in shapes_of_axis)
         rows.append(Collectives("all-reduce", axis, 1, 4 * elements))
     return rows
+
+
+def sharded(units: Sequence[Sequence[Shape]], ranks: int, of_experts: bool) -> tuple[int, int]:
+    """Returns the number of units that have parameters, and the elements of the largest shards of all of them together."""
+    shard = expert_shard_size if of_experts else shard_size
+    alike = Counter(tuple(unit) for unit in units if unit)
+    return alike.total(), sum(times * sum(shard(shape, ranks) for shape in unit) for unit, times in alike.items())
 
 
 def shard_size(shape: Shape, ranks: int, place: int = 0) -> int:

@@ -83,11 +83,11 @@ def traffic(work: Workload) -> list[Collectives]:
     return [row.times(work.micro_batches) for row in rows]
 
 
-def shape_on_rank(shape: Sequence[int], axes: Sequence[str], layout: Layout) -> list[int]:
+def shape_on_rank(shape: Sequence[int], axes: Sequence[str], layout: Layout) -> tuple[int, ...]:
     """Returns the shape of a rank's shard of the weights of experts."""
-    shape = [shape[0] // layout.expert, *shape[1:]]
-    shape[inner_dim(shape, axes, layout)] //= layout.expert_inner
-    return shape
+    local_shape = [shape[0] // layout.expert, *shape[1:]]
+    local_shape[inner_dim(local_shape, axes, layout)] //= layout.expert_inner
+    return tuple(local_shape)
 
 
 def inner_dim(shape: Sequence[int], axes: Sequence[str], layout: Layout) -> int:

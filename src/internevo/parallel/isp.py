@@ -89,9 +89,9 @@ def memory(work: Workload) -> KeptActivations:
     )
 
 
-def shape_on_rank(shape: Sequence[int], axes: Sequence[str], name: str, layout: Layout) -> list[int]:
+def shape_on_rank(shape: Sequence[int], axes: Sequence[str], name: str, layout: Layout) -> tuple[int, ...]:
     """Returns the shape of a rank's shard of a parameter."""
-    return [shape[0] // layout.weight, *shape[1:]] if _is_sharded(axes, name) else list(shape)
+    return (shape[0] // layout.weight, *shape[1:]) if _is_sharded(axes, name) else tuple(shape)
 
 
 def partial_axis(axes: Sequence[str], name: str, layout: Layout) -> str | None:

@@ -72,7 +72,7 @@ def copied_elements(work: Workload) -> int:
 
 def _tied_shard(work: Workload) -> int:
     rows = work.decoder.vocab_size // work.layout.inner
-    return shard_size([rows, work.decoder.hidden_size], work.layout.zero, work.zero_rank)
+    return shard_size((rows, work.decoder.hidden_size), work.layout.zero, work.zero_rank)
 
 
 class Chunk(NamedTuple):

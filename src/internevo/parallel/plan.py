@@ -150,7 +150,7 @@ def traffic(work: Workload) -> list[Collectives]:
     rows = [*inner.traffic(work), *pipeline.traffic(work), *expert.traffic(work)]
     for stage in work.on_rank:
         dense, experts = _on_rank(work, stage)
-        partial: dict[str, list[Sequence[int]]] = {}
+        partial: dict[str, list[tuple[int, ...]]] = {}
         for parameter in itertools.chain(*dense):
             if parameter.partial is not None:
                 partial.setdefault(parameter.partial, []).append(parameter.shape)
@@ -258,7 +258,7 @@ def _count_elements(work: Workload) -> Elements:
 class OnRank(NamedTuple):
     """A parameter of one rank before the data axis shards it."""
 
-    shape: list[int]
+    shape: tuple[int, ...]
     partial: str | None
     """Axis over which its gradients are summed after the last backward pass of a step."""
     deferred: bool

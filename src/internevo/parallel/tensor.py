@@ -118,12 +118,12 @@ def memory(work: Workload) -> KeptActivations:
     )
 
 
-def shape_on_rank(shape: Sequence[int], axes: Sequence[str], name: str, layout: Layout) -> list[int]:
+def shape_on_rank(shape: Sequence[int], axes: Sequence[str], name: str, layout: Layout) -> tuple[int, ...]:
     """Returns the shape of a rank's shard of a parameter of a module with these axes."""
     local_shape, dim = list(shape), sharded_dim(axes, name)
     if dim is not None:
         local_shape[dim] //= layout.tensor // layout.kv_replicas if "kv_heads" in axes else layout.tensor
-    return local_shape
+    return tuple(local_shape)
 
 
 def partial_axis(axes: Sequence[str], name: str, layout: Layout) -> str | None:

@@ -130,7 +130,7 @@ def _head_forward(work: Workload, kept: KeptActivations) -> int:
     weight = e * rows * d * (decoder.norm_head or (layout.mode == "isp" and layout.weight > 1))  # normed, or gathered
     gathered = 0
     if _is_fsdp(work):  # the buffer of the collective, which is there until the next one, and the weights
-        unit = _unit(work, [([_table(work)], False)])
+        unit = _unit(work, [((_table(work),), False)])
         gathered = e * (unit.full + unit.gathered * (layout.zero > 1 and not decoder.tie_embeddings))
     return max(chunks, end) + inputs + weight + gathered
 
@@ -231,7 +231,7 @@ def _part(work: Workload, full: int, kept: int, backward: tuple[int, int], unit:
         full: elements of the weights whose gradients it computes.
         unit: elements of the unit that is complete after it; 0: none.
     """
-    complete = _unit(work, [([unit], False)]) if unit else None
+    complete = _unit(work, [((unit,), False)]) if unit else None
     return Part(kept, 0, _full_gradient(work) * full, 0, backward, 0, complete)
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -78,6 +79,7 @@ class Search:
         base = Job.from_config(self.decoder, trivial, Layout.from_config(trivial, 1), self.rows)
         self.base = replace(base, imbalance=self.imbalance)
         self._stages = cache(self._stages_of)
+        self._insides = defaultdict[Choice, step.Insides](dict)
         self.bounds = Bounds(self.base, self.world, self.rows, self.gpu, self.calibration, self.limit, self.job)
 
     def best(self, number: int) -> list[Candidate]:
@@ -143,22 +145,23 @@ class Search:
 
     def _recomputations(self, choice: Choice) -> Iterator[Node]:
         for option in self._enough(choice, Recomputation.of(choice)) if choice.checkpoint else self.fitting(choice):
-            yield step.at_least(self.job(option), self.gpu, self.calibration), "recomputation", option
+            yield self._at_least(option), "recomputation", option
 
     def _zeros(self, choice: Choice) -> Iterator[Node]:
         layout = self.job(choice).work.layout
         for zero in divisors(layout.zero * layout.replicate):
             option = replace(choice, zero=zero)
             if layout.experts_apart:
-                yield step.at_least(self.job(option), self.gpu, self.calibration, of_experts=True), "zero", option
+                yield self._at_least(option, of_experts=True), "zero", option
             else:
                 yield self.seconds(option), "layout", option
 
     def _expert_zeros(self, choice: Choice) -> Iterator[Node]:
-        experts = self.job(choice).work.layout.experts.axes
+        job = self.job(choice)
+        experts = job.work.layout.experts.axes
         for zero in divisors(experts["zero"] * experts["replicate"]):
-            option = replace(choice, expert_zero=zero)
-            yield self.seconds(option), "layout", option
+            changed = replace(job, work=replace(job.work, layout=replace(job.work.layout, expert_zero=zero)))
+            yield self._seconds(changed, choice), "layout", replace(choice, expert_zero=zero)
 
     def _recomputed(self, choice: Choice) -> Iterator[Node]:
         """Yields the same layout with more recomputation, of a kind that is no other node's."""
@@ -194,7 +197,18 @@ class Search:
 
     def seconds(self, choice: Choice) -> float:
         """Returns the predicted time of a step."""
-        return step.timed(step.count(self.job(choice)), self.gpu, self.calibration).step
+        return self._seconds(self.job(choice), choice)
+
+    def _seconds(self, job: Job, choice: Choice) -> float:
+        """Returns the same of a job that differs from the choice's at most in the ranks for the optimizer state."""
+        return step.timed(step.count(job, self._inside(choice)), self.gpu, self.calibration).step
+
+    def _at_least(self, choice: Choice, of_experts: bool = False) -> float:
+        return step.at_least(self.job(choice), self.gpu, self.calibration, self._inside(choice), of_experts=of_experts)
+
+    def _inside(self, choice: Choice) -> step.Insides:
+        """Returns what is known of the layers of a choice with any ranks for the optimizer state."""
+        return self._insides[replace(choice, zero=-1, expert_zero=-1)]
 
     def predict(self, choice: Choice) -> Candidate:
         """Returns a layout with its prediction."""

@@ -49,6 +49,23 @@ class Message(NamedTuple):
     axis: str = ""
 
 
+class Inside(NamedTuple):
+    """What one micro-batch costs in the layers of a stage, whatever the optimizer state is sharded over."""
+
+    passes: Passes
+    waited: list[Message]
+    prefetched: list[Message]
+    units: list[int]
+    """The elements of each unit of the data axis on a rank, before they are sharded."""
+    experts: dict[int, list[tuple[int, int, int]]]
+    """Layer -> the shapes of its experts, if they are a unit of their own."""
+
+
+StageKind = tuple[tuple[tuple[bool, int], ...], bool, bool]
+"""The kinds of a stage's layers (with experts, window), and whether it has the embedding and the head."""
+Insides = dict[StageKind, Inside]
+
+
 class StageCounts(NamedTuple):
     """What one micro-batch costs in a stage, and what a step costs besides."""
 
@@ -131,16 +148,22 @@ def predict(job: Job, gpu: GPU, calibration: Calibration) -> Prediction:
 # What has to be done -------------------------------------------------------------------------------------------------
 
 
-def count(job: Job) -> Counts:
-    """Returns what a step costs. Stages with the same layers are counted once."""
-    layout, known = job.work.layout, dict[object, StageCounts]()
+def count(job: Job, insides: Insides | None = None) -> Counts:
+    """Returns what a step costs. Stages with the same layers are counted once.
+
+    Args:
+        insides: of jobs that differ from this one only in the ranks over which optimizer state is sharded. What is missing is
+            added.
+    """
+    layout, known = job.work.layout, dict[StageKind, StageCounts]()
     groups, stages = groups_of(layout), list[StageCounts]()
-    decoder = job.work.decoder
+    decoder, insides = job.work.decoder, {} if insides is None else insides
     for stage in job.stages():
         kinds = tuple((decoder.is_sparse(number), decoder.window(number)) for number in stage.layers)
         key = kinds, stage.embeds, stage.heads
         if key not in known:
-            known[key] = _count_stage(job, stage, groups)
+            insides[key] = insides.get(key) or _inside(job, stage, groups)
+            known[key] = _count_stage(job, stage, insides[key], groups)
         stages.append(known[key])
     return Counts(job, tuple(stages), message_of(job))
 
@@ -166,26 +189,30 @@ def groups_of(layout: Layout) -> dict[str, Group]:
     return {name: Group(view.axes[axis], view.stride(axis)) for name, (view, axis) in found.items()}
 
 
-def _count_stage(job: Job, stage: Stage, groups: dict[str, Group]) -> StageCounts:
-    work = replace(job.work, stages=(stage,), micro_batches=1)
-    layout = work.layout
+def _inside(job: Job, stage: Stage, groups: dict[str, Group]) -> Inside:
     waited, prefetched = list[Message](), list[Message]()
     hides = {"weight": job.prefetches, "expert weight": job.prefetches_experts}
+    work = replace(job.work, stages=(stage,), micro_batches=1)
     for row in of_layers(work):
         (prefetched if hides.get(row.axis) else waited).extend(messages([row], groups))
     units, experts = _units(work, stage)
-    shapes = [[(elements,)] for elements in units]
-    of_data = messages(data_axis.traffic(work, shapes, experts, {}), groups)
-    shard = sum(-(-elements // layout.zero) for elements in units)
-    shard += sum(data_axis.expert_shard_size(shape, layout.expert_zero) for unit in experts.values() for shape in unit)
+    return Inside(flops.stage(job, stage.layers, stage.heads), waited, prefetched, units, experts)
+
+
+def _count_stage(job: Job, stage: Stage, inside: Inside, groups: dict[str, Group]) -> StageCounts:
+    work, prefetched = replace(job.work, stages=(stage,), micro_batches=1), inside.prefetched
+    layout = work.layout
+    units, experts = [[(elements,)] for elements in inside.units], inside.experts
+    of_data = messages(data_axis.traffic(work, units, experts, {}), groups)
+    _, shard = data_axis.sharded(units, layout.zero, of_experts=False)
+    _, shard_of_experts = data_axis.sharded(list(experts.values()), layout.expert_zero, of_experts=True)
     gathers = [message for message in of_data if message.kind == "all-gather"]
     reductions = [message for message in of_data if message.kind != "all-gather"]
     if layout.fsdp:
         prefetched, gathers, reductions = [*prefetched, *of_data], [], []
-    passes = flops.stage(job, stage.layers, stage.heads)
     routed = sum(math.prod(shape) for unit in experts.values() for shape in unit)
-    elements, first = {"zero": sum(units), "expert zero": routed}, units[0] / sum(units)
-    return StageCounts(passes, waited, prefetched, gathers, reductions, shard, first, elements)
+    elements, first = {"zero": sum(inside.units), "expert zero": routed}, inside.units[0] / sum(inside.units)
+    return StageCounts(inside.passes, inside.waited, prefetched, gathers, reductions, shard + shard_of_experts, first, elements)
 
 
 def of_layers(work: Workload) -> list[Collectives]:
@@ -332,18 +359,19 @@ NO_LATENCY = 1e-9
 """A number of collectives that have no latency."""
 
 
-def at_least(job: Job, gpu: GPU, calibration: Calibration, *, of_experts: bool = False) -> float:
+def at_least(job: Job, gpu: GPU, calibration: Calibration, insides: Insides, *, of_experts: bool = False) -> float:
     """Returns a time that no step is shorter than, whatever the ranks over which the optimizer state is sharded: gradients are
     reduced over all of them, without latencies, and nothing is gathered. (Of two reductions, one over some of the ranks and one
     over the others, each byte that leaves a rank takes at least as long.)
 
     Args:
+        insides: as for ``count``.
         of_experts: whatever the ranks for experts; those for all else are known.
     """
     layout, experts = job.work.layout, job.work.layout.experts.axes
     zero = layout.zero if of_experts else layout.zero * layout.replicate
     most = replace(layout, zero=zero, expert_zero=experts["zero"] * experts["replicate"])
-    counts = count(replace(job, work=replace(job.work, layout=most)))
+    counts = count(replace(job, work=replace(job.work, layout=most)), insides)
     axes = ("expert zero",) if of_experts else ("zero", "expert zero")
     stages = tuple(_without_shards(stage, axes, job.work.gradient_bytes) for stage in counts.stages)
     return timed(replace(counts, stages=stages), gpu, calibration).step
