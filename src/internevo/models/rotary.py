@@ -86,9 +86,15 @@ def _longrope(plain: Tensor, rope: Rope, max_positions: int, lengths_BS: Tensor)
         torch.tensor(rope.options[key], dtype=plain.dtype, device=plain.device) for key in ("short_factor", "long_factor")
     )
     frequencies = torch.where((lengths_BS > original).unsqueeze(-1), plain / long, plain / short)
+    return frequencies, longrope_scale(rope, max_positions)
+
+
+def longrope_scale(rope: Rope, max_positions: int) -> float:
+    """Returns LongRoPE's factor of cos and sin."""
+    original = rope.options["original_max_position_embeddings"]
     factor = rope.factor if rope.factor > 1 else max_positions / original
     scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-    return frequencies, rope.options.get("attention_factor", scale)
+    return float(rope.options.get("attention_factor", scale))
 
 
 def _llama3(plain: Tensor, rope: Rope, max_positions: int) -> Tensor:

@@ -1,8 +1,9 @@
 """Writes models as GGUF files, which llama.cpp and programs like it read, with the ``gguf`` library (an optional extra).
 
-The forms are those that llama.cpp expects of each architecture: the rows of q and k are in pairs of neighbours where it rotates
-such pairs, norms that multiply by 1 + weight have 1 added, the experts of a layer are one tensor. Matrices are in the chosen
-dtype; vectors and routers are in fp32.
+The forms are those that llama.cpp expects of each architecture (``gguf_forms``): the rows of q and k are in
+pairs of neighbours where it rotates such pairs, norms that multiply by 1 + weight have 1 added, the experts of a layer are one
+tensor, the rows of a normalised head are divided by their norms. Matrices are in the chosen dtype; vectors and routers are in
+fp32.
 """
 
 from __future__ import annotations
@@ -10,66 +11,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ... import __version__
 from ...errors import UsageError
-from ..config import DecoderConfig, Rope
-from ..decoder import parameter_shapes
-from ..rotary import inverse_frequencies
+from ..config import DecoderConfig, Latent, Rope
+from ..decoder import stored_shapes
+from ..rotary import inverse_frequencies, longrope_scale
 from ..source import ParameterSource, most_common_dtype
+from .gguf_forms import Form, form_of, name_of
 from .gguf_tokenizer import write_tokenizer
 from .naming import row_count
 from .owned import owned_target
 
 NAME = "model.gguf"
 """The name of the file in the folder."""
-
-
-@dataclass(frozen=True)
-class Form:
-    """How llama.cpp has a family."""
-
-    arch: str
-    permuted: bool = False
-    """Whether it rotates pairs of neighbours, so that the rows of q and k have another order."""
-    biases: tuple[str, ...] = ()
-    """Biases that it knows: some of qkv, o, mlp."""
-    normalize: bool | None = None
-    """Whether it divides the weights of a token's experts by their sum; None: it has no experts."""
-    pattern: int = 0
-    """Every layer has a sliding window, except each N-th, for this N; 0: none has."""
-    large: int = 0
-    """The number of layers of the model whose scores it divides by sqrt(hidden size / heads), not by sqrt(head size)."""
-    tied: bool = False
-    """Whether the head must be tied to the embedding."""
-
-
-FORMS = {
-    "LLAMA2": Form("llama", permuted=True, biases=("qkv", "o", "mlp")),
-    "INTERNLM2": Form("internlm2", permuted=True),
-    "MIXTRALMOE": Form("llama", permuted=True, normalize=True),
-    "QWEN2": Form("qwen2", biases=("qkv",)),
-    "QWEN3": Form("qwen3"),
-    "QWEN2MOE": Form("qwen2moe", biases=("qkv",), normalize=False),
-    "QWEN3MOE": Form("qwen3moe", normalize=True),
-    "GEMMA": Form("gemma", tied=True),
-    "GEMMA2": Form("gemma2", pattern=2, large=46, tied=True),
-    "GEMMA3": Form("gemma3", pattern=6, large=62),
-}  # fmt: skip
-LAYER = {
-    "attn_norm": "attn_norm", "attn.q": "attn_q", "attn.k": "attn_k", "attn.v": "attn_v", "attn.o": "attn_output",
-    "attn.q_norm": "attn_q_norm", "attn.k_norm": "attn_k_norm", "mlp_norm": "ffn_norm", "mlp.gate": "ffn_gate",
-    "mlp.up": "ffn_up", "mlp.down": "ffn_down", "attn_out_norm": "post_attention_norm", "mlp_out_norm": "post_ffw_norm",
-    "mlp.router": "ffn_gate_inp", "mlp.experts.gate": "ffn_gate_exps", "mlp.experts.up": "ffn_up_exps",
-    "mlp.experts.down": "ffn_down_exps", "mlp.shared.gate": "ffn_gate_shexp", "mlp.shared.up": "ffn_up_shexp",
-    "mlp.shared.down": "ffn_down_shexp", "mlp.shared_gate": "ffn_gate_inp_shexp",
-}  # fmt: skip
-ENDS = {"embed.weight": "token_embd.weight", "norm.weight": "output_norm.weight", "head.weight": "output.weight"}
 
 
 def write_gguf(
@@ -121,47 +83,6 @@ def write_gguf(
         writer.close()
 
 
-def form_of(config: DecoderConfig) -> Form:
-    """Returns how llama.cpp has a model.
-
-    Raises:
-        UsageError: if it does not. The message names the family, or what of the model it does not have.
-    """
-    form = FORMS.get(config.family)
-    if form is None:
-        raise UsageError(f"--to gguf does not support {config.family} (supported: {', '.join(FORMS)})")
-    if wrong := list(_problems(config, form)):
-        raise UsageError(f"a GGUF file cannot describe this {config.family} model: {'; '.join(wrong)}")
-    return form
-
-
-def _problems(config: DecoderConfig, form: Form) -> Iterator[str]:
-    """Yields what of a model llama.cpp computes in another way, or not at all."""
-    for name, given in (("qkv", config.qkv_bias), ("o", config.o_bias), ("mlp", config.mlp_bias)):
-        if given and name not in form.biases:
-            yield f"it has {name} biases"
-    if form.biases == ("qkv",) and not config.qkv_bias:
-        yield "it has no qkv biases"
-    window = max(config.windows, default=0)
-    expected = tuple(window if form.pattern and (layer + 1) % form.pattern else 0 for layer in range(config.num_layers))
-    if window and config.windows != expected:
-        yield f"its sliding windows {list(config.windows)} are not in the architecture's layers"
-    if form.pattern and not window:
-        yield "it has no sliding windows"
-    large = config.num_layers == form.large
-    if config.query_scalar != (config.hidden_size // config.num_heads if large else config.head_dim):
-        yield f"its scores are divided by sqrt({config.query_scalar})"
-    if form.tied and not config.tie_embeddings:
-        yield "its head is not tied to the embedding"
-    if config.rope is None or config.rope.kind not in ("default", "linear", "yarn", "llama3"):
-        yield f"rotary scaling {config.rope.kind if config.rope else None!r}"
-    if config.window_rope and (config.window_rope.kind != "default"):
-        yield f"rotary scaling {config.window_rope.kind!r} in layers with a window"
-    moe = config.experts
-    if moe and (moe.normalize != form.normalize or moe.dense_layers or moe.balance_bias):
-        yield "its experts choose in another way, or some layers have none (norm_topk_prob, mlp_only_layers, bias_update_speed)"
-
-
 @dataclass(frozen=True)
 class _Out:
     """A tensor of the file."""
@@ -177,42 +98,81 @@ class _Out:
 
 
 def _tensors(source: ParameterSource, form: Form, dtype: torch.dtype) -> Iterator[_Out]:
-    config = source.config
-    if config.rope is not None and config.rope.kind == "llama3":
-        factors = _rope_factors(config.rope, config)
-        yield _Out("rope_freqs.weight", tuple(factors.shape), torch.float32, lambda: factors)
-    for name, size in parameter_shapes(config).items():
-        shape = tuple(size)
-        matrix = len(shape) > 1 and not name.endswith((".router.weight", ".shared_gate.weight"))
+    config, shapes, together = source.config, stored_shapes(source.config), dict[str, list[str]]()
+    for name, factors in _rope_factors(config).items():
+        yield _Out(name, tuple(factors.shape), torch.float32, partial(torch.as_tensor, factors))
+    for name in shapes:
+        together.setdefault(name_of(name, form, config), []).append(name)
+    for name, parts in together.items():
+        first = shapes[parts[0]]
+        shape = (sum(shapes[part][0] for part in parts), *first[1:])
+        matrix = len(shape) > 1 and not parts[0].endswith((".router.weight", ".shared_gate.weight"))
+        out = shape[1:] if parts[0].endswith(".shared_gate.weight") else shape
         kind = dtype if matrix else torch.float32
-        out = shape[1:] if name.endswith(".shared_gate.weight") else shape
-
-        def read(name: str = name, shape: tuple[int, ...] = shape, kind: torch.dtype = kind, out: Any = out) -> Tensor:
-            tensor = source.read(name, 0, row_count(shape)).view(shape)
-            heads = {"q": config.num_heads, "k": config.num_kv_heads}.get(name.split(".")[-2], 0)
-            if form.permuted and heads:
-                tensor = tensor.view(heads, 2, shape[0] // heads // 2, *shape[1:]).transpose(1, 2).reshape(shape)
-            if config.norm_unit_offset and "norm" in name.split(".")[-2]:
-                tensor = tensor.float() + 1
-            return tensor.to(kind).reshape(out)
-
-        yield _Out(_name(name), out, kind, read)
+        one = _Out(name, out, kind, partial(_join, source, form, {part: shapes[part] for part in parts}, kind, out))
+        if config.latent is not None and name.endswith(".attn_kv_b.weight"):
+            yield from _keys_and_values(config, config.latent, one)
+        else:
+            yield one
 
 
-def _name(name: str) -> str:
-    """Returns the name of a parameter in the file."""
-    if name in ENDS:
-        return ENDS[name]
-    _, layer, *path, kind = name.split(".")
-    return f"blk.{layer}.{LAYER['.'.join(path)]}.{kind}"
+def _join(
+    source: ParameterSource, form: Form, parts: dict[str, torch.Size], dtype: torch.dtype, shape: tuple[int, ...]
+) -> Tensor:
+    """Reads the parameters of one tensor: names and shapes."""
+    return torch.cat([_read(source, form, name, size) for name, size in parts.items()]).to(dtype).reshape(shape)
 
 
-def _rope_factors(rope: Rope, config: DecoderConfig) -> Tensor:
-    """Returns by what llama.cpp divides the angle of each pair: how Llama 3.1 scales them."""
+def _keys_and_values(config: DecoderConfig, latent: Latent, both: _Out) -> Iterator[_Out]:
+    """Yields the matrices of each head that make its keys from the latent, transposed, and its values."""
+    heads, plain = config.num_heads, latent.plain_dim
+
+    def keys() -> Tensor:
+        return both.read().unflatten(0, (heads, -1))[:, :plain].transpose(1, 2)
+
+    def values() -> Tensor:
+        return both.read().unflatten(0, (heads, -1))[:, plain:]
+
+    yield _Out(both.name.replace("kv_b", "k_b"), (heads, latent.rank, plain), both.dtype, keys)
+    yield _Out(both.name.replace("kv_b", "v_b"), (heads, latent.value_dim, latent.rank), both.dtype, values)
+
+
+def _read(source: ParameterSource, form: Form, name: str, shape: torch.Size) -> Tensor:
+    """Reads a parameter, and makes it as llama.cpp expects it."""
+    config, linear = source.config, name.split(".")[-2]
+    rope, latent = config.rope, config.latent
+    tensor = source.read(name, 0, row_count(shape)).view(shape)
+    if config.norm_unit_offset and "norm" in linear:
+        return tensor.float() + 1
+    if config.norm_head and linear == "head":
+        return F.normalize(tensor.float(), dim=1)
+    rotated = {"q": (config.num_heads, 0), "k": (config.num_kv_heads, 0)}
+    if latent is not None:
+        rotated = {"q": (config.num_heads, latent.plain_dim), "kv_a": (1, latent.rank)}
+    if form.neighbours and rope is not None and not rope.interleaved and linear in rotated:
+        heads, first = rotated[linear]
+        return _as_neighbours(tensor.unflatten(0, (heads, -1)), first).flatten(0, 1)
+    return tensor
+
+
+def _as_neighbours(rows: Tensor, first: int) -> Tensor:
+    """Orders the rows of each head [H, N, ...] from ``first`` on so that the pairs that rotate, which are half of them apart,
+    are neighbours."""
+    pairs = rows[:, first:].unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+    return torch.cat((rows[:, :first], pairs), dim=1)
+
+
+def _rope_factors(config: DecoderConfig) -> dict[str, Tensor]:
+    """Returns by what llama.cpp divides the angle of each pair: how Llama 3.1 and LongRoPE scale them."""
+    rope, options = config.rope, config.rope.options if config.rope else {}
+    if rope is not None and rope.kind == "longrope":
+        return {f"rope_factors_{which}.weight": torch.tensor(options[f"{which}_factor"]) for which in ("long", "short")}
+    if rope is None or rope.kind != "llama3":
+        return {}
     device, size = torch.device("cpu"), rope.size(config.head_dim)
     scaled, _ = inverse_frequencies(rope, size, config.max_position_embeddings, device)
     plain, _ = inverse_frequencies(Rope(rope.base), size, config.max_position_embeddings, device)
-    return plain / scaled
+    return {"rope_freqs.weight": plain / scaled}
 
 
 def _array(tensor: Tensor) -> Any:
@@ -222,44 +182,90 @@ def _array(tensor: Tensor) -> Any:
 
 def _metadata(writer: Any, config: DecoderConfig, form: Form) -> None:
     """Adds the shape of the model."""
-    rope, window = config.rope or Rope(), max(config.windows, default=0)
     writer.add_string("general.quantized_by", f"internevo {__version__}")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_layers)
-    mixtral = config.experts if config.family == "MIXTRALMOE" else None
-    writer.add_feed_forward_length(mixtral.size if mixtral else config.intermediate_size)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(rope.base)
+    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    for key, value in {**_shape(config, form), **_rope(config), **_experts(config, form)}.items():
+        if value is not None:
+            add[type(value)](f"{form.arch}.{key}", value)
+
+
+def _shape(config: DecoderConfig, form: Form) -> dict[str, Any]:
+    """Returns keys and values of the shape; None: the key is left out. With latents, llama.cpp computes attention in their
+    space, in which all heads have the same keys and values."""
+    latent, window = config.latent, max(config.windows, default=0)
+    gemma2 = config.family == "GEMMA2"
+    values = {
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_layers,
+        "feed_forward_length": config.intermediate_size,
+        "vocab_size": config.vocab_size,
+        "attention.head_count": config.num_heads,
+        "attention.head_count_kv": config.num_kv_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": float(config.norm_eps),
+        "attention.sliding_window": window if window or form.pattern is None else None,
+        "attn_logit_softcapping": float(config.attention_softcap) if gemma2 else None,
+        "final_logit_softcapping": float(config.logit_softcap) if gemma2 else None,
+    }
+    if latent is not None:
+        values |= {
+            "attention.head_count_kv": 1,
+            "attention.key_length": latent.rank + latent.rotary_dim,
+            "attention.value_length": latent.rank,
+            "attention.key_length_mla": config.head_dim,
+            "attention.value_length_mla": latent.value_dim,
+            "attention.q_lora_rank": latent.query_rank,
+            "attention.kv_lora_rank": latent.rank,
+        }
+    return values
+
+
+def _rope(config: DecoderConfig) -> dict[str, Any]:
+    """Returns keys and values of the rotary embedding."""
+    rope, inner, longest = config.rope or Rope(), config.window_rope, config.max_position_embeddings
+    values: dict[str, Any] = {
+        "rope.dimension_count": rope.size(config.rotary_dim),
+        "rope.freq_base": float(rope.base),
+        "rope.freq_base_swa": float(inner.base) if inner else None,
+    }
     if rope.kind in ("linear", "yarn"):
-        writer.add_rope_scaling_type(_scaling_type(rope.kind))
-        writer.add_rope_scaling_factor(rope.factor)
-    if rope.kind == "yarn":
-        original = rope.options.get("original_max_position_embeddings", config.max_position_embeddings)
-        writer.add_rope_scaling_orig_ctx_len(original)
-    if window:
-        writer.add_sliding_window(window)
-    if config.window_rope:
-        writer.add_rope_freq_base_swa(config.window_rope.base)
-    if config.family == "GEMMA2":
-        writer.add_attn_logit_softcapping(config.attention_softcap)
-        writer.add_final_logit_softcapping(config.logit_softcap)
-    if config.experts is not None:
-        writer.add_expert_count(config.experts.count)
-        writer.add_expert_used_count(config.experts.top_k)
-        if mixtral is None:
-            writer.add_expert_feed_forward_length(config.experts.size)
-        if config.experts.shared_size:
-            writer.add_expert_shared_feed_forward_length(config.experts.shared_size)
+        values |= {"rope.scaling.type": rope.kind, "rope.scaling.factor": float(rope.factor)}
+    if rope.kind in ("yarn", "longrope"):
+        original = rope.options.get("original_max_position_embeddings", longest)
+        values |= {"rope.scaling.original_context_length": original}
+    if rope.kind == "longrope":
+        values |= {"rope.scaling.attn_factor": float(longrope_scale(rope, longest))}
+    if rope.kind == "yarn" and rope.factor > 1:
+        _, scale = inverse_frequencies(rope, values["rope.dimension_count"], longest, torch.device("cpu"))
+        if config.latent is None:  # llama.cpp multiplies its factor by the usual one
+            values |= {"rope.scaling.attn_factor": scale / (1 + 0.1 * math.log(rope.factor))}
+        else:  # it multiplies scores by (attn_factor * (1 + yarn_log_multiplier * log(factor))) ** 2
+            weight = (math.sqrt(rope.latent_scale) / scale - 1) / math.log(rope.factor)
+            values |= {"rope.scaling.attn_factor": scale, "rope.scaling.yarn_log_multiplier": weight}
+    return values
 
 
-def _scaling_type(kind: str) -> Any:
-    import gguf
-
-    return gguf.RopeScalingType(kind)
+def _experts(config: DecoderConfig, form: Form) -> dict[str, Any]:
+    """Returns keys and values of the experts. The architecture of Llama has no other width for them."""
+    moe = config.experts
+    if moe is None:
+        return {}
+    values: dict[str, Any] = {"expert_count": moe.count, "expert_used_count": moe.top_k}
+    if form.arch == "llama":
+        return {**values, "feed_forward_length": moe.size}
+    values["expert_feed_forward_length"] = moe.size
+    if config.latent is None:
+        return {**values, "expert_shared_feed_forward_length": moe.shared_size or None}
+    grouped = moe.top_groups < moe.groups
+    return {
+        **values,
+        "leading_dense_block_count": len(moe.dense_layers),
+        "expert_shared_count": moe.shared_size // moe.size,
+        "expert_weights_scale": float(moe.scale),
+        "expert_weights_norm": moe.normalize,
+        "expert_gating_func": {"softmax": 1, "sigmoid": 2}[moe.scoring],
+        "expert_group_count": moe.groups if grouped else None,
+        "expert_group_used_count": moe.top_groups if grouped else None,
+    }

@@ -1,0 +1,118 @@
+"""GGUF files in llama.cpp itself: it computes the same logits and splits texts into the same tokens.
+
+llama.cpp is in the package ``xllamacpp`` (``pip install xllamacpp``), which is not among this project's own requirements.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from internevo.config.model import Model
+from internevo.models.config import DecoderConfig
+from internevo.models.families.registry import decoder_config
+from internevo.models.huggingface.gguf import write_gguf
+from internevo.models.source import ModelInMemory
+from internevo.text.tokenizer import train_bpe
+from tests.conftest import random_model
+from tests.unit.models.huggingface.test_gguf import LATENT, LONG, MORE, SHAPE
+
+llama = pytest.importorskip("xllamacpp")
+VOCABULARY = SHAPE["vocab_size"]
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+FIVE_HEADS = {"num_attention_heads": 5, "num_kv_attention_heads": 5}
+LORA = {**LATENT, "q_lora_rank": 24}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama": ("LLAMA2", MORE["LLAMA2"]),
+    "Llama, biases, other heads": ("LLAMA2", {"no_bias": False, "mlp_bias": True, "head_dim": 32}),
+    "Llama, linear": ("LLAMA2", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+    "Llama, YaRN": ("LLAMA2", {"rope_scaling": YARN}),
+    "Llama, YaRN with a factor": ("LLAMA2", {"rope_scaling": {**YARN, "attention_factor": 1.4}}),
+    "InternLM": ("INTERNLM", MORE["INTERNLM"]),
+    "InternLM2, dynamic": ("INTERNLM2", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
+    "InternLM3": ("INTERNLM3", MORE["INTERNLM3"]),
+    "Baichuan2, rotary": ("BAICHUAN2", {"num_layers": 32, "num_kv_attention_heads": 4}),
+    "Baichuan2, ALiBi": ("BAICHUAN2", {"num_layers": 40, "hidden_size": 80, "use_alibi": True, **FIVE_HEADS}),
+    "Mixtral": ("MIXTRALMOE", MORE["MIXTRALMOE"]),
+    "Qwen2": ("QWEN2", {}),
+    "Qwen3, YaRN": ("QWEN3", {"rope_scaling": YARN, "head_dim": 32}),
+    "Qwen2 MoE": ("QWEN2MOE", MORE["QWEN2MOE"]),
+    "Qwen3 MoE": ("QWEN3MOE", MORE["QWEN3MOE"]),
+    "Gemma": ("GEMMA", {}),
+    "Gemma 2": ("GEMMA2", {}),
+    "Gemma 3": ("GEMMA3", MORE["GEMMA3"]),
+    "Phi-3": ("PHI3", {"sliding_window": 100, "use_sliding_window": True}),
+    "Phi-4 mini, short": ("PHI3", {"rope_scaling": {**LONG, "original_max_position_embeddings": 512}}),
+    "Phi-4 mini, long": ("PHI3", {"rope_scaling": {**LONG, "original_max_position_embeddings": 8}}),
+    "GLM-4": ("GLM", {}),
+    "GLM-4, no biases": ("GLM", {"qkv_bias": False}),
+    "GLM-4-0414": ("GLM4", {"head_dim": 32}),
+    "DeepSeek-V2": ("DEEPSEEKV2", {**LORA, "routed_scaling_factor": 16.0, "mlp_only_layers": [0, 1]}),
+    "DeepSeek-V2 Lite": ("DEEPSEEKV2", {**LATENT, "num_layers": 27}),
+    "DeepSeek-V2, no query latents": ("DEEPSEEKV2", {**LATENT, "mlp_only_layers": []}),
+    "DeepSeek-V2, YaRN": ("DEEPSEEKV2", {**LORA, "rope_scaling": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707}}),
+    "DeepSeek-V2, YaRN, two weights": ("DEEPSEEKV2", {**LORA, "rope_scaling": {**YARN, "mscale": 0.5, "mscale_all_dim": 1.0}}),
+    "DeepSeek-V2, YaRN, no weights": ("DEEPSEEKV2", {**LORA, "rope_scaling": YARN}),
+    "DeepSeek-V3": ("DEEPSEEKV3", {**MORE["DEEPSEEKV3"], "num_experts": 8, "top_k": 3, "n_group": 4, "topk_group": 2}),
+    "DeepSeek-V3, halves": ("DEEPSEEKV3", {**LORA, "norm_topk_prob": False}),
+}
+
+
+@contextmanager
+def loaded(file: Path) -> Iterator[Any]:
+    """llama.cpp's server with a model, in fp32."""
+    params = llama.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel, params.warmup, params.fit_params = str(file), 512, 1, False, False
+    params.port, params.verbosity, params.cpuparams.n_threads, params.cpuparams_batch.n_threads = 0, 0, 1, 1
+    params.cache_type_k = params.cache_type_v = llama.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    yield llama.Server(params)
+
+
+def next_token(server: Any, ids: list[int]) -> torch.Tensor | None:
+    """The log-probabilities of the token after ``ids``. None: the token that it drew is half a character, without any."""
+    options = {"temperature": 1.0, "samplers": [], "seed": 1, "cache_prompt": False, "max_tokens": 1}
+    answer = server.handle_completions({"prompt": ids, "logprobs": VOCABULARY, **options})
+    answer = json.loads(answer) if isinstance(answer, str) else answer
+    found = answer["choices"][0]["logprobs"]
+    if not found:
+        return None
+    out = torch.full((VOCABULARY,), torch.nan)
+    for one in found["content"][0]["top_logprobs"]:
+        out[one["id"]] = one["logprob"]
+    return out
+
+
+def config_of(name: str) -> DecoderConfig:
+    family, more = CASES[name]
+    config = decoder_config(family, Model(**{**SHAPE, **more}))
+    return replace(config, rope=replace(config.rope, interleaved=False)) if "halves" in name and config.rope else config
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_llama_cpp_computes_the_same(tmp_path: Path, name: str) -> None:
+    torch.manual_seed(0)
+    model = random_model(config_of(name)).eval()
+    for parameter in model.parameters():
+        parameter.mul_(0.4)
+    for stored, tensor in model.stored().items():
+        if stored.endswith("router.bias"):
+            tensor.normal_(std=0.3)
+    source = ModelInMemory(model.config, model, train_bpe(["def f(x): return x"] * 5, 300, tmp_path / "tokenizer").parent)
+    write_gguf(source, tmp_path / "out", dtype=torch.float32)
+    compared = 0
+    with loaded(tmp_path / "out" / "model.gguf") as server:
+        for length in (9, 40, 40, 40):
+            ids = torch.randint(1, 300, (length,)).tolist()
+            if (theirs := next_token(server, ids)) is not None:
+                ours = model(torch.tensor([ids])).log_softmax(-1)[0, -1]
+                limit = 5e-3 if "Gemma" in name else 5e-5  # its gelu is a table in fp16
+                assert (theirs - ours).abs().max() < limit * ours.std()
+                compared += 1
+    assert compared
