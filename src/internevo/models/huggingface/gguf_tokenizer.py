@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ LOWEST = -10000.0
 """The score of ids without a token."""
 ADDED = -1000.0
 """The score of added tokens."""
+NEXT_TURN = "<|user|>"
+"""A token that ends the answers of GLM-4; llama.cpp knows the other ones by their names."""
 PADDING = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
 """Added tokens that models use as control tokens, whatever their files say."""
 CONTROL_NAME = re.compile(r"<\|.*\|>|<｜.*｜>|<unused.*>")
@@ -109,9 +112,13 @@ def _special_tokens(writer: Any, path: Path, tokenizer: Tokenizer, vocabulary: V
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"the special tokens in {folder} cannot be read: {error}") from error
     special.merges = vocabulary.merges
-    for key, number in special_ids(path).items():
-        if isinstance(number, int) and 0 <= number < len(vocabulary.tokens):
-            special.special_token_ids.setdefault(key.removesuffix("_token_id"), number)
+    ids: dict[str, Any] = {**special_ids(path)}
+    for key, given in ids.items():
+        if isinstance(given, int) and 0 <= given < len(vocabulary.tokens):
+            special.special_token_ids.setdefault(key.removesuffix("_token_id"), given)
+    ends = ids.get("eos_token_id")
+    if isinstance(ends, list) and NEXT_TURN in vocabulary.tokens and vocabulary.tokens.index(NEXT_TURN) in ends:
+        special.special_token_ids.setdefault("eot", vocabulary.tokens.index(NEXT_TURN))
     if "bos" not in special.special_token_ids:
         special.add_special_token["bos"] = False
     elif vocabulary.merges:  # otherwise, llama.cpp adds it in front of every text, if it has a name for how texts are split
@@ -210,6 +217,12 @@ DEEPSEEK = (
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"""
     r""" ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
 )
+CASED = (
+    "[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂ"
+    "ℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+"
+)
+"""Letters that are upper or lower case; the pattern of DeepSeek-V2 lists them."""
+WIDE = "[一-龥ࠀ-一가-퟿]+"
 TEKKEN = O200K_PATTERN.replace(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?", "").replace(r"\p{N}{1,3}", r"\p{N}")
 SPLITS: dict[tuple[str, ...], str] = {
     (GPT2_PATTERN,): "gpt-2",
@@ -219,9 +232,12 @@ SPLITS: dict[tuple[str, ...], str] = {
     (TEKKEN,): "tekken",
     (O200K_PATTERN,): "gpt-4o",
     (r"\p{N}{1,3}", HAN, DEEPSEEK): "deepseek-v3",
-    (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", DIGITS): "deepseek-coder",
+    (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", WIDE, DIGITS): "deepseek-coder",
+    (r"[\r\n]", rf"\s?{CASED}", r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", WIDE, DIGITS): "deepseek-llm",
 }
 """The regular expressions that split a text, one after the other -> llama.cpp's name of them."""
+JOINS_DIGITS = ("deepseek-llm",)
+"""The names with which llama.cpp does not split digits from each other: it makes no difference if no token joins them."""
 IGNORES_MERGES = ("llama-bpe", "tekken")
 """The names with which llama.cpp takes a word that is a token as it is (``ignore_merges``). With all others it merges its
 bytes, whatever the tokenizer's file says (src/llama-vocab.cpp)."""
@@ -252,11 +268,25 @@ def _byte_level(writer: Any, values: dict[str, Any], tokenizer: Tokenizer, vocab
             f"{path}: the token {word!r} is a word that its merges do not make. This tokenizer {ways} (ignore_merges, which "
             f"llama.cpp decides by the name {name!r} of how texts are split): a GGUF file cannot have it"
         )
+    if name in JOINS_DIGITS and (joined := _token_of_digits(tokenizer.backend.fast, model)):
+        raise UsageError(
+            f"{path} splits all digits, and llama.cpp would take {joined!r} as one token: a GGUF file cannot have it"
+        )
     for text, number in model["vocab"].items():
         vocabulary.put(number, text, NORMAL)
     vocabulary.put_added(_added(tokenizer.backend))
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(name)
+
+
+def _token_of_digits(fast: Any, model: dict[str, Any]) -> str | None:
+    """Returns a token that has several digits. None: there is none. Arguments as for ``_word_that_merges_change``."""
+    from tokenizers import decoders
+
+    characters = decoders.ByteLevel()
+    added = {token.content for token in fast.get_added_tokens_decoder().values()}
+    texts = (str(characters.decode([token])) for token in model["vocab"] if token not in added)
+    return next((text for text in texts if sum(unicodedata.category(one)[0] == "N" for one in text) > 1), None)
 
 
 def _word_that_merges_change(fast: Any, model: dict[str, Any]) -> str | None:

@@ -17,7 +17,7 @@ from tokenizers.models import Unigram
 from transformers import AutoTokenizer
 
 from internevo.errors import UsageError
-from internevo.models.huggingface.gguf_tokenizer import TEKKEN, write_tokenizer
+from internevo.models.huggingface.gguf_tokenizer import SPLITS, TEKKEN, write_tokenizer
 from internevo.text.tiktokens import CL100K_PATTERN, O200K_PATTERN
 from internevo.text.tokenizer import load_tokenizer, train_bpe
 
@@ -231,3 +231,44 @@ def test_a_word_has_the_token_that_llama_cpp_gives_it(
             read()
     (tmp_path / "tokenizer.json").write_text(json.dumps(values))
     assert (load_tokenizer(tmp_path).encode("Zebra") == [size + 1]) == ignore_merges
+
+
+PATTERNS = {name: patterns for patterns, name in SPLITS.items()}
+DEEPSEEK_V2 = pre_tokenizers.Sequence(
+    [
+        *(pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in PATTERNS["deepseek-llm"][:-1]),
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+)
+
+
+def test_deepseek_v2_has_no_token_of_several_digits(tmp_path: Path) -> None:
+    """llama.cpp does not split digits from each other for it."""
+    fast = Fast.from_file(str(train_bpe([text.replace("2026", "") for text in TEXTS], 400, tmp_path)))
+    fast.pre_tokenizer = DEEPSEEK_V2
+    fast.add_tokens(["[PAD10]"])
+    values = json.loads(fast.to_str())
+
+    def read() -> str:
+        (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+        return str(written(tmp_path, 410, tmp_path)["pre"])
+
+    assert read() == "deepseek-llm"
+    values["model"]["vocab"]["20"] = len(values["model"]["vocab"])
+    values["model"]["merges"].append(["2", "0"])
+    with pytest.raises(UsageError, match="splits all digits, and llama.cpp would take '20' as one token"):
+        read()
+
+
+@pytest.mark.parametrize("where", ["config.json", "generation_config.json"])
+def test_the_user_s_turn_ends_the_answer_if_the_model_says_so(tmp_path: Path, where: str) -> None:
+    """As in GLM-4. llama.cpp finds other such tokens by their names."""
+    fast = Fast.from_file(str(train_bpe(TEXTS, 400, tmp_path)))
+    size = fast.get_vocab_size()
+    fast.add_tokens(["<|user|>"])
+    (tmp_path / "tokenizer.json").write_text(fast.to_str())
+    for ends in ([size, 3], [3], size):
+        (tmp_path / where).write_text(json.dumps({"eos_token_id": ends}))
+        fields = written(tmp_path, size + 2, tmp_path)
+        assert fields.get("eot_token_id") == (size if ends == [size, 3] else None)

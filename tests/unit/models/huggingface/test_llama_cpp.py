@@ -4,6 +4,8 @@ llama.cpp is in the package ``xllamacpp`` (``pip install xllamacpp``), which is 
 """
 
 import json
+import random
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,13 +14,17 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Regex, pre_tokenizers
+from tokenizers import Tokenizer as Fast
+from tokenizers.trainers import BpeTrainer
 
 from internevo.config.model import Model
 from internevo.models.config import DecoderConfig
 from internevo.models.families.registry import decoder_config
 from internevo.models.huggingface.gguf import write_gguf
+from internevo.models.huggingface.gguf_tokenizer import IGNORES_MERGES, SPLITS
 from internevo.models.source import ModelInMemory
-from internevo.text.tokenizer import train_bpe
+from internevo.text.tokenizer import load_tokenizer, train_bpe
 from tests.conftest import random_model
 from tests.unit.models.huggingface.test_gguf import LATENT, LONG, MORE, SHAPE
 
@@ -116,3 +122,33 @@ def test_llama_cpp_computes_the_same(tmp_path: Path, name: str) -> None:
                 assert (theirs - ours).abs().max() < limit * ours.std()
                 compared += 1
     assert compared
+
+
+PIECES = [
+    "the", "Quick", "BROWN", "xAI", "it's", "WE'LL", "\u00fcber", "\u0395\u03bb", "\u4f60\u597d", "\u3053\u3093",
+    "\ud55c\uad6d", "7", "42", "2026", "31415", " ", "  ", "\n", "\n\n", "\t", "\r\n", ".", "!?", "...", "=>", "//", "_x",
+    "\u3002", "\uff01", "(", "\U0001f680", "-",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("patterns", SPLITS, ids=SPLITS.get)
+def test_llama_cpp_splits_texts_into_the_same_tokens(tmp_path: Path, patterns: tuple[str, ...]) -> None:
+    name, draw = SPLITS[patterns], random.Random(0)
+    texts = ["".join(draw.choices(PIECES, k=30)) for _ in range(300)]
+    fast = Fast.from_file(str(train_bpe(texts, 300, tmp_path)))
+    steps = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+    fast.pre_tokenizer = pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    fast.train_from_iterator(texts, BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=alphabet, show_progress=False))
+    values = json.loads(fast.to_str())
+    values["model"]["ignore_merges"] = name in IGNORES_MERGES
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    model = random_model(config_of("Qwen2"))
+    write_gguf(ModelInMemory(model.config, model, tmp_path), tmp_path / "out")
+    tokenizer = load_tokenizer(tmp_path)
+    with loaded(tmp_path / "out" / "model.gguf") as server:
+        for text in texts[:100]:
+            body = json.dumps({"content": text, "add_special": False}).encode()
+            request = urllib.request.Request(f"{server.listening_address}/tokenize", body, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                assert json.load(answer)["tokens"] == tokenizer.encode(text), text
