@@ -100,6 +100,17 @@ def write_tokenizer(writer: Any, path: Path | None, vocab_size: int) -> None:
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.types)
     _special_tokens(writer, path, tokenizer, vocabulary)
+    if isinstance(tokenizer.backend, TokenizersBackend) and _strips_as_phi3(tokenizer.backend, vocabulary):
+        writer.add_name("Phi-3")
+
+
+def _strips_as_phi3(backend: TokenizersBackend, vocabulary: Vocabulary) -> bool:
+    """Whether added tokens take the white space after them as those of Phi-3 do: all but three. A file cannot say this of a
+    token, but llama.cpp does it in models of this name (src/llama-vocab.cpp)."""
+    added = backend.fast.get_added_tokens_decoder()
+    special = {number for number, kind in enumerate(vocabulary.types) if kind in (UNKNOWN, CONTROL, USER_DEFINED)}
+    kept = {vocabulary.tokens[number] for number in special if number not in added or not added[number].rstrip}
+    return kept == {"<unk>", "<s>", "<|endoftext|>"} and "</s>" in vocabulary.tokens
 
 
 def _special_tokens(writer: Any, path: Path, tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
@@ -119,6 +130,8 @@ def _special_tokens(writer: Any, path: Path, tokenizer: Tokenizer, vocabulary: V
     ends = ids.get("eos_token_id")
     if isinstance(ends, list) and NEXT_TURN in vocabulary.tokens and vocabulary.tokens.index(NEXT_TURN) in ends:
         special.special_token_ids.setdefault("eot", vocabulary.tokens.index(NEXT_TURN))
+    if UNKNOWN in vocabulary.types:  # llama.cpp's own number is another one for some kinds
+        special.special_token_ids.setdefault("unk", vocabulary.types.index(UNKNOWN))
     if "bos" not in special.special_token_ids:
         special.add_special_token["bos"] = False
     elif vocabulary.merges:  # otherwise, llama.cpp adds it in front of every text, if it has a name for how texts are split
@@ -142,6 +155,8 @@ def _sentencepiece(writer: Any, file: Path, tokenizer: Tokenizer, vocabulary: Vo
     kind = kinds.get(proto.trainer_spec.model_type)
     if kind is None:
         raise UsageError(f"{file} is a SentencePiece model of words or characters: a GGUF file cannot have it")
+    if kind == "t5" and proto.trainer_spec.byte_fallback:
+        raise UsageError(f"{file} is a unigram model with bytes for unknown characters, which llama.cpp does not use")
     for number, piece in enumerate(proto.pieces):
         if piece.type == USER_DEFINED:
             vocabulary.put(number, piece.piece.replace(SPACE, " "), USER_DEFINED, piece.score)

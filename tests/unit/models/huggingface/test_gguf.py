@@ -221,6 +221,32 @@ def test_keys_are_those_of_the_config(tmp_path: Path, family: str) -> None:
         assert found.get(key) == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), key
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "factor", "weight"),
+    [
+        ("LLAMA2", {}, 1.0, None),  # llama.cpp multiplies it by 1 + 0.1 log(factor)
+        ("LLAMA2", {"attention_factor": 1.4}, 1.4 / (1 + 0.1 * math.log(4)), None),
+        ("DEEPSEEKV2", {"mscale": 0.7, "mscale_all_dim": 0.7}, 1.0, 0.07),  # 0.1 mscale_all_dim, as its converter has it
+        ("DEEPSEEKV3", {"mscale": 1.0, "mscale_all_dim": 1.0}, 1.0, 0.1),
+    ],
+)
+def test_yarn_scales_as_in_llama_cpp(
+    tmp_path: Path, family: str, options: dict[str, Any], factor: float, weight: float | None
+) -> None:
+    config = decoder_config(family, Model(**{**SHAPE, **MORE[family], "rope_scaling": {**YARN, **options}}))
+    write_gguf(ModelInMemory(config, random_model(config)), tmp_path / "out")
+    fields = gguf.GGUFReader(tmp_path / "out" / "model.gguf").fields
+    prefix = f"{FORMS[family].arch}.rope.scaling"
+    assert fields[f"{prefix}.type"].contents() == "yarn" and fields[f"{prefix}.factor"].contents() == 4.0
+    assert fields[f"{prefix}.original_context_length"].contents() == 64
+    assert fields[f"{prefix}.attn_factor"].contents() == pytest.approx(factor, rel=1e-6)
+    found = fields.get(f"{prefix}.yarn_log_multiplier")
+    assert (found and found.contents()) == (weight and pytest.approx(weight, rel=1e-5))
+
+
 @pytest.mark.parametrize("family", LOADED)
 @torch.no_grad()
 def test_transformers_reads_the_same_model(tmp_path: Path, family: str) -> None:

@@ -136,9 +136,12 @@ def test_pieces_without_a_name_or_a_use_and_ids_without_a_token(tmp_path: Path) 
 
 def test_a_unigram_model_is_of_the_kind_that_finds_the_most_likely_pieces(tmp_path: Path) -> None:
     train(tmp_path, model_type="unigram", vocab_size=330, normalization_rule_name="nmt_nfkc")
+    with pytest.raises(UsageError, match="with bytes for unknown characters"):
+        written(tmp_path, 330, tmp_path)
+    train(tmp_path, model_type="unigram", vocab_size=330, normalization_rule_name="nmt_nfkc", byte_fallback=False)
     fields = written(tmp_path, 330, tmp_path)
     assert fields["model"] == "t5" and fields["remove_extra_whitespaces"] is False and fields["add_space_prefix"] is True
-    assert len(fields["precompiled_charsmap"]) > 1000
+    assert len(fields["precompiled_charsmap"]) > 1000 and fields["unknown_token_id"] == 0
     likely = Fast(Unigram(list(zip(fields["tokens"], fields["scores"], strict=True)), 0))
     own = load_tokenizer(tmp_path)
     for text in TEXTS[:20]:
@@ -146,6 +149,31 @@ def test_a_unigram_model_is_of_the_kind_that_finds_the_most_likely_pieces(tmp_pa
     train(tmp_path, model_type="char")
     with pytest.raises(UsageError, match="words or characters"):
         written(tmp_path, 330, tmp_path)
+
+
+def phi3(folder: Path, strips: bool = True) -> int:
+    """Makes a tokenizer like Phi-3's, whose added tokens take the white space after them. Returns its size."""
+    size = sentencepiece.SentencePieceProcessor(model_file=str(train(folder) / "tokenizer.model")).get_piece_size()
+    texts = dict(enumerate(("<unk>", "<s>", "</s>"))) | {size: "<|endoftext|>", size + 1: "<|user|>", size + 2: "<|end|>"}
+    added = {
+        str(n): {
+            "content": text,
+            "special": True,
+            "normalized": False,
+            "rstrip": strips and text in ("</s>", "<|user|>", "<|end|>"),
+        }
+        for n, text in texts.items()
+    }
+    settings(folder, bos_token="<s>", eos_token="<|endoftext|>", unk_token="<unk>", legacy=True, added_tokens_decoder=added)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(folder / "json")
+    (folder / "tokenizer.json").write_bytes((folder / "json" / "tokenizer.json").read_bytes())
+    return size + 3
+
+
+@pytest.mark.parametrize("strips", [True, False])
+def test_a_tokenizer_that_strips_as_phi_3_does_has_its_name(tmp_path: Path, strips: bool) -> None:
+    fields = written(tmp_path, phi3(tmp_path, strips), tmp_path)
+    assert fields.get("general.name") == ("Phi-3" if strips else None)
 
 
 def split(*patterns: str) -> Any:

@@ -27,6 +27,7 @@ from internevo.models.source import ModelInMemory
 from internevo.text.tokenizer import load_tokenizer, train_bpe
 from tests.conftest import random_model
 from tests.unit.models.huggingface.test_gguf import LATENT, LONG, MORE, SHAPE
+from tests.unit.models.huggingface.test_gguf_tokenizer import WORDS, phi3, settings, train
 
 llama = pytest.importorskip("xllamacpp")
 VOCABULARY = SHAPE["vocab_size"]
@@ -143,12 +144,34 @@ def test_llama_cpp_splits_texts_into_the_same_tokens(tmp_path: Path, patterns: t
     values = json.loads(fast.to_str())
     values["model"]["ignore_merges"] = name in IGNORES_MERGES
     (tmp_path / "tokenizer.json").write_text(json.dumps(values))
-    model = random_model(config_of("Qwen2"))
-    write_gguf(ModelInMemory(model.config, model, tmp_path), tmp_path / "out")
-    tokenizer = load_tokenizer(tmp_path)
-    with loaded(tmp_path / "out" / "model.gguf") as server:
-        for text in texts[:100]:
-            body = json.dumps({"content": text, "add_special": False}).encode()
+    assert_same_tokens(tmp_path, VOCABULARY, texts[:100])
+
+
+def test_llama_cpp_strips_white_space_after_the_special_tokens_of_phi_3(tmp_path: Path) -> None:
+    size, draw = phi3(tmp_path), random.Random(0)
+    pieces = [*PIECES, "<|user|>", "<|end|>", "<|user|>\n", "<|end|> \n "]
+    assert_same_tokens(tmp_path, size, ["a" + "".join(draw.choices(pieces, k=20)) for _ in range(100)])
+
+
+@pytest.mark.parametrize("front", [True, False])
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_llama_cpp_has_the_same_pieces(tmp_path: Path, kind: str, front: bool) -> None:
+    user = [] if front else ["[X]"]  # after such a piece, llama.cpp puts another space in front, and SentencePiece does not
+    bytes_too = kind == "bpe"
+    train(tmp_path, user_defined_symbols=user, add_dummy_prefix=front, model_type=kind, vocab_size=330, byte_fallback=bytes_too)
+    settings(tmp_path, bos_token="<s>", eos_token="</s>", unk_token="<unk>", add_prefix_space=front, legacy=True)
+    size, draw = load_tokenizer(tmp_path).vocab_size, random.Random(0)
+    assert_same_tokens(tmp_path, size, ["a" + "".join(draw.choices([*WORDS, *PIECES, *user], k=20)) for _ in range(100)])
+
+
+def assert_same_tokens(folder: Path, size: int, texts: list[str]) -> None:
+    """Writes the tokenizer in a folder, and compares how llama.cpp splits texts with how it does."""
+    model = random_model(replace(config_of("Qwen2"), vocab_size=size))
+    write_gguf(ModelInMemory(model.config, model, folder), folder / "out")
+    tokenizer = load_tokenizer(folder)
+    with loaded(folder / "out" / "model.gguf") as server:
+        for text in texts:
+            body = json.dumps({"content": text, "add_special": False, "parse_special": True}).encode()
             request = urllib.request.Request(f"{server.listening_address}/tokenize", body, {"Content-Type": "application/json"})
             with urllib.request.urlopen(request, timeout=60) as answer:
                 assert json.load(answer)["tokens"] == tokenizer.encode(text), text
