@@ -149,7 +149,7 @@ def _wrong_rope(config: DecoderConfig, form: Form) -> Iterator[str]:
 
 def _wrong_latents(config: DecoderConfig, latent: Latent, moe: Experts) -> Iterator[str]:
     if config.norm_eps != LATENT_EPS:
-        yield f"the norms of its latents have an epsilon of {LATENT_EPS}, and all others {config.norm_eps}"
+        yield f"the norms of its latents add {LATENT_EPS}, all others {config.norm_eps}, and llama.cpp has one number for all"
     if latent.query_rank and (config.num_layers in (26, 27) or (config.num_layers, config.vocab_size) == (48, 128256)):
         yield f"it has q_lora_rank and {config.num_layers} layers, by which llama.cpp takes it for a model without q_lora_rank"
     if moe.dense_layers != tuple(range(len(moe.dense_layers))):
