@@ -120,7 +120,9 @@ def _join(
     source: ParameterSource, form: Form, parts: dict[str, torch.Size], dtype: torch.dtype, shape: tuple[int, ...]
 ) -> Tensor:
     """Reads the parameters of one tensor: names and shapes."""
-    return torch.cat([_read(source, form, name, size) for name, size in parts.items()]).to(dtype).reshape(shape)
+    tensors = [_read(source, form, name, size) for name, size in parts.items()]
+    together = tensors[0] if len(tensors) == 1 else torch.cat(tensors)  # experts are large, and cat would copy them
+    return together.to(dtype).reshape(shape)
 
 
 def _keys_and_values(config: DecoderConfig, latent: Latent, both: _Out) -> Iterator[_Out]:
