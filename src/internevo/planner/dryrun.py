@@ -151,9 +151,9 @@ class DryRun:
     def lines(self) -> list[str]:
         """Returns the tables to print."""
         place = ", ".join(f"{axis} {number}" for axis, number in self.coordinate.items())
+        number = f"{self.micro_batches} micro-batch{'es' * (self.micro_batches != 1)}"
         lines = [
-            f"rank {self.rank} of {self.world} ({place}): a step of {self.micro_batches} micro-batches, without computing "
-            f"({self.seconds:.1f} s)",
+            f"rank {self.rank} of {self.world} ({place}): a step of {number}, without computing ({self.seconds:.1f} s)",
             f"{'memory, bytes':32}{'counted':>20}{'by formula':>20}",
         ]
         for part, name in {**Memory.NAMES, "total": "total"}.items():

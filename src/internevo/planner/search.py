@@ -34,7 +34,7 @@ from ..parallel.layout import Layout
 from . import memory, step
 from .bounds import KINDS, Bounds
 from .calibration import Calibration
-from .choice import Choice, axes, divisors, is_legal, schedules, weights
+from .choice import Choice, axes, divisors, is_legal, policies, schedules, weights
 from .costs import NOTHING, Recomputation
 from .hardware import GPU
 from .job import Job
@@ -129,7 +129,7 @@ class Search:
                 yield self.bounds.of_schedule(option, weights_decided=False), "kind", option
 
     def _weights(self, choice: Choice) -> Iterator[Node]:
-        for option, fsdp in product(weights(choice, self.config, self.world), (False, True)):
+        for option, fsdp in product(weights(choice, self.config, self.world), policies(choice, self.world)):
             option = replace(option, fsdp=fsdp)
             yield self.bounds.of_schedule(option), "weights", option
 
@@ -206,7 +206,7 @@ class Search:
         layers recomputed, and optimizer state over as many ranks as possible; None if no layout is legal."""
         found = list[tuple[float, Choice]]()
         for _, _, choice in self._axes():
-            for option, fsdp in product(weights(choice, self.config, self.world), (False, True)):
+            for option, fsdp in product(weights(choice, self.config, self.world), policies(choice, self.world)):
                 least = replace(option, fsdp=fsdp, checkpoint=1.0)
                 found.append((self.bounds.needs(least, Recomputation("layer"))[-1], least))
         best: Candidate | None = None

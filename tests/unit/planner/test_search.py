@@ -15,7 +15,7 @@ from internevo.parallel.orders import BACKWARD
 from internevo.planner import hardware, memory, step
 from internevo.planner.bounds import fullest, share
 from internevo.planner.calibration import Calibration
-from internevo.planner.choice import Choice, axes, divisors, global_rows, schedules, weights
+from internevo.planner.choice import Choice, axes, divisors, global_rows, policies, schedules, weights
 from internevo.planner.costs import NOTHING, Recomputation
 from internevo.planner.job import Job
 from internevo.planner.search import Candidate, Search
@@ -49,7 +49,8 @@ def everything(of: Search) -> Iterator[Choice]:
             continue
         sizes = divisors(of.rows // (of.world // (choice.pipeline * choice.tensor)))
         zeros = divisors(of.world // choice.pipeline)
-        options = product(weights(choice, of.config, of.world), sizes, schedules(choice.pipeline, layers), zeros, (False, True))
+        fsdp_or_not = policies(choice, of.world)
+        options = product(weights(choice, of.config, of.world), sizes, schedules(choice.pipeline, layers), zeros, fsdp_or_not)
         for option, size, (schedule, chunks), zero, fsdp in options:
             option = replace(option, micro_bsz=size, schedule=schedule, chunks=chunks, zero=zero, fsdp=fsdp)
             if of.is_legal(option):
