@@ -49,6 +49,10 @@ class GPU:
             raise UsageError(f"{self.name} does not compute in {precision}")
         return tflops * TERA
 
+    def in_world(self, ranks: int) -> GPU:
+        """Returns the same in a world of this number of ranks, which may be less than a node has."""
+        return self if ranks >= self.gpus_per_node else replace(self, gpus_per_node=ranks)
+
 
 def _gpu(name: str, bf16: float, fp8: float, gib: float, memory: float, node: float, watts: float, price: float) -> GPU:
     """A GPU in a node of eight, with a network card of 400 Gbit/s for each (A100 and A800: 200 Gbit/s)."""

@@ -14,6 +14,7 @@ from . import step
 from .calibration import Calibration
 from .choice import Choice
 from .hardware import GPU
+from .links import Group
 from .search import Candidate
 
 GIB = 2**30
@@ -138,9 +139,9 @@ def traffic(candidate: Candidate, gpu: GPU) -> list[dict[str, Any]]:
 
 
 def _link(row: Collectives, ranks: Sequence[int], gpu: GPU) -> str:
-    """Returns what connects the ranks of a group; of a message, two neighbours."""
-    last = ranks[1] if row.kind == "send" else ranks[-1]
-    return "node" if last // gpu.gpus_per_node == ranks[0] // gpu.gpus_per_node else "network"
+    """Returns what connects the ranks of each group; of a message, the first two."""
+    group = Group(2 if row.kind == "send" else len(ranks), ranks[1] - ranks[0])
+    return "node" if group.in_node(gpu.gpus_per_node) == group.size else "network"
 
 
 def why(first: Candidate, second: Candidate, gpu: GPU, calibration: Calibration) -> Iterator[str]:

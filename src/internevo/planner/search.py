@@ -74,6 +74,7 @@ class Search:
     """As ``Job.imbalance``."""
 
     def __post_init__(self) -> None:
+        self.gpu = self.gpu.in_world(self.world)
         trivial = Choice().apply(self.config, self.rows)
         base = Job.from_config(self.decoder, trivial, Layout.from_config(trivial, 1), self.rows)
         self.base = replace(base, imbalance=self.imbalance)

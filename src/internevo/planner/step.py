@@ -261,6 +261,7 @@ def price(counts: Counts, gpu: GPU, calibration: Calibration) -> Prediction:
 def timed(counts: Counts, gpu: GPU, calibration: Calibration) -> Times:
     """Returns the seconds of a step on a machine."""
     job, layout, work = counts.job, counts.job.work.layout, counts.job.work
+    gpu = gpu.in_world(layout.world)
     known = {id(stage): _price_stage(job, stage, gpu, calibration) for stage in counts.stages}
     stages = [known[id(stage)] for stage in counts.stages]
     times = [value for stage in stages for value in (stage.forward, stage.backward, stage.weights)]

@@ -79,9 +79,10 @@ def test_the_search_finds_what_trying_all_layouts_finds(experts: bool, world: in
         assert steps == pytest.approx(plain[:5])
 
 
-@pytest.mark.parametrize("experts", [False, True])
-def test_no_layout_is_faster_than_its_bounds(experts: bool) -> None:
-    this = search(config(experts), 4, 10**12)
+@pytest.mark.parametrize(("experts", "world"), [(False, 4), (True, 4), (False, 6)])
+def test_no_layout_is_faster_than_its_bounds(experts: bool, world: int) -> None:
+    """On one node of four GPUs, and on a node and a half."""
+    this = search(config(experts, rows=2 * world), world, 10**12)
     tried, bounds = list(everything(this)), this.bounds
     for choice in tried[:: max(1, len(tried) // 400)]:
         seconds = this.seconds(choice) * (1 + 1e-9)

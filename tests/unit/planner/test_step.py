@@ -1,7 +1,9 @@
 """The cost model: formulas against examples that are computed by hand, and properties that any machine has."""
 
 import math
+from collections import Counter
 from dataclasses import fields, replace
+from itertools import product
 
 import pytest
 
@@ -131,6 +133,8 @@ H100 = GPUS["h100"]  # 450 GB/s inside, 50 GB/s across
         ("reduce-scatter", Group(16, 1), 15 / 16 / 400),  # eight network cards of 50 GB/s
         ("all-gather", Group(16, 8), 15 / 16 / 50),  # one rank in each node: one card
         ("all-gather", Group(8, 2), 7 / 8 / 200),  # four ranks in each of two nodes
+        ("all-gather", Group(12, 1), 11 / 12 / 200),  # eight ranks in one node and four in another
+        ("all-gather", Group(3, 1), 2 / 3 / 50),  # ranks 6, 7 | 8
         ("all-to-all", Group(16, 1), 8 / 16 / 50),
         ("all-to-all", Group(8, 1), 7 / 8 / 450),
         ("send", Group(2, 1), 1 / 450),
@@ -140,6 +144,24 @@ H100 = GPUS["h100"]  # 450 GB/s inside, 50 GB/s across
 )
 def test_bytes_of_collectives_by_hand(kind: str, group: Group, expected: float) -> None:
     assert links.seconds(kind, 1, 1e9, group, H100, IDEAL) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("node", [3, 4, 8])
+def test_the_ranks_of_a_group_in_a_node_are_the_fewest_of_all_groups(node: int) -> None:
+    world = 24 * node
+    for size, stride in product(range(1, 13), range(1, 9)):
+        if world % (size * stride) == 0:
+            starts = [block + place for block in range(0, world, size * stride) for place in range(stride)]
+            groups = [Counter((start + number * stride) // node for number in range(size)) for start in starts]
+            fewest = min(min(group.values()) for group in groups)
+            assert Group(size, stride).in_node(node) == fewest
+
+
+def test_a_world_that_is_smaller_than_a_node_is_inside_it() -> None:
+    this = replace(H100, network_gb_per_s=1e-6)
+    layout = Layout(7, 1, "mtp", 1, 1, 7, False)
+    inside, across = (step.predict(job(layout, DENSE), replace(this, gpus_per_node=n), IDEAL).step for n in (8, 1))
+    assert inside < 10 < across
 
 
 def test_latencies_of_collectives_by_hand() -> None:
