@@ -9,7 +9,8 @@ from typing import Any
 from ..observe.units import decimals
 from ..parallel import plan
 from ..parallel.memory import Memory
-from ..parallel.strategy import Collectives
+from ..parallel.strategy import Collectives, add_up
+from ..train.step import traffic as traffic_of_update
 from . import step
 from .calibration import Calibration
 from .choice import Choice
@@ -129,7 +130,8 @@ def traffic(candidate: Candidate, gpu: GPU) -> list[dict[str, Any]]:
     job = candidate.job
     layout = job.work.layout
     groups, found = layout.groups(), []
-    for row in plan.traffic(job.on_rank(candidate.memory.pipeline_rank)):
+    stated = plan.traffic(job.on_rank(candidate.memory.pipeline_rank))
+    for row in add_up([*stated, traffic_of_update(job.work.decoder, job.types, layout)], layout):
         ranks = groups.get(row.axis, [list(range(layout.world))])[0]
         found.append({
             "kind": row.kind, "group": row.axis, "ranks": len(ranks), "over": _link(row, ranks, gpu), "count": row.count,

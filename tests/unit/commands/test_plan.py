@@ -9,7 +9,11 @@ import pytest
 
 from internevo.cli import main
 from internevo.errors import UsageError
+from internevo.parallel.memory import Memory
+from internevo.planner.dryrun import dry_run
 from internevo.planner.plan import plan
+from internevo.planner.report import to_dict
+from internevo.planner.search import Candidate
 from internevo.train.check import problems
 from internevo.train.config import load_config
 from tests.conftest import write_config
@@ -120,6 +124,30 @@ def test_a_script_is_told_what_is_wrong(tmp_path: Path, asked: dict[str, Any]) -
     loaded = load_config(Path(config(tmp_path)), [])
     with pytest.raises(UsageError):
         plan(loaded, **{"gpus": 4, "gpu": "h100", **asked})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"parallel__pipeline": {"size": 2}, "parallel__zero1": {"size": 2}},
+        {"parallel__tensor": {"size": 2, "mode": "msp"}, "model__vocab_size": 96},
+        {"model_type": "QWEN3MOE", "model__num_experts": 4, "model__top_k": 2, "model__moe_intermediate_size": 64,
+         "parallel__expert": {"size": 2}, "parallel__zero1": {"size": 1}},
+    ],
+    ids=["pipeline", "msp", "experts"],
+)  # fmt: skip
+def test_a_plan_is_what_a_dry_run_counts(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """What the most loaded rank keeps, to the byte, and its collectives. (Temporary buffers are those of a GPU.)"""
+    loaded = load_config(Path(config(tmp_path, **changes)), [])
+    found = plan(loaded, 4, "h100")
+    assert isinstance(found.own, Candidate)
+    planned = to_dict(found.own, found.search.gpu, found.search.calibration, None)
+    ran = dry_run(loaded, 4, 2 * planned["pipeline_rank"])
+    assert {part: planned["memory"][name] for part, name in Memory.NAMES.items()} == {
+        part: getattr(ran.memory, part) for part in Memory.NAMES
+    }
+    stated = {(row["kind"], row["group"]): row["count"] for row in planned["traffic"]}
+    assert stated == {(row.kind, row.axis): row.count for row in ran.collectives}
 
 
 def test_no_layout_is_listed_twice(tmp_path: Path) -> None:
