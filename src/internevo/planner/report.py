@@ -141,9 +141,11 @@ def traffic(candidate: Candidate, gpu: GPU) -> list[dict[str, Any]]:
 
 
 def _link(row: Collectives, ranks: Sequence[int], gpu: GPU) -> str:
-    """Returns what connects the ranks of each group; of a message, the first two."""
-    group = Group(2 if row.kind == "send" else len(ranks), ranks[1] - ranks[0])
-    return "node" if group.in_node(gpu.gpus_per_node) == group.size else "network"
+    """Returns what connects the ranks of each group; "both", if some neighbours of a pipeline are in one node."""
+    stride = ranks[1] - ranks[0]
+    if Group(len(ranks), stride).in_node(gpu.gpus_per_node) == len(ranks):
+        return "node"
+    return "both" if row.kind == "send" and stride < gpu.gpus_per_node else "network"
 
 
 def why(first: Candidate, second: Candidate, gpu: GPU, calibration: Calibration) -> Iterator[str]:

@@ -164,6 +164,16 @@ def test_a_world_that_is_smaller_than_a_node_is_inside_it() -> None:
     assert inside < 10 < across
 
 
+@pytest.mark.parametrize(
+    ("stride", "hops"), [(1, 6 * [450]), (2, 6 * [450]), (4, 2 * [450, 50, 450]), (8, 6 * [50]), (3, 6 * [50])]
+)
+def test_some_messages_of_a_pipeline_go_to_another_node(stride: int, hops: list[int]) -> None:
+    """One micro-batch goes through four ranks and back. Two of them are in a node, if four GPUs are between neighbours."""
+    found = step.hops_of(step.Message("send", 1, 1e9, Group(2, stride)), H100, IDEAL)
+    passes = timing.seconds("1F1B", 4, 1, 1, 4 * [1.0, 2.0, 0.0], found)
+    assert passes == pytest.approx(12 + sum(1 / gb_per_s for gb_per_s in hops))
+
+
 def test_latencies_of_collectives_by_hand() -> None:
     slow = replace(IDEAL, hop_inside=1.0, hop_across=100.0)
     assert links.seconds("all-gather", 3, 0, Group(8, 1), H100, slow) == 3 * 7
@@ -189,7 +199,7 @@ def test_a_schedule_takes_as_long_as_it_does_when_played(mode: str, pipeline: in
         orders.orders(mode, pipeline, chunks, micro_batches), lambda a: times[3 * a.stage + "FBW".index(a.kind)], 0.3
     )
     expected = max(rank[-1].end for rank in played)
-    assert timing.seconds(mode, pipeline, chunks, micro_batches, times, 0.3) == pytest.approx(expected)
+    assert timing.seconds(mode, pipeline, chunks, micro_batches, times, timing.Hops(across=0.3)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("mode", ["1F1B", "ZBH1", "ZBV"])
@@ -197,13 +207,13 @@ def test_a_schedule_takes_as_long_as_it_does_when_played(mode: str, pipeline: in
 def test_many_micro_batches_need_not_be_played(mode: str, micro_batches: int) -> None:
     chunks = 2 if mode == "ZBV" else 1
     times = [1.0, 2.0 if mode == "1F1B" else 1.0, float(mode != "1F1B")] * 4 * chunks
-    played = timing.compiled(mode, 4, chunks, micro_batches).seconds(times, 0.01, 4)
-    assert timing.seconds(mode, 4, chunks, micro_batches, times, 0.01) == pytest.approx(played, rel=0.02)
+    played = timing.compiled(mode, 4, chunks, micro_batches, 1).seconds(times, timing.Hops(across=0.01), 4)
+    assert timing.seconds(mode, 4, chunks, micro_batches, times, timing.Hops(across=0.01)) == pytest.approx(played, rel=0.02)
 
 
 def test_the_bubble_of_1f1b() -> None:
     """(p - 1) (F + B), arXiv:2104.04473."""
-    assert timing.seconds("1F1B", 4, 1, 8, [1.0, 2.0, 0.0] * 4, 0.0) == pytest.approx((8 + 3) * 3.0)
+    assert timing.seconds("1F1B", 4, 1, 8, [1.0, 2.0, 0.0] * 4, timing.Hops()) == pytest.approx((8 + 3) * 3.0)
 
 
 LAYOUTS = [
