@@ -60,16 +60,19 @@ Overrides = Annotated[
 
 
 def parse_size(text: str) -> int:
-    """Converts a size such as "5GB" to bytes. Units are powers of ten, as in Hugging Face's libraries."""
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-    number, unit = text[:-2], text[-2:].upper()
+    """Converts a size such as "5GB" or "5GiB" to bytes, as Hugging Face's libraries do."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+    length = 3 if text[-3:].upper() in units else 2
+    number, unit = text[:-length], text[-length:].upper()
     try:
         size = int(float(number) * units[unit])
         if size < 1:
             raise ValueError
         return size
     except (KeyError, ValueError, OverflowError):
-        raise UsageError(f"{text!r} is not a size: give a number above 0 and KB, MB, GB or TB, for example 5GB") from None
+        raise UsageError(
+            f"{text!r} is not a size: give a number above 0 and KB, MB, GB or TB (or KiB, ...), for example 5GB"
+        ) from None
 
 
 def parse_tokens(text: str) -> float:
@@ -78,7 +81,7 @@ def parse_tokens(text: str) -> float:
     number, unit = (text[:-1], units[text[-1].upper()]) if text[-1:].upper() in units else (text, 1.0)
     try:
         tokens = float(number) * unit
-        if not 1 <= tokens < float("inf"):
+        if not 1 <= tokens <= 1e9 * units["T"]:
             raise ValueError
         return tokens
     except ValueError:

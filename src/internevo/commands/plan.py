@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..config.write import check_own, check_writable, write_config
 from ..errors import UsageError
+from ..observe.units import amount
 from ..parallel.launcher import local_world_size, read_launcher
 from ..train.config import load_config
 from .launch import default_processes, launch
+from .printing import counted
 
 if TYPE_CHECKING:  # these import PyTorch, which takes seconds
     from ..planner.search import Candidate, Search
@@ -72,8 +74,8 @@ def _text(best: list[Candidate], own: Candidate | list[str], search: Search, que
     gpu, decoder = search.gpu, search.decoder
     seq_len, rows = search.config.data.seq_len, search.rows
     lines = [
-        f"{search.config.JOB_NAME}: {decoder.parameters() / 1e9:.1f}B parameters, {rows:,} rows of {seq_len:,} tokens a step "
-        f"= {rows * seq_len:,} tokens",
+        f"{search.config.JOB_NAME}: {amount(decoder.parameters())} parameters, {counted(rows, 'row')} of {seq_len:,} tokens "
+        f"a step = {rows * seq_len:,} tokens",
         f"{search.world:,} x {gpu.name} ({gpu.gpus_per_node} in a node), {search.limit / 2**30:.1f} of {gpu.memory_gib:g} GiB "
         "may be used, " + (f"calibration {question.calibration}" if question.calibration else "calibration: defaults"),
         "",
@@ -190,14 +192,17 @@ def calibrate(out: Path, gpu: str | None, processes: int | None) -> int:
     from ..planner import calibrate as measuring
 
     with join(info) as world:
+        if given in hardware.GPUS.values() and world.device.type != "cuda":
+            raise UsageError(f"--gpu {gpu}: this machine has no GPU that could be compared with its peaks; leave out --gpu")
         measured = measuring.measure(world, local_world_size(os.environ) if info.address else 1)
         if world.rank == 0:
             known = given or measuring.known_gpu(world.device)
             machine = known or measuring.as_gpu(measured, world.device)
             found = measuring.calibration(measured, machine)
-            print("\n".join([f"{machine.name}, {world.size} processes", *measuring.lines(measured, machine, found)]))
+            of = f"{world.size} process{'es' * (world.size > 1)}"
+            print("\n".join([f"{machine.name}, {of}", *measuring.lines(measured, machine, found)]))
             out.parent.mkdir(parents=True, exist_ok=True)
-            about = f"{MEASURED}: {machine.name}, {world.size} processes"
+            about = f"{MEASURED}: {machine.name}, {of}"
             found.save(out, about)
             name = machine.name if known else str(described)
             if known is None:

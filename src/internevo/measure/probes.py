@@ -1,4 +1,5 @@
-"""The probes of a run: ``monitor.memory`` in the first step, ``monitor.comm`` in the second, ``monitor.trace`` in the third."""
+"""The probes of a run: ``monitor.memory`` in the first step after a start, ``monitor.comm`` in the second, ``monitor.trace`` in
+the third."""
 
 from __future__ import annotations
 
@@ -52,27 +53,37 @@ class Probes:
         folder: Path,
         rank: int,
         device: torch.device,
+        compiles: bool,
     ) -> None:
         """
         Args:
             state: master weights (model/NAME) and moments (optimizer/NAME), as DTensors or plain tensors.
+            compiles: whether layers are compiled in the first step that may run compiled.
         """
         self.monitor, self.layout, self.model, self.axis, self.schedule = monitor, layout, model, axis, schedule
         self.state, self.formulas = state, formulas
         self.folder, self.rank, self.device = folder, rank, device
         self.steps = 0
         """Steps that this process has taken. A resumed run counts from 0 again."""
+        self.step = 0
+        """The number of the step in the run, for people."""
         self.lines: list[str] = []
         """Lines to print about the last step."""
         self._profile: Profile | None = None
         """Records the memory of the step that is running, if it is measured."""
-        self._measured_seconds = 0.0
-        """Time of the step whose memory was measured, until another step has been compared with it."""
+        self._measured: tuple[int, float] | None = None
+        """Number and time of the step whose memory was measured, until another step has been compared with it."""
+        self._compiles = compiles
 
     @contextmanager
-    def __call__(self, micro_batches: int) -> Iterator[None]:
-        """The context of one step of this number of micro-batches."""
-        self.steps, self.lines = self.steps + 1, []
+    def __call__(self, micro_batches: int, step: int) -> Iterator[None]:
+        """The context of one step.
+
+        Args:
+            micro_batches: of the step.
+            step: its number in the run, which is another one than this process's if the run was resumed.
+        """
+        self.steps, self.step, self.lines = self.steps + 1, step, []
         monitor = self.monitor
         if monitor.memory and self.steps == 1:
             with self._memory(micro_batches):
@@ -86,7 +97,9 @@ class Probes:
         else:
             begin = time.perf_counter()
             yield
-            self._compare(time.perf_counter() - begin)
+            if not self._compiles:
+                self._compare(time.perf_counter() - begin)
+            self._compiles = False
 
     def end_phase(self, name: str) -> None:
         """Must be called when a part of a step ends that is not a pass."""
@@ -95,11 +108,11 @@ class Probes:
 
     def _compare(self, seconds: float) -> None:
         """Compares a step in which nothing is measured with the one whose memory was."""
-        if self._measured_seconds:
-            measured, self._measured_seconds = self._measured_seconds, 0.0
+        if self._measured is not None:
+            (step, measured), self._measured = self._measured, None
             self.lines.append(
-                f"step 1, whose memory was measured, took {measured:.2f} s, {measured / seconds:.1f} times as long as step "
-                f"{self.steps}: {seconds:.2f} s (a first step also connects the ranks)"
+                f"step {step}, whose memory was measured, took {measured:.2f} s, {measured / seconds:.1f} times as long as "
+                f"step {self.step}: {seconds:.2f} s (the first step after a start also connects the ranks)"
             )
 
     @contextmanager
@@ -110,7 +123,7 @@ class Probes:
                 passes = stack.enter_context(record_passes(self.model.channels, self.layout.schedule))
             stack.enter_context(record_timeline(path))
             yield
-        self.lines = [f"timeline of step 3: {path} (open it in chrome://tracing or https://ui.perfetto.dev)"]
+        self.lines = [f"timeline of step {self.step}: {path} (open it in chrome://tracing or https://ui.perfetto.dev)"]
         if passes and self.rank == 0:
             self._write("timeline.json", passes)
             idle, played = passes["idle"], passes["idle_played"]
@@ -140,12 +153,13 @@ class Probes:
                 yield
             finally:
                 self.schedule.after_pass, self._profile = nothing, None
-        self._measured_seconds = time.perf_counter() - begin
-        peak = self._write_profile(profile, usage, folder / f"rank-{self.rank}.json")
+        seconds = time.perf_counter() - begin
+        self._measured = self.step, seconds
+        peak = self._write_profile(profile, usage, seconds, folder / f"rank-{self.rank}.json")
         measured = meter.memory(self.state, self.axis.copies, formula.after if formula else None)
         self._gather(memory.OfRank(self.rank, formula, measured), peak)
 
-    def _write_profile(self, profile: Profile, usage: Usage, path: Path) -> dict[str, Any]:
+    def _write_profile(self, profile: Profile, usage: Usage, seconds: float, path: Path) -> dict[str, Any]:
         """Writes the profile of this rank. Returns its peak."""
         found, on_gpu = replay(profile), self.device.type == "cuda"
         layout, stage = self.layout, self.layout.weights.coordinate(self.rank)["stage"]
@@ -158,7 +172,7 @@ class Probes:
         }
         facts = {
             "format": FORMAT, "rank": self.rank, "world": layout.world, "device": self.device.type,
-            "step": self.steps, "seconds": round(self._measured_seconds, 3),
+            "step": self.step, "seconds": round(seconds, 3),
         }  # fmt: skip
         write_json(path, {**facts, **found})
         return found["peak"]

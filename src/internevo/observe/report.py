@@ -206,9 +206,11 @@ def _memory(run: Path) -> str:
         table = peaks_table(ranks)
         most = max(range(len(ranks)), key=lambda rank: ranks[rank]["peak"]["measured"])
         profile = read_object(run / "memory" / f"rank-{most}.json")
+        if profile.get("peak") != ranks[most]["peak"]:  # a later run was killed between the files
+            raise ValueError
         shown = f"{table}{draw_timeline(profile)}{draw_peak(profile)}"
     except (UsageError, ValueError):
-        shown = "<p>memory.json, or a file of the folder memory, is damaged or missing, and left out.</p>"
+        shown = "<p>memory.json, or a file of the folder memory, is damaged, missing or of another run, and left out.</p>"
     return f"<h2>Memory of a step</h2>{shown}"
 
 

@@ -44,6 +44,11 @@ def clock(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
+def decimals(number: float, digits: int, least: int) -> int:
+    """Returns the number of decimals with which a small number has this many digits, and at least ``least`` (at most 9)."""
+    return min(9, max(least, digits - 1 - math.floor(math.log10(abs(number))))) if number else least
+
+
 def _digits(number: float) -> str:
     """Returns a number from 1 to 1,000 (or a larger one) in three digits."""
     decimals = max(0, 2 - math.floor(math.log10(abs(number) * 1.0005)))

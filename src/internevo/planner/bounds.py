@@ -88,9 +88,8 @@ class Bounds:
         """Returns the same bound, closer and later: the schedule is played out."""
         forward, backward, weights, waited = self._stage_passes(choice, weights_decided=True)
         times: list[float] = np.stack([forward, backward, weights], axis=1).ravel().tolist()
-        sent, schedule = step.message_of(self.job(choice)), choice.schedule
-        message = step.seconds_of([sent], self.gpu, self.calibration) if sent else 0.0
-        passes = timing.seconds(schedule, choice.pipeline, choice.chunks, self.micro_batches(choice), times, message)
+        hops, number = step.hops_of(step.message_of(self.job(choice)), self.gpu, self.calibration), self.micro_batches(choice)
+        passes = timing.seconds(choice.schedule, choice.pipeline, choice.chunks, number, times, hops)
         after = np.bincount(self.division(choice).ranks, waited, choice.pipeline).max()
         return passes + float(after) + self.calibration.step
 

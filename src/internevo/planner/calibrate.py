@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ..ops.precision import COMPUTE
 from ..parallel.views import Groups
 from ..parallel.world import World
-from .calibration import Calibration
+from .calibration import SMALLEST, Calibration
 from .hardware import GIGA, GPU, GPUS, TERA
 
 SECONDS = 0.4
@@ -219,7 +219,7 @@ def calibration(measured: Measured, gpu: GPU) -> Calibration:
     """Returns the numbers with which the formulas predict what was measured on this GPU. Others have their default values."""
 
     def share(value: float) -> float:
-        return min(1.0, max(1e-6, value))
+        return min(1.0, max(SMALLEST, value))
 
     memory = share(measured.memory / (gpu.memory_gb_per_s * GIGA))
     size, seconds = max(measured.products.items())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -52,8 +51,8 @@ class Calibration:
             UsageError: if the file cannot be read, is of another version, or does not have exactly these numbers.
         """
         try:
-            values = tomllib.loads(path.read_text())
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            values = tomlfile.read(path)
+        except ValueError as error:
             raise UsageError(f"the calibration {path} cannot be read: {error}") from error
         version, known = values.pop("version", None), [field.name for field in fields(cls)]
         if version != VERSION:
@@ -63,12 +62,10 @@ class Calibration:
             )
         problems = [f"{key} is missing" for key in known if key not in values]
         for key, value in values.items():
-            if key not in known:
-                problems.append(tomlfile.unknown(key, known))
-            elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-                problems.append(f"{key} = {value!r} must be a number of at least 0")
-            elif key in EFFICIENCIES and not 0 < value <= 1:
-                problems.append(f"{key} = {value!r} must be more than 0 and at most 1")
+            least, most = (SMALLEST, 1) if key in EFFICIENCIES else (0, LONGEST)
+            is_known = key in known
+            problems.append(tomlfile.wrong_number(key, value, least, most) if is_known else tomlfile.unknown(key, known))
+        problems = [problem for problem in problems if problem]
         if problems:
             raise UsageError(f"the calibration {path} cannot be used:\n" + "\n".join(f"  {line}" for line in problems))
         return cls(**{key: float(value) for key, value in values.items()})
@@ -76,3 +73,5 @@ class Calibration:
 
 EFFICIENCIES = ("products", "products_fp8", "attention", "memory", "inside", "across", "overlap")
 """The fields that are shares."""
+SMALLEST, LONGEST = 1e-6, 1e6
+"""The smallest share, and the most seconds."""

@@ -130,6 +130,11 @@ def weights(choice: Choice, config: Config, world: int) -> Iterator[Choice]:
             yield replace(choice, weight=weight, expert_weight=expert_weight)
 
 
+def policies(choice: Choice, world: int) -> tuple[bool, ...]:
+    """Returns for FSDP whether it is used: both, if there are ranks to shard weights over; otherwise it is the same as ZeRO."""
+    return (False, True) if world > choice.pipeline else (False,)
+
+
 def schedules(pipeline: int, layers: int) -> list[tuple[Schedule, int]]:
     """Returns the schedules of a pipeline, with their numbers of chunks."""
     if pipeline == 1:

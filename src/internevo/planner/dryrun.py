@@ -23,12 +23,11 @@ import torch
 from torch import Tensor
 
 from ..config import Config
-from ..config.data import Data, name_of
+from ..config.data import Data
 from ..config.write import obstacle
 from ..data.batches import Cursor, MicroBatch, StepBatch, TrainBatches
 from ..data.rows import RandomRows
 from ..data.source import ShuffledRows
-from ..data.tokenized.index import dataset_type
 from ..errors import UsageError
 from ..measure import peak as measure
 from ..measure.collectives import Counter
@@ -48,6 +47,7 @@ from ..train.parts import Parts
 from ..train.process import prepare
 from ..train.shared import Shared
 from ..train.step import Stepper, formulas
+from .job import dataset_types
 from .memory import temporary
 
 FORMAT = "dry run 1"
@@ -151,9 +151,9 @@ class DryRun:
     def lines(self) -> list[str]:
         """Returns the tables to print."""
         place = ", ".join(f"{axis} {number}" for axis, number in self.coordinate.items())
+        number = f"{self.micro_batches} micro-batch{'es' * (self.micro_batches != 1)}"
         lines = [
-            f"rank {self.rank} of {self.world} ({place}): a step of {self.micro_batches} micro-batches, without computing "
-            f"({self.seconds:.1f} s)",
+            f"rank {self.rank} of {self.world} ({place}): a step of {number}, without computing ({self.seconds:.1f} s)",
             f"{'memory, bytes':32}{'counted':>20}{'by formula':>20}",
         ]
         for part, name in {**Memory.NAMES, "total": "total"}.items():
@@ -308,11 +308,7 @@ def data_plan(parts: Parts) -> dict[str, Any]:
 def _source(data: Data) -> ShuffledRows:
     """Returns a source of random rows, with as many dataset types as the data has, as far as it is here."""
     rows = RandomRows(data.seq_len, 2, data.seed)
-    folder = Path(data.folders[0] or "")
-    if data.mixture:
-        rows.types = [name_of(part) for part in data.mixture]
-    elif data.folders[0] and (files := [path.relative_to(folder) for path in folder.rglob("*.bin")]):
-        rows.types = sorted({dataset_type(folder, str(path)) for path in files})
+    rows.types = dataset_types(data) or rows.types
     return ShuffledRows(rows, data.seed)
 
 

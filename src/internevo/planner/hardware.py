@@ -6,10 +6,8 @@ Peaks are those of the makers' data sheets, without sparsity. What is reached of
 from __future__ import annotations
 
 import difflib
-import tomllib
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 from ..errors import UsageError
 from . import tomlfile
@@ -50,6 +48,10 @@ class GPU:
         if tflops <= 0:
             raise UsageError(f"{self.name} does not compute in {precision}")
         return tflops * TERA
+
+    def in_world(self, ranks: int) -> GPU:
+        """Returns the same in a world of this number of ranks, which may be less than a node has."""
+        return self if ranks >= self.gpus_per_node else replace(self, gpus_per_node=ranks)
 
 
 def _gpu(name: str, bf16: float, fp8: float, gib: float, memory: float, node: float, watts: float, price: float) -> GPU:
@@ -104,11 +106,11 @@ def read(path: Path) -> GPU:
     """Reads a GPU from a TOML file. Keys that are not there are those of ``based_on``, if the file names a known GPU.
 
     Raises:
-        UsageError: if the file cannot be read, or a key is missing, unknown or no positive number.
+        UsageError: if the file cannot be read, or a key is missing, unknown or not what it must be.
     """
     try:
-        values = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        values = tomlfile.read(path)
+    except ValueError as error:
         raise UsageError(f"{path} cannot be read as a description of a GPU: {error}. The format is\n{EXAMPLE}") from error
     known = [field.name for field in fields(GPU)]
     based_on = values.pop("based_on", None)
@@ -117,12 +119,14 @@ def read(path: Path) -> GPU:
     problems = wrong + [tomlfile.unknown(key, known) for key in values if key not in known]
     values = {"name": path.stem, **base, **values}
     problems += [f"{key} is missing" for key in known if key not in values and not wrong]
-    if not isinstance(values["name"], str):
-        problems.append(f"name = {values['name']!r} must be a text")
+    if not (isinstance(values["name"], str) and values["name"] and values["name"].isprintable()):
+        problems.append(f"name = {values['name']!r} must be a text in one line")
     for key in known[1:]:
-        if key in values and not _is_size(values[key], whole=key == "gpus_per_node", zero=key in FREE):
-            kind = "a whole number of at least 1" if key == "gpus_per_node" else "a number of at least 0" if key in FREE else ""
-            problems.append(f"{key} = {values[key]!r} must be {kind or 'a positive number'}")
+        if key in values:
+            least, most = (0 if key in FREE else LEAST), MOST
+            whole = key == "gpus_per_node"
+            problems.append(tomlfile.wrong_number(key, values[key], 1 if whole else least, most, whole=whole))
+    problems = [problem for problem in problems if problem]
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise UsageError(f"{path} does not describe a GPU:\n{lines}\nThe format is\n{EXAMPLE}")
@@ -136,9 +140,5 @@ def save(gpu: GPU, path: Path, comment: str) -> None:
 
 FREE = ("fp8_tflops", "watts", "dollars_per_hour")
 """Keys that may be 0."""
-
-
-def _is_size(value: Any, *, whole: bool, zero: bool) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
-        return False
-    return 0 <= value < float("inf") if zero else 0 < value < float("inf")
+LEAST, MOST = 1e-6, 1e9
+"""The range of all other numbers, in their units: far beyond any machine."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 from ..config import Config
+from ..config.data import Data, name_of
+from ..data.tokenized.index import dataset_type
 from ..models.config import DecoderConfig, Stage
 from ..parallel.layout import Layout
 from ..parallel.stages import cut, deal, head_cost, layer_costs
@@ -52,6 +55,8 @@ class Job:
     """What is recomputed, if it is not what ``model.checkpoint`` can say."""
     layers: tuple[int, ...] = ()
     """Number of layers of each stage. Empty: they are divided by cost."""
+    types: int = 1
+    """Number of dataset types, whose losses are added up apart."""
 
     @classmethod
     def from_config(cls, decoder: DecoderConfig, config: Config, layout: Layout, micro_batches: int) -> Job:
@@ -70,6 +75,7 @@ class Job:
             prefetches_experts=config.parallel.expert_weight.overlap,
             compiled=config.model.compile,
             layers=tuple(config.parallel.pipeline.layers),
+            types=max(1, len(dataset_types(config.data))),
         )  # fmt: skip
 
     @property
@@ -99,3 +105,13 @@ class Job:
 def _dealt(costs: tuple[float, ...], parts: int, last: float) -> tuple[int, ...]:
     """``deal``, which takes much longer than all other formulas, once for each question."""
     return tuple(deal(costs, parts, last))
+
+
+def dataset_types(data: Data) -> list[str]:
+    """Returns the dataset types of a run's data, as far as the data are here."""
+    if data.mixture:
+        return [name_of(part) for part in data.mixture]
+    if not data.folders[0]:
+        return []
+    folder = Path(data.folders[0])
+    return sorted({dataset_type(folder, str(path.relative_to(folder))) for path in folder.rglob("*.bin")})

@@ -33,8 +33,9 @@ class Group(NamedTuple):
     stride: int
 
     def in_node(self, gpus_per_node: int) -> int:
-        """Returns how many of its ranks are in one node."""
-        return max(1, min(self.size, gpus_per_node // self.stride))
+        """Returns how many of its ranks are in one node, at least. (Groups of an axis are next to each other, so that nodes cut
+        them at multiples of what the sizes of both have in common.)"""
+        return max(1, math.gcd(gpus_per_node, self.size * self.stride) // self.stride)
 
 
 def seconds(kind: str, count: float, nbytes: float, group: Group, gpu: GPU, calibration: Calibration) -> float:

@@ -16,6 +16,7 @@ from ..parallel import plan
 from ..parallel.kept import points
 from ..parallel.memory import Memory
 from ..parallel.strategy import Workload
+from ..train.step import sums
 from .job import Job
 from .peak import peak
 
@@ -59,6 +60,7 @@ def on_rank(job: Job, pipeline_rank: int) -> RankMemory:
 
 def _of(job: Job, work: Workload, kept: Memory) -> RankMemory:
     largest = temporary(work, kept)
+    kept = replace(kept, activations=kept.activations + sums(work.decoder, job.types))
     if job.keeps_scores:
         scores = _scores(job)
         kept = replace(kept, activations=kept.activations + scores * _layers_kept(work))

@@ -62,10 +62,15 @@ def plan(
         UsageError, ConfigError: if the GPU is not known, or the config cannot be planned.
     """
     machine = hardware.find(gpu)
+    if gpus < 1 or (nodes is not None and (nodes < 1 or gpus % nodes)):
+        raise UsageError(f"--gpus {gpus} cannot be divided among --nodes {1 if nodes is None else nodes}")
+    if not 1 <= imbalance < float("inf"):
+        raise UsageError(
+            f"--imbalance {imbalance:g} must be at least 1: the busiest rank has at least as many rows as the mean"
+        )
     if nodes is not None:
-        if gpus % nodes:
-            raise UsageError(f"--gpus {gpus} cannot be divided among --nodes {nodes}")
         machine = replace(machine, gpus_per_node=gpus // nodes)
+    limit = _limit(machine, memory_limit)
     measured = Calibration.load(Path(calibration)) if calibration else Calibration()
     rows = global_rows(config, gpus)
     if rows is None:
@@ -76,10 +81,20 @@ def plan(
     if config.model.lora is not None:
         raise ConfigError("memory and times are not known for model.lora; leave it out")
     check_config(Choice().apply(config, rows), 1)
-    limit = memory_limit or int(machine.memory_gib * 2**30 * (1 - RESERVE))
     decoder = decoder_config(config.model_type, config.model)
     search = Search(config, decoder, gpus, rows, machine, measured, limit, imbalance)
     return Plan(search, search.best(TOP), _own(config, search))
+
+
+def _limit(machine: hardware.GPU, asked: int | None) -> int:
+    """Returns the bytes that a rank may use."""
+    has = int(machine.memory_gib * 2**30)
+    if asked is not None and not 1 <= asked <= has:
+        raise UsageError(
+            f"--memory: a rank cannot use {asked / 2**30:,.1f} GiB of the {machine.memory_gib:g} GiB that {machine.name} has; "
+            "another GPU is described in a file (--gpu FILE.toml)"
+        )
+    return int(has * (1 - RESERVE)) if asked is None else asked
 
 
 def _own(config: Config, search: Search) -> Candidate | list[str]:

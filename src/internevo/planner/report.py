@@ -6,13 +6,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any
 
+from ..observe.units import decimals
 from ..parallel import plan
 from ..parallel.memory import Memory
-from ..parallel.strategy import Collectives
+from ..parallel.strategy import Collectives, add_up
+from ..train.step import traffic as traffic_of_update
 from . import step
 from .calibration import Calibration
 from .choice import Choice
 from .hardware import GPU
+from .links import Group
 from .search import Candidate
 
 GIB = 2**30
@@ -44,8 +47,8 @@ def describe(choice: Choice) -> str:
         words.append(f"expert ZeRO {choice.expert_zero}")
     words.append(f"micro-batch {choice.micro_bsz}")
     if choice.checkpoint:
-        what = choice.checkpoint if isinstance(choice.checkpoint, str) else f"{choice.checkpoint:.0%}"
-        words.append(f"recompute {what}{' but attention kernels' if choice.selective else ''}")
+        what = choice.checkpoint if isinstance(choice.checkpoint, str) else f"{choice.checkpoint:.0%} of the layers"
+        words.append(f"recompute {what}{' except the kernels of attention' if choice.selective else ''}")
     return ", ".join(words)
 
 
@@ -58,9 +61,9 @@ def table(candidates: Sequence[Candidate], first: str = "") -> list[str]:
     lines = [] if first else [f"{'':>4}{'TGS':>9}{'MFU':>8}{'step s':>9}{'GiB':>8}  layout"]
     for number, candidate in enumerate(candidates, start=1):
         p = candidate.prediction
-        memory = candidate.memory.total / GIB
-        name = first or str(number)
-        lines.append(f"{name:>4}{p.tgs:>9,.0f}{p.mfu:>8.1%}{p.step:>9.3f}{memory:>8.1f}  {describe(candidate.choice)}")
+        memory, name = candidate.memory.total / GIB, first or str(number)
+        step_, size = f"{p.step:.{decimals(p.step, 3, 3)}f}", f"{memory:.{decimals(memory, 3, 1)}f}"
+        lines.append(f"{name:>4}{p.tgs:>9,.0f}{p.mfu:>8.1%}{step_:>9}{size:>8}  {describe(candidate.choice)}")
     return lines
 
 
@@ -68,17 +71,23 @@ def in_full(candidate: Candidate, gpu: GPU, calibration: Calibration, limit: int
     """Yields the memory, the time, the communication and the cost of a layout."""
     job, p, memory = candidate.job, candidate.prediction, candidate.memory
     layout = job.work.layout
-    yield f"{describe(candidate.choice)}: {layout.data} data ranks, {job.work.micro_batches} micro-batches on each"
+    ranks, number = layout.data, job.work.micro_batches
+    yield (
+        f"{describe(candidate.choice)}: {ranks:,} data rank{'s' * (ranks != 1)}, "
+        f"{number:,} micro-batch{'es' * (number != 1)} on each"
+    )
     yield f"  {p.tgs:,.0f} tokens per GPU and second, {p.tflops:.0f} TFLOPS, MFU {p.mfu:.1%}"
     if layout.pipeline > 1:
         yield f"  layers of the stages: {' '.join(map(str, _layers(candidate)))}"
     where = f"on pipeline rank {memory.pipeline_rank}, the most loaded"
-    yield f"  memory, GiB{memory.total / GIB:>18.2f}  of {limit / GIB:.1f}, {where}"
+    places = decimals(memory.total / GIB, 3, 2)
+    yield f"  memory, GiB{memory.total / GIB:>18.{places}f}  of {limit / GIB:.1f}, {where}"
     for part, nbytes in memory_parts(candidate).items():
-        yield f"    {part:24}{nbytes / GIB:>10.2f}"
-    yield f"  step, s{p.step:>22.3f}"
+        yield f"    {part:24}{nbytes / GIB:>10.{places}f}"
+    places = decimals(p.step, 3, 3)
+    yield f"  step, s{p.step:>22.{places}f}"
     for part, seconds in time_parts(candidate, gpu, calibration).items():
-        yield f"    {part:24}{seconds:>10.3f}{seconds / p.step:>8.1%}"
+        yield f"    {part:24}{seconds:>10.{places}f}{seconds / p.step:>8.1%}"
     of = f"pipeline rank {memory.pipeline_rank}" if layout.pipeline > 1 else "a rank"
     yield f"  {f'communication of {of}, a step':38}{'group':>16}{'ranks':>7}{'over':>9}{'count':>8}{'GB sent':>10}"
     for row in traffic(candidate, gpu):
@@ -87,10 +96,15 @@ def in_full(candidate: Candidate, gpu: GPU, calibration: Calibration, limit: int
     if tokens:
         cost = step.budget(tokens, p, layout.world, gpu)
         yield (
-            f"  {tokens:,.0f} tokens: {cost.hours / 24:,.1f} days, {cost.gpu_hours:,.0f} GPU hours, "
-            f"{cost.megawatt_hours:,.1f} MWh (GPUs alone, {gpu.watts:g} W each), "
-            f"{cost.dollars:,.0f} dollars ({gpu.dollars_per_hour:g} for an hour of a GPU)"
+            f"  {tokens:,.0f} tokens: {_rounded(cost.hours / 24, 1)} days, {_rounded(cost.gpu_hours, 0)} GPU hours, "
+            f"{_rounded(cost.megawatt_hours, 1)} MWh (GPUs alone, {gpu.watts:g} W each), "
+            f"{_rounded(cost.dollars, 0)} dollars ({gpu.dollars_per_hour:g} for an hour of a GPU)"
         )
+
+
+def _rounded(number: float, least: int) -> str:
+    """Returns a number with at least this many decimals, and as many as two digits take."""
+    return f"{number:,.{decimals(number, 2, least)}f}"
 
 
 def memory_parts(candidate: Candidate) -> dict[str, int]:
@@ -116,7 +130,8 @@ def traffic(candidate: Candidate, gpu: GPU) -> list[dict[str, Any]]:
     job = candidate.job
     layout = job.work.layout
     groups, found = layout.groups(), []
-    for row in plan.traffic(job.on_rank(candidate.memory.pipeline_rank)):
+    stated = plan.traffic(job.on_rank(candidate.memory.pipeline_rank))
+    for row in add_up([*stated, traffic_of_update(job.work.decoder, job.types, layout)], layout):
         ranks = groups.get(row.axis, [list(range(layout.world))])[0]
         found.append({
             "kind": row.kind, "group": row.axis, "ranks": len(ranks), "over": _link(row, ranks, gpu), "count": row.count,
@@ -126,9 +141,11 @@ def traffic(candidate: Candidate, gpu: GPU) -> list[dict[str, Any]]:
 
 
 def _link(row: Collectives, ranks: Sequence[int], gpu: GPU) -> str:
-    """Returns what connects the ranks of a group; of a message, two neighbours."""
-    last = ranks[1] if row.kind == "send" else ranks[-1]
-    return "node" if last // gpu.gpus_per_node == ranks[0] // gpu.gpus_per_node else "network"
+    """Returns what connects the ranks of each group; "both", if some neighbours of a pipeline are in one node."""
+    stride = ranks[1] - ranks[0]
+    if Group(len(ranks), stride).in_node(gpu.gpus_per_node) == len(ranks):
+        return "node"
+    return "both" if row.kind == "send" and stride < gpu.gpus_per_node else "network"
 
 
 def why(first: Candidate, second: Candidate, gpu: GPU, calibration: Calibration) -> Iterator[str]:
@@ -137,7 +154,10 @@ def why(first: Candidate, second: Candidate, gpu: GPU, calibration: Calibration)
     if a.step == b.step:
         yield "  both take the same time"
         return
-    yield f"  its step takes {b.step - a.step:.3f} s less ({a.step:.3f} in place of {b.step:.3f} s, {1 - a.step / b.step:.1%})"
+    # Differences have two digits, and what they are between as many decimals.
+    places, share = decimals(b.step - a.step, 2, 3), 100 * (1 - a.step / b.step)
+    times = f"{a.step:.{places}f} in place of {b.step:.{places}f} s, {share:.{decimals(share, 1, 1)}f}%"
+    yield f"  its step takes {b.step - a.step:.{places}f} s less ({times})"
     changes = [
         f"{field.name} {getattr(first.choice, field.name)} in place of {getattr(second.choice, field.name)}"
         for field in fields(Choice)
@@ -149,9 +169,10 @@ def why(first: Candidate, second: Candidate, gpu: GPU, calibration: Calibration)
         gain = before[name] - now[name]
         if abs(gain) > 0.02 * (b.step - a.step):
             how = "less" if gain > 0 else "more"
-            yield f"  {name}: {abs(gain):.3f} s {how} ({now[name]:.3f} in place of {before[name]:.3f} s)"
+            yield f"  {name}: {abs(gain):.{places}f} s {how} ({now[name]:.{places}f} in place of {before[name]:.{places}f} s)"
     more = (first.memory.total - second.memory.total) / GIB
-    yield f"  memory: {abs(more):.1f} GiB {'more' if more > 0 else 'less'} on the most loaded rank"
+    size = f"{_rounded(abs(more), 1)} GiB {'more' if more > 0 else 'less'}" if more else "the same"
+    yield f"  memory: {size} on the most loaded rank"
 
 
 def to_dict(candidate: Candidate, gpu: GPU, calibration: Calibration, tokens: float | None) -> dict[str, Any]:

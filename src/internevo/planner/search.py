@@ -35,7 +35,7 @@ from ..parallel.layout import Layout
 from . import memory, step
 from .bounds import KINDS, Bounds
 from .calibration import Calibration
-from .choice import Choice, axes, divisors, is_legal, schedules, weights
+from .choice import Choice, axes, divisors, is_legal, policies, schedules, weights
 from .costs import NOTHING, Recomputation
 from .hardware import GPU
 from .job import Job
@@ -75,6 +75,7 @@ class Search:
     """As ``Job.imbalance``."""
 
     def __post_init__(self) -> None:
+        self.gpu = self.gpu.in_world(self.world)
         trivial = Choice().apply(self.config, self.rows)
         base = Job.from_config(self.decoder, trivial, Layout.from_config(trivial, 1), self.rows)
         self.base = replace(base, imbalance=self.imbalance)
@@ -131,7 +132,7 @@ class Search:
                 yield self.bounds.of_schedule(option, weights_decided=False), "kind", option
 
     def _weights(self, choice: Choice) -> Iterator[Node]:
-        for option, fsdp in product(weights(choice, self.config, self.world), (False, True)):
+        for option, fsdp in product(weights(choice, self.config, self.world), policies(choice, self.world)):
             option = replace(option, fsdp=fsdp)
             yield self.bounds.of_schedule(option), "weights", option
 
@@ -220,7 +221,7 @@ class Search:
         layers recomputed, and optimizer state over as many ranks as possible; None if no layout is legal."""
         found = list[tuple[float, Choice]]()
         for _, _, choice in self._axes():
-            for option, fsdp in product(weights(choice, self.config, self.world), (False, True)):
+            for option, fsdp in product(weights(choice, self.config, self.world), policies(choice, self.world)):
                 least = replace(option, fsdp=fsdp, checkpoint=1.0)
                 found.append((self.bounds.needs(least, Recomputation("layer"))[-1], least))
         best: Candidate | None = None

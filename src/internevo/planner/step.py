@@ -288,11 +288,12 @@ def price(counts: Counts, gpu: GPU, calibration: Calibration) -> Prediction:
 def timed(counts: Counts, gpu: GPU, calibration: Calibration) -> Times:
     """Returns the seconds of a step on a machine."""
     job, layout, work = counts.job, counts.job.work.layout, counts.job.work
+    gpu = gpu.in_world(layout.world)
     known = {id(stage): _price_stage(job, stage, gpu, calibration) for stage in counts.stages}
     stages = [known[id(stage)] for stage in counts.stages]
     times = [value for stage in stages for value in (stage.forward, stage.backward, stage.weights)]
-    message = seconds_of([counts.message], gpu, calibration) if counts.message else 0.0
-    passes = timing.seconds(work.schedule, layout.pipeline, layout.chunks, work.micro_batches, times, message)
+    hops = hops_of(counts.message, gpu, calibration)
+    passes = timing.seconds(work.schedule, layout.pipeline, layout.chunks, work.micro_batches, times, hops)
     on_rank: list[list[StageSeconds]] = [[] for _ in range(layout.pipeline)]
     for number, stage in enumerate(stages):
         on_rank[rank_of(number, layout.pipeline, work.schedule)].append(stage)
@@ -302,6 +303,15 @@ def timed(counts: Counts, gpu: GPU, calibration: Calibration) -> Times:
     exposed = work.micro_batches * sum(s.exposed for s in slowest)
     step = passes + data + optimizer + calibration.step
     return Times(busy - exposed, exposed + data, passes - busy, optimizer, calibration.step, step)
+
+
+def hops_of(message: Message | None, gpu: GPU, calibration: Calibration) -> timing.Hops:
+    """Returns the times of the messages of a pipeline, some of which go to other nodes."""
+    if message is None:
+        return timing.Hops()
+    stride, node = message.group.stride, gpu.gpus_per_node
+    inside, across = (seconds_of([message._replace(group=Group(2, far))], gpu, calibration) for far in (1, node))
+    return timing.Hops(inside, across, 1 if node % stride else node // stride)
 
 
 def _price_stage(job: Job, counts: StageCounts, gpu: GPU, calibration: Calibration) -> StageSeconds:

@@ -13,6 +13,17 @@ from typing import NamedTuple
 from ..parallel.orders import in_turn, orders, rank_of
 
 
+class Hops(NamedTuple):
+    """Times of messages: from the end of a pass until another rank can use its result."""
+
+    inside: float = 0.0
+    """Seconds between ranks in one node."""
+    across: float = 0.0
+    """Seconds between ranks in different nodes."""
+    together: int = 1
+    """Number of neighbouring pipeline ranks in one node."""
+
+
 class Played(NamedTuple):
     """The actions of all ranks, in an order in which they can run."""
 
@@ -21,40 +32,41 @@ class Played(NamedTuple):
     """Its place in the list of times: 3 * stage, + 1 for a backward pass, + 2 for gradients of weights."""
     needs: tuple[int, ...]
     """The number of the action that each needs; -1: none."""
-    sent: tuple[bool, ...]
-    """Whether that is on another rank."""
+    sent: tuple[int, ...]
+    """Where that is: 0 on the same rank, 1 on another one of the node, 2 in another node."""
 
-    def seconds(self, times: list[float], message: float, pipeline: int) -> float:
+    def seconds(self, times: list[float], hops: Hops, pipeline: int) -> float:
         """Returns the time from the first start to the last end."""
+        messages = (0.0, hops.inside, hops.across)
         ends, free = [0.0] * (len(self.ranks) + 1), [0.0] * pipeline  # ends[-1] stays 0: needed by none
         actions = zip(self.ranks, self.kinds, self.needs, self.sent, strict=True)
         for number, (rank, kind, needed, sent) in enumerate(actions):
-            start, arrival = free[rank], ends[needed] + message if sent else ends[needed]
+            start, arrival = free[rank], ends[needed] + messages[sent]
             free[rank] = ends[number] = (start if start > arrival else arrival) + times[kind]
         return max(free)
 
 
 @lru_cache(maxsize=1024)
-def compiled(mode: str, pipeline: int, chunks: int, micro_batches: int) -> Played:
-    """Returns an order, ready to be played."""
+def compiled(mode: str, pipeline: int, chunks: int, micro_batches: int, together: int) -> Played:
+    """Returns an order, ready to be played. (``together``: as in ``Hops``.)"""
     numbers: dict[object, int] = {}
-    ranks, kinds, needs, sent = list[int](), list[int](), list[int](), list[bool]()
+    ranks, kinds, needs, sent = list[int](), list[int](), list[int](), list[int]()
     for rank, action, needed in in_turn(orders(mode, pipeline, chunks, micro_batches)):
         numbers[action] = len(ranks)
         ranks.append(rank)
         kinds.append(3 * action.stage + "FBW".index(action.kind))
         needs.append(-1 if needed is None else numbers[needed])
-        sent.append(needed is not None and rank_of(needed.stage, pipeline, mode) != rank)
+        other = rank if needed is None else rank_of(needed.stage, pipeline, mode)
+        sent.append(0 if other == rank else 1 if other // together == rank // together else 2)
     return Played(tuple(ranks), tuple(kinds), tuple(needs), tuple(sent))
 
 
-def seconds(mode: str, pipeline: int, chunks: int, micro_batches: int, times: list[float], message: float) -> float:
+def seconds(mode: str, pipeline: int, chunks: int, micro_batches: int, times: list[float], hops: Hops) -> float:
     """Returns the time of all passes of a step.
 
     Args:
         times: for each stage, the times of its forward pass, its backward pass, and the gradients of weights (0, if they are a
             part of the backward pass).
-        message: the time from the end of a pass until another rank can use its result.
     """
     if pipeline == 1:
         return micro_batches * sum(times)
@@ -62,5 +74,5 @@ def seconds(mode: str, pipeline: int, chunks: int, micro_batches: int, times: li
     for stage in range(pipeline * chunks):
         busy[rank_of(stage, pipeline, mode)] += sum(times[3 * stage : 3 * stage + 3])
     first = min(micro_batches, 2 * pipeline + micro_batches % pipeline)
-    played = compiled(mode, pipeline, chunks, first).seconds(times, message, pipeline)
+    played = compiled(mode, pipeline, chunks, first, hops.together).seconds(times, hops, pipeline)
     return played + (micro_batches - first) * max(busy)

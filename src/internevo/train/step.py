@@ -205,8 +205,12 @@ def formulas(parts: Parts, micro_batches: int) -> tuple[Memory | None, list[Coll
     work = Workload.from_config(parts.decoder, parts.config, parts.layout, micro_batches, world.device.type, world.rank)
     types, memory = len(parts.source.types), plan.memory(work)
     rows = [*plan.traffic(work), traffic(parts.decoder, types, parts.layout)]
-    sums = 8 * (2 * types + RouterSums.size(parts.decoder))  # of ``Losses`` and ``RouterSums``
-    return replace(memory, activations=memory.activations + sums), add_up(rows, parts.layout)
+    return replace(memory, activations=memory.activations + sums(parts.decoder, types)), add_up(rows, parts.layout)
+
+
+def sums(decoder: DecoderConfig, types: int) -> int:
+    """Returns the bytes of what is added up over a step: ``Losses`` and ``RouterSums``."""
+    return 8 * (2 * types + RouterSums.size(decoder))
 
 
 def traffic(decoder: DecoderConfig, types: int, layout: Layout) -> Collectives:

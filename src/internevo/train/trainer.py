@@ -86,7 +86,7 @@ class Trainer:
         parts = self.parts
         self.probes = Probes(
             config.monitor, parts.layout, parts.model, parts.axis, parts.schedule, parts.tensors(), partial(formulas, parts),
-            self.run, world.rank, world.device,
+            self.run, world.rank, world.device, config.model.compile,
         )  # fmt: skip
         self.stepper = Stepper(parts, self.probes.end_phase)
         self.peak = peak_tflops(world.device, config.model.dtype, config.monitor.peak_tflops)
@@ -150,7 +150,7 @@ class Trainer:
         """Takes one step. Returns its record, whether to stop after it, and whether to save after it."""
         config, begin = self.config, time.perf_counter()
         lr = learning_rate(batch.number, config.data.total_steps, config.adam.lr, config.lr_scheduler)
-        with self.probes(len(batch.micro_batches)), self.watchdog.step(batch.tokens):
+        with self.probes(len(batch.micro_batches), batch.number + 1), self.watchdog.step(batch.tokens):
             get_shared = partial(self._shared, len(batch.skipped))
             result = self.stepper(batch, lr, beta2(batch.number, config.adam, config.beta2_scheduler), get_shared)
         self.state.cursor = batch.next_cursor

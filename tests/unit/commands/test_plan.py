@@ -1,12 +1,19 @@
 """``internevo plan``: what it prints and writes, and what it says if something is wrong."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from internevo.cli import main
+from internevo.errors import UsageError
+from internevo.parallel.memory import Memory
+from internevo.planner.dryrun import dry_run
+from internevo.planner.plan import plan
+from internevo.planner.report import to_dict
+from internevo.planner.search import Candidate
 from internevo.train.check import problems
 from internevo.train.config import load_config
 from tests.conftest import write_config
@@ -74,6 +81,8 @@ def test_json_is_for_scripts(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["--gpus", "8", "--gpu", "h100", "--out", "/dev/null/a.py"], ["/dev/null is not a folder"]),
         (["--gpus", "8", "--gpu", "h100", "--picture", "/dev/null/a.svg"], ["/dev/null is not a folder"]),
         (["--gpus", "8", "--gpu", "h100", "--tokens", "many"], ["'many' is not a number of tokens"]),
+        (["--gpus", "8", "--gpu", "h100", "--tokens", "1e300"], ["'1e300' is not a number of tokens"]),
+        (["--gpus", "8", "--gpu", "h100", "--memory", "81GiB"], ["81.0 GiB of the 80 GiB that h100 has", "--gpu FILE"]),
         (["--gpus", "8", "--gpu", "h100", "--nproc", "2"], ["--calibrate"]),
         (["--calibrate", "--tokens", "1B", "--json"], ["leave out CONFIG, --tokens, --json"]),
         (["--gpus", "8", "--gpu", "h100", "model.hidden_size=30"], ["hidden_size = 30"]),
@@ -87,6 +96,64 @@ def test_what_is_wrong_is_said(
     assert code == 2 and out == "" and "Traceback" not in err
     for word in words:
         assert word in err
+
+
+def test_small_numbers_are_not_zeros(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A tiny model on two GPUs: microseconds, megabytes, and a thousandth of a dollar. What is printed adds up."""
+    code, text, _ = run(capsys, config(tmp_path), "--gpus", "2", "--gpu", "h100", "--tokens", "1M", "--memory", "40GiB")
+    assert code == 0 and "40.0 of 80 GiB" in text and " 0.0B " not in text
+    lines = [line.split() for line in text.splitlines()]
+    assert min(float(line[3]) for line in lines if line and line[0].isdigit() and "%" in "".join(line[2:3])) > 0
+    (whole,) = (line[2] for line in lines if line[:2] == ["step,", "s"])
+    parts = [
+        line[-2] for line in lines if line and line[-1].endswith("%") and line[-2][0].isdigit() and line[0].strip(",").isalpha()
+    ]
+    last = 10 ** -len(whole.partition(".")[2])
+    assert float(whole) > 0 and sum(map(float, parts)) == pytest.approx(float(whole), abs=len(parts) * last)
+    changes = re.findall(r": ([\d.]+) s \w+ \(([\d.]+) in place of ([\d.]+) s\)", text)
+    for change, now, before in changes:
+        digits = 10 ** -len(change.partition(".")[2])
+        assert float(change) > 0 and abs(float(before) - float(now)) == pytest.approx(float(change), abs=1.1 * digits)
+    (budget,) = (line for line in text.splitlines() if "1,000,000 tokens" in line)
+    assert all(float(number) > 0 for number in budget.replace(",", "").split() if number.replace(".", "").isdigit())
+
+
+@pytest.mark.parametrize("asked", [{"gpus": 0}, {"nodes": -1}, {"nodes": 0}, {"memory_limit": 0}, {"imbalance": 0.5},
+                                   {"imbalance": float("nan")}])  # fmt: skip
+def test_a_script_is_told_what_is_wrong(tmp_path: Path, asked: dict[str, Any]) -> None:
+    loaded = load_config(Path(config(tmp_path)), [])
+    with pytest.raises(UsageError):
+        plan(loaded, **{"gpus": 4, "gpu": "h100", **asked})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"parallel__pipeline": {"size": 2}, "parallel__zero1": {"size": 2}},
+        {"parallel__tensor": {"size": 2, "mode": "msp"}, "model__vocab_size": 96},
+        {"model_type": "QWEN3MOE", "model__num_experts": 4, "model__top_k": 2, "model__moe_intermediate_size": 64,
+         "parallel__expert": {"size": 2}, "parallel__zero1": {"size": 1}},
+    ],
+    ids=["pipeline", "msp", "experts"],
+)  # fmt: skip
+def test_a_plan_is_what_a_dry_run_counts(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """What the most loaded rank keeps, to the byte, and its collectives. (Temporary buffers are those of a GPU.)"""
+    loaded = load_config(Path(config(tmp_path, **changes)), [])
+    found = plan(loaded, 4, "h100")
+    assert isinstance(found.own, Candidate)
+    planned = to_dict(found.own, found.search.gpu, found.search.calibration, None)
+    ran = dry_run(loaded, 4, 2 * planned["pipeline_rank"])
+    assert {part: planned["memory"][name] for part, name in Memory.NAMES.items()} == {
+        part: getattr(ran.memory, part) for part in Memory.NAMES
+    }
+    stated = {(row["kind"], row["group"]): row["count"] for row in planned["traffic"]}
+    assert stated == {(row.kind, row.axis): row.count for row in ran.collectives}
+
+
+def test_no_layout_is_listed_twice(tmp_path: Path) -> None:
+    """On one GPU, FSDP is the same as ZeRO."""
+    found = plan(load_config(Path(config(tmp_path)), []), 1, "h100").best
+    assert len(found) > 1 and not any(candidate.choice.fsdp for candidate in found)
 
 
 def test_a_calibration_of_another_version_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,6 +173,8 @@ def test_a_calibration_is_measured_and_used(
     assert (code, err) == (0, "") and "TFLOPS" in text and "not measured" in text
     code, text, err = run(capsys, config(tmp_path), "--gpus", "4", "--gpu", str(gpu), "--calibration", str(out))
     assert (code, err) == (0, "") and "TGS" in text
+    code, _, err = run(capsys, "--calibrate", "--gpu", "h100", "--out", str(out))  # a CPU is not compared with a GPU's peaks
+    assert code == 2 and "leave out --gpu" in err
     out.write_text("mine")
     code, _, err = run(capsys, "--calibrate", "--out", str(out))
     assert code == 2 and out.read_text() == "mine"

@@ -218,6 +218,11 @@ def test_a_size_that_is_none_is_refused(size: str) -> None:
         parse_size(size)
 
 
+@pytest.mark.parametrize(("size", "nbytes"), [("5GB", 5 * 10**9), ("1.5kib", 1536), ("2 GiB", 2**31), ("1tb", 10**12)])
+def test_units_of_sizes(size: str, nbytes: int) -> None:
+    assert parse_size(size) == nbytes
+
+
 def test_an_error_is_printed_without_a_progress_bar(tmp_path: Path, run: Run) -> None:
     done = run("convert", tmp_path / "none", tmp_path / "out", "--to", "hf", code=2)
     assert done.stdout == "" and done.stderr.count("\n") == 1

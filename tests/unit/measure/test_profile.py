@@ -1,8 +1,9 @@
 """The memory of a step: what is recorded, to which module it belongs, and that nothing is registered if nothing is measured."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -152,13 +153,39 @@ def test_a_step_whose_memory_is_not_measured_has_no_hooks(tmp_path: Path, monito
     model, schedule = Model(recomputed=False), NoSchedule()
     anything: Any = None
     probes = Probes(
-        monitor, anything, model, anything, schedule, {}, anything, tmp_path, 0, torch.device("cpu")  # type: ignore[arg-type]
+        monitor, anything, model, anything, schedule, {}, anything, tmp_path, 0, torch.device("cpu"), False  # type: ignore[arg-type]
     )  # fmt: skip
-    with probes(1):
+    with probes(1, 1):
         assert_nothing_is_registered(model)
         assert schedule.after_pass is nothing
         probes.end_phase("optimizer")
     assert not list(tmp_path.iterdir()) and not probes.lines
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_the_measured_step_is_compared_with_one_that_compiles_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiles: bool
+) -> None:
+    """In a run that was resumed after step 6. With ``model.compile``, the step after the measured one compiles the layers."""
+    anything, said = cast(Any, None), {}
+    device = torch.device("cpu")
+    probes = Probes(
+        Monitor(memory=True), anything, anything, anything, anything, {}, anything, tmp_path, 0, device, compiles
+    )  # fmt: skip
+
+    @contextmanager
+    def measure(self: Probes, micro_batches: int) -> Iterator[None]:
+        yield
+        self._measured = self.step, 1.0
+
+    monkeypatch.setattr(Probes, "_memory", measure)
+    for step in (7, 8, 9):
+        with probes(1, step):
+            pass
+        said[step] = probes.lines
+    (line,) = said.pop(9 if compiles else 8)
+    assert line.startswith("step 7, whose memory was measured, took 1.00 s") and f"as step {9 if compiles else 8}:" in line
+    assert not any(said.values())
 
 
 def test_a_gpu_is_asked_for_its_peak_and_its_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,17 +83,19 @@ def test_a_damaged_file_is_refused_or_drawn_as_text(key: str, value: Any) -> Non
         ElementTree.fromstring(svg)
 
 
-@pytest.mark.parametrize("damaged", ["memory.json", "memory/rank-1.json", ""])
+@pytest.mark.parametrize("damaged", ["memory.json", "memory/rank-1.json", "another run", ""])
 def test_the_report_shows_the_rank_with_the_highest_peak(tmp_path: Path, damaged: str) -> None:
     (tmp_path / "metrics.jsonl").touch()
     (tmp_path / "memory").mkdir()
     ranks = [{"peak": {**PEAK, "measured": 10}}, {"peak": PEAK}]
     (tmp_path / "memory.json").write_text(json.dumps({"ranks": ranks}))
     (tmp_path / "memory" / "rank-1.json").write_text(json.dumps({**GOOD, "rank": 1}))
-    if damaged:
+    if damaged == "another run":  # which was killed before it had written memory.json
+        (tmp_path / "memory" / "rank-1.json").write_text(json.dumps({**GOOD, "rank": 1, "peak": {**PEAK, "weights": 7}}))
+    elif damaged:
         (tmp_path / damaged).write_text("{")
     page = write_report(tmp_path).read_text(encoding="utf-8")
-    assert ("damaged or missing" in page) == bool(damaged)
+    assert ("damaged, missing or of another run" in page) == bool(damaged)
     assert ("rank 1 at its peak" in page) == (not damaged)
 
 

@@ -43,13 +43,19 @@ def test_an_unknown_name_names_the_nearest_and_the_format() -> None:
     ("key", "value", "message"),
     [
         ("bf16_tflops", None, "bf16_tflops is missing"),
-        ("bf16_tflops", "fast", "bf16_tflops = 'fast' must be a positive number"),
-        ("memory_gib", 0, "memory_gib = 0 must be a positive number"),
+        ("bf16_tflops", "fast", "bf16_tflops = 'fast' must be a number from 1e-06 to 1e\\+09"),
+        ("memory_gib", 0, "memory_gib = 0 must be a number from 1e-06"),
         ("memory_gib", True, "memory_gib = True must be"),
-        ("watts", -1, "watts = -1 must be a number of at least 0"),
+        ("watts", -1, "watts = -1 must be a number from 0"),
         ("gpus_per_node", 7.5, "gpus_per_node = 7.5 must be a whole number"),
         ("based_on", "h10", "based_on = 'h10' must be one of a100"),
+        ("memory_gib", 1e300, r"memory_gib = 1e\+300 must be a number"),
+        ("network_gb_per_s", 1e-300, "network_gb_per_s = 1e-300 must be a number"),
+        ("gpus_per_node", 10**400, r"gpus_per_node = 1000\d*\.\.\.0* must be a whole number from 1"),
+        ("watts", 10**400, "watts = 1000"),
         ("name", 3, "name = 3 must be a text"),
+        ("name", "h1\nimport os", r"name = 'h1\\nimport os' must be a text in one line"),
+        ("name", "", "name = '' must be a text"),
         ("memory_gigs", 80, "unknown key memory_gigs; did you mean memory_gib"),
     ],
 )
@@ -60,7 +66,11 @@ def test_a_wrong_file_is_explained(key: str, value: object, message: str, tmp_pa
         find(str(path))
 
 
-@pytest.mark.parametrize("content", [b"a = [", b"\xff\xfe", None], ids=["no TOML", "no text", "no file"])
+@pytest.mark.parametrize(
+    "content",
+    [b"a = [", b"\xff\xfe", None, b"a = " + 9999 * b"[", b"a = " + 9999 * b"1"],
+    ids=["no TOML", "no text", "no file", "nested", "long number"],
+)
 def test_a_file_that_cannot_be_read_is_named(content: bytes | None, tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     if content is not None:
@@ -89,11 +99,13 @@ def test_a_calibration_comes_back_from_its_file(tmp_path: Path) -> None:
         (f"version = {VERSION}", f"version = {VERSION + 1}", f"is of version {VERSION + 1}; this is version {VERSION}"),
         (f"version = {VERSION}", "", "has no version"),
         ("overlap = ", "overlay = ", "(?s)overlap is missing.*unknown key overlay; did you mean overlap"),
-        ("attention = 0.55", "attention = 1.2", "attention = 1.2 must be more than 0 and at most 1"),
-        ("attention = 0.55", "attention = 0", "attention = 0 must be more than 0"),
-        ("step = 0.005", "step = -1.0", "step = -1.0 must be a number of at least 0"),
+        ("attention = 0.55", "attention = 1.2", "attention = 1.2 must be a number from 1e-06 to 1"),
+        ("attention = 0.55", "attention = 0", "attention = 0 must be a number from 1e-06"),
+        ("step = 0.005", "step = -1.0", "step = -1.0 must be a number from 0"),
         ("step = 0.005", "step = nan", "step = nan must be a number"),
         ("step = 0.005", "step = true", "step = True must be a number"),
+        ("step = 0.005", f"step = 1{'0' * 400}", "step = 1000"),
+        ("memory = 0.7", "memory = 1e-300", "memory = 1e-300 must be a number"),
     ],
 )
 def test_a_calibration_that_does_not_fit_is_refused(old: str, new: str, message: str, tmp_path: Path) -> None:

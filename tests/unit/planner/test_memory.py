@@ -26,7 +26,8 @@ def test_the_most_loaded_rank_is_found() -> None:
     stages = this.stages()
     for rank in ranks:
         work = replace(this.work, stages=(stages[rank.pipeline_rank],), pipeline_rank=rank.pipeline_rank)
-        assert rank.kept == plan.memory(work)
+        kept = plan.memory(work)
+        assert rank.kept == replace(kept, activations=kept.activations + 16)  # the sums of the losses
 
 
 @pytest.mark.parametrize("experts", [None, Experts(8, 2, 48)], ids=["dense", "experts"])

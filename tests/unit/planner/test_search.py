@@ -15,7 +15,7 @@ from internevo.parallel.orders import BACKWARD
 from internevo.planner import hardware, memory, step
 from internevo.planner.bounds import fullest, share
 from internevo.planner.calibration import Calibration
-from internevo.planner.choice import Choice, axes, divisors, global_rows, schedules, weights
+from internevo.planner.choice import Choice, axes, divisors, global_rows, policies, schedules, weights
 from internevo.planner.costs import NOTHING, Recomputation
 from internevo.planner.job import Job
 from internevo.planner.search import Candidate, Search
@@ -49,7 +49,8 @@ def everything(of: Search) -> Iterator[Choice]:
             continue
         sizes = divisors(of.rows // (of.world // (choice.pipeline * choice.tensor)))
         zeros = divisors(of.world // choice.pipeline)
-        options = product(weights(choice, of.config, of.world), sizes, schedules(choice.pipeline, layers), zeros, (False, True))
+        fsdp_or_not = policies(choice, of.world)
+        options = product(weights(choice, of.config, of.world), sizes, schedules(choice.pipeline, layers), zeros, fsdp_or_not)
         for option, size, (schedule, chunks), zero, fsdp in options:
             option = replace(option, micro_bsz=size, schedule=schedule, chunks=chunks, zero=zero, fsdp=fsdp)
             if of.is_legal(option):
@@ -78,9 +79,10 @@ def test_the_search_finds_what_trying_all_layouts_finds(experts: bool, world: in
         assert steps == pytest.approx(plain[:5])
 
 
-@pytest.mark.parametrize("experts", [False, True])
-def test_no_layout_is_faster_than_its_bounds(experts: bool) -> None:
-    this = search(config(experts), 4, 10**12)
+@pytest.mark.parametrize(("experts", "world"), [(False, 4), (True, 4), (False, 6)])
+def test_no_layout_is_faster_than_its_bounds(experts: bool, world: int) -> None:
+    """On one node of four GPUs, and on a node and a half."""
+    this = search(config(experts, rows=2 * world), world, 10**12)
     tried, bounds = list(everything(this)), this.bounds
     for choice in tried[:: max(1, len(tried) // 400)]:
         seconds = this.seconds(choice) * (1 + 1e-9)

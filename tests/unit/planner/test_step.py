@@ -1,7 +1,9 @@
 """The cost model: formulas against examples that are computed by hand, and properties that any machine has."""
 
 import math
+from collections import Counter
 from dataclasses import fields, replace
+from itertools import product
 
 import pytest
 
@@ -131,6 +133,8 @@ H100 = GPUS["h100"]  # 450 GB/s inside, 50 GB/s across
         ("reduce-scatter", Group(16, 1), 15 / 16 / 400),  # eight network cards of 50 GB/s
         ("all-gather", Group(16, 8), 15 / 16 / 50),  # one rank in each node: one card
         ("all-gather", Group(8, 2), 7 / 8 / 200),  # four ranks in each of two nodes
+        ("all-gather", Group(12, 1), 11 / 12 / 200),  # eight ranks in one node and four in another
+        ("all-gather", Group(3, 1), 2 / 3 / 50),  # ranks 6, 7 | 8
         ("all-to-all", Group(16, 1), 8 / 16 / 50),
         ("all-to-all", Group(8, 1), 7 / 8 / 450),
         ("send", Group(2, 1), 1 / 450),
@@ -140,6 +144,34 @@ H100 = GPUS["h100"]  # 450 GB/s inside, 50 GB/s across
 )
 def test_bytes_of_collectives_by_hand(kind: str, group: Group, expected: float) -> None:
     assert links.seconds(kind, 1, 1e9, group, H100, IDEAL) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("node", [3, 4, 8])
+def test_the_ranks_of_a_group_in_a_node_are_the_fewest_of_all_groups(node: int) -> None:
+    world = 24 * node
+    for size, stride in product(range(1, 13), range(1, 9)):
+        if world % (size * stride) == 0:
+            starts = [block + place for block in range(0, world, size * stride) for place in range(stride)]
+            groups = [Counter((start + number * stride) // node for number in range(size)) for start in starts]
+            fewest = min(min(group.values()) for group in groups)
+            assert Group(size, stride).in_node(node) == fewest
+
+
+def test_a_world_that_is_smaller_than_a_node_is_inside_it() -> None:
+    this = replace(H100, network_gb_per_s=1e-6)
+    layout = Layout(7, 1, "mtp", 1, 1, 7, False)
+    inside, across = (step.predict(job(layout, DENSE), replace(this, gpus_per_node=n), IDEAL).step for n in (8, 1))
+    assert inside < 10 < across
+
+
+@pytest.mark.parametrize(
+    ("stride", "hops"), [(1, 6 * [450]), (2, 6 * [450]), (4, 2 * [450, 50, 450]), (8, 6 * [50]), (3, 6 * [50])]
+)
+def test_some_messages_of_a_pipeline_go_to_another_node(stride: int, hops: list[int]) -> None:
+    """One micro-batch goes through four ranks and back. Two of them are in a node, if four GPUs are between neighbours."""
+    found = step.hops_of(step.Message("send", 1, 1e9, Group(2, stride)), H100, IDEAL)
+    passes = timing.seconds("1F1B", 4, 1, 1, 4 * [1.0, 2.0, 0.0], found)
+    assert passes == pytest.approx(12 + sum(1 / gb_per_s for gb_per_s in hops))
 
 
 def test_latencies_of_collectives_by_hand() -> None:
@@ -167,7 +199,7 @@ def test_a_schedule_takes_as_long_as_it_does_when_played(mode: str, pipeline: in
         orders.orders(mode, pipeline, chunks, micro_batches), lambda a: times[3 * a.stage + "FBW".index(a.kind)], 0.3
     )
     expected = max(rank[-1].end for rank in played)
-    assert timing.seconds(mode, pipeline, chunks, micro_batches, times, 0.3) == pytest.approx(expected)
+    assert timing.seconds(mode, pipeline, chunks, micro_batches, times, timing.Hops(across=0.3)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("mode", ["1F1B", "ZBH1", "ZBV"])
@@ -175,13 +207,13 @@ def test_a_schedule_takes_as_long_as_it_does_when_played(mode: str, pipeline: in
 def test_many_micro_batches_need_not_be_played(mode: str, micro_batches: int) -> None:
     chunks = 2 if mode == "ZBV" else 1
     times = [1.0, 2.0 if mode == "1F1B" else 1.0, float(mode != "1F1B")] * 4 * chunks
-    played = timing.compiled(mode, 4, chunks, micro_batches).seconds(times, 0.01, 4)
-    assert timing.seconds(mode, 4, chunks, micro_batches, times, 0.01) == pytest.approx(played, rel=0.02)
+    played = timing.compiled(mode, 4, chunks, micro_batches, 1).seconds(times, timing.Hops(across=0.01), 4)
+    assert timing.seconds(mode, 4, chunks, micro_batches, times, timing.Hops(across=0.01)) == pytest.approx(played, rel=0.02)
 
 
 def test_the_bubble_of_1f1b() -> None:
     """(p - 1) (F + B), arXiv:2104.04473."""
-    assert timing.seconds("1F1B", 4, 1, 8, [1.0, 2.0, 0.0] * 4, 0.0) == pytest.approx((8 + 3) * 3.0)
+    assert timing.seconds("1F1B", 4, 1, 8, [1.0, 2.0, 0.0] * 4, timing.Hops()) == pytest.approx((8 + 3) * 3.0)
 
 
 LAYOUTS = [
