@@ -58,10 +58,15 @@ def model_eos_ids(folder: Path) -> list[int]:
     """Returns the ids that end a text, by the model's ``generation_config.json`` or else its ``config.json``."""
     for name in ("generation_config.json", "config.json"):
         found = read_optional(folder / name).get("eos_token_id")
-        ids = [number for number in (found if isinstance(found, list) else [found]) if isinstance(number, int)]
-        if ids:
-            return ids
+        if is_ids(found):
+            return found if isinstance(found, list) else [found]
     return []
+
+
+def is_ids(value: Any) -> bool:
+    """Whether a value of a model's config is an id, or a list of ids."""
+    numbers = value if isinstance(value, list) else [value]
+    return bool(numbers) and all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
 
 
 def added_tokens(folder: Path, settings: dict[str, Any]) -> Iterator[tuple[int | None, dict[str, Any]]]:
