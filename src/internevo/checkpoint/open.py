@@ -8,6 +8,7 @@ import torch
 
 from ..errors import CheckpointError, UsageError
 from ..models.decoder import Decoder
+from ..models.families.hf_values import what_else
 from ..models.huggingface.folder import HfFolder
 from ..models.huggingface.merge import merged
 from ..models.source import ParameterSource, load_parameters
@@ -31,7 +32,8 @@ def open_source(folder: Path, family: str | None = None, merge: bool = True) -> 
     """
     folder = model_folder(folder)
     if not folder.is_dir():
-        raise UsageError(f"model folder {folder} " + ("is a file; give its folder" if folder.exists() else "does not exist"))
+        is_file = f"is a file{what_else(folder) or '; give its folder'}"
+        raise UsageError(f"model folder {folder} {is_file if folder.exists() else 'does not exist'}")
     try:
         checkpoint = Checkpoint(find_checkpoint(folder))
         checkpoint.check_tensors(checkpoint.config)
@@ -41,7 +43,8 @@ def open_source(folder: Path, family: str | None = None, merge: bool = True) -> 
         if is_ours:
             raise
         if not (folder / "config.json").is_file():
-            raise UsageError(f"{error}; it is not a Hugging Face folder either (it has no config.json)") from None
+            other = what_else(folder)
+            raise UsageError(f"{error}; it is not a Hugging Face folder either (it has no config.json){other}") from None
     return HfFolder(folder, family)
 
 

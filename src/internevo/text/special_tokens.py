@@ -14,6 +14,8 @@ SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.js
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """The keys of special tokens, in the order in which transformers adds those that the vocabulary does not have."""
 END_OF_TEXT = "<|endoftext|>"
+MODEL_KEYS = ("model_type", "tokenizer_class", "bos_token_id", "eos_token_id", "pad_token_id")
+"""What a model's ``config.json`` says about its tokenizer: the special tokens, if the tokenizer's files do not name them."""
 CLASS_TOKENS: dict[str, tuple[str | None, str]] = {
     "gpt2": (END_OF_TEXT, END_OF_TEXT), "gptneox": (END_OF_TEXT, END_OF_TEXT), "codegen": (END_OF_TEXT, END_OF_TEXT),
     "llama": ("<s>", "</s>"), "codellama": ("<s>", "</s>"), "mistral": ("<s>", "</s>"), "mixtral": ("<s>", "</s>"),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...storage.jsonfile import write_json
-from ...text.special_tokens import SETTINGS, is_ids, read_optional
+from ...text.special_tokens import MODEL_KEYS, SETTINGS, is_ids, read_optional
 from ...text.tokenizer import FILES, TEMPLATES, load_tokenizer
 
 TOKENIZER_FILES = (
@@ -17,9 +17,7 @@ TOKENIZER_FILES = (
 RANK_FILES = "*.tiktoken"
 CODE_FILES = ("configuration_*.py", "modeling_*.py", "tokenization_*.py")
 """A family's own code for transformers. It is copied, and never run."""
-SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-MODEL_KEYS = ("model_type", "tokenizer_class", *SPECIAL_IDS)
-"""What a model's ``config.json`` says about its tokenizer: the special tokens, if the tokenizer's files do not name them."""
+SPECIAL_IDS = tuple(key for key in MODEL_KEYS if key.endswith("_id"))
 
 
 def has_tokenizer(folder: Path) -> bool:
