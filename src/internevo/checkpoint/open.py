@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import CheckpointError, UsageError
+from ..errors import CheckpointError, UsageError, expect
 from ..models.decoder import Decoder
 from ..models.families.hf_values import what_else
 from ..models.huggingface.folder import HfFolder
@@ -63,6 +63,7 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device: s
         UsageError, CheckpointError: if the folder cannot be used. The message names the folder or file, and the architecture if
             that is the reason.
     """
+    expect(folder, (str, Path), "load_model takes the path of a model")
     source = open_source(Path(folder))
     with torch.device("meta"):
         model = Decoder(source.config)

@@ -59,7 +59,7 @@ def class_tokens(folder: Path, settings: dict[str, Any]) -> dict[str, str | None
 def model_eos_ids(folder: Path) -> list[int]:
     """Returns the ids that end a text, by the model's ``generation_config.json`` or else its ``config.json``."""
     for name in ("generation_config.json", "config.json"):
-        found = read_optional(folder / name).get("eos_token_id")
+        found: Any = read_optional(folder / name).get("eos_token_id")
         if is_ids(found):
             return found if isinstance(found, list) else [found]
     return []

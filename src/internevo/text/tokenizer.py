@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..errors import InternEvoError, UsageError
+from ..errors import InternEvoError, UsageError, expect
 from ..storage.hub import model_folder
 from ..storage.jsonfile import read_object, write_json
 from .sentencepieces import SentencePieceBackend
@@ -225,6 +225,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises:
         UsageError: if ``path`` does not exist, is not a tokenizer, or cannot be read.
     """
+    expect(path, (str, Path), "a tokenizer is given by a path or a name")
     path = model_folder(path, weights=False)
     if not path.exists():
         raise UsageError(f"the tokenizer {path} does not exist")

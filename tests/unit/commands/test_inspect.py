@@ -166,13 +166,8 @@ def test_what_comes_from_a_model_is_described_and_is_no_model(tmp_path: Path) ->
     lines = list(describe(tmp_path / "gguf"))
     assert lines == list(describe(file)) and lines[:2] == [f"GGUF model {file}: llama, {count:,} parameters", "tokenizer: yes"]
 
-    reasons = {
-        "copy": "has a tokenizer and no model",
-        "peft": "adapters of the peft library",
-        "gguf": "llama.cpp",
-        file: "llama.cpp",
-    }
-    for name, reason in reasons.items():
+    reasons = {"copy": "has a tokenizer and no model", "peft": "adapters of the peft library", "gguf": "llama.cpp"}
+    for name, reason in (*reasons.items(), ("gguf/model.gguf", "llama.cpp")):
         for act in (load_model, lambda path: from_hf(str(path))):
             with pytest.raises(UsageError, match=reason):
                 act(tmp_path / name)
