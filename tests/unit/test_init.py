@@ -86,6 +86,8 @@ WRONG: dict[str, tuple[Callable[[Any], object], str]] = {
     "evaluate seq_len": (lambda m: API.evaluate(m, m, seq_len=0), "seq_len = 0"),
     "evaluate batch_size": (lambda m: API.evaluate(m, m, batch_size=0), "batch_size = 0"),
     "load_model model": (lambda m: API.load_model(torch.nn.Linear(1, 1)), "path of a model, and not Linear"),
+    "load_model dtype": (lambda m: API.load_model(m, "bfloat16"), "torch.bfloat16, and not str"),
+    "save_hf dtype": (lambda m: API.save_hf(API.load_model(m), m.parent / "new", "float16"), "and not str"),
     "save_hf path": (lambda m: API.save_hf(str(m), m.parent / "new"), "load_model returned, and not str"),
     "generate model": (lambda m: API.generate(torch.nn.Linear(1, 1), "x"), "load_model returned"),
     "generate prompts": (lambda m: API.generate(m, ["x", "y"]), "one at a time"),

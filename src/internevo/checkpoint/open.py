@@ -64,6 +64,7 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device: s
             that is the reason.
     """
     expect(folder, (str, Path), "load_model takes the path of a model")
+    expect(dtype, torch.dtype, "dtype is one of PyTorch's, as torch.bfloat16")
     source = open_source(Path(folder))
     with torch.device("meta"):
         model = Decoder(source.config)

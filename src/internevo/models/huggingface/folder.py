@@ -165,6 +165,7 @@ def save_hf(
             larger than the model's vocabulary.
     """
     expect(model, Decoder, "save_hf takes what load_model returned")
+    expect(dtype, (torch.dtype, type(None)), "dtype is one of PyTorch's, as torch.bfloat16")
     if max_shard_size < 1:
         raise UsageError(f"max_shard_size = {max_shard_size} must be at least 1 byte")
     if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
