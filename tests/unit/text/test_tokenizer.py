@@ -109,6 +109,10 @@ def test_the_error_names_what_is_not_a_tokenizer(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
     with pytest.raises(UsageError, match="does not exist"):
         load_tokenizer(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "adapter_config.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"empty is not a folder of a tokenizer: it has no tokenizer\.json, "):
+        load_tokenizer(tmp_path / "empty")
     with pytest.raises(UsageError, match="--vocab-size 100 is too small"):
         train_bpe(iter(TEXTS), 100, tmp_path)
 
