@@ -236,7 +236,9 @@ app.command(epilog=_epilog("internevo evaluate runs/demo --data data/valid"))(cl
 def inspect(
     path: Annotated[
         Path,
-        typer.Argument(parser=parse_input, metavar="PATH", help="Checkpoint, run, Hugging Face folder, or data (also raw)."),
+        typer.Argument(
+            parser=parse_input, metavar="PATH", help="Checkpoint, run, model, adapters, tokenizer or data (also raw)."
+        ),
     ],
     tokenizer: Annotated[
         Path | None,

@@ -29,3 +29,28 @@ class DataError(InternEvoError):
 
 class CheckpointError(InternEvoError):
     """A checkpoint that is incomplete, damaged, or of another model."""
+
+
+def expect(value: object, kind: type | tuple[type, ...], what: str) -> None:
+    """Checks the type of an argument that a program gives to a function of the library.
+
+    Args:
+        what: the words of the message: what the argument must be.
+
+    Raises:
+        UsageError: if it is of another type.
+    """
+    if not isinstance(value, kind):
+        raise UsageError(f"{what}, and not {type(value).__name__} ({str(value)[:60]!r})")
+
+
+def expect_texts(value: object, name: str) -> None:
+    """Checks an argument that is a list or tuple of texts. One text alone is none: its letters would be taken for texts.
+
+    Raises:
+        UsageError: if it is something else.
+    """
+    if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
+        raise UsageError(
+            f"{name} must be a list of texts, and not {value!r}" + (f": {name}=[{value!r}]" * isinstance(value, str))
+        )

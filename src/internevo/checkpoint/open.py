@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
-from ..errors import CheckpointError, UsageError
+from ..errors import CheckpointError, UsageError, expect
 from ..models.decoder import Decoder
+from ..models.families.hf_values import what_else
 from ..models.huggingface.folder import HfFolder
 from ..models.huggingface.merge import merged
 from ..models.source import ParameterSource, load_parameters
@@ -31,7 +32,8 @@ def open_source(folder: Path, family: str | None = None, merge: bool = True) -> 
     """
     folder = model_folder(folder)
     if not folder.is_dir():
-        raise UsageError(f"model folder {folder} " + ("is a file; give its folder" if folder.exists() else "does not exist"))
+        is_file = f"is a file{what_else(folder) or '; give its folder'}"
+        raise UsageError(f"model folder {folder} {is_file if folder.exists() else 'does not exist'}")
     try:
         checkpoint = Checkpoint(find_checkpoint(folder))
         checkpoint.check_tensors(checkpoint.config)
@@ -41,7 +43,8 @@ def open_source(folder: Path, family: str | None = None, merge: bool = True) -> 
         if is_ours:
             raise
         if not (folder / "config.json").is_file():
-            raise UsageError(f"{error}; it is not a Hugging Face folder either (it has no config.json)") from None
+            other = what_else(folder)
+            raise UsageError(f"{error}; it is not a Hugging Face folder either (it has no config.json){other}") from None
     return HfFolder(folder, family)
 
 
@@ -60,6 +63,8 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device: s
         UsageError, CheckpointError: if the folder cannot be used. The message names the folder or file, and the architecture if
             that is the reason.
     """
+    expect(folder, (str, Path), "load_model takes the path of a model")
+    expect(dtype, torch.dtype, "dtype is one of PyTorch's, as torch.bfloat16")
     source = open_source(Path(folder))
     with torch.device("meta"):
         model = Decoder(source.config)

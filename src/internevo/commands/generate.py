@@ -15,6 +15,7 @@ from ..data.encoding.formats import FormatName
 from ..errors import DataError, UsageError
 from ..inference.text import Prompt, TextModel, generate
 from ..models.generate import Sampling
+from ..text.chat import is_chat
 
 
 @dataclass(frozen=True)
@@ -148,8 +149,10 @@ def read_prompts(path: Path, format: FormatName) -> Iterator[tuple[int, dict[str
     """
     try:
         lines = path.read_bytes().decode("utf-8-sig").split("\n")  # and not at U+2028 and others, as splitlines does
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the prompts {path} cannot be read: {error}") from error
+    except OSError as error:
+        raise UsageError(f"the prompts {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"the prompts {path} are not a text in UTF-8: {error}") from error
     found = [(number, line.removesuffix("\r")) for number, line in enumerate(lines) if line.strip()]
     if not found:
         raise UsageError(f"{path} has no prompt")
@@ -166,11 +169,6 @@ def _parse(path: Path, number: int, line: str, format: FormatName) -> dict[str, 
     if isinstance(row, dict) and isinstance(row.get("prompt"), str):
         return {key: value for key, value in row.items() if key != "messages"}
     messages = row.get("messages") if isinstance(row, dict) else None
-    good = (
-        isinstance(messages, list)
-        and messages
-        and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages)
-    )
-    if not good:
+    if not is_chat(messages):
         raise UsageError(f'{where} has neither a "prompt", a text, nor "messages", a list of {{"role": ..., "content": ...}}')
     return row

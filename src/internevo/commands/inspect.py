@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,15 +14,23 @@ from ..data.raw.inputs import find_files
 from ..data.tokenized.describe import describe_dataset
 from ..data.tokenized.index import WORK
 from ..errors import UsageError
+from ..models.families.hf_values import is_of_tokenizer
 from ..models.families.registry import family
+from ..models.huggingface import gguf, peft
 from ..models.huggingface.folder import HfFolder
+from ..models.huggingface.tokenizer import TOKENIZER_FILES, has_tokenizer
 from ..models.source import ParameterSource, dtypes
 from ..observe.metrics import usable_rows
 from ..storage.hub import model_folder
+from ..storage.jsonfile import read_object
+from ..storage.tensors import TensorFile
+from ..text.chat import templates
+from ..text.tokenizer import load_tokenizer
 
 
 def describe(path: Path, tokenizer: Path | None = None, decode: int = 0) -> Iterator[str]:
-    """Yields lines of text that describe a checkpoint, a run folder, a Hugging Face model, tokenized data or raw data.
+    """Yields lines of text that describe a checkpoint, a run folder, a Hugging Face model, adapters of the peft library, a GGUF
+    file, a tokenizer, tokenized data or raw data.
 
     Args:
         tokenizer: for tokenized data: every id must be in its vocabulary.
@@ -33,6 +42,8 @@ def describe(path: Path, tokenizer: Path | None = None, decode: int = 0) -> Iter
         DataError: if tokenized data is damaged; the message says which file and where.
     """
     path = model_folder(path)
+    if path.suffix == ".gguf" and path.is_file():
+        return _describe_gguf(path)
     if path.is_file():
         return describe_raw(path, find_files([path], None, None, ()))
     if not path.is_dir():
@@ -41,14 +52,23 @@ def describe(path: Path, tokenizer: Path | None = None, decode: int = 0) -> Iter
         return _describe_checkpoint(path)
     if (path / "metrics.jsonl").is_file() or (path / "checkpoints").is_dir():
         return _describe_run(path)
-    if (path / "config.json").is_file():
+    if (path / "config.json").is_file() and not is_of_tokenizer(read_object(path / "config.json")):
         return _describe_hf(path)
+    if (path / peft.CONFIG).is_file():
+        return _describe_adapters(path)
+    if (path / gguf.NAME).is_file():
+        return _describe_gguf(path / gguf.NAME)
     if any(path.rglob("*.bin")) or (path / WORK).is_dir():
         return describe_dataset(path, tokenizer, decode)
     try:
-        return describe_raw(path, [file for file in find_files([path], None, None, ()) if file[1].name not in METADATA_FILES])
+        raw = [file for file in find_files([path], None, None, ()) if file[1].name not in METADATA_FILES]
     except UsageError:  # there is no file of raw data
-        raise UsageError(f"{path} contains neither a checkpoint, a run, a Hugging Face model nor data") from None
+        raw = []
+    if has_tokenizer(path) and all(file.name in (*TOKENIZER_FILES, "config.json") for _, file in raw):
+        return _describe_tokenizer(path)
+    if not raw:
+        raise UsageError(f"{path} contains neither a checkpoint, a run, a Hugging Face model, a tokenizer nor data")
+    return describe_raw(path, raw)
 
 
 def _describe_checkpoint(path: Path) -> Iterator[str]:
@@ -97,3 +117,33 @@ def _describe_hf(path: Path) -> Iterator[str]:
         spec = folder.weights.spec(disk)
         read += sum(folder.weights.read(disk, row, count).numel() for row, count in spec.chunks(0, spec.rows))
     yield f"intact: all {len(folder.naming.shapes)} tensors can be read, {read:,} values"
+
+
+def _describe_adapters(path: Path) -> Iterator[str]:
+    values, file = read_object(path / peft.CONFIG), TensorFile(path / peft.WEIGHTS)
+    base, targets = values.get("base_model_name_or_path"), values.get("target_modules")
+    yield f"adapters of the peft library {path}: {values.get('peft_type')}, for the model {base or '(not named)'}"
+    named = ", ".join(map(str, targets)) if isinstance(targets, list) else targets
+    yield f"rank: {values.get('r')}, alpha: {values.get('lora_alpha')}, targets: {named}"
+    read = sum(file.read(name, 0, spec.rows).numel() for name, spec in file.specs.items())
+    yield f"intact: all {len(file.specs)} tensors can be read, {read:,} values"
+
+
+def _describe_gguf(path: Path) -> Iterator[str]:
+    reader = gguf.open_gguf(path)
+    architecture = reader.fields["general.architecture"].contents()
+    kinds = Counter(tensor.tensor_type.name for tensor in reader.tensors)
+    yield f"GGUF model {path}: {architecture}, {sum(int(tensor.n_elements) for tensor in reader.tensors):,} parameters"
+    yield f"tokenizer: {'yes' if 'tokenizer.ggml.tokens' in reader.fields else 'no'}"
+    yield "intact: the file is as long as its tensors: " + ", ".join(
+        f"{count} in {kind}" for kind, count in kinds.most_common()
+    )
+
+
+def _describe_tokenizer(path: Path) -> Iterator[str]:
+    tokenizer = load_tokenizer(path)
+    yield f"tokenizer {path}: vocabulary {tokenizer.vocab_size:,}"
+    ends = [(what, id_) for what, id_ in (("begin", tokenizer.bos_id), ("end", tokenizer.eos_id)) if id_ is not None]
+    marks = [f"{what} with {tokenizer.decode([id_])!r} (id {id_})" for what, id_ in ends]
+    yield f"documents {' and '.join(marks) or 'have no token at their ends'}"
+    yield f"chat template: {'yes' if templates(path) else 'no'}"

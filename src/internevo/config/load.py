@@ -20,7 +20,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..errors import ConfigError
+from ..errors import ConfigError, expect, expect_texts
 from .files import read_file
 from .internevo import translate
 from .option import Section, field_kinds, section_of, walk
@@ -39,6 +39,8 @@ def read_values(path: str | Path | dict[str, Any], overrides: list[str] | tuple[
     Raises:
         ConfigError: if the file cannot be read, an override is not one, or an older key contradicts a newer one.
     """
+    expect(path, (str, Path, dict), "a config is given by the path of a config file, or as a dict of its values")
+    expect_texts(overrides, "overrides")
     raw = copy.deepcopy(path) if isinstance(path, dict) else read_file(Path(path))
     for text in overrides:
         apply_override(raw, text)

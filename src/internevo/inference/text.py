@@ -13,15 +13,15 @@ import torch
 
 from ..checkpoint.open import load_model, open_source
 from ..data.encoding.chats import encode_messages
-from ..data.encoding.formats import END_OF_ANSWER, FormatName, encode_prompt
-from ..errors import UsageError
+from ..data.encoding.formats import END_OF_ANSWER, FormatName, check_format, encode_prompt
+from ..errors import UsageError, expect, expect_texts
 from ..models.config import DecoderConfig
 from ..models.decoder import Decoder
 from ..models.generate import Continuation, LanguageModel, Sampling, longest_text
 from ..models.source import most_common_dtype
 from ..parallel.world import pick_device
 from ..storage.hub import model_folder
-from ..text.chat import Messages
+from ..text.chat import Messages, is_chat
 from ..text.pieces import Pieces
 from ..text.special_tokens import model_eos_ids
 from ..text.tokenizer import Tokenizer, load_tokenizer
@@ -72,6 +72,7 @@ class TextModel:
                 raise UsageError("a model in memory has no tokenizer: give tokenizer=, its folder or a Tokenizer")
             found = _tokenizer(tokenizer)
             return cls(model.config, found, lambda: model, eos_ids(found.path))
+        expect(model, (str, Path), "a model is a path, or what load_model returned")
         folder = Path(model)
         source = open_source(folder)
         given = tokenizer or source.tokenizer
@@ -97,8 +98,10 @@ class TextModel:
             stop: the new text ends before the first of these.
 
         Raises:
-            UsageError: if it is too long for the model, or has ids that the model does not have.
+            UsageError: if it is too long for the model, or has ids that the model does not have, or an argument is wrong.
         """
+        check_format(format)
+        expect_texts(stop, "stop")
         if isinstance(text, str):
             ids, stop_ids = encode_prompt(format, text, self.tokenizer)
         else:
@@ -210,10 +213,9 @@ def generate(
         UsageError, CheckpointError: if the folder cannot be used, there is no tokenizer, it is not the model's, or the prompt
             is too long for the model. They are raised at once, before the first piece is asked for.
     """
+    expect(prompt, str, "a prompt is a text (one at a time; chat takes messages)")
     sampling = Sampling(temperature, top_k, top_p)
-    found = model if isinstance(model, TextModel) else TextModel.open(model, tokenizer)
-    encoded = found.prompt(prompt, format, stop)
-    return (piece for _, piece in found.stream([encoded], max_new_tokens, sampling, [seed]))
+    return _continue(model, tokenizer, prompt, format, stop, max_new_tokens, sampling, seed)
 
 
 def chat(
@@ -241,7 +243,25 @@ def chat(
     Raises:
         UsageError, DataError: as ``generate``; also if there is no chat template, or it cannot render the messages.
     """
+    if not is_chat(messages):
+        raise UsageError(f'messages must be a list of {{"role": ..., "content": ...}}, and not {messages!r}')
     sampling = Sampling(temperature, top_k, top_p)
+    return _continue(model, tokenizer, messages, "text", stop, max_new_tokens, sampling, seed)
+
+
+def _continue(
+    model: Decoder | str | Path | TextModel,
+    tokenizer: Tokenizer | str | Path | None,
+    text: str | Messages,
+    format: FormatName,
+    stop: Sequence[str],
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int,
+) -> Iterator[str]:
+    """Checks the arguments of ``generate`` and ``chat``, and returns the pieces of the text."""
+    if max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens = {max_new_tokens} must be at least 1")
     found = model if isinstance(model, TextModel) else TextModel.open(model, tokenizer)
-    encoded = found.prompt(messages, stop=stop)
+    encoded = found.prompt(text, format, stop)
     return (piece for _, piece in found.stream([encoded], max_new_tokens, sampling, [seed]))

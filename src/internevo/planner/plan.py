@@ -8,7 +8,7 @@ from pathlib import Path
 from ..config import Config
 from ..config.check import data_size
 from ..data.batches import BatchSizes
-from ..errors import ConfigError, UsageError
+from ..errors import ConfigError, UsageError, expect
 from ..models.families.registry import decoder_config
 from ..parallel.layout import Layout
 from ..train.check import check_config, problems
@@ -61,6 +61,9 @@ def plan(
     Raises:
         UsageError, ConfigError: if the GPU is not known, or the config cannot be planned.
     """
+    expect(config, Config, "plan takes the config that load_config returned")
+    if gpus < 1:
+        raise UsageError(f"gpus = {gpus} must be at least 1")
     machine = hardware.find(gpu)
     if gpus < 1 or (nodes is not None and (nodes < 1 or gpus % nodes)):
         raise UsageError(f"--gpus {gpus} cannot be divided among --nodes {1 if nodes is None else nodes}")

@@ -27,6 +27,15 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 """The names of a message's reasoning. As in transformers, templates find it under the first two."""
 
 
+def is_chat(value: object) -> bool:
+    """Whether a value is a list of messages, each an object with a role."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(message, dict) and isinstance(message.get("role"), str) for message in value)
+    )
+
+
 @dataclass
 class ChatTemplate:
     """A compiled chat template."""

@@ -14,6 +14,8 @@ SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.js
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """The keys of special tokens, in the order in which transformers adds those that the vocabulary does not have."""
 END_OF_TEXT = "<|endoftext|>"
+MODEL_KEYS = ("model_type", "tokenizer_class", "bos_token_id", "eos_token_id", "pad_token_id")
+"""What a model's ``config.json`` says about its tokenizer: the special tokens, if the tokenizer's files do not name them."""
 CLASS_TOKENS: dict[str, tuple[str | None, str]] = {
     "gpt2": (END_OF_TEXT, END_OF_TEXT), "gptneox": (END_OF_TEXT, END_OF_TEXT), "codegen": (END_OF_TEXT, END_OF_TEXT),
     "llama": ("<s>", "</s>"), "codellama": ("<s>", "</s>"), "mistral": ("<s>", "</s>"), "mixtral": ("<s>", "</s>"),
@@ -57,11 +59,16 @@ def class_tokens(folder: Path, settings: dict[str, Any]) -> dict[str, str | None
 def model_eos_ids(folder: Path) -> list[int]:
     """Returns the ids that end a text, by the model's ``generation_config.json`` or else its ``config.json``."""
     for name in ("generation_config.json", "config.json"):
-        found = read_optional(folder / name).get("eos_token_id")
-        ids = [number for number in (found if isinstance(found, list) else [found]) if isinstance(number, int)]
-        if ids:
-            return ids
+        found: Any = read_optional(folder / name).get("eos_token_id")
+        if is_ids(found):
+            return found if isinstance(found, list) else [found]
     return []
+
+
+def is_ids(value: Any) -> bool:
+    """Whether a value of a model's config is an id, or a list of ids."""
+    numbers = value if isinstance(value, list) else [value]
+    return bool(numbers) and all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
 
 
 def added_tokens(folder: Path, settings: dict[str, Any]) -> Iterator[tuple[int | None, dict[str, Any]]]:

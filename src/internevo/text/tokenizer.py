@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..errors import InternEvoError, UsageError
+from ..errors import InternEvoError, UsageError, expect
 from ..storage.hub import model_folder
 from ..storage.jsonfile import read_object, write_json
 from .sentencepieces import SentencePieceBackend
@@ -27,6 +27,8 @@ TEMPLATES = "additional_chat_templates/*.jinja"
 """The files of chat templates that have other names than "default"."""
 OTHER_FILES = ("vocab.json", "merges.txt", "vocab.txt")
 """Files of tokenizers that only transformers can read."""
+FOR_TRANSFORMERS = ("*token*", "*vocab*", "*merges*", "*.model")
+"""Patterns that a file of every tokenizer of transformers fits, by whatever name."""
 USUAL_TOKENS = (
     (None, END_OF_TEXT), ("<s>", "</s>"), ("<bos>", "<eos>"), ("<|begin_of_text|>", "<|end_of_text|>"),
 )  # fmt: skip
@@ -225,6 +227,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises:
         UsageError: if ``path`` does not exist, is not a tokenizer, or cannot be read.
     """
+    expect(path, (str, Path), "a tokenizer is given by a path or a name")
     path = model_folder(path, weights=False)
     if not path.exists():
         raise UsageError(f"the tokenizer {path} does not exist")
@@ -244,6 +247,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     elif path.suffix == ".model":
         backend = SentencePieceBackend(path, settings)
         usual = backend.bos_eos()
+    elif path.is_dir() and not any(file for pattern in FOR_TRANSFORMERS for file in path.glob(pattern)):
+        raise UsageError(f"{path} is not a folder of a tokenizer: it has no {', '.join((*FILES, *OTHER_FILES))} or *.tiktoken")
     elif path.is_dir():
         backend = _TransformersBackend(path)
         settings = backend.tokenizer.special_tokens_map

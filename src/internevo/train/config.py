@@ -22,7 +22,7 @@ from ..config.run import MAY_DIFFER, LoadCkptInfo
 from ..config.schema import Config
 from ..errors import ConfigError, UsageError
 from ..models.config import DecoderConfig
-from ..models.families.hf_values import read_config
+from ..models.families.hf_values import read_config, what_else
 from ..models.families.registry import decoder_config, decoder_from_hf, family
 from ..models.huggingface.tokenizer import has_tokenizer
 from ..storage.hub import model_folder
@@ -186,7 +186,11 @@ class HfModel:
         name = str(Path(model["from_hf"]).expanduser()) if model["from_hf"].startswith("~") else model["from_hf"]
         folder = model_folder(name, weights=False)
         if not folder.is_dir():
-            what = "is a file; give its folder" if folder.exists() else "does not exist, and is no name on the hub (owner/name)"
+            what = (
+                f"is a file{what_else(folder) or '; give its folder'}"
+                if folder.exists()
+                else "does not exist, and is no name on the hub (owner/name)"
+            )
             raise UsageError(f"model.from_hf = {name!r} {what}")
         if (folder / "metrics.jsonl").is_file() or (folder / "manifest.json").is_file():
             raise UsageError(

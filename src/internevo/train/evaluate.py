@@ -20,7 +20,7 @@ from ..data.tokenized.index import Index, list_files, open_index
 from ..data.tokenized.made_with import tokenizer_of_data
 from ..data.tokenized.vocabulary import check_ids
 from ..data.windows import WholeDocuments, choose_documents, predicted_bytes
-from ..errors import DataError, UsageError
+from ..errors import DataError, UsageError, expect, expect_texts
 from ..inference.tasks import TASK_ROWS, check_tasks, requests_of, run_tasks
 from ..inference.text import TextModel, eos_ids
 from ..models.config import DecoderConfig
@@ -220,13 +220,19 @@ class Asked:
         Args:
             compares: compare the tokenizers of data and model; the process that starts the ranks has done it before them.
         """
+        expect(model, (str, Path, Decoder), "a model is a path, or what load_model returned")
+        expect(config, (Config, type(None)), "config is what load_config returned")
+        expect_texts(tasks, "tasks")
+        for name, value in (("seq_len", seq_len), ("batch_size", batch_size)):
+            if value is not None and value < 1:
+                raise UsageError(f"{name} = {value} must be at least 1")
         source = ModelInMemory(model.config, model) if isinstance(model, Decoder) else open_source(Path(model))
         size = seq_len or default_length(source.config)
         _check(data, tasks, stride, size, limit)
         rows = batch_size or max(1, ROW_TOKENS // size)
         chosen = evaluation_config(source, size, rows, config, overrides)
         check_config(chosen, world_size)
-        given = load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
+        given = tokenizer if tokenizer is None or isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
         own, notes = given, list[str]()
         if tasks:
             check_tasks(tasks, task_folder)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config import Config, notices
-from ..errors import InternEvoError
+from ..errors import InternEvoError, expect
 from ..parallel.launcher import PARENT, LauncherInfo, launcher_has_store, read_launcher
 from .check import check
 from .config import local_tokenizer
@@ -49,6 +49,7 @@ def train(
         ConfigError, DataError, UsageError, CheckpointError: if the config, the data or the folders cannot be used.
         InternEvoError: if the run fails.
     """
+    expect(config, Config, "train takes the config that load_config returned")
     parent = parent or int(os.environ.get(PARENT) or os.getppid())  # read first: the launcher may end meanwhile
     info = launcher or read_launcher(os.environ)
     speaks = info.rank == 0 and PARENT not in os.environ

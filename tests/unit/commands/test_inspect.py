@@ -1,19 +1,28 @@
-"""``internevo inspect`` on tokenized and raw data."""
+"""``internevo inspect`` on tokenized and raw data, and on what comes from a model."""
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow
 import pytest
 from pyarrow import parquet
 
+from internevo import load_model, save_hf
+from internevo.commands.config_from_hf import from_hf
+from internevo.commands.convert import convert
 from internevo.commands.inspect import describe
 from internevo.data.encoding.tokenize import tokenize
 from internevo.data.tokenized.files import MASKED_ZERO
 from internevo.data.tokenized.origin import find_origin
 from internevo.errors import DataError, UsageError
+from internevo.models.config import DecoderConfig, Lora
+from internevo.models.huggingface.peft import write_peft
+from internevo.models.huggingface.tokenizer import copy_tokenizer
+from internevo.models.source import ModelInMemory
 from internevo.text.tokenizer import load_tokenizer, train_bpe
+from tests.conftest import random_model
 from tests.unit.data.writers import write_binary
 
 
@@ -124,3 +133,46 @@ def test_raw_data_is_described_with_the_format_that_fits(tmp_path: Path) -> None
     (tmp_path / "chats.jsonl").write_text('{"text": "a"}\n{nothing\n')
     with pytest.raises(DataError, match=r"1 documents cannot be read; the first: .*chats.jsonl, byte 14: the line is not JSON"):
         list(describe(tmp_path / "chats.jsonl"))
+
+
+def test_what_comes_from_a_model_is_described_and_is_no_model(tmp_path: Path) -> None:
+    """A tokenizer's copy, adapters and a GGUF file: ``inspect`` says what they are, and what needs a model refuses them."""
+    tokenizer = train_bpe(["def f(x): return x"] * 5, 280, tmp_path / "tok").parent
+    shape = DecoderConfig(
+        family="LLAMA2",
+        vocab_size=280,
+        hidden_size=8,
+        intermediate_size=12,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=4,
+    )
+    save_hf(random_model(shape), tmp_path / "hf", tokenizer=tokenizer)
+    copy_tokenizer(tmp_path / "hf", tmp_path / "copy")
+    assert list(describe(tmp_path / "copy")) == [
+        f"tokenizer {tmp_path / 'copy'}: vocabulary {load_tokenizer(tokenizer).vocab_size}",
+        "documents end with '<|endoftext|>' (id 0)",
+        "chat template: no",
+    ]
+    tuned = replace(shape, lora=Lora(rank=2, alpha=4, targets=("q", "v")))
+    write_peft(ModelInMemory(tuned, random_model(tuned), None), tmp_path / "peft", base="owner/base")
+    lines = list(describe(tmp_path / "peft"))
+    assert lines[0].endswith("LORA, for the model owner/base") and lines[1] == "rank: 2, alpha: 4, targets: q_proj, v_proj"
+    assert lines[2].startswith("intact: all 4 tensors can be read, ")
+    convert(tmp_path / "hf", tmp_path / "gguf", "gguf")
+    file = tmp_path / "gguf" / "model.gguf"
+    count = sum(parameter.numel() for parameter in load_model(tmp_path / "hf").parameters())
+    lines = list(describe(tmp_path / "gguf"))
+    assert lines == list(describe(file)) and lines[:2] == [f"GGUF model {file}: llama, {count:,} parameters", "tokenizer: yes"]
+
+    reasons = {"copy": "has a tokenizer and no model", "peft": "adapters of the peft library", "gguf": "llama.cpp"}
+    for name, reason in (*reasons.items(), ("gguf/model.gguf", "llama.cpp")):
+        for act in (load_model, lambda path: from_hf(str(path))):
+            with pytest.raises(UsageError, match=reason):
+                act(tmp_path / name)
+    whole = file.read_bytes()
+    for length in (0, 2, 100, 3000, len(whole) // 2, len(whole) - 64):
+        file.write_bytes(whole[:length])
+        with pytest.raises(UsageError, match=f"{file} is not a whole GGUF file"):
+            list(describe(file))

@@ -20,6 +20,7 @@ from internevo.data.encoding.formats import encode_documents
 from internevo.data.raw.documents import Document
 from internevo.errors import UsageError
 from internevo.models.huggingface.tokenizer import copy_tokenizer, special_ids
+from internevo.text.special_tokens import model_eos_ids
 from internevo.text.tiktokens import ENCODINGS
 from internevo.text.tokenizer import load_tokenizer, tokenizer_fingerprint, train_bpe
 
@@ -108,6 +109,10 @@ def test_the_error_names_what_is_not_a_tokenizer(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
     with pytest.raises(UsageError, match="does not exist"):
         load_tokenizer(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "adapter_config.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"empty is not a folder of a tokenizer: it has no tokenizer\.json, "):
+        load_tokenizer(tmp_path / "empty")
     with pytest.raises(UsageError, match="--vocab-size 100 is too small"):
         train_bpe(iter(TEXTS), 100, tmp_path)
 
@@ -408,3 +413,29 @@ def test_only_added_tokens_that_no_document_needs_may_be_outside_a_models_vocabu
     assert found.vocab_size == size + 1 and found.fits(size) and not found.fits(size - 1)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**table, **more, "eos_token": "<image>"}))
     assert not load_tokenizer(tmp_path).fits(size)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null", "[" * 100_000])
+def test_a_damaged_config_beside_a_tokenizer_is_named_before_anything_is_copied(
+    tmp_path: Path, models: Path, name: str, text: str
+) -> None:
+    bpe(models, tmp_path)
+    (tmp_path / name).write_text(text)
+    for path in (tmp_path, tmp_path / "tokenizer.json"):
+        with pytest.raises(UsageError, match=f"{tmp_path / name} is "):
+            special_ids(path)
+        if name == "config.json":  # the other one is copied as it is
+            with pytest.raises(UsageError, match=f"{tmp_path / name} is "):
+                copy_tokenizer(path, tmp_path / "copy")
+            assert not (tmp_path / "copy").exists()
+
+
+def test_what_is_no_id_in_a_config_is_left_out(tmp_path: Path, models: Path) -> None:
+    bpe(models, tmp_path)
+    own = special_ids(tmp_path)
+    for wrong in ("x", 1.5, True, [], [0, "x"], {"a": 1}, None):
+        write_json(tmp_path / "config.json", {"eos_token_id": wrong})
+        assert special_ids(tmp_path) == own and model_eos_ids(tmp_path) == [], wrong
+    write_json(tmp_path / "config.json", {"eos_token_id": [3, 5], "bos_token_id": "x"})
+    assert special_ids(tmp_path) == {"eos_token_id": [3, 5]} and model_eos_ids(tmp_path) == [3, 5]

@@ -18,7 +18,7 @@ fields ("id", ...) are left out.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -35,6 +35,16 @@ ALPACA_REFUSED = ("system", "history")
 """Fields that other templates for instructions use. InternEvo's has no place for them."""
 END_OF_ANSWER = "<eoa>"
 """The token that ends the output in the Alpaca template."""
+
+
+def check_format(name: str) -> None:
+    """Checks the name of a format.
+
+    Raises:
+        UsageError: if there is no such format.
+    """
+    if name not in get_args(FormatName):
+        raise UsageError(f"format = {name!r} must be one of: {', '.join(get_args(FormatName))}")
 
 
 def format_fields(name: FormatName, key: str | None) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import DataError, UsageError
+from ...errors import DataError, UsageError, expect
 from ...storage.hub import model_folder
 from ...storage.jsonfile import read_object, replace_json
 from ...text.tokenizer import Tokenizer, load_tokenizer, tokenizer_fingerprint, train_bpe
@@ -30,7 +30,7 @@ from ..tokenized.files import TokenWriter
 from ..tokenized.index import UNFINISHED
 from ..tokenized.origin import Origin
 from .encode import Encoded, Encoder, EncoderPool, OnError
-from .formats import FormatName, document_text, format_fields
+from .formats import FormatName, check_format, document_text, format_fields
 from .output import Output
 
 PART_TOKENS = 2**30
@@ -140,8 +140,12 @@ def tokenize(
     Raises:
         DataError: if a document cannot be read; the message says where it is. What was done before is kept, and the same
             command continues from there. Also if there is nothing to write in place of ``output``'s old data.
-        UsageError: if ``output`` already contains other data.
+        UsageError: if ``output`` already contains other data, or an argument is wrong.
     """
+    check_format(format)
+    expect(tokenizer, (str, Path, type(None)), "a tokenizer is given by a path or a name")
+    if (tokenizer is None) == (train_vocab_size is None):
+        raise UsageError("give either tokenizer, or train_vocab_size to train one")
     paths = [Path(path) for path in ([inputs] if isinstance(inputs, str | Path) else inputs)]
     output, tokenizer = Path(output), None if tokenizer is None else model_folder(tokenizer, weights=False)
     target = Output(output, dataset_type, splits=bool(valid_ratio))
@@ -160,7 +164,7 @@ def tokenize(
         target.check(overwrite, trains_tokenizer=tokenizer is None)
         saved = _resume_or_start(target, started, overwrite, status)
         if tokenizer is None:
-            assert train_vocab_size is not None
+            assert train_vocab_size is not None  # checked above
             tokenizer = target.new / "tokenizer.json"
             if not (saved.chunks and tokenizer.is_file()):
                 status(f"training a byte-level BPE tokenizer of {train_vocab_size:,} entries")

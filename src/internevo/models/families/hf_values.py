@@ -9,6 +9,7 @@ from typing import Any
 from ...config.rope import is_number
 from ...errors import UsageError
 from ...storage.jsonfile import read_object
+from ...text.special_tokens import MODEL_KEYS
 
 COUNTS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -39,12 +40,32 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Reads ``config.json`` of a Hugging Face folder.
 
     Raises:
-        UsageError: if the folder has no ``config.json``, or it is not a JSON object.
+        UsageError: if the folder has no ``config.json``, or it is not a JSON object or not that of a model.
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise UsageError(f"{folder} is not a Hugging Face folder: it has no config.json")
-    return read_object(path)
+        raise UsageError(f"{folder} is not a Hugging Face folder: it has no config.json{what_else(folder)}")
+    values = read_object(path)
+    if is_of_tokenizer(values):
+        raise UsageError(f"{folder} has a tokenizer and no model: its config.json has only {', '.join(values)}")
+    return values
+
+
+def is_of_tokenizer(values: dict[str, Any]) -> bool:
+    """Whether a ``config.json`` says nothing about a model but what its tokenizer needs, as in a copy of a tokenizer."""
+    return bool(values) and values.keys() <= set(MODEL_KEYS)
+
+
+def what_else(path: Path) -> str:
+    """Returns the words of a message about a path that is taken for a model: the other kind that it is, and what to do."""
+    if (path / "adapter_config.json").is_file():
+        return (
+            "; it has adapters of the peft library without their model: merge them there, or train on from both "
+            "(ckpt.load_ckpt_info.adapter)"
+        )
+    if path.suffix == ".gguf" or any(path.glob("*.gguf")):
+        return "; GGUF files are written for llama.cpp and not read here: give the model from which it was made"
+    return ""
 
 
 def problems(hf: dict[str, Any]) -> Iterator[str]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import UsageError
+from ...errors import UsageError, expect
 from ...storage.header import Spec
 from ...storage.jsonfile import write_json
 from ...storage.tensors import ByteRange, ShardWriter, joint_dtype
@@ -164,9 +164,11 @@ def save_hf(
             is in the way, or the family's ``config.json`` cannot describe the model, or the tokenizer cannot be read or is
             larger than the model's vocabulary.
     """
+    expect(model, Decoder, "save_hf takes what load_model returned")
+    expect(dtype, (torch.dtype, type(None)), "dtype is one of PyTorch's, as torch.bfloat16")
     if max_shard_size < 1:
         raise UsageError(f"max_shard_size = {max_shard_size} must be at least 1 byte")
-    if isinstance(tokenizer, str | Path):
+    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
         tokenizer = load_tokenizer(tokenizer)
     if tokenizer is not None and not tokenizer.fits(model.config.vocab_size):
         raise UsageError(

@@ -83,6 +83,27 @@ def write_gguf(
         writer.close()
 
 
+def open_gguf(path: Path) -> Any:
+    """Opens a GGUF file with the gguf library, as ``gguf.GGUFReader``.
+
+    Raises:
+        UsageError: if it cannot be read, is not a GGUF file or is cut off, or the library is missing.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise UsageError(f"reading {path} needs the gguf library: pip install 'internevo[gguf]'") from error
+    try:
+        reader = gguf.GGUFReader(path)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, IndexError, OverflowError) as error:
+        raise UsageError(f"{path} is not a whole GGUF file: {error}") from error
+    if "general.architecture" not in reader.fields:
+        raise UsageError(f"{path} is a GGUF file, but has no general.architecture")
+    return reader
+
+
 @dataclass(frozen=True)
 class _Out:
     """A tensor of the file."""

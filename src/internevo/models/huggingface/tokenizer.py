@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from ...storage.jsonfile import write_json
-from ...text.special_tokens import SETTINGS, read_optional
+from ...text.special_tokens import MODEL_KEYS, SETTINGS, is_ids, read_optional
 from ...text.tokenizer import FILES, TEMPLATES, load_tokenizer
 
 TOKENIZER_FILES = (
@@ -17,9 +17,7 @@ TOKENIZER_FILES = (
 RANK_FILES = "*.tiktoken"
 CODE_FILES = ("configuration_*.py", "modeling_*.py", "tokenization_*.py")
 """A family's own code for transformers. It is copied, and never run."""
-SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-MODEL_KEYS = ("model_type", "tokenizer_class", *SPECIAL_IDS)
-"""What a model's ``config.json`` says about its tokenizer: the special tokens, if the tokenizer's files do not name them."""
+SPECIAL_IDS = tuple(key for key in MODEL_KEYS if key.endswith("_id"))
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -33,9 +31,13 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     Args:
         source: a tokenizer file, or a folder, of which the tokenizer's files and the code files are copied. Of its
             ``config.json`` the copy has what is about the tokenizer.
+
+    Raises:
+        UsageError: if ``config.json`` is damaged. Nothing is copied then.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     home = _folder_of(source)
+    model = read_optional(home / "config.json")
+    folder.mkdir(parents=True, exist_ok=True)
     whole = source.is_dir() or source.name in TOKENIZER_FILES
     paths = {home / name: name for name in (TOKENIZER_FILES if whole else SETTINGS)}
     if source.is_dir():
@@ -47,24 +49,23 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
         if path.is_file():
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, folder / name)
-    model = read_optional(home / "config.json")
     if of_tokenizer := {key: model[key] for key in MODEL_KEYS if key in model}:
         write_json(folder / "config.json", of_tokenizer, indent=2)
 
 
-def special_ids(tokenizer: Path) -> dict[str, int]:
+def special_ids(tokenizer: Path) -> dict[str, Any]:
     """Returns the special ids for ``config.json``: those in the folder's own config, or otherwise those of its tokenizer.
 
+    Each is a whole number, or a list of them.
+
     Raises:
-        UsageError: if the config has none and the tokenizer cannot be opened.
+        UsageError: if a config is damaged, or it has no ids and the tokenizer cannot be opened.
     """
     home = _folder_of(tokenizer)
     for name in ("config.json", "generation_config.json"):
-        if (home / name).is_file():
-            known = json.loads((home / name).read_text(encoding="utf-8"))
-            ids = {key: known[key] for key in SPECIAL_IDS if known.get(key) is not None}
-            if ids:
-                return ids
+        known = read_optional(home / name)
+        if ids := {key: known[key] for key in SPECIAL_IDS if is_ids(known.get(key))}:
+            return ids
     found = load_tokenizer(tokenizer)
     ids = {"bos_token_id": found.bos_id, "eos_token_id": found.eos_id}
     return {key: value for key, value in ids.items() if value is not None}
