@@ -145,6 +145,18 @@ def test_what_it_says_is_what_the_config_has(tmp_path: Path, model: Path, index:
     assert rates[0] < rates[1] and max(rates) == lr and config.lr_scheduler.eta_min == lr / 10
 
 
+def test_documents_beyond_the_positions_of_the_model_are_named(tmp_path: Path, model: Path, index: Index) -> None:
+    longest = int(index.documents[:, 1].max())
+    for positions, notes in ((longest - 1, 1), (longest, 0)):
+        short = shutil.copytree(model, tmp_path / str(positions))
+        values = json.loads((short / "config.json").read_text())
+        (short / "config.json").write_text(json.dumps({**values, "max_position_embeddings": positions}))
+        chosen = Chosen.of(replace(overridden(short), seq_len=1000), found(short), index, 1)
+        said = [line for line in chosen.write_config(tmp_path, short, 1) if line.startswith("note: there are documents")]
+        assert len(said) == notes
+        assert all(f"of {longest:,} tokens" in line and f"--seq-len {positions}" in line for line in said)
+
+
 def test_a_kill_before_the_config_is_written_leaves_what_the_same_command_goes_on_with(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
