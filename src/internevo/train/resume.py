@@ -17,6 +17,8 @@ from ..storage.folders import clean_up, put_in_place, set_aside, temporary
 from ..storage.jsonfile import read_object
 from ..text.tokenizer import tokenizer_fingerprint
 
+OF_MODEL = "config.json"
+"""The file of a tokenizer's folder with what the model says about it."""
 TOKENIZER = "tokenizer"
 """The folder of the tokenizer in a run folder, and in a checkpoint."""
 
@@ -74,6 +76,8 @@ def keep_tokenizer(run: Path, path: str | None) -> None:
         copy_tokenizer(Path(path), new)
         if kept.exists():
             if kept.is_dir() and tokenizer_fingerprint(kept) == tokenizer_fingerprint(new):
+                if (new / OF_MODEL).is_file() and not (kept / OF_MODEL).exists():  # older versions did not copy it
+                    (new / OF_MODEL).rename(kept / OF_MODEL)
                 return
             set_aside(kept)
         put_in_place(new, kept)

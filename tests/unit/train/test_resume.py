@@ -38,6 +38,19 @@ def test_a_run_keeps_its_tokenizer_and_sets_another_one_aside(tmp_path: Path) ->
     assert sorted(path.name for path in run.iterdir()) == ["tokenizer", "tokenizer.1"]
 
 
+def test_a_copy_of_an_older_version_gets_what_the_model_says(tmp_path: Path) -> None:
+    """Before, only the files of the tokenizer were copied. A file that is there is left as it is."""
+    (run := tmp_path / "run").mkdir()
+    train_bpe(["abc abc"], 260, source := tmp_path / "model")
+    keep_tokenizer(run, str(source))
+    kept = run / "tokenizer" / "config.json"
+    for number in (3, 4):
+        (source / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 8, "eos_token_id": number}))
+        keep_tokenizer(run, str(source))
+        assert json.loads(kept.read_text()) == {"model_type": "llama", "eos_token_id": 3}
+    assert [path.name for path in run.iterdir()] == ["tokenizer"]
+
+
 def test_a_copy_that_cannot_be_made_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
