@@ -272,8 +272,8 @@ class Chosen:
         limit, longest = longest_text(self.found.decoder), min(self.longest, self.seq_len)
         if limit is not None and longest > limit:
             yield (
-                f"note: there are documents of {longest:,} tokens in a row, and the model is made for texts of at most {limit:,}: "
-                f"--seq-len {limit} cuts longer ones"
+                f"note: there are documents of {longest:,} tokens in a row, and the model is made for at most {limit:,}: "
+                f"--seq-len {limit} cuts them"
             )
         what = f"adapters of rank {self.options.lora}" if self.options.lora else "all weights"
         again = ", layers computed again" if config.model.checkpoint else ""
