@@ -65,8 +65,8 @@ def plan(
     if gpus < 1:
         raise UsageError(f"gpus = {gpus} must be at least 1")
     machine = hardware.find(gpu)
-    if gpus < 1 or (nodes is not None and (nodes < 1 or gpus % nodes)):
-        raise UsageError(f"--gpus {gpus} cannot be divided among --nodes {1 if nodes is None else nodes}")
+    if nodes is not None and (nodes < 1 or gpus % nodes):
+        raise UsageError(f"--gpus {gpus} cannot be divided among --nodes {nodes}")
     if not 1 <= imbalance < float("inf"):
         raise UsageError(
             f"--imbalance {imbalance:g} must be at least 1: the busiest rank has at least as many rows as the mean"
