@@ -27,7 +27,7 @@ import published
 from published import Measured
 
 from internevo.parallel.layout import Layout
-from internevo.planner import memory, step
+from internevo.planner import counts, memory, step
 from internevo.planner.calibration import EFFICIENCIES, Calibration
 from internevo.planner.job import Job
 
@@ -44,11 +44,11 @@ class Case:
     """A row, counted once and priced often."""
 
     measured: Measured
-    counts: step.Counts
+    counted: counts.Counts
 
     def error(self, calibration: Calibration) -> float:
         """Returns the logarithm of prediction / measurement."""
-        return math.log(step.price(self.counts, self.measured.gpu, calibration).tgs / self.measured.tgs)
+        return math.log(step.price(self.counted, self.measured.gpu, calibration).tgs / self.measured.tgs)
 
 
 def to_vector(calibration: Calibration) -> Array:
@@ -308,7 +308,7 @@ def main() -> None:
     found, reasons = published.read(arguments.measurements)
     groups = defaultdict[tuple[str, str], list[Case]](list)
     for measured in found:
-        groups[measured.group].append(Case(measured, step.count(measured.job)))
+        groups[measured.group].append(Case(measured, counts.count(measured.job)))
     errors = cross_validated(dict(groups), arguments.folds, arguments.together, print)
     of = {measured.name: measured for measured in found}
     errors = {name: error for name, error in errors.items() if of[name].source.startswith(arguments.source)}

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..models.config import Stage
 from ..parallel.orders import BACKWARD, FORWARD, interleaved, one_f_one_b
-from . import links, peak, step, timing
+from . import counts, links, peak, step, timing
 from .calibration import Calibration
 from .choice import Choice
 from .costs import NOTHING, Costs, CostTable, Division, Key, Numbers, Recomputation, gathering, key_of, routed_parameters
@@ -88,7 +88,7 @@ class Bounds:
         """Returns the same bound, closer and later: the schedule is played out."""
         forward, backward, weights, waited = self._stage_passes(choice, weights_decided=True)
         times: list[float] = np.stack([forward, backward, weights], axis=1).ravel().tolist()
-        hops, number = step.hops_of(step.message_of(self.job(choice)), self.gpu, self.calibration), self.micro_batches(choice)
+        hops, number = step.hops_of(counts.message_of(self.job(choice)), self.gpu, self.calibration), self.micro_batches(choice)
         passes = timing.seconds(choice.schedule, choice.pipeline, choice.chunks, number, times, hops)
         after = np.bincount(self.division(choice).ranks, waited, choice.pipeline).max()
         return passes + float(after) + self.calibration.step

@@ -18,7 +18,7 @@ from ..parallel import expert, isp, tensor
 from ..parallel.memory import activations
 from ..parallel.orders import rank_of
 from ..parallel.strategy import Collectives, Workload
-from . import kernels, step
+from . import counts, kernels, step
 from .calibration import Calibration
 from .choice import Choice, Mode
 from .flops import stage as passes_of
@@ -192,9 +192,9 @@ class CostTable:
             kernels.seconds(amounts, self.gpu, self.calibration, job.precision) for amounts in passes
         )
         inside = (isp if work.layout.mode == "isp" else tensor).traffic(work)
-        of_experts, groups = expert.traffic(work), step.groups_of(work.layout)
+        of_experts, groups = expert.traffic(work), counts.groups_of(work.layout)
         waited = [row for row in inside if row.axis != "weight"]
-        shared = step.messages([row for row in of_experts if row.axis == "tensor"], groups)
+        shared = counts.messages([row for row in of_experts if row.axis == "tensor"], groups)
         # The layers of a stage share one all-reduce, so that its latency is no layer's.
         shared = [row._replace(number=step.NO_LATENCY) if row.kind == "all-reduce" else row for row in shared]
         exchanged = _sums(of_experts, "all-to-all", "expert")
@@ -204,7 +204,7 @@ class CostTable:
         kept = _kept(work)
         return [
             forward, inputs, weights, again,
-            step.seconds_of([*step.messages(waited, groups), *shared], self.gpu, self.calibration),
+            step.seconds_of([*counts.messages(waited, groups), *shared], self.gpu, self.calibration),
             *exchanged, *own, *others, total - routed, routed, kept, kept - _kept(gathering(work)),
         ]  # fmt: skip
 

@@ -32,7 +32,7 @@ from typing import Literal
 from ..config import Config
 from ..models.config import DecoderConfig, Stage
 from ..parallel.layout import Layout
-from . import memory, step
+from . import counts, memory, step
 from .bounds import KINDS, Bounds
 from .calibration import Calibration
 from .choice import Choice, axes, divisors, is_legal, policies, schedules, weights
@@ -80,7 +80,7 @@ class Search:
         base = Job.from_config(self.decoder, trivial, Layout.from_config(trivial, 1), self.rows)
         self.base = replace(base, imbalance=self.imbalance)
         self._stages = cache(self._stages_of)
-        self._insides = defaultdict[Choice, step.Insides](dict)
+        self._insides = defaultdict[Choice, counts.Insides](dict)
         self.bounds = Bounds(self.base, self.world, self.rows, self.gpu, self.calibration, self.limit, self.job)
 
     def best(self, number: int) -> list[Candidate]:
@@ -202,12 +202,12 @@ class Search:
 
     def _seconds(self, job: Job, choice: Choice) -> float:
         """Returns the same of a job that differs from the choice's at most in the ranks for the optimizer state."""
-        return step.timed(step.count(job, self._inside(choice)), self.gpu, self.calibration).step
+        return step.timed(counts.count(job, self._inside(choice)), self.gpu, self.calibration).step
 
     def _at_least(self, choice: Choice, of_experts: bool = False) -> float:
         return step.at_least(self.job(choice), self.gpu, self.calibration, self._inside(choice), of_experts=of_experts)
 
-    def _inside(self, choice: Choice) -> step.Insides:
+    def _inside(self, choice: Choice) -> counts.Insides:
         """Returns what is known of the layers of a choice with any ranks for the optimizer state."""
         return self._insides[replace(choice, zero=-1, expert_zero=-1)]
 

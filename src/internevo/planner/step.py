@@ -1,6 +1,6 @@
 """The time of a step: what each stage computes and communicates, what of that hides, and what the pipeline makes of it.
 
-``count`` says what has to be done, which depends on the layout; ``price`` says how long it takes, which depends on the machine.
+``counts.py`` says what has to be done, which depends on the layout, and this file how long that takes on a machine.
 
 | communication                           | waited for                                                          |
 |-----------------------------------------|---------------------------------------------------------------------|
@@ -17,19 +17,15 @@ What hides takes its share of the GPU's multiprocessors and of its memory bandwi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
-from ..models.config import Stage
-from ..parallel import data_axis, expert, isp, tensor
-from ..parallel.layout import Layout
 from ..parallel.orders import rank_of
-from ..parallel.strategy import Collectives, Workload
-from . import flops, kernels, links, timing
+from . import kernels, links, timing
 from .calibration import Calibration
-from .flops import Amounts, Passes
+from .counts import Counts, Insides, Message, StageCounts, count
+from .flops import Amounts
 from .hardware import GIGA, GPU
 from .job import Job
 from .links import Group
@@ -37,64 +33,6 @@ from .links import Group
 OPTIMIZER_BYTES = 30
 """For each element of a shard: AdamW reads the master weight, two moments and the gradient in fp32, and writes the first three
 and a weight in bf16."""
-
-
-class Message(NamedTuple):
-    """Collectives of one kind over one group."""
-
-    kind: str
-    number: float
-    nbytes: float
-    group: Group
-    axis: str = ""
-
-
-class Inside(NamedTuple):
-    """What one micro-batch costs in the layers of a stage, whatever the optimizer state is sharded over."""
-
-    passes: Passes
-    waited: list[Message]
-    prefetched: list[Message]
-    units: list[int]
-    """The elements of each unit of the data axis on a rank, before they are sharded."""
-    experts: dict[int, list[tuple[int, int, int]]]
-    """Layer -> the shapes of its experts, if they are a unit of their own."""
-
-
-StageKind = tuple[tuple[tuple[bool, int], ...], bool, bool]
-"""The kinds of a stage's layers (with experts, window), and whether it has the embedding and the head."""
-Insides = dict[StageKind, Inside]
-
-
-class StageCounts(NamedTuple):
-    """What one micro-batch costs in a stage, and what a step costs besides."""
-
-    passes: Passes
-    waited: list[Message]
-    """Collectives of a micro-batch that are waited for, in both passes together."""
-    prefetched: list[Message]
-    """Collectives of a micro-batch that can run while it computes, in both passes together."""
-    gathered: list[Message]
-    """ZeRO-1.5: of weights, once per step."""
-    reduced: list[Message]
-    """ZeRO-1.5: of gradients, once per step."""
-    shard: float
-    """Elements of the rank's shards, which the optimizer updates."""
-    first: float
-    """The share of the first unit of the data axis in all, without experts: nothing computes before its weights are there, nor
-    while its gradients are reduced."""
-    elements: dict[str, int]
-    """Axis of ZeRO -> elements of the weights that are sharded over it, on the rank, before they are."""
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What a step costs, on every stage."""
-
-    job: Job
-    stages: tuple[StageCounts, ...]
-    message: Message | None
-    """What a stage sends to the next one."""
 
 
 @dataclass(frozen=True)
@@ -143,121 +81,6 @@ def budget(tokens: float, prediction: Prediction, gpus: int, gpu: GPU) -> Budget
 def predict(job: Job, gpu: GPU, calibration: Calibration) -> Prediction:
     """Returns the time of a step, and what it is made of."""
     return price(count(job), gpu, calibration)
-
-
-# What has to be done -------------------------------------------------------------------------------------------------
-
-
-def count(job: Job, insides: Insides | None = None) -> Counts:
-    """Returns what a step costs. Stages with the same layers are counted once.
-
-    Args:
-        insides: of jobs that differ from this one only in the ranks over which optimizer state is sharded. What is missing is
-            added.
-    """
-    layout, known = job.work.layout, dict[StageKind, StageCounts]()
-    groups, stages = groups_of(layout), list[StageCounts]()
-    decoder, insides = job.work.decoder, {} if insides is None else insides
-    for stage in job.stages():
-        kinds = tuple((decoder.is_sparse(number), decoder.window(number)) for number in stage.layers)
-        key = kinds, stage.embeds, stage.heads
-        if key not in known:
-            insides[key] = insides.get(key) or _inside(job, stage, groups)
-            known[key] = _count_stage(job, stage, insides[key], groups)
-        stages.append(known[key])
-    return Counts(job, tuple(stages), message_of(job))
-
-
-def message_of(job: Job) -> Message | None:
-    """Returns what a stage of a pipeline sends to the next one."""
-    work, layout = job.work, job.work.layout
-    if layout.pipeline == 1:
-        return None
-    tokens = work.tokens / (layout.tensor if layout.shards_sequence else 1)
-    return Message("send", 1, tokens * work.decoder.hidden_size * work.element_bytes, Group(2, layout.world // layout.pipeline))
-
-
-def groups_of(layout: Layout) -> dict[str, Group]:
-    """Returns where the ranks of the groups of each axis are."""
-    weights, activations, experts = layout.weights, layout.activations, layout.experts
-    found = {
-        "tensor": (activations, "tensor"), "data": (activations, "data"), "weight": (weights, "inner"),
-        "zero": (weights, "zero"), "replicate": (weights, "replicate"),
-        "expert": (experts, "expert"), "expert weight": (experts, "inner"),
-        "expert zero": (experts, "zero"), "expert replicate": (experts, "replicate"),
-    }  # fmt: skip
-    return {name: Group(view.axes[axis], view.stride(axis)) for name, (view, axis) in found.items()}
-
-
-def _inside(job: Job, stage: Stage, groups: dict[str, Group]) -> Inside:
-    waited, prefetched = list[Message](), list[Message]()
-    hides = {"weight": job.prefetches, "expert weight": job.prefetches_experts}
-    work = replace(job.work, stages=(stage,), micro_batches=1)
-    for row in of_layers(work):
-        (prefetched if hides.get(row.axis) else waited).extend(messages([row], groups))
-    units, experts = _units(work, stage)
-    return Inside(flops.stage(job, stage.layers, stage.heads), waited, prefetched, units, experts)
-
-
-def _count_stage(job: Job, stage: Stage, inside: Inside, groups: dict[str, Group]) -> StageCounts:
-    work, prefetched = replace(job.work, stages=(stage,), micro_batches=1), inside.prefetched
-    layout = work.layout
-    units, experts = [[(elements,)] for elements in inside.units], inside.experts
-    of_data = messages(data_axis.traffic(work, units, experts, {}), groups)
-    _, shard = data_axis.sharded(units, layout.zero, of_experts=False)
-    _, shard_of_experts = data_axis.sharded(list(experts.values()), layout.expert_zero, of_experts=True)
-    gathers = [message for message in of_data if message.kind == "all-gather"]
-    reductions = [message for message in of_data if message.kind != "all-gather"]
-    if layout.fsdp:
-        prefetched, gathers, reductions = [*prefetched, *of_data], [], []
-    routed = sum(math.prod(shape) for unit in experts.values() for shape in unit)
-    elements, first = {"zero": sum(inside.units), "expert zero": routed}, inside.units[0] / sum(inside.units)
-    return StageCounts(inside.passes, inside.waited, prefetched, gathers, reductions, shard + shard_of_experts, first, elements)
-
-
-def of_layers(work: Workload) -> list[Collectives]:
-    """Returns the collectives inside the layers: all but those of the data axis and of the pipeline."""
-    inner = isp if work.layout.mode == "isp" else tensor
-    return [*inner.traffic(work), *expert.traffic(work)]
-
-
-def messages(rows: Iterable[Collectives], groups: dict[str, Group]) -> list[Message]:
-    """Returns collectives with where their ranks are, without those of a single rank."""
-    return [
-        Message(row.kind, row.count, row.nbytes, groups[row.axis], row.axis)
-        for row in rows
-        if row.count and row.axis in groups and groups[row.axis].size > 1
-    ]
-
-
-def _units(work: Workload, stage: Stage) -> tuple[list[int], dict[int, list[tuple[int, int, int]]]]:
-    """Returns the elements on a rank of each unit of the data axis, before that shards them; and layer -> the shapes of its
-    experts, if they are a unit of their own."""
-    layout, decoder = work.layout, work.decoder
-    d, inner, e = decoder.hidden_size, layout.inner, decoder.experts
-    attention = 2 * d
-    for name, linear in decoder.projections().items():
-        whole = linear.heads is None and layout.mode != "isp"
-        replicas = layout.kv_replicas if name in ("k", "v") else 1
-        attention += linear.outputs * linear.inputs * replicas // (1 if whole else inner)
-    layers, experts = list[int](), dict[int, list[tuple[int, int, int]]]()
-    for number in stage.layers:
-        if e is None or not decoder.is_sparse(number):
-            layers.append(attention + 3 * d * decoder.intermediate_size // inner)
-            continue
-        columns = e.size // layout.expert_inner
-        shapes = [(e.count // layout.expert, columns, d)] * 2 + [(e.count // layout.expert, d, columns)]
-        elements = attention + 3 * d * e.shared_size // inner + d * e.count
-        if layout.experts_apart:
-            experts[number] = shapes
-        else:
-            elements += 3 * d * e.count * columns
-        layers.append(elements)
-    ends = decoder.vocab_size * d // inner
-    bucket = None if layout.fsdp else work.bucket_elements
-    joined = [sum(layers[position] for position in unit) for unit in data_axis.join(layers, bucket)]
-    tied_twice = decoder.tie_embeddings and stage.embeds and stage.heads
-    return [*([ends] * stage.embeds), *joined, *([ends * (not tied_twice) + d] * stage.heads)], experts
 
 
 # How long it takes ---------------------------------------------------------------------------------------------------

@@ -148,7 +148,7 @@ def cases(plan: ModuleType, published: ModuleType, true: Calibration) -> list[An
     for gpus in (8, 64, 512):
         for recompute, micro in (("none", "1"), ("none", "4"), ("full", "2")):
             measured = published.measured(row(gpus=str(gpus), recompute=recompute, micro_batch=micro))
-            counts = plan.step.count(measured.job)
+            counts = plan.counts.count(measured.job)
             tgs = plan.step.price(counts, measured.gpu, true).tgs
             found.append(plan.Case(published.replace(measured, tgs=tgs), counts))
     return found

@@ -11,7 +11,7 @@ from internevo.models.config import DecoderConfig, Experts, Latent
 from internevo.parallel import orders, plan
 from internevo.parallel.layout import Layout
 from internevo.parallel.strategy import Workload, add_up
-from internevo.planner import flops, kernels, links, step, timing
+from internevo.planner import counts, flops, kernels, links, step, timing
 from internevo.planner.calibration import EFFICIENCIES, Calibration
 from internevo.planner.flops import Amounts
 from internevo.planner.hardware import GPUS
@@ -111,7 +111,7 @@ def test_the_first_unit_communicates_alone() -> None:
     assert step.exposed(4.0, 10.0, half) == 2.0 and step.exposed(4.0, 1.0, half) == 3.5
     assert step.exposed(4.0, 10.0, IDEAL, 1.0) == 1.0 and step.exposed(4.0, 10.0, IDEAL, 4.0) == 4.0
     embedding, rest = 32000 * 4096, 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 11008 + 2 * 4096)
-    (stage,) = step.count(job(Layout(8, 1, "mtp", 1, 1, 8, False))).stages
+    (stage,) = counts.count(job(Layout(8, 1, "mtp", 1, 1, 8, False))).stages
     assert stage.first == pytest.approx(embedding / (2 * embedding + rest + 4096))
 
 
@@ -169,7 +169,7 @@ def test_a_world_that_is_smaller_than_a_node_is_inside_it() -> None:
 )
 def test_some_messages_of_a_pipeline_go_to_another_node(stride: int, hops: list[int]) -> None:
     """One micro-batch goes through four ranks and back. Two of them are in a node, if four GPUs are between neighbours."""
-    found = step.hops_of(step.Message("send", 1, 1e9, Group(2, stride)), H100, IDEAL)
+    found = step.hops_of(counts.Message("send", 1, 1e9, Group(2, stride)), H100, IDEAL)
     passes = timing.seconds("1F1B", 4, 1, 1, 4 * [1.0, 2.0, 0.0], found)
     assert passes == pytest.approx(12 + sum(1 / gb_per_s for gb_per_s in hops))
 
@@ -230,12 +230,12 @@ def test_what_it_counts_is_what_the_strategies_say(layout: Layout, recomputed: f
     decoder = SPARSE if layout.expert > 1 else TINY
     one_step = job(layout, decoder, 1, 32, recomputed=recomputed)
     counted = dict[tuple[str, int, int], float]()
-    stage = step.count(one_step).stages[0]
+    stage = counts.count(one_step).stages[0]
     for m in (*stage.waited, *stage.prefetched, *stage.gathered, *stage.reduced):
         key = m.kind, m.group.size, m.group.stride
         counted[key] = counted.get(key, 0) + m.nbytes
     work = replace(one_step.work, stages=(one_step.stages()[0],))
-    groups, expected = step.groups_of(layout), dict[tuple[str, int, int], float]()
+    groups, expected = counts.groups_of(layout), dict[tuple[str, int, int], float]()
     for row in add_up(plan.traffic(work), layout):
         if row.axis in groups and row.kind != "send":
             key = row.kind, *groups[row.axis]
