@@ -17,7 +17,7 @@ def from_hf(name: str) -> str:
     Raises:
         UsageError: if it is not a model that can be read.
     """
-    found = HfModel.find({"model": {"from_hf": name}})
+    found = HfModel.find({"model": {"from_hf": name}}, "--from-hf")
     found.shape()
     decoder, place = found.decoder, str(found.folder.resolve()) if found.folder == Path(name).expanduser() else name
     lr = recipe.learning_rate(decoder.parameters(), adapters=False)

@@ -141,7 +141,7 @@ def _prepare(options: Options, run: Path, processes: int, begun: dict[str, Any] 
     Raises:
         UsageError: if something cannot be used, or another command has begun in the folder since.
     """
-    found = HfModel.find({"model": {"from_hf": options.model}})
+    found = HfModel.find({"model": {"from_hf": options.model}}, "MODEL")
     check_overrides(options, found, processes)
     say(f"model: {describe(found.decoder)}")
     place = _tokenizer_of(options, found)

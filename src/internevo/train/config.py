@@ -174,8 +174,11 @@ class HfModel:
     """The keys of ``model`` that the config sets, and ``model_type`` if it does."""
 
     @classmethod
-    def find(cls, values: dict[str, Any]) -> HfModel:
+    def find(cls, values: dict[str, Any], said: str = "model.from_hf") -> HfModel:
         """Reads the model that the values of a config name, downloading it if it is on the hub (but not yet its weights).
+
+        Args:
+            said: the key or the argument with which the user has named it.
 
         Raises:
             UsageError: if it is not a model that can be read. The message names the folder or file and what is wrong.
@@ -191,11 +194,11 @@ class HfModel:
                 if folder.exists()
                 else "does not exist, and is no name on the hub (owner/name)"
             )
-            raise UsageError(f"model.from_hf = {name!r} {what}")
+            raise UsageError(f"{said} = {name!r} {what}")
         if (folder / "metrics.jsonl").is_file() or (folder / "manifest.json").is_file():
+            other = f"leave {said} out and give it as ckpt.load_ckpt_info.path, or " if said == "model.from_hf" else ""
             raise UsageError(
-                f"model.from_hf = {name!r} is a run folder or checkpoint: leave model.from_hf out and give it as "
-                "ckpt.load_ckpt_info.path, or convert it first (internevo convert --to hf)"
+                f"{said} = {name!r} is a run folder or checkpoint: {other}convert it first (internevo convert --to hf)"
             )
         hf = read_config(folder)
         decoder = decoder_from_hf(hf, str(folder))

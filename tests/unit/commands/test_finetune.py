@@ -83,7 +83,7 @@ CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "c
     ("options", "text", "message"),
     [
         ({"chat_template": "none.jinja"}, CHAT, "--chat-template none.jinja is not a file"),
-        ({"model": "none"}, CHAT, "'none' does not exist"),
+        ({"model": "none"}, CHAT, "MODEL = 'none' does not exist"),
         ({"data": "none.jsonl"}, CHAT, "none.jsonl"),
         ({"tokenizer": "none"}, CHAT, "none"),
         ({"overrides": ["data.total_step=3"]}, CHAT, "total_step"),
