@@ -87,6 +87,8 @@ WRONG: dict[str, tuple[Callable[[Any], object], str]] = {
     "evaluate batch_size": (lambda m: API.evaluate(m, m, batch_size=0), "batch_size = 0"),
     "load_model model": (lambda m: API.load_model(torch.nn.Linear(1, 1)), "path of a model, and not Linear"),
     "load_model dtype": (lambda m: API.load_model(m, "bfloat16"), "torch.bfloat16, and not str"),
+    "load_model device": (lambda m: API.load_model(m, device="gpu"), "device = 'gpu' cannot be used: "),
+    "load_model index": (lambda m: API.load_model(m, device="cuda:99"), "device = 'cuda:99' cannot be used: "),
     "save_hf dtype": (lambda m: API.save_hf(API.load_model(m), m.parent / "new", "float16"), "and not str"),
     "save_hf path": (lambda m: API.save_hf(str(m), m.parent / "new"), "load_model returned, and not str"),
     "generate model": (lambda m: API.generate(torch.nn.Linear(1, 1), "x"), "load_model returned"),

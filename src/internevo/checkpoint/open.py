@@ -60,11 +60,15 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device: s
         ``model(tokens, positions=None, cu_seqlens=None) -> logits``, in evaluation mode.
 
     Raises:
-        UsageError, CheckpointError: if the folder cannot be used. The message names the folder or file, and the architecture if
-            that is the reason.
+        UsageError, CheckpointError: if the folder or the device cannot be used. The message names the folder or file, and the
+            architecture if that is the reason.
     """
     expect(folder, (str, Path), "load_model takes the path of a model")
     expect(dtype, torch.dtype, "dtype is one of PyTorch's, as torch.bfloat16")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # PyTorch without CUDA raises the latter
+        raise UsageError(f"device = {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
     source = open_source(Path(folder))
     with torch.device("meta"):
         model = Decoder(source.config)
