@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,6 +13,8 @@ COLOURS = (
     "#274b7d", "#f08a7b", "#0f5c46", "#a3a9b0", "#5a2d82",
 )  # fmt: skip
 LEFT, TOP, WIDTH, HEIGHT = 74, 56, 600, 470
+MARGIN = 24
+"""Left of x = 0, for the label of the y axis."""
 GREY, INK = "#c5ccd4", "#1c2733"
 
 
@@ -34,9 +37,9 @@ class Curve(NamedTuple):
 
 def _page(title: str, width: int, parts: Sequence[str]) -> str:
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {TOP + HEIGHT + 58}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{-MARGIN} 0 {width + MARGIN} {TOP + HEIGHT + 58}" '
         f'font-family="system-ui, sans-serif" font-size="13" fill="{INK}">'
-        '<rect width="100%" height="100%" fill="white"/>'
+        f'<rect x="{-MARGIN}" width="100%" height="100%" fill="white"/>'
         f'<text x="{LEFT}" y="28" font-size="15" font-weight="600">{html.escape(title)}</text>'
         f"{''.join(parts)}</svg>\n"
     )
@@ -52,8 +55,8 @@ def _text(x: float, y: float, text: str, style: str = "") -> str:
 
 def _labels(below: str, beside: str) -> list[str]:
     middle = TOP + HEIGHT / 2
-    turned = f'text-anchor="middle" transform="rotate(-90 18 {middle:.0f})"'
-    return [_text(LEFT + WIDTH / 2, TOP + HEIGHT + 44, below, 'text-anchor="middle"'), _text(18, middle, beside, turned)]
+    turned = f'text-anchor="middle" transform="rotate(-90 -6 {middle:.0f})"'
+    return [_text(LEFT + WIDTH / 2, TOP + HEIGHT + 44, below, 'text-anchor="middle"'), _text(-6, middle, beside, turned)]
 
 
 def accuracy(dots: Sequence[Dot], title: str) -> str:
@@ -113,7 +116,8 @@ def scaling(curves: Sequence[Curve], title: str) -> str:
     def y(tgs: float) -> float:
         return TOP + HEIGHT * (1 - tgs / top)
 
-    parts = [_text(x(gpus), TOP + HEIGHT + 20, f"{gpus:,}", 'text-anchor="middle"') for gpus in counts]
+    apart = [gpus for gpus, after in itertools.pairwise(counts) if x(after) - x(gpus) > 45]
+    parts = [_text(x(gpus), TOP + HEIGHT + 20, f"{gpus:,}", 'text-anchor="middle"') for gpus in (*apart, counts[-1])]
     for number in range(int(top / step) + 1):
         at = number * step
         parts.append(_line(LEFT, y(at), LEFT + WIDTH, y(at), f'stroke="{GREY}"'))
