@@ -32,8 +32,8 @@ def open_source(folder: Path, family: str | None = None, merge: bool = True) -> 
     """
     folder = model_folder(folder)
     if not folder.is_dir():
-        is_file = f"is a file{what_else(folder) or '; give its folder'}"
-        raise UsageError(f"model folder {folder} {is_file if folder.exists() else 'does not exist'}")
+        what = f"is a file{what_else(folder)}" if folder.exists() else "does not exist"
+        raise UsageError(f"model folder {folder} {what}")
     try:
         checkpoint = Checkpoint(find_checkpoint(folder))
         checkpoint.check_tensors(checkpoint.config)
@@ -43,8 +43,8 @@ def open_source(folder: Path, family: str | None = None, merge: bool = True) -> 
         if is_ours:
             raise
         if not (folder / "config.json").is_file():
-            other = what_else(folder)
-            raise UsageError(f"{error}; it is not a Hugging Face folder either (it has no config.json){other}") from None
+            what = f"it is not a Hugging Face folder either (it has no config.json){what_else(folder)}"
+            raise UsageError(f"{error}; {what}") from None
     return HfFolder(folder, family)
 
 

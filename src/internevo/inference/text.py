@@ -24,7 +24,7 @@ from ..storage.hub import model_folder
 from ..text.chat import Messages, is_chat
 from ..text.pieces import Pieces
 from ..text.special_tokens import model_eos_ids
-from ..text.tokenizer import Tokenizer, load_tokenizer
+from ..text.tokenizer import Tokenizer, as_tokenizer
 
 
 class Prompt(NamedTuple):
@@ -70,7 +70,7 @@ class TextModel:
         if isinstance(model, Decoder):
             if tokenizer is None:
                 raise UsageError("a model in memory has no tokenizer: give tokenizer=, its folder or a Tokenizer")
-            found = _tokenizer(tokenizer)
+            found = as_tokenizer(tokenizer)
             return cls(model.config, found, lambda: model, eos_ids(found.path))
         expect(model, (str, Path), "a model is a path, or what load_model returned")
         folder = Path(model)
@@ -82,7 +82,7 @@ class TextModel:
         def load() -> Decoder:
             return load_model(folder, dtype=most_common_dtype(source), device=pick_device(0))
 
-        found = _tokenizer(given)
+        found = as_tokenizer(given)
         return cls(source.config, found, load, eos_ids(model_folder(folder), source.tokenizer, found.path))
 
     @cached_property
@@ -175,10 +175,6 @@ def eos_ids(*paths: Path | None) -> frozenset[int]:
     """
     folders = [path if path.is_dir() else path.parent for path in paths if path is not None]
     return next((frozenset(ids) for folder in folders if (ids := model_eos_ids(folder))), frozenset())
-
-
-def _tokenizer(given: Tokenizer | str | Path) -> Tokenizer:
-    return given if isinstance(given, Tokenizer) else load_tokenizer(given)
 
 
 def generate(

@@ -257,6 +257,15 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return _with_special_tokens(backend, path, folder, settings, usual)
 
 
+def as_tokenizer(given: Tokenizer | str | Path) -> Tokenizer:
+    """Returns a tokenizer that is given as one, or by its path or name.
+
+    Raises:
+        UsageError: as ``load_tokenizer``.
+    """
+    return given if isinstance(given, Tokenizer) else load_tokenizer(given)
+
+
 def tokenizer_fingerprint(path: Path) -> str:
     """Returns a hash of the files that decide which ids a text or a chat has."""
     home, patterns = (path, [*FILES, *OTHER_FILES, "*.tiktoken"]) if path.is_dir() else (path.parent, [])

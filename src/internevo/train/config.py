@@ -190,9 +190,7 @@ class HfModel:
         folder = model_folder(name, weights=False)
         if not folder.is_dir():
             what = (
-                f"is a file{what_else(folder) or '; give its folder'}"
-                if folder.exists()
-                else "does not exist, and is no name on the hub (owner/name)"
+                f"is a file{what_else(folder)}" if folder.exists() else "does not exist, and is no name on the hub (owner/name)"
             )
             raise UsageError(f"{said} = {name!r} {what}")
         if (folder / "metrics.jsonl").is_file() or (folder / "manifest.json").is_file():

@@ -34,7 +34,7 @@ from ..parallel.launcher import PARENT, LauncherInfo, read_launcher
 from ..parallel.layout import Layout
 from ..parallel.schedule import Schedule
 from ..parallel.world import World, join
-from ..text.tokenizer import Tokenizer, load_tokenizer
+from ..text.tokenizer import Tokenizer, as_tokenizer, load_tokenizer
 from .check import check_config
 from .process import prepare
 from .restore import read_shards
@@ -232,7 +232,7 @@ class Asked:
         rows = batch_size or max(1, ROW_TOKENS // size)
         chosen = evaluation_config(source, size, rows, config, overrides)
         check_config(chosen, world_size)
-        given = tokenizer if tokenizer is None or isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
+        given = None if tokenizer is None else as_tokenizer(tokenizer)
         own, notes = given, list[str]()
         if tasks:
             check_tasks(tasks, task_folder)

@@ -65,7 +65,7 @@ def what_else(path: Path) -> str:
         )
     if path.suffix == ".gguf" or any(path.glob("*.gguf")):
         return "; GGUF files are written for llama.cpp and not read here: give the model from which it was made"
-    return ""
+    return "; give its folder" if path.is_file() else ""
 
 
 def problems(hf: dict[str, Any]) -> Iterator[str]:

@@ -18,7 +18,7 @@ from ...errors import UsageError, expect
 from ...storage.header import Spec
 from ...storage.jsonfile import write_json
 from ...storage.tensors import ByteRange, ShardWriter, joint_dtype
-from ...text.tokenizer import Tokenizer, load_tokenizer
+from ...text.tokenizer import Tokenizer, as_tokenizer
 from ..config import DecoderConfig
 from ..decoder import Decoder, parameter_shapes, stored_shapes
 from ..families.hf_values import read_config
@@ -168,8 +168,7 @@ def save_hf(
     expect(dtype, (torch.dtype, type(None)), "dtype is one of PyTorch's, as torch.bfloat16")
     if max_shard_size < 1:
         raise UsageError(f"max_shard_size = {max_shard_size} must be at least 1 byte")
-    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
-        tokenizer = load_tokenizer(tokenizer)
+    tokenizer = None if tokenizer is None else as_tokenizer(tokenizer)
     if tokenizer is not None and not tokenizer.fits(model.config.vocab_size):
         raise UsageError(
             f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size} entries, and the model's vocabulary only "
