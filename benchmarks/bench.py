@@ -12,6 +12,7 @@ from pathlib import Path
 
 import vs_transformers
 from ours import options
+from turns import speed_ratio
 
 import parallel
 
@@ -27,9 +28,9 @@ def main() -> None:
     found = dict[str, float]()
     for shape in a.shapes:
         for dtype in vs_transformers.possible(["bf16", "fp32"]):
-            all_rounds = vs_transformers.compare(shape, dtype, a.steps, a.rounds, threads=2)
+            times, _ = vs_transformers.compare(shape, dtype, a.steps, a.rounds, threads=2)
             for which in ("eager", "compiled"):
-                found[f"{shape} {dtype} {which} / transformers"] = vs_transformers.ratio(all_rounds, which, "speed")
+                found[f"{shape} {dtype} {which} / transformers"] = speed_ratio(times, which, "theirs")
         for which in ("zero", "fsdp"):
             found[f"{shape} {which} / {parallel.PEERS[which]}"] = parallel.compare(which, shape, a.steps, a.rounds)[2]
     stored = json.loads(STORED.read_text())

@@ -18,7 +18,7 @@ from internevo.parallel.world import World, join
 
 def measure(world: World, shape: dict[str, int], rounds: int, folder: Path) -> tuple[float, float, float, float]:
     """GB of the weights and moments; median seconds of a copy, of the wait, and until everything is written."""
-    parts = build(world, shape, "float32", 1)
+    parts = build(world, shape, "float32")
     tensors = parts.tensors()
     saver = Saver(folder, parts.config.ckpt, world.rank, {}, gloo.new_group())
     copies, waits, wholes = [], [], []

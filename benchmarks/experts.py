@@ -25,13 +25,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.nn.functional import all_to_all_single
+from turns import run_processes
 
 from internevo.models.config import DecoderConfig, Experts
 from internevo.models.moe import MoE, Routing
 from internevo.parallel.expert import run_experts
 from internevo.parallel.world import join
 from internevo.train.process import keep_freed_memory
-from parallel import run_processes
 
 RANKS = 4
 TOKENS, SIZE, WIDTH, TOP_K = 1024, 512, 704, 2

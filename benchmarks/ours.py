@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,7 @@ from internevo.config import Config, validate
 from internevo.data.batches import Cursor, MicroBatch, StepBatch
 from internevo.parallel.world import World
 from internevo.train.parts import Parts
+from internevo.train.process import prepare
 from internevo.train.shared import Shared
 from internevo.train.step import Stepper
 
@@ -29,19 +31,19 @@ def options(description: str, shapes: list[str], steps: int, rounds: int) -> arg
     """The options that the benchmarks of training share, with these defaults."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=shapes, choices=list(SHAPES))
-    parser.add_argument("--steps", type=int, default=steps, help="steps of each measurement")
-    parser.add_argument("--rounds", type=int, default=rounds, help="rounds, in which the programs take turns")
+    parser.add_argument("--steps", type=int, default=steps, help="steps of each program in each round")
+    parser.add_argument("--rounds", type=int, default=rounds, help="rounds, each with new processes")
     return parser
 
 
-def config_of(shape: dict[str, int], dtype: str, steps: int, compiled: bool = False, parallel: Any = None) -> Config:
+def config_of(shape: dict[str, int], dtype: str, compiled: bool = False, parallel: Any = None) -> Config:
     """A config of one micro-batch per step."""
     model = {
         "num_layers": shape["layers"], "hidden_size": shape["hidden"], "intermediate_size": shape["mlp"],
         "num_attention_heads": shape["heads"], "num_kv_attention_heads": shape["kv"], "vocab_size": shape["vocab"],
         "dtype": dtype, "compile": compiled,
     }  # fmt: skip
-    data = {"seq_len": shape["seq"], "micro_bsz": shape["rows"], "total_steps": steps}
+    data = {"seq_len": shape["seq"], "micro_bsz": shape["rows"], "total_steps": 1_000_000}
     return validate({"model_type": "LLAMA2", "model": model, "parallel": parallel or {}, "adam": {"lr": 1e-4},
                      "hybrid_zero_optimizer": {"clip_grad_norm": 1.0}, "data": data})  # fmt: skip
 
@@ -59,19 +61,21 @@ def finish(device: torch.device) -> None:
 
 
 def build(
-    world: World, shape: dict[str, int], dtype: str, steps: int, compiled: bool = False, parallel: dict[str, Any] | None = None
+    world: World, shape: dict[str, int], dtype: str, compiled: bool = False, parallel: dict[str, Any] | None = None
 ) -> Parts:
     """A run as ``internevo train`` builds it."""
-    return Parts.build(config_of(shape, dtype, steps, compiled, parallel), world)
+    config = config_of(shape, dtype, compiled, parallel)
+    prepare(config, world.device)
+    return Parts.build(config, world)
 
 
 def steps_of(
-    world: World, shape: dict[str, int], dtype: str, steps: int, compiled: bool = False, parallel: dict[str, Any] | None = None,
+    world: World, shape: dict[str, int], dtype: str, compiled: bool = False, parallel: dict[str, Any] | None = None,
     micro_batches: int = 1,
 ) -> Iterator[float]:  # fmt: skip
     """Takes steps as ``internevo train`` does, and yields the seconds of each."""
-    stepper = Stepper(build(world, shape, dtype, steps, compiled, parallel))
-    for number in range(steps):
+    stepper = Stepper(build(world, shape, dtype, compiled, parallel))
+    for number in itertools.count():
         micros = []
         for _ in range(micro_batches):
             tokens, labels = tokens_and_labels(shape)
@@ -81,10 +85,3 @@ def steps_of(
         stepper(batch, 1e-4, 0.95, lambda: Shared(0.0, 0.0, 0.0, 0.0, [0.0] * world.size))
         finish(world.device)
         yield time.perf_counter() - begin
-
-
-def train(
-    world: World, shape: dict[str, int], dtype: str, steps: int, compiled: bool = False, parallel: dict[str, Any] | None = None
-) -> list[float]:
-    """Seconds per step, as ``internevo train`` takes it."""
-    return list(steps_of(world, shape, dtype, steps, compiled, parallel))

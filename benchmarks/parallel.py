@@ -1,7 +1,7 @@
 """Training speed of the strategies against PyTorch's own, in one run: ``python benchmarks/parallel.py``.
 
-Two processes with one thread each on gloo. Every measurement starts processes that train a few steps of the same
-model on random tokens; ours and theirs take turns, so that both see the same machine. Printed are medians over the rounds.
+Two processes with one thread each on gloo train the same model on random tokens. Ours and theirs take their steps in turn,
+so that both see the same machine; each round starts new processes. Printed are medians over all steps.
 
 | ours       | theirs                                                                                     |
 |------------|--------------------------------------------------------------------------------------------|
@@ -16,21 +16,17 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import os
-import socket
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from ours import SHAPES, config_of, options, tokens_and_labels, train
+from ours import SHAPES, config_of, options, steps_of, tokens_and_labels
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -45,6 +41,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.nn.parallel import DistributedDataParallel
+from turns import Program, serve, speed_ratio, take_turns
 
 from internevo.models.decoder import Decoder
 from internevo.models.families.registry import decoder_config
@@ -69,15 +66,15 @@ PEERS = {
 def plain(shape: dict[str, int]) -> Decoder:
     """The model on one process, for PyTorch's strategies."""
     torch.manual_seed(0)
-    model = Decoder(decoder_config("LLAMA2", config_of(shape, "float32", 1).model))
+    model = Decoder(decoder_config("LLAMA2", config_of(shape, "float32").model))
     for parameter in model.parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.02)
     return model
 
 
-def theirs(which: str, shape: dict[str, int], steps: int) -> Iterator[float]:
-    """Seconds per step of PyTorch's strategy."""
+def theirs(which: str, shape: dict[str, int]) -> Iterator[float]:
+    """Takes steps of PyTorch's strategy, and yields the seconds of each."""
     decoder = plain(shape)
     model: nn.Module = decoder
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -94,7 +91,7 @@ def theirs(which: str, shape: dict[str, int], steps: int) -> Iterator[float]:
         around = loss_parallel
         groups = [{"params": kind} for kind in kinds(list(model.parameters()))]
         optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=True)
-    for _ in range(steps):
+    while True:
         tokens, labels = tokens_and_labels(shape)
         begin = time.perf_counter()
         with around():
@@ -159,61 +156,26 @@ def tensor_parallel(model: Decoder, sequence: bool) -> None:
     embed.look_up, head.loss = look_up, loss
 
 
-def work(which: str, side: str, shape: str, steps: int) -> None:
-    """Prints rank 0's seconds of the median step, the first two left out."""
+def work(which: str, side: str, shape: str) -> None:
+    """Serves the steps of one side."""
     if side == "ours":
         with join() as world:
-            times = train(world, SHAPES[shape], "float32", steps, parallel=OURS[which])
+            serve(steps_of(world, SHAPES[shape], "float32", parallel=OURS[which]))
     else:
         keep_freed_memory()  # as ours do
         dist.init_process_group("gloo")
-        times = list(theirs(which, SHAPES[shape], steps))
+        serve(theirs(which, SHAPES[shape]))
         dist.destroy_process_group()
-    if os.environ["RANK"] == "0":
-        print(json.dumps(statistics.median(times[2:])), flush=True)
-
-
-def measure(which: str, side: str, shape: str, steps: int) -> float:
-    """Runs one measurement in processes of its own."""
-    command = [sys.executable, __file__, "--worker", which, side, "--shapes", shape, "--steps", str(steps)]
-    return float(run_processes(command, RANKS).splitlines()[-1])
-
-
-def run_processes(command: list[str], number: int) -> str:
-    """Runs a command as the ranks of a world on this machine, with one thread each. Returns what rank 0 prints."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(number),
-    }
-    ranks = [
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(number)
-    ]  # fmt: skip
-    outputs = [rank.communicate() for rank in ranks]
-    for rank, (_, errors) in zip(ranks, outputs, strict=True):
-        if rank.returncode:
-            raise SystemExit(f"{' '.join(command)} failed:\n{errors[-3000:]}")
-    return outputs[0][0]
 
 
 def main() -> None:
-    parser = options(__doc__, ["M"], steps=6, rounds=3)
+    parser = options(__doc__, ["M"], steps=4, rounds=3)
     parser.add_argument("--strategies", nargs="+", default=list(OURS), choices=list(OURS))
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.worker:
         which, side = a.worker
-        work(which, side, a.shapes[0], a.steps)
+        work(which, side, a.shapes[0])
         return
     lines = [f"{'shape':6}{'ours':6}{'theirs':26}{'s/step':>8}{'theirs':>8}{'speed ratio':>13}"]
     for shape, which in itertools.product(a.shapes, a.strategies):
@@ -223,14 +185,24 @@ def main() -> None:
 
 
 def compare(which: str, shape: str, steps: int, rounds: int) -> tuple[float, float, float]:
-    """Measures both in turns, and prints each measurement. Returns the medians of ours, theirs, and the ratio of the speeds."""
-    found = list[tuple[float, float]]()
+    """Measures both, and prints each round. Returns the medians over all steps of ours, theirs, and the ratio of the speeds."""
+    found: dict[str, list[float]] = {"ours": [], "theirs": []}
     for number in range(1, rounds + 1):
-        mine, peer = (measure(which, side, shape, steps) for side in ("ours", "theirs"))
-        print(f"round {number}: {shape} {which}: {mine:.3f} s/step, {PEERS[which]}: {peer:.3f}", flush=True)
-        found.append((mine, peer))
-    mine, peer = (statistics.median(side) for side in zip(*found, strict=True))
-    return mine, peer, statistics.median(theirs / ours for ours, theirs in found)
+        with ExitStack() as stack:
+            programs = {side: stack.enter_context(Program(command(which, side, shape), RANKS)) for side in found}
+            times = take_turns(programs, steps)
+        mine, peer = (statistics.median(side) for side in times.values())
+        ratio = speed_ratio(times, "ours", "theirs")
+        print(f"round {number}: {shape} {which}: {mine:.3f} s/step, {PEERS[which]}: {peer:.3f}: {ratio:.2f}", flush=True)
+        for side, of_round in times.items():
+            found[side] += of_round
+    mine, peer = (statistics.median(side) for side in found.values())
+    return mine, peer, speed_ratio(found, "ours", "theirs")
+
+
+def command(which: str, side: str, shape: str) -> list[str]:
+    """The command of one rank of one side."""
+    return [sys.executable, __file__, "--worker", which, side, "--shapes", shape]
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ import torch.distributed as dist
 from ours import SHAPES, config_of, steps_of, tokens_and_labels
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from turns import run_processes
 
 from internevo.data.batches import MicroBatch
 from internevo.measure.timeline import record_passes
@@ -45,7 +46,6 @@ from internevo.parallel.stages import split
 from internevo.parallel.views import Groups
 from internevo.parallel.world import World, join
 from internevo.train.process import keep_freed_memory
-from parallel import run_processes
 
 RANKS, MICRO_BATCHES = 4, 8
 SCHEDULES = [("1F1B", 1), ("1F1B", 2), ("ZBH1", 1), ("ZBV", 2)]
@@ -105,7 +105,7 @@ class WaitingStage(nn.Module):
     def __init__(self, stage: Stage, seconds: float, deferred: Deferred | None, kept: Kept) -> None:
         super().__init__()
         self.stage, self.seconds, self.deferred, self.kept = stage, seconds, deferred, kept
-        self.config = decoder_config("LLAMA2", config_of(SHAPES["tiny"], "float32", 1).model)
+        self.config = decoder_config("LLAMA2", config_of(SHAPES["tiny"], "float32").model)
         self.weight = nn.Parameter(torch.zeros(1))
 
     def materialize(self, device: torch.device) -> None:
@@ -193,7 +193,7 @@ def length_of(timeline: dict[str, Any]) -> float:
 def theirs(shape: dict[str, int], steps: int, group: dist.ProcessGroup) -> Iterator[float]:
     """Seconds per step of PyTorch's pipeline, whose stages look up the tokens of a micro-batch by its number."""
     rank, ranks, count = dist.get_rank(), dist.get_world_size(), MICRO_BATCHES
-    decoder = decoder_config("LLAMA2", config_of(shape, "float32", 1).model)
+    decoder = decoder_config("LLAMA2", config_of(shape, "float32").model)
     model = Decoder(decoder, split(decoder, ranks, shape["seq"])[rank])
     for parameter in model.parameters():
         if parameter.dim() > 1:
@@ -235,7 +235,7 @@ def speed(world: World, shape: dict[str, int], rounds: int, steps: int) -> Itera
     keep_freed_memory()
     total, times = 2 + rounds * steps, list[list[float]]()
     sides = [
-        steps_of(world, shape, "float32", total, parallel={"pipeline": {"size": world.size}}, micro_batches=MICRO_BATCHES),
+        steps_of(world, shape, "float32", parallel={"pipeline": {"size": world.size}}, micro_batches=MICRO_BATCHES),
         theirs(shape, total, dist.new_group(backend="gloo")),
     ]
     for number in range(total):

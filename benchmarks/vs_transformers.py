@@ -1,8 +1,8 @@
 """Training speed and memory against transformers, in one run: ``python benchmarks/vs_transformers.py``.
 
-Each measurement is a process of its own that trains a few steps on random tokens, on a GPU if there is one (``--shapes 1B``
-is for those); ours and theirs take turns, so that both see the same machine. Printed are medians over the rounds, and their
-ratios.
+Each program is a process of its own that trains on random tokens. They take their steps in turn, so that all see the same
+machine; each round starts new processes. On a GPU (``--shapes 1B``), which is not shared, one runs after the other, because its
+memory may not be enough for all. Printed are medians over all steps, and of the ratios of the steps of a turn.
 
 - theirs: ``LlamaForCausalLM`` in a plain loop with fused AdamW and gradient clipping; bf16 is autocast over fp32 weights.
 - ours: the program's own step (model, chunked loss, sharding policy, clipping, AdamW) as ``internevo train`` runs it;
@@ -13,26 +13,24 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import os
 import statistics
-import subprocess
 import sys
 import time
-from typing import Any
+from collections.abc import Iterator
+from contextlib import ExitStack
 
 import torch
-from ours import SHAPES, finish, options, train
+from ours import SHAPES, finish, options, steps_of
+from turns import Program, serve, speed_ratio, take_turns
 
-from internevo.observe.record import memory_peak
 from internevo.ops.precision import is_slow
 from internevo.parallel.world import join, pick_device
 
 NAMES = {"theirs": "transformers", "eager": "eager", "compiled": "compiled"}
 
 
-def theirs(shape: dict[str, int], dtype: str, steps: int, micro_batches: int = 1) -> list[float]:
-    """Seconds per step of transformers."""
+def theirs(shape: dict[str, int], dtype: str, micro_batches: int = 1) -> Iterator[float]:
+    """Takes steps of transformers, and yields the seconds of each."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -46,8 +44,7 @@ def theirs(shape: dict[str, int], dtype: str, steps: int, micro_batches: int = 1
     torch.nn.Module.to(model, device)  # transformers' own has no types
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    times = []
-    for _ in range(steps):
+    while True:
         batches = [torch.randint(0, shape["vocab"], (shape["rows"], shape["seq"])) for _ in range(micro_batches)]
         begin = time.perf_counter()
         for batch in batches:
@@ -59,49 +56,34 @@ def theirs(shape: dict[str, int], dtype: str, steps: int, micro_batches: int = 1
         optimizer.step()
         optimizer.zero_grad()
         finish(device)
-        times.append(time.perf_counter() - begin)
-    return times
+        yield time.perf_counter() - begin
 
 
-def ours(shape: dict[str, int], dtype: str, steps: int, compiled: bool) -> list[float]:
-    """Seconds per step of this program."""
+def worker(which: str, shape: str, dtype: str) -> None:
+    """Serves the steps of one program."""
+    if which == "theirs":
+        serve(theirs(SHAPES[shape], dtype))
+        return
     with join() as world:
-        return train(world, shape, dtype, steps, compiled)
-
-
-def measure(which: str, shape: str, dtype: str, steps: int, threads: int) -> dict[str, Any]:
-    """Runs one measurement in a process of its own."""
-    command = [sys.executable, __file__, "--worker", which, "--shapes", shape, "--dtypes", dtype, "--steps", str(steps)]
-    out = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
-    if out.returncode:
-        raise SystemExit(f"{which} {shape} {dtype} failed:\n{out.stderr[-3000:]}")
-    return json.loads(out.stdout.splitlines()[-1])
-
-
-def worker(which: str, shape: str, dtype: str, steps: int) -> None:
-    """Prints tokens per second (median step, the first two left out) and peak memory in GB."""
-    sizes = SHAPES[shape]
-    times = theirs(sizes, dtype, steps) if which == "theirs" else ours(sizes, dtype, steps, which == "compiled")
-    speed = sizes["rows"] * sizes["seq"] / statistics.median(times[2:])
-    print(json.dumps({"speed": speed, "memory": memory_peak(pick_device(0)) / 1e9}))
+        serve(steps_of(world, SHAPES[shape], dtype, which == "compiled"))
 
 
 def main() -> None:
-    parser = options(__doc__, ["S", "M"], steps=8, rounds=3)
+    parser = options(__doc__, ["S", "M"], steps=5, rounds=3)
     parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"], choices=["bf16", "fp32"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--worker", choices=["theirs", "eager", "compiled"], help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.worker:
-        worker(a.worker, a.shapes[0], a.dtypes[0], a.steps)
+        worker(a.worker, a.shapes[0], a.dtypes[0])
         return
     lines = [f"{'shape':6}{'dtype':6}{'':10}{'tokens/s':>10}{'ratio':>8}{'GB':>8}{'ratio':>8}"]
     for shape, dtype in itertools.product(a.shapes, possible(a.dtypes)):
-        found = compare(shape, dtype, a.steps, a.rounds, a.threads)
-        for which, rows in found.items():
-            speed, memory = (statistics.median(row[key] for row in rows) for key in ("speed", "memory"))
-            ratios = [ratio(found, which, key) for key in ("speed", "memory")]
-            lines.append(f"{shape:6}{dtype:6}{NAMES[which]:12}{speed:8.0f}{ratios[0]:8.2f}{memory:8.2f}{ratios[1]:8.2f}")
+        times, memory = compare(shape, dtype, a.steps, a.rounds, a.threads)
+        for which, name in NAMES.items():
+            speed, ratio = speed_of(shape, times[which]), speed_ratio(times, which, "theirs")
+            share = memory[which] / memory["theirs"]
+            lines.append(f"{shape:6}{dtype:6}{name:12}{speed:8.0f}{ratio:8.2f}{memory[which]:8.2f}{share:8.2f}")
     print("\n".join(lines))
 
 
@@ -113,23 +95,40 @@ def possible(dtypes: list[str]) -> list[str]:
     return dtypes
 
 
-def compare(shape: str, dtype: str, steps: int, rounds: int, threads: int) -> dict[str, list[dict[str, float]]]:
-    """Measures all in turns, and prints each measurement. Returns those of all rounds."""
-    found: dict[str, list[dict[str, float]]] = {which: [] for which in NAMES}
+def compare(shape: str, dtype: str, steps: int, rounds: int, threads: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Measures all, and prints each round.
+
+    Returns:
+        Program -> the seconds of all steps; program -> median of its peak memory in GB.
+    """
+    times: dict[str, list[float]] = {which: [] for which in NAMES}
+    memory: dict[str, list[float]] = {which: [] for which in NAMES}
+    alone = pick_device(0).type != "cpu"
     for number in range(1, rounds + 1):
-        for which, rows in found.items():
-            rows.append(measure(which, shape, dtype, steps, threads))
-            now = rows[-1]
-            print(
-                f"round {number}: {shape} {dtype} {NAMES[which]}: {now['speed']:.0f} tokens/s, {now['memory']:.2f} GB",
-                flush=True,
-            )
-    return found
+        for together in [[which] for which in NAMES] if alone else [list(NAMES)]:
+            with ExitStack() as stack:
+                commands = {which: command(which, shape, dtype) for which in together}
+                programs = {which: stack.enter_context(Program(line, 1, threads)) for which, line in commands.items()}
+                found = take_turns(programs, steps)
+            for which, program in programs.items():
+                times[which] += found[which]
+                memory[which].append(program.memory)
+                speed = speed_of(shape, found[which])
+                print(
+                    f"round {number}: {shape} {dtype} {NAMES[which]}: {speed:.0f} tokens/s, {program.memory:.2f} GB",
+                    flush=True,
+                )
+    return times, {which: statistics.median(found) for which, found in memory.items()}
 
 
-def ratio(found: dict[str, list[dict[str, float]]], which: str, key: str) -> float:
-    """The median over the rounds of the ratio to transformers."""
-    return statistics.median(row[key] / base[key] for row, base in zip(found[which], found["theirs"], strict=True))
+def command(which: str, shape: str, dtype: str) -> list[str]:
+    """The command of one program."""
+    return [sys.executable, __file__, "--worker", which, "--shapes", shape, "--dtypes", dtype]
+
+
+def speed_of(shape: str, times: list[float]) -> float:
+    """Tokens per second of the median step."""
+    return SHAPES[shape]["rows"] * SHAPES[shape]["seq"] / statistics.median(times)
 
 
 if __name__ == "__main__":

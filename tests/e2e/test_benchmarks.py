@@ -3,6 +3,8 @@
 import gzip
 import json
 import shutil
+import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -21,19 +23,34 @@ def as_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_training_and_checkpoints(tmp_path: Path) -> None:
     import checkpoint
     import ours
-    import vs_transformers
 
     tiny = ours.SHAPES["tiny"]
     with join() as world:
-        assert len(ours.train(world, tiny, "float32", 3)) == 3
+        assert len(list(islice(ours.steps_of(world, tiny, "float32"), 3))) == 3
         assert min(checkpoint.measure(world, tiny, 1, tmp_path)) > 0
-    assert len(vs_transformers.theirs(tiny, "bf16", 3)) == 3
+
+
+def test_transformers() -> None:
+    import vs_transformers
+
+    times, memory = vs_transformers.compare("tiny", "bf16", steps=1, rounds=1, threads=1)
+    assert set(times) == set(memory) == {"theirs", "eager", "compiled"}
+    assert all(len(steps) == 1 for steps in times.values()) and min(memory.values()) > 0.1
 
 
 def test_strategies_of_pytorch() -> None:
     import parallel
 
-    assert parallel.measure("msp", "theirs", "tiny", 3) > 0
+    assert min(parallel.compare("msp", "tiny", steps=1, rounds=1)) > 0
+
+
+def test_turns_show_why_a_program_failed() -> None:
+    import turns
+
+    code = "import sys; print(1.0, flush=True); sys.exit('no memory is left')"
+    with pytest.raises(SystemExit, match="no memory is left"), turns.Program([sys.executable, "-c", code]) as program:
+        assert program.step() == 1.0
+        program.step()
 
 
 def test_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,5 +130,6 @@ def test_no_script_is_missing_in_this_file() -> None:
         "plan_pictures",
         "published",
         "timeline",
+        "turns",
         "vs_transformers",
     }
