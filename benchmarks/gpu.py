@@ -7,6 +7,7 @@ Every measurement is a process of its own, so that each has the card's memory to
 - eager, compiled: the training step of ``internevo train`` on packed documents. A profile gives the time of kernels by
   part, and next to it the least time that the part could take on this card;
 - experts: as compiled, with 8 experts of half the MLP's width, of which each token chooses 2: as many active parameters;
+- flash 3, flash 4: as compiled, with this generation of flash attention (if its package is installed);
 - plain loop: the same model in a plain PyTorch loop, compiled as a whole;
 - transformers, liger: ``LlamaForCausalLM`` with its best attention, and patched by Liger (if that is installed).
 
@@ -40,6 +41,7 @@ from internevo.models.config import DecoderConfig
 from internevo.models.decoder import Decoder
 from internevo.parallel.world import join
 from internevo.train.parts import Parts
+from internevo.train.process import prepare
 from internevo.train.shared import Shared
 from internevo.train.step import Stepper
 
@@ -47,6 +49,9 @@ MICRO_BATCHES = 2
 FIRST = 4
 """Number of steps before the clock starts."""
 GPU = torch.device("cuda")
+FLASH = {"flash 3": 3, "flash 4": 4}
+STEPS = ("eager", "compiled", "experts", *FLASH)
+"""The program's own step, in these ways."""
 PARTS = {
     "attention": ("flash", "fmha", "sdpa", "attention"),
     "products": ("gemm", "cutlass", "nvjet", "xmma", "cublas"),
@@ -134,8 +139,10 @@ def plain_loss(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 def packed(shape: dict[str, int], name: str) -> Config:
     """A config of packed documents of random lengths."""
-    values = config_of(shape, "bf16", 100, name != "eager").model_dump(exclude_unset=True)
+    values = config_of(shape, "bf16", name != "eager").model_dump(exclude_unset=True)
     values["data"] |= {"fixed_random_dataset_seqlen": False, "micro_num": MICRO_BATCHES}
+    if name in FLASH:
+        values["model"]["flash_attention"] = FLASH[name]
     if name == "experts":
         values["model_type"] = "MIXTRALMOE"
         values["model"] |= {
@@ -148,10 +155,11 @@ def step(shape: dict[str, int], name: str, steps: int, out: Path) -> dict[str, f
     """The training step; and its parts in a profile, with the least time of each.
 
     Args:
-        name: "eager", "compiled" or "experts".
+        name: one of ``STEPS``.
     """
     config = packed(shape, name)
     with join() as world:
+        prepare(config, world.device)
         parts = Parts.build(config, world)
         stepper = Stepper(parts)
         batches = iter(TrainBatches(parts.source, parts.sizes, 0, True, 100, pin_memory=GPU.type == "cuda").prefetch(Cursor()))
@@ -268,7 +276,7 @@ def transformers(shape: dict[str, int], steps: int, liger: bool) -> dict[str, fl
 
         apply_liger_kernel_to_llama()
     config = packed(shape, "eager")
-    times = theirs(shape, "bf16", steps, MICRO_BATCHES)
+    times = list(itertools.islice(theirs(shape, "bf16", MICRO_BATCHES), steps))
     return speed(config, decoder_config("LLAMA2", config.model), statistics.median(times[FIRST:]))
 
 
@@ -320,14 +328,14 @@ def table(found: dict[str, dict[str, float]], shape: str) -> None:
 def main() -> None:
     parser = options(__doc__, ["1B"], steps=14, rounds=1)
     parser.add_argument("--out", type=Path, default=Path("build/gpu"))
-    names = ["card", "kernels", "eager", "compiled", "experts", "plain loop", "transformers", "liger"]
+    names = ["card", "kernels", *STEPS, "plain loop", "transformers", "liger"]
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="which measurements (all)")
     parser.add_argument("--worker", choices=names, help=argparse.SUPPRESS)
     a = parser.parse_args()
     shape = SHAPES[a.shapes[0]]
     work: dict[str, Callable[[], dict[str, float]]] = {
         "card": card, "kernels": kernels,
-        **{name: partial(step, shape, name, a.steps, a.out) for name in ("eager", "compiled", "experts")},
+        **{name: partial(step, shape, name, a.steps, a.out) for name in STEPS},
         "plain loop": lambda: plain_loop(shape, a.steps),
         "transformers": lambda: transformers(shape, a.steps, False), "liger": lambda: transformers(shape, a.steps, True),
     }  # fmt: skip

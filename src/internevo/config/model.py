@@ -335,6 +335,14 @@ class Model(Section):
         (), "Numbers of the layers, from 0, that have an MLP in place of experts.", needs="model.num_experts"
     )
 
+    flash_attention: int = option(
+        2,
+        "Generation of flash attention on NVIDIA GPUs. 2: PyTorch's own. 3 (Hopper) and 4 (Hopper, Blackwell): from packages "
+        "to install.",
+        ge=2,
+        le=4,
+    )
+
     # Options of InternEvo that have no effect here.
     use_flash_attn: bool = option(True, "Use flash attention.", ignored=KERNELS)
     mlp_layer_fusion: bool = option(False, "Use one weight for gate and up.", ignored=KERNELS)

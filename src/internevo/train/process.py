@@ -5,26 +5,56 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
-import warnings
+from warnings import filterwarnings
 
 import torch
 
 from ..config import Config
+from ..models.families.registry import decoder_config
+from ..ops import flash
+from ..ops.precision import COMPUTE, is_slow
 
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 """Options of glibc's ``mallopt``."""
 
 
 def prepare(config: Config, device: torch.device) -> None:
-    """Sets up the process. Must be called before tensors are allocated."""
+    """Sets up the process. Must be called before tensors are allocated.
+
+    Raises:
+        ConfigError, InternEvoError: if ``model.flash_attention`` cannot be used.
+    """
     if device.type == "cpu":
         keep_freed_memory()
     # fully_shard warns of operations in place on a view, which a sharded embedding returns. The decoder has none.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
+    filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
     torch.backends.cudnn.deterministic = config.cudnn_deterministic
     torch.backends.cudnn.benchmark = config.cudnn_benchmark
     if config.model.dtype == "tf32":
         torch.backends.cuda.matmul.allow_tf32 = True
+    if _has_flash_attention(config, device):
+        decoder = decoder_config(config.model_type, config.model)
+        heads = flash.Heads(decoder.num_heads, decoder.num_kv_heads, decoder.head_dim, decoder.windows)
+        flash.choose(config.model.flash_attention, heads, device)
+
+
+def unsuited(config: Config, device: torch.device) -> list[str]:
+    """Returns warnings about options that do not suit the device."""
+    model, warnings = config.model, list[str]()
+    if is_slow(model.dtype, device):
+        warnings.append(
+            f"warning: this CPU has no instructions for model.dtype = {model.dtype!r}; "
+            "model.dtype=torch.float32 is hundreds of times faster on it"
+        )
+    if model.flash_attention != 2 and not _has_flash_attention(config, device):
+        warnings.append(
+            f"warning: model.flash_attention = {model.flash_attention} has no effect: it is for half precision on NVIDIA GPUs"
+        )
+    return warnings
+
+
+def _has_flash_attention(config: Config, device: torch.device) -> bool:
+    return device.type == "cuda" and COMPUTE[config.model.dtype] != torch.float32
 
 
 def keep_freed_memory() -> None:

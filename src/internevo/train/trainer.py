@@ -29,7 +29,7 @@ from ..observe.background import Tracked
 from ..observe.console import Console, log, start_log
 from ..observe.observers import Observers
 from ..observe.record import StepRecord, TaskRecord, ValidRecord, memory_peak, peak_tflops
-from ..ops.precision import COMPUTE, is_slow
+from ..ops.precision import COMPUTE
 from ..parallel import gloo
 from ..parallel.world import World
 from ..storage.lock import FileLock
@@ -39,7 +39,7 @@ from .about import axis_sizes, facts_of, title
 from .folder import CONFIG, FINETUNE
 from .lr_schedule import beta2, learning_rate
 from .parts import Parts
-from .process import GarbageCollector, prepare
+from .process import GarbageCollector, prepare, unsuited
 from .restore import restore
 from .resume import keep_tokenizer
 from .shared import Shared
@@ -68,7 +68,7 @@ class Trainer:
         prepare(config, world.device)
         _prepare_saving(config, world)
         self.parts = Parts.build(config, world, doing, stated)
-        self.start_lines = [*restore(self.parts, self.run, doing), *_warnings(config, world)]
+        self.start_lines = [*restore(self.parts, self.run, doing), *unsuited(config, world.device)]
         self.parts.axis.masters_changed()
         self.state = self.parts.state
         self.batches = _batches(self.parts)
@@ -353,15 +353,6 @@ def _sample_tokenizer(config: Config) -> Tokenizer | None:
     if not config.monitor.needs_tokenizer or not config.data.tokenizer_path:
         return None
     return checked_tokenizer(config.data.tokenizer_path, config.model.vocab_size)
-
-
-def _warnings(config: Config, world: World) -> list[str]:
-    if not is_slow(config.model.dtype, world.device):
-        return []
-    return [
-        f"warning: this CPU has no instructions for model.dtype = {config.model.dtype!r}; "
-        "model.dtype=torch.float32 is hundreds of times faster on it"
-    ]
 
 
 def _due(step: int, every: int, last: bool) -> bool:

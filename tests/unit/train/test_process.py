@@ -6,7 +6,11 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+import torch
 
+from internevo.config import Config, validate
+from internevo.ops import flash
+from internevo.train import process
 from internevo.train.process import GarbageCollector
 
 
@@ -72,3 +76,44 @@ def test_a_run_that_compiles_nothing_does_not_import_the_compiler() -> None:
     unused = ["torch._dynamo", "torch.distributed.pipelining", "plotly"]
     code = f"import sys, internevo.train.trainer; print([name for name in {unused} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def config(**model: object) -> Config:
+    """A small model."""
+    shape = {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "vocab_size": 32}
+    return validate(
+        {
+            "model_type": "LLAMA2",
+            "model": {**shape, **model},
+            "data": {"seq_len": 8, "micro_bsz": 1, "total_steps": 1},
+            "adam": {"lr": 1e-3},
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "has_effect"),
+    [
+        ("torch.bfloat16", "cuda", True),
+        ("torch.float32", "cuda", False),
+        ("tf32", "cuda", False),
+        ("torch.float32", "cpu", False),
+    ],
+)
+def test_flash_attention_is_set_up_where_it_has_an_effect_and_else_a_line_says_so(
+    monkeypatch: pytest.MonkeyPatch, dtype: str, device: str, has_effect: bool
+) -> None:
+    chosen = list[object]()
+    monkeypatch.setattr(flash, "choose", lambda *args: chosen.append(args))
+    monkeypatch.setattr(process, "keep_freed_memory", lambda: None)
+    of, on = config(dtype=dtype, flash_attention=4), torch.device(device)
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        process.prepare(of, on)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    assert chosen == ([(4, flash.Heads(2, 2, 8, ()), on)] if has_effect else [])
+    assert [line.split(" has")[0] for line in process.unsuited(of, on)] == ["warning: model.flash_attention = 4"] * (
+        not has_effect
+    )
+    assert process.unsuited(config(dtype="torch.float32"), on) == []
