@@ -173,9 +173,9 @@ def _traffic_lines(rows: list[Collectives], layout: Layout) -> Iterator[str]:
     unit, size = _unit(max(row.nbytes for row in rows), GB=1e9, MB=1e6)
     width = max(12, *(len(row.axis) + 2 for row in rows))
     yield f"  {title:22}{'group':>{width}}{'ranks':>7}{'count':>7}{unit:>11}{f'{unit} on the wire':>16}"
-    groups = layout.groups()
+    sizes = layout.sizes()
     for row in rows:
-        ranks = len(groups[row.axis][0]) if row.axis in groups else layout.world
+        ranks = sizes.get(row.axis, layout.world)
         sent = row.wire(ranks) / size
         yield f"  {row.kind:22}{row.axis:>{width}}{ranks:>7}{row.count:>7}{row.nbytes / size:>11.3f}{sent:>16.3f}"
     yield "  and one small all-reduce over all ranks, of the losses, token counts, gradient norm and requests to stop"

@@ -71,10 +71,10 @@ def table(rows: list[Collectives], layout: Layout, formula: list[Collectives] | 
         formula: what the strategies state, if it is known. A line says so where a count or its bytes differ from it.
     """
     stated = {(row.kind, row.axis): row for row in formula or []}
-    groups = layout.groups()
+    sizes = layout.sizes()
     lines = [f"{'collective':16}{'group':>12}{'ranks':>7}{'count':>8}{'MB':>12}{'MB on the wire':>16}{'ms':>10}"]
     for row in rows:
-        ranks = len(groups[row.axis][0]) if row.axis in groups else layout.world
+        ranks = sizes.get(row.axis, layout.world)
         line = f"{row.kind:16}{row.axis:>12}{ranks:>7}{row.count:>8}{row.nbytes / 1e6:>12.3f}{row.wire(ranks) / 1e6:>16.3f}"
         expected = stated.get((row.kind, row.axis), Collectives(row.kind, row.axis))
         differs = formula is not None and (expected.count, expected.nbytes) != (row.count, row.nbytes)

@@ -167,24 +167,47 @@ class Layout:
 
     def groups(self) -> dict[str, list[list[int]]]:
         """Returns axis -> the ranks of each of its groups, for all axes of more than one rank. Messages use these names."""
+        found = {name: view.groups(axis) for name, (view, axis) in self._named_axes().items()}
+        if self._last:
+            found["first and last"] = [[ranks[0], ranks[self._last]] for ranks in found["pipeline"]]
+        return found
+
+    def sizes(self) -> dict[str, int]:
+        """Returns axis -> number of ranks of each of its groups, for the axes of ``groups``."""
+        pair = {"first and last": 2} if self._last else {}
+        return {name: view.axes[axis] for name, (view, axis) in self._named_axes().items()} | pair
+
+    def groups_of(self, rank: int) -> dict[str, list[int]]:
+        """Returns axis -> the ranks of the group that a rank is in, for the axes of ``groups``. For "first and last", those are
+        of its pipeline."""
+        found = {name: view.group(axis, rank) for name, (view, axis) in self._named_axes().items()}
+        if self._last:
+            found["first and last"] = [found["pipeline"][0], found["pipeline"][self._last]]
+        return found
+
+    def _named_axes(self) -> dict[str, tuple[View, str]]:
+        """Returns the name of an axis in messages -> the view that it belongs to, and its name there."""
         weights, activations = self.weights, self.activations
         found = {
-            "weight" if self.mode == "isp" else "tensor": weights.groups("inner"),
-            "zero": weights.groups("zero"),
-            "replicate": weights.groups("replicate"),
+            "weight" if self.mode == "isp" else "tensor": (weights, "inner"),
+            "zero": (weights, "zero"),
+            "replicate": (weights, "replicate"),
         }
-        found |= {"tensor": activations.groups("tensor"), "data": activations.groups("data")}
-        found["kv replicas"] = self.kv_weights.groups("kv_replicas")
+        found |= {"tensor": (activations, "tensor"), "data": (activations, "data")}
+        found["kv replicas"] = (self.kv_weights, "kv_replicas")
         if self.experts_apart:
             experts = self.experts
-            found["expert"] = experts.groups("expert")
+            found["expert"] = (experts, "expert")
             if self.mode == "isp":
-                found["expert weight"] = experts.groups("inner")
-            found |= {"expert zero": experts.groups("zero"), "expert replicate": experts.groups("replicate")}
-        found["pipeline"] = weights.groups("stage")
-        last = self.rank_of_stage(self.stages - 1)
-        found["first and last"] = [[ranks[0], ranks[last]] if last else [ranks[0]] for ranks in found["pipeline"]]
-        return {axis: groups for axis, groups in found.items() if len(groups[0]) > 1}
+                found["expert weight"] = (experts, "inner")
+            found |= {"expert zero": (experts, "zero"), "expert replicate": (experts, "replicate")}
+        found["pipeline"] = (weights, "stage")
+        return {name: (view, axis) for name, (view, axis) in found.items() if view.axes[axis] > 1}
+
+    @property
+    def _last(self) -> int:
+        """The pipeline rank of the last stage."""
+        return self.rank_of_stage(self.stages - 1)
 
     def axis_of(self, kind: str, ranks: list[int]) -> str:
         """Returns the axis that a collective of a kind over ``ranks`` belongs to.
@@ -194,7 +217,7 @@ class Layout:
         """
         if kind == "send":
             return "pipeline"
-        axes = [axis for axis, groups in self.groups().items() if ranks in groups] or ["world"]
+        axes = [axis for axis, group in self.groups_of(ranks[0]).items() if group == ranks] or ["world"]
         exchanging = [axis for axis in axes if axis in ("tensor", "expert")] if kind == "all-to-all" else []
         return [*exchanging, *axes][0]
 

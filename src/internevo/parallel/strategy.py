@@ -190,9 +190,9 @@ def add_up(rows: Iterable[Collectives], layout: Layout) -> list[Collectives]:
 
     Axes with the same groups become one axis. Collectives over groups of one rank are left out.
     """
-    groups, everyone, placed = layout.groups(), list(range(layout.world)), list[Collectives]()
+    groups, everyone, placed = layout.groups_of(0), list(range(layout.world)), list[Collectives]()
     for row in rows:
-        ranks = everyone if row.axis == "world" else groups[row.axis][0] if row.axis in groups else [0]
+        ranks = everyone if row.axis == "world" else groups.get(row.axis, [0])
         if len(ranks) > 1 and row.count:
             placed.append(replace(row, axis=layout.axis_of(row.kind, ranks)))
     return added_up(placed)

@@ -39,11 +39,16 @@ class View:
         """Returns the position of a rank along every axis."""
         return {axis: rank // self.stride(axis) % size for axis, size in self.axes.items()}
 
+    def group(self, axis: str, rank: int) -> list[int]:
+        """Returns the ranks that differ from a rank only in ``axis``, and the rank itself."""
+        stride = self.stride(axis)
+        first = rank - rank // stride % self.axes[axis] * stride
+        return [first + n * stride for n in range(self.axes[axis])]
+
     def groups(self, axis: str) -> list[list[int]]:
         """Returns all groups of ranks that differ only in ``axis``, ordered by their first rank."""
         size, stride = self.axes[axis], self.stride(axis)
-        firsts = [rank for rank in range(self.world) if rank // stride % size == 0]
-        return [[first + n * stride for n in range(size)] for first in firsts]
+        return [self.group(axis, rank) for rank in range(self.world) if rank // stride % size == 0]
 
     def mesh(self, groups: Groups, device_type: str) -> DeviceMesh:
         """Makes a ``DeviceMesh`` of the ranks of this rank's stage, with the other axes as dimensions.

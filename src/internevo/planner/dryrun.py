@@ -328,7 +328,7 @@ def _batch(parts: Parts, count: int) -> StepBatch:
 
 
 def _sizes(layout: Layout) -> dict[str, int]:
-    return {"world": layout.world, **{axis: len(groups[0]) for axis, groups in layout.groups().items()}}
+    return {"world": layout.world, **layout.sizes()}
 
 
 def _shared(world_size: int) -> Shared:

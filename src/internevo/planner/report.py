@@ -129,10 +129,10 @@ def traffic(candidate: Candidate, gpu: GPU) -> list[dict[str, Any]]:
     """Returns the collectives and messages of the most loaded rank, as its strategies state them, with the links they use."""
     job = candidate.job
     layout = job.work.layout
-    groups, found = layout.groups(), []
+    groups, found = layout.groups_of(0), []
     stated = plan.traffic(job.on_rank(candidate.memory.pipeline_rank))
     for row in add_up([*stated, traffic_of_update(job.work.decoder, job.types, layout)], layout):
-        ranks = groups.get(row.axis, [list(range(layout.world))])[0]
+        ranks = groups.get(row.axis) or list(range(layout.world))
         found.append({
             "kind": row.kind, "group": row.axis, "ranks": len(ranks), "over": _link(row, ranks, gpu), "count": row.count,
             "sent": row.wire(len(ranks)),

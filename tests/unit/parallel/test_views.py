@@ -77,16 +77,23 @@ def test_all_views_arrange_the_same_world(layout: Layout) -> None:
 
 @given(layouts())
 def test_the_named_groups_are_those_of_the_views(layout: Layout) -> None:
-    for axis, groups in layout.groups().items():
+    all_groups, of_ranks = layout.groups(), [layout.groups_of(rank) for rank in range(layout.world)]
+    assert {axis: len(groups[0]) for axis, groups in all_groups.items()} == layout.sizes()
+    for axis, groups in all_groups.items():
         ranks = sorted(itertools.chain(*groups))
         if axis == "first and last":  # stages
             assert ranks == [
                 r for r in range(layout.world) if layout.weights.coordinate(r)["stage"] in (0, layout.pipeline - 1)
             ]
-        else:
-            assert ranks == list(range(layout.world)), axis
-        assert all(layout.axis_of("all-reduce", group) in layout.groups() for group in groups)
-    assert layout.axis_of("all-reduce", list(range(layout.world))) in {*layout.groups(), "world"}
+            continue
+        assert ranks == list(range(layout.world)), axis
+        assert all(rank in of_rank[axis] for rank, of_rank in enumerate(of_ranks))
+    assert all(of_rank.keys() == all_groups.keys() for of_rank in of_ranks)
+    for axis, groups in all_groups.items():
+        assert {tuple(of_rank[axis]) for of_rank in of_ranks} == set(map(tuple, groups))
+        for group in groups:
+            assert layout.axis_of("all-reduce", group) == next(name for name, others in all_groups.items() if group in others)
+    assert layout.axis_of("all-reduce", list(range(layout.world))) in {*all_groups, "world"}
 
 
 def test_the_groups_of_a_thousand_ranks() -> None:
