@@ -32,10 +32,11 @@ def prepare(config: Config, device: torch.device) -> None:
     torch.backends.cudnn.benchmark = config.cudnn_benchmark
     if config.model.dtype == "tf32":
         torch.backends.cuda.matmul.allow_tf32 = True
-    if _has_flash_attention(config, device):
-        decoder = decoder_config(config.model_type, config.model)
-        heads = flash.Heads(decoder.num_heads, decoder.num_kv_heads, decoder.head_dim, decoder.windows)
-        flash.choose(config.model.flash_attention, heads, device)
+    if device.type == "cuda":
+        flash.restore()
+        heads = _flash_attention(config)
+        if heads is not None:
+            flash.choose(config.model.flash_attention, heads, device)
 
 
 def unsuited(config: Config, device: torch.device) -> list[str]:
@@ -46,15 +47,25 @@ def unsuited(config: Config, device: torch.device) -> list[str]:
             f"warning: this CPU has no instructions for model.dtype = {model.dtype!r}; "
             "model.dtype=torch.float32 is hundreds of times faster on it"
         )
-    if model.flash_attention != 2 and not _has_flash_attention(config, device):
+    if model.flash_attention != 2 and (device.type != "cuda" or _flash_attention(config) is None):
         warnings.append(
-            f"warning: model.flash_attention = {model.flash_attention} has no effect: it is for half precision on NVIDIA GPUs"
+            f"warning: model.flash_attention = {model.flash_attention} has no effect: it is for half precision on NVIDIA GPUs, "
+            "without ALiBi and capped scores"
         )
     return warnings
 
 
-def _has_flash_attention(config: Config, device: torch.device) -> bool:
-    return device.type == "cuda" and COMPUTE[config.model.dtype] != torch.float32
+def _flash_attention(config: Config) -> flash.Heads | None:
+    """Returns the attention of a rank, if another generation of flash attention is to compute it."""
+    dtype = COMPUTE[config.model.dtype]
+    if config.model.flash_attention == 2 or dtype == torch.float32:
+        return None
+    decoder, ranks = decoder_config(config.model_type, config.model), config.parallel.tensor.size
+    if decoder.rope is None or decoder.attention_softcap:
+        return None
+    return flash.Heads(
+        decoder.num_heads // ranks, max(1, decoder.num_kv_heads // ranks), decoder.head_dim, decoder.windows, dtype
+    )
 
 
 def keep_freed_memory() -> None:

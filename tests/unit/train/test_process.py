@@ -4,12 +4,14 @@ import gc
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from internevo.config import Config, validate
 from internevo.ops import flash
+from internevo.ops.precision import COMPUTE
 from internevo.train import process
 from internevo.train.process import GarbageCollector
 
@@ -78,13 +80,14 @@ def test_a_run_that_compiles_nothing_does_not_import_the_compiler() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-def config(**model: object) -> Config:
+def config(*, tensor: int = 1, **model: Any) -> Config:
     """A small model."""
     shape = {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "vocab_size": 32}
     return validate(
         {
-            "model_type": "LLAMA2",
+            "model_type": "BAICHUAN2" if "use_alibi" in model else "LLAMA2",
             "model": {**shape, **model},
+            "parallel": {"tensor": {"size": tensor, "mode": "mtp"}},
             "data": {"seq_len": 8, "micro_bsz": 1, "total_steps": 1},
             "adam": {"lr": 1e-3},
         }
@@ -92,28 +95,33 @@ def config(**model: object) -> Config:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "device", "has_effect"),
+    ("model", "device", "has_effect"),
     [
-        ("torch.bfloat16", "cuda", True),
-        ("torch.float32", "cuda", False),
-        ("tf32", "cuda", False),
-        ("torch.float32", "cpu", False),
+        ({"dtype": "torch.bfloat16"}, "cuda", True), ({"dtype": "torch.float16"}, "cuda", True),
+        ({"dtype": "torch.float32"}, "cuda", False), ({"dtype": "tf32"}, "cuda", False),
+        ({"dtype": "torch.float32"}, "cpu", False), ({"dtype": "torch.bfloat16", "use_alibi": True}, "cuda", False),
     ],
-)
+)  # fmt: skip
 def test_flash_attention_is_set_up_where_it_has_an_effect_and_else_a_line_says_so(
-    monkeypatch: pytest.MonkeyPatch, dtype: str, device: str, has_effect: bool
+    monkeypatch: pytest.MonkeyPatch, model: dict[str, Any], device: str, has_effect: bool
 ) -> None:
-    chosen = list[object]()
+    chosen, restored = list[object](), list[int]()
     monkeypatch.setattr(flash, "choose", lambda *args: chosen.append(args))
+    monkeypatch.setattr(flash, "restore", lambda: restored.append(1))
     monkeypatch.setattr(process, "keep_freed_memory", lambda: None)
-    of, on = config(dtype=dtype, flash_attention=4), torch.device(device)
+    of, on = config(flash_attention=4, **model), torch.device(device)
     before = torch.backends.cuda.matmul.allow_tf32
     try:
         process.prepare(of, on)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
-    assert chosen == ([(4, flash.Heads(2, 2, 8, ()), on)] if has_effect else [])
-    assert [line.split(" has")[0] for line in process.unsuited(of, on)] == ["warning: model.flash_attention = 4"] * (
-        not has_effect
-    )
-    assert process.unsuited(config(dtype="torch.float32"), on) == []
+    heads = flash.Heads(2, 2, 8, (), COMPUTE[of.model.dtype])
+    assert chosen == ([(4, heads, on)] if has_effect else []) and len(restored) == (device == "cuda")
+    warned = [line for line in process.unsuited(of, on) if "flash_attention" in line]
+    assert [line.split(" has")[0] for line in warned] == ["warning: model.flash_attention = 4"] * (not has_effect)
+    assert not any("flash" in line for line in process.unsuited(config(**model), on))
+
+
+def test_a_rank_checks_its_own_heads() -> None:
+    of = config(tensor=4, num_attention_heads=8, num_kv_attention_heads=2, flash_attention=3, dtype="torch.bfloat16")
+    assert process._flash_attention(of) == flash.Heads(2, 1, 2, (), torch.bfloat16)
