@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import IO
 
@@ -22,6 +25,8 @@ from internevo.parallel.world import pick_device
 
 WARM_UP = 2
 """Steps of each program that are not counted."""
+PATIENCE = 30.0
+"""Seconds in which the processes of a program must end, once it has ended or one of them has failed."""
 
 
 def serve(steps: Iterator[float]) -> None:
@@ -57,14 +62,12 @@ class Program:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        try:
-            if kind is None:
-                self.memory = self._ask(None)
-        finally:
-            for process in self.processes:
-                if kind is not None:
-                    process.kill()
-                process.wait()
+        if kind is not None:
+            self._stop(0)
+            return
+        self.memory = self._ask(None)
+        if self._stop(PATIENCE):
+            self._fail()
 
     def step(self) -> float:
         """Returns the seconds that a step took on rank 0, when all ranks have ended it."""
@@ -72,24 +75,42 @@ class Program:
 
     def _ask(self, line: str | None) -> float:
         """Writes a line to each process, or closes its input, and returns what rank 0 answers."""
-        answers = list[str]()
         for process in self.processes:
             assert process.stdin is not None
-            try:
+            with suppress(BrokenPipeError):  # its answer is missing, too
                 if line is None:
                     process.stdin.close()
                 else:
                     process.stdin.write(line)
                     process.stdin.flush()
-            except BrokenPipeError:
-                pass  # its answer is missing, too
-        for process, errors in zip(self.processes, self.errors, strict=True):
+        answers = list[str]()
+        for process in self.processes:
             assert process.stdout is not None
             answers.append(process.stdout.readline())
-            if not answers[-1]:
-                errors.seek(0)
-                raise SystemExit(f"{' '.join(self.command)} failed:\n{errors.read()[-3000:]}")
+        if not all(answers):
+            self._stop(PATIENCE)
+            self._fail()
         return float(json.loads(answers[0]))
+
+    def _stop(self, patience: float) -> bool:
+        """Waits for the processes, and kills those that take longer. Returns whether one has failed by itself."""
+        end, failed = time.monotonic() + patience, False
+        for process in self.processes:
+            try:
+                failed |= process.wait(max(0.0, end - time.monotonic())) != 0
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        return failed
+
+    def _fail(self) -> None:
+        """Ends this program with what the ranks have printed that failed by themselves."""
+        lines = [f"{' '.join(self.command)} failed"]
+        for rank, (process, errors) in enumerate(zip(self.processes, self.errors, strict=True)):
+            if process.returncode not in (0, -signal.SIGKILL):
+                errors.seek(0)
+                lines.append(f"rank {rank}: {errors.read()[-3000:]}")
+        raise SystemExit("\n".join(lines))
 
 
 def worlds(ranks: int, threads: int) -> list[dict[str, str]]:

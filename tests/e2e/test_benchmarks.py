@@ -44,13 +44,32 @@ def test_strategies_of_pytorch() -> None:
     assert min(parallel.compare("msp", "tiny", steps=1, rounds=1)) > 0
 
 
-def test_turns_show_why_a_program_failed() -> None:
+def test_turns_show_which_rank_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     import turns
 
-    code = "import sys; print(1.0, flush=True); sys.exit('no memory is left')"
-    with pytest.raises(SystemExit, match="no memory is left"), turns.Program([sys.executable, "-c", code]) as program:
+    monkeypatch.setattr(turns, "PATIENCE", 1.0)
+    code = """
+import os, sys
+for _ in sys.stdin:
+    print(1.0, flush=True)
+    if os.environ["RANK"] == "1":
+        sys.exit("no memory is left")
+"""
+    with (
+        pytest.raises(SystemExit, match=r"failed\nrank 1: no memory is left\n$"),
+        turns.Program([sys.executable, "-c", code], ranks=3) as program,
+    ):
         assert program.step() == 1.0
         program.step()
+    assert all(process.poll() is not None for process in program.processes)
+
+
+def test_turns_show_that_a_program_failed_at_its_end() -> None:
+    import turns
+
+    code = "import sys; [print(1.0, flush=True) for _ in sys.stdin]; print(2.0, flush=True); sys.exit('not saved')"
+    with pytest.raises(SystemExit, match="rank 0: not saved"), turns.Program([sys.executable, "-c", code]) as program:
+        assert program.step() == 1.0
 
 
 def test_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
