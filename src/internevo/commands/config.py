@@ -14,6 +14,7 @@ from ..config.option import notices, walk
 from ..config.schema import Config
 from ..errors import ConfigError
 from ..models.families.registry import decoder_config
+from ..observe.units import counted
 from ..train.check import check_data, missing_features, problems
 from ..train.config import load_config, with_tokenizer
 from ..train.resume import Recorded
@@ -87,7 +88,7 @@ def layout_lines(config: Config, world_size: int, per_node: int) -> list[str]:
     from ..parallel.strategy import Workload
 
     layout, decoder = Layout.from_config(config, world_size), decoder_config(config.model_type, config.model)
-    lines = [f"layout on {_count(world_size, 'process', 'processes')}"]
+    lines = [f"layout on {counted(world_size, 'process')}"]
     axes = [row for row in layout.describe() if row[0] != "weight" or layout.mode == "isp"]
     groups = layout.groups()
     if not decoder.tie_embeddings:
@@ -100,7 +101,7 @@ def layout_lines(config: Config, world_size: int, per_node: int) -> list[str]:
     sizes = BatchSizes.from_config(config.data, data_size(config, world_size))
     last = config.data.total_steps - 1
     rows, micro_batches = sizes.rows(last), sizes.micro_batches(last)
-    micro = _count(micro_batches, "micro-batch", "micro-batches")
+    micro = counted(micro_batches, "micro-batch")
     lines.append(
         f"  {'last step' if sizes.rampup_steps else 'step':<11} {rows:>6}  rows of {config.data.seq_len} tokens = "
         f"{rows * config.data.seq_len:,} tokens ({micro} of {sizes.micro_bsz} on "
@@ -138,11 +139,11 @@ def _pipeline_lines(config: Config, decoder: DecoderConfig, layout: Layout, micr
     times = {"F": 1.0, "B": 2.0 if layout.schedule == "1F1B" else 1.0, "W": 1.0}
     idle = orders.bubble(orders.play(all_orders, lambda action: times[action.kind] * flops[action.stage]))
     kept = max(orders.most_in_flight(order) for order in all_orders)
-    micro = _count(micro_batches, "micro-batch", "micro-batches")
+    micro = counted(micro_batches, "micro-batch")
     yield (
         f"  bubble      {idle:>6.1%}  of the time of a rank, with {micro}, if backward passes take\n"
         "                      twice as long as forward passes, and messages no time\n"
-        f"                      at most {_count(kept, 'pass', 'passes')} in flight on a rank"
+        f"                      at most {counted(kept, 'pass')} in flight on a rank"
     )
 
 
@@ -199,10 +200,6 @@ def _rank_table(groups: dict[str, list[list[int]]], world_size: int, per_node: i
 def _unit(most: float, **units: float) -> tuple[str, float]:
     """Returns the first unit, from large to small, that the largest number has one of (or the last), and its bytes."""
     return next((unit for unit in units.items() if most >= unit[1]), [*units.items()][-1])
-
-
-def _count(number: int, one: str, several: str) -> str:
-    return f"{number} {one if number == 1 else several}"
 
 
 def _ranks(group: list[int]) -> str:

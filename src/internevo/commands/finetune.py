@@ -27,6 +27,7 @@ from ..data.tokenized.index import Index, open_index
 from ..errors import DataError, InternEvoError, UsageError
 from ..models.huggingface.tokenizer import copy_tokenizer, has_tokenizer
 from ..observe.metrics import usable_rows
+from ..observe.units import counted
 from ..ops.precision import DTYPES
 from ..parallel.launcher import read_launcher
 from ..storage.folders import check_target, clean_up, set_aside
@@ -42,7 +43,7 @@ from .config_from_hf import describe
 from .convert import convert
 from .finetune_config import DATA, MODEL, Chosen, Options, check_overrides
 from .launch import default_processes
-from .printing import counted, say
+from .printing import say
 from .progress import progress_bar
 from .train import train
 

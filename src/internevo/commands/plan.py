@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..config.write import check_own, check_writable, write_config
 from ..errors import UsageError
-from ..observe.units import amount
+from ..observe.units import amount, counted
 from ..parallel.launcher import local_world_size, read_launcher
 from ..train.config import load_config
 from .launch import default_processes, launch
-from .printing import counted
 
 if TYPE_CHECKING:  # these import PyTorch, which takes seconds
     from ..planner.search import Candidate, Search
@@ -199,7 +198,7 @@ def calibrate(out: Path, gpu: str | None, processes: int | None) -> int:
             known = given or measuring.known_gpu(world.device)
             machine = known or measuring.as_gpu(measured, world.device)
             found = measuring.calibration(measured, machine)
-            of = f"{world.size} process{'es' * (world.size > 1)}"
+            of = counted(world.size, "process")
             print("\n".join([f"{machine.name}, {of}", *measuring.lines(measured, machine, found)]))
             out.parent.mkdir(parents=True, exist_ok=True)
             about = f"{MEASURED}: {machine.name}, {of}"

@@ -32,11 +32,6 @@ def say(line: str) -> None:
     print(wrapped(line), flush=True)
 
 
-def counted(number: int, noun: str) -> str:
-    """Returns a number with its noun: "1 step", "2,000 steps"."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"
-
-
 def describe_error(error: Exception) -> str:
     """Describes an error that no other place has turned into a message."""
     if isinstance(error, OSError) and error.filename is not None:

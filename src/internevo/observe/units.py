@@ -14,6 +14,12 @@ def amount(number: float) -> str:
     return f"{number:.0f}"
 
 
+def counted(number: int, noun: str) -> str:
+    """Returns a number with its noun: "1 step", "2,000 steps", "3 passes"."""
+    plural = "es" if noun.endswith(("s", "ch")) else "s"
+    return f"{number:,} {noun}{plural * (number != 1)}"
+
+
 def flops(tflops: float) -> str:
     """Returns a speed in TFLOPS; below 0.1 of them in GFLOPS, and below 0.1 of those in MFLOPS."""
     unit, name = next(

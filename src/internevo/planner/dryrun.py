@@ -33,6 +33,7 @@ from ..measure import peak as measure
 from ..measure.collectives import Counter
 from ..measure.memory import Meter
 from ..models.moe import MoE
+from ..observe.units import counted
 from ..parallel import plan
 from ..parallel.layout import Layout
 from ..parallel.memory import Memory
@@ -151,7 +152,7 @@ class DryRun:
     def lines(self) -> list[str]:
         """Returns the tables to print."""
         place = ", ".join(f"{axis} {number}" for axis, number in self.coordinate.items())
-        number = f"{self.micro_batches} micro-batch{'es' * (self.micro_batches != 1)}"
+        number = counted(self.micro_batches, "micro-batch")
         lines = [
             f"rank {self.rank} of {self.world} ({place}): a step of {number}, without computing ({self.seconds:.1f} s)",
             f"{'memory, bytes':32}{'counted':>20}{'by formula':>20}",

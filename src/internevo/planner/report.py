@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any
 
-from ..observe.units import decimals
+from ..observe.units import counted, decimals
 from ..parallel import plan
 from ..parallel.memory import Memory
 from ..parallel.strategy import Collectives, add_up
@@ -72,10 +72,7 @@ def in_full(candidate: Candidate, gpu: GPU, calibration: Calibration, limit: int
     job, p, memory = candidate.job, candidate.prediction, candidate.memory
     layout = job.work.layout
     ranks, number = layout.data, job.work.micro_batches
-    yield (
-        f"{describe(candidate.choice)}: {ranks:,} data rank{'s' * (ranks != 1)}, "
-        f"{number:,} micro-batch{'es' * (number != 1)} on each"
-    )
+    yield (f"{describe(candidate.choice)}: {counted(ranks, 'data rank')}, {counted(number, 'micro-batch')} on each")
     yield f"  {p.tgs:,.0f} tokens per GPU and second, {p.tflops:.0f} TFLOPS, MFU {p.mfu:.1%}"
     if layout.pipeline > 1:
         yield f"  layers of the stages: {' '.join(map(str, _layers(candidate)))}"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from ..config import Config, notices
 from ..errors import InternEvoError, expect
+from ..observe.units import counted
 from ..parallel.launcher import PARENT, LauncherInfo, launcher_has_store, read_launcher
 from .check import check
 from .config import local_tokenizer
@@ -118,7 +119,7 @@ def _ends_with_launcher(info: LauncherInfo) -> bool:
 def say_starting(processes: int) -> None:
     """Prints that processes are starting, which takes seconds. The run does not depend on being seen."""
     with suppress(OSError):
-        os.write(1, f"starting {processes} process{'es' * (processes > 1)}\n".encode())
+        os.write(1, f"starting {counted(processes, 'process')}\n".encode())
 
 
 def print_notices(config: Config) -> None:
