@@ -51,6 +51,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
+SMALL_GRADIENTS = 1e-6
+"""Adam makes full updates out of smaller gradients, too, which experts with few tokens have, and out of their rounding."""
 KINDS: dict[str, dict[str, Any]] = {
     "packed": {},
     "padded": {"data__use_packed_dataset": False},
@@ -60,11 +62,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "gshard": {
         "model_type": "QWEN2MOE", "model__num_experts": 5, "model__top_k": 2, "model__num_shared_experts": 2,
         "model__moe_intermediate_size": 20, "model__mlp_only_layers": [0], "loss__moe_z_loss_coeff": 0.1,
-        "model__use_sliding_window": True, "model__sliding_window": 9,
+        "model__use_sliding_window": True, "model__sliding_window": 9, "adam__adam_eps": SMALL_GRADIENTS,
     },
     "dropless": {
         "model_type": "MIXTRALMOE", "model__num_experts": 4, "model__top_k": 2, "model__moe_type": "Dropless",
-        "loss__moe_loss_coeff": 0.1, "loss__moe_loss_kind": "pooled",
+        "loss__moe_loss_coeff": 0.1, "loss__moe_loss_kind": "pooled", "adam__adam_eps": SMALL_GRADIENTS,
     },
 }  # fmt: skip
 
