@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import metrics, tensors, write_config, write_dataset
-from tests.parallel.layouts import COMMON, FAMILIES, MODELS, PADDED, layout
+from tests.parallel.layouts import COMMON, FAMILIES, MODELS, PADDED, STEPS, layout
 from tests.pool import Pool
 
 Runs = tuple[Path, Path, Callable[..., Path]]
@@ -38,7 +38,7 @@ def assert_same_rows(many: Path, one: Path, steps: int) -> None:
             assert abs(row[key] - reference[key]) <= 1e-5 * reference[key], (row["step"], key, row[key], reference[key])
 
 
-def assert_same(many: Path, one: Path, steps: int = 10) -> None:
+def assert_same(many: Path, one: Path, steps: int = STEPS) -> None:
     assert_same_rows(many, one, steps)
     mine, theirs = tensors(many, steps), tensors(one, steps)
     assert mine.keys() == theirs.keys()

@@ -14,8 +14,10 @@ DRAWN = int(os.environ.get("INTERNEVO_TEST_COMPOSITIONS", "30"))
 """Number of random compositions."""
 ROWS = 24
 """Rows of a global batch."""
+STEPS = 5
+"""Steps of a run that is compared with one process."""
 COMMON: dict[str, Any] = {
-    "model__vocab_size": 104, "adam__lr": 2e-3, "adam__adam_eps": 1e-6, "data__total_steps": 10,
+    "model__vocab_size": 104, "adam__lr": 2e-3, "adam__adam_eps": 1e-6, "data__total_steps": STEPS,
     "data__global_batch_size": ROWS, "lr_scheduler__total_steps": 20,
 }  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {
@@ -152,8 +154,6 @@ def full_table() -> Iterator[tuple[str, Case]]:
         yield name, layout(4, mode, t, w, **kind, **form, **memory)
 
 
-STEPS = 5
-"""Steps of a random composition."""
 EXPERT_MODELS: dict[str, dict[str, Any]] = {
     "experts with capacity": {**EXPERTS, "loss__moe_loss_coeff": 0.1, "loss__moe_z_loss_coeff": 0.01},
     "dropless experts": {

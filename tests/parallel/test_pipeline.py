@@ -9,7 +9,7 @@ import pytest
 from internevo.text.tokenizer import train_bpe
 from tests.conftest import metrics, write_config
 from tests.parallel.conftest import Runs, assert_same, assert_same_rows
-from tests.parallel.layouts import COMMON, EXPERTS, MODELS, PREFETCH, Case, layout, pipelined, scheduled
+from tests.parallel.layouts import COMMON, EXPERTS, MODELS, PREFETCH, STEPS, Case, layout, pipelined, scheduled
 from tests.pool import Pool
 
 
@@ -68,7 +68,7 @@ def test_a_run_continues_in_and_out_of_pipelines(pool: Pool, world: Runs, tmp_pa
         pipelined(4, 4, micro_batches=6), layout(4, "isp", 2, 4, **six), pipelined(4, 2, 3, mode="fsp", tensor=2),
         layout(1, **six), pipelined(4, 2, fsdp=True),
     ]  # fmt: skip
-    for steps, (processes, changes) in zip(range(2, 11, 2), parts, strict=True):
+    for steps, (processes, changes) in zip(range(1, STEPS + 1), parts, strict=True):
         pool.train(write_config(tmp_path, dataset, "parts", **{**COMMON, **changes, "data__total_steps": steps}), processes)
     assert_same(tmp_path / "parts", one("six layers"))
 

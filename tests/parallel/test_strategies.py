@@ -10,7 +10,7 @@ import pytest
 from internevo.text.tokenizer import train_bpe
 from tests.conftest import metrics, tensors, write_config
 from tests.parallel.conftest import Runs, assert_same, assert_same_rows
-from tests.parallel.layouts import COMMON, FAMILIES, MODELS, NAMED, Case, full_table, layout, pipelined, scheduled
+from tests.parallel.layouts import COMMON, FAMILIES, MODELS, NAMED, STEPS, Case, full_table, layout, pipelined, scheduled
 from tests.pool import Pool
 
 
@@ -69,7 +69,7 @@ ADAPTED = ["mtp 2", "msp 2, fsdp, recomputed", "fsp 4", "isp 2, weights over 2, 
 @pytest.mark.parametrize("name", NAMED if "INTERNEVO_TEST_FULL_TABLE" in os.environ else ADAPTED)
 def test_adapters_are_trained_the_same_in_every_layout(pool: Pool, world: Runs, tmp_path: Path, name: str) -> None:
     compare(pool, world, tmp_path, *NAMED[name], model="adapters")
-    mine = tensors(tmp_path / "many", 10)
+    mine = tensors(tmp_path / "many", STEPS)
     adapters = [key for key in mine if ".lora." in key and key.startswith("model/")]
     assert len(adapters) == 2 * 2 * 7 and all(mine[key].abs().max() > 0 for key in adapters)
     assert {key.removeprefix("optimizer/").rsplit(".", 1)[0] for key in mine if key.startswith("optimizer/")} == {
@@ -95,7 +95,7 @@ def test_a_run_continues_in_other_layouts(pool: Pool, world: Runs, tmp_path: Pat
     """msp over 4, isp 2 x 4, FSDP over 3, one process, fsp: weights, moments and the position in the data are restored."""
     _, dataset, one = world
     parts = [layout(4, "msp", 4), layout(4, "isp", 2, 4), layout(3, fsdp=True), layout(1), layout(2, "fsp", 2)]
-    for steps, (processes, changes) in zip(range(2, 11, 2), parts, strict=True):
+    for steps, (processes, changes) in zip(range(1, STEPS + 1), parts, strict=True):
         path = write_config(tmp_path, dataset, "parts", **{**COMMON, **changes, "data__total_steps": steps})
         pool.train(path, processes)
     assert_same(tmp_path / "parts", one("llama"))
