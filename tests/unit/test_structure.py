@@ -36,6 +36,7 @@ PRIVATE = {
     "ops/foreach.py": "operators on many tensors",
     "ops/precision.py": "what a CPU computes in",
     "ops/documents.py": "attention kernels",
+    "ops/flash.py": "the generation of flash attention",
 }
 """Files that may use private names of PyTorch, and for which subject."""
 
