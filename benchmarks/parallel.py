@@ -20,7 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -41,7 +41,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.nn.parallel import DistributedDataParallel
-from turns import Program, serve, speed_ratio, take_turns
+from turns import serve, speed_ratio, take_turns
 
 from internevo.models.decoder import Decoder
 from internevo.models.families.registry import decoder_config
@@ -188,9 +188,7 @@ def compare(which: str, shape: str, steps: int, rounds: int) -> tuple[float, flo
     """Measures both, and prints each round. Returns the medians over all steps of ours, theirs, and the ratio of the speeds."""
     found: dict[str, list[float]] = {"ours": [], "theirs": []}
     for number in range(1, rounds + 1):
-        with ExitStack() as stack:
-            programs = {side: stack.enter_context(Program(command(which, side, shape), RANKS)) for side in found}
-            times = take_turns(programs, steps)
+        times, _ = take_turns({side: command(which, side, shape) for side in found}, steps, RANKS)
         mine, peer = (statistics.median(side) for side in times.values())
         ratio = speed_ratio(times, "ours", "theirs")
         print(f"round {number}: {shape} {which}: {mine:.3f} s/step, {PEERS[which]}: {peer:.3f}: {ratio:.2f}", flush=True)

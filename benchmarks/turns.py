@@ -1,7 +1,7 @@
 """Programs that take their steps in turn, so that they see the same state of a noisy machine.
 
 Each program is one process or several ranks, which wait for a line on standard input before each step. In the worker, ``serve``
-answers each line; the benchmark starts ``Program`` objects and calls ``take_turns``.
+answers each line; the benchmark calls ``take_turns``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import IO
 
@@ -125,19 +125,27 @@ def worlds(ranks: int, threads: int) -> list[dict[str, str]]:
     return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
-def take_turns(programs: Mapping[str, Program], steps: int) -> dict[str, list[float]]:
-    """Takes one step of each program after the other, and in the next turn in the reverse order.
+def take_turns(
+    commands: Mapping[str, list[str]], steps: int, ranks: int = 1, threads: int = 1
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Starts programs, and takes one step of each after the other, in the next turn in the reverse order.
+
+    Args:
+        commands: name -> command that calls ``serve``.
+        ranks, threads: of each program.
 
     Returns:
-        Name -> seconds of ``steps`` steps; the first ``WARM_UP`` ones are left out.
+        Name -> seconds of ``steps`` steps; the first ``WARM_UP`` ones are left out. Name -> peak memory in GB.
     """
-    times: dict[str, list[float]] = {name: [] for name in programs}
-    for number in range(WARM_UP + steps):
-        for name in list(programs)[:: 1 if number % 2 else -1]:
-            seconds = programs[name].step()
-            if number >= WARM_UP:
-                times[name].append(seconds)
-    return times
+    times: dict[str, list[float]] = {name: [] for name in commands}
+    with ExitStack() as stack:
+        programs = {name: stack.enter_context(Program(line, ranks, threads)) for name, line in commands.items()}
+        for number in range(WARM_UP + steps):
+            for name in list(programs)[:: 1 if number % 2 else -1]:
+                seconds = programs[name].step()
+                if number >= WARM_UP:
+                    times[name].append(seconds)
+    return times, {name: program.memory for name, program in programs.items()}
 
 
 def speed_ratio(times: Mapping[str, list[float]], ours: str, theirs: str) -> float:

@@ -17,11 +17,10 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 
 import torch
 from ours import SHAPES, finish, options, steps_of
-from turns import Program, serve, speed_ratio, take_turns
+from turns import serve, speed_ratio, take_turns
 
 from internevo.ops.precision import is_slow
 from internevo.parallel.world import join, pick_device
@@ -106,18 +105,12 @@ def compare(shape: str, dtype: str, steps: int, rounds: int, threads: int) -> tu
     alone = pick_device(0).type != "cpu"
     for number in range(1, rounds + 1):
         for together in [[which] for which in NAMES] if alone else [list(NAMES)]:
-            with ExitStack() as stack:
-                commands = {which: command(which, shape, dtype) for which in together}
-                programs = {which: stack.enter_context(Program(line, 1, threads)) for which, line in commands.items()}
-                found = take_turns(programs, steps)
-            for which, program in programs.items():
-                times[which] += found[which]
-                memory[which].append(program.memory)
-                speed = speed_of(shape, found[which])
-                print(
-                    f"round {number}: {shape} {dtype} {NAMES[which]}: {speed:.0f} tokens/s, {program.memory:.2f} GB",
-                    flush=True,
-                )
+            found, peaks = take_turns({which: command(which, shape, dtype) for which in together}, steps, threads=threads)
+            for which, of_round in found.items():
+                times[which] += of_round
+                memory[which].append(peaks[which])
+                result = f"{speed_of(shape, of_round):.0f} tokens/s, {peaks[which]:.2f} GB"
+                print(f"round {number}: {shape} {dtype} {NAMES[which]}: {result}", flush=True)
     return times, {which: statistics.median(found) for which, found in memory.items()}
 
 

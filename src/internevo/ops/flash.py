@@ -65,6 +65,8 @@ def restore() -> None:
 def choose(generation: int, heads: Heads, device: torch.device) -> None:
     """Makes this process use another generation of flash attention on its GPU, after a check on an example with these heads.
 
+    Before, the process must use PyTorch's own (``restore``).
+
     Raises:
         ConfigError: if the package is not installed, or does not run on this GPU.
         InternEvoError: if it cannot compute the example, or computes something else than generation 2.
@@ -75,7 +77,6 @@ def choose(generation: int, heads: Heads, device: torch.device) -> None:
             f"flash attention {generation} does not run on {torch.cuda.get_device_name(device)}; it needs a GPU of compute "
             f"capability {' or '.join(f'{major}.x' for major in package.capabilities)}; {remove}"
         )
-    restore()
     inputs, windows = example(heads, device), sorted({min(window, WINDOW) for window in heads.windows} or {0})
     expected = {window: results(*inputs, window) for window in windows}
     try:

@@ -72,7 +72,7 @@ def in_full(candidate: Candidate, gpu: GPU, calibration: Calibration, limit: int
     job, p, memory = candidate.job, candidate.prediction, candidate.memory
     layout = job.work.layout
     ranks, number = layout.data, job.work.micro_batches
-    yield (f"{describe(candidate.choice)}: {counted(ranks, 'data rank')}, {counted(number, 'micro-batch')} on each")
+    yield f"{describe(candidate.choice)}: {counted(ranks, 'data rank')}, {counted(number, 'micro-batch')} on each"
     yield f"  {p.tgs:,.0f} tokens per GPU and second, {p.tflops:.0f} TFLOPS, MFU {p.mfu:.1%}"
     if layout.pipeline > 1:
         yield f"  layers of the stages: {' '.join(map(str, _layers(candidate)))}"
