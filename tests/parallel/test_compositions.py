@@ -108,6 +108,10 @@ def test_compositions_train_the_same_model_as_one_process(pool: Pool, one_proces
 HALF = {
     "1F1B": pipelined(2, 2), "interleaved": pipelined(2, 2, 2), "ZBH1, zero 2": scheduled("ZBH1", pipelined(4, 2)),
     "ZBV, msp 2": scheduled("ZBV", pipelined(4, 2, 2, mode="msp", tensor=2)),
+    "ZBH1, zero 2, as many micro-batches as stages": scheduled("ZBH1", pipelined(4, 2, data__global_batch_size=12)),
+    "ZBV, isp, one micro-batch": scheduled(
+        "ZBV", pipelined(4, 2, 2, mode="isp", weights={"size": 2}, data__global_batch_size=6)
+    ),
     "experts over 4": layout(4), "experts, mtp 2": layout(4, "mtp", 2), "whole experts, msp 2": layout(
         4, "msp", 2, parallel__expert={"no_tp": True}
     ),
@@ -122,7 +126,10 @@ HALF = {
 def test_half_precision_follows_one_process(pool: Pool, one_process: One, tmp_path: Path, name: str) -> None:
     processes, changes = HALF[name]
     model = "dropless experts" if "experts" in name else "llama"
-    training = {"model__num_layers": changes.get("model__num_layers", 2), "data__micro_bsz": 3, "model__dtype": "bfloat16"}
+    training = {
+        "model__num_layers": changes.get("model__num_layers", 2), "data__micro_bsz": 3, "model__dtype": "bfloat16",
+        "data__global_batch_size": changes.get("data__global_batch_size", ROWS),
+    }  # fmt: skip
     drawn = Composition(processes, {**changes, "data__micro_bsz": 3}, model, training)
     one = one_process(drawn, STEPS)
     pool.train(write_config(tmp_path, one.parent / "data", "many", **drawn.changes), processes)

@@ -29,7 +29,7 @@ PRIVATE = {
     "parallel/collectives.py": "functional collectives",
     "parallel/gloo.py": "gloo",
     "parallel/pretended.py": "fake process groups",
-    "measure/memory.py": "gradients that fully_shard adds up",
+    "parallel/accumulated.py": "gradients that fully_shard adds up",
     "measure/allocator.py": "the history of a GPU's allocator",
     "ops/dispatch.py": "dispatch modes",
     "ops/compiler.py": "the compiler",

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from ..ops.dispatch import TorchDispatchMode, local_part, tensors_in
+from ..parallel.accumulated import accumulated_gradients
 from ..parallel.memory import Memory
 from ..parallel.orders import Action
 
@@ -101,11 +101,7 @@ def gradients_of(model: nn.Module, masters: Iterable[tuple[str, nn.Parameter]]) 
     for name, parameter in (*model.named_parameters(), *masters):
         if parameter.grad is not None:
             yield name, parameter.grad
-    for path, module in model.named_modules():
-        group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
-        for sharded in group.fsdp_params if group is not None else ():
-            if sharded.unsharded_accumulated_grad is not None:
-                yield sharded._param_fqn or path, sharded.unsharded_accumulated_grad
+    yield from accumulated_gradients(model)
 
 
 class OfRank(NamedTuple):

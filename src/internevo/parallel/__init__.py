@@ -4,6 +4,7 @@
 |-----------------------------------|-------------------------------------------------------------------------------------|
 | ``data_axis.py``                  | ZeRO-1.5 and FSDP: where gradients are reduced over the data ranks, and weights are |
 |                                   | gathered                                                                            |
+| ``accumulated.py``                | the gradients that ``fully_shard`` adds up over the passes of a step                |
 | ``prefetch.py``                   | what FSDP gathers in advance                                                        |
 | ``tensor.py``                     | mtp, msp, fsp: heads and columns over the tensor ranks                              |
 | ``isp.py``, ``gathered.py``       | isp: sequences over the tensor ranks, weights over the weight ranks; its prefetch   |

@@ -36,6 +36,7 @@ from ..models.moe import ExpertMLPs
 from ..ops import foreach
 from ..ops.accumulate import accumulate
 from . import gloo
+from .accumulated import accumulate_in_reduce_dtype
 from .gloo import AllGather, ReduceScatter, wait_for_reduction
 from .layout import Meshes
 from .prefetch import experts_in, set_backward_prefetch, set_forward_prefetch
@@ -81,8 +82,9 @@ class DataAxis(Weights, Protocol):
     def before_backward(self, last: bool) -> None:
         """Must be called before each backward pass. ``last``: its end completes the gradients of a step, which it reduces."""
 
-    def reduce_gradients(self) -> None:
-        """Reduces the gradients of a step, if some of them were computed after the last backward pass."""
+    def after_weights(self, last: bool) -> None:
+        """Must be called after each pass that computes gradients of weights apart from backward passes. ``last``: they complete
+        the gradients of a step, which it reduces."""
 
 
 class SingleProcess:
@@ -110,7 +112,7 @@ class SingleProcess:
     def before_backward(self, last: bool) -> None:
         pass
 
-    def reduce_gradients(self) -> None:
+    def after_weights(self, last: bool) -> None:
         pass
 
     @torch.no_grad()
@@ -229,11 +231,13 @@ class Sharded:
             root.set_requires_gradient_sync(last)
             root.set_reshard_after_backward(last)
 
-    def reduce_gradients(self) -> None:
-        # PyTorch's own schedules do it by this method, the only public way. The import takes a second.
-        from torch.distributed.pipelining import PipelineStage
+    def after_weights(self, last: bool) -> None:
+        accumulate_in_reduce_dtype(self.units)
+        if last:
+            # PyTorch's own schedules reduce gradients by this method, the only public way. The import takes a second.
+            from torch.distributed.pipelining import PipelineStage
 
-        PipelineStage(self.model, 0, dist.get_world_size(), self.device).perform_reduce_grad(1)
+            PipelineStage(self.model, 0, dist.get_world_size(), self.device).perform_reduce_grad(1)
 
     def masters_changed(self) -> None:
         pass  # the next forward pass gathers them

@@ -274,8 +274,7 @@ def weights_and_gradients(work: Workload, stage: Elements, passes: str) -> int:
     P = number of parameters on a rank before the data axis shards them, z = ranks of a ZeRO group, c = bytes per element of the
     weights with which the model computes, g = bytes per element of a gradient. The units in use of FSDP are not counted. There
     are gradients from the first backward pass on; after the last one, those of ZeRO-1.5 are sharded, too, and the full weights
-    are freed. With a zero-bubble schedule, ZeRO-1.5 computes gradients of weights with c bytes, and adds them to the others (g)
-    in the next backward pass.
+    are freed.
 
     Args:
         passes: the kinds of the passes through the stage so far in this step, such as "FFBFB".
@@ -288,8 +287,4 @@ def weights_and_gradients(work: Workload, stage: Elements, passes: str) -> int:
     if layout.fsdp or passes.count(last) == work.micro_batches:
         return 4 * stage.padded * (BACKWARD in passes)
     weights = compute * stage.gathered * (FORWARD in passes)
-    if not work.zero_bubble or compute == gradient:
-        return weights + gradient * (others + deferred)
-    back = passes.replace(FORWARD, "")
-    added, computed = WEIGHTS + BACKWARD in back, back.endswith(WEIGHTS)
-    return weights + gradient * others + stage.deferred * (gradient * added + compute * computed)
+    return weights + gradient * (others + deferred)

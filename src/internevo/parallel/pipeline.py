@@ -308,8 +308,7 @@ class Pipeline:
         left = deque(step.left.pop((stage, number)))
         while left:
             left.popleft()()  # what it has kept is freed
-        if last:
-            self.chunks[stage].axis.reduce_gradients()
+        self.chunks[stage].axis.after_weights(last)
 
 
 class PipelinedModel(nn.Module):

@@ -166,7 +166,7 @@ def _walk(work: Workload, parts: Sequence[Part], moment: Within) -> int:
         backward = moment.kind == BACKWARD
         most = max(most, now + in_use + (part.backward[none_yet] if backward else part.late))
         now += part.times * (part.left - part.kept if backward else -part.left)
-        now += part.times * none_yet * (part.gradients if backward else part.deferred)
+        now += part.times * (none_yet * part.gradients if backward else _computed(work, first) * part.deferred // full)
         if part.unit is not None:
             units.pop(0)
         if part.unit is not None and reduces:
@@ -179,6 +179,13 @@ def _walk(work: Workload, parts: Sequence[Part], moment: Within) -> int:
             most = max(most, reducing + full * (unit.full - apart), reducing + g * (unit.shard + unit.copied))
             now += buffer + part.times * g * (unit.shard if first or not fsdp else unit.summed)
     return max(most, now)
+
+
+def _computed(work: Workload, first: bool) -> int:
+    """Returns the bytes per element that a gradient takes which is computed apart from a backward pass, until it is added to
+    those of the passes before (``first``: there are none)."""
+    apart = work.layout.world > work.layout.pipeline and work.element_bytes != work.gradient_bytes
+    return work.element_bytes * apart if not first else max(work.element_bytes * apart, work.gradient_bytes)
 
 
 def _parts(work: Workload, kept: KeptActivations) -> list[Part]:
