@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..ops.compiler import mark_dynamic
 from .config import DecoderConfig, Stage
-from .layers import Cache, Context, DecoderLayer, Embedding, Head, RMSNorm
+from .layers import Cache, Context, DecoderLayer, Embedding, Head, RMSNorm, alibi_slopes
 from .lora import add_adapters
 from .losses import HandedOn, Loss, LossTerms, Routed, add_pooled, pool, router_losses
 from .moe import MoE, Router
@@ -156,7 +156,7 @@ class Decoder(nn.Module):
             mark_dynamic(cu_seqlens, 0)
         rope = self.config.rope
         if rope is None:
-            return {False: Context(None, None, cu_seqlens, max_seqlen)}
+            return {False: Context(None, None, cu_seqlens, max_seqlen, alibi_slopes(self.config.num_heads, tokens.device))}
         if positions is None:
             positions = torch.arange(past, past + tokens.shape[1], device=tokens.device).expand(tokens.shape)
             if caches and (first := caches[0].first) is not None:

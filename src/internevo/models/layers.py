@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -34,6 +34,8 @@ class Context(NamedTuple):
     """Where the documents of one packed row begin and end, int32 [documents + 1]."""
     max_seqlen: int = 0
     """An upper bound of the length of a document."""
+    slopes: Tensor | None = None
+    """The slopes of ALiBi of all heads, fp32 [H]."""
 
 
 class Cache(NamedTuple):
@@ -69,7 +71,7 @@ def join_heads(out_BSHN: Tensor) -> Tensor:
     return out_BSHN
 
 
-def own_heads(values: list[float]) -> list[float]:
+def own_heads(values: Tensor) -> Tensor:
     """Selects, from one value per head, those of the heads whose attention this rank computes; here, these are all heads."""
     return values
 
@@ -114,7 +116,24 @@ def unchanged(x: Tensor) -> Tensor:
 def scale_gradient(x: Tensor, scale: float) -> Tensor:
     """Returns x. In the backward pass, its gradient is multiplied by ``scale`` (https://arxiv.org/abs/2210.02414, section
     3.2)."""
-    return x if scale == 1.0 else x * scale + x.detach() * (1 - scale)
+    return x if scale == 1.0 else _ScaleGradient.apply(x, scale)
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: float):  # type: ignore[no-untyped-def]
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        return grad * ctx.scale, None
+
+
+@cache
+def rounded(number: float, dtype: torch.dtype) -> float:
+    """Returns the number of a dtype that is nearest."""
+    return torch.tensor(number, dtype=dtype, device="cpu").item()
 
 
 class Embedding(nn.Module):
@@ -130,7 +149,7 @@ class Embedding(nn.Module):
     def forward(self, tokens_BS: Tensor) -> Tensor:
         x_BSD = scale_gradient(self.look_up(tokens_BS, self.weight), self.grad_scale)
         # The factor is rounded to the weight's dtype, as in Hugging Face's models: 55.5 for sqrt(3072) in bf16.
-        return x_BSD if self.scale == 1.0 else x_BSD * torch.tensor(self.scale, dtype=x_BSD.dtype, device=x_BSD.device)
+        return x_BSD if self.scale == 1.0 else x_BSD * rounded(self.scale, x_BSD.dtype)
 
 
 class Head(nn.Module):
@@ -176,8 +195,8 @@ class Attention(nn.Module):
         self.o = Linear("embed", d, "heads", heads, bias=config.o_bias)
         norm = partial(RMSNorm, config.head_dim, config.norm_eps, config.norm_unit_offset, axis="head")
         self.q_norm, self.k_norm = (norm() if config.qk_norm else None for _ in "qk")
+        self.rotates = config.rope is not None
         self.interleaved = config.rope is not None and config.rope.interleaved
-        self.slopes = None if config.rope else alibi_slopes(config.num_heads)
         self.project, self.finish, self.split_heads, self.join_heads = project, finish, split_heads, join_heads
         self.own_heads = own_heads
 
@@ -193,7 +212,7 @@ class Attention(nn.Module):
             q_BSHN, k_BSKN = (rotate(x, context.cos, context.sin, self.interleaved) for x in (q_BSHN, k_BSKN))
         if cache is not None:
             k_BSKN, v_BSKN = add_to_cache(cache, k_BSKN, v_BSKN)
-        slopes_H = None if self.slopes is None else torch.tensor(self.own_heads(self.slopes), device=x_BSD.device)
+        slopes_H = None if context.slopes is None else self.own_heads(context.slopes)
         out_BSHN = ops.attention(
             q_BSHN, k_BSKN, v_BSKN, context.cu_seqlens, context.max_seqlen, window=self.window, slopes_H=slopes_H,
             softcap=self.softcap, first_B=None if cache is None else cache.first,
@@ -201,15 +220,17 @@ class Attention(nn.Module):
         return self.finish(self.join_heads(out_BSHN).flatten(2), self.o)
 
 
-def alibi_slopes(heads: int) -> list[float]:
-    """Returns the slope of each head in ALiBi (https://arxiv.org/abs/2108.12409).
+def alibi_slopes(heads: int, device: torch.device) -> Tensor:
+    """Returns the slope of each head in ALiBi, fp32 [H] (https://arxiv.org/abs/2108.12409).
 
     The slopes of 2^n heads are a geometric series. For another number of heads, they are the slopes for the next smaller power
     of two, followed by every second slope for the next larger power of two.
     """
     power = 2 ** math.floor(math.log2(heads))
-    slopes = [2.0 ** (-8 * (i + 1) / power) for i in range(power)]
-    return slopes + [2.0 ** (-4 * (2 * j + 1) / power) for j in range(heads - power)]
+    # On the device, because a copy from the host would wait for it.
+    number = torch.arange(heads, dtype=torch.float64, device=device)
+    exponents = torch.where(number < power, -8 * (number + 1) / power, -4 * (2 * (number - power) + 1) / power)
+    return exponents.exp2().float()
 
 
 def add_to_cache(cache: Cache, k_BSKN: Tensor, v_BSKN: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..ops import on_device
 from .config import Rope
 
 
@@ -82,9 +83,7 @@ def _longrope(plain: Tensor, rope: Rope, max_positions: int, lengths_BS: Tensor)
     """LongRoPE (https://arxiv.org/abs/2402.13753): each pair has a divisor of its own, and another one in documents that are
     longer than the original length. Returns [B, S, pairs], and the factor of cos and sin."""
     original = rope.options["original_max_position_embeddings"]
-    short, long = (
-        torch.tensor(rope.options[key], dtype=plain.dtype, device=plain.device) for key in ("short_factor", "long_factor")
-    )
+    short, long = (on_device(rope.options[key], plain.device, plain.dtype) for key in ("short_factor", "long_factor"))
     frequencies = torch.where((lengths_BS > original).unsqueeze(-1), plain / long, plain / short)
     return frequencies, longrope_scale(rope, max_positions)
 

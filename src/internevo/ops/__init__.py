@@ -5,6 +5,7 @@ from .cross_entropy import VocabShard, chunk_tokens, linear_cross_entropy
 from .gated import gated
 from .grouped import grouped_linear, grouped_product, inverse, take_rows
 from .norm import rms_norm
+from .on_device import on_device
 
 __all__ = [
     "VocabShard",
@@ -15,6 +16,7 @@ __all__ = [
     "grouped_product",
     "inverse",
     "linear_cross_entropy",
+    "on_device",
     "rms_norm",
     "take_rows",
 ]

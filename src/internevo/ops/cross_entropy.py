@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,8 +86,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk = chunk_tokens(hidden.shape[0], weight.shape[0], hidden.device.type)
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
-            softmax = _compiled_softmax() if hidden.is_cuda and shard is None else _softmax
-            losses[part], grad_logits = softmax(hidden[part] @ weight.t(), labels[part], smoothing, softcap, shard)
+            losses[part], grad_logits = _softmax(hidden[part] @ weight.t(), labels[part], smoothing, softcap, shard)
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[part])
             if grad_weight is not None:
@@ -104,7 +103,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_sum: Tensor, _grad_losses: Tensor):  # type: ignore[no-untyped-def]
         saved = iter(ctx.saved_tensors)
         grads = [next(saved) if wanted else None for wanted in ctx.wants]
-        return (*(g if g is None else g.mul_(grad_sum.to(g.dtype)) for g in grads), None, None, None, None)
+        for grad in grads:
+            if grad is not None:
+                _scale(grad, grad_sum)
+        return (*grads, None, None, None, None)
 
 
 def _add_product(total_VD: Tensor, grad_TV: Tensor, hidden_TD: Tensor) -> None:
@@ -119,10 +121,10 @@ def _add_product(total_VD: Tensor, grad_TV: Tensor, hidden_TD: Tensor) -> None:
         total_VD[rows] += grad_TV[:, rows].t() @ hidden_TD
 
 
-@cache
-def _compiled_softmax() -> Callable[..., tuple[Tensor, Tensor]]:
-    """Compiles ``_softmax``, which then reads the logits twice and not ten times."""
-    return torch.compile(_softmax, dynamic=False)
+def _scale(grad: Tensor, factor: Tensor) -> None:
+    """Multiplies a gradient in place, in fp32. (A factor without dimensions would be rounded to the gradient's dtype.)"""
+    for rows in grad.split(BLOCK if not grad.is_cuda else grad.shape[0]):
+        rows.mul_(factor.view(1))
 
 
 def _softmax(
@@ -130,33 +132,86 @@ def _softmax(
 ) -> tuple[Tensor, Tensor]:
     """Returns the losses in fp32 and the gradients of the logits in the logits' dtype.
 
-    Logits, exponentials, probabilities and gradients are in the same fp32 buffer, one after the other. With a cap there is a
-    second one, for its derivative 1 - tanh(z / c)^2.
+    On CUDA it is compiled, and then reads the logits twice and not ten times. What ranks exchange is not compiled.
     """
-    dtype, logits = logits.dtype, logits.float()
-    slope = None
+    run, dtype = _compiled if logits.is_cuda else lambda function: function, logits.dtype
+    if logits.is_cuda and shard is None:
+        return run(_whole_softmax)(logits, labels, smoothing, softcap)
+    first, vocabulary = (shard.first, shard.vocabulary) if shard else (0, logits.shape[1])
+    sums, parts = run(_begin_softmax)(logits, labels, smoothing, softcap, first, vocabulary)
+    del logits  # before the gradients are there
+    if shard:
+        lses, targets, means = shard.gather(sums).unbind(1)
+        sums = torch.stack([lses.logsumexp(0), targets.sum(0), means.sum(0)])
+    return run(_end_softmax)(sums, parts, labels, smoothing, first, vocabulary, dtype)
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False)
+
+
+def _whole_softmax(logits: Tensor, labels: Tensor, smoothing: float, softcap: float) -> tuple[Tensor, Tensor]:
+    vocabulary = logits.shape[1]
+    sums, parts = _begin_softmax(logits, labels, smoothing, softcap, 0, vocabulary)
+    return _end_softmax(sums, parts, labels, smoothing, 0, vocabulary, logits.dtype)
+
+
+class _Parts(NamedTuple):
+    """What the first half of the softmax hands to the second."""
+
+    exponentials: Tensor
+    """exp(logit - largest), fp32 [T, rows]."""
+    largest: Tensor
+    """[T, 1]."""
+    slope: Tensor | None
+    """With a cap: its derivative 1 - tanh(z / c)^2, fp32 [T, rows]."""
+
+
+def _begin_softmax(
+    logits: Tensor, labels: Tensor, smoothing: float, softcap: float, first: int, vocabulary: int
+) -> tuple[Tensor, _Parts]:
+    """Returns [3, T, 1] of these rows (log-sum-exp, the target's logit, the sum of the logits over the vocabulary's size), and
+    what is needed for the gradients.
+
+    Logits, exponentials, probabilities and gradients are in the same fp32 buffer, one after the other.
+    """
+    logits, slope = logits.float(), None
     if softcap:
         logits = logits.div_(softcap).tanh_()
         slope = 1 - logits.square()
         logits.mul_(softcap)
-    vocabulary = shard.vocabulary if shard else logits.shape[1]
-    kept = labels != IGNORE
-    index = (labels - (shard.first if shard else 0)).unsqueeze(1)
-    here = kept.unsqueeze(1) & (index >= 0) & (index < logits.shape[1])
-    index = index.clamp(0, logits.shape[1] - 1)
+    index, here = _place_of(labels, first, logits.shape[1])
     target = torch.where(here, logits.gather(1, index), 0.0)
     largest = logits.amax(-1, keepdim=True)
     mean = logits.sum(-1, keepdim=True) / vocabulary if smoothing else target
     total = logits.sub_(largest).exp_().sum(-1, keepdim=True)
-    lse = largest + total.log()
-    if shard:
-        lses, targets, means = shard.gather(torch.stack([lse, target, mean])).unbind(1)
-        lse, target, mean = lses.logsumexp(0), targets.sum(0), means.sum(0)
+    return torch.stack([largest + total.log(), target, mean]), _Parts(logits, largest, slope)
+
+
+def _end_softmax(
+    sums: Tensor, parts: _Parts, labels: Tensor, smoothing: float, first: int, vocabulary: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Returns the losses, and the gradients of the logits of these rows.
+
+    Args:
+        sums: those of the whole vocabulary, as ``_begin_softmax`` returns them.
+    """
+    lse, target, mean = sums
     losses = lse - ((1 - smoothing) * target + smoothing * mean)
-    grad = logits.mul_((largest - lse).exp())
+    grad = parts.exponentials.mul_((parts.largest - lse).exp())
     if smoothing:
         grad.sub_(smoothing / vocabulary)
+    index, here = _place_of(labels, first, grad.shape[1])
     grad.scatter_add_(1, index, torch.where(here, smoothing - 1.0, 0.0))
-    if slope is not None:
-        grad.mul_(slope)
+    if parts.slope is not None:
+        grad.mul_(parts.slope)
+    kept = labels != IGNORE
     return torch.where(kept, losses.squeeze(1), 0.0), grad.mul_(kept.unsqueeze(1)).to(dtype)
+
+
+def _place_of(labels: Tensor, first: int, rows: int) -> tuple[Tensor, Tensor]:
+    """Returns the column of each label among these rows of the vocabulary [T, 1], and whether it is one of them."""
+    index = (labels - first).unsqueeze(1)
+    here = (labels != IGNORE).unsqueeze(1) & (index >= 0) & (index < rows)
+    return index.clamp(0, rows - 1), here

@@ -164,7 +164,7 @@ class InternSequenceParallel:
             attn.split_heads = partial(self._split_heads, rotated=True)
         else:
             attn.project = partial(_project, gathered_together(attn.q, attn.k, attn.v))
-            attn.split_heads = partial(self._split_heads, rotated=attn.slopes is None)
+            attn.split_heads = partial(self._split_heads, rotated=attn.rotates)
             attn.own_heads = self._local_heads
         attn.finish = partial(_finish, gathered_together(attn.o))
         attn.join_heads = self._join_heads
@@ -224,7 +224,7 @@ class InternSequenceParallel:
         by_rank = out_BSHN.unflatten(1, (self.size, -1)).movedim(1, 0)
         return exchange(by_rank, self.token_group).movedim(0, 2).flatten(2, 3)
 
-    def _local_heads(self, values: list[float]) -> list[float]:
+    def _local_heads(self, values: Tensor) -> Tensor:
         share = len(values) // self.size
         return values[self.rank * share : (self.rank + 1) * share] if self.shard_sequence else values
 

@@ -3,7 +3,7 @@ everything that all ranks must know, clipping, and the update."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..data.batches import MicroBatch, StepBatch
 from ..models.config import DecoderConfig
 from ..models.decoder import routers
 from ..models.losses import HandedOn, Loss
-from ..ops import foreach
+from ..ops import foreach, on_device
 from ..parallel import plan
 from ..parallel.layout import Layout
 from ..parallel.memory import Memory
@@ -172,12 +172,6 @@ class Stepper:
         norm, finite, _, losses, counts, routed.values, shared = numbers.split([*sizes, numbers.numel() - sum(sizes)])
         summary = routed.summary(float(counts.sum()))
         return StepResult(Losses(losses, counts), float(norm), not finite, Shared.unpack(shared.tolist()), summary)
-
-
-def on_device(numbers: Sequence[float], device: torch.device) -> Tensor:
-    """Returns an fp64 vector on ``device``, without waiting for a GPU."""
-    vector = torch.tensor(numbers, dtype=torch.float64)
-    return vector.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else vector
 
 
 class Later:
