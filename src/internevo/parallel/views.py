@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
@@ -50,14 +51,17 @@ class View:
         size, stride = self.axes[axis], self.stride(axis)
         return [self.group(axis, rank) for rank in range(self.world) if rank // stride % size == 0]
 
-    def mesh(self, groups: Groups, device_type: str) -> DeviceMesh:
+    def mesh(self, groups: Groups, device_type: str, purposes: Mapping[str, str] = MappingProxyType({})) -> DeviceMesh:
         """Makes a ``DeviceMesh`` of the ranks of this rank's stage, with the other axes as dimensions.
 
         Every rank must call it, because it makes process groups.
+
+        Args:
+            purposes: axis -> purpose of its groups (``Groups.get``), where they have one.
         """
         stage, *axes = self.axes
         ranks = torch.arange(self.world).view(*self.axes.values())[self.coordinate(dist.get_rank())[stage]]
-        made = [groups.get(self.groups(axis)) for axis in axes]
+        made = [groups.get(self.groups(axis), purposes.get(axis, "")) for axis in axes]
         return DeviceMesh.from_group(made, device_type, mesh=ranks, mesh_dim_names=tuple(axes))
 
     def __eq__(self, other: object) -> bool:

@@ -124,3 +124,24 @@ def _shapes_of_meshes(world: World, layout: Layout) -> dict[str, Any]:
 def test_meshes_have_the_groups_of_their_views(pool: Pool) -> None:
     layout = Layout(4, 2, "mtp", 1, 1, 2, False, 1, expert=2, expert_inner=1, expert_zero=2)
     assert pool.run(_shapes_of_meshes, 4, layout) == [{"weights": (1, 2, 2), "tensor": (2,), "experts": (1, 2, 2, 1)}] * 4
+
+
+def _shares_a_communicator(_: World, layout: Layout) -> set[str]:
+    """The axes whose exchanges of tokens share a process group with weights or gradients."""
+    meshes = Meshes.from_layout(layout, "cpu")
+    experts = meshes.experts
+    assert experts is not None
+    of_weights = [meshes.weights.get_group(axis) for axis in ("replicate", "zero", "inner")]
+    of_weights += [experts.get_group(axis) for axis in ("replicate", "zero", "inner")]
+    exchanging = {"tensor": meshes.tensor.get_group(), "expert": experts.get_group("expert")}
+    return {axis for axis, group in exchanging.items() if group in of_weights and group.size() > 1}
+
+
+def test_exchanges_of_tokens_do_not_queue_behind_weights(pool: Pool) -> None:
+    """A sequence and a weight over the same ranks; experts over the ranks of a ZeRO group."""
+    isp = Layout(4, 2, "isp", 2, 1, 2, False, 1, expert=2, expert_inner=1, expert_zero=2)
+    everywhere = Layout(4, 1, "mtp", 1, 1, 4, False, 1, expert=4, expert_inner=1, expert_zero=1)
+    for layout in (isp, everywhere):
+        assert pool.run(_shares_a_communicator, 4, layout) == [set()] * 4
+    megatron = Layout(4, 2, "msp", 1, 1, 2, False, 1, expert=2, expert_inner=1, expert_zero=2)
+    assert pool.run(_shares_a_communicator, 4, megatron) == [{"tensor"}] * 4  # these weights stay where they are
