@@ -8,7 +8,9 @@ optimizer state are DTensors, sharded over ``zero`` and replicated over ``replic
 |----------|----------------------------------------------|---------------------------------------------------|
 | ZeRO-1.5 | once per step, in the first forward pass     | once per step: reduce-scatter over zero, then     |
 |          |                                              | all-reduce of the shard over replicate            |
-| FSDP     | in each forward pass and each backward pass  | the same, for each micro-batch                    |
+| FSDP     | in each forward pass and each backward pass; | the same, for each micro-batch                    |
+|          | the head, which is used at the end of one    |                                                   |
+|          | and at the beginning of the other, once      |                                                   |
 
 Gradients are summed and not averaged, because the loss is divided by the number of tokens of the global batch. They are reduced
 in ``hybrid_zero_optimizer.grad_dtype``.
@@ -32,6 +34,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from ..config.training import HybridZeroOptimizer
 from ..models.decoder import Decoder
+from ..models.layers import Head
 from ..models.moe import ExpertMLPs
 from ..ops import foreach
 from ..ops.accumulate import accumulate
@@ -183,13 +186,13 @@ class Sharded:
         )
         apart = meshes.experts is not None
         joined = units(model, None if fsdp else config.reduce_bucket_size, lambda parameter: local(parameter).numel(), apart)
-        shard = partial(fully_shard, mp_policy=precision, reshard_after_forward=fsdp)
+        shard = partial(fully_shard, mp_policy=precision)
         if meshes.experts is not None:
             placement = _expert_placement(meshes.experts["zero"].size())
             for experts in experts_in([model]):
-                shard(experts, mesh=_data_mesh(meshes.experts), shard_placement_fn=placement)
+                shard(experts, mesh=_data_mesh(meshes.experts), shard_placement_fn=placement, reshard_after_forward=fsdp)
         for modules in joined:
-            shard(modules, mesh=_data_mesh(meshes.weights))
+            shard(modules, mesh=_data_mesh(meshes.weights), reshard_after_forward=fsdp and not _has_head(modules))
         if fsdp:
             set_backward_prefetch(joined[:-1], apart)
         may_defer = config.overlap_sync_grad and not fsdp
@@ -287,6 +290,11 @@ def _data_mesh(mesh: DeviceMesh) -> DeviceMesh:
     return mesh["replicate", "zero"] if mesh["replicate"].size() > 1 else mesh["zero"]
 
 
+def _has_head(modules: Sequence[nn.Module]) -> bool:
+    """Whether a unit is needed at the end of the forward pass, and again at once, at the beginning of the backward pass."""
+    return any(isinstance(module, Head) or (isinstance(module, Decoder) and module.head is not None) for module in modules)
+
+
 def _expert_placement(ranks: int) -> Callable[[nn.Parameter], Shard]:
     return lambda parameter: Shard(shard_dim_of_experts(local(parameter).shape, ranks))
 
@@ -338,6 +346,7 @@ def traffic(
     shapes: Sequence[Sequence[Shape]],
     experts: Mapping[int, Sequence[Shape]],
     summed: Mapping[str, Sequence[Shape]],
+    heads: bool,
 ) -> list[Collectives]:
     """Returns the collectives of a step (see the table above). Shards of uneven size are padded.
 
@@ -345,17 +354,20 @@ def traffic(
         shapes: for each unit, the shapes that its parameters have on a rank before the data axis shards them.
         experts: layer -> the same for its experts, if they are a unit of their own.
         summed: axis -> such shapes of the parameters whose gradients are summed over that axis at the end of a step.
+        heads: the last unit has the head.
     """
     layout, rows = work.layout, list[Collectives]()
     passes = work.micro_batches if layout.fsdp else 1
-    gathers = passes * (2 if layout.fsdp else 1)
-    for axis, replicas, ranks, units_ in (
-        ("zero", "replicate", layout.zero, shapes),
-        ("expert zero", "expert replicate", layout.expert_zero, list(experts.values())),
+    again = shapes[:-1] if heads else shapes
+    for axis, replicas, ranks, units_, for_backward in (
+        ("zero", "replicate", layout.zero, shapes, again),
+        ("expert zero", "expert replicate", layout.expert_zero, list(experts.values()), list(experts.values())),
     ):
         count, elements = sharded(units_, ranks, of_experts=axis == "expert zero")
+        for gathered in (units_, for_backward) if layout.fsdp else (units_,):
+            number, size = sharded(gathered, ranks, of_experts=axis == "expert zero")
+            rows.append(Collectives("all-gather", axis, number, ranks * size * work.element_bytes).times(passes))
         rows += [
-            Collectives("all-gather", axis, count, ranks * elements * work.element_bytes).times(gathers),
             Collectives("reduce-scatter", axis, count, ranks * elements * work.gradient_bytes).times(passes),
             Collectives("all-reduce", replicas, count, elements * work.gradient_bytes).times(passes),
         ]

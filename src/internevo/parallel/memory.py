@@ -239,6 +239,8 @@ class Elements:
     """Of a rank's shards."""
     padded: int
     """The same with the padding: gradients are views of the buffer that a reduce-scatter has filled."""
+    head: int = 0
+    """Of ``gathered``, how many are in the unit of the head."""
 
     def plus(self, other: Elements, times: int) -> Elements:
         """Returns the sum with ``times`` as many as another one."""
@@ -274,7 +276,7 @@ def weights_and_gradients(work: Workload, stage: Elements, passes: str) -> int:
     P = number of parameters on a rank before the data axis shards them, z = ranks of a ZeRO group, c = bytes per element of the
     weights with which the model computes, g = bytes per element of a gradient. The units in use of FSDP are not counted. There
     are gradients from the first backward pass on; after the last one, those of ZeRO-1.5 are sharded, too, and the full weights
-    are freed.
+    are freed. FSDP keeps those of the head from a forward pass to its backward pass.
 
     Args:
         passes: the kinds of the passes through the stage so far in this step, such as "FFBFB".
@@ -285,6 +287,7 @@ def weights_and_gradients(work: Workload, stage: Elements, passes: str) -> int:
     if layout.world == layout.pipeline:
         return (0 if compute == 4 else compute * stage.full) + 4 * (others + deferred)
     if layout.fsdp or passes.count(last) == work.micro_batches:
-        return 4 * stage.padded * (BACKWARD in passes)
+        in_use = layout.fsdp and passes.count(FORWARD) > passes.count(BACKWARD)
+        return 4 * stage.padded * (BACKWARD in passes) + compute * stage.head * in_use
     weights = compute * stage.gathered * (FORWARD in passes)
     return weights + gradient * (others + deferred)

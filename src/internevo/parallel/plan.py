@@ -157,7 +157,7 @@ def traffic(work: Workload) -> list[Collectives]:
         shapes = [[parameter.shape for parameter in unit] for unit in dense]
         layers = [layer for layer in stage.layers if work.decoder.is_sparse(layer)]
         of_experts = {layer: [p.shape for p in unit] for layer, unit in zip(layers, experts, strict=False)}
-        rows += data_axis.traffic(work, shapes, of_experts, partial)
+        rows += data_axis.traffic(work, shapes, of_experts, partial, stage.heads)
     return add_up(rows, work.layout)
 
 
@@ -252,6 +252,9 @@ def _count_elements(work: Workload) -> Elements:
         experts = [parameter.shape for parameter in parameters if parameter.of_experts and layout.experts_apart]
         part = Elements.of(work, shapes, experts, [parameter.shape for parameter in parameters if parameter.deferred])
         total = total.plus(part, count)
+    if stage.heads:
+        shapes = [parameter.shape for parameter in _ends(work, stage)[-1]]
+        total = replace(total, head=Elements.of(work, shapes, (), ()).gathered)
     return total
 
 
@@ -283,7 +286,7 @@ def _on_rank(work: Workload, stage: Stage) -> tuple[list[list[OnRank]], list[lis
 def _ends(work: Workload, stage: Stage) -> list[list[OnRank]]:
     """Returns what a stage has besides its layers, for each unit."""
     bare = Stage(range(0), stage.embeds, stage.heads)
-    return [[_placed(work, parameter) for parameter in unit] for unit in _units(_shape_of(work.decoder), bare)]
+    return [[_placed(work, parameter) for parameter in unit] for unit in _units(_shape_of(work.decoder), bare) if unit]
 
 
 def layer(work: Workload, sparse: bool) -> list[OnRank]:

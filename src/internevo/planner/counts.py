@@ -130,7 +130,7 @@ def _count_stage(job: Job, stage: Stage, inside: Inside, groups: dict[str, Group
     work, prefetched = replace(job.work, stages=(stage,), micro_batches=1), inside.prefetched
     layout = work.layout
     units, experts = [[(elements,)] for elements in inside.units], inside.experts
-    of_data = messages(data_axis.traffic(work, units, experts, {}), groups)
+    of_data = messages(data_axis.traffic(work, units, experts, {}, stage.heads), groups)
     _, shard = data_axis.sharded(units, layout.zero, of_experts=False)
     _, shard_of_experts = data_axis.sharded(list(experts.values()), layout.expert_zero, of_experts=True)
     gathers = [message for message in of_data if message.kind == "all-gather"]

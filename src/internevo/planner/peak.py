@@ -129,9 +129,9 @@ def _head_forward(work: Workload, kept: KeptActivations) -> int:
     inputs = e * d * (kept.loss_tokens + (kept.residual_tokens if kept.residual_tokens != kept.loss_tokens else 0))
     weight = e * rows * d * (decoder.norm_head or (layout.mode == "isp" and layout.weight > 1))  # normed, or gathered
     gathered = 0
-    if _is_fsdp(work):  # the buffer of the collective, which is there until the next one, and the weights
+    if _is_fsdp(work):  # the buffer of the collective, which is there until the next one
         unit = _unit(work, [((_table(work),), False)])
-        gathered = e * (unit.full + unit.gathered * (layout.zero > 1 and not decoder.tie_embeddings))
+        gathered = e * unit.gathered * (layout.zero > 1 and not decoder.tie_embeddings)
     return max(chunks, end) + inputs + weight + gathered
 
 
@@ -159,10 +159,11 @@ def _walk(work: Workload, parts: Sequence[Part], moment: Within) -> int:
     reduces = layout.world > layout.pipeline and (moment.last or fsdp)
     most = now = buffer = 0
     units = [part.unit for part in reversed(parts) if part.unit is not None]
+    # The weight of both ends, if they are tied, is gathered all the time; and that of the head since the forward pass.
+    kept = units[-1 if work.decoder.tie_embeddings else 0] if work.heads else None
     for part in reversed(parts):
-        in_use = e * (sum(unit.gathered for unit in units[:2]) - sum(unit.experts for unit in units[1:2])) * fsdp
-        if work.decoder.tie_embeddings and len(units) > 2:  # the weight of both ends is gathered all the time
-            in_use += e * units[-1].gathered * fsdp
+        gathered = [unit for unit in (*units[:2], *units[2:][-1:] * work.decoder.tie_embeddings) if unit is not kept]
+        in_use = e * (sum(unit.gathered for unit in gathered) - sum(unit.experts for unit in units[1:2])) * fsdp
         backward = moment.kind == BACKWARD
         most = max(most, now + in_use + (part.backward[none_yet] if backward else part.late))
         now += part.times * (part.left - part.kept if backward else -part.left)
@@ -171,7 +172,7 @@ def _walk(work: Workload, parts: Sequence[Part], moment: Within) -> int:
             units.pop(0)
         if part.unit is not None and reduces:
             unit = part.unit
-            now -= part.times * (e * unit.gathered * (not fsdp) + full * unit.full) + buffer
+            now -= part.times * (e * unit.gathered * (not fsdp or unit is kept) + full * unit.full) + buffer
             # FSDP has reduced and freed experts apart before: ``_backward``.
             apart = unit.experts * fsdp
             buffer = g * (unit.gathered - apart)

@@ -116,12 +116,15 @@ def test_the_parameters_of_a_rank_are_those_of_its_model(number: int) -> None:
     work = Workload(decoder, layout, 64, 8, 2, 4, 0.0, False, bucket, "cuda")
     for stage in split(decoder, layout.stages, 32):
         units, experts = of_a_model(work, stage)
+        units = [unit for unit in units if unit]
         found, of_experts = plan._on_rank(work, stage)
         assert [sorted(unit, key=str) for unit in found] == [sorted(unit, key=str) for unit in units]
         assert of_experts == experts
         dense, routed = list(chain(*units)), list(chain(*experts))
         deferred = [parameter.shape for parameter in (*dense, *routed) if parameter.deferred]
         expected = Elements.of(work, [p.shape for p in dense], [p.shape for p in routed], deferred)
+        if stage.heads:
+            expected = replace(expected, head=Elements.of(work, [p.shape for p in units[-1]], [], []).gathered)
         assert plan.elements(replace(work, stages=(stage,))) == expected
 
 
