@@ -197,6 +197,24 @@ def test_a_killed_run_is_resumed_to_bit_identical_weights(config: WriteConfig, t
     assert kept == ["step-00000036", "step-00000040"]
 
 
+def test_a_wsd_run_goes_on_from_before_its_decay_as_if_its_length_had_been_planned(
+    pool: Pool, config: WriteConfig, tmp_path: Path
+) -> None:
+    """From step 4 of a run of 6 steps to 8 steps, and from step 4 of a run of 8 steps to 6."""
+    schedule = {"kind": "wsd", "warmup_steps": 2, "decay_steps": 2, "eta_min": 1e-3}
+    changes: dict[str, Any] = {"lr_scheduler": schedule, "ckpt__checkpoint_every": 4, "ckpt__keep_every": 4}
+    for steps, other in ((6, 8), (8, 6)):
+        pool.train(config(f"planned{steps}", **changes, data__total_steps=steps))
+        info = {"path": str(tmp_path / f"planned{steps}" / "checkpoints" / "step-00000004")}
+        pool.train(config(f"changed{other}", **changes, data__total_steps=other, ckpt__load_ckpt_info=info))
+    for steps in (6, 8):
+        rows = metrics(tmp_path / f"planned{steps}")
+        assert [row["lr"] for row in rows] == pytest.approx([0.005, *[0.01] * (steps - 2), 0.0055])
+        assert comparable(metrics(tmp_path / f"changed{steps}")) == comparable(rows)[4:]
+        line = f"then constant, linear to 0.001 in the last 2 of {steps} steps"
+        assert line in (tmp_path / f"planned{steps}" / "report.html").read_text()
+
+
 def test_a_process_that_is_killed_ends_the_run_and_is_named(config: WriteConfig, tmp_path: Path) -> None:
     path = config("failing")
     process = start(path, "--nproc", 2, "data.total_steps=400", "lr_scheduler.total_steps=400")

@@ -37,7 +37,7 @@ from ..storage.naming import naming
 from ..text.tokenizer import Tokenizer
 from .about import axis_sizes, facts_of, title
 from .folder import CONFIG, FINETUNE
-from .lr_schedule import beta2, learning_rate
+from .lr_schedule import beta2, describe, learning_rate
 from .parts import Parts
 from .process import GarbageCollector, prepare, unsuited
 from .restore import restore
@@ -284,7 +284,7 @@ class Trainer:
         observers = Observers(self.console, config.monitor, tracked, config.enable_tb)
         observers.start(facts_of(self.parts))
         self.exporter.warn = self.console.warn
-        for line in [title(self.parts, self.state.cursor.batch), *self.start_lines]:
+        for line in [title(self.parts, self.state.cursor.batch), f"learning rate: {describe(config)}", *self.start_lines]:
             self.console.say(line)
         if self.state.step >= total:
             self.console.say(
