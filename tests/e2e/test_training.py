@@ -108,6 +108,16 @@ def test_every_layout_trains_the_same_model_as_one_process(
         assert (mine[key] - tensor).abs().max() <= 1e-5 * max(1.0, float(tensor.abs().max())), key
 
 
+@pytest.mark.parametrize("kind", ["packed", "gshard", "dropless"])
+def test_deterministic_algorithms_change_no_bit_on_a_cpu(
+    pool: Pool, config: WriteConfig, tmp_path: Path, reference: Reference, kind: str
+) -> None:
+    pool.train(config("deterministic", **KINDS[kind], deterministic=True))
+    assert comparable(metrics(tmp_path / "deterministic")) == comparable(metrics(reference(kind)))
+    mine, wanted = tensors(tmp_path / "deterministic", 8), tensors(reference(kind), 8)
+    assert all(torch.equal(mine[key], wanted[key]) for key in wanted)
+
+
 @pytest.mark.parametrize("kind", ["packed", "gshard"])
 def test_recomputation_changes_no_bit(pool: Pool, config: WriteConfig, tmp_path: Path, reference: Reference, kind: str) -> None:
     pool.train(config("recomputed", **KINDS[kind], model__checkpoint=True))

@@ -57,6 +57,7 @@ def train(
     opened = checked(config, info.size, speaks)
     from ..parallel.world import join
     from .folder import acquire_on_rank_0
+    from .process import determinism
     from .stop import StopRequests
     from .trainer import Trainer
     from .watchdog import Watchdog
@@ -71,6 +72,7 @@ def train(
         raise InternEvoError("the launcher has ended before the run has started; start it again")
     limit = _collective_timeout(config.monitor.timeout)
     with (
+        determinism(config),
         stops.listening(),
         join(info, limit) as world,
         Watchdog(world, config.monitor.timeout) as watchdog,
