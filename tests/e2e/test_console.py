@@ -12,9 +12,9 @@ import pytest
 from tests.conftest import WriteConfig, metrics, run
 
 OWN = (
-    r"starting \d process|reading the index of |building the model|tiny: |step \d+|saved step 3: |done: 3 of 3 steps, |"
-    r"  loss |  checkpoint: |  the same command goes on |report: |timeline of |memory of rank|memory of every rank|peak, MB|"
-    r"collective|all-|reduce-|master|moments|weights and|activations|total"
+    r"starting \d process|reading the index of |building the model|tiny: |learning rate: |step \d+|saved step 3: |"
+    r"done: 3 of 3 steps, |  loss |  checkpoint: |  the same command goes on |report: |timeline of |memory of rank|"
+    r"memory of every rank|peak, MB|collective|all-|reduce-|master|moments|weights and|activations|total"
 )
 
 

@@ -108,6 +108,16 @@ def test_every_layout_trains_the_same_model_as_one_process(
         assert (mine[key] - tensor).abs().max() <= 1e-5 * max(1.0, float(tensor.abs().max())), key
 
 
+@pytest.mark.parametrize("kind", ["packed", "gshard", "dropless"])
+def test_deterministic_algorithms_change_no_bit_on_a_cpu(
+    pool: Pool, config: WriteConfig, tmp_path: Path, reference: Reference, kind: str
+) -> None:
+    pool.train(config("deterministic", **KINDS[kind], deterministic=True))
+    assert comparable(metrics(tmp_path / "deterministic")) == comparable(metrics(reference(kind)))
+    mine, wanted = tensors(tmp_path / "deterministic", 8), tensors(reference(kind), 8)
+    assert all(torch.equal(mine[key], wanted[key]) for key in wanted)
+
+
 @pytest.mark.parametrize("kind", ["packed", "gshard"])
 def test_recomputation_changes_no_bit(pool: Pool, config: WriteConfig, tmp_path: Path, reference: Reference, kind: str) -> None:
     pool.train(config("recomputed", **KINDS[kind], model__checkpoint=True))
@@ -195,6 +205,24 @@ def test_a_killed_run_is_resumed_to_bit_identical_weights(config: WriteConfig, t
     assert all(torch.equal(mine[key], wanted[key]) for key in wanted)
     kept = sorted(p.name for p in (tmp_path / "killed" / "checkpoints").iterdir())
     assert kept == ["step-00000036", "step-00000040"]
+
+
+def test_a_wsd_run_goes_on_from_before_its_decay_as_if_its_length_had_been_planned(
+    pool: Pool, config: WriteConfig, tmp_path: Path
+) -> None:
+    """From step 4 of a run of 6 steps to 8 steps, and from step 4 of a run of 8 steps to 6."""
+    schedule = {"kind": "wsd", "warmup_steps": 2, "decay_steps": 2, "eta_min": 1e-3}
+    changes: dict[str, Any] = {"lr_scheduler": schedule, "ckpt__checkpoint_every": 4, "ckpt__keep_every": 4}
+    for steps, other in ((6, 8), (8, 6)):
+        pool.train(config(f"planned{steps}", **changes, data__total_steps=steps))
+        info = {"path": str(tmp_path / f"planned{steps}" / "checkpoints" / "step-00000004")}
+        pool.train(config(f"changed{other}", **changes, data__total_steps=other, ckpt__load_ckpt_info=info))
+    for steps in (6, 8):
+        rows = metrics(tmp_path / f"planned{steps}")
+        assert [row["lr"] for row in rows] == pytest.approx([0.005, *[0.01] * (steps - 2), 0.0055])
+        assert comparable(metrics(tmp_path / f"changed{steps}")) == comparable(rows)[4:]
+        line = f"then constant, linear to 0.001 in the last 2 of {steps} steps"
+        assert line in (tmp_path / f"planned{steps}" / "report.html").read_text()
 
 
 def test_a_process_that_is_killed_ends_the_run_and_is_named(config: WriteConfig, tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_overlap_and_buckets_change_no_bit(pool: Pool, world: Runs, tmp_path: Pa
         "parallel__weight": {**changes["parallel__weight"], "overlap": False},
     }  # fmt: skip
     for kind, more in (("overlapped", {}), ("not-overlapped", without_overlap)):
-        short = {"data__total_steps": 4}
+        short = {"data__total_steps": 4, "deterministic": True}
         pool.train(write_config(tmp_path, dataset, kind, **{**COMMON, **changes, **more, **short}), processes)
     overlapped, not_overlapped = (
         [(row["step"], row["loss"], row["grad_norm"]) for row in metrics(tmp_path / run)]

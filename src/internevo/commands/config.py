@@ -17,6 +17,7 @@ from ..models.families.registry import decoder_config
 from ..observe.units import counted
 from ..train.check import check_data, missing_features, problems
 from ..train.config import load_config, with_tokenizer
+from ..train.lr_schedule import describe
 from ..train.resume import Recorded
 from .printing import wrapped
 
@@ -55,6 +56,7 @@ def show(path: Path, overrides: list[str], world_size: int | None, per_node: int
     check_data(config)
     everything = not sys.stdout.isatty() if everything is None else everything
     print(model_line(config), file=sys.stderr if everything else sys.stdout)
+    print(f"  learning rate: {describe(config)}", file=sys.stderr if everything else sys.stdout)
     if world_size:
         print("\n".join(wrapped(line, 22) for line in layout_lines(config, world_size, per_node)) + "\n")
     if everything:

@@ -17,6 +17,7 @@ from .hub import may_be_on_hub
 from .model import attention_widths
 from .option import MAX_SIZE, unavailable
 from .schema import Config
+from .training import LrScheduler
 
 NUMBER = "[0-9]{1,18}"
 """A number in a text, which fits in 64 bits."""
@@ -361,13 +362,20 @@ def _sequence(config: Config, world: int) -> Iterator[str]:
 def _schedule(config: Config, world: int) -> Iterator[str]:
     schedule = config.lr_scheduler
     total = schedule.total_steps or config.data.total_steps
-    if schedule.init_steps + int(total * schedule.warmup_ratio) > total:
-        yield (
-            f"lr_scheduler.init_steps = {schedule.init_steps} and the warm-up (warmup_ratio = {schedule.warmup_ratio}) "
-            f"together are longer than {total} steps"
-        )
+    warmup, decay = schedule.warmup(total), schedule.decay(total)
+    if schedule.init_steps + warmup + decay > total:
+        parts = [f"lr_scheduler.init_steps = {schedule.init_steps}", f"the warm-up ({_length(schedule, 'warmup')})"]
+        if schedule.kind == "wsd":
+            parts.append(f"the decay ({_length(schedule, 'decay')})")
+        yield f"{', '.join(parts[:-1])} and {parts[-1]} together are longer than {total} steps; make one of them shorter"
     if schedule.eta_min > config.adam.lr:
         yield f"lr_scheduler.eta_min = {schedule.eta_min} is greater than adam.lr = {config.adam.lr}"
+
+
+def _length(schedule: LrScheduler, part: str) -> str:
+    """Returns the key, with its value, that says how long the warm-up or the decay is."""
+    key = f"{part}_ratio" if getattr(schedule, f"{part}_steps") is None else f"{part}_steps"
+    return f"lr_scheduler.{key} = {getattr(schedule, key)}"
 
 
 def _precision(config: Config, world: int) -> Iterator[str]:

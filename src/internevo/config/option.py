@@ -85,7 +85,8 @@ def option(
         doc: what the option means; printed in the config reference.
         unit: the unit of the value, for example "tokens" or "steps".
         ignored: for a key of InternEvo that has no effect here: the reason. A config may set it, and a notice is printed.
-        needs: another key without which this one has no effect. If a config sets only this one, a notice is printed.
+        needs: another key without which this one has no effect, or "KEY=VALUE" if that must have a certain value (as Python
+            writes it). If a config sets only this one, a notice is printed.
         not_available: for an option that is not implemented yet: the name of the missing feature. A value other than the
             default and ``supported`` is valid, but training does not start with it, and the message has this name.
         supported: with ``not_available``: values that work although they are not the default.
@@ -161,9 +162,16 @@ def notices(section: Section) -> list[str]:
         needs = extras.get("needs")
         if given and extras.get("ignored") and not (whole and _is_default(field, value)):
             lines.append(f"{key} has no effect here: {extras['ignored']}")
-        elif given and needs and not _is_default(field, value) and _is_default(*options[needs]):
+        elif given and needs and not _is_default(field, value) and not _is_met(needs, options):
             lines.append(f"{key} has no effect without {needs}")
     return lines
+
+
+def _is_met(needs: str, options: dict[str, tuple[FieldInfo, Any]]) -> bool:
+    """Whether the options are as the ``needs`` of another option says."""
+    key, _, wanted = needs.partition("=")
+    field, value = options[key]
+    return repr(value) == wanted if wanted else not _is_default(field, value)
 
 
 def _is_default(field: FieldInfo, value: Any) -> bool:

@@ -39,6 +39,11 @@ class Config(Section):
     monitor: Monitor = option(Monitor(), "What is measured, logged and checked during training.")
     generation: Generation = option(Generation(), "InternEvo's options for text generation.")
     enable_tb: bool = option(True, "Write TensorBoard files to the run folder.")
+    deterministic: bool = option(
+        False,
+        "On GPUs, compute the same bits whenever a run is repeated or resumed on the same cards with the same layout "
+        "(torch.use_deterministic_algorithms). It is slower. CPUs always do.",
+    )
     cudnn_deterministic: bool = option(False, "Value of torch.backends.cudnn.deterministic.")
     cudnn_benchmark: bool = option(False, "Value of torch.backends.cudnn.benchmark.")
 

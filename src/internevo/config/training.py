@@ -8,6 +8,8 @@ from pydantic import field_validator
 
 from .option import REQUIRED, Section, dtype_name, option
 
+WSD = "lr_scheduler.kind='wsd'"
+
 
 class Adam(Section):
     """The optimizer, AdamW. Weight decay applies to matrices, not to norms and biases."""
@@ -21,8 +23,13 @@ class Adam(Section):
 
 
 class LrScheduler(Section):
-    """The schedule of the learning rate: linear warm-up, then a cosine from adam.lr to eta_min."""
+    """The schedule of the learning rate: linear warm-up to adam.lr, then as `kind` says, to eta_min."""
 
+    kind: Literal["cosine", "linear", "constant", "wsd"] = option(
+        "cosine",
+        "What comes after the warm-up. cosine, linear: the learning rate falls along a cosine or a straight line until "
+        "total_steps. constant: it stays at adam.lr. wsd (warmup-stable-decay): it stays there, and falls in the last steps.",
+    )
     total_steps: int | None = option(
         None, "Step at which the learning rate reaches eta_min. None: data.total_steps.", unit="steps", ge=1
     )
@@ -30,8 +37,35 @@ class LrScheduler(Section):
     warmup_ratio: float = option(
         0.0, "Length of the warm-up: int(total_steps * warmup_ratio) steps, in which the learning rate rises.", ge=0, le=1
     )
-    eta_min: float = option(0.0, "Final learning rate.", ge=0)
+    warmup_steps: int | None = option(
+        None,
+        "Length of the warm-up, which then does not depend on total_steps. None: as warmup_ratio says.",
+        unit="steps",
+        ge=0,
+    )
+    decay_ratio: float = option(
+        0.1, "Length of the decay of wsd: the last int(total_steps * decay_ratio) steps.", ge=0, le=1, needs=WSD
+    )
+    decay_steps: int | None = option(
+        None, "Length of the decay of wsd. None: as decay_ratio says.", unit="steps", ge=0, needs=WSD
+    )
+    decay_type: Literal["linear", "1-sqrt", "cosine"] = option(
+        "linear",
+        "Along what the learning rate falls in the decay of wsd: a straight line, 1 - sqrt (fast at first), or a cosine.",
+        needs=WSD,
+    )
+    eta_min: float = option(0.0, "Final learning rate, unless kind is constant.", ge=0)
     last_epoch: int = option(-1, "Step at which the schedule starts.", ignored="the schedule is a function of the step")
+
+    def warmup(self, total: int) -> int:
+        """Returns the number of steps of the warm-up, if the schedule ends after ``total`` steps."""
+        return int(total * self.warmup_ratio) if self.warmup_steps is None else self.warmup_steps
+
+    def decay(self, total: int) -> int:
+        """Returns the number of steps of the decay of wsd, if the schedule ends after ``total`` steps; 0 for other kinds."""
+        if self.kind != "wsd":
+            return 0
+        return int(total * self.decay_ratio) if self.decay_steps is None else self.decay_steps
 
 
 class Beta2Scheduler(Section):

@@ -243,7 +243,9 @@ def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> 
     probabilities = logits_V.softmax(-1)
     if sampling.top_p < 1:
         ordered, order = probabilities.sort(descending=True)
-        before = ordered.cumsum(0) - ordered
+        # CUDA's sums of numbers in floating point depend on timing; where all must be deterministic, they are errors.
+        summed = ordered.cpu() if torch.are_deterministic_algorithms_enabled() else ordered
+        before = summed.cumsum(0).to(ordered.device) - ordered
         ordered[1:][before[1:] >= sampling.top_p] = 0
         probabilities = torch.zeros_like(probabilities).scatter_(0, order, ordered)
     return int(torch.multinomial(probabilities, 1, generator=generator))

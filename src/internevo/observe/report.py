@@ -116,6 +116,7 @@ def _facts(run: RunData) -> str:
         "model": start.get("model"),
         "hardware": f"{start.get('processes')} x {start.get('device')} ({start.get('host')})" if start.get("device") else None,
         "layout": start.get("layout"),
+        "learning rate": start.get("learning rate"),
         "versions": ", ".join(f"{name} {of}" for name, of in versions.items()) if isinstance(versions, dict) else None,
         "commit": start.get("commit"),
         "command": start.get("command"),

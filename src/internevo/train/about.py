@@ -8,6 +8,7 @@ from ..models.decoder import parameter_shapes
 from ..models.linear import ADAPTER_INFIX
 from ..observe.facts import facts
 from ..parallel.layout import Layout
+from .lr_schedule import describe
 from .parts import Parts
 
 
@@ -26,6 +27,7 @@ def facts_of(parts: Parts) -> dict[str, Any]:
         "layout": axes or "one process",
         "parameters": decoder.parameters(),
         "model": f"{decoder.summary()}, {model.num_layers} layers of {model.hidden_size}, {model.dtype}",
+        "learning rate": describe(parts.config),
     }
 
 

@@ -164,19 +164,15 @@ def evaluate(
         batch_size=batch_size, limit=limit, config=config, overrides=overrides, world_size=info.size,
         compares=PARENT not in os.environ,
     )  # fmt: skip
-    size, source, own = asked.seq_len, asked.source, asked.own_tokenizer
     result = Evaluation("model in memory" if isinstance(model, Decoder) else str(model), notes=asked.notes)
     with join(info) as world:
-        loaded = load(source, asked.config, world)
+        loaded = load(asked.source, asked.config, world)
         if data is not None:
-            total, by_type = _score(loaded, Path(data), asked.data_tokenizer, asked.rows, size, stride or size, limit)
-            result = replace(result, data=str(data), seq_len=size, stride=stride or size, total=total, by_type=by_type)
-        if own is not None and tasks:
-            folder = Path(model) if isinstance(model, str | Path) else None
-            text = TextModel(
-                source.config, own, lambda: loaded.model, eos_ids(folder, source.tokenizer, own.path), loaded.dtype,
-                loaded.axis.unsharded_sequences,
-            )  # fmt: skip
+            stride = stride or asked.seq_len
+            total, by_type = _score(loaded, asked, Path(data), stride, limit)
+            result = replace(result, data=str(data), seq_len=asked.seq_len, stride=stride, total=total, by_type=by_type)
+        if tasks:
+            text = _text_model(loaded, asked, None if isinstance(model, Decoder) else Path(model))
             requests = requests_of(text, loaded.layout, world, batch_size or TASK_ROWS)
             scores = run_tasks(requests, tasks, task_folder, fewshot=fewshot, limit=limit, chat=chat)
             result = replace(result, tasks=scores)
@@ -192,7 +188,7 @@ class Asked:
     seq_len: int
     rows: int
     own_tokenizer: Tokenizer | None
-    """The model's."""
+    """The model's, for tasks."""
     data_tokenizer: Tokenizer | None
     """The one that the data was made with, for bits per byte."""
     notes: tuple[str, ...]
@@ -228,27 +224,38 @@ class Asked:
                 raise UsageError(f"{name} = {value} must be at least 1")
         source = ModelInMemory(model.config, model) if isinstance(model, Decoder) else open_source(Path(model))
         size = seq_len or default_length(source.config)
-        _check(data, tasks, stride, size, limit)
+        _check_numbers(data, tasks, stride, size, limit)
         rows = batch_size or max(1, ROW_TOKENS // size)
         chosen = evaluation_config(source, size, rows, config, overrides)
         check_config(chosen, world_size)
         given = None if tokenizer is None else as_tokenizer(tokenizer)
-        own, notes = given, list[str]()
-        if tasks:
-            check_tasks(tasks, task_folder)
-            own = given or (load_tokenizer(source.tokenizer) if source.tokenizer else None)
-            if own is None:
-                raise UsageError("tasks need the model's tokenizer: give it (--tokenizer PATH)")
-        found = given
-        if data is not None:
-            list_files(Path(data))
-            if given is None:
-                found, notes = tokenizer_of_data(Path(data), source.tokenizer, compares)
-            check_ids(Path(data), source.config.vocab_size, "of the model: the data was tokenized with another tokenizer")
+        own = _task_tokenizer(tasks, task_folder, source, given) if tasks else given
+        found, notes = (given, []) if data is None else _check_data(Path(data), source, given, compares)
         return cls(source, chosen, size, rows, own, found, tuple(notes))
 
 
-def _check(data: str | Path | None, tasks: Sequence[str], stride: int | None, size: int, limit: int | None) -> None:
+def _task_tokenizer(
+    tasks: Sequence[str], folder: str | Path | None, source: ParameterSource, given: Tokenizer | None
+) -> Tokenizer:
+    """Checks that there are these tasks, and returns the tokenizer for them."""
+    check_tasks(tasks, folder)
+    own = given or (load_tokenizer(source.tokenizer) if source.tokenizer else None)
+    if own is None:
+        raise UsageError("tasks need the model's tokenizer: give it (--tokenizer PATH)")
+    return own
+
+
+def _check_data(
+    data: Path, source: ParameterSource, given: Tokenizer | None, compares: bool
+) -> tuple[Tokenizer | None, list[str]]:
+    """Checks that the data is for this model. Returns the tokenizer that it was made with, and notes."""
+    list_files(data)
+    found, notes = (given, []) if given is not None else tokenizer_of_data(data, source.tokenizer, compares)
+    check_ids(data, source.config.vocab_size, "of the model: the data was tokenized with another tokenizer")
+    return found, notes
+
+
+def _check_numbers(data: str | Path | None, tasks: Sequence[str], stride: int | None, size: int, limit: int | None) -> None:
     """Checks what can be checked without the model."""
     if data is None and not tasks:
         raise UsageError("nothing to evaluate on: give data, a folder of tokenized data, or the names of tasks")
@@ -258,17 +265,25 @@ def _check(data: str | Path | None, tasks: Sequence[str], stride: int | None, si
         raise UsageError(f"limit = {limit} must be at least 1 document")
 
 
-def _score(
-    loaded: Loaded, root: Path, tokenizer: Tokenizer | None, rows: int, size: int, stride: int, limit: int | None
-) -> tuple[Score, dict[str, Score]]:
+def _text_model(loaded: Loaded, asked: Asked, folder: Path | None) -> TextModel:
+    """Returns the model as tasks need it. ``folder``: where it is from; None: from memory."""
+    source, tokenizer = asked.source, asked.own_tokenizer
+    assert tokenizer is not None
+    return TextModel(
+        source.config, tokenizer, lambda: loaded.model, eos_ids(folder, source.tokenizer, tokenizer.path), loaded.dtype,
+        loaded.axis.unsharded_sequences,
+    )  # fmt: skip
+
+
+def _score(loaded: Loaded, asked: Asked, root: Path, stride: int, limit: int | None) -> tuple[Score, dict[str, Score]]:
     """Computes the scores of the documents below ``root``: of all, and of each dataset type. Every rank must call it."""
-    layout, world = loaded.layout, loaded.world
+    layout, world, tokenizer = loaded.layout, loaded.world, asked.data_tokenizer
     index = _open_index(root, world)
     documents, kinds = choose_documents(index, limit), len(index.types)
-    windows = WholeDocuments(index, documents, size, loaded.model.config.vocab_size, stride)
+    windows = WholeDocuments(index, documents, asked.seq_len, loaded.model.config.vocab_size, stride)
     if not len(windows):
         raise DataError(f"{root} has no token to predict: no document has two tokens")
-    batches = valid_batches(windows, rows, layout.data_rank(world.rank), layout.data, packed=True, limit=None)
+    batches = valid_batches(windows, asked.rows, layout.data_rank(world.rank), layout.data, packed=True, limit=None)
     losses = sum_losses(loaded.schedule, layout, world.device, batches, kinds)
     counts, nbytes = torch.zeros(kinds, dtype=torch.float64), torch.zeros(kinds, dtype=torch.float64)
     for document in documents[world.rank :: world.size].tolist():

@@ -3,15 +3,36 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
+from ..config import Config
 from ..config.training import Adam, Beta2Scheduler, LrScheduler
+from ..observe.units import counted
+
+SHAPES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
+    "linear": lambda progress: 1 - progress,
+    "1-sqrt": lambda progress: 1 - math.sqrt(progress),
+    "constant": lambda progress: 1.0,
+}
+"""Along what a learning rate falls: how much is left of the way from ``peak`` to ``eta_min``, from progress 0 to 1."""
 
 
 def learning_rate(batch: int, total_steps: int, peak: float, schedule: LrScheduler) -> float:
     """Returns the learning rate of a batch.
 
-    It is 0 for ``init_steps`` steps. Then it rises linearly to ``peak`` in ``int(total * warmup_ratio)`` steps. Then it follows
-    a cosine that reaches ``eta_min`` at step ``total`` (https://arxiv.org/abs/1608.03983, without restarts).
+    It is 0 for ``init_steps`` steps, and rises linearly to ``peak`` in the steps of the warm-up. Then, by ``kind``:
+
+    - cosine: it follows a cosine that reaches ``eta_min`` at step ``total``
+      (https://arxiv.org/abs/1608.03983, without restarts).
+    - linear: it follows a straight line to there.
+    - constant: it stays at ``peak``.
+    - wsd: it stays at ``peak``, and in the last steps falls to ``eta_min``, which it reaches at step ``total``
+      (warmup-stable-decay, https://arxiv.org/abs/2404.06395, section 4). 1-sqrt is from
+      https://arxiv.org/abs/2405.18392, section 3.
+
+    Before the decay, the rate of wsd does not depend on ``total`` if the warm-up is given in steps: a run that goes on to a
+    later ``total`` is one that has had it from the beginning.
 
     Args:
         batch: number of the batch, from 0.
@@ -19,14 +40,31 @@ def learning_rate(batch: int, total_steps: int, peak: float, schedule: LrSchedul
         peak: the highest learning rate.
     """
     total = schedule.total_steps or total_steps
-    warmup = int(total * schedule.warmup_ratio)
+    warmup = schedule.warmup(total)
     if batch < schedule.init_steps:
         return 0.0
     if batch < schedule.init_steps + warmup:
         return peak * (batch + 1 - schedule.init_steps) / warmup
-    start = schedule.init_steps + warmup
-    progress = min((batch - start) / max(total - start, 1), 1.0)
-    return schedule.eta_min + (peak - schedule.eta_min) * (1 + math.cos(math.pi * progress)) / 2
+    start = total - schedule.decay(total) if schedule.kind == "wsd" else schedule.init_steps + warmup
+    left = SHAPES[schedule.decay_type if schedule.kind == "wsd" else schedule.kind]
+    progress = min(max(batch - start, 0) / max(total - start, 1), 1.0)
+    return schedule.eta_min + (peak - schedule.eta_min) * left(progress)
+
+
+def describe(config: Config) -> str:
+    """Describes the learning rate of a run in one line."""
+    schedule, peak = config.lr_scheduler, config.adam.lr
+    total = schedule.total_steps or config.data.total_steps
+    first, warmup, decay = schedule.init_steps, schedule.warmup(total), schedule.decay(total)
+    parts = [f"0 for {counted(first, 'step')}"] if first else []
+    parts.append(f"{counted(warmup, 'step')} of warm-up to {peak:g}" if warmup else f"{peak:g}")
+    if schedule.kind in ("cosine", "linear"):
+        parts.append(f"then {schedule.kind} to {schedule.eta_min:g} at step {total:,}")
+    else:
+        parts.append("then constant")
+    if schedule.kind == "wsd":
+        parts.append(f"{schedule.decay_type} to {schedule.eta_min:g} in the last {decay:,} of {counted(total, 'step')}")
+    return ", ".join(parts)
 
 
 def beta2(batch: int, adam: Adam, schedule: Beta2Scheduler | None) -> float:

@@ -4,18 +4,63 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 from warnings import filterwarnings
 
 import torch
 
 from ..config import Config
+from ..errors import ConfigError
 from ..models.families.registry import decoder_config
 from ..ops import flash
 from ..ops.precision import COMPUTE, is_slow
+from ..parallel.world import has_gpu
 
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 """Options of glibc's ``mallopt``."""
+WORKSPACE, DETERMINISTIC = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
+"""cuBLAS's environment variable, and its values with which products of several streams are deterministic
+(https://docs.nvidia.com/cuda/cublas/#results-reproducibility)."""
+
+
+@contextmanager
+def determinism(config: Config) -> Iterator[None]:
+    """A context in which the same computation always gives the same bits, if ``config.deterministic`` is set. Otherwise it
+    changes nothing. Afterwards, all is as it was before.
+
+    It must be entered before the world is joined: cuBLAS and NCCL read their settings when they start. (PyTorch then also tells
+    NCCL not to add in the switches, unless NCCL_ALGO is set: their order is not fixed.)
+
+    Raises:
+        ConfigError: if the environment asks cuBLAS for another workspace.
+    """
+    if not config.deterministic:
+        yield
+        return
+    workspace, on_gpu = os.environ.get(WORKSPACE), has_gpu()
+    memory: Any = torch.utils.deterministic  # a module with a property
+    if on_gpu and workspace not in (None, *DETERMINISTIC):
+        raise ConfigError(
+            f"deterministic = True does not work with {WORKSPACE}={workspace} in the environment, with which cuBLAS is not "
+            f"deterministic; unset it, or set it to {' or '.join(DETERMINISTIC)}"
+        )
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = memory.fill_uninitialized_memory
+    try:
+        if on_gpu:
+            os.environ[WORKSPACE] = workspace or DETERMINISTIC[0]
+        torch.use_deterministic_algorithms(True)
+        memory.fill_uninitialized_memory = False  # nothing is read before it is written; filling it takes time
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        memory.fill_uninitialized_memory = filled
+        if workspace is None:
+            os.environ.pop(WORKSPACE, None)
 
 
 def prepare(config: Config, device: torch.device) -> None:

@@ -55,22 +55,40 @@ def train(
     info = launcher or read_launcher(os.environ)
     speaks = info.rank == 0 and PARENT not in os.environ
     opened = checked(config, info.size, speaks)
-    from ..parallel.world import join
-    from .folder import acquire_on_rank_0
-    from .stop import StopRequests
-    from .trainer import Trainer
-    from .watchdog import Watchdog
-
     if info.address is not None:
         faulthandler.enable()  # after a crash or SIGABRT, prints the stacks of all threads
     if speaks:
         print_notices(config)
+    _run(opened, config, info, parent, speaks, on_step)
+    return config.run_folder
+
+
+def _run(
+    config: Config, stated: Config, info: LauncherInfo, parent: int, speaks: bool,
+    on_step: Callable[[StepRecord], object] | None,
+) -> None:  # fmt: skip
+    """Joins the other ranks, and trains.
+
+    Args:
+        config: what ``checked`` returned.
+        stated: the config that is recorded.
+        speaks: print that the processes are starting.
+    """
+    from ..parallel.world import join
+    from .folder import acquire_on_rank_0
+    from .process import determinism
+    from .stop import StopRequests
+    from .trainer import Trainer
+    from .watchdog import Watchdog
+
+    if speaks:
         say_starting(info.size)
     stops = StopRequests(parent if _ends_with_launcher(info) else None)
     if stops.is_orphan():  # before it is waited for in ``join``, with the lock of the run folder
         raise InternEvoError("the launcher has ended before the run has started; start it again")
     limit = _collective_timeout(config.monitor.timeout)
     with (
+        determinism(config),
         stops.listening(),
         join(info, limit) as world,
         Watchdog(world, config.monitor.timeout) as watchdog,
@@ -78,14 +96,13 @@ def train(
     ):
         if launcher_has_store(os.environ):
             watchdog.on_lost_store = stops.launcher_has_ended
-        trainer = Trainer(opened, world, stops, watchdog, lock, stated=config)
+        trainer = Trainer(config, world, stops, watchdog, lock, stated=stated)
         trainer.fit(on_step)
     if stops.cut_off and trainer.state.step < config.data.total_steps:  # torchrun must not take this for the end of the run
         raise InternEvoError(
             f"the launcher of a rank has ended, so the run has stopped after step {trainer.state.step} of "
             f"{config.data.total_steps}; the same command continues it"
         )
-    return config.run_folder
 
 
 def checked(config: Config, processes: int, speaks: bool) -> Config:

@@ -37,7 +37,7 @@ from ..storage.naming import naming
 from ..text.tokenizer import Tokenizer
 from .about import axis_sizes, facts_of, title
 from .folder import CONFIG, FINETUNE
-from .lr_schedule import beta2, learning_rate
+from .lr_schedule import beta2, describe, learning_rate
 from .parts import Parts
 from .process import GarbageCollector, prepare, unsuited
 from .restore import restore
@@ -118,12 +118,7 @@ class Trainer:
                 self._check_progress(step)
                 if on_step is not None and on_step(record) is True:
                     self.stops.asked = self.stops.asked or "on_step"
-                if _due(step, data.valid_every, last and not stop):
-                    self._evaluate(step, observers)
-                if _due(step, config.monitor.sample_every, last):
-                    self._sample(step, observers)
-                if config.monitor.tasks and _due(step, config.monitor.evaluate_every, last and not stop):
-                    self._evaluate_tasks(step, observers)
+                self._evaluate_and_sample(step, last, stop, observers)
                 if config.ckpt.enable_save_ckpt and (_due(step, config.ckpt.checkpoint_every, last) or save):
                     self._save(step)
                 elif config.ckpt.enable_save_ckpt and _due(step, config.ckpt.oss_snapshot_freq, False):
@@ -187,6 +182,16 @@ class Trainer:
         )  # fmt: skip
 
     # What happens between steps --------------------------------------------------------------------------------------
+
+    def _evaluate_and_sample(self, step: int, last: bool, stop: bool, observers: Observers | None) -> None:
+        """Evaluates and samples where that is due. After a request to stop, only samples are taken."""
+        monitor = self.config.monitor
+        if _due(step, self.config.data.valid_every, last and not stop):
+            self._evaluate(step, observers)
+        if _due(step, monitor.sample_every, last):
+            self._sample(step, observers)
+        if monitor.tasks and _due(step, monitor.evaluate_every, last and not stop):
+            self._evaluate_tasks(step, observers)
 
     def _evaluate(self, step: int, observers: Observers | None) -> None:
         valid, layout, data = self.parts.valid, self.parts.layout, self.config.data
@@ -284,7 +289,7 @@ class Trainer:
         observers = Observers(self.console, config.monitor, tracked, config.enable_tb)
         observers.start(facts_of(self.parts))
         self.exporter.warn = self.console.warn
-        for line in [title(self.parts, self.state.cursor.batch), *self.start_lines]:
+        for line in [title(self.parts, self.state.cursor.batch), f"learning rate: {describe(config)}", *self.start_lines]:
             self.console.say(line)
         if self.state.step >= total:
             self.console.say(

@@ -70,6 +70,7 @@ def test_wrong_overrides_are_refused(model: Path, override: str, message: str) -
     [
         ("adam.lr=1e-7",), ("lr_scheduler.init_steps=5",), ("lr_scheduler.total_steps=9", "lr_scheduler.init_steps=5"),
         ("parallel.tensor=2",), ("adam.lr=0.5", "lr_scheduler.eta_min=0.4"),
+        ("lr_scheduler.kind=wsd", "lr_scheduler.warmup_steps=3", "lr_scheduler.decay_steps=5"),
     ],
 )  # fmt: skip
 def test_what_is_not_known_before_the_data_is_read_refuses_no_override(model: Path, overrides: tuple[str, ...]) -> None:
@@ -127,7 +128,14 @@ def test_a_folder_with_files_of_the_user_is_refused(tmp_path: Path, model: Path)
 
 @pytest.mark.parametrize(
     "overrides",
-    [(), ("data.total_steps=5",), ("data.seq_len=100", "data.global_batch_size=3"), ("adam.lr=0.5",), ("adam.lr=1e-07",)],
+    [
+        (),
+        ("data.total_steps=5",),
+        ("data.seq_len=100", "data.global_batch_size=3"),
+        ("adam.lr=0.5",),
+        ("adam.lr=1e-07",),
+        ("lr_scheduler.warmup_steps=2", 'lr_scheduler.kind="wsd"'),
+    ],
 )
 def test_what_it_says_is_what_the_config_has(tmp_path: Path, model: Path, index: Index, overrides: tuple[str, ...]) -> None:
     chosen = Chosen.of(overridden(model, *overrides), found(model), index, 1)

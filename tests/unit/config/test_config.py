@@ -107,6 +107,14 @@ def test_an_internevo_file_works_unchanged(tmp_path: Path) -> None:
     assert "ckpt.async_upload" in resolved and not silent - said & resolved
 
 
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "wsd"])
+@pytest.mark.parametrize("key", ["decay_steps", "decay_ratio", "decay_type"])
+def test_a_decay_that_the_schedule_does_not_have_is_named(kind: str, key: str) -> None:
+    value = {"decay_steps": 2, "decay_ratio": 0.2, "decay_type": "1-sqrt"}[key]
+    line = f"lr_scheduler.{key} has no effect without lr_scheduler.kind='wsd'"
+    assert notices(tiny(lr_scheduler={"kind": kind, key: value})) == ([line] if kind != "wsd" else [])
+
+
 def test_read_base_works_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = tmp_path / "configs" / "_base_"
     base.mkdir(parents=True)
@@ -220,6 +228,22 @@ def test_all_problems_are_reported_together() -> None:
         (1, {"data__skip_batches": "5,3"}, "ascending"),
         (1, {"data__rampup_batch_size": "4 4"}, "three positive integers"),
         (1, {"lr_scheduler__total_steps": 3}, "ends before data.total_steps"),
+        (
+            1,
+            {"lr_scheduler__warmup_steps": 21},
+            "the warm-up (lr_scheduler.warmup_steps = 21) together are longer than 20 steps",
+        ),
+        (
+            1,
+            {"lr_scheduler": {"kind": "wsd", "decay_steps": 9}},
+            "the decay (lr_scheduler.decay_steps = 9) together are longer",
+        ),
+        (
+            1,
+            {"lr_scheduler": {"kind": "wsd", "warmup_ratio": 0.5, "decay_ratio": 0.7}},
+            "lr_scheduler.init_steps = 0, the warm-up (lr_scheduler.warmup_ratio = 0.5) and the decay "
+            "(lr_scheduler.decay_ratio = 0.7) together are longer than 8 steps",
+        ),
         (1, {"model__rope_scaling": {"rope_type": "magic"}}, "its rope_type must be one of default, linear"),
         (1, {"monitor__sample_prompts": ["a"]}, "needs data.tokenizer_path"),
     ],
@@ -405,8 +429,9 @@ def test_people_see_what_differs_from_the_defaults(
     show(tmp_path / "c.json", ["ckpt.keep_last=3"], None, everything=True)
     assert capsys.readouterr().out == whole
     show(tmp_path / "c.json", ["ckpt.keep_last=3"], 4)
-    title, rest = capsys.readouterr().out.split("\n", 1)
+    title, rates, rest = capsys.readouterr().out.split("\n", 2)
     assert title == "tiny: LLAMA2, 21,728 parameters; 2 layers of 32, float32" and rest.startswith(layout)
+    assert rates == "  learning rate: 0.01, then cosine to 0 at step 20"
     lines = [line.strip() for line in rest.split("(--all prints everything):\n")[1].splitlines()]
     assert "ckpt.keep_last = 3" in lines and "data.seq_len = 32" in lines and not any("keep_every" in line for line in lines)
     (tmp_path / "empty.json").write_text("{}")

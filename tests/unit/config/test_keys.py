@@ -141,6 +141,7 @@ def test_every_option_is_used_or_says_that_it_is_not() -> None:
     code = (
         "\n".join(path.read_text(encoding="utf-8") for path in files)
         + (source / "config" / "model.py").read_text(encoding="utf-8").partition("def mlp_width")[2]
+        + (source / "config" / "training.py").read_text(encoding="utf-8").partition("def warmup")[2]
     )
     unread = []
     for key, field in OPTIONS.items():

@@ -1,19 +1,25 @@
-"""When the garbage collector runs during training, and what a process imports."""
+"""How the process is set up for training: the garbage collector, imports, flash attention, deterministic computation."""
 
 import gc
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import internevo
 from internevo.config import Config, validate
+from internevo.errors import ConfigError
+from internevo.observe.record import StepRecord
 from internevo.ops import flash
 from internevo.ops.precision import COMPUTE
 from internevo.train import process
-from internevo.train.process import GarbageCollector
+from internevo.train.process import DETERMINISTIC, WORKSPACE, GarbageCollector, determinism
+from tests.conftest import tiny
 
 
 @pytest.fixture
@@ -125,3 +131,73 @@ def test_flash_attention_is_set_up_where_it_has_an_effect_and_else_a_line_says_s
 def test_a_rank_checks_its_own_heads() -> None:
     of = config(tensor=4, num_attention_heads=8, num_kv_attention_heads=2, flash_attention=3, dtype="torch.bfloat16")
     assert process._flash_attention(of) == flash.Heads(2, 1, 2, (), torch.bfloat16)
+
+
+Modes = tuple[bool, bool, bool, str | None]
+MEMORY: Any = torch.utils.deterministic
+
+
+def modes() -> Modes:
+    """What is in force in this process."""
+    return (
+        torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(),
+        MEMORY.fill_uninitialized_memory, os.environ.get(WORKSPACE),
+    )  # fmt: skip
+
+
+@pytest.fixture(params=["none", "warn", "error"])
+def before(request: pytest.FixtureRequest) -> Iterator[Modes]:
+    """The modes of a program that trains: PyTorch's own, or others that it has chosen."""
+    old = modes()
+    torch.use_deterministic_algorithms(request.param != "none", warn_only=request.param == "warn")
+    MEMORY.fill_uninitialized_memory = request.param != "warn"
+    yield modes()
+    torch.use_deterministic_algorithms(old[0], warn_only=old[1])
+    MEMORY.fill_uninitialized_memory = old[2]
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("workspace", [None, ":4096:8", ":16:8"])
+def test_computation_is_deterministic_in_the_context_and_afterwards_as_before(
+    monkeypatch: pytest.MonkeyPatch, before: Modes, workspace: str | None, gpu: bool
+) -> None:
+    monkeypatch.setattr(process, "has_gpu", lambda: gpu)
+    monkeypatch.delenv(WORKSPACE, raising=False)
+    if workspace is not None:
+        monkeypatch.setenv(WORKSPACE, workspace)
+    old = (*before[:3], workspace)
+    with determinism(validate(tiny())):
+        assert modes() == old
+    with determinism(validate(tiny(deterministic=True))):
+        assert modes() == (True, False, False, (workspace or DETERMINISTIC[0]) if gpu else workspace)
+    assert modes() == old
+    with pytest.raises(KeyError), determinism(validate(tiny(deterministic=True))):
+        raise KeyError
+    assert modes() == old
+
+
+def test_a_workspace_of_cublas_that_is_not_deterministic_is_refused_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(WORKSPACE, ":4096:2")
+    monkeypatch.setattr(process, "has_gpu", lambda: True)
+    old = modes()
+    message = "deterministic = True does not work with CUBLAS_WORKSPACE_CONFIG=:4096:2 in the environment"
+    with pytest.raises(ConfigError, match=message), determinism(validate(tiny(deterministic=True))):
+        pass
+    assert modes() == old
+    for deterministic, gpu in ((False, True), (True, False)):
+        monkeypatch.setattr(process, "has_gpu", lambda gpu=gpu: gpu)
+        with determinism(validate(tiny(deterministic=deterministic))):
+            assert modes()[0] == deterministic and os.environ[WORKSPACE] == ":4096:2"
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_steps_are_deterministic_if_the_config_says_so(tmp_path: Path, dataset: Path, deterministic: bool) -> None:
+    seen, old = list[Modes](), modes()
+
+    def on_step(record: StepRecord) -> None:
+        seen.append(modes())
+
+    places = {"data__train_folder": str(dataset), "ckpt__save_ckpt_folder": str(tmp_path / "run"), "data__total_steps": 2}
+    internevo.train(validate(tiny(**places, deterministic=deterministic)), on_step)
+    assert [(on, filled) for on, _, filled, _ in seen] == [(deterministic, not deterministic)] * 2
+    assert modes() == old
