@@ -186,25 +186,25 @@ def test_a_signal_finishes_the_step_saves_and_exits_0(
     assert [row["step"] for row in metrics(tmp_path / "stopped")] == list(range(1, last + 4))
 
 
-def test_a_killed_run_is_resumed_to_bit_identical_weights(config: WriteConfig, tmp_path: Path) -> None:
-    changes = {"ckpt__checkpoint_every": 4, "ckpt__oss_snapshot_freq": 3, "ckpt__keep_last": 2, "data__total_steps": 40,
-               "lr_scheduler__total_steps": 40}  # fmt: skip
-    run("train", config("whole", **changes), "--nproc", 2)
+def test_a_killed_run_is_resumed_to_bit_identical_weights(pool: Pool, config: WriteConfig, tmp_path: Path) -> None:
+    changes = {"ckpt__checkpoint_every": 4, "ckpt__oss_snapshot_freq": 3, "ckpt__keep_last": 2, "data__total_steps": 28,
+               "lr_scheduler__total_steps": 28}  # fmt: skip
+    pool.train(config("whole", **changes), 2)
     path = config("killed", **changes)
     draw = random.Random(3)
-    for _ in range(3):
+    for _ in range(2):
         process = start(path, "--nproc", 2, start_new_session=True)
         done = len(rows_so_far(tmp_path / "killed"))
-        wait_for_step(tmp_path / "killed", min(done + draw.randint(2, 9), 38), process)
+        wait_for_step(tmp_path / "killed", min(done + draw.randint(2, 9), 26), process)
         os.killpg(process.pid, signal.SIGKILL)  # the ranks too, which would save if only their launcher ended
         process.wait()
         time.sleep(0.2)
     run("train", path, "--nproc", 2)
     assert comparable(metrics(tmp_path / "killed")) == comparable(metrics(tmp_path / "whole"))
-    mine, wanted = tensors(tmp_path / "killed", 40), tensors(tmp_path / "whole", 40)
+    mine, wanted = tensors(tmp_path / "killed", 28), tensors(tmp_path / "whole", 28)
     assert all(torch.equal(mine[key], wanted[key]) for key in wanted)
     kept = sorted(p.name for p in (tmp_path / "killed" / "checkpoints").iterdir())
-    assert kept == ["step-00000036", "step-00000040"]
+    assert kept == ["step-00000024", "step-00000028"]
 
 
 def test_a_wsd_run_goes_on_from_before_its_decay_as_if_its_length_had_been_planned(
@@ -244,7 +244,7 @@ def test_half_precision_follows_fp32(pool: Pool, config: WriteConfig, tmp_path: 
             assert abs(row["loss"] - wanted["loss"]) < 0.03 and not row["skipped"]
 
 
-@pytest.mark.parametrize(("kind", "recomputed"), [("packed", False), ("packed", True), ("gshard", True), ("alibi", False)])
+@pytest.mark.parametrize(("kind", "recomputed"), [("packed", True), ("gshard", True), ("alibi", False)])
 def test_compiled_layers_train_the_same(
     pool: Pool, config: WriteConfig, tmp_path: Path, reference: Reference, kind: str, recomputed: bool
 ) -> None:

@@ -10,7 +10,7 @@ from internevo.config import validate
 from internevo.train.check import missing_features, problems
 from tests.conftest import tiny
 
-DRAWN = int(os.environ.get("INTERNEVO_TEST_COMPOSITIONS", "30"))
+DRAWN = int(os.environ.get("INTERNEVO_TEST_COMPOSITIONS", "24"))
 """Number of random compositions."""
 ROWS = 24
 """Rows of a global batch."""

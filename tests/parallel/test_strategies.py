@@ -101,9 +101,7 @@ def test_a_run_continues_in_other_layouts(pool: Pool, world: Runs, tmp_path: Pat
     assert_same(tmp_path / "parts", one("llama"))
 
 
-@pytest.mark.parametrize(
-    "name", ["mtp 2", "fsp 2, zero 2", "isp: weights over 2", "isp 2, weights over 2, zero 2, half recomputed"]
-)
+@pytest.mark.parametrize("name", ["mtp 2", "fsp 2, zero 2", "isp 2, weights over 2, zero 2, half recomputed"])
 def test_compiled_layers_train_the_same_in_every_mode(pool: Pool, world: Runs, tmp_path: Path, name: str) -> None:
     _, dataset, one = world
     processes, changes = NAMED[name]
