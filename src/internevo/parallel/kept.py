@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from operator import le
 from typing import NamedTuple
@@ -14,8 +14,8 @@ from .orders import BACKWARD, FORWARD, WEIGHTS, Action, orders, rank_of, stages_
 _orders = lru_cache(maxsize=32)(orders)
 
 
-class Point(NamedTuple):
-    """What a rank keeps after a pass. Each tuple has a number for each of its stages."""
+class Kept(NamedTuple):
+    """What a rank keeps between two passes. Each tuple has a number for each of its stages."""
 
     forward: tuple[int, ...]
     """Forward passes whose activations a backward pass needs."""
@@ -24,37 +24,21 @@ class Point(NamedTuple):
     passes: tuple[str, ...]
     """The kinds of the passes so far, such as "FFBFB", or of the first ones with the same weights and gradients."""
     messages: int
+
+
+class Point(NamedTuple):
+    """What a rank keeps after a pass: as ``Kept``."""
+
+    forward: tuple[int, ...]
+    backward: tuple[int, ...]
+    passes: tuple[str, ...]
+    messages: int
     after: Action
     """The pass."""
 
 
-@lru_cache(maxsize=2048)
-def points(schedule: str, ranks: int, chunks: int, micro_batches: int, rank: int) -> tuple[Point, ...]:
-    """Returns what a rank keeps after its passes, except those after which it certainly has less than after another one. If it
-    keeps the same after several of them, the last one is returned."""
-    numbers = stages_on(rank, ranks, chunks, schedule)
-    stages = [rank_of(stage, ranks, schedule) for stage in range(ranks * chunks)]
-    planned, zero_bubble = Plan.of(rank, _orders(schedule, ranks, chunks, micro_batches), stages), schedule != "1F1B"
-    forward, backward, passes = dict.fromkeys(numbers, 0), dict.fromkeys(numbers, 0), dict.fromkeys(numbers, "")
-    first = dict[tuple[bool, ...], str]()
-    found = dict[tuple[object, ...], Point]()
-    for action, messages in zip(planned.order, kept(planned, rank, stages), strict=True):
-        kind, number, _ = action
-        passes[number] += kind
-        forward[number] += (kind == FORWARD) - (kind == BACKWARD)
-        backward[number] += ((kind == BACKWARD) - (kind == WEIGHTS)) * zero_bubble
-        if kind == FORWARD or (kind == BACKWARD and zero_bubble):
-            last = WEIGHTS if zero_bubble else BACKWARD
-            same = tuple(first.setdefault(facts(text, last, micro_batches), text) for text in passes.values())
-            point = Point(tuple(forward.values()), tuple(backward.values()), same, messages, action)
-            found.pop(point[:4], None)
-            found[point[:4]] = point
-    return tuple(point for point in found.values() if not any(_is_less(point, other) for other in found.values()))
-
-
 class Within(NamedTuple):
-    """What a rank keeps while a pass runs: at the end of a forward pass, and at the beginning of any other one. Each tuple has
-    a number for each of its stages, as those of ``Point``."""
+    """What a rank keeps while a pass runs: at the end of a forward pass, and at the beginning of any other one. As ``Kept``."""
 
     kind: str
     stage: int
@@ -68,31 +52,57 @@ class Within(NamedTuple):
 
 
 @lru_cache(maxsize=2048)
+def points(schedule: str, ranks: int, chunks: int, micro_batches: int, rank: int) -> tuple[Point, ...]:
+    """Returns what a rank keeps after its passes, except those after which it certainly has less than after another one. If it
+    keeps the same after several of them, the last one is returned."""
+    found = dict[Kept, Point]()
+    for action, _, after in _around(schedule, ranks, chunks, micro_batches, rank):
+        if action.kind == FORWARD or (action.kind == BACKWARD and schedule != "1F1B"):
+            found.pop(after, None)
+            found[after] = Point(*after, action)
+    return tuple(point for point in found.values() if not any(_is_less(point, other) for other in found.values()))
+
+
+@lru_cache(maxsize=2048)
 def within(schedule: str, ranks: int, chunks: int, micro_batches: int, rank: int) -> tuple[Within, ...]:
     """Returns what a rank keeps in its passes, except in those in which it certainly has less than in another one that does the
     same. Arguments as for ``points``."""
+    places = {stage: place for place, stage in enumerate(stages_on(rank, ranks, chunks, schedule))}
+    found = defaultdict[tuple[object, ...], dict[tuple[int, ...], Within]](dict)
+    for (kind, number, micro_batch), before, after in _around(schedule, ranks, chunks, micro_batches, rank):
+        has = after if kind == FORWARD else before._replace(messages=max(before.messages, after.messages))
+        completes = kind == _last(schedule) and micro_batch == micro_batches - 1
+        alike = found[kind, number, completes, has.passes]
+        alike[*has.forward, *has.backward, has.messages] = Within(kind, places[number], completes, *has)
+    return tuple(one for alike in found.values() for amounts, one in alike.items() if not _is_exceeded(amounts, alike))
+
+
+def _around(schedule: str, ranks: int, chunks: int, micro_batches: int, rank: int) -> Iterator[tuple[Action, Kept, Kept]]:
+    """Yields each pass of a rank, with what the rank keeps before and after it."""
     numbers = stages_on(rank, ranks, chunks, schedule)
     stages = [rank_of(stage, ranks, schedule) for stage in range(ranks * chunks)]
-    planned, zero_bubble = Plan.of(rank, _orders(schedule, ranks, chunks, micro_batches), stages), schedule != "1F1B"
+    planned = Plan.of(rank, _orders(schedule, ranks, chunks, micro_batches), stages)
     forward, backward, passes = dict.fromkeys(numbers, 0), dict.fromkeys(numbers, 0), dict.fromkeys(numbers, "")
-    last, before, first = WEIGHTS if zero_bubble else BACKWARD, 0, dict[tuple[bool, ...], str]()
-    found = defaultdict[tuple[object, ...], dict[tuple[int, ...], Within]](dict)
-    for (kind, number, micro_batch), messages in zip(planned.order, kept(planned, rank, stages), strict=True):
-        if kind == FORWARD:
-            passes[number] += kind
-            forward[number] += 1
-        same = tuple(first.setdefault(facts(text, last, micro_batches), text) for text in passes.values())
-        completes = kind == last and micro_batch == micro_batches - 1
-        most = messages if kind == FORWARD else max(before, messages)
-        what, place = (kind, number, completes, same), numbers.index(number)
-        amounts = *forward.values(), *backward.values(), most
-        found[what][amounts] = Within(kind, place, completes, tuple(forward.values()), tuple(backward.values()), same, most)
-        if kind != FORWARD:
-            passes[number] += kind
-            forward[number] -= kind == BACKWARD
-            backward[number] += ((kind == BACKWARD) - (kind == WEIGHTS)) * zero_bubble
-        before = messages
-    return tuple(one for alike in found.values() for amounts, one in alike.items() if not _is_exceeded(amounts, alike))
+    first = dict[tuple[bool, ...], str]()
+
+    def now(messages: int) -> Kept:
+        same = (first.setdefault(facts(text, _last(schedule), micro_batches), text) for text in passes.values())
+        return Kept(tuple(forward.values()), tuple(backward.values()), tuple(same), messages)
+
+    before = now(0)
+    for action, messages in zip(planned.order, kept(planned, rank, stages), strict=True):
+        kind, number, _ = action
+        passes[number] += kind
+        forward[number] += (kind == FORWARD) - (kind == BACKWARD)
+        backward[number] += ((kind == BACKWARD) - (kind == WEIGHTS)) * (schedule != "1F1B")
+        after = now(messages)
+        yield action, before, after
+        before = after
+
+
+def _last(schedule: str) -> str:
+    """Returns the kind of pass that completes the gradients of a stage."""
+    return BACKWARD if schedule == "1F1B" else WEIGHTS
 
 
 def _is_exceeded(amounts: tuple[int, ...], others: Iterable[tuple[int, ...]]) -> bool:
@@ -108,8 +118,7 @@ def _is_less(point: Point, other: Point) -> bool:
 
 def facts(passes: str, last: str, micro_batches: int) -> tuple[bool, ...]:
     """Returns all that ``memory.weights_and_gradients`` asks about passes."""
-    back = passes.replace(FORWARD, "")
     return (
-        FORWARD in passes, BACKWARD in passes, last in passes, passes.count(last) == micro_batches, WEIGHTS + BACKWARD in back,
-        back.endswith(WEIGHTS),
+        FORWARD in passes, BACKWARD in passes, last in passes, passes.count(last) == micro_batches,
+        passes.count(FORWARD) > passes.count(BACKWARD),
     )  # fmt: skip

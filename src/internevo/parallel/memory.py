@@ -56,12 +56,19 @@ class Memory:
 
 def activations(work: Workload, kept: KeptActivations) -> int:
     """Returns the bytes that one forward pass through the stages of ``work`` keeps for the backward pass."""
-    decoder = work.decoder
-    angles = work.element_bytes * work.tokens * decoder.rope.size(decoder.rotary_dim) if decoder.rope else 0
-    tables = sum(len({decoder.uses_window_rope(layer) for layer in stage.layers}) for stage in work.on_rank)
     layers = sum(count * layer_activations(work, kept, kind) for kind, count in Counter(work.kinds).items())
     ends = work.embeddings * kept.looked_up + work.heads * head_activations(work, kept)
-    return layers + ends + tables * angles + sum(_losses(work, stage) for stage in work.on_rank)
+    return layers + ends + tables(work) + sum(_losses(work, stage) for stage in work.on_rank)
+
+
+def tables(work: Workload) -> int:
+    """Returns the bytes that the layers of the stages of ``work`` share in a forward pass: angles of rotary embeddings, or the
+    slopes of ALiBi."""
+    decoder = work.decoder
+    if decoder.rope is None:
+        return 4 * decoder.num_heads * len(work.on_rank)
+    number = sum(len({decoder.uses_window_rope(layer) for layer in stage.layers}) for stage in work.on_rank)
+    return number * work.element_bytes * work.tokens * decoder.rope.size(decoder.rotary_dim)
 
 
 def layer_activations(work: Workload, kept: KeptActivations, kind: LayerKind) -> int:

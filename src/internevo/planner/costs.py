@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..models.config import DecoderConfig, Stage
 from ..parallel import expert, isp, tensor
-from ..parallel.memory import activations
+from ..parallel.memory import activations, tables
 from ..parallel.orders import rank_of
 from ..parallel.strategy import Collectives, Workload
 from . import counts, kernels, step
@@ -222,9 +222,8 @@ def routed_parameters(decoder: DecoderConfig, layer: int) -> int:
 
 
 def _kept(work: Workload) -> int:
-    """Returns the bytes that a forward pass keeps, without the tables of rotary embeddings."""
-    work = replace(work, decoder=replace(work.decoder, rope=None, window_rope=None))
-    return activations(work, (isp if work.layout.mode == "isp" else tensor).memory(work))
+    """Returns the bytes that a forward pass keeps, without what layers share."""
+    return activations(work, (isp if work.layout.mode == "isp" else tensor).memory(work)) - tables(work)
 
 
 def gathering(work: Workload) -> Workload:
