@@ -25,8 +25,8 @@ class Extras:
 def complete(temporary: Path, folder: Path, manifest: Manifest, extras: Extras) -> None:
     """Finishes a checkpoint whose tensors are on disk, and renames the folder.
 
-    Even after a power cut, a folder with a manifest is complete: who writes a file of it waits until the file and its name are on
-    disk, since on a network file system no other host can do that. The manifest is written when all have done so.
+    Even after a power cut, a folder with a manifest is complete: whoever writes a file of it waits until the file and its name
+    are on disk, since on a network file system no other host can do that. The manifest is written when all have done so.
 
     Args:
         temporary: the folder with the tensors, under its temporary name.
@@ -40,8 +40,11 @@ def complete(temporary: Path, folder: Path, manifest: Manifest, extras: Extras) 
 
 
 def add_files(folder: Path, manifest: Manifest, extras: Extras) -> None:
-    """Writes the files of a checkpoint that are not tensors, waits until they are on disk, and adds their entries to the manifest,
-    which is not written."""
+    """Writes the files of a checkpoint that are not tensors, and waits until they are on disk.
+
+    Args:
+        manifest: their entries are added. It is not written.
+    """
     for name, values in extras.json.items():
         write_json(folder / name, values, indent=1)
     if extras.tokenizer is not None:

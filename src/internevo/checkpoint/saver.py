@@ -27,7 +27,7 @@ from ..observe.record import SaveRecord
 from ..storage.folders import set_aside, shared_temporary
 from .finish import Extras, complete
 from .folder import CHECKPOINTS, SNAPSHOTS, checkpoint_name, saved_checkpoints
-from .manifest import NAME, FileEntry, Manifest, TensorEntry
+from .manifest import NAME, FileEntry, Head, Manifest, TensorEntry
 from .storage import SafetensorsWriter
 
 log = logging.getLogger("internevo")
@@ -151,7 +151,7 @@ class Saver:
         if not os.path.lexists(folder):
             return
         try:
-            there = Manifest.read(folder)
+            there = Head.read(folder)
             step = checkpoint_name(there.step) if folder.parent.name == CHECKPOINTS else folder.name
             mine = there.run == self.identity and step == folder.name
         except CheckpointError:

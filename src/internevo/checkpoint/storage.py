@@ -6,6 +6,7 @@ find and read them again. Loading unpickles nothing.
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -88,20 +89,20 @@ class SafetensorsWriter(StorageWriter):
         except OSError as error:
             raise CheckpointError(f"{self.folder / name} cannot be written: {error.strerror or error}") from error
         entry = sums.entry()
-        return [WriteResult(item.index, specs[_key(item.index)].nbytes, (name, _key(item.index), entry)) for item in items]
+        return [
+            WriteResult(item.index, tensor.nbytes, (Chunk(name, key, list(item.index.offset or ()), list(tensor.shape)), entry))
+            for item, (key, tensor) in zip(items, tensors.items(), strict=True)
+        ]
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        written = {_key(r.index): r.storage_data for of_rank in results for r in of_rank}
-        tensors = {}
-        for fqn, info in metadata.state_dict_metadata.items():
+        tensors, files = {}, {}
+        for name, info in metadata.state_dict_metadata.items():
             assert isinstance(info, TensorStorageMetadata)
-            chunks = []
-            for chunk in info.chunks:
-                file, key, _ = written[_key(MetadataIndex(fqn, chunk.offsets))]
-                chunks.append(Chunk(file, key, list(chunk.offsets), list(chunk.sizes)))
-            dtype = str(info.properties.dtype).removeprefix("torch.")
-            tensors[fqn] = TensorEntry(dtype, list(info.size), chunks)
-        self.on_written(tensors, {file: entry for file, _, entry in written.values()})
+            tensors[name] = TensorEntry(str(info.properties.dtype).removeprefix("torch."), list(info.size), [])
+        for result in itertools.chain.from_iterable(results):  # there may be a million
+            chunk, files[chunk.file] = result.storage_data
+            tensors[result.index.fqn].chunks.append(chunk)
+        self.on_written(tensors, files)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:

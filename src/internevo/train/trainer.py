@@ -245,11 +245,11 @@ class Trainer:
         if not limit or row < limit:
             return
         self.saver.wait()
-        saved = saved_checkpoints(self.run, self.state.run).values()
-        good = [f for f in saved if not Checkpoint(f).json("state.json").get("skipped_in_a_row")]
+        newest_first = reversed(saved_checkpoints(self.run, self.state.run).values())
+        good = next((f for f in newest_first if not Checkpoint(f).json("state.json").get("skipped_in_a_row")), None)
         start = (
-            f"Start a run in another folder (ckpt.save_ckpt_folder) from {good[-1]}, the last checkpoint from before, or from "
-            f"an earlier one (ckpt.load_ckpt_info.path={good[-1]})"
+            f"Start a run in another folder (ckpt.save_ckpt_folder) from {good}, the last checkpoint from before, or from "
+            f"an earlier one (ckpt.load_ckpt_info.path={good})"
             if good
             else "There is no checkpoint from before, so start again"
         )
