@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import CheckpointError
+from ..storage.jsonfile import finite_json
 from ..storage.replace import replace_pieces
 
 NAME = "manifest.json"
@@ -104,9 +105,9 @@ class Manifest:
         replace_pieces(folder / NAME, self._json())
 
     def _json(self) -> Iterator[str]:
-        """Yields the text of the file in short pieces, since no other thread runs while ``json`` makes one of them."""
+        """Yields the text of the file in short pieces, since no other thread runs while one of them is made."""
         head = {"format": FORMAT, "step": self.step, "run": self.run, "layout": self.layout, "versions": self.versions}
-        yield json.dumps(head)[:-1] + AFTER_HEAD
+        yield finite_json(head)[:-1] + AFTER_HEAD
         yield from _entries(self.files)
         yield '}, "tensors": {'
         yield from _entries(self.tensors)
@@ -145,7 +146,7 @@ def _entries(entries: Mapping[str, FileEntry | TensorEntry]) -> Iterator[str]:
     """Yields the items of a JSON object."""
     separator = ""
     for name, entry in entries.items():
-        yield f"{separator}{json.dumps(name)}: {json.dumps(entry, default=vars)}"
+        yield f"{separator}{finite_json(name)}: {finite_json(entry)}"
         separator = ", "
 
 
