@@ -23,7 +23,10 @@ class Extras:
 
 
 def complete(temporary: Path, folder: Path, manifest: Manifest, extras: Extras) -> None:
-    """Finishes a checkpoint whose tensors have been written, waits until it is on disk, and renames the folder.
+    """Finishes a checkpoint whose tensors are on disk, and renames the folder.
+
+    Even after a power cut, a folder with a manifest is complete: whoever writes a file of it waits until the file and its name
+    are on disk, since on a network file system no other host can do that. The manifest is written when all have done so.
 
     Args:
         temporary: the folder with the tensors, under its temporary name.
@@ -31,25 +34,26 @@ def complete(temporary: Path, folder: Path, manifest: Manifest, extras: Extras) 
         manifest: has the tensors and their files; the entries of the other files are added.
     """
     add_files(temporary, manifest, extras)
-    _sync_all(temporary)
     manifest.write(temporary)
-    _sync_all(temporary)  # even after a power cut, a folder with a manifest is complete
+    sync(temporary)
     put_in_place(temporary, folder)  # may replace an older snapshot, or the same step from before a resume
 
 
 def add_files(folder: Path, manifest: Manifest, extras: Extras) -> None:
-    """Writes the files of a checkpoint that are not tensors, and adds their entries to the manifest, which is not written."""
+    """Writes the files of a checkpoint that are not tensors, and waits until they are on disk.
+
+    Args:
+        manifest: their entries are added. It is not written.
+    """
     for name, values in extras.json.items():
         write_json(folder / name, values, indent=1)
     if extras.tokenizer is not None:
         copy_tokenizer(extras.tokenizer, folder / "tokenizer")
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and name not in manifest.files:
-            manifest.files[name] = describe_file(path)
-
-
-def _sync_all(folder: Path) -> None:
-    for path in folder.rglob("*"):
+        if name in manifest.files:
+            continue
         sync(path)
+        if path.is_file():
+            manifest.files[name] = describe_file(path)
     sync(folder)

@@ -18,7 +18,7 @@ from ..models.linear import ADAPTER_INFIX
 from ..storage.folders import clean_up, find_folders
 from ..storage.header import Spec
 from ..storage.tensors import ByteRange, TensorFile
-from .manifest import NAME, Chunk, Manifest, TensorEntry
+from .manifest import NAME, Chunk, Head, Manifest, TensorEntry
 
 CHECKPOINTS, SNAPSHOTS, EXPORTS = "checkpoints", "snapshots", "hf"
 """Names of folders in a run folder."""
@@ -231,19 +231,10 @@ def _step_and_run(folder: Path, name: str) -> tuple[int, str | None] | None:
     if not (folder / NAME).is_file():
         return None
     try:
-        manifest = Manifest.read(folder)
+        return Head.read(folder)
     except CheckpointError:
         # A damaged snapshot is not used. A damaged checkpoint keeps its place, so that it is not passed over in silence.
         return (int(name.removeprefix("step-")), None) if name.startswith("step-") else None
-    return manifest.step, manifest.run
-
-
-def run_of(folder: Path) -> str:
-    """Returns the identity of the run that saved a checkpoint. It is empty if it is not known."""
-    try:
-        return Manifest.read(folder).run
-    except CheckpointError:
-        return ""
 
 
 def saved_checkpoints(run: Path, identity: str) -> dict[int, Path]:
@@ -251,11 +242,11 @@ def saved_checkpoints(run: Path, identity: str) -> dict[int, Path]:
     found = {}
     for folder in (run / CHECKPOINTS).glob("step-*"):
         try:
-            manifest = Manifest.read(folder)
+            step, of = Head.read(folder)
         except CheckpointError:
             continue
-        if manifest.run == identity and folder.name == checkpoint_name(manifest.step):
-            found[manifest.step] = folder
+        if of == identity and folder.name == checkpoint_name(step):
+            found[step] = folder
     return dict(sorted(found.items()))
 
 

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
+import os
 import zlib
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import CheckpointError
-from ..storage.jsonfile import replace_json
+from ..storage.jsonfile import finite_json
+from ..storage.replace import replace_pieces
 
 NAME = "manifest.json"
 FORMAT = 2
+HEAD_BYTES = 1 << 16
+"""The head of a manifest, which is everything before its files, has fewer bytes."""
+AFTER_HEAD, END = ', "files": {', "}\n"
+"""The text after the head, and at the end of a manifest."""
 BLOCK = 4 << 20
 """Each checksum is of this many bytes of a file, so that damage can be located."""
 
@@ -51,6 +60,29 @@ class TensorEntry:
     chunks: list[Chunk]
 
 
+class Head(NamedTuple):
+    """What identifies a checkpoint. It can be read alone: the manifest of a large run has more than 100 MB."""
+
+    step: int
+    run: str
+
+    @classmethod
+    def read(cls, folder: Path) -> Head:
+        """Reads the head of ``folder/manifest.json``, and its end, which a truncated one does not have.
+
+        Raises:
+            CheckpointError: as ``Manifest.read``. Damage between the head and the end is not found.
+        """
+        with suppress(OSError, ValueError, KeyError), open(folder / NAME, "rb") as file:
+            head = file.read(HEAD_BYTES).partition(AFTER_HEAD.encode())[0]
+            file.seek(-len(END), os.SEEK_END)
+            values = json.loads(head + b"}")
+            if values["format"] == FORMAT and file.read() == END.encode():
+                return cls(values["step"], values["run"])
+        whole = Manifest.read(folder)  # an older version has written it in another order, or it is damaged
+        return cls(whole.step, whole.run)
+
+
 @dataclass
 class Manifest:
     """The content of a checkpoint."""
@@ -70,7 +102,16 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Writes ``folder/manifest.json`` atomically."""
-        replace_json(folder / NAME, asdict(self))
+        replace_pieces(folder / NAME, self._json())
+
+    def _json(self) -> Iterator[str]:
+        """Yields the text of the file in short pieces, since no other thread runs while one of them is made."""
+        head = {"format": FORMAT, "step": self.step, "run": self.run, "layout": self.layout, "versions": self.versions}
+        yield finite_json(head)[:-1] + AFTER_HEAD
+        yield from _entries(self.files)
+        yield '}, "tensors": {'
+        yield from _entries(self.tensors)
+        yield "}" + END
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -82,6 +123,11 @@ class Manifest:
         path = folder / NAME
         if not path.is_file():
             raise CheckpointError(f"{folder} is not a complete checkpoint: it has no {NAME}")
+        with _without_garbage_collection():
+            return cls._read(path)
+
+    @classmethod
+    def _read(cls, path: Path) -> Manifest:
         try:
             values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             if values["format"] != FORMAT:
@@ -94,6 +140,26 @@ class Manifest:
             return cls(values["step"], values["layout"], values["versions"], files, tensors, run)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+def _entries(entries: Mapping[str, FileEntry | TensorEntry]) -> Iterator[str]:
+    """Yields the items of a JSON object."""
+    separator = ""
+    for name, entry in entries.items():
+        yield f"{separator}{finite_json(name)}: {finite_json(entry)}"
+        separator = ", "
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """While millions of objects are made that all stay, the collector would search them again and again, most of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class Checksums:

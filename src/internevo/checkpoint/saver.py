@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.staging import AsyncStager
+from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
 from .. import __version__
 from ..config.run import Ckpt
@@ -27,7 +29,8 @@ from ..observe.record import SaveRecord
 from ..storage.folders import set_aside, shared_temporary
 from .finish import Extras, complete
 from .folder import CHECKPOINTS, SNAPSHOTS, checkpoint_name, saved_checkpoints
-from .manifest import NAME, FileEntry, Manifest, TensorEntry
+from .manifest import NAME, FileEntry, Head, Manifest, TensorEntry
+from .staging import own_share
 from .storage import SafetensorsWriter
 
 log = logging.getLogger("internevo")
@@ -51,6 +54,7 @@ class Saver:
         group: dist.ProcessGroup,
         after: Callable[[Path], None] = lambda folder: None,
         identity: str = "",
+        stager: AsyncStager | None = None,
     ) -> None:
         """
         Args:
@@ -60,9 +64,12 @@ class Saver:
             group: a group of all ranks for CPU tensors that nothing else uses.
             after: is called with each complete checkpoint, on rank 0 and in the background.
             identity: of the run, for the manifest. Only checkpoints with it are ever deleted or replaced.
+            stager: copies the tensors (``stager_for``). It may still do so when ``save`` has returned: call ``wait_for_copies``
+                before they change.
         """
         self.run, self.config, self.rank, self.layout, self.group, self.after = run, config, rank, layout, group, after
-        self.identity = identity
+        self.identity, self.stager = identity, stager
+        self.copying: Future[None] | None = None
         self.pending: Future[Any] | None = None
         self.temporary = run / "none"
         self.snapshots = 0
@@ -71,7 +78,8 @@ class Saver:
         self._saved: list[SaveRecord] = []
 
     def save(self, step: int, tensors: dict[str, Tensor], extras: Extras, keep_all: bool = False) -> None:
-        """Copies ``tensors`` (KIND/NAME -> DTensor) to host memory, and writes them in the background.
+        """Copies ``tensors`` (KIND/NAME -> DTensor) to host memory, and writes them in the background. They may change after
+        ``wait_for_copies``.
 
         Args:
             keep_all: delete no older checkpoint after this one.
@@ -85,7 +93,7 @@ class Saver:
         self._start(folder, step, tensors, extras, keep_all=True)
 
     def _start(self, folder: Path, step: int, tensors: dict[str, Tensor], extras: Extras, keep_all: bool) -> None:
-        self.wait()
+        self.wait()  # a stager copies into the same memory again
         begin = time.monotonic()
         temporary = self.temporary = shared_temporary(folder)
         if self.rank == 0:
@@ -105,10 +113,17 @@ class Saver:
             self.after(folder)
 
         writer = SafetensorsWriter(temporary, self.rank, on_written)
-        pending = dcp.async_save(tensors, storage_writer=writer, process_group=self.group)
-        assert isinstance(pending, Future)
+        pending = dcp.async_save(own_share(tensors), storage_writer=writer, process_group=self.group, async_stager=self.stager)
+        if isinstance(pending, AsyncSaveResponse):
+            self.copying, pending = pending.staging_completion, pending.upload_completion
         pending.add_done_callback(lambda _: setattr(self, "seconds", time.monotonic() - begin))
         self.pending = pending
+
+    def wait_for_copies(self) -> None:
+        """Waits until the tensors of the last save have been copied. If that fails, so does the save (``check``)."""
+        if self.copying is not None:
+            wait([self.copying])
+            self.copying = None
 
     def take_saved(self) -> list[SaveRecord]:
         """Returns what has been saved since the last call, on rank 0."""
@@ -131,6 +146,12 @@ class Saver:
                 shutil.rmtree(self.temporary, ignore_errors=True)
             raise CheckpointError(f"saving a checkpoint failed; earlier ones are untouched: {_reason(error)}") from error
 
+    def close(self) -> None:
+        """Waits as ``wait``, and frees the memory of the copies. Nothing can be saved after it."""
+        self.wait()
+        if self.stager is not None:
+            self.stager.close()
+
     def finish(self, patience: float = PATIENCE) -> None:
         """Waits for the save that is running after the run has failed on this rank. It may still become a complete checkpoint.
 
@@ -151,7 +172,7 @@ class Saver:
         if not os.path.lexists(folder):
             return
         try:
-            there = Manifest.read(folder)
+            there = Head.read(folder)
             step = checkpoint_name(there.step) if folder.parent.name == CHECKPOINTS else folder.name
             mine = there.run == self.identity and step == folder.name
         except CheckpointError:

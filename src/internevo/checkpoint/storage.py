@@ -6,14 +6,13 @@ find and read them again. Loading unpickles nothing.
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch.distributed.checkpoint import StorageReader, StorageWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -28,8 +27,11 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from ..errors import CheckpointError
+from ..storage.folders import sync
+from ..storage.header import Spec
+from ..storage.tensors import ShardWriter
 from .folder import open_file
-from .manifest import Chunk, FileEntry, Manifest, TensorEntry, describe_file
+from .manifest import Checksums, Chunk, FileEntry, Manifest, TensorEntry
 
 KINDS = ("model", "optimizer")
 """Kinds of tensors. A tensor is named KIND/NAME, and each rank writes one file per kind."""
@@ -63,42 +65,44 @@ class SafetensorsWriter(StorageWriter):
         return plans
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Writes this rank's files, and waits until they are on disk: rank 0 may be on another host, and cannot do that."""
         by_kind: dict[str, list[WriteItem]] = defaultdict(list)
         for item in plan.items:
             by_kind[item.index.fqn.split("/")[0]].append(item)
         results: list[WriteResult] = []
         for kind, items in by_kind.items():
             results += self._write_file(f"{kind}-{self.rank:05d}.safetensors", items, planner)
+        sync(self.folder)
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
 
     def _write_file(self, name: str, items: list[WriteItem], planner: SavePlanner) -> list[WriteResult]:
-        tensors = {}
-        for item in items:
-            data = planner.resolve_data(item)
-            assert isinstance(data, torch.Tensor), f"{item.index.fqn} is not a tensor"
-            tensors[_key(item.index)] = data.detach().cpu().contiguous()
-        path = self.folder / name
+        tensors = {_key(item.index): _data(item, planner) for item in items}
+        specs = {key: Spec(tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
+        nbytes, sums = sum(spec.nbytes for spec in specs.values()), Checksums()
         try:
-            save_file(tensors, path, metadata={"format": "pt"})
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} cannot be written: {error}") from error
-        entry = describe_file(path)
-        return [WriteResult(i.index, tensors[_key(i.index)].nbytes, (name, _key(i.index), entry)) for i in items]
+            with ShardWriter(self.folder, specs, nbytes, lambda *_: name, lambda _, data: sums.update(data)) as writer:
+                for tensor in tensors.values():
+                    writer.add(tensor.cpu())
+            sync(self.folder / name)
+        except OSError as error:
+            raise CheckpointError(f"{self.folder / name} cannot be written: {error.strerror or error}") from error
+        entry = sums.entry()
+        return [
+            WriteResult(item.index, tensor.nbytes, (Chunk(name, key, list(item.index.offset or ()), list(tensor.shape)), entry))
+            for item, (key, tensor) in zip(items, tensors.items(), strict=True)
+        ]
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        written = {_key(r.index): r.storage_data for of_rank in results for r in of_rank}
-        tensors = {}
-        for fqn, info in metadata.state_dict_metadata.items():
+        tensors, files = {}, {}
+        for name, info in metadata.state_dict_metadata.items():
             assert isinstance(info, TensorStorageMetadata)
-            chunks = []
-            for chunk in info.chunks:
-                file, key, _ = written[_key(MetadataIndex(fqn, chunk.offsets))]
-                chunks.append(Chunk(file, key, list(chunk.offsets), list(chunk.sizes)))
-            dtype = str(info.properties.dtype).removeprefix("torch.")
-            tensors[fqn] = TensorEntry(dtype, list(info.size), chunks)
-        self.on_written(tensors, {file: entry for file, _, entry in written.values()})
+            tensors[name] = TensorEntry(str(info.properties.dtype).removeprefix("torch."), list(info.size), [])
+        for result in itertools.chain.from_iterable(results):  # there may be a million
+            chunk, files[chunk.file] = result.storage_data
+            tensors[result.index.fqn].chunks.append(chunk)
+        self.on_written(tensors, files)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
@@ -106,6 +110,12 @@ class SafetensorsWriter(StorageWriter):
 
     def storage_meta(self) -> StorageMeta | None:
         return None
+
+
+def _data(item: WriteItem, planner: SavePlanner) -> torch.Tensor:
+    data = planner.resolve_data(item)
+    assert isinstance(data, torch.Tensor), f"{item.index.fqn} is not a tensor"
+    return data.detach()
 
 
 def _key(index: MetadataIndex) -> str:

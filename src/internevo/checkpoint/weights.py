@@ -12,7 +12,7 @@ import torch
 from .. import __version__
 from ..models.decoder import parameter_shapes, stored_shapes
 from ..models.source import ParameterSource, write_rows
-from ..storage.folders import target
+from ..storage.folders import sync, target
 from ..storage.header import Spec
 from ..storage.tensors import ShardWriter
 from .finish import Extras, add_files
@@ -69,6 +69,8 @@ def _write_weights(
                     progress(done, total)
                 rows_before += spec.rows
                 chunk.file = writer.files[chunk.key]
+    for file in sums:
+        sync(folder / file)  # before there is a manifest
     return {file: s.entry() for file, s in sums.items()}, tensors
 
 

@@ -38,6 +38,15 @@ def to_json(values: Any, indent: int | None = None, escaped: bool = True) -> str
     return json.dumps(_finite(values), indent=indent, allow_nan=False, ensure_ascii=escaped)
 
 
+def finite_json(values: Any) -> str:
+    """Converts values without NaN and infinity to JSON text, several times as fast as ``to_json``. Dataclasses become objects.
+
+    Raises:
+        ValueError: if there is NaN or infinity.
+    """
+    return json.dumps(values, allow_nan=False, default=vars)
+
+
 def write_json(path: Path, values: Any, indent: int | None = None) -> None:
     """Writes ``values`` to a file as JSON; NaN and infinity become null."""
     with naming(path):

@@ -9,10 +9,12 @@ Rows: a tensor is seen as a matrix [product of all other dimensions, last dimens
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import math
 import os
 import queue
+import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -327,11 +329,13 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 def _reserve(descriptor: int, size: int) -> None:
     """Allocates the whole file at once. Writing is then several times faster than to a growing file, and a full disk is noticed
-    before anything is written."""
-    if hasattr(os, "posix_fallocate"):
-        try:
-            os.posix_fallocate(descriptor, 0, size)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-                raise
-            # Some file systems cannot allocate in advance; the file then grows as it is written.
+    before anything is written.
+
+    Some file systems (NFS before 4.2, for one) cannot allocate in advance, and the file then grows as it is written. There,
+    ``os.posix_fallocate`` would write a byte into each page first, so it is not used.
+    """
+    fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None) if sys.platform == "linux" else None
+    if fallocate is not None and fallocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(size)) != 0:
+        number = ctypes.get_errno()
+        if number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise OSError(number, os.strerror(number))

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import Checkpoint
-from ..checkpoint.folder import run_of
 from ..checkpoint.load import load_tensors
 from ..checkpoint.storage import KINDS
 from ..config.run import LoadCkptInfo
@@ -48,7 +47,7 @@ def restore(parts: Parts, run: Path, doing: Doing = nullcontext) -> list[str]:
         else:
             lines = load_checkpoint(parts, start.source, start.wanted)
             if start.resumed:
-                parts.state.run = run_of(start.source.folder)  # this is the same run
+                parts.state.run = start.source.manifest.run  # this is the same run
         return lines if adapter is None else [*lines, *load_adapter(parts, adapter)]
 
 

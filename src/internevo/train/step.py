@@ -74,12 +74,18 @@ class StepResult:
 class Stepper:
     """Takes the steps of a run."""
 
-    def __init__(self, parts: Parts, end_phase: Callable[[str], None] = lambda name: None) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        end_phase: Callable[[str], None] = lambda name: None,
+        before_update: Callable[[], None] = lambda: None,
+    ) -> None:
         """
         Args:
             end_phase: is called with the name of each part of a step that is not a pass, at its end.
+            before_update: is called before the weights, moments and balance biases change. (A checkpoint may still copy them.)
         """
-        self.end_phase = end_phase
+        self.end_phase, self.before_update = end_phase, before_update
         self.parts, self.device = parts, parts.world.device
         self.types, self.terms = len(parts.source.types), parts.terms
         self.clip = parts.config.hybrid_zero_optimizer.clip_grad_norm
@@ -102,7 +108,7 @@ class Stepper:
         return result
 
     def enqueue(self, batch: StepBatch, lr: float, beta2: float, get_shared: Callable[[], Shared]) -> tuple[Later, RouterSums]:
-        """Does all of a step that the device computes, and waits for nothing. Arguments as for a step.
+        """Does all of a step that the device computes, and waits only in ``before_update``. Arguments as for a step.
 
         Returns:
             The numbers of the step (``_result``), and the sums of the routers.
@@ -117,6 +123,7 @@ class Stepper:
         # A GPU may be far behind. Only the numbers of this step are waited for, and meanwhile it updates the weights.
         numbers = Later(torch.cat([norm, finite, *sums]))
         self.end_phase("reduction of the gradients")
+        self.before_update()
         parts.optimizer.step(lr, beta2, factor[0].float(), finite[0].float())
         parts.axis.masters_updated()
         self.end_phase("optimizer")

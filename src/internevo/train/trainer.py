@@ -16,6 +16,7 @@ from ..checkpoint import Checkpoint
 from ..checkpoint.export import Exporter, check_export
 from ..checkpoint.folder import remove_leftovers, saved_checkpoints
 from ..checkpoint.saver import Saver
+from ..checkpoint.staging import stager_for
 from ..config import Config, dump, flat
 from ..data.batches import StepBatch, TrainBatches, parse_skip_batches, valid_batches
 from ..data.build import checked_tokenizer
@@ -76,7 +77,9 @@ class Trainer:
         self.exporter = Exporter(self.run, COMPUTE[config.model.dtype], log.warning)
         after = self.exporter if config.ckpt.enable_internevo2hf_ckpt else lambda folder: None
         group, identity = gloo.new_group(), self.state.run
-        self.saver = Saver(self.run, config.ckpt, world.rank, axis_sizes(self.parts.layout), group, after, identity)
+        self.saver = Saver(
+            self.run, config.ckpt, world.rank, axis_sizes(self.parts.layout), group, after, identity, stager_for(world.device)
+        )
         watchdog.before_end = self.saver.finish
         self.garbage = GarbageCollector()
         self.saved_step = self.state.step
@@ -88,7 +91,7 @@ class Trainer:
             config.monitor, parts.layout, parts.model, parts.axis, parts.schedule, parts.tensors(), partial(formulas, parts),
             self.run, world.rank, world.device, config.model.compile,
         )  # fmt: skip
-        self.stepper = Stepper(parts, self.probes.end_phase)
+        self.stepper = Stepper(parts, self.probes.end_phase, self.saver.wait_for_copies)
         self.peak = peak_tflops(world.device, config.model.dtype, config.monitor.peak_tflops)
         if config.ckpt.stop_file_path and world.rank == 0:
             stops.watch(config.ckpt.stop_file_path)
@@ -132,7 +135,7 @@ class Trainer:
             if config.ckpt.enable_save_ckpt and self.saved_step < self.state.step:
                 self._save(self.state.step)  # the last batches were skipped (data.skip_batches)
             with self._doing("finishing the checkpoint"):
-                self.saver.wait()
+                self.saver.close()
             self._tell_saved(observers)
             if observers:
                 observers.summary(data.total_steps, self.state.step - first, time.perf_counter() - begin, self._how_to_go_on())
@@ -250,11 +253,11 @@ class Trainer:
         if not limit or row < limit:
             return
         self.saver.wait()
-        saved = saved_checkpoints(self.run, self.state.run).values()
-        good = [f for f in saved if not Checkpoint(f).json("state.json").get("skipped_in_a_row")]
+        newest_first = reversed(saved_checkpoints(self.run, self.state.run).values())
+        good = next((f for f in newest_first if not Checkpoint(f).json("state.json").get("skipped_in_a_row")), None)
         start = (
-            f"Start a run in another folder (ckpt.save_ckpt_folder) from {good[-1]}, the last checkpoint from before, or from "
-            f"an earlier one (ckpt.load_ckpt_info.path={good[-1]})"
+            f"Start a run in another folder (ckpt.save_ckpt_folder) from {good}, the last checkpoint from before, or from "
+            f"an earlier one (ckpt.load_ckpt_info.path={good})"
             if good
             else "There is no checkpoint from before, so start again"
         )

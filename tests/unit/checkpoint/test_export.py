@@ -22,6 +22,7 @@ from internevo.models.config import DecoderConfig, Lora
 from internevo.models.families.registry import FAMILIES, decoder_from_hf
 from internevo.models.huggingface.folder import HfFolder, as_family, naming
 from internevo.models.huggingface.tokenizer import copy_tokenizer, has_tokenizer, special_ids
+from internevo.storage import tensors
 from internevo.text.tokenizer import load_tokenizer, train_bpe
 from tests.conftest import random_model
 from tests.families import CONFIGS
@@ -92,7 +93,7 @@ def test_a_full_disk_is_a_warning(run_folder: Path, monkeypatch: pytest.MonkeyPa
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(tensors, "_reserve", full)
     warnings: list[str] = []
     Exporter(run_folder, torch.float32, warnings.append)(run_folder / "checkpoints" / "step-00000002")
     assert "No space left on device" in warnings[0]

@@ -18,6 +18,7 @@ from internevo.checkpoint.manifest import (
     Checksums,
     Chunk,
     FileEntry,
+    Head,
     Manifest,
     TensorEntry,
     describe_file,
@@ -39,6 +40,7 @@ manifests = st.builds(
         st.builds(TensorEntry, names, lists, st.lists(st.builds(Chunk, names, names, lists, lists), max_size=2)),
         max_size=3,
     ),
+    run=names,
 )
 SMALL = Manifest(3, {"world": 2}, {"torch": "2.13"}, {"a": FileEntry(1, [5])}, {"w": TensorEntry("float32", [2], [])})
 
@@ -48,7 +50,23 @@ def test_a_manifest_can_be_read_as_it_was_written(tmp_path_factory: pytest.TempP
     folder = tmp_path_factory.mktemp("manifest")
     manifest.write(folder)
     assert Manifest.read(folder) == manifest
+    assert json.loads((folder / NAME).read_text()) == asdict(manifest)
+    with mock.patch.object(Manifest, "read", side_effect=AssertionError("the head is enough")):
+        assert Head.read(folder) == (manifest.step, manifest.run)
     assert [path.name for path in folder.iterdir()] == [NAME]
+
+
+@given(manifest=manifests)
+def test_manifests_of_older_versions_can_be_read(tmp_path_factory: pytest.TempPathFactory, manifest: Manifest) -> None:
+    """Their step is at the beginning, and the identity of the run, if there is one, at the end."""
+    folder = tmp_path_factory.mktemp("manifest")
+    older = asdict(manifest)
+    (folder / NAME).write_text(json.dumps(older) + "\n")
+    assert Manifest.read(folder) == manifest
+    assert Head.read(folder) == (manifest.step, manifest.run)
+    del older["run"]
+    (folder / NAME).write_text(json.dumps(older) + "\n")
+    assert Head.read(folder) == (manifest.step, "")
 
 
 def test_writing_again_replaces_the_manifest(tmp_path: Path) -> None:
@@ -59,8 +77,9 @@ def test_writing_again_replaces_the_manifest(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_manifest_is_not_a_complete_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=f"is not a complete checkpoint: it has no {NAME}"):
-        Manifest.read(tmp_path)
+    for read in (Manifest.read, Head.read):
+        with pytest.raises(CheckpointError, match=f"is not a complete checkpoint: it has no {NAME}"):
+            read(tmp_path)
     (tmp_path / (NAME + ".tmp")).write_text("{}")  # a save that was killed
     with pytest.raises(CheckpointError, match="is not a complete checkpoint"):
         Manifest.read(tmp_path)
@@ -68,8 +87,11 @@ def test_a_folder_without_a_manifest_is_not_a_complete_checkpoint(tmp_path: Path
 
 def test_another_format_is_named(tmp_path: Path) -> None:
     (tmp_path / NAME).write_text(json.dumps({**asdict(SMALL), "format": FORMAT + 1}))
-    with pytest.raises(CheckpointError, match=rf"{NAME} has format {FORMAT + 1}, and this version of internevo reads {FORMAT}"):
-        Manifest.read(tmp_path)
+    for read in (Manifest.read, Head.read):
+        with pytest.raises(
+            CheckpointError, match=f"{NAME} has format {FORMAT + 1}, and this version of internevo reads {FORMAT}"
+        ):
+            read(tmp_path)
 
 
 @given(data=st.data())
@@ -78,8 +100,9 @@ def test_a_truncated_manifest_is_damaged(tmp_path_factory: pytest.TempPathFactor
     SMALL.write(folder)
     content = (folder / NAME).read_bytes()
     (folder / NAME).write_bytes(content[: data.draw(st.integers(0, len(content.rstrip()) - 1))])
-    with pytest.raises(CheckpointError, match=f"{NAME} is damaged"):
-        Manifest.read(folder)
+    for read in (Manifest.read, Head.read):
+        with pytest.raises(CheckpointError, match=f"{NAME} is damaged"):
+            read(folder)
 
 
 @pytest.mark.parametrize("key", ["format", "step", "layout", "versions", "files", "tensors"])
@@ -105,8 +128,9 @@ CHANGES: list[dict[str, Any]] = [
 )  # fmt: skip
 def test_json_that_is_not_a_manifest_is_damaged(tmp_path: Path, content: bytes) -> None:
     (tmp_path / NAME).write_bytes(content)
-    with pytest.raises(CheckpointError, match=f"{NAME} is damaged"):
-        Manifest.read(tmp_path)
+    for read in (Manifest.read, Head.read):
+        with pytest.raises(CheckpointError, match=f"{NAME} is damaged"):
+            read(tmp_path)
 
 
 # Checksums -----------------------------------------------------------------------------------------------------------

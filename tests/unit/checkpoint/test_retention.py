@@ -1,13 +1,14 @@
 """What a save deletes or replaces: only what the same run has saved, and never what it has just saved."""
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from internevo.checkpoint import complete_checkpoints
 from internevo.checkpoint.finish import Extras, complete
-from internevo.checkpoint.folder import run_of
-from internevo.checkpoint.manifest import NAME, Manifest
+from internevo.checkpoint.folder import saved_checkpoints
+from internevo.checkpoint.manifest import NAME, Head, Manifest
 from internevo.checkpoint.saver import Saver
 from internevo.config.run import Ckpt
 from internevo.storage.folders import shared_temporary
@@ -107,4 +108,16 @@ def test_a_renamed_checkpoint_of_the_run_is_not_replaced_by_that_step(tmp_path: 
 def test_an_earlier_save_of_the_same_run_is_replaced(tmp_path: Path, place: str) -> None:
     save(tmp_path / place, 9)
     saver(tmp_path)._protect(tmp_path / place)
-    assert run_of(tmp_path / place) == "mine"
+    assert Head.read(tmp_path / place) == (9, "mine")
+
+
+def test_whole_manifests_are_not_read_which_may_be_large(tmp_path: Path) -> None:
+    for step in (3, 6, 9):
+        save(tmp_path / "checkpoints" / of(step)[0], step)
+    save(tmp_path / "snapshots" / "0", 8)
+    with mock.patch.object(Manifest, "read", side_effect=AssertionError("a whole manifest is read")):
+        assert [path.name for path in complete_checkpoints(tmp_path)] == [*of(9), "0", *of(6, 3)]
+        assert list(saved_checkpoints(tmp_path, "mine")) == [3, 6, 9]
+        saver(tmp_path)._protect(tmp_path / "checkpoints" / of(9)[0])
+        saver(tmp_path, keep_last=1)._retain(9)
+    assert names(tmp_path) == of(9)

@@ -3,6 +3,7 @@
 import ast
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import internevo
 from internevo.errors import UsageError
 from internevo.observe.metrics import JsonLines
 from internevo.observe.record import StepRecord, ValidRecord
-from internevo.storage.jsonfile import read_object, to_json, write_json
+from internevo.storage.jsonfile import finite_json, read_object, to_json, write_json
 from tests.strict_json import strict
 
 
@@ -21,6 +22,17 @@ def test_nan_and_infinity_become_null_at_any_depth(tmp_path: Path) -> None:
     assert strict(to_json(values)) == wanted
     write_json(tmp_path / "a.json", values, indent=1)
     assert strict((tmp_path / "a.json").read_text()) == wanted
+
+
+def test_the_fast_writer_refuses_nan_and_infinity() -> None:
+    @dataclass
+    class Point:
+        x: float
+
+    assert strict(finite_json({"a": [Point(1.5)]})) == {"a": [{"x": 1.5}]}
+    for bad in (math.nan, math.inf, -math.inf):
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            finite_json([Point(bad)])
 
 
 def test_rows_of_metrics_are_strict_json_also_those_from_earlier_versions(tmp_path: Path) -> None:

@@ -1,6 +1,10 @@
 """The operating system may read fewer bytes than it was asked for."""
 
+import ctypes
+import errno
 import os
+import resource
+import sys
 import threading
 from pathlib import Path
 
@@ -54,3 +58,35 @@ def test_an_error_of_the_caller_stops_the_writers_thread(tmp_path: Path) -> None
     with pytest.raises(ZeroDivisionError):
         fail()
     assert "writer" not in [thread.name for thread in threading.enumerate()]
+
+
+class NoFallocate:
+    """A C library whose file system cannot allocate in advance."""
+
+    def fallocate(self, *arguments: object) -> int:
+        ctypes.set_errno(errno.EOPNOTSUPP)
+        return -1
+
+
+def test_a_file_grows_as_it_is_written_where_it_cannot_be_allocated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: NoFallocate())
+    monkeypatch.setattr(os, "posix_fallocate", None)  # it would write a byte into each page first
+    wanted = torch.randn(50)
+    with ShardWriter(tmp_path, {"a": Spec((50,), torch.float32)}, 10**9, lambda number, count: "a") as writer:
+        writer.add(wanted)
+    assert torch.equal(load_file(tmp_path / "a")["a"], wanted)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="allocates in advance on Linux only")
+def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with (
+            pytest.raises(OSError, match=f"File too large: '{tmp_path}/a'"),
+            ShardWriter(tmp_path, {"a": Spec((50,), torch.float32)}, 10**9, lambda number, count: "a") as writer,
+        ):
+            writer.add(torch.randn(50))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "a").stat().st_size == 0
