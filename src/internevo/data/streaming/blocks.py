@@ -138,6 +138,7 @@ class BlockReader:
             DataError: on every rank, if one rank cannot read its share, or an epoch has no tokens.
         """
         empty, self.exchange.ended = position.block == 0, False
+        self.open_files.clear()  # a shard of another epoch may have the same index and the same number of chunks read
         known = all(shard.chunk is not None for shard in self.shards)
         self.encoded = self.pool.encode(self._known_chunks(position)) if known else None
         try:

@@ -97,13 +97,21 @@ class Stream:
                 return
             first = int(np.searchsorted(self.ends, self.next_token, side="right"))  # the document of the next token
             kept = len(self.ids) - self.next_token
-            self.block_starts = [(start - self.next_token, position) for start, position in self.block_starts]
-            self.block_starts.append((kept, block.position))
+            self.block_starts = [*self._unfinished_blocks(), (kept, block.position)]
             self.ids = np.concatenate([self.ids[self.next_token :], block.ids])
             self.ends = np.concatenate([self.ends[first:] - self.next_token, block.ends + kept])
             self.doc_types = np.concatenate([self.doc_types[first:], block.types])
             self.skipped += block.skipped
             self.next_token = 0
+
+    def _unfinished_blocks(self) -> list[tuple[int, BlockPosition]]:
+        """Returns those of ``block_starts`` whose block has tokens from the next one on; starts are counted from that one."""
+        ends = [start for start, _ in self.block_starts[1:]] + [len(self.ids)]
+        return [
+            (start - self.next_token, position)
+            for (start, position), end in zip(self.block_starts, ends, strict=True)
+            if end > max(start, self.next_token)
+        ]
 
     def _next_span(self) -> tuple[int, int, int] | None:
         """Moves past the next row.

@@ -361,3 +361,47 @@ def test_data_with_nothing_to_train_on_is_an_error(tmp_path: Path, small: None, 
         train(data, 1, Cursor(), 1)
     with pytest.raises(DataError, match="contains no document to train on"):
         train(data.model_copy(update={"min_length": 10**6}), 2, Cursor(), 1)
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seq_len=st.sampled_from([4, 40, 700]), kind=st.sampled_from(["jsonl", "jsonl.gz"]), packed=st.booleans())
+def test_what_a_stream_keeps_does_not_grow_with_what_it_has_read(
+    tmp_path_factory: pytest.TempPathFactory, small: None, tokenizer: Path, seq_len: int, kind: str, packed: bool
+) -> None:
+    """Of blocks that are over, neither tokens nor positions are kept, however many rows a block has."""
+    folder = tmp_path_factory.mktemp("stream")
+    write(folder, corpus_of(random.Random(1), 60), [kind] * 2, random.Random(1))
+    data = Data(
+        type="streaming", train_folder=str(folder), tokenizer_path=str(tokenizer), seq_len=seq_len, micro_bsz=1,
+        total_steps=1000, num_worker=0, use_packed_dataset=packed,
+    )  # fmt: skip
+    stream: Any = train_source(data, VOCAB)
+    position, blocks_read = stream.start_position(), set()
+    while position[0][0] < 5:
+        position = stream.next_rows(position, 1, [0]).position
+        blocks_read.add(tuple(position[0][:2]))
+        ends = [*(start for start, _ in stream.block_starts[1:]), len(stream.ids)]
+        over = [end for (start, _), end in zip(stream.block_starts, ends, strict=True) if end <= max(start, 0)]
+        assert len(over) <= 1, "a block of which nothing is in memory, but for the newest one"
+    assert len(blocks_read) > 20
+    stream.close()
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz"])
+def test_rows_are_the_same_again_from_any_position(tmp_path: Path, small: None, tokenizer: Path, kind: str) -> None:
+    """Also from one that has the same block and shard as where the stream has come to, in another epoch."""
+    write(tmp_path / "data", corpus_of(random.Random(1), 60), [kind] * 3, random.Random(1))
+    data = Data(
+        type="streaming", train_folder=str(tmp_path / "data"), tokenizer_path=str(tokenizer), seq_len=16, micro_bsz=1,
+        total_steps=1000, num_worker=0,
+    )  # fmt: skip
+    stream, positions, rows = train_source(data, VOCAB), list[Any](), list[Any]()
+    position = stream.start_position()
+    while position[0][0] < 3:
+        positions.append(position)
+        found = stream.next_rows(position, 1, [0])
+        rows.append(found.rows[0].tokens.tolist())
+        position = found.position
+    for number in random.Random(2).sample(range(len(rows)), 200):
+        assert stream.next_rows(positions[number], 1, [0]).rows[0].tokens.tolist() == rows[number]
+    stream.close()
