@@ -110,8 +110,9 @@ class Data(Section):
     )
     on_change: Literal["stop", "continue"] = option(
         "stop",
-        "What to do if a run resumes from a checkpoint of different training data. stop: end with an error. continue: start at "
-        "the same number of rows in the new data.",
+        "What to do if a run resumes from a checkpoint of different training data. stop: end with an error. continue: go on "
+        "where it was in what is the same (parts of a mixture, the documents of a stream); in other tokenized data after the "
+        "same number of rows; in other streams at the next epoch.",
     )
 
     @model_validator(mode="after")

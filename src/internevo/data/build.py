@@ -14,7 +14,7 @@ from .encoding.encode import Encoder, EncoderPool, cached_tokenizer
 from .mixture import Mixture, Part
 from .raw.hub import dataset_files
 from .rows import InMemoryRows, PackedRows, PaddedRows, RandomRows, ReadableRows, Rows, WholeRows
-from .source import ShuffledRows, Source
+from .source import ShuffledRows, SingleSource, Source
 from .streaming.blocks import BlockReader, make_shards
 from .streaming.exchange import Exchange
 from .streaming.stream import Stream, all_rows
@@ -64,7 +64,7 @@ def _source(
     local_world_size: int,
     reports: bool,
     epochs: float | None,
-) -> Source:
+) -> SingleSource:
     folder, _ = data.folders
     if folder is not None and data.type in STREAMS:
         whole_epochs = None if epochs is None else int(epochs)

@@ -14,6 +14,7 @@ from ..checkpoint.folder import run_of
 from ..checkpoint.load import load_tensors
 from ..checkpoint.storage import KINDS
 from ..config.run import LoadCkptInfo
+from ..data.source import AT_THE_BEGINNING, Saved
 from ..errors import CheckpointError
 from ..models.huggingface.folder import HfFolder
 from ..models.huggingface.peft import PeftFolder
@@ -98,12 +99,15 @@ def _compare_data(parts: Parts, data: str, global_rows: int, folder: Path) -> li
             raise CheckpointError(
                 f"the training data is not that of {folder} (other files, data.seed, lengths, seq_len or packing), so the "
                 "position in the data that the checkpoint has is not valid. Use the old data; or set data.on_change=continue "
-                "to continue after the same number of rows; or load with "
-                'content=("model", "optimizer", "scheduler") to start at the first row'
+                "to go on in the new data (where it was in what is the same; else after the same number of rows, or at the "
+                'next epoch of a stream); or load with content=("model", "optimizer", "scheduler") to start at the first row'
             )
         cursor = parts.state.cursor
-        cursor.position = parts.source.position_after_change(cursor.position)
-        lines.append(f"the training data has changed since {folder} was saved; the run continues after {cursor.rows} rows")
+        how = AT_THE_BEGINNING
+        if cursor.position is not None:
+            continued = parts.source.continue_from(Saved(cursor.position, data))
+            cursor.position, how = continued.position, continued.how
+        lines.append(f"the training data has changed since {folder} was saved; the run continues {how}")
     rows = parts.sizes.rows(parts.state.cursor.batch)
     if rows != global_rows:
         lines.append(

@@ -22,6 +22,7 @@ from internevo.config.data import Data
 from internevo.data.batches import BatchSizes, Cursor, StepBatch, TrainBatches
 from internevo.data.build import load_stream, train_source, valid_rows
 from internevo.data.raw import inputs
+from internevo.data.source import Saved
 from internevo.data.streaming import blocks
 from internevo.data.streaming.exchange import Exchange
 from internevo.errors import DataError
@@ -405,3 +406,74 @@ def test_rows_are_the_same_again_from_any_position(tmp_path: Path, small: None, 
     for number in random.Random(2).sample(range(len(rows)), 200):
         assert stream.next_rows(positions[number], 1, [0]).rows[0].tokens.tolist() == rows[number]
     stream.close()
+
+
+def test_a_stream_whose_documents_are_the_same_continues_inside_its_epoch(tmp_path: Path, small: None, tokenizer: Path) -> None:
+    """Whatever else of the data changes: other parts of a mixture, none at all, the length of rows. Nothing comes twice."""
+    draw = random.Random(1)
+    for name in ("web", "code"):
+        write(tmp_path / name, [f"{name} {n} " + "x" * draw.randrange(60) for n in range(50)], ["jsonl"] * 2, draw)
+
+    def source(*names: str, seq_len: int = 16, **more: Any) -> Any:
+        folders: dict[str, Any] = {"mixture": [{"folder": str(tmp_path / name), "kind": "streaming"} for name in names]}
+        if len(names) == 1:
+            folders = {"type": "streaming", "train_folder": str(tmp_path / names[0])}
+        return train_source(
+            Data.model_validate({
+                "tokenizer_path": str(tokenizer), "seq_len": seq_len, "micro_bsz": 1, "total_steps": 100, "num_worker": 0,
+                **folders, **more,
+            }), VOCAB,
+        )  # fmt: skip
+
+    def tokens(source: Any, position: Any, rows: int, name: str = "web") -> tuple[list[int], Any]:
+        """The tokens of the stream ``name`` among the next rows, and the position after these."""
+        found = source.next_rows(position, rows, range(rows))
+        number = source.types.index(name) if name in source.types else None
+        chosen = [row for row in found.rows if number is None or row.types[0] == number]
+        source.close()
+        return [int(token) for row in chosen for token in row.tokens], json.loads(json.dumps(found.position))
+
+    alone = source("web")
+    wanted, _ = tokens(alone, alone.start_position(), 120)
+    seen, position = tokens(alone, alone.start_position(), 20)
+    before = alone
+    for names, seq_len in ((("web", "code"), 16), (("web",), 32), (("code", "web"), 32), (("web", "code"), 8)):
+        changed = source(*names, seq_len=seq_len)
+        assert changed.fingerprint() != before.fingerprint()
+        continued = changed.continue_from(Saved(position, before.fingerprint()))
+        more, position = tokens(changed, continued.position, 13)
+        seen, before = seen + more, changed
+        assert "where it was" in continued.how and seen == wanted[: len(seen)], (names, seq_len, continued.how)
+    other = source("web", "code", seed=3)
+    told = other.continue_from(Saved(position, before.fingerprint()))
+    assert told.how == "at the start of the next epoch (web, code)"
+    assert tokens(other, told.position, 2)[1]["web"][0][0][0] == position["web"][0][0][0] + 1
+
+
+def test_a_stream_that_has_ended_goes_on_with_more_epochs(tmp_path: Path, small: None, tokenizer: Path) -> None:
+    write(tmp_path / "web", [f"web {n}" for n in range(30)], ["jsonl"] * 2, random.Random(1))
+    write(tmp_path / "code", [f"code {n}" for n in range(30)], ["jsonl"] * 2, random.Random(1))
+
+    def source(epochs: int | None) -> Any:
+        parts = [
+            {"folder": str(tmp_path / name), "kind": "streaming", "epochs": epochs if name == "web" else None}
+            for name in ("web", "code")
+        ]
+        return train_source(
+            Data.model_validate({
+                "tokenizer_path": str(tokenizer), "seq_len": 16, "micro_bsz": 1, "total_steps": 100, "num_worker": 0,
+                "mixture": parts,
+            }), VOCAB,
+        )  # fmt: skip
+
+    def shares(source: Any, position: Any, rows: int) -> tuple[int, Any]:
+        found = source.next_rows(position, rows, range(rows))
+        source.close()
+        return sum(int(row.types[0]) == 0 for row in found.rows), json.loads(json.dumps(found.position))
+
+    once = source(1)
+    first, position = shares(once, once.start_position(), 100)
+    assert 0 < first < 50 and shares(once, position, 20)[0] == 0
+    second, later = shares(source(2), position, 100)
+    assert second == pytest.approx(first, abs=1), "one more epoch"
+    assert shares(source(2), later, 20)[0] == 0 and 9 <= shares(source(None), later, 20)[0] <= 11
