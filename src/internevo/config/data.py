@@ -93,7 +93,8 @@ class Data(Section):
     rampup_batch_size: str | None = option(
         None,
         'Batch size ramp-up, as "start increment every": micro_num starts at "start" and grows by "increment" after each '
-        '"every" steps, up to its final value.',
+        '"every" steps, up to its final value. If global_batch_size is set, start and increment are rows of the global batch, '
+        "so that the batches do not depend on the number of processes.",
     )
     valid_every: int = option(0, "Number of steps between evaluations; 0: no evaluation.", unit="steps", ge=0)
     valid_at_start: bool = option(

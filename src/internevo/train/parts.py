@@ -116,6 +116,7 @@ class Parts:
         state = {
             **self.state.to_dict(), "updates": self.optimizer.steps, "scaler": self.scaler.state(),
             "data": self.source.fingerprint(), "global_rows": self.sizes.rows(self.state.cursor.batch),
+            "batches": self.sizes.in_rows(),
         }  # fmt: skip
         files = {
             "state.json": state,

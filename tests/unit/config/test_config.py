@@ -219,6 +219,7 @@ def test_all_problems_are_reported_together() -> None:
         (1, {"model_type": "LAMA2"}, "did you mean LLAMA2"),
         (1, {"data__skip_batches": "5,3"}, "ascending"),
         (1, {"data__rampup_batch_size": "4 4"}, "three positive integers"),
+        (4, {"data__rampup_batch_size": "4 2 9"}, "are rows of the global batch, and must be multiples of"),
         (1, {"lr_scheduler__total_steps": 3}, "ends before data.total_steps"),
         (1, {"model__rope_scaling": {"rope_type": "magic"}}, "its rope_type must be one of default, linear"),
         (1, {"monitor__sample_prompts": ["a"]}, "needs data.tokenizer_path"),
