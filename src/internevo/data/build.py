@@ -176,7 +176,7 @@ def _stream(
         for (type_, minimum), group in groupby(files, type_and_minimum)
         for shard in make_shards(list(group), types.index(type_), minimum)
     ]
-    encoder = Encoder(tokenizer, data.format, data.content_name, data.on_error, vocab_size)
+    encoder = Encoder(tokenizer, data.format, data.content_name, data.on_error, vocab_size, data.template_date)
     pool = EncoderPool(encoder, min(data.num_worker, max(1, (os.cpu_count() or 1) // local_world_size)))
     blocks = BlockReader(shards, data.seed, pool, exchange, epochs)
     return Stream(blocks, data.seq_len, types, packed=data.use_packed_dataset, into_one=data.pack_sample_into_one)

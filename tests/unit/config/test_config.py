@@ -238,6 +238,7 @@ def test_contradictions_are_found_before_anything_starts(world: int, changes: di
         ("parallel__pipeline__layers", [True, True], "must have no True or False in it"),
         ("model__mlp_only_layers", [0, True], "must have no True or False in it"),
         ("enable_tb", "maybe", "must be True or False"),
+        ("data__template_date", "2024-7-1", 'must be a date, as in "2024-07-26"'),
     ],
 )
 def test_a_value_of_another_type_is_described_in_plain_words(key: str, value: object, message: str) -> None:

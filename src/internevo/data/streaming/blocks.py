@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ...config.data import TEMPLATE_DATE
 from ...errors import DataError, InternEvoError
 from ...text.tokenizer import tokenizer_fingerprint
 from ..encoding.encode import Encoded, EncoderPool
@@ -171,6 +172,8 @@ class BlockReader:
         shards = [(s.kind, s.path.name, s.chunk.size if s.chunk else 0, s.type, s.min_length) for s in self.shards]
         encoder = self.pool.encoder
         options = [MAX_SHARDS, self.seed, encoder.format, encoder.key, tokenizer_fingerprint(encoder.tokenizer)]
+        if encoder.format == "chat" and encoder.today != TEMPLATE_DATE:  # fingerprints from before have no date
+            options.append(encoder.today)
         return hashlib.sha256(
             json.dumps([shards, sample_content([Path(file) for file in files]), options]).encode()
         ).hexdigest()[:16]
