@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from ..models.huggingface.peft import PeftFolder
 from ..models.linear import ADAPTER_INFIX
 from ..models.source import ParameterSource
 from ..parallel.shards import fill_local
+from ..parallel.turns import Doing, in_turns
 from ..storage.header import Spec
-from .parts import Doing, Parts
+from .parts import Parts
 from .start import check_source, find_start, has_new_adapters, has_new_biases, open_adapter
 
 
@@ -40,7 +42,7 @@ def restore(parts: Parts, run: Path, doing: Doing = nullcontext) -> list[str]:
     Raises:
         ConfigError: if what is loaded has another model than the config, or another format than the config says.
     """
-    start = find_start(parts.config.ckpt, run)
+    start = in_turns(parts.world, "finding what the run starts from", partial(find_start, parts.config.ckpt, run), doing)
     adapter = open_adapter(parts.decoder, start, parts.config.ckpt)
     if start is None:
         return []
