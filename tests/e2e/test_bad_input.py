@@ -137,7 +137,7 @@ def test_other_data_or_another_model_is_refused_on_resume(tmp_path: Path, config
     done = run("train", path, "data.seq_len=16", code=1)
     assert "the training data is not that of" in done.stderr and "data.on_change=continue" in done.stderr
     done = run("train", path, "data.total_steps=4", "data.seq_len=16", "data.on_change=continue")
-    assert "the training data has changed" in done.stdout
+    assert "the training data has changed since" in done.stdout and "the run continues after 36 rows" in done.stdout
     assert "model.vocab_size = 98 in the config, and 97 in" in run("train", path, "model.vocab_size=98", code=2).stderr
 
 

@@ -136,6 +136,20 @@ def test_resume_is_bit_identical(pool: Pool, config: WriteConfig, tmp_path: Path
     assert all(torch.equal(mine[key], wanted[key]) for key in wanted)
 
 
+def test_a_ramp_up_has_the_same_batches_on_another_number_of_processes(pool: Pool, config: WriteConfig, tmp_path: Path) -> None:
+    ramp = {"data__rampup_batch_size": "4 4 2"}
+    pool.train(config("whole", **ramp))
+    parts = config("parts", **ramp)
+    pool.train(parts, 2, "data.total_steps=3")
+    pool.train(parts, 4)
+    assert_close(metrics(tmp_path / "parts"), metrics(tmp_path / "whole"))
+    ranks = config("ranks", data__global_batch_size=None, data__micro_num=4, data__rampup_batch_size="1 1 2")
+    pool.train(ranks, 1, "data.total_steps=2")
+    done = run("train", ranks, "data.total_steps=3", "--nproc", 2)
+    assert "the global batch has 4 rows now (8 after the ramp-up), and had 2 (4 after the ramp-up) before" in done.stdout
+    assert "with data.global_batch_size=4 data.rampup_batch_size='1 1 2' they would be the same" in done.stdout
+
+
 @pytest.mark.parametrize("kind", ["packed", "gshard"])
 def test_resume_on_another_number_of_processes(
     pool: Pool, config: WriteConfig, tmp_path: Path, reference: Reference, kind: str

@@ -34,6 +34,10 @@ def tokenize(
     on_error: Annotated[
         Literal["stop", "skip"], typer.Option(help="If a document cannot be read: stop, or leave it out and print a line.")
     ] = "stop",
+    template_date: Annotated[
+        str | None,
+        typer.Option(metavar="YYYY-MM-DD", help="What the template of chats takes for today (default: always the same day)."),
+    ] = None,
 ) -> None:
     """Tokenize text. Writes OUTPUT/TYPE, or with --valid-ratio OUTPUT/train/TYPE and OUTPUT/valid/TYPE."""
     from .tokenize import run
@@ -41,7 +45,7 @@ def tokenize(
     run(
         inputs, output, tokenizer=tokenizer, train_tokenizer=train_tokenizer, vocab_size=vocab_size, format=format,
         text_key=text_key, pattern=pattern, exclude=tuple(exclude or ()), dataset_type=type, valid_ratio=valid_ratio,
-        workers=workers, overwrite=overwrite, on_error=on_error,
+        workers=workers, overwrite=overwrite, on_error=on_error, template_date=template_date,
     )  # fmt: skip
 
 

@@ -104,6 +104,9 @@ def layout_lines(config: Config, world_size: int, per_node: int) -> list[str]:
     last = config.data.total_steps - 1
     rows, micro_batches = sizes.rows(last), sizes.micro_batches(last)
     micro = counted(micro_batches, "micro-batch")
+    if sizes.rampup_steps:
+        in_rows = [sizes.rows(0), sizes.rows(sizes.rampup_steps) - sizes.rows(0)]
+        lines.append(f"  first step  {in_rows[0]:>6}  rows; {in_rows[1]} more every {sizes.rampup_steps} steps")
     lines.append(
         f"  {'last step' if sizes.rampup_steps else 'step':<11} {rows:>6}  rows of {config.data.seq_len} tokens = "
         f"{rows * config.data.seq_len:,} tokens ({micro} of {sizes.micro_bsz} on "

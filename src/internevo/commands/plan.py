@@ -142,10 +142,12 @@ def _nothing(search: Search, gpus: int) -> str:
 
     least = search.least()
     if least is None:
+        ramp = search.config.data.rampup_batch_size
+        also, or_ramp = (f" (and each of the ramp-up {ramp!r})", " or data.rampup_batch_size") if ramp else ("", "")
         return (
-            f"no layout of {gpus} GPUs can have a global batch of {search.rows} rows: {search.rows} must be a multiple of the "
-            "number of data ranks, which is the number of GPUs divided by those of the pipeline and tensor axes; change "
-            "--gpus or data.global_batch_size"
+            f"no layout of {gpus} GPUs can have a global batch of {search.rows} rows: {search.rows}{also} must be a multiple "
+            "of the number of data ranks, which is the number of GPUs divided by those of the pipeline and tensor axes; change "
+            f"--gpus or data.global_batch_size{or_ramp}"
         )
     lacking = least.memory.total - search.limit
     parts = ", ".join(f"{name} {nbytes / GIB:.1f}" for name, nbytes in memory_parts(least).items())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..config.data import TEMPLATE_DATE
 from ..data.encoding.encode import OnError
 from ..data.encoding.formats import FormatName
 from ..data.encoding.tokenize import tokenize
@@ -27,6 +28,7 @@ def run(
     workers: int | None,
     overwrite: bool,
     on_error: OnError,
+    template_date: str | None,
 ) -> None:
     """Tokenizes ``inputs`` into ``output``, and prints how many documents and tokens were written.
 
@@ -42,7 +44,7 @@ def run(
     with progress_bar("tokenizing") as (progress, status):
         result = tokenize(
             inputs, output, tokenizer=tokenizer, train_vocab_size=vocab_size if train_tokenizer else None, kind=kind,
-            format=document_format, on_error=on_error,
+            format=document_format, on_error=on_error, template_date=template_date or TEMPLATE_DATE,
             text_key=text_key, pattern=pattern, exclude=exclude, dataset_type=dataset_type, valid_ratio=valid_ratio,
             workers=workers, overwrite=overwrite, status=status, progress=progress,
         )  # fmt: skip

@@ -306,6 +306,14 @@ def _ramp(config: Config, world: int) -> Iterator[str]:
     parts = text.split()
     if len(parts) != 3 or not all(re.fullmatch(NUMBER, part) and int(part) for part in parts):
         yield f'data.rampup_batch_size = {text!r} must be three positive integers, "start increment every", as in "2 2 100"'
+        return
+    ranks, size = data_size(config, world), config.data.micro_bsz
+    if config.data.global_batch_size and any(int(rows) % (size * ranks) for rows in parts[:2]):
+        yield (
+            f"data.rampup_batch_size = {text!r}: with data.global_batch_size its first two numbers are rows of the global "
+            f"batch, and must be multiples of data.micro_bsz * data ranks = {size} * {ranks}; change them or data.micro_bsz. "
+            f"(If they are meant as micro-batches of each rank, multiply them by {size * ranks}.)"
+        )
 
 
 def _skip(config: Config, world: int) -> Iterator[str]:

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import PurePath
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from .option import MAX_SIZE, REQUIRED, PathText, Section, option
 
 LOADER = "data is read through a memory map and by one prefetch thread"
 Kind = Literal["tokenized", "streaming", "megatron", "mocked", "hf"]
 STREAMS = ("streaming", "hf")
+TEMPLATE_DATE = "2024-07-26"
+"""Today, for chat templates in training data. Llama's templates have the same date where they are not told another."""
+
+
+def is_date(text: str) -> bool:
+    """Whether a text is a date in the form YYYY-MM-DD."""
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
+def _date(text: str) -> str:
+    if not is_date(text):
+        raise ValueError(f'must be a date, as in "{TEMPLATE_DATE}"')
+    return text
 
 
 class MixturePart(Section):
@@ -93,7 +110,8 @@ class Data(Section):
     rampup_batch_size: str | None = option(
         None,
         'Batch size ramp-up, as "start increment every": micro_num starts at "start" and grows by "increment" after each '
-        '"every" steps, up to its final value.',
+        '"every" steps, up to its final value. If global_batch_size is set, start and increment are rows of the global batch, '
+        "so that the batches do not depend on the number of processes.",
     )
     valid_every: int = option(0, "Number of steps between evaluations; 0: no evaluation.", unit="steps", ge=0)
     valid_at_start: bool = option(
@@ -110,8 +128,9 @@ class Data(Section):
     )
     on_change: Literal["stop", "continue"] = option(
         "stop",
-        "What to do if a run resumes from a checkpoint of different training data. stop: end with an error. continue: start at "
-        "the same number of rows in the new data.",
+        "What to do if a run resumes from a checkpoint of different training data. stop: end with an error. continue: go on "
+        "where it was in what is the same (parts of a mixture, the documents of a stream); in other tokenized data after the "
+        "same number of rows; in other streams at the next epoch.",
     )
 
     @model_validator(mode="after")
@@ -153,6 +172,11 @@ class Data(Section):
         "text",
         "What a document of a stream is: a text, an instruction in Alpaca's form, or a chat, to which the tokenizer's chat "
         "template is applied.",
+    )
+    template_date: Annotated[str, AfterValidator(_date)] = option(
+        TEMPLATE_DATE,
+        "The date (YYYY-MM-DD) that a chat template takes for today (strftime_now) in a stream of chats. It is fixed, so that "
+        "the same data gives the same tokens on any day.",
     )
     on_error: Literal["stop", "skip"] = option(
         "stop",

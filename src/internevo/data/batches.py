@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,11 +72,17 @@ class BatchSizes:
     @classmethod
     def from_config(cls, data: Data, data_ranks: int) -> BatchSizes:
         """Returns the sizes for the data section of a config and the number of data ranks."""
-        micro_num = data.micro_num
-        if data.global_batch_size:
-            micro_num = data.global_batch_size // (data.micro_bsz * data_ranks)
-        rampup = [int(part) for part in data.rampup_batch_size.split()] if data.rampup_batch_size else []
-        return cls(data.micro_bsz, micro_num, data_ranks, *rampup)
+        start, increment, steps = (int(part) for part in (data.rampup_batch_size or "0 0 0").split())
+        if not data.global_batch_size:
+            return cls(data.micro_bsz, data.micro_num, data_ranks, start, increment, steps)
+        rows = data.micro_bsz * data_ranks  # of a micro-batch on every data rank; it divides what the config has in rows
+        return cls(data.micro_bsz, data.global_batch_size // rows, data_ranks, start // rows, increment // rows, steps)
+
+    def in_rows(self) -> dict[str, Any]:
+        """Returns the keys of the data section that mean the same batches on any number of data ranks."""
+        rows = self.micro_bsz * self.data_ranks
+        ramp = f"{self.rampup_start * rows} {self.rampup_increment * rows} {self.rampup_steps}" if self.rampup_steps else None
+        return {"global_batch_size": self.micro_num * rows, "rampup_batch_size": ramp}
 
     def micro_batches(self, batch: int) -> int:
         """Returns the number of micro-batches on each data rank in batch ``batch`` (counted from 0)."""

@@ -14,7 +14,7 @@ from .encoding.encode import Encoder, EncoderPool, cached_tokenizer
 from .mixture import Mixture, Part
 from .raw.hub import dataset_files
 from .rows import InMemoryRows, PackedRows, PaddedRows, RandomRows, ReadableRows, Rows, WholeRows
-from .source import ShuffledRows, Source
+from .source import ShuffledRows, SingleSource, Source
 from .streaming.blocks import BlockReader, make_shards
 from .streaming.exchange import Exchange
 from .streaming.stream import Stream, all_rows
@@ -64,7 +64,7 @@ def _source(
     local_world_size: int,
     reports: bool,
     epochs: float | None,
-) -> Source:
+) -> SingleSource:
     folder, _ = data.folders
     if folder is not None and data.type in STREAMS:
         whole_epochs = None if epochs is None else int(epochs)
@@ -176,7 +176,7 @@ def _stream(
         for (type_, minimum), group in groupby(files, type_and_minimum)
         for shard in make_shards(list(group), types.index(type_), minimum)
     ]
-    encoder = Encoder(tokenizer, data.format, data.content_name, data.on_error, vocab_size)
+    encoder = Encoder(tokenizer, data.format, data.content_name, data.on_error, vocab_size, data.template_date)
     pool = EncoderPool(encoder, min(data.num_worker, max(1, (os.cpu_count() or 1) // local_world_size)))
     blocks = BlockReader(shards, data.seed, pool, exchange, epochs)
     return Stream(blocks, data.seq_len, types, packed=data.use_packed_dataset, into_one=data.pack_sample_into_one)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -30,6 +30,38 @@ class NextRows:
     it."""
 
 
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint has of a source, whose data or config may have changed since."""
+
+    position: Position
+    fingerprint: str | None
+    """``Source.fingerprint`` at that time. None: the checkpoint does not say it."""
+
+    def parts(self) -> dict[str, Saved]:
+        """Returns what it has of the parts of a mixture, by their names; nothing if the source was none."""
+        if not isinstance(self.position, dict):
+            return {}
+        # Older checkpoints have no fingerprint of a part: its entry is [position, pass].
+        return {name: Saved(entry[0], entry[2] if len(entry) > 2 else None) for name, entry in self.position.items()}
+
+    def find(self, shares_positions: Callable[[str], bool]) -> Saved | None:
+        """Returns this, or that of the first part, whose fingerprint ``shares_positions``; None if there is none."""
+        return next((s for s in (self, *self.parts().values()) if s.fingerprint and shares_positions(s.fingerprint)), None)
+
+
+@dataclass(frozen=True)
+class Continued:
+    """Where a run continues in a source whose data may have changed."""
+
+    position: Position
+    how: str
+    """For the user: "where it was", or where else."""
+
+
+WHERE_IT_WAS, AT_THE_BEGINNING = "where it was", "at the beginning"
+
+
 class Source(Protocol):
     """Rows in an order that depends only on the seed and the data, and is the same on every rank."""
 
@@ -51,11 +83,21 @@ class Source(Protocol):
             needed: the numbers (0 to ``count - 1``) of the rows that this rank needs. Only these are returned.
         """
 
-    def position_after_change(self, position: Position) -> Position:
-        """Returns where a run continues after the data has changed; ``position`` is from before the change."""
+    def continue_from(self, saved: Saved) -> Continued:
+        """Returns where a run continues that was at ``saved``, if the data may have changed since."""
 
     def close(self) -> None:
         """Ends the threads and processes of the source."""
+
+
+class SingleSource(Source, Protocol):
+    """A source that is no mixture, and may be a part of one."""
+
+    def shares_positions(self, fingerprint: str) -> bool:
+        """Returns whether a position in a source with this fingerprint is the same position in this source."""
+
+    def is_over(self, position: Position) -> bool:
+        """Returns whether a source that has once ended at ``position`` has no more rows; it may have been given more epochs."""
 
 
 class ShuffledRows:
@@ -93,9 +135,21 @@ class ShuffledRows:
         rows = ReadableRows(self.rows, skipped.append if self.reports else None) if self.skip_errors else self.rows
         return NextRows([rows[int(number)] for number in numbers], count, position + count, skipped)
 
-    def position_after_change(self, position: Position) -> int:
-        """Returns the same number of rows."""
-        return position if isinstance(position, int) else 0
+    def shares_positions(self, fingerprint: str) -> bool:
+        """Returns whether the rows and their order are the same."""
+        return fingerprint == self.fingerprint()
+
+    def continue_from(self, saved: Saved) -> Continued:
+        """Returns the same position in the same rows, and in other rows the position after the same number of them."""
+        if (same := saved.find(self.shares_positions)) is not None:
+            return Continued(same.position, WHERE_IT_WAS)
+        if isinstance(saved.position, int):
+            return Continued(saved.position, f"after {saved.position:,} rows")
+        return Continued(self.start_position(), AT_THE_BEGINNING)
+
+    def is_over(self, position: Position) -> bool:
+        """Returns whether ``position`` is at or after the end."""
+        return self.end is not None and position >= self.end
 
     def close(self) -> None:
         """Does nothing: there are no threads and no processes."""

@@ -17,5 +17,5 @@
 | ``collectives.py``, ``shards.py`` | collectives as autograd functions; this rank's part of a tensor                     |
 | ``memory.py``, ``strategy.py``    | memory and collectives of a step by formula                                         |
 | ``launcher.py``, ``world.py``,    | what torchrun or Slurm says about this process; joining the processes of a run      |
-| ``gloo.py``                       |                                                                                     |
+| ``gloo.py``, ``turns.py``         | and what its ranks do one after the other                                           |
 """

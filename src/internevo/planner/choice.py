@@ -91,17 +91,16 @@ def is_legal(choice: Choice, config: Config, rows: int, world: int) -> bool:
     return not rules.problems(changed, world) and not any(registry.problems(changed.model_type, changed.model))
 
 
-def global_rows(config: Config, world: int) -> int | None:
-    """Returns the rows of a global batch, after the ramp-up; None if the config's own layout does not fit the world size, and
-    the config has only the rows of a rank."""
+def in_rows(config: Config, world: int) -> Config | None:
+    """Returns the config with its global batch and its ramp-up in rows, which mean the same in every layout; None if the config
+    has only the micro-batches of a rank, and its own layout does not fit the world size."""
     parallel = config.parallel
     if config.data.global_batch_size:
-        return config.data.global_batch_size
+        return config
     if world % (parallel.tensor.size * parallel.pipeline.size):
         return None
-    ranks = rules.data_size(config, world)
-    sizes = BatchSizes.from_config(config.data, ranks)
-    return sizes.micro_bsz * sizes.micro_num * ranks
+    sizes = BatchSizes.from_config(config.data, rules.data_size(config, world))
+    return _changed(config, data=_changed(config.data, **sizes.in_rows()))
 
 
 def divisors(number: int) -> list[int]:

@@ -14,7 +14,7 @@ from ..parallel.layout import Layout
 from ..train.check import check_config, problems
 from . import hardware, memory, step
 from .calibration import Calibration
-from .choice import Choice, global_rows
+from .choice import Choice, in_rows
 from .job import Job
 from .search import Candidate, Search
 
@@ -75,17 +75,17 @@ def plan(
         machine = replace(machine, gpus_per_node=gpus // nodes)
     limit = _limit(machine, memory_limit)
     measured = Calibration.load(Path(calibration)) if calibration else Calibration()
-    rows = global_rows(config, gpus)
-    if rows is None:
+    asked = in_rows(config, gpus)
+    if asked is None or not (rows := asked.data.global_batch_size):
         raise ConfigError(
             f"the config's own layout does not fit {gpus} GPUs, so its global batch is not known: set "
             "data.global_batch_size, in rows"
         )
     if config.model.lora is not None:
         raise ConfigError("memory and times are not known for model.lora; leave it out")
-    check_config(Choice().apply(config, rows), 1)
+    check_config(Choice().apply(asked, rows), 1)
     decoder = decoder_config(config.model_type, config.model)
-    search = Search(config, decoder, gpus, rows, machine, measured, limit, imbalance)
+    search = Search(asked, decoder, gpus, rows, machine, measured, limit, imbalance)
     return Plan(search, search.best(TOP), _own(config, search))
 
 

@@ -51,12 +51,13 @@ class ChatTemplate:
     """The names of fields that the template reads: "role", "content", "tool_calls", ..."""
 
     @classmethod
-    def load(cls, tokenizer: Tokenizer, name: str = "default") -> ChatTemplate:
+    def load(cls, tokenizer: Tokenizer, name: str = "default", today: str | None = None) -> ChatTemplate:
         """Reads a tokenizer's template from ``chat_template.jinja``, or from ``chat_template`` in ``tokenizer_config.json``.
 
         Args:
             name: which template, if the folder has several: "tool_use" is for chats with tools. If there is no template of
                 this name, the one that is called "default".
+            today: the date (YYYY-MM-DD) that the template takes for today; None: the present time.
 
         Raises:
             UsageError: if the tokenizer has no template, or it cannot be compiled.
@@ -75,7 +76,7 @@ class ChatTemplate:
         text = re.sub(
             r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})", lambda m: f"{m[1]}{'endif' if m[2] else 'if true'}{m[3]}", text
         )
-        environment = _environment()
+        environment = _environment(today)
         try:
             template, tree = environment.from_string(text), environment.parse(text)
         except jinja2.TemplateError as error:
@@ -136,8 +137,12 @@ def _field_names(tree: jinja2.nodes.Template) -> frozenset[str]:
     return frozenset(names | {node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)})
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    """Returns the Jinja environment that transformers uses for chat templates: the same options, filters and functions."""
+def _environment(today: str | None) -> ImmutableSandboxedEnvironment:
+    """Returns the Jinja environment that transformers uses for chat templates: the same options, filters and functions.
+
+    Args:
+        today: as in ``ChatTemplate.load``.
+    """
 
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
@@ -150,7 +155,8 @@ def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    day = None if today is None else datetime.datetime.fromisoformat(today)
+    environment.globals["strftime_now"] = lambda form: (day or datetime.datetime.now()).strftime(form)
     return environment
 
 

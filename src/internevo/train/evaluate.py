@@ -6,17 +6,17 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from ..checkpoint.open import open_source
 from ..config import Config, validate
 from ..config.load import apply_override
 from ..data.batches import valid_batches
-from ..data.tokenized.index import Index, list_files, open_index
+from ..data.tokenized.index import list_files, open_index
 from ..data.tokenized.made_with import tokenizer_of_data
 from ..data.tokenized.vocabulary import check_ids
 from ..data.windows import WholeDocuments, choose_documents, predicted_bytes
@@ -33,6 +33,7 @@ from ..parallel.data_axis import Weights
 from ..parallel.launcher import PARENT, LauncherInfo, read_launcher
 from ..parallel.layout import Layout
 from ..parallel.schedule import Schedule
+from ..parallel.turns import in_turns
 from ..parallel.world import World, join
 from ..text.tokenizer import Tokenizer, as_tokenizer, load_tokenizer
 from .check import check_config
@@ -278,7 +279,7 @@ def _text_model(loaded: Loaded, asked: Asked, folder: Path | None) -> TextModel:
 def _score(loaded: Loaded, asked: Asked, root: Path, stride: int, limit: int | None) -> tuple[Score, dict[str, Score]]:
     """Computes the scores of the documents below ``root``: of all, and of each dataset type. Every rank must call it."""
     layout, world, tokenizer = loaded.layout, loaded.world, asked.data_tokenizer
-    index = _open_index(root, world)
+    index = in_turns(world, f"reading the index of {root}", partial(open_index, root))  # the first time it is written
     documents, kinds = choose_documents(index, limit), len(index.types)
     windows = WholeDocuments(index, documents, asked.seq_len, loaded.model.config.vocab_size, stride)
     if not len(windows):
@@ -299,16 +300,6 @@ def _score(loaded: Loaded, asked: Asked, root: Path, stride: int, limit: int | N
 
     by_type = {name: score(slice(kind, kind + 1)) for kind, name in enumerate(index.types) if tokens[kind]}
     return score(slice(None)), by_type
-
-
-def _open_index(root: Path, world: World) -> Index:
-    """Opens the index on all ranks; rank 0 may have to write it first."""
-    if world.rank > 0:
-        dist.barrier()
-    index = open_index(root)
-    if world.rank == 0:
-        dist.barrier()
-    return index
 
 
 def default_length(config: DecoderConfig) -> int:

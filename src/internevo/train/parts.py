@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
 from ..checkpoint.finish import Extras
 from ..config import Config, dump
+from ..config.hub import may_be_on_hub
 from ..data.batches import BatchSizes
 from ..data.build import load_stream, train_source, valid_rows
 from ..data.rows import Rows
 from ..data.source import Source
 from ..data.streaming.exchange import Exchange
+from ..data.streaming.stream import Stream
 from ..models.config import DecoderConfig
 from ..models.decoder import Decoder, balance_biases
 from ..models.families.registry import decoder_config
@@ -31,14 +30,12 @@ from ..parallel.launcher import local_world_size
 from ..parallel.layout import Layout
 from ..parallel.pipeline import PipelinedModel
 from ..parallel.schedule import Schedule
+from ..parallel.turns import Doing, in_turns
 from ..parallel.world import World
 from .optimizer import Optimizer
 from .resume import TOKENIZER
 from .scaler import LossScaler
 from .state import RunState
-
-Doing = Callable[[str], AbstractContextManager[Any]]
-"""A context that shows what is being done, such as ``Console.doing``."""
 
 
 @dataclass
@@ -74,7 +71,7 @@ class Parts:
         """
         layout = Layout.from_config(config, world.size)
         with doing(_what_is_read(config)):
-            source, valid = _open_data(config, world, layout)
+            source, valid = _open_data(config, world, layout, doing)
         with doing("building the model"):
             parts = cls.without_weights(config, world, layout, source, valid)
             plan.fill(parts.axis, parts.decoder, config)
@@ -116,6 +113,7 @@ class Parts:
         state = {
             **self.state.to_dict(), "updates": self.optimizer.steps, "scaler": self.scaler.state(),
             "data": self.source.fingerprint(), "global_rows": self.sizes.rows(self.state.cursor.batch),
+            "batches": self.sizes.in_rows(),
         }  # fmt: skip
         files = {
             "state.json": state,
@@ -129,21 +127,25 @@ def _what_is_read(config: Config) -> str:
     """Says which data is opened: its index is read, or made the first time; of a stream, the list of its files."""
     data = config.data
     folders = [part.folder for part in data.mixture or ()] or [data.folders[0]]
-    names = ", ".join(dict.fromkeys(str(folder) for folder in folders if folder))
-    return f"reading the index of {names}" if names else "preparing random data"
+    names = dict.fromkeys(str(folder) for folder in [*folders, data.folders[1] if data.valid_every else None] if folder)
+    on_hub = [name for name in names if may_be_on_hub(name)]
+    here = ", ".join(name for name in names if name not in on_hub)
+    said = [f"reading the index of {here}"] if here else []
+    said += [f"downloading what is not here yet of {', '.join(on_hub)} (Hugging Face Hub)"] if on_hub else []
+    return ", ".join(said) or "preparing random data"
 
 
-def _open_data(config: Config, world: World, layout: Layout) -> tuple[Source, Rows | None]:
+def _open_data(config: Config, world: World, layout: Layout, doing: Doing) -> tuple[Source, Rows | None]:
     data, vocab = config.data, config.model.vocab_size
     reports = layout.is_first_with_its_rows(world.rank)
     streams = [_exchange(world) for _ in range(data.streams)]
     local_size = local_world_size(os.environ)
-    if world.rank > 0:
-        dist.barrier()  # rank 0 writes the index files, and then the others read them
-    source = train_source(data, vocab, streams.pop, local_size, reports)
-    valid = valid_rows(data, vocab, streams.pop, local_size, _left_out if reports else None)
-    if world.rank == 0:
-        dist.barrier()
+
+    def work() -> tuple[Source, Rows | Stream | None]:
+        source = train_source(data, vocab, streams.pop, local_size, reports)
+        return source, valid_rows(data, vocab, streams.pop, local_size, _left_out if reports else None)
+
+    source, valid = in_turns(world, "opening the data", work, doing)
     return source, load_stream(valid, data.valid_max_rows, _left_out)
 
 

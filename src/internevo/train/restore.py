@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +15,16 @@ from ..checkpoint import Checkpoint
 from ..checkpoint.load import load_tensors
 from ..checkpoint.storage import KINDS
 from ..config.run import LoadCkptInfo
+from ..data.source import AT_THE_BEGINNING, Saved
 from ..errors import CheckpointError
 from ..models.huggingface.folder import HfFolder
 from ..models.huggingface.peft import PeftFolder
 from ..models.linear import ADAPTER_INFIX
 from ..models.source import ParameterSource
 from ..parallel.shards import fill_local
+from ..parallel.turns import Doing, in_turns
 from ..storage.header import Spec
-from .parts import Doing, Parts
+from .parts import Parts
 from .start import check_source, find_start, has_new_adapters, has_new_biases, open_adapter
 
 
@@ -37,7 +41,7 @@ def restore(parts: Parts, run: Path, doing: Doing = nullcontext) -> list[str]:
     Raises:
         ConfigError: if what is loaded has another model than the config, or another format than the config says.
     """
-    start = find_start(parts.config.ckpt, run)
+    start = in_turns(parts.world, "finding what the run starts from", partial(find_start, parts.config.ckpt, run), doing)
     adapter = open_adapter(parts.decoder, start, parts.config.ckpt)
     if start is None:
         return []
@@ -85,11 +89,14 @@ def load_checkpoint(parts: Parts, checkpoint: Checkpoint, wanted: LoadCkptInfo) 
     parts.state.load(state, wanted)
     lines += [f"loaded {', '.join(wanted.content)} from {folder} (step {state['step']})"]
     if wanted.has("sampler"):
-        lines += _compare_data(parts, state["data"], state["global_rows"], folder)
+        lines += [
+            *_compare_data(parts, state["data"], folder),
+            *_compare_batches(parts, state["global_rows"], state.get("batches")),
+        ]
     return lines
 
 
-def _compare_data(parts: Parts, data: str, global_rows: int, folder: Path) -> list[str]:
+def _compare_data(parts: Parts, data: str, folder: Path) -> list[str]:
     """Compares the data of a run with that of its checkpoint: a position in the data is valid only for the same data."""
     lines = []
     if data != parts.source.fingerprint():
@@ -97,19 +104,42 @@ def _compare_data(parts: Parts, data: str, global_rows: int, folder: Path) -> li
             raise CheckpointError(
                 f"the training data is not that of {folder} (other files, data.seed, lengths, seq_len or packing), so the "
                 "position in the data that the checkpoint has is not valid. Use the old data; or set data.on_change=continue "
-                "to continue after the same number of rows; or load with "
-                'content=("model", "optimizer", "scheduler") to start at the first row'
+                "to go on in the new data (where it was in what is the same; else after the same number of rows, or at the "
+                'next epoch of a stream); or load with content=("model", "optimizer", "scheduler") to start at the first row'
             )
         cursor = parts.state.cursor
-        cursor.position = parts.source.position_after_change(cursor.position)
-        lines.append(f"the training data has changed since {folder} was saved; the run continues after {cursor.rows} rows")
-    rows = parts.sizes.rows(parts.state.cursor.batch)
-    if rows != global_rows:
-        lines.append(
-            f"the global batch has {rows} rows now, and had {global_rows} before: no row is lost or repeated, but the batches "
-            f"differ; with data.global_batch_size={global_rows} they would be the same"
-        )
+        how = AT_THE_BEGINNING
+        if cursor.position is not None:
+            continued = parts.source.continue_from(Saved(cursor.position, data))
+            cursor.position, how = continued.position, continued.how
+        lines.append(f"the training data has changed since {folder} was saved; the run continues {how}")
     return lines
+
+
+def _compare_batches(parts: Parts, old_rows: int, old: dict[str, Any] | None) -> list[str]:
+    """Says in what the next batches differ from those that the run would have had before, and how to have the same again.
+
+    Args:
+        old_rows: the rows of the next global batch.
+        old: ``BatchSizes.in_rows``. None: an older checkpoint does not have it.
+    """
+    rows, new = parts.sizes.rows(parts.state.cursor.batch), parts.sizes.in_rows()
+    if rows == old_rows and (old is None or old["global_batch_size"] == new["global_batch_size"]):
+        return []
+    if old is None and new["rampup_batch_size"] is None:
+        old = {"global_batch_size": old_rows, "rampup_batch_size": None}
+    keys = "data.global_batch_size, and the rows of the ramp-up in data.rampup_batch_size,"
+    if old is not None:
+        keys = f"data.global_batch_size={old['global_batch_size']}"
+        keys += f" data.rampup_batch_size={old['rampup_batch_size']!r}" if old["rampup_batch_size"] else ""
+    return [
+        f"the global batch has {rows} rows now{_after_ramp(new)}, and had {old_rows}{_after_ramp(old)} before: no row is lost "
+        f"or repeated, but the batches differ; with {keys} they would be the same"
+    ]
+
+
+def _after_ramp(sizes: dict[str, Any] | None) -> str:
+    return f" ({sizes['global_batch_size']} after the ramp-up)" if sizes and sizes["rampup_batch_size"] else ""
 
 
 def load_hf(parts: Parts, source: HfFolder, wanted: LoadCkptInfo) -> list[str]:

@@ -227,6 +227,7 @@ def test_all_problems_are_reported_together() -> None:
         (1, {"model_type": "LAMA2"}, "did you mean LLAMA2"),
         (1, {"data__skip_batches": "5,3"}, "ascending"),
         (1, {"data__rampup_batch_size": "4 4"}, "three positive integers"),
+        (4, {"data__rampup_batch_size": "4 2 9"}, "are rows of the global batch, and must be multiples of"),
         (1, {"lr_scheduler__total_steps": 3}, "ends before data.total_steps"),
         (
             1,
@@ -261,6 +262,7 @@ def test_contradictions_are_found_before_anything_starts(world: int, changes: di
         ("parallel__pipeline__layers", [True, True], "must have no True or False in it"),
         ("model__mlp_only_layers", [0, True], "must have no True or False in it"),
         ("enable_tb", "maybe", "must be True or False"),
+        ("data__template_date", "2024-7-1", 'must be a date, as in "2024-07-26"'),
     ],
 )
 def test_a_value_of_another_type_is_described_in_plain_words(key: str, value: object, message: str) -> None:

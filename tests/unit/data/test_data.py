@@ -8,6 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from internevo.config.data import Data
 from internevo.data.batches import BatchSizes, Cursor, TrainBatches, parse_skip_batches, valid_batches
 from internevo.data.order import Order
 from internevo.data.rows import IGNORE, PackedRows, PaddedRows, RandomRows, WholeRows
@@ -117,14 +118,15 @@ def test_every_epoch_has_each_row_once(rows: int, seed: int) -> None:
 @settings(max_examples=40, deadline=None)
 @given(
     ranks=st.sampled_from([1, 2, 3, 4, 6]), bsz=st.sampled_from([1, 2]), seed=st.integers(0, 99), start=st.integers(0, 9),
-    ramp=st.sampled_from([None, "1 1 2"]),
+    ramp=st.sampled_from([None, "1 1 2", "1 1 1", "2 1 3"]),
 )  # fmt: skip
 def test_the_global_batch_is_the_same_for_any_number_of_ranks(
     ranks: int, bsz: int, seed: int, start: int, ramp: str | None
 ) -> None:
-    from internevo.config.data import Data
-
-    data = Data(seq_len=8, micro_bsz=bsz, global_batch_size=24, total_steps=12, rampup_batch_size=None, skip_batches="2,5-6")
+    if ramp is not None:  # in rows, which the ranks can divide
+        first, more, every = map(int, ramp.split())
+        ramp = f"{first * ranks * bsz} {more * ranks * bsz} {every}"
+    data = Data(seq_len=8, micro_bsz=bsz, global_batch_size=24, total_steps=12, rampup_batch_size=ramp, skip_batches="2,5-6")
     rows = RandomRows(8, 50, seed, rows=100)
 
     def batches(count: int, rank: int) -> TrainBatches:
@@ -148,6 +150,11 @@ def test_ramp_up_increases_the_number_of_micro_batches() -> None:
     sizes = BatchSizes(micro_bsz=2, micro_num=10, data_ranks=3, rampup_start=2, rampup_increment=4, rampup_steps=5)
     assert [sizes.micro_batches(b) for b in (0, 4, 5, 9, 10, 99)] == [2, 2, 6, 6, 10, 10]
     assert sizes.rows(5) == 6 * 2 * 3
+    data = Data(seq_len=8, micro_bsz=2, total_steps=100, micro_num=10, rampup_batch_size="2 4 5")
+    assert BatchSizes.from_config(data, 3) == sizes, "as in InternEvo, if data.global_batch_size is not set"
+    same = data.model_copy(update=sizes.in_rows())
+    for ranks in (1, 2, 3, 6):
+        assert [BatchSizes.from_config(same, ranks).rows(b) for b in range(20)] == [sizes.rows(b) for b in range(20)]
 
 
 def test_validation_has_each_row_once_on_any_number_of_ranks() -> None:

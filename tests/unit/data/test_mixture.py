@@ -14,7 +14,7 @@ from internevo.config.data import Data
 from internevo.data.build import train_source
 from internevo.data.mixture import Mixture, Part
 from internevo.data.rows import RandomRows, Row
-from internevo.data.source import ShuffledRows
+from internevo.data.source import Saved, ShuffledRows
 from internevo.errors import DataError
 from tests.conftest import write_dataset
 
@@ -83,17 +83,76 @@ def test_the_other_parts_take_the_share_of_a_part_that_has_ended() -> None:
     shares = Counter(part for part, _ in seen)
     assert shares == {0: 6, 1: 31, 2: 3} and position["part0"][1] is None is position["part2"][1]
     limited = mixture([1, 1], [4, 4], [1, 1])
-    with pytest.raises(DataError, match="every source of data.mixture has ended"):
-        read(limited, limited.start_position(), [5, 5])
+    _, position = read(limited, limited.start_position(), [5, 3])
+    with pytest.raises(DataError, match="every source of data.mixture has ended: increase their epochs"):
+        read(limited, position, [1])
+    more, _ = read(mixture([1, 1], [4, 4], [1, 2]), position, [4])
+    assert [part for part, _ in more] == [1] * 4
 
 
-def test_a_part_that_is_added_later_gets_its_share_from_then_on() -> None:
-    old = mixture([1, 1], [50, 50], [None, None])
-    _, position = read(old, old.start_position(), [40])
-    position.pop("part1")
-    new = mixture([1, 1], [50, 50], [None, None])
-    seen, _ = read(new, new.position_after_change(position), [20])
-    assert 9 <= sum(part for part, _ in seen) <= 11
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), older=st.booleans(), first=st.integers(0, 150))
+def test_after_any_change_each_part_has_its_share_and_continues_where_it_was(
+    data: st.DataObject, older: bool, first: int
+) -> None:
+    """Parts come and go, and are renamed; weights change; parts that had ended are given more epochs. None waits for its turn
+    or makes up for what it has missed, and none repeats or leaves out a row."""
+    sizes = st.integers(1, 30)
+    weights = st.sampled_from([0.001, 0.1, 0.5, 1.0, 3.0, 50.0])
+    before = [
+        data.draw(st.tuples(st.just(f"part{n}"), st.just(n), sizes, weights, st.sampled_from([None, 0.5, 1.0, 2.0])))
+        for n in range(data.draw(st.integers(1, 4)))
+    ]
+    known = [
+        (data.draw(st.sampled_from([name, name + "b"])), seed, size, data.draw(weights), None)
+        for name, seed, size, *_ in before
+    ]
+    new = [(f"new{n}", 10 + n, data.draw(sizes), data.draw(weights), None) for n in range(2)]
+    after = data.draw(st.lists(st.sampled_from([*known, *new]), min_size=1, unique=True))
+
+    def make(parts: list[Any]) -> Mixture:
+        return Mixture([
+            Part(name, ShuffledRows(Numbered(4, 50, seed, rows=size), seed, epochs=epochs), weight)
+            for name, seed, size, weight, epochs in parts
+        ])  # fmt: skip
+
+    old, source = make(before), make(after)
+    seen: dict[int, list[int]] = {seed: [] for _, seed, *_ in before}
+    position = old.start_position()
+    for _ in range(first):
+        try:
+            rows, position = read(old, position, [1])
+        except DataError:
+            break  # all parts have ended
+        seen[before[rows[0][0]][1]].append(rows[0][1])
+    if older and all(name in dict(entry[:2] for entry in before) for name, *_ in after):  # by their names alone
+        position = {name: entry[:2] for name, entry in position.items()}
+    if source.fingerprint() != old.fingerprint():
+        position = source.continue_from(Saved(position, old.fingerprint())).position
+    rows, _ = read(source, position, data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=3)))
+    shares, total = Counter(part for part, _ in rows), sum(weight for *_, weight, _ in after)
+    for number, (_, seed, size, weight, _) in enumerate(after):
+        assert abs(shares[number] - len(rows) * weight / total) <= len(after)
+        had = seen.get(seed, [])
+        order = ShuffledRows(Numbered(4, 50, seed, rows=size), seed)
+        wanted = order.next_rows(len(had), shares[number], range(shares[number])).rows
+        assert [row for part, row in rows if part == number] == [int(row.tokens[0]) for row in wanted]
+
+
+def test_a_source_alone_continues_where_it_was_as_a_part_and_a_part_alone() -> None:
+    part = mixture([1], [50], [None]).parts[0]
+    alone = part.source.next_rows(0, 20, range(20)).position
+    both = mixture([1, 3], [50, 20], [None, None])
+    continued = both.continue_from(Saved(alone, part.source.fingerprint()))
+    assert continued.how == "where it was (part0), at the beginning of what is new (part1)"
+    seen, position = read(both, continued.position, [12])
+    order = part.source.next_rows(20, 3, range(3)).rows
+    assert [row for number, row in seen if number == 0] == [int(row.tokens[0]) for row in order]
+    back = part.source.continue_from(Saved(position, both.fingerprint()))
+    assert (back.position, back.how) == (23, "where it was")
+    others = Mixture([Part("part0", ShuffledRows(Numbered(4, 50, 9), 9), 1)])
+    told = others.continue_from(Saved(position, both.fingerprint()))
+    assert told.how == "after 23 rows (part0); no longer used: part1"
 
 
 def test_the_config_gives_the_parts_their_names(tmp_path: Path) -> None:

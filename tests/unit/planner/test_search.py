@@ -8,6 +8,7 @@ from typing import Literal
 import pytest
 
 from internevo.config import Config, validate
+from internevo.data.batches import BatchSizes
 from internevo.models.families.registry import decoder_config
 from internevo.parallel.kept import points
 from internevo.parallel.layout import Layout
@@ -15,10 +16,11 @@ from internevo.parallel.orders import BACKWARD
 from internevo.planner import hardware, memory, step
 from internevo.planner.bounds import fullest, share
 from internevo.planner.calibration import Calibration
-from internevo.planner.choice import Choice, axes, divisors, global_rows, policies, schedules, weights
+from internevo.planner.choice import Choice, axes, divisors, in_rows, policies, schedules, weights
 from internevo.planner.costs import NOTHING, Recomputation
 from internevo.planner.job import Job
 from internevo.planner.search import Candidate, Search
+from internevo.train.check import problems
 from tests.conftest import tiny
 
 GPU = replace(hardware.find("a100"), gpus_per_node=4)
@@ -33,9 +35,9 @@ def config(experts: bool = False, rows: int = 8) -> Config:
 
 
 def search(this: Config, world: int, limit: int, imbalance: float = 1.0) -> Search:
-    rows, decoder = global_rows(this, world), decoder_config(this.model_type, this.model)
-    assert rows is not None
-    return Search(this, decoder, world, rows, GPU, Calibration(), limit, imbalance)
+    asked, decoder = in_rows(this, world), decoder_config(this.model_type, this.model)
+    assert asked is not None and asked.data.global_batch_size is not None
+    return Search(asked, decoder, world, asked.data.global_batch_size, GPU, Calibration(), limit, imbalance)
 
 
 def everything(of: Search) -> Iterator[Choice]:
@@ -167,3 +169,24 @@ def test_the_layout_with_the_least_memory() -> None:
     least = this.least()
     assert isinstance(least, Candidate) and least.choice.checkpoint == 1.0
     assert replace(this, limit=least.memory.total).best(1)
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+@pytest.mark.parametrize("rows", [None, 32])
+def test_a_layout_that_is_found_has_the_batches_of_the_config_in_every_step(world: int, rows: int | None) -> None:
+    """With a ramp-up in micro-batches of the config's own layout, or in rows."""
+    this = config(rows=32)
+    data = {"global_batch_size": rows, "micro_num": 8, "micro_bsz": 2, "rampup_batch_size": "4 8 3" if rows else "1 2 3"}
+    this = this.model_copy(update={"data": this.data.model_copy(update=data)})
+
+    def batches(of: Config, ranks: int) -> list[int]:
+        return [BatchSizes.from_config(of.data, ranks).rows(batch) for batch in range(30)]
+
+    wanted = batches(this, world) if rows is None else [min(4 + 8 * (batch // 3), rows) for batch in range(30)]
+    found = search(this, world, 10**12)
+    best = found.best(10)
+    assert best and len({candidate.choice.micro_bsz for candidate in best} | {c.choice.pipeline for c in best}) > 1
+    for candidate in best:
+        written = candidate.choice.apply(found.config, found.rows)
+        assert not problems(written, world)
+        assert batches(written, Layout.from_config(written, world).data) == wanted

@@ -145,6 +145,7 @@ def test_the_wrong_format_is_named(tmp_path: Path, ours: bool) -> None:
     if ours:
         (tmp_path / "checkpoints").mkdir()
     info = LoadCkptInfo(path=str(tmp_path), ckpt_type="hf" if ours else "internevo")
-    parts: Any = SimpleNamespace(config=SimpleNamespace(ckpt=Ckpt(load_ckpt_info=info)))
+    config, world = SimpleNamespace(ckpt=Ckpt(load_ckpt_info=info)), SimpleNamespace(size=1)
+    parts: Any = SimpleNamespace(config=config, world=world)
     with pytest.raises(ConfigError, match="leave out ckpt_type = 'hf'" if ours else 'set ckpt_type="hf"'):
         restore(parts, tmp_path / "run")

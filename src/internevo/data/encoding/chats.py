@@ -39,13 +39,13 @@ Render = Callable[..., str]
 """``ChatTemplate.render`` with the values of a chat."""
 
 
-def encode_chats(documents: list[Document], key: str | None, tokenizer: Tokenizer) -> list[IdsOrError]:
-    """Encodes chats with the tokenizer's chat template.
+def encode_chats(documents: list[Document], key: str | None, tokenizer: Tokenizer, today: str) -> list[IdsOrError]:
+    """Encodes chats with the tokenizer's chat template, which takes ``today`` (YYYY-MM-DD) for the date.
 
     What the template adds for a message of the assistant after its prompt is predicted: the message and the token that ends it.
     Messages with ``weight`` 0 are not predicted.
     """
-    templates = {name: ChatTemplate.load(tokenizer, name) for name in ("default", "tool_use")}
+    templates = {name: ChatTemplate.load(tokenizer, name, today) for name in ("default", "tool_use")}
     return [_encode_chat(document, key, tokenizer, templates) for document in documents]
 
 

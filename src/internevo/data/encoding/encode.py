@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from ...config.data import TEMPLATE_DATE
 from ...errors import DataError, InternEvoError
 from ...text.tokenizer import Tokenizer, load_tokenizer
 from ..raw.documents import Document, read_documents
@@ -57,6 +58,8 @@ class Encoder:
     on_error: OnError = "stop"
     vocab_size: int | None = None
     """The size of the model's vocabulary; every id is less. None: any id is right."""
+    today: str = TEMPLATE_DATE
+    """As in ``encode_documents``."""
 
     def __call__(self, chunk: InputChunk) -> Encoded:
         """Encodes a chunk.
@@ -69,7 +72,7 @@ class Encoder:
         tokenizer = cached_tokenizer(self.tokenizer)
         may_be_outside = self.vocab_size is not None and tokenizer.vocab_size > self.vocab_size
         for batch in self._batches(chunk, skipped):
-            encoded = encode_documents(self.format, batch, self.key, tokenizer)
+            encoded = encode_documents(self.format, batch, self.key, tokenizer, self.today)
             for document, ids in zip(batch, encoded, strict=True):
                 if isinstance(ids, DataError):
                     self._skip(ids, skipped)

@@ -18,10 +18,12 @@ fields ("id", ...) are left out.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, get_args
 
 import numpy as np
 
+from ...config.data import TEMPLATE_DATE
 from ...errors import DataError, UsageError
 from ...text.tokenizer import Tokenizer
 from ..raw.documents import Document
@@ -66,14 +68,17 @@ def read_fields(name: FormatName, key: str | None) -> tuple[str, ...]:
     return (*format_fields(name, key), *more[name])
 
 
-def encode_documents(name: FormatName, documents: list[Document], key: str | None, tokenizer: Tokenizer) -> list[IdsOrError]:
+def encode_documents(
+    name: FormatName, documents: list[Document], key: str | None, tokenizer: Tokenizer, today: str = TEMPLATE_DATE
+) -> list[IdsOrError]:
     """Encodes documents of a format. Returns the signed ids of each; an empty array if there is nothing to train on.
 
     Args:
         key: the field that has the text or the messages; None: the usual fields.
+        today: the date (YYYY-MM-DD) that a chat template takes for today.
     """
     encoders: dict[FormatName, Callable[[list[Document], str | None, Tokenizer], list[IdsOrError]]] = {
-        "text": _encode_texts, "alpaca": _encode_instructions, "chat": encode_chats,
+        "text": _encode_texts, "alpaca": _encode_instructions, "chat": partial(encode_chats, today=today),
     }  # fmt: skip
     return encoders[name](documents, key, tokenizer)
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from ...config.data import TEMPLATE_DATE, is_date
 from ...errors import DataError, UsageError, expect
 from ...storage.hub import model_folder
 from ...storage.jsonfile import read_object, replace_json
@@ -114,6 +115,7 @@ def tokenize(
     workers: int | None = None,
     overwrite: bool = False,
     on_error: OnError = "stop",
+    template_date: str = TEMPLATE_DATE,
     progress: Callable[[int, int], None] = lambda done, total: None,
     status: Callable[[str], None] = lambda text: None,
 ) -> TokenizeResult:
@@ -134,6 +136,7 @@ def tokenize(
         workers: the number of worker processes; None: as many as there are CPU cores.
         overwrite: remove tokenized data that is already in ``output``.
         on_error: stop at a document that cannot be read, or skip it.
+        template_date: the date (YYYY-MM-DD) that a chat template takes for today.
         progress: is called with the bytes of input that are done, and the bytes of all input.
         status: is called with messages for the user.
 
@@ -143,6 +146,8 @@ def tokenize(
         UsageError: if ``output`` already contains other data, or an argument is wrong.
     """
     check_format(format)
+    if not is_date(template_date):
+        raise UsageError(f"template_date = {template_date!r} must be a date, as in {TEMPLATE_DATE} (--template-date)")
     expect(tokenizer, (str, Path, type(None)), "a tokenizer is given by a path or a name")
     if (tokenizer is None) == (train_vocab_size is None):
         raise UsageError("give either tokenizer, or train_vocab_size to train one")
@@ -153,7 +158,7 @@ def tokenize(
     files = [file for file in find_files(paths, kind, pattern, exclude) if file[1].resolve() not in own]
     options = {
         "tokenizer": tokenizer and str(tokenizer), "vocab_size": train_vocab_size, "format": format, "text_key": text_key,
-        "type": dataset_type, "valid_ratio": valid_ratio,
+        "type": dataset_type, "valid_ratio": valid_ratio, **({"template_date": template_date} if format == "chat" else {}),
     }  # fmt: skip
     vocab_size = _open(tokenizer, status).vocab_size if tokenizer else 0
     started = SavedProgress(options, _hash(files, tokenizer), result=TokenizeResult(vocab_size=vocab_size))
@@ -170,7 +175,7 @@ def tokenize(
                 status(f"training a byte-level BPE tokenizer of {train_vocab_size:,} entries")
                 train_bpe(_texts(files, text_key, on_error), train_vocab_size, target.new)
             saved.result.vocab_size = _open(tokenizer, status).vocab_size
-        encoder = Encoder(tokenizer.resolve(), format, text_key, on_error)
+        encoder = Encoder(tokenizer.resolve(), format, text_key, on_error, today=template_date)
         _encode(files, encoder, workers, _Writers(target, saved, may_mask=format != "text"), progress, status)
         old = target.check(overwrite, trains_tokenizer=train_vocab_size is not None)
         if not saved.documents and (old or saved.result.skipped):
@@ -178,7 +183,7 @@ def tokenize(
             raise DataError("the input has no document that can be read and is not empty, so nothing was written")
         if train_vocab_size is None:
             folders = [path.as_posix() for path in target.targets.values() if (target.new / path).is_dir()]
-            Origin.of(tokenizer, format, folders).write(target.new)
+            Origin.of(tokenizer, format, folders, template_date).write(target.new)
         target.replace(old, asdict(saved))
     return saved.result
 

@@ -69,7 +69,10 @@ def _json_file(chunk: InputChunk, fields: Fields) -> Iterator[DocumentOrError]:
     """Reads a file that holds one object or a list of objects."""
     path = chunk.files[0]
     text = decode_utf8(read_input(path), path)
-    content = _parse_json(text, path)
+    try:
+        content = _parse_json(text, path)
+    except DataError as error:
+        raise DataError(f"{error}. It must be one object or one list; if each line is an object, name it .jsonl") from error
     for number, item in enumerate(content if isinstance(content, list) else [content]):
         yield _checked(Document(item, f"{path}, item {number}"), text, fields)
 

@@ -14,7 +14,7 @@ from ...config.hub import may_be_on_hub
 from ...errors import DataError, UsageError
 from ...storage.hub import download
 from .files import COMPRESSED
-from .inputs import SUFFIXES, find_files
+from .inputs import SUFFIXES, find_files, suffix_kind
 
 SPLIT_WORDS = {"train": "train|training", "valid": "validation|valid|val|dev", "test": "test|testing|eval|evaluation"}
 """For each split, the words (as a regular expression) by which files or folders are known to be part of it."""
@@ -58,7 +58,7 @@ def dataset_files(name: str, subset: str | None, split: str, trained_on: bool = 
         advice = "; name another data.valid_folder, or set data.valid_every=0" if trained_on and split == "valid" else ""
         raise DataError(f"{root} has no files for the split {split} (it has files for: {', '.join(others)}){advice}")
     chosen = [file for file in chosen if root / "data" in file[1].parents] or chosen
-    kinds = Counter(kind for kind, _ in chosen)
+    kinds = Counter(suffix_kind(path) for _, path in chosen)  # of files named .json, some may have JSON lines and others not
     if len(kinds) > 1:
         counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
         raise DataError(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import codecs
 import csv
 import io
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -26,6 +28,8 @@ CHUNK_BYTES = 1 << 20
 """The size of an input chunk, in bytes of the file."""
 MAX_FIELD_BYTES = 64 << 20
 """The longest field of a csv file, which bounds the memory for a file with a quote that is never closed."""
+MAX_FIRST_LINE = 64 << 20
+"""How many bytes of a .json file are read at most to see whether its first line is JSON by itself."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,8 @@ def find_files(inputs: list[Path], kind: str | None, pattern: str | None, exclud
     """Returns (kind, path) of every input file. Folders are searched in sorted order.
 
     Args:
-        kind: a key of ``SUFFIXES``; None: each file's suffix tells its kind (``.gz`` and ``.zst`` are ignored).
+        kind: a key of ``SUFFIXES``; None: each file's suffix tells its kind (``.gz`` and ``.zst`` are ignored). In both cases
+            a json file with JSON lines is "jsonl".
         pattern: a glob for the names of files inside folders; None: the usual suffixes.
         exclude: names of folders that are not searched.
 
@@ -65,16 +70,30 @@ def find_files(inputs: list[Path], kind: str | None, pattern: str | None, exclud
     found: list[tuple[str, Path]] = []
     for path in inputs:
         if path.is_file():
-            found.append((kind or _kind_of(path), path))
+            found.append((kind or suffix_kind(path), path))
         elif path.is_dir():
-            found += [(kind or _kind_of(file), file) for file in walk_files(path, exclude) if _matches(file, kind, pattern)]
+            found += [(kind or suffix_kind(file), file) for file in walk_files(path, exclude) if _matches(file, kind, pattern)]
         else:
             raise UsageError(f"input {path} does not exist")
     if not found:
         raise UsageError(
             f"there are no input files in {', '.join(map(str, inputs))}: check the folder, or give --format or --pattern"
         )
-    return found
+    return [("jsonl" if kind == "json" and _has_json_lines(path) else kind, path) for kind, path in found]
+
+
+def _has_json_lines(path: Path) -> bool:
+    """Whether more follows in a json file after a first line that is JSON by itself, so that the whole file is none."""
+    try:
+        with open_input(str(path)) as (file, _):
+            lines = iter(partial(file.readline, MAX_FIRST_LINE), b"")
+            first = next((line for line in lines if line.removeprefix(codecs.BOM_UTF8).strip()), b"")
+            if not first.endswith(b"\n"):
+                return False  # nothing follows, or the line is longer than a document may be
+            json.loads(first.decode("utf-8-sig"))
+            return any(line.strip() for line in lines)
+    except (DataError, ValueError, RecursionError):  # whoever reads the file says what is wrong with it
+        return False
 
 
 def _matches(path: Path, kind: str | None, pattern: str | None) -> bool:
@@ -82,7 +101,12 @@ def _matches(path: Path, kind: str | None, pattern: str | None) -> bool:
     return (path.match(pattern) if pattern else format_suffix(path) in suffixes) and path.is_file()
 
 
-def _kind_of(path: Path) -> str:
+def suffix_kind(path: Path) -> str:
+    """Returns the kind of a file that its suffix tells, a key of ``SUFFIXES``.
+
+    Raises:
+        UsageError: if it tells none.
+    """
     for kind, suffixes in SUFFIXES.items():
         if format_suffix(path) in suffixes:
             return kind

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ...config.data import TEMPLATE_DATE
 from ...errors import DataError, InternEvoError
 from ...text.tokenizer import tokenizer_fingerprint
 from ..encoding.encode import Encoded, EncoderPool
@@ -138,6 +139,7 @@ class BlockReader:
             DataError: on every rank, if one rank cannot read its share, or an epoch has no tokens.
         """
         empty, self.exchange.ended = position.block == 0, False
+        self.open_files.clear()  # a shard of another epoch may have the same index and the same number of chunks read
         known = all(shard.chunk is not None for shard in self.shards)
         self.encoded = self.pool.encode(self._known_chunks(position)) if known else None
         try:
@@ -170,6 +172,8 @@ class BlockReader:
         shards = [(s.kind, s.path.name, s.chunk.size if s.chunk else 0, s.type, s.min_length) for s in self.shards]
         encoder = self.pool.encoder
         options = [MAX_SHARDS, self.seed, encoder.format, encoder.key, tokenizer_fingerprint(encoder.tokenizer)]
+        if encoder.format == "chat" and encoder.today != TEMPLATE_DATE:  # fingerprints from before have no date
+            options.append(encoder.today)
         return hashlib.sha256(
             json.dumps([shards, sample_content([Path(file) for file in files]), options]).encode()
         ).hexdigest()[:16]

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..prefetch import Prefetcher
 from ..rows import Row, make_row
-from ..source import NextRows, Position
+from ..source import AT_THE_BEGINNING, WHERE_IT_WAS, Continued, NextRows, Position, Saved
 from .blocks import Block, BlockPosition, BlockReader
 
 
@@ -61,10 +61,24 @@ class Stream:
         skipped, self.skipped = self.skipped, []
         return NextRows([rows[n] for n in needed if n in rows], number, self._position(), skipped)
 
-    def position_after_change(self, position: Position) -> Position:
-        """Returns the start of the next epoch, because it is not known which of the changed documents the run has seen."""
-        epoch = position[0][0] + 1 if isinstance(position, list) and isinstance(position[0], list) else 0
-        return [BlockPosition(epoch).to_list(), 0]
+    def shares_positions(self, fingerprint: str) -> bool:
+        """Returns whether the blocks are the same. How rows are made of them does not matter to a position."""
+        return fingerprint.rsplit("-", 2)[0] == self.blocks.fingerprint()
+
+    def continue_from(self, saved: Saved) -> Continued:
+        """Returns the same position in the same documents. In others it is the start of the next epoch, because it is not known
+        which of them the run has seen."""
+        if (same := saved.find(self.shares_positions)) is not None:
+            return Continued(same.position, WHERE_IT_WAS)
+        if isinstance(saved.position, list) and isinstance(saved.position[0], list):
+            return Continued([BlockPosition(saved.position[0][0] + 1).to_list(), 0], "at the start of the next epoch")
+        return Continued(self.start_position(), AT_THE_BEGINNING)
+
+    def is_over(self, position: Position) -> bool:
+        """Returns whether the epoch of ``position``, or the next one if it is not the start of an epoch, is after the last."""
+        block, token = BlockPosition.from_list(position[0]), position[1]
+        epoch = block.epoch + (block.block > 0 or token > 0)
+        return self.blocks.epochs is not None and epoch >= self.blocks.epochs
 
     def close(self) -> None:
         """Ends the thread and the processes that tokenize."""
@@ -97,13 +111,21 @@ class Stream:
                 return
             first = int(np.searchsorted(self.ends, self.next_token, side="right"))  # the document of the next token
             kept = len(self.ids) - self.next_token
-            self.block_starts = [(start - self.next_token, position) for start, position in self.block_starts]
-            self.block_starts.append((kept, block.position))
+            self.block_starts = [*self._unfinished_blocks(), (kept, block.position)]
             self.ids = np.concatenate([self.ids[self.next_token :], block.ids])
             self.ends = np.concatenate([self.ends[first:] - self.next_token, block.ends + kept])
             self.doc_types = np.concatenate([self.doc_types[first:], block.types])
             self.skipped += block.skipped
             self.next_token = 0
+
+    def _unfinished_blocks(self) -> list[tuple[int, BlockPosition]]:
+        """Returns those of ``block_starts`` whose block has tokens from the next one on; starts are counted from that one."""
+        ends = [start for start, _ in self.block_starts[1:]] + [len(self.ids)]
+        return [
+            (start - self.next_token, position)
+            for (start, position), end in zip(self.block_starts, ends, strict=True)
+            if end > max(start, self.next_token)
+        ]
 
     def _next_span(self) -> tuple[int, int, int] | None:
         """Moves past the next row.

@@ -44,7 +44,8 @@ def describe_dataset(root: Path, tokenizer: Path | None, decode: int) -> Iterato
     origin = find_origin(root) if found is None else None
     if origin is not None:
         found = origin.load()
-        yield f"tokenized with: {origin.tokenizer}, as {origin.format}"
+        today = f" (today is {origin.template_date} for its template)" if origin.template_date else ""
+        yield f"tokenized with: {origin.tokenizer}, as {origin.format}{today}"
         if problem := origin.problem():
             yield f"note: {problem}"
     yield from _describe_ids(index, found)

@@ -25,11 +25,14 @@ class Origin:
     format: str
     folders: list[str]
     """The folders of the data, relative to that of the file."""
+    template_date: str | None = None
+    """Of chats: the date that the chat template took for today. Older files do not say it."""
 
     @classmethod
-    def of(cls, tokenizer: Path, format: str, folders: list[str]) -> Origin:
+    def of(cls, tokenizer: Path, format: str, folders: list[str], template_date: str) -> Origin:
         """Returns the origin of data that is made now."""
-        return cls(str(tokenizer.resolve()), tokenizer_fingerprint(tokenizer), format, folders)
+        date = template_date if format == "chat" else None
+        return cls(str(tokenizer.resolve()), tokenizer_fingerprint(tokenizer), format, folders, date)
 
     @classmethod
     def read(cls, folder: Path) -> Origin | None:

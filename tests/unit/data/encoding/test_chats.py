@@ -1,5 +1,6 @@
 """Chats: all that a chat says is used by the template or refused by name, and what the assistant says is predicted."""
 
+import datetime
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from internevo.config.data import Data
+from internevo.data.build import train_source
 from internevo.data.encoding.formats import encode_documents, encode_prompt
 from internevo.data.encoding.tokenize import tokenize
 from internevo.data.raw.documents import Document
@@ -261,3 +264,55 @@ def test_a_template_that_is_not_text_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
     with pytest.raises(UsageError, match="the chat templates of .* cannot be read: 'utf-8'"):
         ChatTemplate.load(tokenizer)
+
+
+DATED = "{{ '<|im_start|>system\n' + strftime_now('%d %b %Y %H') + '<|im_end|>\n' }}" + CHATML
+
+
+@pytest.mark.parametrize("date", [None, "2031-12-30"])
+def test_training_data_is_the_same_on_any_day_and_a_generation_knows_the_present_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, date: str | None
+) -> None:
+    """Also if a command is given again, or a stream resumes, on another day."""
+    tokenizer = tokenizer_with(tmp_path, DATED)
+    place = tmp_path / "tokenizer"
+    lines = [json.dumps({"messages": [{"role": "user", "content": f"{n} cats?"}, ANSWER]}) for n in range(40)]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "train.jsonl").write_text("\n".join(lines))
+    given: dict[str, Any] = {} if date is None else {"template_date": date}
+    data = Data(
+        type="streaming", train_folder=str(tmp_path / "in"), tokenizer_path=str(place), seq_len=32, micro_bsz=1, total_steps=99,
+        num_worker=0, format="chat", **given,
+    )  # fmt: skip
+    position: Any = None
+    files, rows, prints = set[bytes](), list[list[int]](), set[str]()
+    for number, day in enumerate([datetime.datetime(2026, 3, 1, 23), datetime.datetime(2026, 3, 2, 1)]):
+
+        class Clock(datetime.datetime):
+            @classmethod
+            def now(cls, tz: Any = None, day: Any = day) -> Any:
+                return day
+
+        monkeypatch.setattr(datetime, "datetime", Clock)
+        out = tmp_path / f"out{number}"
+        tokenize(tmp_path / "in", out, tokenizer=place, format="chat", **given)
+        files.add((out / "en" / "part-00000.bin").read_bytes())
+        origin = json.loads((out / "tokenized.json").read_text())
+        source = train_source(data, tokenizer.vocab_size)
+        prints.add(source.fingerprint())
+        found = source.next_rows(source.start_position() if position is None else position, 7, range(7))
+        source.close()
+        position, rows = found.position, [*rows, *(row.tokens.tolist() for row in found.rows)]
+        prompt = tokenizer.decode(encode_prompt("chat", "the cat?", tokenizer)[0])
+        assert day.strftime("%d %b %Y %H") in prompt
+    assert len(files) == 1 and len(prints) == 1
+    wanted = datetime.date.fromisoformat(date or "2024-07-26")
+    assert origin["template_date"] == wanted.isoformat()
+    text = tokenizer.decode([token for row in rows for token in row])
+    assert text.count(wanted.strftime("%d %b %Y 00")) >= 2 and "2026" not in text
+
+
+def test_a_date_that_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(UsageError, match="template_date = '2024-7-1' must be a date, as in 2024-07-26"):
+        tokenize(tmp_path / "a.txt", tmp_path / "out", train_vocab_size=300, template_date="2024-7-1")

@@ -1,6 +1,7 @@
 """Which files of a dataset in the Hugging Face layout belong to a split."""
 
 import gzip
+import json
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -8,7 +9,10 @@ from typing import Any
 
 import pytest
 
+from internevo.data.encoding.formats import document_text
+from internevo.data.raw.documents import Document, read_documents
 from internevo.data.raw.hub import dataset_files
+from internevo.data.raw.inputs import split_files
 from internevo.errors import ConfigError, DataError, UsageError
 from internevo.train.check import check
 from internevo.train.config import load_config
@@ -100,6 +104,18 @@ def test_a_name_that_is_not_a_folder_is_downloaded_from_the_hub(tmp_path: Path, 
         chosen("other/thing", "train")
     with pytest.raises(UsageError, match="no/such/folder does not exist"):
         chosen("no/such/folder", "train")
+
+
+def test_json_files_of_a_split_may_have_lines_or_a_single_document(tmp_path: Path) -> None:
+    """As c4 does, whose last file may have one line only."""
+    texts = [["a", "b"], ["c"], ["d", "e", "f"]]
+    (tmp_path / "en").mkdir()
+    for number, part in enumerate(texts):
+        lines = "".join(json.dumps({"text": text, "url": "x"}) + "\n" for text in part).encode()
+        (tmp_path / "en" / f"c4-train.{number:05d}-of-00003.json.gz").write_bytes(gzip.compress(lines))
+    _, files = dataset_files(str(tmp_path), "en", "train")
+    documents = [document for chunk in split_files(files) for document in read_documents(chunk, ("text",))]
+    assert [document_text(d, None) for d in documents if isinstance(d, Document)] == [*"abcdef"]
 
 
 @pytest.mark.parametrize("subset", ["en/", "./en", "en//", "a/./b", "[x]", "w*", ".", "", "a b", "?"])

@@ -107,6 +107,53 @@ def test_every_format_gives_the_same_texts_for_any_chunk_size(
 CSV_PIECES = ["word", '"', '""', ",", "\t", "\n", "\r\n", "\r", '5" disk', "春", "\x00", "\n\n", "\ufeff", " "]
 
 
+@pytest.mark.parametrize("compression", COMPRESS)
+@pytest.mark.parametrize("workers", [1, 3])
+def test_json_lines_named_json_are_those_of_a_jsonl_file(
+    tmp_path: Path, corpus: list[str], monkeypatch: pytest.MonkeyPatch, compression: str, workers: int
+) -> None:
+    """For any chunks and any number of workers, from what comes first in the file to what comes last."""
+    monkeypatch.setattr(inputs, "CHUNK_BYTES", 100)
+    lines = write(tmp_path / "in", corpus, "jsonl", compression)
+    tokenizer = train_bpe(corpus, 300, tmp_path)
+    wanted = tokenize(lines, tmp_path / "wanted", tokenizer=tokenizer)
+    content = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in corpus).encode()
+    for number, (before, after) in enumerate([(b"", b""), (b"\n\n", b"\n \n"), (b"\xef\xbb\xbf", b""), (b"", b"\n[3")]):
+        path = tmp_path / f"{number}" / f"c4-train.00000.json{compression}"
+        path.parent.mkdir()
+        path.write_bytes(COMPRESS[compression](before + content + after))
+        assert find_files([path.parent], None, None, ()) == find_files([path], "json", None, ()) == [("jsonl", path)]
+        skip: Any = "skip" if after.endswith(b"3") else "stop"
+        result = tokenize(path, tmp_path / f"out{number}", tokenizer=tokenizer, workers=workers, on_error=skip)
+        assert (result.documents, result.tokens, result.skipped) == (wanted.documents, wanted.tokens, int(skip == "skip"))
+        bins = [(tmp_path / name / "en" / "part-00000.bin").read_bytes() for name in ("wanted", f"out{number}")]
+        assert bins[0] == bins[1]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(), lambda v: st.lists(v) | st.dictionaries(st.text(), v), max_leaves=6
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(JSON, st.sampled_from([None, 1]), st.sampled_from(["", "\n", " \n\n"]), st.sampled_from(["", "\n", "\n \n"]))
+def test_a_file_that_is_json_as_a_whole_is_never_read_as_lines(
+    tmp_path_factory: pytest.TempPathFactory, value: Any, indent: int | None, before: str, after: str
+) -> None:
+    path = tmp_path_factory.mktemp("json") / "a.json"
+    path.write_text(before + json.dumps(value, indent=indent) + after)
+    assert find_files([path], None, None, ()) == [("json", path)]
+
+
+@pytest.mark.parametrize("content", ['{"text": "a"\n{"text": "b"}\n', '{"text": "a"} {"text": "b"}', "[" * 10**5 + "\n3"])
+def test_the_error_of_a_json_file_says_what_it_must_have(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    found = [e for chunk in split_files(find_files([path], None, None, ())) for e in read_documents(chunk, None)]
+    assert len(found) == 1 and isinstance(found[0], DataError)
+    assert f"{path} is " in str(found[0]) and "It must be one object or one list; if each line is an object" in str(found[0])
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.sampled_from(CSV_PIECES), max_size=60), st.sampled_from(["csv", "tsv"]), st.sampled_from(sorted(COMPRESS)))
 def test_csv_rows_are_those_of_csv_reader(

@@ -22,6 +22,7 @@ from internevo.config.data import Data
 from internevo.data.batches import BatchSizes, Cursor, StepBatch, TrainBatches
 from internevo.data.build import load_stream, train_source, valid_rows
 from internevo.data.raw import inputs
+from internevo.data.source import Saved
 from internevo.data.streaming import blocks
 from internevo.data.streaming.exchange import Exchange
 from internevo.errors import DataError
@@ -361,3 +362,118 @@ def test_data_with_nothing_to_train_on_is_an_error(tmp_path: Path, small: None, 
         train(data, 1, Cursor(), 1)
     with pytest.raises(DataError, match="contains no document to train on"):
         train(data.model_copy(update={"min_length": 10**6}), 2, Cursor(), 1)
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seq_len=st.sampled_from([4, 40, 700]), kind=st.sampled_from(["jsonl", "jsonl.gz"]), packed=st.booleans())
+def test_what_a_stream_keeps_does_not_grow_with_what_it_has_read(
+    tmp_path_factory: pytest.TempPathFactory, small: None, tokenizer: Path, seq_len: int, kind: str, packed: bool
+) -> None:
+    """Of blocks that are over, neither tokens nor positions are kept, however many rows a block has."""
+    folder = tmp_path_factory.mktemp("stream")
+    write(folder, corpus_of(random.Random(1), 60), [kind] * 2, random.Random(1))
+    data = Data(
+        type="streaming", train_folder=str(folder), tokenizer_path=str(tokenizer), seq_len=seq_len, micro_bsz=1,
+        total_steps=1000, num_worker=0, use_packed_dataset=packed,
+    )  # fmt: skip
+    stream: Any = train_source(data, VOCAB)
+    position, blocks_read = stream.start_position(), set()
+    while position[0][0] < 5:
+        position = stream.next_rows(position, 1, [0]).position
+        blocks_read.add(tuple(position[0][:2]))
+        ends = [*(start for start, _ in stream.block_starts[1:]), len(stream.ids)]
+        over = [end for (start, _), end in zip(stream.block_starts, ends, strict=True) if end <= max(start, 0)]
+        assert len(over) <= 1, "a block of which nothing is in memory, but for the newest one"
+    assert len(blocks_read) > 20
+    stream.close()
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz"])
+def test_rows_are_the_same_again_from_any_position(tmp_path: Path, small: None, tokenizer: Path, kind: str) -> None:
+    """Also from one that has the same block and shard as where the stream has come to, in another epoch."""
+    write(tmp_path / "data", corpus_of(random.Random(1), 60), [kind] * 3, random.Random(1))
+    data = Data(
+        type="streaming", train_folder=str(tmp_path / "data"), tokenizer_path=str(tokenizer), seq_len=16, micro_bsz=1,
+        total_steps=1000, num_worker=0,
+    )  # fmt: skip
+    stream, positions, rows = train_source(data, VOCAB), list[Any](), list[Any]()
+    position = stream.start_position()
+    while position[0][0] < 3:
+        positions.append(position)
+        found = stream.next_rows(position, 1, [0])
+        rows.append(found.rows[0].tokens.tolist())
+        position = found.position
+    for number in random.Random(2).sample(range(len(rows)), 200):
+        assert stream.next_rows(positions[number], 1, [0]).rows[0].tokens.tolist() == rows[number]
+    stream.close()
+
+
+def test_a_stream_whose_documents_are_the_same_continues_inside_its_epoch(tmp_path: Path, small: None, tokenizer: Path) -> None:
+    """Whatever else of the data changes: other parts of a mixture, none at all, the length of rows. Nothing comes twice."""
+    draw = random.Random(1)
+    for name in ("web", "code"):
+        write(tmp_path / name, [f"{name} {n} " + "x" * draw.randrange(60) for n in range(50)], ["jsonl"] * 2, draw)
+
+    def source(*names: str, seq_len: int = 16, **more: Any) -> Any:
+        folders: dict[str, Any] = {"mixture": [{"folder": str(tmp_path / name), "kind": "streaming"} for name in names]}
+        if len(names) == 1:
+            folders = {"type": "streaming", "train_folder": str(tmp_path / names[0])}
+        return train_source(
+            Data.model_validate({
+                "tokenizer_path": str(tokenizer), "seq_len": seq_len, "micro_bsz": 1, "total_steps": 100, "num_worker": 0,
+                **folders, **more,
+            }), VOCAB,
+        )  # fmt: skip
+
+    def tokens(source: Any, position: Any, rows: int, name: str = "web") -> tuple[list[int], Any]:
+        """The tokens of the stream ``name`` among the next rows, and the position after these."""
+        found = source.next_rows(position, rows, range(rows))
+        number = source.types.index(name) if name in source.types else None
+        chosen = [row for row in found.rows if number is None or row.types[0] == number]
+        source.close()
+        return [int(token) for row in chosen for token in row.tokens], json.loads(json.dumps(found.position))
+
+    alone = source("web")
+    wanted, _ = tokens(alone, alone.start_position(), 120)
+    seen, position = tokens(alone, alone.start_position(), 20)
+    before = alone
+    for names, seq_len in ((("web", "code"), 16), (("web",), 32), (("code", "web"), 32), (("web", "code"), 8)):
+        changed = source(*names, seq_len=seq_len)
+        assert changed.fingerprint() != before.fingerprint()
+        continued = changed.continue_from(Saved(position, before.fingerprint()))
+        more, position = tokens(changed, continued.position, 13)
+        seen, before = seen + more, changed
+        assert "where it was" in continued.how and seen == wanted[: len(seen)], (names, seq_len, continued.how)
+    other = source("web", "code", seed=3)
+    told = other.continue_from(Saved(position, before.fingerprint()))
+    assert told.how == "at the start of the next epoch (web, code)"
+    assert tokens(other, told.position, 2)[1]["web"][0][0][0] == position["web"][0][0][0] + 1
+
+
+def test_a_stream_that_has_ended_goes_on_with_more_epochs(tmp_path: Path, small: None, tokenizer: Path) -> None:
+    write(tmp_path / "web", [f"web {n}" for n in range(30)], ["jsonl"] * 2, random.Random(1))
+    write(tmp_path / "code", [f"code {n}" for n in range(30)], ["jsonl"] * 2, random.Random(1))
+
+    def source(epochs: int | None) -> Any:
+        parts = [
+            {"folder": str(tmp_path / name), "kind": "streaming", "epochs": epochs if name == "web" else None}
+            for name in ("web", "code")
+        ]
+        return train_source(
+            Data.model_validate({
+                "tokenizer_path": str(tokenizer), "seq_len": 16, "micro_bsz": 1, "total_steps": 100, "num_worker": 0,
+                "mixture": parts,
+            }), VOCAB,
+        )  # fmt: skip
+
+    def shares(source: Any, position: Any, rows: int) -> tuple[int, Any]:
+        found = source.next_rows(position, rows, range(rows))
+        source.close()
+        return sum(int(row.types[0]) == 0 for row in found.rows), json.loads(json.dumps(found.position))
+
+    once = source(1)
+    first, position = shares(once, once.start_position(), 100)
+    assert 0 < first < 50 and shares(once, position, 20)[0] == 0
+    second, later = shares(source(2), position, 100)
+    assert second == pytest.approx(first, abs=1), "one more epoch"
+    assert shares(source(2), later, 20)[0] == 0 and 9 <= shares(source(None), later, 20)[0] <= 11
