@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config.check import data_size, missing_paths, smallest_world
+from ..config.axes import data_size, smallest_world
+from ..config.check import missing_paths
 from ..config.load import dump, flat
 from ..config.option import notices, walk
 from ..config.schema import Config

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..config import Config
-from ..config.check import expert_inner_size, expert_ranks, expert_size, inner_size
+from ..config.axes import expert_inner_size, expert_ranks, expert_size, inner_size
 from .orders import rank_of
 from .views import Groups, View
 

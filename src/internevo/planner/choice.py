@@ -9,6 +9,7 @@ from typing import Literal, TypeVar, get_args
 
 from ..config import Config
 from ..config import check as rules
+from ..config.axes import data_size
 from ..config.option import Section
 from ..data.batches import BatchSizes
 from ..models.families import registry
@@ -99,7 +100,7 @@ def in_rows(config: Config, world: int) -> Config | None:
         return config
     if world % (parallel.tensor.size * parallel.pipeline.size):
         return None
-    sizes = BatchSizes.from_config(config.data, rules.data_size(config, world))
+    sizes = BatchSizes.from_config(config.data, data_size(config, world))
     return _changed(config, data=_changed(config.data, **sizes.in_rows()))
 
 

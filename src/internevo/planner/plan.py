@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..config import Config
-from ..config.check import data_size
+from ..config.axes import data_size
 from ..data.batches import BatchSizes
 from ..errors import ConfigError, UsageError, expect
 from ..models.families.registry import decoder_config

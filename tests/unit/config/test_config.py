@@ -11,7 +11,7 @@ import pytest
 
 from internevo.commands.config import layout_lines, show
 from internevo.config import Config, dump, notices, validate
-from internevo.config.check import smallest_world
+from internevo.config.axes import smallest_world
 from internevo.config.option import walk
 from internevo.errors import ConfigError, NotAvailableYet
 from internevo.models.families.registry import decoder_config

@@ -11,7 +11,7 @@ import pytest
 from pydantic.fields import FieldInfo
 
 from internevo.config import Config, reference, validate
-from internevo.config.check import smallest_world
+from internevo.config.axes import smallest_world
 from internevo.config.load import apply_override, dump
 from internevo.config.option import PathText, Section, field_extras, field_kinds, section_of
 from internevo.errors import ConfigError
