@@ -121,7 +121,7 @@ def timed(counts: Counts, gpu: GPU, calibration: Calibration) -> Times:
     for number, stage in enumerate(stages):
         on_rank[rank_of(number, layout.pipeline, work.schedule)].append(stage)
     slowest = max(on_rank, key=lambda rank: sum(s.forward + s.backward + s.weights for s in rank))
-    data, optimizer = max((sum(s.data for s in rank), sum(s.optimizer for s in rank)) for rank in on_rank)
+    data, optimizer = max(((sum(s.data for s in rank), sum(s.optimizer for s in rank)) for rank in on_rank), key=sum)
     busy = work.micro_batches * sum(s.forward + s.backward + s.weights for s in slowest)
     exposed = work.micro_batches * sum(s.exposed for s in slowest)
     step = passes + data + optimizer + calibration.step
