@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from ..errors import InternEvoError, UsageError, expect
 from ..storage.hub import model_folder
 from ..storage.jsonfile import read_object, write_json
-from .sentencepieces import SentencePieceBackend
+from .sentencepieces import Place, SentencePieceBackend
 from .special_tokens import END_OF_TEXT, SETTINGS, added_tokens, class_tokens, model_eos_ids, read_settings, token_text
 from .tiktokens import is_tiktoken, read_tiktoken
 
@@ -40,6 +40,9 @@ class Backend(Protocol):
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Returns the ids of each text."""
+
+    def encode_with_places(self, text: str) -> tuple[list[int], list[Place]]:
+        """Returns the ids of a text, and the places of added tokens among them, as far as it is known where they are."""
 
     def decode(self, ids: list[int]) -> str:
         """Returns the text of ids."""
@@ -134,6 +137,16 @@ def _size(vocab: Mapping[str, int], left_out: set[int]) -> int:
     return max(set(vocab.values()) - left_out, default=-1) + 1
 
 
+def _places(encoding: Any, text: str, added: dict[int, str]) -> list[Place]:
+    """Returns the places of added tokens in an ``Encoding`` of the library ``tokenizers``.
+
+    The id of an added token that the text does not have there is a piece of the text that the tokenizer does not know.
+    """
+    ids = encoding.ids
+    places = [Place(number, *encoding.token_to_chars(number)) for number, id_ in enumerate(ids) if id_ in added]
+    return [place for place in places if text[place.start : place.stop].strip() == added[ids[place.number]].strip()]
+
+
 class TokenizersBackend:
     """A tokenizer of Hugging Face's ``tokenizers`` library."""
 
@@ -152,6 +165,7 @@ class TokenizersBackend:
         except TypeError as error:
             raise UsageError(f"the added tokens in {folder} ({', '.join(SETTINGS)}) cannot be read: {error}") from error
         self.fast = fast
+        self.added: dict[int, str] = {number: token.content for number, token in fast.get_added_tokens_decoder().items()}
 
     @classmethod
     def read(cls, path: Path, settings: dict[str, Any]) -> TokenizersBackend:
@@ -167,6 +181,10 @@ class TokenizersBackend:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [e.ids for e in self.fast.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def encode_with_places(self, text: str) -> tuple[list[int], list[Place]]:
+        encoding = self.fast.encode(text, add_special_tokens=False)
+        return encoding.ids, _places(encoding, text, self.added)
+
     def decode(self, ids: list[int]) -> str:
         return self.fast.decode(ids, skip_special_tokens=False)
 
@@ -174,7 +192,7 @@ class TokenizersBackend:
         return _size(self.fast.get_vocab(), set() if added else self.added_ids())
 
     def added_ids(self) -> set[int]:
-        return set(self.fast.get_added_tokens_decoder())
+        return set(self.added)
 
     def token_id(self, token: str) -> int | None:
         return self.fast.token_to_id(token)
@@ -203,6 +221,13 @@ class _TransformersBackend:
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    def encode_with_places(self, text: str) -> tuple[list[int], list[Place]]:
+        found = self.tokenizer(text, add_special_tokens=False)
+        if not self.tokenizer.is_fast:  # transformers' own code does not say where tokens are in a text
+            return found["input_ids"], []
+        added = {number: self.tokenizer.convert_ids_to_tokens(number) for number in self.added_ids()}
+        return found["input_ids"], _places(found.encodings[0], text, added)
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids)

@@ -8,14 +8,14 @@ also have the fields of ``CHAT_VALUES``, and its messages those that the templat
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from itertools import takewhile
 from typing import Any
 
 import numpy as np
 
 from ...errors import DataError, UsageError
+from ...text.beginnings import common_length, encode_with_beginnings
 from ...text.chat import REASONING, ChatTemplate, Messages
 from ...text.tokenizer import Tokenizer
 from ..raw.documents import Document
@@ -87,10 +87,9 @@ def _encode_chat(document: Document, key: str | None, tokenizer: Tokenizer, temp
         spans = [_assistant_span(text, messages, turn, render, document.where) for turn in turns]
     except DataError as error:  # the template does not know where the chat is
         return error if document.where in str(error) else DataError(f"{document.where}: {error}")
-    whole, *prefixes = tokenizer.backend.encode_batch([text, *(text[:end] for span in spans for end in span)])
+    whole, counts = encode_with_beginnings(tokenizer, text, (end for span in spans for end in span))
     ids = mask(whole)
-    for up_to_start, up_to_end in zip(prefixes[::2], prefixes[1::2], strict=True):
-        start, stop = _common_length(whole, up_to_start), _common_length(whole, up_to_end)
+    for start, stop in zip(counts[::2], counts[1::2], strict=True):
         ids[start:stop] = whole[start:stop]
     return np.array(ids, np.int32)
 
@@ -211,7 +210,7 @@ def _assistant_span(text: str, messages: Messages, turn: int, render: Render, wh
         pass  # some templates refuse the beginning of a chat, for example one without a question
     else:
         if text.startswith(before):
-            start = len(prompt) if text.startswith(prompt) else _common_length(text, prompt)
+            start = len(prompt) if text.startswith(prompt) else common_length(text, prompt)
             if text.startswith(up_to_here):
                 return start, len(up_to_here)
     begin, end = _span_of_what_remains(text, messages, turn, render, where)
@@ -230,16 +229,11 @@ def _span_of_what_remains(text: str, messages: Messages, turn: int, render: Rend
             "which tokens to predict"
         )
     ending = render([*messages[:turn], _marked()]).partition(MARK)[2]
-    return len(head), len(text) - len(tail) + _common_length(tail, ending)
+    return len(head), len(text) - len(tail) + common_length(tail, ending)
 
 
 def _marked() -> dict[str, Any]:
     return {"role": "assistant", "content": MARK}
-
-
-def _common_length(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """Returns the length of the longest common prefix."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
 def _messages(document: Document, key: str | None) -> Messages:

@@ -1,6 +1,7 @@
 """Chats: all that a chat says is used by the template or refused by name, and what the assistant says is predicted."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from internevo.data.encoding import chats
 from internevo.data.encoding.formats import encode_documents, encode_prompt
 from internevo.data.encoding.tokenize import tokenize
 from internevo.data.raw.documents import Document
@@ -19,7 +21,8 @@ from internevo.models.huggingface.tokenizer import copy_tokenizer
 from internevo.text.chat import ChatTemplate
 from internevo.text.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
-from .test_formats import CHATML, folder_with
+from ...text.test_beginnings import reference as encode_each
+from .test_formats import CHATML, LLAMA2, folder_with
 
 AGENT = (
     "{% if tools is not none %}{{ '<|im_start|>tools\n' + (tools | tojson) + '<|im_end|>\n' }}{% endif %}"
@@ -47,6 +50,7 @@ ALTERNATES = (
     "{{ raise_exception('roles must alternate') }}{% endif %}"
     "{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
 )
+TRIMMED = CHATML.replace("message['content'] +", "message['content'] | trim +")
 USERS_ONLY = CHATML.replace("in messages %}", "in messages if message.role in ('user', 'assistant') %}")
 ASK, ANSWER = {"role": "user", "content": "the cat?"}, {"role": "assistant", "content": "sat"}
 CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "mat"}}}
@@ -187,6 +191,35 @@ def test_an_answer_may_be_all_thinking(tmp_path: Path) -> None:
 
 def test_a_chat_that_the_assistant_begins_needs_no_rendering_of_nothing(tmp_path: Path) -> None:
     assert encoded([ANSWER, ASK, ANSWER], tokenizer_with(tmp_path, FIRST_IS_READ))[1] == "sat<|im_end|>\n" * 2
+
+
+@pytest.mark.parametrize("added", [True, False], ids=["added tokens", "no added token"])
+@pytest.mark.parametrize(
+    "template", [CHATML, AGENT, THINKING, FIRST_IS_READ, ALTERNATES, LLAMA2, TRIMMED],
+    ids=["ChatML", "agent", "thinking", "first is read", "alternates", "Llama 2", "trimmed"],
+)  # fmt: skip
+def test_what_is_predicted_is_what_encoding_each_beginning_of_the_chat_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, added: bool
+) -> None:
+    """Random chats are encoded as they were at first: with two beginnings of the text from its start for each answer."""
+    tokenizer = load_tokenizer(folder_with(tmp_path / "tokenizer", template, *([] if added else [["<s>"]])))
+    draw, documents = random.Random(11), []
+    words = ["the", " cat", "\n", "\n\n", "  ", "<|im_end|>", "<|im", "<think>", "</think>", "春眠", "u\u0308", "<s>", "'s"]
+    for number in range(60):
+        messages = []
+        for turn in range(draw.randint(1, 5) * 2):
+            role = "user" if turn % 2 == 0 else "assistant"
+            more = {"weight": draw.randint(0, 1)} if role == "assistant" else {}
+            messages.append({"role": role, "content": "".join(draw.choices(words, k=draw.randint(0, 8))), **more})
+        documents.append(Document({"messages": messages}, f"{number}"))
+
+    def results() -> list[list[int] | str]:
+        found = encode_documents("chat", documents, None, tokenizer)
+        return [str(ids) if isinstance(ids, DataError) else ids.tolist() for ids in found]
+
+    ours = results()
+    monkeypatch.setattr(chats, "encode_with_beginnings", encode_each)
+    assert ours == results() and sum(isinstance(ids, list) for ids in ours) > 20
 
 
 def test_columns_next_to_the_messages_are_read_from_parquet(tmp_path: Path) -> None:
