@@ -220,7 +220,7 @@ class _TransformersBackend:
             raise UsageError(f"{path} is not a folder of a tokenizer: {error}") from error
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
     def encode_with_places(self, text: str) -> tuple[list[int], list[Place]]:
         found = self.tokenizer(text, add_special_tokens=False)

@@ -153,3 +153,8 @@ def test_only_what_follows_the_last_added_token_is_encoded_again(tmp_path: Path,
     text = "the cat sat<|end|>" * 500
     encode_with_beginnings(tokenizer, text, range(0, len(text), 9))
     assert encoded < 4 * len(text)  # with all of each beginning: 500 times
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_texts_have_no_ids(tmp_path: Path, kind: str) -> None:
+    assert KINDS[kind](tmp_path).backend.encode_batch([]) == []
