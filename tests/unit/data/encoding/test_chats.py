@@ -11,7 +11,7 @@ import pytest
 from pyarrow import parquet
 
 from internevo.data.encoding import chats
-from internevo.data.encoding.formats import encode_documents, encode_prompt
+from internevo.data.encoding.formats import encode_documents
 from internevo.data.encoding.tokenize import tokenize
 from internevo.data.raw.documents import Document
 from internevo.data.rows import tokens_and_labels
@@ -270,23 +270,6 @@ def test_templates_know_tokens_that_only_special_tokens_map_names(tmp_path: Path
     (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": {"content": "<|endoftext|>"}}))
     text, _ = encoded([ASK, ANSWER], load_tokenizer(folder))
     assert text == "<s>user: the cat?<|endoftext|>assistant: sat<|endoftext|>"
-
-
-def test_generation_ends_at_the_token_that_ends_an_answer(tmp_path: Path) -> None:
-    tokenizer = tokenizer_with(tmp_path, ALTERNATES.replace("eos_token", "'<|im_end|><|endoftext|>'"))
-    _, stop_ids = encode_prompt("chat", "the cat?", tokenizer)
-    assert stop_ids == {tokenizer.eos_id, tokenizer.backend.token_id("<|im_end|>")}
-
-
-def test_a_template_that_makes_nothing_of_a_question_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="makes no text of the question 'the cat"):
-        encode_prompt("chat", "the cat?", tokenizer_with(tmp_path, "{{ '' }}"))
-
-
-@pytest.mark.parametrize("format", ["text", "alpaca", "chat"])
-def test_a_prompt_with_invalid_bytes_is_refused(tmp_path: Path, format: Any) -> None:
-    with pytest.raises(UsageError, match=r"the prompt is not UTF-8: character 2 is '\\udcff'"):
-        encode_prompt(format, "ab\udcff", tokenizer_with(tmp_path, CHATML))
 
 
 def test_a_template_that_is_not_text_is_refused_by_name(tmp_path: Path) -> None:
