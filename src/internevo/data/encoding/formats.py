@@ -18,7 +18,7 @@ fields ("id", ...) are left out.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -129,12 +129,24 @@ def _encode_instruction(document: Document, tokenizer: Tokenizer) -> IdsOrError:
         return missing_field(document, "instruction and output", ("instruction", "output"), option=False)
     if not all(isinstance(text, str) for text in (instruction, input_, output)):
         return missing_field(document, "texts", INSTRUCTION_FIELDS, option=False)
-    refused = [field for field in ALPACA_REFUSED if value.get(field)]
-    if refused:
-        return DataError(f"{document.where}: the format alpaca does not use {refused[0]!r}; write it as a chat (--format chat)")
+    try:
+        check_alpaca(value, document.where)
+    except DataError as error:
+        return error
     question = alpaca_question(question_of(instruction, input_), tokenizer)
     answer = [*tokenizer.encode(output), *_token_ids(END_OF_ANSWER, tokenizer), *_newline(tokenizer)]
     return np.array([*tokenizer.bos, *mask(question), *answer, *tokenizer.eos], np.int32)
+
+
+def check_alpaca(fields: dict[str, Any], where: str) -> None:
+    """Checks that InternEvo's template has a place for all fields of an instruction that have a meaning for a model.
+
+    Raises:
+        DataError: if it has none for one of them.
+    """
+    for field in ALPACA_REFUSED:
+        if fields.get(field):
+            raise DataError(f"{where}: the format alpaca does not use {field!r}; write it as a chat (--format chat)")
 
 
 def alpaca_question(question: str, tokenizer: Tokenizer) -> list[int]:

@@ -11,7 +11,7 @@ from ...text.chat import ChatTemplate, Messages
 from ...text.tokenizer import Tokenizer
 from ..raw.documents import Document
 from .chats import MARK, marked
-from .formats import END_OF_ANSWER, FormatName, alpaca_question
+from .formats import END_OF_ANSWER, FormatName, alpaca_question, check_alpaca
 from .messages import Chat
 
 ANY_QUESTION: Messages = [{"role": "user", "content": "?"}]
@@ -85,10 +85,10 @@ def encode_prompt(name: FormatName, text: str, tokenizer: Tokenizer, values: dic
     """Encodes the text that a model continues, or the question that it answers.
 
     Args:
-        values: in the format "chat": the fields next to the messages (``CHAT_VALUES``); others are not used.
+        values: fields next to the prompt. Those of a chat (``CHAT_VALUES``) are used in the format "chat"; all others are not.
 
     Raises:
-        DataError: as ``encode_messages``.
+        DataError: if the format has no place for a field of a question ("system", "history"), or as ``encode_messages``.
         UsageError: if the text has bytes that are not UTF-8, or as ``encode_messages``.
     """
     try:
@@ -99,6 +99,7 @@ def encode_prompt(name: FormatName, text: str, tokenizer: Tokenizer, values: dic
     if name == "text":
         return Question(tokenizer.with_bos(text), stop_ids)
     if name == "alpaca":
+        check_alpaca(values or {}, "the question")
         end = tokenizer.backend.token_id(END_OF_ANSWER)
         stop_ids |= set() if end is None else {end}
         return Question([*tokenizer.bos, *alpaca_question(text, tokenizer)], stop_ids, (END_OF_ANSWER,))
