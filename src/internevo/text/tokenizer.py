@@ -29,6 +29,8 @@ OTHER_FILES = ("vocab.json", "merges.txt", "vocab.txt")
 """Files of tokenizers that only transformers can read."""
 FOR_TRANSFORMERS = ("*token*", "*vocab*", "*merges*", "*.model")
 """Patterns that a file of every tokenizer of transformers fits, by whatever name."""
+ADDS_BOS = "add_bos_token"
+"""The setting that says whether texts begin with the token that begins a document."""
 USUAL_TOKENS = (
     (None, END_OF_TEXT), ("<s>", "</s>"), ("<bos>", "<eos>"), ("<|begin_of_text|>", "<|end_of_text|>"),
 )  # fmt: skip
@@ -68,6 +70,8 @@ class Tokenizer:
     eos_id: int | None = None
     special_tokens: dict[str, str] = field(default_factory=dict)
     """The special tokens by their names in transformers, {"bos_token": "<s>", ...}, which chat templates use."""
+    adds_bos: bool | None = None
+    """Whether documents begin with the token that begins one, as the folder says. None: they do, unless it also ends them."""
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -83,8 +87,10 @@ class Tokenizer:
 
     @property
     def bos(self) -> list[int]:
-        """What begins a document: one id or none. A token that begins and ends documents, as GPT-2's, is only their end."""
-        return [] if self.bos_id is None or self.bos_id == self.eos_id else [self.bos_id]
+        """What begins a document: one id or none. If its folder does not say otherwise (``adds_bos``), a token that begins and
+        ends documents, as GPT-2's, is only their end."""
+        begins = self.bos_id != self.eos_id if self.adds_bos is None else self.adds_bos
+        return [self.bos_id] if begins and self.bos_id is not None else []
 
     @property
     def eos(self) -> list[int]:
@@ -97,9 +103,14 @@ class Tokenizer:
         return self.path if self.path.is_dir() else self.path.parent
 
     @property
+    def boundaries(self) -> set[int]:
+        """The ids of the tokens that begin and end a document, whether or not documents have them."""
+        return {id_ for id_ in (self.bos_id, self.eos_id) if id_ is not None}
+
+    @property
     def apart(self) -> set[int]:
         """The ids of special and added tokens, which are no piece of a plain text."""
-        return {*self.backend.added_ids(), *self.bos, *self.eos}
+        return self.backend.added_ids() | self.boundaries
 
     @cached_property
     def vocab_size(self) -> int:
@@ -276,7 +287,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise UsageError(f"{path} is not a folder of a tokenizer: it has no {', '.join((*FILES, *OTHER_FILES))} or *.tiktoken")
     elif path.is_dir():
         backend = _TransformersBackend(path)
-        settings = backend.tokenizer.special_tokens_map
+        settings = {**backend.tokenizer.special_tokens_map, ADDS_BOS: settings.get(ADDS_BOS)}
     else:
         raise UsageError(f"the tokenizer {path} is neither a folder nor a .json, .model or .tiktoken file")
     return _with_special_tokens(backend, path, folder, settings, usual)
@@ -317,7 +328,8 @@ def _with_special_tokens(
         bos, eos = next(((b, e) for b, e in (*models, *USUAL_TOKENS) if backend.token_id(e) is not None), (None, None))
         tokens |= {key: text for key, text in (("bos_token", bos), ("eos_token", eos)) if text and key not in tokens}
     bos_id, eos_id = (backend.token_id(tokens[key]) if key in tokens else None for key in ("bos_token", "eos_token"))
-    return Tokenizer(backend, path, bos_id, eos_id, tokens)
+    adds_bos = settings.get(ADDS_BOS)
+    return Tokenizer(backend, path, bos_id, eos_id, tokens, adds_bos if isinstance(adds_bos, bool) else None)
 
 
 def train_bpe(texts: Any, vocab_size: int, folder: Path) -> Path:
