@@ -10,6 +10,7 @@ from ...config.rope import is_number
 from ...errors import UsageError
 from ...storage.jsonfile import read_object
 from ...text.special_tokens import MODEL_KEYS
+from . import choices
 
 COUNTS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -32,8 +33,21 @@ MAY_BE_NULL = (
     "topk_group",
 )
 LAYER_TYPES = ("full_attention", "sliding_attention")
-FIXED: dict[str, tuple[Any, ...]] = {"quantization_config": (None,)}
-"""The values that a key may have in every family."""
+FIXED: choices.Allowed = {
+    "quantization_config": (None,),
+    "sliding_window": (None, 0), "use_sliding_window": (False,), "attention_chunk_size": (None,),
+    "attn_logit_softcapping": (None, 0), "final_logit_softcapping": (None, 0), "query_pre_attn_scalar": (None,),
+    "attention_multiplier": (None,), "attn_temperature_tuning": (False, None), "clip_qkv": (None,),
+    "qk_layernorm": (False, None), "use_qk_norm": (False, None), "is_causal": (True, None),
+    "use_bidirectional_attention": (False, None), "rope_interleave": (False, None),
+    "no_rope_layers": (None, []), "no_rope_layer_interval": (None, 0),
+    "embedding_multiplier": (1, None), "residual_multiplier": (1, None), "logits_scaling": (1, None), "logit_scale": (1, None),
+    "scale_emb": (1, None), "scale_depth": (None,), "dim_model_base": (None,),
+}  # fmt: skip
+"""The values that keys may have in a family that does not name them in its own FIXED: those with which they change nothing.
+Other models (Mistral, Granite, SmolLM3, MiniCPM, ...) have these keys, and tensors of the same names."""
+ROTATE_NEIGHBOURS = ("ernie4_5", "helium")
+"""Values of ``model_type``, of models with the tensors of Llama, in which neighbours form the pairs that rotate."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
