@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ...storage.jsonfile import write_json
+from ...storage.jsonfile import replace_json, write_json
 from ...text.special_tokens import MODEL_KEYS, SETTINGS, is_ids, model_eos_ids, read_optional
 from ...text.tokenizer import FILES, TEMPLATES, load_tokenizer
 
@@ -84,7 +84,7 @@ def add_end(folder: Path, id_: int) -> None:
         return
     ids["eos_token_id"] = [*known, id_]
     for name in ("generation_config.json", "config.json"):
-        write_json(folder / name, {**read_optional(folder / name), **ids}, indent=2)
+        replace_json(folder / name, {**read_optional(folder / name), **ids}, indent=2)
 
 
 def _folder_of(tokenizer: Path) -> Path:
