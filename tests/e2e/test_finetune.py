@@ -22,6 +22,7 @@ from internevo.commands.finetune import finetune
 from internevo.commands.finetune_config import Options
 from internevo.models.families.registry import decoder_from_hf
 from internevo.models.huggingface.folder import save_hf
+from internevo.text.tokenizer import load_tokenizer
 from tests.conftest import Run, metrics, random_model
 from tests.unit.data.encoding.test_formats import CHATML, folder_with
 
@@ -97,6 +98,9 @@ def test_adapters_are_trained_also_over_a_kill_and_exported(tmp_path: Path, run:
         assert not torch.allclose(tuned, base, atol=1e-3)
     assert Checkpoint(complete_checkpoints(out)[0]).config.lora is not None
     assert json.loads((out / "model" / "tokenizer_config.json").read_text())["chat_template"] == CHATML
+    ends = [load_tokenizer(model).backend.token_id(token) for token in ("<|endoftext|>", "<|im_end|>")]
+    for name in ("generation_config.json", "config.json"):
+        assert json.loads((out / "model" / name).read_text())["eos_token_id"] == ends
     # By hand, with the config that it has written; and the command on what is finished exports what is new.
     assert "the same command goes on" not in said
     again = said.partition("more steps: internevo ")[2].splitlines()[0].replace("=24", "=14").split()

@@ -25,6 +25,38 @@ TokenizerPath = Annotated[
     Path | None, typer.Option(parser=parse_input, metavar="PATH", help="Path of the tokenizer (default: the one of the model).")
 ]
 Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this text; may be repeated.")]
+Data = Annotated[
+    Path | None,
+    typer.Option(parser=parse_input, metavar="FOLDER", help="Tokenized data, on whose documents the loss is computed."),
+]
+Tasks = Annotated[
+    str | None,
+    typer.Option(metavar="NAMES", help="Tasks of lm-eval (the extra eval of this package), separated by commas."),
+]
+TaskFolder = Annotated[
+    Path | None, typer.Option(parser=parse_input, metavar="FOLDER", help="Folder with task files of your own.")
+]
+Fewshot = Annotated[
+    int | None, typer.Option(min=0, metavar="N", help="Examples in the prompts of tasks (default: as each task says).")
+]
+SeqLen = Annotated[
+    int | None, typer.Option(min=1, max=2**31, help="Longest context in tokens (default: the model's, at most 4096).")
+]
+Stride = Annotated[int | None, typer.Option(min=1, help="Tokens between the windows of longer documents (default: --seq-len).")]
+BatchSize = Annotated[
+    int | None, typer.Option(min=1, max=2**20, help="Rows that go through the model at once (default: 8192 tokens).")
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only the first N documents of each dataset type or task.", metavar="N")]
+LayoutConfig = Annotated[
+    Path | None,
+    typer.Option(parser=parse_input, metavar="CONFIG", help="Config whose parallel section and model.dtype are used."),
+]
+DataTokenizer = Annotated[
+    Path | None,
+    typer.Option(
+        parser=parse_input, metavar="PATH", help="Tokenizer, for bits per byte (default: the data's, or the model's)."
+    ),
+]
 
 
 def generate(
@@ -92,44 +124,18 @@ def chat(
 def evaluate(
     model: Model,
     overrides: Overrides = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(parser=parse_input, metavar="FOLDER", help="Tokenized data, on whose documents the loss is computed."),
-    ] = None,
-    tasks: Annotated[
-        str | None,
-        typer.Option(metavar="NAMES", help="Tasks of lm-eval (the extra eval of this package), separated by commas."),
-    ] = None,
-    task_folder: Annotated[
-        Path | None, typer.Option(parser=parse_input, metavar="FOLDER", help="Folder with task files of your own.")
-    ] = None,
-    fewshot: Annotated[
-        int | None, typer.Option(min=0, metavar="N", help="Examples in the prompts of tasks (default: as each task says).")
-    ] = None,
+    data: Data = None,
+    tasks: Tasks = None,
+    task_folder: TaskFolder = None,
+    fewshot: Fewshot = None,
     chat_template: Annotated[bool, typer.Option("--chat-template", help="Apply the chat template in tasks.")] = False,
-    seq_len: Annotated[
-        int | None, typer.Option(min=1, max=2**31, help="Longest context in tokens (default: the model's, at most 4096).")
-    ] = None,
-    stride: Annotated[
-        int | None, typer.Option(min=1, help="Tokens between the windows of longer documents (default: --seq-len).")
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, max=2**20, help="Rows that go through the model at once (default: 8192 tokens).")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Only the first N documents of each dataset type or task.", metavar="N")
-    ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(parser=parse_input, metavar="CONFIG", help="Config whose parallel section and model.dtype are used."),
-    ] = None,
+    seq_len: SeqLen = None,
+    stride: Stride = None,
+    batch_size: BatchSize = None,
+    limit: Limit = None,
+    config: LayoutConfig = None,
     nproc: Annotated[int | None, typer.Option(min=1, help="Number of local processes (default: one per GPU, or 1).")] = None,
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(
-            parser=parse_input, metavar="PATH", help="Tokenizer, for bits per byte (default: the data's, or the model's)."
-        ),
-    ] = None,
+    tokenizer: DataTokenizer = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compute loss, perplexity and bits per byte of a model on tokenized data, or evaluate it on tasks of lm-eval."""
@@ -139,19 +145,8 @@ def evaluate(
     if not names and (task_folder is not None or fewshot is not None or chat_template):
         raise UsageError("--task-folder, --fewshot and --chat-template belong to --tasks")
     question = Question(
-        model,
-        data,
-        names,
-        task_folder,
-        fewshot,
-        chat_template,
-        tokenizer,
-        seq_len,
-        stride,
-        batch_size,
-        limit,
-        config,
-        tuple(overrides or ()),
-        json,
-    )
+        model=model, data=data, tasks=names, task_folder=task_folder, fewshot=fewshot, chat_template=chat_template,
+        tokenizer=tokenizer, seq_len=seq_len, stride=stride, batch_size=batch_size, limit=limit, config=config,
+        overrides=tuple(overrides or ()), json=json,
+    )  # fmt: skip
     raise typer.Exit(run(question, nproc))

@@ -64,19 +64,7 @@ def convert(
     Raises:
         UsageError: if the target cannot be written or is not empty, or the options contradict each other.
     """
-    if write_as and to != "hf":
-        raise UsageError("--as is only for Hugging Face folders: use it with --to hf")
-    if overwrite and to == "internevo":
-        raise UsageError("--overwrite is not for checkpoints (--to internevo): give another folder")
-    if upcycle is not None and to == "peft":
-        raise UsageError("--upcycle makes a whole model: use it with --to hf or --to internevo")
-    if upcycle is None and (top_k is not None or seed is not None):
-        raise UsageError(f"{'--seed' if top_k is None else '--top-k'} is only for --upcycle")
-    if upcycle is not None and upcycle > MAX_EXPERTS:
-        raise UsageError(f"--upcycle {upcycle}: a layer can have at most {MAX_EXPERTS} experts")
-    if upcycle is not None and (top_k is None or not 1 <= top_k <= upcycle):
-        given = "" if top_k is None else f", not {top_k}"
-        raise UsageError(f"--upcycle {upcycle} needs --top-k, the experts that each token chooses: 1 to {upcycle}{given}")
+    _check_options(to, write_as, overwrite, upcycle, top_k, seed)
     check_target(target, overwrite, "give another folder" if to == "internevo" else "give another folder, or --overwrite")
     _check_outside(source, target)
     model: ParameterSource = open_source(source, family, merge=to != "peft")
@@ -91,6 +79,25 @@ def convert(
     else:
         write_checkpoint(model, target, dtype=dtype, shard_bytes=shard_bytes, progress=progress)
     return model.config
+
+
+def _check_options(
+    to: str, write_as: str | None, overwrite: bool, upcycle: int | None, top_k: int | None, seed: int | None
+) -> None:
+    """Raises a UsageError if the options of ``convert`` contradict each other."""
+    if write_as and to != "hf":
+        raise UsageError("--as is only for Hugging Face folders: use it with --to hf")
+    if overwrite and to == "internevo":
+        raise UsageError("--overwrite is not for checkpoints (--to internevo): give another folder")
+    if upcycle is not None and to == "peft":
+        raise UsageError("--upcycle makes a whole model: use it with --to hf or --to internevo")
+    if upcycle is None and (top_k is not None or seed is not None):
+        raise UsageError(f"{'--seed' if top_k is None else '--top-k'} is only for --upcycle")
+    if upcycle is not None and upcycle > MAX_EXPERTS:
+        raise UsageError(f"--upcycle {upcycle}: a layer can have at most {MAX_EXPERTS} experts")
+    if upcycle is not None and (top_k is None or not 1 <= top_k <= upcycle):
+        given = "" if top_k is None else f", not {top_k}"
+        raise UsageError(f"--upcycle {upcycle} needs --top-k, the experts that each token chooses: 1 to {upcycle}{given}")
 
 
 def _base_of(model: ParameterSource) -> str | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import sys
 import tempfile
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from ..parallel.launcher import read_launcher
+from ..storage.jsonfile import to_json
 from ..train.config import load_config
 from .launch import default_processes, launch
 
@@ -21,24 +20,24 @@ if TYPE_CHECKING:
     from ..train.evaluate import Evaluation, Score
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Question:
     """What is evaluated, and how: the options of the command, under their names."""
 
     model: Path
-    data: Path | None
-    tasks: tuple[str, ...]
-    task_folder: Path | None
-    fewshot: int | None
-    chat_template: bool
-    tokenizer: Path | None
-    seq_len: int | None
-    stride: int | None
-    batch_size: int | None
-    limit: int | None
-    config: Path | None
-    overrides: tuple[str, ...]
-    json: bool
+    data: Path | None = None
+    tasks: tuple[str, ...] = ()
+    task_folder: Path | None = None
+    fewshot: int | None = None
+    chat_template: bool = False
+    tokenizer: Path | None = None
+    seq_len: int | None = None
+    stride: int | None = None
+    batch_size: int | None = None
+    limit: int | None = None
+    config: Path | None = None
+    overrides: tuple[str, ...] = ()
+    json: bool = False
 
     def arguments(self) -> list[str]:
         """Returns the arguments of the command that asks this."""
@@ -98,7 +97,7 @@ def run(question: Question, processes: int | None) -> int:
     if info.rank == 0:
         for note in found.notes:
             print(f"note: {note}", file=sys.stderr)
-        print(json.dumps(_finite(found.to_dict()), indent=1) if question.json else "\n".join(table(found)), flush=True)
+        print(to_json(found.to_dict(), indent=1) if question.json else "\n".join(table(found)), flush=True)
     return 0
 
 
@@ -128,10 +127,3 @@ def stderr_of(metric: str) -> str:
 def _row(score: Score) -> str:
     bits = "-" if score.bits_per_byte is None else f"{score.bits_per_byte:.4f}"
     return f"{score.documents:>10,} {score.tokens:>14,} {score.loss:>9.4f} {score.perplexity:>12.4f} {bits:>10}"
-
-
-def _finite(value: object) -> object:
-    """Returns JSON values in which numbers that are not finite are null."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -61,7 +61,7 @@ def complete_file(
 ) -> None:
     """Continues each prompt of a file, in batches. Writes a line of JSON for each, in their order: what its line of the input
     has, and "text", what the model adds. Until all are there, the output is called NAME.partial; if the command ends before,
-    that file has the texts of the first prompts.
+    that file has the texts of the first prompts. The fields of a chat ("tools", "documents", ...) are used as in training.
 
     The seed of line n, counted from 0, is the command's seed + n; so each text is what the command generates for it alone.
 
@@ -76,7 +76,7 @@ def complete_file(
     model, encoded = TextModel.open(folder, tokenizer), []
     for number, row in rows:
         try:
-            encoded.append(model.prompt(row.get("messages") or row["prompt"], options.format, options.stop))
+            encoded.append(model.prompt(row.get("messages") or row["prompt"], options.format, options.stop, row))
         except (UsageError, DataError) as error:
             raise UsageError(f"{prompts}, line {number + 1}: {error}") from error
     size = model.batch_size(batch_size)

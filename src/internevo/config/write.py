@@ -40,6 +40,11 @@ def check_writable(path: Path) -> None:
     """
     if path.suffix not in (".py", ".yaml", ".yml", ".toml", ".json"):
         raise UsageError(f"{path}: unknown file type {path.suffix!r}; use .py, .yaml, .toml or .json")
+    if path.suffix == ".json" and path.is_file():
+        raise UsageError(
+            f"{path} exists, and a JSON file has no comment to say that internevo plan has written it, so it is not replaced: "
+            "rename it, choose another name, or write .yaml, .toml or .py, which the next plan replaces"
+        )
     check_own(path, f"# {MARK}", "a config that internevo plan has written")
 
 

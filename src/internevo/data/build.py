@@ -51,6 +51,11 @@ def train_source(
     return _source(data, vocab_size, new_exchange, local_world_size, reports, None)
 
 
+def parts_of(data: Data) -> list[Data]:
+    """Returns the data section of each part of a mixture; that of data which is none is its only part."""
+    return [_part_data(data, part) for part in data.mixture or ()] or [data]
+
+
 def _part_data(data: Data, part: MixturePart) -> Data:
     """Returns the data section for one part of a mixture. What the part does not set is as in ``data``."""
     given = {k: v for k in ("content_name", "subset_name", "format") if (v := getattr(part, k)) is not None}
@@ -148,11 +153,10 @@ def checked_tokenizer(path: str, vocab_size: int) -> Tokenizer:
 
 def _is_trained_on(data: Data, name: str) -> bool:
     """Whether the training data is read from the same folder. Two subsets of one dataset have no file in common."""
-    sources = [_part_data(data, part) for part in data.mixture or ()] or [data]
     return any(
         Path(folder).resolve() == Path(name).resolve()
         and (source.subset_name == data.subset_name or not source.subset_name or not data.subset_name)
-        for source in sources
+        for source in parts_of(data)
         if (folder := source.folders[0])
     )
 

@@ -121,7 +121,7 @@ def predicted_bytes(raw: Ids, tokenizer: Tokenizer) -> int:
     ids, labels = tokens_and_labels(raw)
     predicted = labels >= 0
     predicted[:1] = False
-    special = {*tokenizer.bos, *tokenizer.eos}
+    special = tokenizer.boundaries
 
     def size(start: int, stop: int) -> int:
         return len(tokenizer.decode([i for i in ids[start:stop].tolist() if i not in special]).encode(errors="replace"))

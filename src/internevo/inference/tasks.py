@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from ..data.encoding.questions import Ending
 from ..errors import UsageError
 from ..models.generate import Sampling, longest_text
 from ..parallel.layout import Layout
@@ -60,6 +61,8 @@ class Requests:
         """The id before a text without a context."""
         bos = tokenizer.special_tokens.get("bos_token")
         self.bos = bos if tokenizer.bos else None
+        self.ending = Ending()
+        """What ends an answer, if the texts of requests are chats."""
 
     @property
     def tokenizer_name(self) -> str:
@@ -121,11 +124,13 @@ class Requests:
             return log_likelihoods(self.text.model, spans, self.tokens_at_once, self.batch_rows, self.text.dtype)
 
     def _generate(self, items: list[tuple[str, dict[str, Any]]]) -> list[str]:
-        texts, ends = [""] * len(items), {*self.text.tokenizer.eos, *self.text.eos_ids}
+        ending, stops = self.ending, (self.ending.text,) if self.ending.text else ()
+        ends = {*self.text.tokenizer.eos, *self.text.eos_ids, *(() if ending.id is None else (ending.id,))}
+        texts = [""] * len(items)
         limits = [_new_tokens(options) for _, options in items]
         ids = [self._encode(context) or [self.prefix] for context, _ in items]
         prompts = [
-            Prompt(context[-max(1, self.longest - limit) :], ends, _stops(options))
+            Prompt(context[-max(1, self.longest - limit) :], ends, (*_stops(options), *stops))
             for context, limit, (_, options) in zip(ids, limits, items, strict=True)
         ]
         order = sorted(range(len(items)), key=lambda number: (repr(_sampling(items[number][1])), -len(prompts[number].ids)))
@@ -222,6 +227,8 @@ def run_tasks(
 
     adapter: Any = type("InternEvoLM", (Requests, LM), {})
     model = adapter(requests.text, requests.batch_rows, requests.tokens_at_once, requests.share)
+    if chat:
+        model.ending = Ending.usual(requests.text.tokenizer)
     with _random_states_kept(next(requests.text.model.parameters()).device):
         found = simple_evaluate(
             model=model, tasks=list(names), num_fewshot=fewshot, limit=limit, task_manager=manager, log_samples=False,

@@ -7,13 +7,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from ..checkpoint.open import load_model, open_source
-from ..data.encoding.chats import encode_messages
-from ..data.encoding.formats import END_OF_ANSWER, FormatName, check_format, encode_prompt
+from ..data.encoding.formats import FormatName, check_format
+from ..data.encoding.questions import encode_messages, encode_prompt
 from ..errors import UsageError, expect, expect_texts
 from ..models.config import DecoderConfig
 from ..models.decoder import Decoder
@@ -90,26 +90,33 @@ class TextModel:
         """The model, with its weights."""
         return self.get()
 
-    def prompt(self, text: str | Messages, format: FormatName = "text", stop: Sequence[str] = ()) -> Prompt:
+    def prompt(
+        self,
+        text: str | Messages,
+        format: FormatName = "text",
+        stop: Sequence[str] = (),
+        values: dict[str, Any] | None = None,
+    ) -> Prompt:
         """Encodes a prompt.
 
         Args:
             text: a text to continue or a question, as ``format`` says; or the messages of a chat.
             stop: the new text ends before the first of these.
+            values: fields next to the messages of a chat: {"tools": [...], ...}.
 
         Raises:
             UsageError: if it is too long for the model, or has ids that the model does not have, or an argument is wrong.
+            DataError: if the chat template cannot render a chat, or does not use all that it says.
         """
         check_format(format)
         expect_texts(stop, "stop")
         if isinstance(text, str):
-            ids, stop_ids = encode_prompt(format, text, self.tokenizer)
+            question = encode_prompt(format, text, self.tokenizer, values)
         else:
-            ids, end = encode_messages(text, self.tokenizer)
-            stop_ids = {*self.tokenizer.eos, *(() if end is None else (end,))}
-        texts = (*stop, *((END_OF_ANSWER,) if format == "alpaca" else ()))
+            question = encode_messages(text, self.tokenizer, values)
         continues = isinstance(text, str) and format == "text"
-        prompt = Prompt(ids, stop_ids | self.eos_ids, texts, continues, strip=format == "alpaca")
+        stop_ids, texts = question.stop_ids | self.eos_ids, (*stop, *question.stop)
+        prompt = Prompt(question.ids, stop_ids, texts, continues, strip=format == "alpaca")
         self.room(prompt)
         return prompt
 

@@ -8,9 +8,10 @@ of the text (as in Hugging Face's LlamaTokenizer, https://github.com/huggingface
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import UsageError
 from .special_tokens import added_tokens, token_text
@@ -29,6 +30,16 @@ class AddedToken:
     """Remove the spaces on its left."""
     rstrip: bool = False
     """Remove the spaces on its right."""
+
+
+class Place(NamedTuple):
+    """Where an added token is in a text."""
+
+    number: int
+    """Its number among the ids of the text."""
+    start: int
+    stop: int
+    """The characters of the text that it stands for: from ``start``, before ``stop``. They may include spaces around it."""
 
 
 class SentencePieceBackend:
@@ -80,16 +91,30 @@ class SentencePieceBackend:
         """Returns the ids of each text."""
         if self.split_pattern is None and self.legacy:
             return self._encode_plain(texts)
+        return [ids for ids, _ in self._encode_parts(texts)]
+
+    def encode_with_places(self, text: str) -> tuple[list[int], list[Place]]:
+        """Returns the ids of a text, and the places of the added tokens."""
+        [(ids, numbers)] = self._encode_parts([text])
+        prefix = len(self._given(text)) - len(text)
+        found = () if self.split_pattern is None else self.split_pattern.finditer(self._given(text), prefix)
+        return ids, [Place(n, match.start() - prefix, match.end() - prefix) for n, match in zip(numbers, found, strict=True)]
+
+    def _encode_parts(self, texts: list[str]) -> Iterator[tuple[list[int], list[int]]]:
+        """Yields for each text its ids, and which of them are added tokens."""
         parts = [self._parts(text) for text in texts]
-        plain = [part for text_parts in parts for part in text_parts if isinstance(part, str)]
-        encoded = iter(self._encode_plain(plain))
-        joined = []
+        encoded = iter(self._encode_plain([part for text_parts in parts for part in text_parts if isinstance(part, str)]))
         for text_parts in parts:
-            ids = [id_ for part in text_parts for id_ in (next(encoded) if isinstance(part, str) else [part.id])]
+            ids, numbers = list[int](), list[int]()
+            for part in text_parts:
+                if isinstance(part, str):
+                    ids += next(encoded)
+                else:
+                    numbers.append(len(ids))
+                    ids.append(part.id)
             # As in Hugging Face's tokenizer, a text that begins with a special token gets no space in front.
-            drop = not self.legacy and len(ids) > 1 and ids[0] == self.space_id and self._is_special(ids[1])
-            joined.append(ids[1:] if drop else ids)
-        return joined
+            drop = int(not self.legacy and len(ids) > 1 and ids[0] == self.space_id and self._is_special(ids[1]))
+            yield ids[drop:], [number - drop for number in numbers]
 
     def _is_special(self, number: int) -> bool:
         name = self.names.get(number)
@@ -97,8 +122,7 @@ class SentencePieceBackend:
 
     def _parts(self, text: str) -> list[str | AddedToken]:
         """Splits a text into added tokens and the text between them."""
-        if not self.legacy and text:
-            text = (SPACE if self.add_prefix_space else "") + text.replace(SPACE, " ")
+        text = self._given(text)
         if self.split_pattern is None:
             return [text]
         pieces = self.split_pattern.split(text)  # text, token, text, token, ..., text
@@ -112,6 +136,12 @@ class SentencePieceBackend:
             parts += [plain] if plain else []
             parts += tokens[number : number + 1]
         return parts
+
+    def _given(self, text: str) -> str:
+        """Returns a text as it is encoded: with the space that is put in front of it."""
+        if self.legacy or not text:
+            return text
+        return (SPACE if self.add_prefix_space else "") + text.replace(SPACE, " ")
 
     def _encode_plain(self, texts: list[str]) -> list[list[int]]:
         """Returns the ids of texts without added tokens."""

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from ..errors import InternEvoError, UsageError, expect
 from ..storage.hub import model_folder
 from ..storage.jsonfile import read_object, write_json
-from .sentencepieces import SentencePieceBackend
+from .sentencepieces import Place, SentencePieceBackend
 from .special_tokens import END_OF_TEXT, SETTINGS, added_tokens, class_tokens, model_eos_ids, read_settings, token_text
 from .tiktokens import is_tiktoken, read_tiktoken
 
@@ -29,6 +29,8 @@ OTHER_FILES = ("vocab.json", "merges.txt", "vocab.txt")
 """Files of tokenizers that only transformers can read."""
 FOR_TRANSFORMERS = ("*token*", "*vocab*", "*merges*", "*.model")
 """Patterns that a file of every tokenizer of transformers fits, by whatever name."""
+ADDS_BOS = "add_bos_token"
+"""The setting that says whether texts begin with the token that begins a document."""
 USUAL_TOKENS = (
     (None, END_OF_TEXT), ("<s>", "</s>"), ("<bos>", "<eos>"), ("<|begin_of_text|>", "<|end_of_text|>"),
 )  # fmt: skip
@@ -40,6 +42,9 @@ class Backend(Protocol):
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Returns the ids of each text."""
+
+    def encode_with_places(self, text: str) -> tuple[list[int], list[Place]]:
+        """Returns the ids of a text, and the places of added tokens among them, as far as it is known where they are."""
 
     def decode(self, ids: list[int]) -> str:
         """Returns the text of ids."""
@@ -65,6 +70,8 @@ class Tokenizer:
     eos_id: int | None = None
     special_tokens: dict[str, str] = field(default_factory=dict)
     """The special tokens by their names in transformers, {"bos_token": "<s>", ...}, which chat templates use."""
+    adds_bos: bool | None = None
+    """Whether documents begin with the token that begins one, as the folder says. None: they do, unless it also ends them."""
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -80,8 +87,10 @@ class Tokenizer:
 
     @property
     def bos(self) -> list[int]:
-        """What begins a document: one id or none. A token that begins and ends documents, as GPT-2's, is only their end."""
-        return [] if self.bos_id is None or self.bos_id == self.eos_id else [self.bos_id]
+        """What begins a document: one id or none. If its folder does not say otherwise (``adds_bos``), a token that begins and
+        ends documents, as GPT-2's, is only their end."""
+        begins = self.bos_id != self.eos_id if self.adds_bos is None else self.adds_bos
+        return [self.bos_id] if begins and self.bos_id is not None else []
 
     @property
     def eos(self) -> list[int]:
@@ -94,9 +103,14 @@ class Tokenizer:
         return self.path if self.path.is_dir() else self.path.parent
 
     @property
+    def boundaries(self) -> set[int]:
+        """The ids of the tokens that begin and end a document, whether or not documents have them."""
+        return {id_ for id_ in (self.bos_id, self.eos_id) if id_ is not None}
+
+    @property
     def apart(self) -> set[int]:
         """The ids of special and added tokens, which are no piece of a plain text."""
-        return {*self.backend.added_ids(), *self.bos, *self.eos}
+        return self.backend.added_ids() | self.boundaries
 
     @cached_property
     def vocab_size(self) -> int:
@@ -134,6 +148,16 @@ def _size(vocab: Mapping[str, int], left_out: set[int]) -> int:
     return max(set(vocab.values()) - left_out, default=-1) + 1
 
 
+def _places(encoding: Any, text: str, added: dict[int, str]) -> list[Place]:
+    """Returns the places of added tokens in an ``Encoding`` of the library ``tokenizers``.
+
+    The id of an added token that the text does not have there is a piece of the text that the tokenizer does not know.
+    """
+    ids = encoding.ids
+    places = [Place(number, *encoding.token_to_chars(number)) for number, id_ in enumerate(ids) if id_ in added]
+    return [place for place in places if text[place.start : place.stop].strip() == added[ids[place.number]].strip()]
+
+
 class TokenizersBackend:
     """A tokenizer of Hugging Face's ``tokenizers`` library."""
 
@@ -152,6 +176,7 @@ class TokenizersBackend:
         except TypeError as error:
             raise UsageError(f"the added tokens in {folder} ({', '.join(SETTINGS)}) cannot be read: {error}") from error
         self.fast = fast
+        self.added: dict[int, str] = {number: token.content for number, token in fast.get_added_tokens_decoder().items()}
 
     @classmethod
     def read(cls, path: Path, settings: dict[str, Any]) -> TokenizersBackend:
@@ -167,6 +192,10 @@ class TokenizersBackend:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [e.ids for e in self.fast.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def encode_with_places(self, text: str) -> tuple[list[int], list[Place]]:
+        encoding = self.fast.encode(text, add_special_tokens=False)
+        return encoding.ids, _places(encoding, text, self.added)
+
     def decode(self, ids: list[int]) -> str:
         return self.fast.decode(ids, skip_special_tokens=False)
 
@@ -174,7 +203,7 @@ class TokenizersBackend:
         return _size(self.fast.get_vocab(), set() if added else self.added_ids())
 
     def added_ids(self) -> set[int]:
-        return set(self.fast.get_added_tokens_decoder())
+        return set(self.added)
 
     def token_id(self, token: str) -> int | None:
         return self.fast.token_to_id(token)
@@ -202,7 +231,14 @@ class _TransformersBackend:
             raise UsageError(f"{path} is not a folder of a tokenizer: {error}") from error
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+
+    def encode_with_places(self, text: str) -> tuple[list[int], list[Place]]:
+        found = self.tokenizer(text, add_special_tokens=False)
+        if not self.tokenizer.is_fast:  # transformers' own code does not say where tokens are in a text
+            return found["input_ids"], []
+        added = {number: self.tokenizer.convert_ids_to_tokens(number) for number in self.added_ids()}
+        return found["input_ids"], _places(found.encodings[0], text, added)
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids)
@@ -251,7 +287,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise UsageError(f"{path} is not a folder of a tokenizer: it has no {', '.join((*FILES, *OTHER_FILES))} or *.tiktoken")
     elif path.is_dir():
         backend = _TransformersBackend(path)
-        settings = backend.tokenizer.special_tokens_map
+        settings = {**backend.tokenizer.special_tokens_map, ADDS_BOS: settings.get(ADDS_BOS)}
     else:
         raise UsageError(f"the tokenizer {path} is neither a folder nor a .json, .model or .tiktoken file")
     return _with_special_tokens(backend, path, folder, settings, usual)
@@ -292,7 +328,8 @@ def _with_special_tokens(
         bos, eos = next(((b, e) for b, e in (*models, *USUAL_TOKENS) if backend.token_id(e) is not None), (None, None))
         tokens |= {key: text for key, text in (("bos_token", bos), ("eos_token", eos)) if text and key not in tokens}
     bos_id, eos_id = (backend.token_id(tokens[key]) if key in tokens else None for key in ("bos_token", "eos_token"))
-    return Tokenizer(backend, path, bos_id, eos_id, tokens)
+    adds_bos = settings.get(ADDS_BOS)
+    return Tokenizer(backend, path, bos_id, eos_id, tokens, adds_bos if isinstance(adds_bos, bool) else None)
 
 
 def train_bpe(texts: Any, vocab_size: int, folder: Path) -> Path:

@@ -37,12 +37,13 @@ from ..storage.lock import FileLock
 from ..storage.naming import naming
 from ..text.tokenizer import Tokenizer
 from .about import axis_sizes, facts_of, title
+from .answers import note_end_of_answers
 from .folder import CONFIG, FINETUNE
 from .lr_schedule import beta2, describe, learning_rate
 from .parts import Parts
 from .process import GarbageCollector, prepare, unsuited
 from .restore import restore
-from .resume import keep_tokenizer
+from .resume import TOKENIZER, keep_tokenizer
 from .shared import Shared
 from .step import Stepper, StepResult, evaluate, formulas
 from .stop import StopRequests, StopTime
@@ -342,6 +343,7 @@ def _prepare_saving(config: Config, world: World) -> None:
         try:  # no step needs this, and the other ranks wait
             remove_leftovers(config.run_folder)
             keep_tokenizer(config.run_folder, config.data.tokenizer_path)
+            note_end_of_answers(config.run_folder / TOKENIZER, config.data)
         except (OSError, InternEvoError) as error:
             log.warning(f"the run folder keeps no copy of the tokenizer (data.tokenizer_path), and training goes on: {error}")
     dist.barrier()  # after it, all ranks find the same checkpoints

@@ -46,6 +46,7 @@ def test_the_written_config_can_be_trained(tmp_path: Path, capsys: pytest.Captur
     assert picture.read_text().count("<circle") >= 10
     code, _, err = run(capsys, *asked)  # its own files are replaced; JSON has no comment that would tell them
     assert code == (2 if suffix == ".json" else 0)
+    assert ("fast.json exists, and a JSON file has no comment" in err and "or write .yaml" in err) == (suffix == ".json")
     out.write_text("mine")
     assert run(capsys, *asked)[0] == 2 and out.read_text() == "mine"
 

@@ -439,3 +439,37 @@ def test_what_is_no_id_in_a_config_is_left_out(tmp_path: Path, models: Path) -> 
         assert special_ids(tmp_path) == own and model_eos_ids(tmp_path) == [], wrong
     write_json(tmp_path / "config.json", {"eos_token_id": [3, 5], "bos_token_id": "x"})
     assert special_ids(tmp_path) == {"eos_token_id": [3, 5]} and model_eos_ids(tmp_path) == [3, 5]
+
+
+@pytest.mark.parametrize("flag", [True, False, None])
+@pytest.mark.parametrize("kind", ["tokenizer.json", "SentencePiece", "vocab.json"])
+@pytest.mark.parametrize("same", [False, True], ids=["two tokens", "one token"])
+def test_the_folder_says_whether_documents_begin_with_the_begin_token(
+    tmp_path: Path, models: Path, kind: str, flag: bool | None, same: bool
+) -> None:
+    """As in transformers, which reads the flag if there is no tokenizer.json, and else that file's post-processor."""
+    if kind == "SentencePiece":
+        (tmp_path / "tokenizer.model").write_bytes((models / "tokenizer.model").read_bytes())
+    else:
+        fast = bpe(models, tmp_path, ("<s>", "</s>"))
+        begins = flag is True or (flag is None and not same)
+        template = TemplateProcessing(single="<s> $A" if begins else "$A", special_tokens=[("<s>", fast.token_to_id("<s>"))])
+        fast.post_processor = template
+        fast.save(str(tmp_path / "tokenizer.json"))
+    if kind == "vocab.json":
+        values = json.loads((tmp_path / "tokenizer.json").read_text())
+        (tmp_path / "tokenizer.json").unlink()
+        write_json(tmp_path / "vocab.json", values["model"]["vocab"])
+        merges = "\n".join(" ".join(pair) for pair in values["model"]["merges"])
+        (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+    name = {"tokenizer.json": "PreTrainedTokenizerFast", "SentencePiece": "LlamaTokenizer", "vocab.json": "GPT2Tokenizer"}[kind]
+    table = {"tokenizer_class": name, "bos_token": "<s>", "eos_token": "<s>" if same else "</s>", "unk_token": "<unk>"}
+    write_json(tmp_path / "tokenizer_config.json", {**table, **({} if flag is None else {"add_bos_token": flag})})
+    ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    if flag is not None or kind == "tokenizer.json":
+        plain = theirs("the fox", add_special_tokens=False)["input_ids"]
+        assert [*ours.bos, *plain] == theirs("the fox")["input_ids"]
+    (ids,) = encode_documents("text", [Document("the fox", "")], None, ours)
+    assert not isinstance(ids, Exception) and ids.tolist() == [*ours.with_bos("the fox"), ours.eos_id]
+    assert (ids[0] == ours.bos_id) == ((not same) if flag is None else flag)
+    assert ours.boundaries <= ours.apart

@@ -126,7 +126,7 @@ def test_bits_per_byte_count_the_bytes_of_the_predicted_text(tmp_path: Path) -> 
 
 def test_the_command_prints_a_table_or_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, data = model_in(tmp_path / "hf", LLAMA), write_dataset(tmp_path / "data")
-    question = Question(folder, data, (), None, None, False, None, 32, None, 2, 5, None, (), json=True)
+    question = Question(model=folder, data=data, seq_len=32, batch_size=2, limit=5, json=True)
     assert run(question, 1) == 0
     values = json.loads(capsys.readouterr().out)
     assert values["total"]["documents"] == 10 and set(values["by_type"]) == {"cn", "en"} and values["seq_len"] == 32

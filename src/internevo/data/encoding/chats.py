@@ -1,42 +1,21 @@
-"""Chats: their messages become one text by the tokenizer's chat template, and what the assistant says in it is predicted.
-
-A chat is {"messages": [{"role": ..., "content": ...}, ...]} or {"conversations": [{"from": ..., "value": ...}, ...]}. It may
-also have the fields of ``CHAT_VALUES``, and its messages those that the template reads ("tool_calls", ...). An instruction
-({"instruction": ..., "input": ..., "output": ...}) is a chat of two messages.
-"""
+"""Encodes chats: the chat template makes one text of the messages, and what the assistant says in it is predicted."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
-from functools import partial
-from itertools import takewhile
 from typing import Any
 
 import numpy as np
 
-from ...errors import DataError, UsageError
-from ...text.chat import REASONING, ChatTemplate, Messages
+from ...errors import DataError
+from ...text.beginnings import common_length, encode_with_beginnings
+from ...text.chat import ChatTemplate
 from ...text.tokenizer import Tokenizer
 from ..raw.documents import Document
-from .shared import IdsOrError, mask, missing_field
+from .messages import Chat
+from .shared import IdsOrError, mask
 
-CHAT_FIELDS = ("messages", "conversations")
-"""The fields that are looked for in a document, in this order."""
-CHAT_VALUES = ("system", "tools", "functions", "history", "documents", "enable_thinking", "chat_template_kwargs")
-"""Fields next to the messages. They are variables of the chat template; ``system`` may also be its first message."""
-INSTRUCTION_FIELDS = ("instruction", "input", "output")
-"""The fields of an instruction; the input may be empty."""
-ROLES = {
-    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant", "system": "system",
-    "observation": "tool", "tool": "tool", "developer": "developer",
-}  # fmt: skip
-"""Names of roles in chats, and the name that chat templates have for each."""
 MARK = "\ufdd0answer\ufdd1"
 """Stands for an answer, to find where a template puts it. Its first and last characters are none of Unicode's."""
-
-Render = Callable[..., str]
-"""``ChatTemplate.render`` with the values of a chat."""
 
 
 def encode_chats(documents: list[Document], key: str | None, tokenizer: Tokenizer, today: str) -> list[IdsOrError]:
@@ -49,239 +28,61 @@ def encode_chats(documents: list[Document], key: str | None, tokenizer: Tokenize
     return [_encode_chat(document, key, tokenizer, templates) for document in documents]
 
 
-def encode_messages(messages: Messages, tokenizer: Tokenizer) -> tuple[list[int], int | None]:
-    """Returns the ids of a chat up to where the assistant's answer begins, and the id that ends the answer, if there is one.
-
-    Args:
-        messages: {"role": ..., "content": ...} of each message, the last one the user's.
-
-    Raises:
-        DataError: if the chat template cannot render the messages.
-        UsageError: if there is no chat template, or it makes no text of the messages.
-    """
-    template = ChatTemplate.load(tokenizer)
-    after_answer = tokenizer.encode(template.render([*messages, _marked()]).partition(MARK)[2])
-    end = next((id_ for id_ in after_answer if tokenizer.decode([id_]).strip()), None)
-    ids = tokenizer.encode(template.render(messages, prompt=True))
-    if not ids:
-        last = messages[-1]["content"] if messages else ""
-        raise UsageError(f"the chat template of {template.path} makes no text of the question {last!r}")
-    return ids, end
-
-
 def _encode_chat(document: Document, key: str | None, tokenizer: Tokenizer, templates: dict[str, ChatTemplate]) -> IdsOrError:
     try:
-        document = _as_chat(document, key)
-        values = _values(document)
-        template = templates["tool_use" if "tools" in values else "default"]
-        messages = _messages(document, key)
-        weights = [_weight(message, number, document.where) for number, message in enumerate(messages)]
-        messages = _with_system(messages, values, template, document.where)
-        weights = [0] * (len(messages) - len(weights)) + weights
-        turns = [number for number, message in enumerate(messages) if message["role"] == "assistant" and weights[number]]
+        chat = Chat.read(document, key, templates.__getitem__)
+        turns = [n for n, message in enumerate(chat.messages) if message["role"] == "assistant" and chat.weights[n]]
         if not turns:
             raise DataError(f"{document.where} has no message of the assistant (of weight 1), so there is nothing to predict")
-        render: Render = partial(template.render, values=values)
-        text = render(messages)
-        _check_used(text, messages, values, template, document.where)
-        spans = [_assistant_span(text, messages, turn, render, document.where) for turn in turns]
+        text = chat.render(chat.messages)
+        chat.check_used(text)
+        spans = [_assistant_span(text, chat, turn) for turn in turns]
     except DataError as error:  # the template does not know where the chat is
         return error if document.where in str(error) else DataError(f"{document.where}: {error}")
-    whole, *prefixes = tokenizer.backend.encode_batch([text, *(text[:end] for span in spans for end in span)])
+    whole, counts = encode_with_beginnings(tokenizer, text, (end for span in spans for end in span))
     ids = mask(whole)
-    for up_to_start, up_to_end in zip(prefixes[::2], prefixes[1::2], strict=True):
-        start, stop = _common_length(whole, up_to_start), _common_length(whole, up_to_end)
+    for start, stop in zip(counts[::2], counts[1::2], strict=True):
         ids[start:stop] = whole[start:stop]
     return np.array(ids, np.int32)
 
 
-def question_of(instruction: str, input_: str) -> str:
-    """Returns the question that an instruction and its input, which may be empty, are."""
-    return f"{instruction}\n{input_}" if input_ else instruction
-
-
-def _as_chat(document: Document, key: str | None) -> Document:
-    """Returns an instruction as a chat; its history, a list of questions with their answers, comes first. Other documents are
-    returned as they are."""
-    value = document.value
-    if key is not None or not isinstance(value, dict) or any(value.get(field) for field in CHAT_FIELDS):
-        return document
-    instruction, input_, output = (value.get(field) or "" for field in INSTRUCTION_FIELDS)
-    if not instruction or not all(isinstance(text, str) for text in (instruction, input_, output)):
-        return document  # ``_messages`` says what is missing
-    if not output:
-        raise DataError(f"{document.where} has an instruction, and no output, so there is nothing to predict")
-    history = value.get("history") or []
-    if not isinstance(history, list) or not all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in history):
-        raise DataError(f"{document.where}: 'history' must be a list of [question, answer]")
-    turns = [*history, (question_of(instruction, input_), output)]
-    messages = [
-        {"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)
-    ]
-    rest = {name: item for name, item in value.items() if name not in (*INSTRUCTION_FIELDS, "history")}
-    return Document({**rest, CHAT_FIELDS[0]: messages}, document.where)
-
-
-def _values(document: Document) -> dict[str, Any]:
-    """Returns the fields of a chat next to its messages that have a meaning for the template. Lists may be given as JSON."""
-    found: dict[str, Any] = {}
-    for field in CHAT_VALUES:
-        value: Any = document.value.get(field) if isinstance(document.value, dict) else None
-        if isinstance(value, str) and field != "system" and value.strip():
-            try:
-                value = json.loads(value)
-            except ValueError as error:
-                raise DataError(f"{document.where}: {field!r} is not JSON: {error}") from error
-        if value in (None, "", [], {}):
-            continue
-        wanted: type[Any] = {"system": str, "enable_thinking": bool, "chat_template_kwargs": dict}.get(field, list)
-        if not isinstance(value, wanted):
-            raise DataError(f"{document.where}: {field!r} must be a {wanted.__name__}, and is a {type(value).__name__}")
-        found |= value if field == "chat_template_kwargs" else {field: value}
-    return found
-
-
-def _weight(message: dict[str, Any], number: int, where: str) -> int:
-    """Removes the weight of a message, and returns it: 0 if it is not to be predicted, else 1."""
-    weight = message.pop("weight", None)
-    if weight is not None and weight not in (0, 1):
-        raise DataError(f"{where}: message {number} has weight {weight!r}; a weight must be 0 or 1")
-    if weight and message["role"] != "assistant":
-        raise DataError(f"{where}: message {number} has weight 1, but only messages of the assistant are predicted")
-    return 0 if weight == 0 and weight is not None else 1
-
-
-def _with_system(messages: Messages, values: dict[str, Any], template: ChatTemplate, where: str) -> Messages:
-    """Returns the messages, the first of which is ``values["system"]`` if the template has no variable for it."""
-    if "system" not in values or "system" in template.variables:
-        return messages
-    system = {"role": "system", "content": values.pop("system")}
-    if messages[0]["role"] != "system":
-        return [system, *messages]
-    if messages[0] != system:
-        raise DataError(f"{where}: the field 'system' and the first message, which is a system message too, differ")
-    return messages
-
-
-def _check_used(text: str, messages: Messages, values: dict[str, Any], template: ChatTemplate, where: str) -> None:
-    """Checks that the template uses all that a chat says.
-
-    Raises:
-        DataError: if the text is the same without a message, a field of a message or a field of the chat.
-    """
-
-    def refuse(what: str) -> DataError:
-        return DataError(f"{where}: the chat template of {template.path} does not use {what}")
-
-    for name in values:
-        if name not in template.variables:
-            raise refuse(f"the field {name!r}")
-    for number, message in enumerate(messages):
-        others = [*messages[:number], *messages[number + 1 :]]
-        content = message.get("content", "").strip()
-        if message["role"] != "assistant" and content and content not in text and _is_text(text, others, values, template):
-            raise refuse(f"message {number} (of the role {message['role']!r})")
-        for names in (("tool_calls",), ("function_call",), REASONING):
-            present = [name for name in names if message.get(name)]
-            if present and not template.fields & set(names):
-                less = {key: value for key, value in message.items() if key not in names}
-                if _is_text(text, [*messages[:number], less, *messages[number + 1 :]], values, template):
-                    raise refuse(f"the field {present[0]!r} of message {number}")
-
-
-def _is_text(text: str, messages: Messages, values: dict[str, Any], template: ChatTemplate) -> bool:
-    """Whether the template makes this text of the messages."""
-    try:
-        return template.render(messages, values) == text
-    except DataError:
-        return False
-
-
-def _assistant_span(text: str, messages: Messages, turn: int, render: Render, where: str) -> tuple[int, int]:
+def _assistant_span(text: str, chat: Chat, turn: int) -> tuple[int, int]:
     """Returns the start and end of a message of the assistant in the text of a chat, with the token that ends the message.
 
     Args:
-        text: the text of all messages.
         turn: the number of the message.
     """
-    start = None
+    messages, start = chat.messages, None
     try:
-        before, prompt, up_to_here = render(messages[:turn]), render(messages[:turn], prompt=True), render(messages[: turn + 1])
+        before, up_to_here = chat.render(messages[:turn]), chat.render(messages[: turn + 1])
+        prompt = chat.render(messages[:turn], prompt=True)
     except DataError:
         pass  # some templates refuse the beginning of a chat, for example one without a question
     else:
         if text.startswith(before):
-            start = len(prompt) if text.startswith(prompt) else _common_length(text, prompt)
+            start = len(prompt) if text.startswith(prompt) else common_length(text, prompt)
             if text.startswith(up_to_here):
                 return start, len(up_to_here)
-    begin, end = _span_of_what_remains(text, messages, turn, render, where)
+    begin, end = _span_of_what_remains(text, chat, turn)
     return begin if start is None else min(start, begin), end
 
 
-def _span_of_what_remains(text: str, messages: Messages, turn: int, render: Render, where: str) -> tuple[int, int]:
+def _span_of_what_remains(text: str, chat: Chat, turn: int) -> tuple[int, int]:
     """Returns the start and end of a message in a template that drops parts of it (the reasoning) when other messages follow.
 
     The message is what stands where the template puts another message in its place.
     """
-    head, mark, tail = render([*messages[:turn], _marked(), *messages[turn + 1 :]]).partition(MARK)
+    before, after = chat.messages[:turn], chat.messages[turn + 1 :]
+    head, mark, tail = chat.render([*before, marked(), *after]).partition(MARK)
     if not (mark and text.startswith(head) and text.endswith(tail) and len(head) + len(tail) <= len(text)):
         raise DataError(
-            f"{where}: the chat template renders message {turn} differently when other messages follow, so it is not known "
-            "which tokens to predict"
+            f"{chat.where}: the chat template renders message {turn} differently when other messages follow, so it is not "
+            "known which tokens to predict"
         )
-    ending = render([*messages[:turn], _marked()]).partition(MARK)[2]
-    return len(head), len(text) - len(tail) + _common_length(tail, ending)
+    ending = chat.render([*before, marked()]).partition(MARK)[2]
+    return len(head), len(text) - len(tail) + common_length(tail, ending)
 
 
-def _marked() -> dict[str, Any]:
+def marked() -> dict[str, Any]:
+    """Returns a message of the assistant that says ``MARK``."""
     return {"role": "assistant", "content": MARK}
-
-
-def _common_length(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """Returns the length of the longest common prefix."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
-
-
-def _messages(document: Document, key: str | None) -> Messages:
-    """Returns the messages of a chat in the form that chat templates expect."""
-    fields = (key,) if key else CHAT_FIELDS
-    value = document.value
-    if isinstance(value, dict):
-        value = next((value[field] for field in fields if value.get(field)), None)
-    if not isinstance(value, list) or not value:
-        raise missing_field(document, "messages", fields)
-    return [_message(entry, f"{document.where}: message {number}") for number, entry in enumerate(value)]
-
-
-def _message(entry: Any, where: str) -> dict[str, Any]:
-    """Returns {"role": ..., "content": ...} for a message in this form or in the form {"from": ..., "value": ...}.
-
-    As in transformers, fields that are null are left out, so a message that only calls tools has no content.
-    """
-    if not isinstance(entry, dict):
-        raise DataError(f"{where} must be an object, and is a {type(entry).__name__}")
-    role, content = entry.get("role", entry.get("from")), entry.get("content", entry.get("value"))
-    if isinstance(content, list):
-        content = "".join(_part_text(part, where) for part in content)
-    calls = content is None and (entry.get("tool_calls") or entry.get("function_call"))
-    if not isinstance(role, str) or not (isinstance(content, str) or calls):
-        raise DataError(
-            f"{where}: a message must have a role and a content (or from and value, or tool_calls), and this one has "
-            f"{', '.join(f'{k} ({type(v).__name__})' for k, v in entry.items()) or 'nothing'}"
-        )
-    if "role" not in entry and role not in ROLES:
-        raise DataError(f"{where} is from {role!r}; known are {', '.join(ROLES)}")
-    message = {k: v for k, v in entry.items() if k not in ("role", "from", "content", "value") and v is not None}
-    reasoning = next((message[name] for name in REASONING if name in message), None)
-    if reasoning is not None:
-        message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
-    return {"role": ROLES.get(role, role), **({} if content is None else {"content": content}), **message}
-
-
-def _part_text(part: Any, where: str) -> str:
-    """Returns the text of one of the parts that a content is a list of: a text, or {"type": "text", "text": ...}."""
-    text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
-    if not isinstance(text, str):
-        kind = repr(part.get("type")) if isinstance(part, dict) else type(part).__name__
-        raise DataError(f"{where} has a part that is not text ({kind}); only text can be used")
-    return text

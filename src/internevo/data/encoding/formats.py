@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -27,7 +27,8 @@ from ...config.data import TEMPLATE_DATE
 from ...errors import DataError, UsageError
 from ...text.tokenizer import Tokenizer
 from ..raw.documents import Document
-from .chats import CHAT_FIELDS, CHAT_VALUES, INSTRUCTION_FIELDS, encode_chats, encode_messages, question_of
+from .chats import encode_chats
+from .messages import CHAT_FIELDS, CHAT_VALUES, INSTRUCTION_FIELDS, question_of
 from .shared import IdsOrError, mask, missing_field
 
 FormatName = Literal["text", "alpaca", "chat"]
@@ -83,29 +84,6 @@ def encode_documents(
     return encoders[name](documents, key, tokenizer)
 
 
-def encode_prompt(name: FormatName, text: str, tokenizer: Tokenizer) -> tuple[list[int], set[int]]:
-    """Encodes the text that a model continues, or the question that it answers.
-
-    Returns:
-        The ids up to where the answer begins, and the ids that end the answer.
-
-    Raises:
-        UsageError: if the text has bytes that are not UTF-8.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UsageError(f"the prompt is not UTF-8: character {error.start} is {text[error.start]!r}") from None
-    stop_ids = set(tokenizer.eos)
-    if name == "text":
-        return tokenizer.with_bos(text), stop_ids
-    if name == "alpaca":
-        end = tokenizer.backend.token_id(END_OF_ANSWER)
-        return [*tokenizer.bos, *_question(text, tokenizer)], stop_ids | (set() if end is None else {end})
-    prompt, end = encode_messages([{"role": "user", "content": text}], tokenizer)
-    return prompt, stop_ids | (set() if end is None else {end})
-
-
 def _encode_texts(documents: list[Document], key: str | None, tokenizer: Tokenizer) -> list[IdsOrError]:
     """Encodes texts, each between the tokens that begin and end a document."""
     texts = [document_text(document, key) for document in documents]
@@ -156,15 +134,27 @@ def _encode_instruction(document: Document, tokenizer: Tokenizer) -> IdsOrError:
         return missing_field(document, "instruction and output", ("instruction", "output"), option=False)
     if not all(isinstance(text, str) for text in (instruction, input_, output)):
         return missing_field(document, "texts", INSTRUCTION_FIELDS, option=False)
-    refused = [field for field in ALPACA_REFUSED if value.get(field)]
-    if refused:
-        return DataError(f"{document.where}: the format alpaca does not use {refused[0]!r}; write it as a chat (--format chat)")
-    question = _question(question_of(instruction, input_), tokenizer)
+    try:
+        check_alpaca(value, document.where)
+    except DataError as error:
+        return error
+    question = alpaca_question(question_of(instruction, input_), tokenizer)
     answer = [*tokenizer.encode(output), *_token_ids(END_OF_ANSWER, tokenizer), *_newline(tokenizer)]
     return np.array([*tokenizer.bos, *mask(question), *answer, *tokenizer.eos], np.int32)
 
 
-def _question(question: str, tokenizer: Tokenizer) -> list[int]:
+def check_alpaca(fields: dict[str, Any], where: str) -> None:
+    """Checks that InternEvo's template has a place for all fields of an instruction that have a meaning for a model.
+
+    Raises:
+        DataError: if it has none for one of them.
+    """
+    for field in ALPACA_REFUSED:
+        if fields.get(field):
+            raise DataError(f"{where}: the format alpaca does not use {field!r}; write it as a chat (--format chat)")
+
+
+def alpaca_question(question: str, tokenizer: Tokenizer) -> list[int]:
     """Returns the ids of an Alpaca instruction up to where the output begins."""
     end = [*_token_ids("<eoh>", tokenizer), *_newline(tokenizer)]
     return [*tokenizer.encode(f"<|User|>:{question}"), *end, *tokenizer.encode("<|Bot|>:")]

@@ -33,6 +33,7 @@ from ..tokenized.origin import Origin
 from .encode import Encoded, Encoder, EncoderPool, OnError
 from .formats import FormatName, check_format, document_text, format_fields
 from .output import Output
+from .questions import Ending
 
 PART_TOKENS = 2**30
 """The number of tokens after which a new output file is begun."""
@@ -160,7 +161,7 @@ def tokenize(
         "tokenizer": tokenizer and str(tokenizer), "vocab_size": train_vocab_size, "format": format, "text_key": text_key,
         "type": dataset_type, "valid_ratio": valid_ratio, **({"template_date": template_date} if format == "chat" else {}),
     }  # fmt: skip
-    vocab_size = _open(tokenizer, status).vocab_size if tokenizer else 0
+    vocab_size = _open(tokenizer, format, status).vocab_size if tokenizer else 0
     started = SavedProgress(options, _hash(files, tokenizer), result=TokenizeResult(vocab_size=vocab_size))
     with target.lock(status):
         replaced = target.continue_replacing()
@@ -174,7 +175,7 @@ def tokenize(
             if not (saved.chunks and tokenizer.is_file()):
                 status(f"training a byte-level BPE tokenizer of {train_vocab_size:,} entries")
                 train_bpe(_texts(files, text_key, on_error), train_vocab_size, target.new)
-            saved.result.vocab_size = _open(tokenizer, status).vocab_size
+            saved.result.vocab_size = _open(tokenizer, format, status).vocab_size
         encoder = Encoder(tokenizer.resolve(), format, text_key, on_error, today=template_date)
         _encode(files, encoder, workers, _Writers(target, saved, may_mask=format != "text"), progress, status)
         old = target.check(overwrite, trains_tokenizer=train_vocab_size is not None)
@@ -188,10 +189,12 @@ def tokenize(
     return saved.result
 
 
-def _open(path: Path, status: Callable[[str], None]) -> Tokenizer:
+def _open(path: Path, format: FormatName, status: Callable[[str], None]) -> Tokenizer:
     tokenizer = load_tokenizer(path)
     if tokenizer.eos_id is None:
         status(f"the tokenizer {path} names no end token (eos_token), so none is written after a document")
+    if format == "chat" and (problem := Ending.usual(tokenizer).problem(tokenizer)):
+        status(f"note: {problem}")
     return tokenizer
 
 

@@ -46,6 +46,8 @@ MLP_BIAS: Allowed = {"mlp_bias": ANY_VALUE}
 """For families whose MLP may have biases."""
 SLIDING_WINDOW: Allowed = {"use_sliding_window": ANY_VALUE, "layer_windows": ANY_VALUE}
 """For families that support sliding windows."""
+HF_WINDOWS: Allowed = {"sliding_window": ANY_VALUE, "use_sliding_window": ANY_VALUE}
+"""The same in ``config.json``."""
 EXPERTS: Allowed = dict.fromkeys(
     ("num_experts", "top_k", "moe_type", "moe_layer_kwargs", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step",
      "mlp_only_layers"), ANY_VALUE,

@@ -17,13 +17,13 @@ FAMILY = "DEEPSEEKV2"
 ARCHITECTURE = "DeepseekV2ForCausalLM"
 HF_MODEL_TYPE = "deepseek_v2"
 HEAD = llama.HEAD
-ALIKE: dict[str, tuple[Any, ...]] = {
+ALIKE: choices.Allowed = {
     **llama.FIXED, "moe_layer_freq": (1, None), "pretraining_tp": (1, None), "attention_dropout": (0.0, None),
     "mlp_bias": (False, None),
 }  # fmt: skip
-FIXED: dict[str, tuple[Any, ...]] = {
-    **ALIKE, "scoring_func": ("softmax", None), "topk_method": ("greedy", "group_limited_greedy", None),
-    "norm_topk_prob": (False, None),
+FIXED: choices.Allowed = {
+    **ALIKE, "rope_interleave": (True, None), "scoring_func": ("softmax", None), "norm_topk_prob": (False, None),
+    "topk_method": ("greedy", "group_limited_greedy", None),
 }  # fmt: skip
 LATENT = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 PROJECTIONS = {"q_a": "q_a_proj", "q": "q_b_proj", "kv_a": "kv_a_proj_with_mqa", "kv": "kv_b_proj", "o": "o_proj"}

@@ -11,15 +11,16 @@ from typing import Any
 from ...config.model import Model
 from ..config import DecoderConfig, Experts, Rope
 from ..huggingface.naming import DiskRows, Names
-from . import deepseek2, llama
+from . import choices, deepseek2, llama
 
 FAMILY = "DEEPSEEKV3"
 ARCHITECTURE = "DeepseekV3ForCausalLM"
 HF_MODEL_TYPE = "deepseek_v3"
 HEAD = llama.HEAD
 BALANCE_BIAS = True
-FIXED: dict[str, tuple[Any, ...]] = {
-    **deepseek2.ALIKE, "scoring_func": ("sigmoid", None), "topk_method": ("noaux_tc", None),
+FIXED: choices.Allowed = {
+    **deepseek2.ALIKE, "rope_interleave": choices.ANY_VALUE, "scoring_func": ("sigmoid", None),
+    "topk_method": ("noaux_tc", None),
 }  # fmt: skip
 ROUTER = Experts(0, 0, 0, scoring="sigmoid", balance_bias=True)
 

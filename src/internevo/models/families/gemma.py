@@ -16,7 +16,7 @@ HF_MODEL_TYPE = "gemma"
 HEAD = llama.HEAD
 GELU = ("gelu", "gelu_pytorch_tanh")
 """Both names mean the tanh approximation."""
-FIXED = {"hidden_act": GELU, "hidden_activation": (*GELU, None), "use_bidirectional_attention": (False, None)}
+FIXED: choices.Allowed = {"hidden_act": GELU, "hidden_activation": (*GELU, None)}
 names = llama.names
 DIFFERENCES: dict[str, Any] = {
     "family": FAMILY, "activation": "gelu_tanh", "norm_unit_offset": True, "scale_embedding": True, "mlp_bias": False,

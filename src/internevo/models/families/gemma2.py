@@ -17,7 +17,11 @@ HF_MODEL_TYPE = "gemma2"
 HEAD = llama.HEAD
 PATTERN = 2
 """Every second layer has no window."""
-FIXED: dict[str, tuple[Any, ...]] = {**gemma.FIXED, "attention_dropout": (0.0, None)}
+CAPS: choices.Allowed = dict.fromkeys(
+    ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"), choices.ANY_VALUE
+)
+"""Options of the scores and the logits, which have the same names in a config's ``model`` section and in ``config.json``."""
+FIXED: choices.Allowed = {**gemma.FIXED, **choices.HF_WINDOWS, **CAPS, "attention_dropout": (0.0, None)}
 ATTENTION_CAP, LOGIT_CAP = 50.0, 30.0
 DIFFERENCES: dict[str, Any] = {**gemma.DIFFERENCES, "family": FAMILY, "out_norms": True}
 names = gemma3.names
@@ -25,8 +29,7 @@ names = gemma3.names
 
 def problems(model: Model) -> Iterator[str]:
     """Yields what does not fit this family in a config's ``model`` section."""
-    allowed = dict.fromkeys(("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"), choices.ANY_VALUE)
-    yield from choices.problems(model, FAMILY, {**gemma3.ALLOWED, **allowed})
+    yield from choices.problems(model, FAMILY, {**gemma3.ALLOWED, **CAPS})
     yield from gemma3.max_window_layers(model, FAMILY, "every second layer")
 
 

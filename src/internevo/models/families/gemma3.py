@@ -21,8 +21,8 @@ HF_MODEL_TYPE = "gemma3_text"
 HEAD = llama.HEAD
 PATTERN, WINDOW_BASE = 6, 10000.0
 """Every sixth layer has no window; the base of the rotary embedding of the others."""
-FIXED = {
-    **gemma.FIXED, "attn_logit_softcapping": (None,), "final_logit_softcapping": (None,), "attention_dropout": (0.0, None),
+FIXED: choices.Allowed = {
+    **gemma.FIXED, **choices.HF_WINDOWS, "query_pre_attn_scalar": choices.ANY_VALUE, "attention_dropout": (0.0, None),
 }  # fmt: skip
 KINDS = ("full_attention", "sliding_attention")
 """The names of the two kinds of layers."""

@@ -18,7 +18,7 @@ ARCHITECTURE = "GlmForCausalLM"
 HF_MODEL_TYPE = "glm"
 HEAD = llama.HEAD
 PARTIAL_ROTARY = True
-FIXED = {**llama.FIXED, "attention_dropout": (0.0, None)}
+FIXED: choices.Allowed = {**llama.FIXED, "attention_dropout": (0.0, None)}
 
 
 def problems(model: Model) -> Iterator[str]:

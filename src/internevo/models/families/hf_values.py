@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,16 @@ from ...config.rope import is_number
 from ...errors import UsageError
 from ...storage.jsonfile import read_object
 from ...text.special_tokens import MODEL_KEYS
+from . import choices
 
 COUNTS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "max_position_embeddings", "model_max_length", "num_experts", "num_local_experts", "num_experts_per_tok",
     "moe_intermediate_size", "decoder_sparse_step", "n_routed_experts", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim",
     "qk_rope_head_dim", "v_head_dim", "n_group", "topk_group",
+)  # fmt: skip
+SIZES = (
+    "max_window_layers", "sliding_window", "shared_expert_intermediate_size", "n_shared_experts", "first_k_dense_replace",
 )  # fmt: skip
 FLAGS = ("attention_bias", "mlp_bias", "bias", "qkv_bias", "tie_word_embeddings", "use_sliding_window", "norm_topk_prob")
 MAY_BE_NULL = (
@@ -32,8 +37,41 @@ MAY_BE_NULL = (
     "topk_group",
 )
 LAYER_TYPES = ("full_attention", "sliding_attention")
-FIXED: dict[str, tuple[Any, ...]] = {"quantization_config": (None,)}
-"""The values that a key may have in every family."""
+
+
+def _is_count(value: Any, least: int = 1) -> bool:
+    return type(value) is int and value >= least
+
+
+def _is_list(value: Any, fits: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and all(map(fits, value))
+
+
+TYPES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (COUNTS, _is_count, "a whole number of at least 1"),
+    (SIZES, partial(_is_count, least=0), "a whole number"),
+    (FLAGS, lambda value: isinstance(value, bool), "true or false"),
+    (("rms_norm_eps", "rope_theta"), lambda value: is_number(value) and value > 0, "a number above 0"),
+    (("mlp_only_layers",), partial(_is_list, fits=partial(_is_count, least=0)), "a list of whole numbers"),
+    (("layer_types",), partial(_is_list, fits=LAYER_TYPES.__contains__), f"a list of {' and '.join(LAYER_TYPES)}"),
+    (("architectures",), partial(_is_list, fits=lambda name: isinstance(name, str)), "a list of names"),
+)
+"""Keys, the test that their values pass, and what they must be in a message."""
+FIXED: choices.Allowed = {
+    "quantization_config": (None,),
+    "sliding_window": (None, 0), "use_sliding_window": (False,), "attention_chunk_size": (None,),
+    "attn_logit_softcapping": (None, 0), "final_logit_softcapping": (None, 0), "query_pre_attn_scalar": (None,),
+    "attention_multiplier": (None,), "attn_temperature_tuning": (False, None), "clip_qkv": (None,),
+    "qk_layernorm": (False, None), "use_qk_norm": (False, None), "is_causal": (True, None),
+    "use_bidirectional_attention": (False, None), "rope_interleave": (False, None),
+    "no_rope_layers": (None, []), "no_rope_layer_interval": (None, 0),
+    "embedding_multiplier": (1, None), "residual_multiplier": (1, None), "logits_scaling": (1, None), "logit_scale": (1, None),
+    "scale_emb": (1, None), "scale_depth": (None,), "dim_model_base": (None,),
+}  # fmt: skip
+"""The values that keys may have in a family that does not name them in its own FIXED: those with which they change nothing.
+Other models (Mistral, Granite, SmolLM3, MiniCPM, ...) have these keys, and tensors of the same names."""
+ROTATE_NEIGHBOURS = ("ernie4_5", "helium")
+"""Values of ``model_type``, of models with the tensors of Llama, in which neighbours form the pairs that rotate."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -75,35 +113,10 @@ def problems(hf: dict[str, Any]) -> Iterator[str]:
 
 
 def _types(hf: dict[str, Any]) -> Iterator[str]:
-    given = {key: value for key, value in hf.items() if value is not None or key not in MAY_BE_NULL}
-    layers = given.get("num_hidden_layers")
-    for key, value in given.items():
-        if key in COUNTS and not _is_count(value):
-            yield f"{key} = {value!r} must be a whole number of at least 1"
-        elif key in FLAGS and not isinstance(value, bool):
-            yield f"{key} = {value!r} must be true or false"
-        elif key in ("rms_norm_eps", "rope_theta") and not (is_number(value) and value > 0):
-            yield f"{key} = {value!r} must be a number above 0"
-        elif key in (
-            "max_window_layers",
-            "sliding_window",
-            "shared_expert_intermediate_size",
-            "n_shared_experts",
-            "first_k_dense_replace",
-        ) and not _is_count(value, least=0):
-            yield f"{key} = {value!r} must be a whole number"
-        elif key == "mlp_only_layers" and not (isinstance(value, list) and all(_is_count(n, least=0) for n in value)):
-            yield f"{key} = {value!r} must be a list of whole numbers"
-        elif key == "layer_types" and not (isinstance(value, list) and all(kind in LAYER_TYPES for kind in value)):
-            yield f"{key} = {value!r} must be a list of {' and '.join(LAYER_TYPES)}"
-        elif key == "layer_types" and len(value) != layers:
-            yield f"{key} has {len(value)} layers, and num_hidden_layers = {layers}"
-        elif key == "architectures" and not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
-            yield f"{key} = {value!r} must be a list of names"
-
-
-def _is_count(value: Any, least: int = 1) -> bool:
-    return type(value) is int and value >= least
+    for keys, fits, what in TYPES:
+        for key in keys:
+            if key in hf and not (hf[key] is None and key in MAY_BE_NULL) and not fits(hf[key]):
+                yield f"{key} = {hf[key]!r} must be {what}"
 
 
 def _contradictions(hf: dict[str, Any]) -> Iterator[str]:
@@ -114,6 +127,9 @@ def _contradictions(hf: dict[str, Any]) -> Iterator[str]:
         yield f"hidden_size = {width} is not a multiple of num_attention_heads = {heads}, and there is no head_dim"
     if (hf.get("head_dim") or 0) % 2:
         yield f"head_dim = {hf['head_dim']} must be even for the rotary embedding"
+    kinds, layers = hf.get("layer_types"), hf.get("num_hidden_layers")
+    if kinds is not None and len(kinds) != layers:
+        yield f"layer_types has {len(kinds)} layers, and num_hidden_layers = {layers}"
     experts = hf.get("num_experts") or hf.get("num_local_experts") or hf.get("n_routed_experts")
     if experts and hf.get("num_experts_per_tok", 1) > experts:
         yield f"num_experts_per_tok = {hf['num_experts_per_tok']} is greater than the number of experts, {experts}"

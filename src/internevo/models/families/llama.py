@@ -15,7 +15,7 @@ FAMILY = "LLAMA2"
 ARCHITECTURE = "LlamaForCausalLM"
 HF_MODEL_TYPE = "llama"
 HEAD = "lm_head.weight"
-FIXED = {"hidden_act": ("silu",)}
+FIXED: choices.Allowed = {"hidden_act": ("silu",)}
 NORMS = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 """Name of a layer's norm -> its name on disk."""
 

@@ -9,13 +9,13 @@ from typing import Any
 from ...config.model import Model
 from ..config import DecoderConfig, Experts
 from ..huggingface.naming import Names
-from . import experts, llama, qwen2, rope
+from . import choices, experts, llama, qwen2, rope
 
 FAMILY = "MIXTRALMOE"
 ARCHITECTURE = "MixtralForCausalLM"
 HF_MODEL_TYPE = "mixtral"
 HEAD = llama.HEAD
-FIXED: dict[str, tuple[Any, ...]] = {**llama.FIXED, "router_jitter_noise": (0.0, None)}
+FIXED: choices.Allowed = {**llama.FIXED, **choices.HF_WINDOWS, "router_jitter_noise": (0.0, None)}
 
 
 def problems(model: Model) -> Iterator[str]:

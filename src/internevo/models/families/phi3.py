@@ -19,7 +19,10 @@ ARCHITECTURE = "Phi3ForCausalLM"
 HF_MODEL_TYPE = "phi3"
 HEAD = llama.HEAD
 PARTIAL_ROTARY = True
-FIXED = {**llama.FIXED, "resid_pdrop": (0.0,), "embd_pdrop": (0.0,), "attention_dropout": (0.0,), "attention_bias": (False,)}
+FIXED: choices.Allowed = {
+    **llama.FIXED, **choices.HF_WINDOWS, "resid_pdrop": (0.0,), "embd_pdrop": (0.0,), "attention_dropout": (0.0,),
+    "attention_bias": (False,),
+}  # fmt: skip
 LONG = ("su", "yarn", "longrope")
 """Names of LongRoPE in ``config.json``."""
 

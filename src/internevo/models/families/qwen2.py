@@ -14,7 +14,7 @@ FAMILY = "QWEN2"
 ARCHITECTURE = "Qwen2ForCausalLM"
 HF_MODEL_TYPE = "qwen2"
 HEAD = llama.HEAD
-FIXED = llama.FIXED
+FIXED = {**llama.FIXED, **choices.HF_WINDOWS}
 names = llama.names
 
 

@@ -9,13 +9,13 @@ from typing import Any
 from ...config.model import Model
 from ..config import DecoderConfig, Experts
 from ..huggingface.naming import DiskRows, Names
-from . import experts, llama, qwen2
+from . import choices, experts, llama, qwen2
 
 FAMILY = "QWEN2MOE"
 ARCHITECTURE = "Qwen2MoeForCausalLM"
 HF_MODEL_TYPE = "qwen2_moe"
 HEAD = llama.HEAD
-FIXED = llama.FIXED
+FIXED = {**llama.FIXED, **choices.HF_WINDOWS}
 PARTS = {name: f"{name}_proj.weight" for name in ("gate", "up", "down")}
 
 

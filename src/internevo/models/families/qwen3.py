@@ -14,7 +14,7 @@ FAMILY = "QWEN3"
 ARCHITECTURE = "Qwen3ForCausalLM"
 HF_MODEL_TYPE = "qwen3"
 HEAD = llama.HEAD
-FIXED = llama.FIXED
+FIXED = {**llama.FIXED, **choices.HF_WINDOWS}
 names = llama.names
 
 

@@ -8,13 +8,13 @@ from typing import Any
 
 from ...config.model import Model
 from ..config import DecoderConfig, Experts
-from . import experts, llama, qwen2moe, qwen3
+from . import choices, experts, llama, qwen2moe, qwen3
 
 FAMILY = "QWEN3MOE"
 ARCHITECTURE = "Qwen3MoeForCausalLM"
 HF_MODEL_TYPE = "qwen3_moe"
 HEAD = llama.HEAD
-FIXED = llama.FIXED
+FIXED = {**llama.FIXED, **choices.HF_WINDOWS}
 names = qwen2moe.names
 
 

@@ -15,6 +15,7 @@ from ...errors import UsageError
 from ..config import DecoderConfig, Lora
 from . import (
     baichuan2,
+    choices,
     deepseek2,
     deepseek3,
     gemma,
@@ -131,6 +132,23 @@ def _is_multimodal(hf: dict[str, Any]) -> bool:
     return any(re.match("(vision|visual|audio|image|speech|img)_", key) or key == "visual" for key in hf)
 
 
+def _check_fixed(hf: dict[str, Any], module: ModuleType, folder: str) -> None:
+    """Checks that a family computes with all that a Hugging Face config says.
+
+    Raises:
+        UsageError: if a key has a value that the family does not know.
+    """
+    fixed: choices.Allowed = {**hf_values.FIXED, **module.FIXED}
+    if hf.get("use_sliding_window") is False:  # then the window has no effect
+        fixed = {**fixed, "sliding_window": choices.ANY_VALUE}
+    for key, allowed in fixed.items():
+        if allowed is not choices.ANY_VALUE and key in hf and hf[key] not in allowed:
+            raise UsageError(
+                f"{folder}/config.json: {key} = {hf[key]!r} does not fit {module.FAMILY}, "
+                f"which needs {' or '.join(repr(v) for v in allowed)} (families: {', '.join(FAMILIES)})"
+            )
+
+
 def decoder_from_hf(hf: dict[str, Any], folder: str, name: str | None = None) -> DecoderConfig:
     """Returns the decoder that a Hugging Face config describes.
 
@@ -144,18 +162,17 @@ def decoder_from_hf(hf: dict[str, Any], folder: str, name: str | None = None) ->
     if wrong := list(hf_values.problems(hf)):
         raise UsageError(f"{folder}/config.json: " + "; ".join(wrong))
     module = family(name) if name else family_of_hf(hf, folder)
-    for key, allowed in {**hf_values.FIXED, **module.FIXED}.items():
-        if key in hf and hf[key] not in allowed:
-            raise UsageError(
-                f"{folder}/config.json: {key} = {hf[key]!r} does not fit {module.FAMILY}, "
-                f"which needs {' or '.join(repr(v) for v in allowed)} (families: {', '.join(FAMILIES)})"
-            )
+    _check_fixed(hf, module, folder)
     try:
         config: DecoderConfig = module.from_hf(hf)
     except KeyError as error:
         raise UsageError(f"{folder}/config.json has no {error.args[0]!r}, which {module.FAMILY} needs") from error
     except UsageError as error:
         raise UsageError(f"{folder}/config.json: {error}") from error
+    if hf.get("model_type") in hf_values.ROTATE_NEIGHBOURS and not (config.rope and config.rope.interleaved):
+        raise UsageError(
+            f"{folder}/config.json: model_type = {hf['model_type']!r} does not fit {module.FAMILY}, which rotates other pairs"
+        )
     if config.rope is not None and config.rope.share != 1 and not _rotates_partly(module):
         raise UsageError(
             f"{folder}/config.json: {SHARE} = {config.rope.share} is not supported for {module.FAMILY}: it must be 1"

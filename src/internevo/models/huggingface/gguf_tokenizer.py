@@ -124,7 +124,8 @@ def _special_tokens(writer: Any, path: Path, tokenizer: Tokenizer, vocabulary: V
         raise UsageError(f"the special tokens in {folder} cannot be read: {error}") from error
     special.merges = vocabulary.merges
     ids: dict[str, Any] = {**special_ids(path)}
-    for key, given in ids.items():
+    for key, value in ids.items():
+        given = value[0] if isinstance(value, list) else value  # a file has one end token
         if isinstance(given, int) and 0 <= given < len(vocabulary.tokens):
             special.special_token_ids.setdefault(key.removesuffix("_token_id"), given)
     ends = ids.get("eos_token_id")

@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ...storage.jsonfile import write_json
-from ...text.special_tokens import MODEL_KEYS, SETTINGS, is_ids, read_optional
+from ...storage.jsonfile import replace_json, write_json
+from ...text.special_tokens import MODEL_KEYS, SETTINGS, is_ids, model_eos_ids, read_optional
 from ...text.tokenizer import FILES, TEMPLATES, load_tokenizer
 
 TOKENIZER_FILES = (
@@ -69,6 +69,22 @@ def special_ids(tokenizer: Path) -> dict[str, Any]:
     found = load_tokenizer(tokenizer)
     ids = {"bos_token_id": found.bos_id, "eos_token_id": found.eos_id}
     return {key: value for key, value in ids.items() if value is not None}
+
+
+def add_end(folder: Path, id_: int) -> None:
+    """Adds an id to those that end a text, in what a tokenizer's folder says about the model: ``generation_config.json``, which
+    transformers and vLLM read, and ``config.json``, which others do. The folder's end token stays the one that ends documents.
+
+    Raises:
+        UsageError: as ``special_ids``.
+    """
+    ids = special_ids(folder)
+    known = model_eos_ids(folder) or [id_ for id_ in (ids.get("eos_token_id"),) if id_ is not None]
+    if id_ in known:
+        return
+    ids["eos_token_id"] = [*known, id_]
+    for name in ("generation_config.json", "config.json"):
+        replace_json(folder / name, {**read_optional(folder / name), **ids}, indent=2)
 
 
 def _folder_of(tokenizer: Path) -> Path:

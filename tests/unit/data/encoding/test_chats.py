@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from pyarrow import parquet
 
 from internevo.config.data import Data
 from internevo.data.build import train_source
-from internevo.data.encoding.formats import encode_documents, encode_prompt
+from internevo.data.encoding import chats
+from internevo.data.encoding.formats import encode_documents
+from internevo.data.encoding.questions import encode_prompt
 from internevo.data.encoding.tokenize import tokenize
 from internevo.data.raw.documents import Document
 from internevo.data.rows import tokens_and_labels
@@ -22,7 +25,8 @@ from internevo.models.huggingface.tokenizer import copy_tokenizer
 from internevo.text.chat import ChatTemplate
 from internevo.text.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
-from .test_formats import CHATML, folder_with
+from ...text.test_beginnings import reference as encode_each
+from .test_formats import CHATML, LLAMA2, folder_with
 
 AGENT = (
     "{% if tools is not none %}{{ '<|im_start|>tools\n' + (tools | tojson) + '<|im_end|>\n' }}{% endif %}"
@@ -50,6 +54,7 @@ ALTERNATES = (
     "{{ raise_exception('roles must alternate') }}{% endif %}"
     "{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
 )
+TRIMMED = CHATML.replace("message['content'] +", "message['content'] | trim +")
 USERS_ONLY = CHATML.replace("in messages %}", "in messages if message.role in ('user', 'assistant') %}")
 ASK, ANSWER = {"role": "user", "content": "the cat?"}, {"role": "assistant", "content": "sat"}
 CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "mat"}}}
@@ -192,6 +197,35 @@ def test_a_chat_that_the_assistant_begins_needs_no_rendering_of_nothing(tmp_path
     assert encoded([ANSWER, ASK, ANSWER], tokenizer_with(tmp_path, FIRST_IS_READ))[1] == "sat<|im_end|>\n" * 2
 
 
+@pytest.mark.parametrize("added", [True, False], ids=["added tokens", "no added token"])
+@pytest.mark.parametrize(
+    "template", [CHATML, AGENT, THINKING, FIRST_IS_READ, ALTERNATES, LLAMA2, TRIMMED],
+    ids=["ChatML", "agent", "thinking", "first is read", "alternates", "Llama 2", "trimmed"],
+)  # fmt: skip
+def test_what_is_predicted_is_what_encoding_each_beginning_of_the_chat_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, added: bool
+) -> None:
+    """Random chats are encoded as they were at first: with two beginnings of the text from its start for each answer."""
+    tokenizer = load_tokenizer(folder_with(tmp_path / "tokenizer", template, *([] if added else [["<s>"]])))
+    draw, documents = random.Random(11), []
+    words = ["the", " cat", "\n", "\n\n", "  ", "<|im_end|>", "<|im", "<think>", "</think>", "春眠", "u\u0308", "<s>", "'s"]
+    for number in range(60):
+        messages = []
+        for turn in range(draw.randint(1, 5) * 2):
+            role = "user" if turn % 2 == 0 else "assistant"
+            more = {"weight": draw.randint(0, 1)} if role == "assistant" else {}
+            messages.append({"role": role, "content": "".join(draw.choices(words, k=draw.randint(0, 8))), **more})
+        documents.append(Document({"messages": messages}, f"{number}"))
+
+    def results() -> list[list[int] | str]:
+        found = encode_documents("chat", documents, None, tokenizer)
+        return [str(ids) if isinstance(ids, DataError) else ids.tolist() for ids in found]
+
+    ours = results()
+    monkeypatch.setattr(chats, "encode_with_beginnings", encode_each)
+    assert ours == results() and sum(isinstance(ids, list) for ids in ours) > 20
+
+
 def test_columns_next_to_the_messages_are_read_from_parquet(tmp_path: Path) -> None:
     folder = folder_with(tmp_path / "tokenizer", CHATML)
     rows = [{"id": 1, "messages": [ASK, ANSWER], "system": "purr"}, {"id": 2, "messages": [ASK, ANSWER], "system": None}]
@@ -242,23 +276,6 @@ def test_templates_know_tokens_that_only_special_tokens_map_names(tmp_path: Path
     assert text == "<s>user: the cat?<|endoftext|>assistant: sat<|endoftext|>"
 
 
-def test_generation_ends_at_the_token_that_ends_an_answer(tmp_path: Path) -> None:
-    tokenizer = tokenizer_with(tmp_path, ALTERNATES.replace("eos_token", "'<|im_end|><|endoftext|>'"))
-    _, stop_ids = encode_prompt("chat", "the cat?", tokenizer)
-    assert stop_ids == {tokenizer.eos_id, tokenizer.backend.token_id("<|im_end|>")}
-
-
-def test_a_template_that_makes_nothing_of_a_question_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="makes no text of the question 'the cat"):
-        encode_prompt("chat", "the cat?", tokenizer_with(tmp_path, "{{ '' }}"))
-
-
-@pytest.mark.parametrize("format", ["text", "alpaca", "chat"])
-def test_a_prompt_with_invalid_bytes_is_refused(tmp_path: Path, format: Any) -> None:
-    with pytest.raises(UsageError, match=r"the prompt is not UTF-8: character 2 is '\\udcff'"):
-        encode_prompt(format, "ab\udcff", tokenizer_with(tmp_path, CHATML))
-
-
 def test_a_template_that_is_not_text_is_refused_by_name(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(train_bpe(["abc"], 280, tmp_path))
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
@@ -303,7 +320,7 @@ def test_training_data_is_the_same_on_any_day_and_a_generation_knows_the_present
         found = source.next_rows(source.start_position() if position is None else position, 7, range(7))
         source.close()
         position, rows = found.position, [*rows, *(row.tokens.tolist() for row in found.rows)]
-        prompt = tokenizer.decode(encode_prompt("chat", "the cat?", tokenizer)[0])
+        prompt = tokenizer.decode(encode_prompt("chat", "the cat?", tokenizer).ids)
         assert day.strftime("%d %b %Y %H") in prompt
     assert len(files) == 1 and len(prints) == 1
     wanted = datetime.date.fromisoformat(date or "2024-07-26")

@@ -300,3 +300,11 @@ def test_the_user_s_turn_ends_the_answer_if_the_model_says_so(tmp_path: Path, wh
         (tmp_path / where).write_text(json.dumps({"eos_token_id": ends}))
         fields = written(tmp_path, size + 2, tmp_path)
         assert fields.get("eot_token_id") == (size if ends == [size, 3] else None)
+
+
+def test_of_several_tokens_that_end_a_text_the_first_one_ends_documents(tmp_path: Path) -> None:
+    """As in a folder of a model that was trained on chats, whose tokenizer names none."""
+    train_bpe(TEXTS, 400, tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [5, 7]}))
+    assert written(tmp_path, 400, tmp_path)["eos_token_id"] == load_tokenizer(tmp_path).eos_id == 5
