@@ -78,9 +78,21 @@ class Head(NamedTuple):
             file.seek(-len(END), os.SEEK_END)
             values = json.loads(head + b"}")
             if values["format"] == FORMAT and file.read() == END.encode():
-                return cls(values["step"], values["run"])
+                return cls.of(values)
         whole = Manifest.read(folder)  # an older version has written it in another order, or it is damaged
         return cls(whole.step, whole.run)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Head:
+        """Takes the head from the values of a manifest.
+
+        Raises:
+            KeyError, ValueError: if they are damaged.
+        """
+        step, run = values["step"], values.get("run", "")
+        if type(step) is not int or step < 0 or not isinstance(run, str):
+            raise ValueError(f"step = {step!r} or run = {run!r} is of a wrong type")
+        return cls(step, run)
 
 
 @dataclass
@@ -136,8 +148,8 @@ class Manifest:
             tensors = {
                 n: TensorEntry(t["dtype"], t["shape"], [Chunk(**c) for c in t["chunks"]]) for n, t in values["tensors"].items()
             }
-            run = values.get("run", "")
-            return cls(values["step"], values["layout"], values["versions"], files, tensors, run)
+            step, run = Head.of(values)
+            return cls(step, values["layout"], values["versions"], files, tensors, run)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path} is damaged: {error}") from error
 

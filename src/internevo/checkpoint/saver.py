@@ -76,6 +76,8 @@ class Saver:
         self.seconds: float | None = None
         """How long the last save took."""
         self._saved: list[SaveRecord] = []
+        self._whole: set[int] = set()
+        """Steps of checkpoints whose manifest is known to be whole."""
 
     def save(self, step: int, tensors: dict[str, Tensor], extras: Extras, keep_all: bool = False) -> None:
         """Copies ``tensors`` (KIND/NAME -> DTensor) to host memory, and writes them in the background. They may change after
@@ -183,15 +185,29 @@ class Saver:
     def _retain(self, step: int) -> None:
         """Deletes those checkpoints from before ``step`` that ``keep_last`` and ``keep_every`` do not keep."""
         last, every = self.config.keep_last, self.config.keep_every
+        self._whole.add(step)
         if last is None:
             return
-        older = [s for s in saved_checkpoints(self.run, self.identity) if s < step]
-        for old in older[: max(0, len(older) - (last - 1))]:
-            if not (every and old % every == 0):
-                folder = self.run / CHECKPOINTS / checkpoint_name(old)
+        kept = 1  # this one
+        for old, folder in reversed(saved_checkpoints(self.run, self.identity).items()):
+            if old >= step:
+                continue
+            if kept < last:
+                kept += self._is_whole(old, folder)
+            elif not (every and old % every == 0):
                 # The manifest is deleted first, so that a folder that is only partly deleted is not a complete checkpoint.
                 (folder / NAME).unlink(missing_ok=True)
                 shutil.rmtree(folder, ignore_errors=True)
+
+    def _is_whole(self, step: int, folder: Path) -> bool:
+        """Whether a checkpoint can be read. One that cannot takes no other's place."""
+        if step not in self._whole:
+            try:
+                Manifest.read(folder)
+            except CheckpointError:
+                return False
+            self._whole.add(step)
+        return True
 
 
 def _reason(error: BaseException) -> str:

@@ -241,9 +241,10 @@ def _batch(config: Config, world: int) -> Iterator[str]:
             f"data.global_batch_size = {data.global_batch_size} is not a multiple of data.micro_bsz * data ranks = "
             f"{data.micro_bsz} * {ranks}; change data.global_batch_size or data.micro_bsz"
         )
-    if data.total_steps and config.lr_scheduler.total_steps and config.lr_scheduler.total_steps < data.total_steps:
+    schedule = config.lr_scheduler
+    if data.total_steps and (schedule.total_steps or data.total_steps) < data.total_steps and schedule.kind != "constant":
         yield (
-            f"lr_scheduler.total_steps = {config.lr_scheduler.total_steps} ends before data.total_steps = {data.total_steps}; "
+            f"lr_scheduler.total_steps = {schedule.total_steps} ends before data.total_steps = {data.total_steps}; "
             "leave it out, or set it to at least data.total_steps"
         )
 
@@ -337,7 +338,7 @@ def _schedule(config: Config, world: int) -> Iterator[str]:
         if schedule.kind == "wsd":
             parts.append(f"the decay ({_length(schedule, 'decay')})")
         yield f"{', '.join(parts[:-1])} and {parts[-1]} together are longer than {total} steps; make one of them shorter"
-    if schedule.eta_min > config.adam.lr:
+    if schedule.eta_min > config.adam.lr and schedule.kind != "constant":
         yield f"lr_scheduler.eta_min = {schedule.eta_min} is greater than adam.lr = {config.adam.lr}"
 
 

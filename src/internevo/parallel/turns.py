@@ -12,8 +12,8 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -81,7 +81,7 @@ def _wait(store: dist.Store, key: str, whom: str, doing: Doing) -> None:
         UsageError, InternEvoError: if one has failed.
     """
     begin, said = time.monotonic(), 0
-    with ExitStack() as shown:
+    with ExitStack() as shown, _named(whom):
         while not (store.check([key]) or store.check([OVER])):
             waited = time.monotonic() - begin
             if waited > LONGEST.total_seconds():
@@ -92,6 +92,16 @@ def _wait(store: dist.Store, key: str, whom: str, doing: Doing) -> None:
                     shown.enter_context(doing(f"waiting for {whom}"))
                 said += 1
             time.sleep(min(1.0, 0.01 + waited / 10))
-    if store.check([OVER]) and (failure := store.get(OVER).decode()):
+        failure = store.get(OVER).decode() if store.check([OVER]) else ""
+    if failure:
         is_usage, text = json.loads(failure)
         raise (UsageError if is_usage else InternEvoError)(text)
+
+
+@contextmanager
+def _named(whom: str) -> Iterator[None]:
+    """Says what this rank was waiting for when the process with the store has ended."""
+    try:
+        yield
+    except dist.DistError as error:
+        raise InternEvoError(f"a rank has ended while this one waited for {whom}; its own messages say why") from error

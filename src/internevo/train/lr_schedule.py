@@ -62,7 +62,7 @@ def describe(config: Config) -> str:
         parts.append(f"then {schedule.kind} to {schedule.eta_min:g} at step {total:,}")
     else:
         parts.append("then constant")
-    if schedule.kind == "wsd":
+    if decay:
         parts.append(f"{schedule.decay_type} to {schedule.eta_min:g} in the last {decay:,} of {counted(total, 'step')}")
     return ", ".join(parts)
 

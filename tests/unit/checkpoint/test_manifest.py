@@ -115,6 +115,7 @@ def test_a_manifest_without_one_of_its_parts_is_damaged(tmp_path: Path, key: str
 CHANGES: list[dict[str, Any]] = [
     {"files": []}, {"files": None}, {"files": {"a": 3}}, {"files": {"a": {"size": 1}}}, {"tensors": [1]},
     {"files": {"a": {"size": 1, "crc32": [], "more": 1}}}, {"tensors": {"w": None}},
+    {"step": "6"}, {"step": None}, {"step": -1}, {"step": True}, {"run": None},
     {"tensors": {"w": {"dtype": "x", "shape": [1]}}}, {"tensors": {"w": {"dtype": "x", "shape": [1], "chunks": [1]}}},
 ]  # fmt: skip
 
@@ -131,6 +132,15 @@ def test_json_that_is_not_a_manifest_is_damaged(tmp_path: Path, content: bytes) 
     for read in (Manifest.read, Head.read):
         with pytest.raises(CheckpointError, match=f"{NAME} is damaged"):
             read(tmp_path)
+
+
+@pytest.mark.parametrize("step", ['"6"', "null", "-1", "1.0"])
+def test_a_head_of_wrong_values_is_damaged(tmp_path: Path, step: str) -> None:
+    SMALL.write(tmp_path)
+    path = tmp_path / NAME
+    path.write_text(path.read_text().replace(f'"step": {SMALL.step}', f'"step": {step}', 1))
+    with pytest.raises(CheckpointError, match=f"{NAME} is damaged: step = "):
+        Head.read(tmp_path)
 
 
 # Checksums -----------------------------------------------------------------------------------------------------------

@@ -48,6 +48,17 @@ def test_the_newest_are_kept(tmp_path: Path, keys: dict[str, int], kept: tuple[i
     assert names(tmp_path) == of(*kept)
 
 
+def test_a_checkpoint_that_cannot_be_read_takes_no_others_place(tmp_path: Path) -> None:
+    """Its head and end are whole, as what only those are read of."""
+    for step in (3, 6, 9, 12):
+        save(tmp_path / "checkpoints" / of(step)[0], step)
+    path = tmp_path / "checkpoints" / of(9)[0] / NAME
+    path.write_text(path.read_text().replace('"tensors": {}', '"tensors": {"x" }'))
+    assert Head.read(path.parent).step == 9
+    saver(tmp_path, keep_last=2)._retain(12)
+    assert names(tmp_path) == of(6, 9, 12)
+
+
 @pytest.mark.parametrize("last", [1, 2])
 def test_what_has_just_been_saved_stays_whatever_else_is_there(tmp_path: Path, last: int) -> None:
     for step in (9, 12):

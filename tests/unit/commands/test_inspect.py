@@ -129,7 +129,10 @@ def test_raw_data_is_described_with_the_format_that_fits(tmp_path: Path) -> None
     (tmp_path / "c.csv").write_text("question,answer\na,b\n")
     assert list(describe(tmp_path / "c.csv"))[-1].startswith("no format fits: chat needs a list in messages or conversations; ")
     (tmp_path / "t.txt").write_text("a text")
-    assert list(describe(tmp_path / "t.txt"))[-1] == "fits --format text"
+    assert (
+        list(describe(tmp_path / "t.txt"))[-1]
+        == "fits --format text of internevo finetune; internevo tokenize needs no --format"
+    )
     (tmp_path / "chats.jsonl").write_text('{"text": "a"}\n{nothing\n')
     with pytest.raises(DataError, match=r"1 documents cannot be read; the first: .*chats.jsonl, byte 14: the line is not JSON"):
         list(describe(tmp_path / "chats.jsonl"))

@@ -107,6 +107,13 @@ def test_an_internevo_file_works_unchanged(tmp_path: Path) -> None:
     assert "ckpt.async_upload" in resolved and not silent - said & resolved
 
 
+@pytest.mark.parametrize("changes", [{"eta_min": 1.0}, {"total_steps": 3}])
+def test_what_a_constant_schedule_does_not_use_is_not_checked(changes: dict[str, Any]) -> None:
+    for kind in ("constant", "cosine"):
+        found = problems(tiny(lr_scheduler={"kind": kind, **changes}), 1)
+        assert bool(found) == (kind == "cosine"), found
+
+
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "wsd"])
 @pytest.mark.parametrize("key", ["decay_steps", "decay_ratio", "decay_type"])
 def test_a_decay_that_the_schedule_does_not_have_is_named(kind: str, key: str) -> None:

@@ -164,6 +164,7 @@ def test_lengths_are_shares_of_all_steps_unless_they_are_given_in_steps(ratio: f
             {"kind": "wsd", "warmup_steps": 3, "decay_type": "1-sqrt", "total_steps": 2000},
             "3 steps of warm-up to 0.01, then constant, 1-sqrt to 0 in the last 200 of 2,000 steps",
         ),
+        ({"kind": "wsd", "total_steps": 9}, "0.01, then constant"),  # a tenth of 9 steps is none
     ],
 )
 def test_a_schedule_is_described_in_one_line(changes: dict[str, object], line: str) -> None:

@@ -136,8 +136,11 @@ def describe_raw(root: Path, files: list[tuple[str, Path]], examples: int = 3) -
     else:
         fit = sum(fits(name, document) for document in raw.documents)
         of = "" if fit == len(raw.documents) else f" for {fit:,} of {len(raw.documents):,} documents"
-        template = " (or chat, with the tokenizer's chat template)" if name == "alpaca" else ""
-        yield f"fits --format {name}{template}{of}"
+        notes = {
+            "alpaca": " (or chat, with the tokenizer's chat template)",
+            "text": " of internevo finetune; internevo tokenize needs no --format",  # which there means plain text files
+        }
+        yield f"fits --format {name}{notes.get(name, '')}{of}"
     if raw.errors:
         raise DataError(f"{len(raw.errors):,} documents cannot be read; the first: {raw.errors[0]}")
 

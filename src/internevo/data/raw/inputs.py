@@ -70,15 +70,15 @@ def find_files(inputs: list[Path], kind: str | None, pattern: str | None, exclud
     found: list[tuple[str, Path]] = []
     for path in inputs:
         if path.is_file():
-            found.append((kind or suffix_kind(path), path))
+            found.append((_named_kind(path, kind) if kind else suffix_kind(path), path))
         elif path.is_dir():
             found += [(kind or suffix_kind(file), file) for file in walk_files(path, exclude) if _matches(file, kind, pattern)]
         else:
             raise UsageError(f"input {path} does not exist")
     if not found:
-        raise UsageError(
-            f"there are no input files in {', '.join(map(str, inputs))}: check the folder, or give --format or --pattern"
-        )
+        what = f"input files of the format {kind} ({', '.join(SUFFIXES[kind])})" if kind and not pattern else "input files"
+        advice = "give another --format, or none" if kind else "give --format or --pattern"
+        raise UsageError(f"there are no {what} in {', '.join(map(str, inputs))}: check the folder, or {advice}")
     return [("jsonl" if kind == "json" and _has_json_lines(path) else kind, path) for kind, path in found]
 
 
@@ -99,6 +99,20 @@ def _has_json_lines(path: Path) -> bool:
 def _matches(path: Path, kind: str | None, pattern: str | None) -> bool:
     suffixes = SUFFIXES[kind] if kind else tuple(s for group in SUFFIXES.values() for s in group)
     return (path.match(pattern) if pattern else format_suffix(path) in suffixes) and path.is_file()
+
+
+def _named_kind(path: Path, kind: str) -> str:
+    """Returns the kind of a file that the user has named.
+
+    Raises:
+        UsageError: if the whole of a json, csv, ... file would be read as one text.
+    """
+    if kind == "text" and any(format_suffix(path) in SUFFIXES[other] for other in SUFFIXES if other != "text"):
+        raise UsageError(
+            f"{path} is a {suffix_kind(path)} file, and --format text would read all of it as one text; leave --format out, or "
+            "name the file .txt"
+        )
+    return kind
 
 
 def suffix_kind(path: Path) -> str:

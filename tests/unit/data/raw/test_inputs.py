@@ -28,7 +28,7 @@ from internevo.data.rows import RandomRows
 from internevo.data.source import ShuffledRows
 from internevo.data.tokenized.files import TokenWriter
 from internevo.data.tokenized.index import open_index
-from internevo.errors import DataError
+from internevo.errors import DataError, UsageError
 from internevo.text.tokenizer import train_bpe
 from internevo.train.check import check
 from internevo.train.config import load_config
@@ -311,6 +311,15 @@ def test_files_of_any_suffix_are_read_as_text_if_asked_for(tmp_path: Path, run: 
         "--output", tmp_path / "out",
     )  # fmt: skip
     assert len(open_index(tmp_path / "out")) == 1
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl.gz", "a.csv", "a.parquet"])
+def test_a_file_of_documents_is_not_read_as_one_text(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UsageError, match=f"{name} is a .* file, and --format text would read all of it as one text"):
+        find_files([tmp_path / name], "text", None, ())
+    with pytest.raises(UsageError, match=r"there are no input files of the format text \(\.txt\)"):
+        find_files([tmp_path], "text", None, ())
 
 
 def test_the_error_names_a_document_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
