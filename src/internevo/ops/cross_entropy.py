@@ -132,18 +132,20 @@ def _softmax(
 ) -> tuple[Tensor, Tensor]:
     """Returns the losses in fp32 and the gradients of the logits in the logits' dtype.
 
-    On CUDA it is compiled, and then reads the logits twice and not ten times. What ranks exchange is not compiled.
+    On CUDA it is compiled, and then reads the logits two or three times and not ten. What ranks exchange is not compiled.
     """
-    run, dtype = _compiled if logits.is_cuda else lambda function: function, logits.dtype
     if logits.is_cuda and shard is None:
-        return run(_whole_softmax)(logits, labels, smoothing, softcap)
+        return _compiled(_whole_softmax)(logits, labels, smoothing, softcap)
+    halves: tuple[Callable[..., Any], ...] = (_begin_softmax, _end_softmax)
+    begin, end = map(_compiled, halves) if logits.is_cuda else halves
     first, vocabulary = (shard.first, shard.vocabulary) if shard else (0, logits.shape[1])
-    sums, parts = run(_begin_softmax)(logits, labels, smoothing, softcap, first, vocabulary)
+    dtype = logits.dtype
+    sums, parts = begin(logits, labels, smoothing, softcap, first, vocabulary)
     del logits  # before the gradients are there
     if shard:
         lses, targets, means = shard.gather(sums).unbind(1)
         sums = torch.stack([lses.logsumexp(0), targets.sum(0), means.sum(0)])
-    return run(_end_softmax)(sums, parts, labels, smoothing, first, vocabulary, dtype)
+    return end(sums, parts, labels, smoothing, first, vocabulary, dtype)
 
 
 @cache
@@ -174,7 +176,7 @@ def _begin_softmax(
     """Returns [3, T, 1] of these rows (log-sum-exp, the target's logit, the sum of the logits over the vocabulary's size), and
     what is needed for the gradients.
 
-    Logits, exponentials, probabilities and gradients are in the same fp32 buffer, one after the other.
+    Not compiled, logits, exponentials, probabilities and gradients are in the same fp32 buffer, one after the other.
     """
     logits, slope = logits.float(), None
     if softcap:
@@ -199,15 +201,22 @@ def _end_softmax(
     """
     lse, target, mean = sums
     losses = lse - ((1 - smoothing) * target + smoothing * mean)
-    grad = parts.exponentials.mul_((parts.largest - lse).exp())
-    if smoothing:
-        grad.sub_(smoothing / vocabulary)
-    index, here = _place_of(labels, first, grad.shape[1])
-    grad.scatter_add_(1, index, torch.where(here, smoothing - 1.0, 0.0))
-    if parts.slope is not None:
-        grad.mul_(parts.slope)
-    kept = labels != IGNORE
-    return torch.where(kept, losses.squeeze(1), 0.0), grad.mul_(kept.unsqueeze(1)).to(dtype)
+    kept, share = labels != IGNORE, (parts.largest - lse).exp()
+    index, here = _place_of(labels, first, parts.exponentials.shape[1])
+    if torch.compiler.is_compiling():  # one kernel, which writes nothing in fp32
+        columns = torch.arange(parts.exponentials.shape[1], device=labels.device)
+        wanted = torch.where((columns == index) & here, 1.0 - smoothing, 0.0)
+        grad = parts.exponentials * share - smoothing / vocabulary - wanted
+        grad = (grad if parts.slope is None else grad * parts.slope) * kept.unsqueeze(1)
+    else:
+        grad = parts.exponentials.mul_(share)
+        if smoothing:
+            grad.sub_(smoothing / vocabulary)
+        grad.scatter_add_(1, index, torch.where(here, smoothing - 1.0, 0.0))
+        if parts.slope is not None:
+            grad.mul_(parts.slope)
+        grad.mul_(kept.unsqueeze(1))
+    return torch.where(kept, losses.squeeze(1), 0.0), grad.to(dtype)
 
 
 def _place_of(labels: Tensor, first: int, rows: int) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -26,6 +27,7 @@ from .world import World
 T = TypeVar("T")
 Doing = Callable[[str], AbstractContextManager[Any]]
 """A context that shows what is being done, such as ``Console.doing``."""
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 LONGEST = timedelta(days=2)
 """How long a rank waits for others. It only ends a run of which a rank was killed, if the launcher does not."""
 OVER = "over"
@@ -47,14 +49,14 @@ def in_turns(world: World, name: str, work: Callable[[], T], doing: Doing = null
     """
     if world.size == 1:
         return work()
-    store, host = dist.PrefixStore(f"turns of {name}", world.store), socket.gethostname()
+    store, host = dist.PrefixStore(f"turns of {name}", world.store), _machine()
     if world.rank == 0:
         store.set("first host", host)
     first = store.get("first host").decode()
     leads = world.rank == 0 or (host != first and store.add(f"ranks of {host}", 1) == 1)
     if world.rank > 0:
         before = first if leads else host
-        _wait(store, f"done on {before}", f"a rank on {before}: {name}", doing)
+        _wait(store, f"done on {before}", f"a rank on {before.split()[0]}: {name}", doing)
     try:
         found = work()
     except BaseException as error:
@@ -66,6 +68,14 @@ def in_turns(world: World, name: str, work: Callable[[], T], doing: Doing = null
         store.set(OVER, "")
     _wait(store, OVER, f"other ranks: {name}", doing)
     return found
+
+
+def _machine() -> str:
+    """Returns the name of this machine, with what tells it from another of the same name, as containers may have."""
+    try:
+        return f"{socket.gethostname()} {BOOT_ID.read_text().strip()}"
+    except OSError:
+        return socket.gethostname()
 
 
 def _failure(rank: int, error: BaseException) -> str:

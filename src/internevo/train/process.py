@@ -30,7 +30,7 @@ WORKSPACE, DETERMINISTIC = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
 @contextmanager
 def determinism(config: Config) -> Iterator[None]:
     """A context in which the same computation always gives the same bits, if ``config.deterministic`` is set. Otherwise it
-    changes nothing. Afterwards, all is as it was before.
+    changes nothing. Afterwards, the mode is as it was before.
 
     It must be entered before the world is joined: cuBLAS and NCCL read their settings when they start. (PyTorch then also tells
     NCCL not to add in the switches, unless NCCL_ALGO is set: their order is not fixed.)

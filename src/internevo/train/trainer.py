@@ -78,9 +78,8 @@ class Trainer:
         self.exporter = Exporter(self.run, COMPUTE[config.model.dtype], log.warning)
         after = self.exporter if config.ckpt.enable_internevo2hf_ckpt else lambda folder: None
         group, identity = gloo.new_group(), self.state.run
-        self.saver = Saver(
-            self.run, config.ckpt, world.rank, axis_sizes(self.parts.layout), group, after, identity, stager_for(world.device)
-        )
+        stager = stager_for(world.device) if config.ckpt.enable_save_ckpt else None
+        self.saver = Saver(self.run, config.ckpt, world.rank, axis_sizes(self.parts.layout), group, after, identity, stager)
         watchdog.before_end = self.saver.finish
         self.garbage = GarbageCollector()
         self.saved_step = self.state.step

@@ -48,8 +48,8 @@ def test_gradients_in_half_precision_are_scaled_in_fp32() -> None:
         assert abs(projection - 1) < 5e-4
 
 
-@pytest.mark.parametrize("shards", [1, 2])
-def test_compiled_halves_compute_the_same(shards: int) -> None:
+@pytest.mark.parametrize(("shards", "smoothing", "softcap"), [(1, 0.1, 0.7), (2, 0.0, 0.0)])
+def test_compiled_halves_compute_the_same(shards: int, smoothing: float, softcap: float) -> None:
     """What CUDA runs: the halves of the softmax, with what ranks exchange between them. Here, the other rank has no rows."""
     torch.manual_seed(0)
     logits, labels = torch.randn(10, 31), torch.randint(0, 31, (10,))
@@ -60,10 +60,10 @@ def test_compiled_halves_compute_the_same(shards: int) -> None:
         return torch.stack([sums, nothing])
 
     shard = cross_entropy.VocabShard(0, 31, gather) if shards > 1 else None
-    wanted = cross_entropy._softmax(logits.clone(), labels, 0.1, 0.7, shard)
+    wanted = cross_entropy._softmax(logits.clone(), labels, smoothing, softcap, shard)
     begin, end = (cross_entropy._compiled(half) for half in (cross_entropy._begin_softmax, cross_entropy._end_softmax))
-    sums, parts = begin(logits.clone(), labels, 0.1, 0.7, 0, 31)
-    found = end(sums, parts, labels, 0.1, 0, 31, torch.float32)
-    whole = cross_entropy._compiled(cross_entropy._whole_softmax)(logits.clone(), labels, 0.1, 0.7)
+    sums, parts = begin(logits.clone(), labels, smoothing, softcap, 0, 31)
+    found = end(sums, parts, labels, smoothing, 0, 31, torch.float32)
+    whole = cross_entropy._compiled(cross_entropy._whole_softmax)(logits.clone(), labels, smoothing, softcap)
     for mine in (found, whole):
         torch.testing.assert_close(mine, wanted)
