@@ -242,7 +242,7 @@ def _batch(config: Config, world: int) -> Iterator[str]:
             f"{data.micro_bsz} * {ranks}; change data.global_batch_size or data.micro_bsz"
         )
     schedule = config.lr_scheduler
-    if data.total_steps and (schedule.total_steps or data.total_steps) < data.total_steps and schedule.kind != "constant":
+    if schedule.kind != "constant" and schedule.total_steps is not None and schedule.total_steps < data.total_steps:
         yield (
             f"lr_scheduler.total_steps = {schedule.total_steps} ends before data.total_steps = {data.total_steps}; "
             "leave it out, or set it to at least data.total_steps"

@@ -55,14 +55,15 @@ class Mixture:
     def _passes(self, position: Position) -> list[float | None]:
         """Returns the pass of each part at a position; None if it has ended.
 
-        The pass of a part is at most one of its rows after the smallest one. Weights and epochs may have changed since the
-        position was saved. So a part that is new, or was given more epochs or a greater weight, does not wait for the others
-        to come to its old pass; nor does it make up for the rows that it has not had.
+        Weights and epochs may have changed since the position was saved. A part that is new, or has more epochs or a greater
+        weight than before, takes its share of the rows from now on: its pass is at most one of its rows above the smallest.
         """
-        entries = [(part, position[part.name]) for part in self.parts]
-        passes: list[float | None] = [
-            (None if part.source.is_over(entry[0]) else math.inf) if entry[1] is None else entry[1] for part, entry in entries
-        ]
+        passes: list[float | None] = []
+        for part in self.parts:
+            at, pass_ = position[part.name][:2]
+            if pass_ is None and not part.source.is_over(at):
+                pass_ = math.inf  # it begins, or goes on
+            passes.append(pass_)
         smallest = min((pass_ for pass_ in passes if pass_ is not None and pass_ < math.inf), default=0.0)
         latest = [smallest + 1 / part.weight for part in self.parts]
         return [None if pass_ is None else min(pass_, last) for pass_, last in zip(passes, latest, strict=True)]

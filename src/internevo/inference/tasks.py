@@ -124,13 +124,12 @@ class Requests:
             return log_likelihoods(self.text.model, spans, self.tokens_at_once, self.batch_rows, self.text.dtype)
 
     def _generate(self, items: list[tuple[str, dict[str, Any]]]) -> list[str]:
-        ending, stops = self.ending, (self.ending.text,) if self.ending.text else ()
-        ends = {*self.text.tokenizer.eos, *self.text.eos_ids, *(() if ending.id is None else (ending.id,))}
+        ends = {*self.text.tokenizer.eos, *self.text.eos_ids, *self.ending.stop_ids}
         texts = [""] * len(items)
         limits = [_new_tokens(options) for _, options in items]
         ids = [self._encode(context) or [self.prefix] for context, _ in items]
         prompts = [
-            Prompt(context[-max(1, self.longest - limit) :], ends, (*_stops(options), *stops))
+            Prompt(context[-max(1, self.longest - limit) :], ends, (*_stops(options), *self.ending.stop))
             for context, limit, (_, options) in zip(ids, limits, items, strict=True)
         ]
         order = sorted(range(len(items)), key=lambda number: (repr(_sampling(items[number][1])), -len(prompts[number].ids)))

@@ -358,16 +358,17 @@ def traffic(
     """
     layout, rows = work.layout, list[Collectives]()
     passes = work.micro_batches if layout.fsdp else 1
-    again = shapes[:-1] if heads else shapes
-    for axis, replicas, ranks, units_, for_backward in (
-        ("zero", "replicate", layout.zero, shapes, again),
-        ("expert zero", "expert replicate", layout.expert_zero, list(experts.values()), list(experts.values())),
+    for axis, replicas, ranks, units_ in (
+        ("zero", "replicate", layout.zero, shapes),
+        ("expert zero", "expert replicate", layout.expert_zero, list(experts.values())),
     ):
-        count, elements = sharded(units_, ranks, of_experts=axis == "expert zero")
-        for gathered in (units_, for_backward) if layout.fsdp else (units_,):
-            number, size = sharded(gathered, ranks, of_experts=axis == "expert zero")
-            rows.append(Collectives("all-gather", axis, number, ranks * size * work.element_bytes).times(passes))
+        of_experts = axis == "expert zero"
+        count, elements = sharded(units_, ranks, of_experts)
+        gathers = [(count, elements)]
+        if layout.fsdp:  # again for the backward pass, but for the head
+            gathers.append(sharded(units_[:-1], ranks, of_experts) if heads and not of_experts else (count, elements))
         rows += [
+            *(Collectives("all-gather", axis, n, ranks * size * work.element_bytes).times(passes) for n, size in gathers),
             Collectives("reduce-scatter", axis, count, ranks * elements * work.gradient_bytes).times(passes),
             Collectives("all-reduce", replicas, count, elements * work.gradient_bytes).times(passes),
         ]

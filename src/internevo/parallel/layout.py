@@ -152,12 +152,6 @@ class Layout:
         return self.mode != "isp" and self.expert_inner == self.tensor
 
     @property
-    def exchanges(self) -> dict[str, int]:
-        """The axes whose ranks exchange tokens while weights may be on their way between the same ranks -> number of ranks.
-        (1: there is no such exchange. The weights of mtp, msp and fsp stay where they are.)"""
-        return {"tensor": self.tensor if self.mode == "isp" else 1, "expert": self.expert if self.experts_apart else 1}
-
-    @property
     def shards_sequence(self) -> bool:
         """Whether the ranks of a tensor group have different tokens outside attention."""
         return self.tensor > 1 and self.mode != "mtp"
@@ -283,13 +277,16 @@ class Meshes:
         """Makes the meshes. Every rank must call it.
 
         A communicator runs its collectives one after the other. So exchanges of tokens, which computation waits for, do not
-        share one with weights that are gathered in advance and gradients that are reduced meanwhile.
+        share one with weights that are gathered in advance and gradients that are reduced meanwhile. (The weights of mtp, msp
+        and fsp stay where they are.)
         """
-        groups, apart = Groups(), {axis: axis if size > 1 else "" for axis, size in layout.exchanges.items()}
+        groups = Groups()
+        tokens = "tokens" if layout.mode == "isp" and layout.tensor > 1 else ""
+        rows = "rows" if layout.expert > 1 else ""
         return cls(
             layout.weights.mesh(groups, device_type),
             layout.kv_weights.mesh(groups, device_type) if layout.kv_replicas > 1 else None,
-            DeviceMesh.from_group(groups.get(layout.activations.groups("tensor"), apart["tensor"]), device_type),
-            layout.experts.mesh(groups, device_type, apart) if layout.experts_apart else None,
+            DeviceMesh.from_group(groups.get(layout.activations.groups("tensor"), tokens), device_type),
+            layout.experts.mesh(groups, device_type, {"expert": rows}) if layout.experts_apart else None,
             groups,
         )

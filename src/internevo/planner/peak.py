@@ -185,8 +185,9 @@ def _walk(work: Workload, parts: Sequence[Part], moment: Within) -> int:
 def _computed(work: Workload, first: bool) -> int:
     """Returns the bytes per element that a gradient takes which is computed apart from a backward pass, until it is added to
     those of the passes before (``first``: there are none)."""
-    apart = work.layout.world > work.layout.pipeline and work.element_bytes != work.gradient_bytes
-    return work.element_bytes * apart if not first else max(work.element_bytes * apart, work.gradient_bytes)
+    is_added = work.layout.world > work.layout.pipeline and work.element_bytes != work.gradient_bytes
+    computed = work.element_bytes if is_added else 0
+    return max(computed, work.gradient_bytes) if first else computed
 
 
 def _parts(work: Workload, kept: KeptActivations) -> list[Part]:

@@ -39,6 +39,16 @@ class Ending(NamedTuple):
     text: str = ""
     """The text of the ordinary tokens before it."""
 
+    @property
+    def stop_ids(self) -> set[int]:
+        """The ids that end an answer."""
+        return set() if self.id is None else {self.id}
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """The texts that end an answer."""
+        return (self.text,) if self.text else ()
+
     @classmethod
     def of(cls, template: ChatTemplate, messages: Messages, values: dict[str, Any], tokenizer: Tokenizer) -> Ending:
         """Returns what ends the answer to these messages. White space ends none.
@@ -126,5 +136,4 @@ def encode_messages(messages: Messages, tokenizer: Tokenizer, values: dict[str, 
         raise UsageError(f"the chat template of {chat.template.path} makes no text of the question {last!r}")
     chat.check_used(text, prompt=True)
     ending = Ending.of(chat.template, chat.messages, chat.values, tokenizer)
-    stop_ids = {*tokenizer.eos, *(() if ending.id is None else (ending.id,))}
-    return Question(ids, stop_ids, (ending.text,) if ending.text else ())
+    return Question(ids, {*tokenizer.eos, *ending.stop_ids}, ending.stop)

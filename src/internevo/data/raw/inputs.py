@@ -107,12 +107,17 @@ def _named_kind(path: Path, kind: str) -> str:
     Raises:
         UsageError: if the whole of a json, csv, ... file would be read as one text.
     """
-    if kind == "text" and any(format_suffix(path) in SUFFIXES[other] for other in SUFFIXES if other != "text"):
+    told = _told_kind(path)
+    if kind == "text" and told not in (None, "text"):
         raise UsageError(
-            f"{path} is a {suffix_kind(path)} file, and --format text would read all of it as one text; leave --format out, or "
+            f"{path} is a {told} file, and --format text would read all of it as one text; leave --format out, or "
             "name the file .txt"
         )
     return kind
+
+
+def _told_kind(path: Path) -> str | None:
+    return next((kind for kind, suffixes in SUFFIXES.items() if format_suffix(path) in suffixes), None)
 
 
 def suffix_kind(path: Path) -> str:
@@ -121,9 +126,8 @@ def suffix_kind(path: Path) -> str:
     Raises:
         UsageError: if it tells none.
     """
-    for kind, suffixes in SUFFIXES.items():
-        if format_suffix(path) in suffixes:
-            return kind
+    if (told := _told_kind(path)) is not None:
+        return told
     raise UsageError(
         f"{path}: the suffix {format_suffix(path)!r} does not tell the format; give --format ({', '.join(SUFFIXES)})"
     )
