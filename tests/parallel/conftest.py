@@ -18,11 +18,11 @@ def world(tmp_path_factory: pytest.TempPathFactory, pool: Pool) -> Runs:
     folder = tmp_path_factory.mktemp("strategies")
     dataset = write_dataset(folder / "data")
 
-    def one(model: str, packed: bool = True) -> Path:
+    def one(model: str, packed: bool = True, steps: int = STEPS) -> Path:
         models = {**MODELS, **FAMILIES}
-        path = folder / f"one-{list(models).index(model)}-{packed}"
+        path = folder / f"one-{list(models).index(model)}-{packed}-{steps}"
         if not path.exists():
-            changes = {**COMMON, **layout(1)[1], **models[model], **({} if packed else PADDED)}
+            changes = {**COMMON, **layout(1)[1], **models[model], **({} if packed else PADDED), "data__total_steps": steps}
             pool.train(write_config(folder, dataset, path.name, **changes), 1)
         return path
 

@@ -14,8 +14,8 @@ DRAWN = int(os.environ.get("INTERNEVO_TEST_COMPOSITIONS", "24"))
 """Number of random compositions."""
 ROWS = 24
 """Rows of a global batch."""
-STEPS = 5
-"""Steps of a run that is compared with one process."""
+STEPS = 3
+"""Steps of a run that is compared with one process: the last has weights of two updates, the second of which has moments."""
 COMMON: dict[str, Any] = {
     "model__vocab_size": 104, "adam__lr": 2e-3, "adam__adam_eps": 1e-6, "data__total_steps": STEPS,
     "data__global_batch_size": ROWS, "lr_scheduler__total_steps": 20,

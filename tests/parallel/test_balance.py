@@ -17,7 +17,7 @@ from tests.parallel.layouts import COMMON, EXPERTS, Case, layout, pipelined
 from tests.parallel.test_pipeline import zbv
 from tests.pool import Pool
 
-ROWS, STEPS = 3, 5
+ROWS, STEPS = 3, 3
 """Rows of a micro-batch (routing is by micro-batch, so all layouts have the same ones), and steps."""
 SPEED: dict[str, Any] = {
     "model__moe_layer_kwargs": {"bias_update_speed": 0.001},
@@ -82,7 +82,7 @@ def test_biases_and_counts_are_those_of_one_process(pool: Pool, world: Runs, tmp
 
 def test_a_run_continues_with_its_biases_in_other_layouts(pool: Pool, world: Runs, tmp_path: Path) -> None:
     one = train(pool, world, tmp_path, "one", CAPACITY, layout(1))
-    for steps, case in zip((2, 3, STEPS), (pipelined(4, 2, 2, layers=4), layout(1), layout(2, fsdp=True)), strict=True):
+    for steps, case in zip((1, 2, STEPS), (pipelined(4, 2, 2, layers=4), layout(1), layout(2, fsdp=True)), strict=True):
         train(pool, world, tmp_path, "parts", CAPACITY, case, data__total_steps=steps)
     assert_same_routers(tmp_path / "parts", one)
 

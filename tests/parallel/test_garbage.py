@@ -1,4 +1,4 @@
-"""A step leaves no tensors for Python's garbage collector, which the loop runs only every few steps."""
+"""A step leaves no tensors for Python's garbage collector, which the loop runs only every few steps; a run leaves no groups."""
 
 import gc
 from pathlib import Path
@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
+from internevo.commands.train import train
 from internevo.parallel.world import World
 from internevo.train.check import check
 from internevo.train.config import load_config
@@ -60,3 +62,21 @@ def test_a_step_leaves_no_tensor_in_a_reference_cycle(pool: Pool, tmp_path: Path
     """Its memory would be kept until the next collection, many steps later."""
     path = write_config(tmp_path, write_dataset(tmp_path / "data"), **KINDS[kind])
     assert pool.run(tensors_in_cycles, 2, path) == [[], []]
+
+
+def meshes_after(path: Path) -> int:
+    """Trains, and returns how many meshes there still are. Each has its process groups, and each of those two threads."""
+    train(path, [], None, launcher="torch")
+    while gc.collect():  # freeing an object may make another one free
+        pass
+    return sum(isinstance(found, DeviceMesh) for found in gc.get_objects())
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_a_run_leaves_no_process_groups(pool: Pool, tmp_path: Path, fsdp: bool) -> None:
+    changes: dict[str, Any] = {
+        "model_type": "INTERNLM2", "model__tie_word_embeddings": fsdp, "model__vocab_size": 98, "data__total_steps": 2,
+        "parallel__tensor": {"size": 2, "mode": "mtp"}, "parallel__zero1": {"size": -1, "fsdp": fsdp},
+    }  # fmt: skip
+    path = write_config(tmp_path, write_dataset(tmp_path / "data"), **changes)
+    assert pool.run_alone(meshes_after, 4, path) == [0] * 4

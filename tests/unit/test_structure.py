@@ -27,6 +27,7 @@ SUBROOMS = {
 }  # fmt: skip
 PRIVATE = {
     "parallel/collectives.py": "functional collectives",
+    "parallel/caches.py": "the caches of DTensor",
     "parallel/gloo.py": "gloo",
     "parallel/pretended.py": "fake process groups",
     "parallel/accumulated.py": "gradients that fully_shard adds up",

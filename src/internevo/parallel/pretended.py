@@ -27,6 +27,7 @@ from ..ops.dispatch import (
     tree_leaves,
     unset_fake_temporarily,
 )
+from .caches import forget_layouts
 from .world import World
 
 CPU = torch.device("cpu")
@@ -43,6 +44,7 @@ def pretend(rank: int, size: int) -> Iterator[World]:
         yield World(rank, size, 0, torch.device("cpu"), store)
     finally:
         dist.destroy_process_group()
+        forget_layouts()
 
 
 class NoMemory:

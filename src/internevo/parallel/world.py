@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from ..errors import InternEvoError, UsageError
 from . import gloo
+from .caches import forget_layouts
 from .launcher import LauncherInfo, launcher_has_store, read_launcher
 
 TIMEOUT = timedelta(minutes=30)
@@ -78,9 +79,14 @@ def join(info: LauncherInfo | None = None, timeout: timedelta = TIMEOUT) -> Iter
         yield World(info.rank, info.size, info.local_rank, device, store)
     except Exception:
         if info.size == 1:
-            dist.destroy_process_group()
+            _leave()
         raise
+    _leave()
+
+
+def _leave() -> None:
     dist.destroy_process_group()
+    forget_layouts()
 
 
 def _store(info: LauncherInfo) -> dist.Store:
