@@ -92,6 +92,11 @@ def qwen3(draw: st.DrawFn) -> Any:
 
 
 @st.composite
+def mistral(draw: st.DrawFn) -> Any:
+    return tf.MistralConfig(**draw(common()), sliding_window=draw(st.sampled_from([None, 5])))
+
+
+@st.composite
 def mixtral(draw: st.DrawFn) -> Any:
     moe = draw(sparse())
     return tf.MixtralConfig(
@@ -204,7 +209,7 @@ CONFIGS = {
     "LLAMA2": llama(), "INTERNLM3": internlm3(), "QWEN2": qwen2(), "GEMMA": gemma(), "QWEN3": qwen3(),
     "MIXTRALMOE": mixtral(), "QWEN2MOE": qwen2moe(), "QWEN3MOE": qwen3moe(), "PHI3": phi3(), "GLM": glm(tf.GlmConfig),
     "GLM4": glm(tf.Glm4Config), "GEMMA2": gemma2(), "GEMMA3": gemma3(),
-    "DEEPSEEKV2": deepseek(2), "DEEPSEEKV3": deepseek(3),
+    "DEEPSEEKV2": deepseek(2), "DEEPSEEKV3": deepseek(3), "MISTRAL": mistral(),
 }  # fmt: skip
 
 

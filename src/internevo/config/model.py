@@ -208,7 +208,7 @@ class Model(Section):
     use_sliding_window: bool = option(
         False,
         "Tokens attend only to the last sliding_window tokens (QWEN2, QWEN2MOE, QWEN3, QWEN3MOE, MIXTRALMOE, "
-        "PHI3); GEMMA2: every second layer does (left out: 4096 tokens); GEMMA3: five layers of six do (left out: 512).",
+        "MISTRAL, PHI3); GEMMA2: every second layer does (left out: 4096); GEMMA3: five layers of six do (left out: 512).",
     )
     sliding_window: int | None = option(
         None,

@@ -82,6 +82,19 @@ def problems(model: Model, family: str, allowed: Allowed | None = None) -> Itera
     yield from _rope(model)
 
 
+def no_attention_biases(model: Model, family: str) -> Iterator[str]:
+    """Yields options that give attention biases, for families that have none there."""
+    for key, value in (("no_bias", False), ("qkv_bias", True), ("o_bias", True)):
+        if getattr(model, key) is value:
+            yield f"model.{key} = {value} is not supported by model_type = {family!r}, whose attention has no biases"
+
+
+def is_own(hf: dict[str, Any], model_type: str) -> bool:
+    """Whether a Hugging Face config is of the family's own ``model_type``. One of another model, which is read under the
+    family's name (``--family``), does not have the family's defaults."""
+    return bool(hf.get("model_type", model_type) == model_type)
+
+
 def _rope(model: Model) -> Iterator[str]:
     """Yields options of the rotary embedding that have no effect because of others."""
     dynamic = model.use_dynamic_ntk_rope or model.rope_type == "dynamic_ntk"

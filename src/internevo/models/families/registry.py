@@ -28,6 +28,7 @@ from . import (
     internlm2,
     internlm3,
     llama,
+    mistral,
     mixtral,
     phi3,
     qwen2,
@@ -55,6 +56,7 @@ MODULES = (
     gemma3,
     deepseek2,
     deepseek3,
+    mistral,
 )
 FAMILIES: dict[str, ModuleType] = {module.FAMILY: module for module in MODULES}
 

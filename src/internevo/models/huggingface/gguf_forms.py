@@ -52,6 +52,7 @@ FORMS = {
     "INTERNLM2": Form("internlm2", neighbours=True, square=True),
     "INTERNLM3": LLAMA,
     "BAICHUAN2": Form("baichuan", neighbours=True, square=True, tied=False),
+    "MISTRAL": replace(LLAMA, biases=()),
     "MIXTRALMOE": replace(LLAMA, biases=(), normalize=True),
     "QWEN2": Form("qwen2", square=True, biases=("qkv",)),
     "QWEN3": Form("qwen3"),

@@ -64,6 +64,19 @@ def test_another_model_under_the_name_of_a_family_is_computed_right_or_refused(
     assert loaded if not message else any(re.search(message, line) for line in refusals)
 
 
+def test_another_model_under_the_name_of_mistral_does_not_get_its_default_window() -> None:
+    shape = {key: value for key, value in SHAPE.items() if not key.endswith("_id")}
+    for kind, window in (("mistral", 4096), ("llama", 0)):
+        assert {decoder_from_hf({**shape, "model_type": kind}, "", "MISTRAL").window(layer) for layer in range(4)} == {window}
+
+
+def test_mistral_has_a_window_in_every_layer_or_in_none() -> None:
+    mixed = {**SHAPE, "sliding_window": 3, "layer_types": ["full_attention", "sliding_attention"] * 2}
+    with pytest.raises(UsageError, match="layer_types has layers without a window, and in MISTRAL all have one"):
+        decoder_from_hf(mixed, "", "MISTRAL")
+    assert decoder_from_hf({**mixed, "use_sliding_window": False}, "", "MISTRAL").windows == ()
+
+
 WRONG = {"use_sliding_window": True, "is_causal": False, "no_rope_layers": [1, 0], "quantization_config": {"bits": 4}}
 
 

@@ -291,6 +291,7 @@ def test_what_llama_cpp_does_not_have_is_refused_by_name(tmp_path: Path) -> None
         ("BAICHUAN2", {"rope": None}, "it has 32 layers, and llama.cpp uses ALiBi only in models of 40"),
         ("BAICHUAN2", {"tie_embeddings": True}, "its head is tied"),
         ("PHI3", {"windows": (0, 5)}, "its sliding windows"),
+        ("MISTRAL", {"windows": (5, 5)}, "its sliding windows"),
         ("DEEPSEEKV3", {"num_layers": 27}, "27 layers, by which llama.cpp takes it for a model without q_lora_rank"),
         ("DEEPSEEKV3", {"norm_eps": 1e-5}, "the norms of its latents"),
         ("DEEPSEEKV3", {"qkv_bias": True}, "it has qkv biases"),

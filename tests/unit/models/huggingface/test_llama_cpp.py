@@ -45,6 +45,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "InternLM3": ("INTERNLM3", MORE["INTERNLM3"]),
     "Baichuan2, rotary": ("BAICHUAN2", {"num_layers": 32, "num_kv_attention_heads": 4}),
     "Baichuan2, ALiBi": ("BAICHUAN2", {"num_layers": 40, "hidden_size": 80, "use_alibi": True, **FIVE_HEADS}),
+    "Mistral": ("MISTRAL", {"head_dim": 32}),
     "Mixtral": ("MIXTRALMOE", MORE["MIXTRALMOE"]),
     "Qwen2": ("QWEN2", {}),
     "Qwen3, YaRN": ("QWEN3", {"rope_scaling": YARN, "head_dim": 32}),
