@@ -25,7 +25,7 @@ from .rotary import rotate
 
 
 class Context(NamedTuple):
-    """What all layers with the same rotary embedding share in one forward pass."""
+    """What all layers with the same rotary embedding, or without one, share in one forward pass."""
 
     cos: Tensor | None
     """cos of the angles of the rotary embedding [B, S, 1, R/2]; R elements of a head rotate. None: no rotary embedding."""
@@ -195,7 +195,7 @@ class Attention(nn.Module):
         self.o = Linear("embed", d, "heads", heads, bias=config.o_bias)
         norm = partial(RMSNorm, config.head_dim, config.norm_eps, config.norm_unit_offset, axis="head")
         self.q_norm, self.k_norm = (norm() if config.qk_norm else None for _ in "qk")
-        self.rotates = config.rope is not None
+        self.rotates = config.rotary(layer) != "none"
         self.interleaved = config.rope is not None and config.rope.interleaved
         self.project, self.finish, self.split_heads, self.join_heads = project, finish, split_heads, join_heads
         self.own_heads = own_heads

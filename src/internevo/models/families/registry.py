@@ -35,6 +35,7 @@ from . import (
     qwen2moe,
     qwen3,
     qwen3moe,
+    smollm3,
 )
 
 MODULES = (
@@ -57,6 +58,7 @@ MODULES = (
     deepseek2,
     deepseek3,
     mistral,
+    smollm3,
 )
 FAMILIES: dict[str, ModuleType] = {module.FAMILY: module for module in MODULES}
 
