@@ -24,9 +24,11 @@ from transformers import (
 from internevo import load_model, save_hf
 from internevo.checkpoint import Checkpoint
 from internevo.commands.convert import convert
+from internevo.config.model import Model
 from internevo.errors import UsageError
+from internevo.models.families.registry import decoder_config
 from internevo.models.huggingface.folder import HfFolder, write_hf
-from tests.conftest import Run, WriteConfig, metrics
+from tests.conftest import Run, WriteConfig, metrics, random_model
 from tests.families import CONFIGS, pair
 from tests.references import REFERENCES, random_folder
 
@@ -186,6 +188,18 @@ def test_an_internlm2_model_is_written_as_llama_for_transformers(tmp_path: Path,
     assert "GemmaForCausalLM cannot describe this model: its tie_embeddings is False" in done.stderr.replace("\n", " ") or (
         "GemmaForCausalLM cannot describe this model" in done.stderr
     )
+
+
+@pytest.mark.parametrize("family", ["SMOLLM3", "PHI3", "GLM"])
+def test_transformers_does_not_pad_with_an_id_outside_of_the_vocabulary(tmp_path: Path, family: str) -> None:
+    """Its default in these families is that of the published models."""
+    shape = {"num_layers": 1, "hidden_size": 32, "vocab_size": 97, "num_attention_heads": 4}
+    model = random_model(decoder_config(family, Model(**shape)))  # type: ignore[arg-type]
+    save_hf(model, tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert theirs.config.pad_token_id is None
+    tokens = torch.randint(0, 97, (1, 9))
+    assert (model(tokens) - theirs(tokens).logits).abs().max() < 1e-5
 
 
 def test_mistral_without_a_window_is_read_and_written_as_llama(tmp_path: Path) -> None:
