@@ -111,6 +111,13 @@ def smollm3(draw: st.DrawFn) -> Any:
 
 
 @st.composite
+def granite(draw: st.DrawFn) -> Any:
+    numbers = {"embedding_multiplier": 7.0, "attention_multiplier": 0.4, "residual_multiplier": 0.3, "logits_scaling": 3.0}
+    drawn: dict[str, Any] = {name: draw(st.sampled_from([1.0, value])) for name, value in numbers.items()}
+    return tf.GraniteConfig(**draw(common()), **drawn, attention_bias=draw(st.booleans()), mlp_bias=draw(st.booleans()))
+
+
+@st.composite
 def mixtral(draw: st.DrawFn) -> Any:
     moe = draw(sparse())
     return tf.MixtralConfig(
@@ -224,7 +231,7 @@ CONFIGS = {
     "MIXTRALMOE": mixtral(), "QWEN2MOE": qwen2moe(), "QWEN3MOE": qwen3moe(), "PHI3": phi3(), "GLM": glm(tf.GlmConfig),
     "GLM4": glm(tf.Glm4Config), "GEMMA2": gemma2(), "GEMMA3": gemma3(),
     "DEEPSEEKV2": deepseek(2), "DEEPSEEKV3": deepseek(3), "MISTRAL": mistral(),
-    "SMOLLM3": smollm3(),
+    "SMOLLM3": smollm3(), "GRANITE": granite(),
 }  # fmt: skip
 
 

@@ -53,6 +53,7 @@ CASES = {
     "gemma 3, fsp 2": layout(2, "fsp", 2, **GEMMA3),
     "gemma 3, isp 2 x 2, half recomputed": layout(2, "isp", 2, 2, **GEMMA3, model__checkpoint=0.5),
     "smollm 3, isp 2, attention recomputed": layout(2, "isp", 2, **SMOLLM3, model__checkpoint="attention"),
+    "granite, mtp 2": layout(2, "mtp", 2, model_type="GRANITE", model__residual_multiplier=0.3, model__logits_scaling=3.0),
     "gemma 2, mtp 2": layout(2, "mtp", 2, model_type="GEMMA2"),
     "deepseek 2, mtp 2": layout(2, "mtp", 2, **DEEPSEEK_MEMORY[2]),
     "deepseek 3, msp 2": layout(2, "msp", 2, **DEEPSEEK_MEMORY[3]),

@@ -20,6 +20,7 @@ PUBLISHED = {
     "2B_gemma2": 2_614_341_888, "7B_qwen2_5": 7_615_616_512, "7B_internlm2_5": 7_737_708_544,
     "8B_llama3_1": 8_030_261_248, "1B_llama3_2": 1_235_814_400,
     "7B_mistral": 7_241_732_096, "12B_mistral_nemo": 12_247_782_400, "3B_smollm3": 3_075_098_624,
+    "8B_granite3": 8_170_835_968,
     "16B_deepseek2_lite": 15_706_484_224, "671B_deepseek3": 671_026_404_352,
 }  # fmt: skip
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if not path.stem.startswith("demo"))

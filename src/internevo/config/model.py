@@ -137,6 +137,16 @@ class Model(Section):
         ge=1,
         le=MAX_SIZE,
     )
+    embedding_multiplier: float = option(1.0, "Embeddings are multiplied by this (GRANITE).", gt=0)
+    attention_multiplier: float | None = option(
+        None, "The scores of attention are multiplied by this (GRANITE). None: 1 / sqrt(size of a head).", gt=0
+    )
+    residual_multiplier: float = option(
+        1.0,
+        "What attention and the MLP add to the residual stream is multiplied by this (GRANITE).",
+        gt=0,
+    )
+    logits_scaling: float = option(1.0, "Logits are divided by this (GRANITE).", gt=0)
     query_pre_attn_scalar: int | None = option(
         None,
         "n in the scores of attention, q k / sqrt(n) (GEMMA2, GEMMA3). None: the size of a head.",

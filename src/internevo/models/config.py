@@ -179,12 +179,20 @@ class DecoderConfig:
     """The outputs of attention and of the MLP go through a norm before they are added to the residual stream."""
     scale_embedding: bool = False
     """Embeddings are multiplied by sqrt(hidden_size)."""
+    embedding_multiplier: float = 1.0
+    """Embeddings are multiplied by this, too."""
+    residual_multiplier: float = 1.0
+    """The outputs of attention and of the MLP are multiplied by this before they are added to the residual stream."""
     query_scale: float = 1.0
     """Queries are multiplied by this, besides 1 / sqrt(head_dim)."""
+    attention_multiplier: float | None = None
+    """Scores of attention are multiplied by this, and not by ``query_scale`` / sqrt(head_dim)."""
     attention_softcap: float = 0.0
     """c > 0: scores s of attention become c * tanh(s / c). 0: they stay as they are."""
     logit_softcap: float = 0.0
     """The same for the logits of the head."""
+    logits_scaling: float = 1.0
+    """Logits are divided by this."""
     norm_head: bool = False
     """Each row of the head's weight is divided by its L2 norm."""
     windows: tuple[int, ...] = ()
@@ -220,6 +228,12 @@ class DecoderConfig:
                 "latent": latent and Latent(**latent),
             }
         )
+
+    @property
+    def score_multiplier(self) -> float:
+        """By what the scores of attention are multiplied."""
+        given = self.attention_multiplier
+        return self.query_scale / math.sqrt(self.head_dim) if given is None else given
 
     @property
     def query_scalar(self) -> int:

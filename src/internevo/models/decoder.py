@@ -41,7 +41,7 @@ class Decoder(nn.Module):
         self.head: Head | None = None
         if stage.embeds or (stage.heads and config.tie_embeddings):
             scale = math.sqrt(size) if config.scale_embedding else 1.0
-            self.embed = Embedding(vocab, size, scale, embed_grad_scale)
+            self.embed = Embedding(vocab, size, scale * config.embedding_multiplier, embed_grad_scale)
         self.layers = nn.ModuleDict({str(number): DecoderLayer(config, number) for number in stage.layers})
         if stage.heads:
             self.norm = RMSNorm(size, config.norm_eps, config.norm_unit_offset)
@@ -128,7 +128,10 @@ class Decoder(nn.Module):
         routed = Routed(sums, losses)
         if self.norm is None or self.head is None:
             return HandedOn(x_BSD, pooled, routed)
-        out = self.head(self.norm(x_BSD[:, -1:] if last_only else x_BSD), labels, terms.smoothing)
+        x_BSD = self.norm(x_BSD[:, -1:] if last_only else x_BSD)
+        if self.config.logits_scaling != 1.0:  # here, and not in each form of the head and its loss
+            x_BSD = x_BSD / self.config.logits_scaling
+        out = self.head(x_BSD, labels, terms.smoothing)
         if labels is None:
             return out
         cross_entropy, losses = out

@@ -23,6 +23,7 @@ from . import (
     gemma3,
     glm,
     glm4,
+    granite,
     hf_values,
     internlm,
     internlm2,
@@ -59,6 +60,7 @@ MODULES = (
     deepseek3,
     mistral,
     smollm3,
+    granite,
 )
 FAMILIES: dict[str, ModuleType] = {module.FAMILY: module for module in MODULES}
 

@@ -56,6 +56,7 @@ FORMS = {
     "BAICHUAN2": Form("baichuan", neighbours=True, square=True, tied=False),
     "MISTRAL": replace(LLAMA, biases=()),
     "SMOLLM3": Form("smollm3", neighbours=True, no_rope=4),
+    "GRANITE": Form("granite", neighbours=True),
     "MIXTRALMOE": replace(LLAMA, biases=(), normalize=True),
     "QWEN2": Form("qwen2", square=True, biases=("qkv",)),
     "QWEN3": Form("qwen3"),

@@ -15,6 +15,7 @@ from internevo.models.config import Rope
 from internevo.models.decoder import Decoder
 from internevo.models.families import choices, hf_values
 from internevo.models.families.registry import FAMILIES, decoder_config, decoder_from_hf
+from internevo.models.huggingface.folder import as_family
 from internevo.models.source import load_parameters
 
 from .test_options import BASE
@@ -91,6 +92,16 @@ def test_a_llama_under_the_name_of_smollm3_rotates_in_every_layer() -> None:
 def test_smollm3_refuses_what_it_cannot_mean(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         decoder_from_hf({**SHAPE, "model_type": "smollm3", **values}, "", "SMOLLM3")
+
+
+def test_a_granite_whose_multipliers_change_nothing_is_a_llama() -> None:
+    plain = Model(**BASE["GRANITE"])  # with heads of 16
+    wanted = decoder_config("LLAMA2", plain)
+    for section in (plain, Model(**BASE["GRANITE"], attention_multiplier=0.25)):
+        assert as_family(decoder_config("GRANITE", section), "LLAMA2") == wanted
+    assert as_family(wanted, "GRANITE") == decoder_config("GRANITE", plain)
+    with pytest.raises(UsageError, match=r"its residual_multiplier is 0.5, and in the folder it would be 1.0"):
+        as_family(decoder_config("GRANITE", Model(**BASE["GRANITE"], residual_multiplier=0.5)), "LLAMA2")
 
 
 def test_mistral_has_a_window_in_every_layer_or_in_none() -> None:

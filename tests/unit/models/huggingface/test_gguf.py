@@ -50,6 +50,7 @@ MORE: dict[str, dict[str, Any]] = {
     "QWEN3MOE": MOE, "QWEN2MOE": {**MOE, "num_shared_experts": 1}, "GEMMA3": {"num_layers": 6},
     "INTERNLM": {"num_kv_attention_heads": 4}, "INTERNLM3": {"head_dim": 32, "no_bias": False, "mlp_bias": True},
     "BAICHUAN2": {"num_layers": 32, "num_kv_attention_heads": 4}, "SMOLLM3": {"num_layers": 5, "no_rope_layer_interval": 4},
+    "GRANITE": {"embedding_multiplier": 7.0, "attention_multiplier": 0.4, "residual_multiplier": 0.3, "logits_scaling": 3.0},
     "PHI3": {"rope_scaling": LONG, "sliding_window": 50, "use_sliding_window": True},
     "DEEPSEEKV2": LATENT, "DEEPSEEKV3": {**LATENT, "q_lora_rank": 24, "n_group": 2, "routed_scaling_factor": 2.5},
 }  # fmt: skip
@@ -127,7 +128,7 @@ def expected(folder: Path, arch: str) -> dict[str, torch.Tensor]:
     table, out = gguf.get_tensor_name_map(model, hf["num_hidden_layers"]), dict[str, torch.Tensor]()
     for name, value in found.items():
         linear = name.split(".")[-2]
-        if arch in ("llama", "internlm2", "baichuan", "smollm3") and linear in counts:
+        if arch in ("llama", "internlm2", "baichuan", "smollm3", "granite") and linear in counts:
             value = permuted(value, counts[linear])
         if arch.startswith("gemma") and name.endswith("norm.weight"):
             value = value + 1
@@ -190,6 +191,7 @@ VALUES: dict[str, dict[str, Any]] = {
         "attention.sliding_window": 50, "rope.dimension_count": 8, "rope.scaling.original_context_length": 64,
         "rope.scaling.attn_factor": math.sqrt(1 + math.log(2048 / 64) / math.log(64)),
     },
+    "GRANITE": {"embedding_scale": 7.0, "attention.scale": 0.4, "residual_scale": 0.3, "logit_scale": 3.0},
     "GLM": {"rope.dimension_count": 8}, "GLM4": {"rope.dimension_count": 8}, "INTERNLM3": {"rope.dimension_count": 32},
     "DEEPSEEKV2": {
         "attention.head_count_kv": 1, "attention.key_length": 24, "attention.key_length_mla": 32, "expert_gating_func": 1,

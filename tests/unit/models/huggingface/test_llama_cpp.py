@@ -49,6 +49,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "SmolLM3": ("SMOLLM3", {"num_layers": 9, "no_rope_layer_interval": 4}),
     "SmolLM3, other heads": ("SMOLLM3", {**MORE["SMOLLM3"], "head_dim": 32, "tie_word_embeddings": False}),
     "SmolLM3, YaRN": ("SMOLLM3", {**MORE["SMOLLM3"], "rope_scaling": YARN}),
+    "Granite": ("GRANITE", MORE["GRANITE"]),
+    "Granite, no multipliers, other heads": ("GRANITE", {"head_dim": 32, "tie_word_embeddings": True}),
     "Mixtral": ("MIXTRALMOE", MORE["MIXTRALMOE"]),
     "Qwen2": ("QWEN2", {}),
     "Qwen3, YaRN": ("QWEN3", {"rope_scaling": YARN, "head_dim": 32}),
