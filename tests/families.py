@@ -92,6 +92,32 @@ def qwen3(draw: st.DrawFn) -> Any:
 
 
 @st.composite
+def mistral(draw: st.DrawFn) -> Any:
+    return tf.MistralConfig(**draw(common()), sliding_window=draw(st.sampled_from([None, 5])))
+
+
+@st.composite
+def smollm3(draw: st.DrawFn) -> Any:
+    shape = draw(common())
+    layers = shape["num_hidden_layers"]
+    rotate = st.lists(st.integers(0, 1), min_size=layers, max_size=layers)
+    kinds = st.lists(st.sampled_from(["full_attention", "sliding_attention"]), min_size=layers, max_size=layers)
+    used = draw(st.booleans())
+    return tf.SmolLM3Config(
+        **shape, no_rope_layers=draw(st.none() | rotate), no_rope_layer_interval=draw(st.integers(1, 4)),
+        use_sliding_window=used, sliding_window=5, layer_types=draw(st.none() | kinds) if used else None,
+        attention_bias=draw(st.booleans()), mlp_bias=draw(st.booleans()), pad_token_id=None, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+
+
+@st.composite
+def granite(draw: st.DrawFn) -> Any:
+    numbers = {"embedding_multiplier": 7.0, "attention_multiplier": 0.4, "residual_multiplier": 0.3, "logits_scaling": 3.0}
+    drawn: dict[str, Any] = {name: draw(st.sampled_from([1.0, value])) for name, value in numbers.items()}
+    return tf.GraniteConfig(**draw(common()), **drawn, attention_bias=draw(st.booleans()), mlp_bias=draw(st.booleans()))
+
+
+@st.composite
 def mixtral(draw: st.DrawFn) -> Any:
     moe = draw(sparse())
     return tf.MixtralConfig(
@@ -204,7 +230,8 @@ CONFIGS = {
     "LLAMA2": llama(), "INTERNLM3": internlm3(), "QWEN2": qwen2(), "GEMMA": gemma(), "QWEN3": qwen3(),
     "MIXTRALMOE": mixtral(), "QWEN2MOE": qwen2moe(), "QWEN3MOE": qwen3moe(), "PHI3": phi3(), "GLM": glm(tf.GlmConfig),
     "GLM4": glm(tf.Glm4Config), "GEMMA2": gemma2(), "GEMMA3": gemma3(),
-    "DEEPSEEKV2": deepseek(2), "DEEPSEEKV3": deepseek(3),
+    "DEEPSEEKV2": deepseek(2), "DEEPSEEKV3": deepseek(3), "MISTRAL": mistral(),
+    "SMOLLM3": smollm3(), "GRANITE": granite(),
 }  # fmt: skip
 
 

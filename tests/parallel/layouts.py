@@ -113,6 +113,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 1.0, "mscale_all_dim": 1.0,
         },
     },
+    "smollm 3": {
+        "model_type": "SMOLLM3", "model__num_layers": 4, "model__no_rope_layer_interval": 2, "model__use_sliding_window": True,
+        "model__sliding_window": 9,
+    },
+    "granite": {
+        "model_type": "GRANITE", "model__embedding_multiplier": 7.0, "model__attention_multiplier": 0.4,
+        "model__residual_multiplier": 0.3, "model__logits_scaling": 3.0,
+    },
     "glm 4": {"model_type": "GLM4", "model__head_dim": 16},
     "phi 3, long": {
         "model_type": "PHI3",

@@ -21,6 +21,7 @@ PARTS = ("masters", "moments", "state", "activations")
 GEMMA3: dict[str, Any] = {
     "model_type": "GEMMA3", "model__use_sliding_window": True, "model__sliding_window": 9, "model__num_layers": 6,
 }  # fmt: skip
+SMOLLM3: dict[str, Any] = {"model_type": "SMOLLM3", "model__no_rope_layer_interval": 2}
 DEEPSEEK_MEMORY: dict[int, dict[str, Any]] = {
     version: {
         **DEEPSEEK, "model_type": f"DEEPSEEKV{version}", "model__num_layers": 3, "model__kv_lora_rank": 64, "model__top_k": 2,
@@ -51,6 +52,8 @@ CASES = {
     "qwen3, isp": layout(2, "isp", 2, model_type="QWEN3"),
     "gemma 3, fsp 2": layout(2, "fsp", 2, **GEMMA3),
     "gemma 3, isp 2 x 2, half recomputed": layout(2, "isp", 2, 2, **GEMMA3, model__checkpoint=0.5),
+    "smollm 3, isp 2, attention recomputed": layout(2, "isp", 2, **SMOLLM3, model__checkpoint="attention"),
+    "granite, mtp 2": layout(2, "mtp", 2, model_type="GRANITE", model__residual_multiplier=0.3, model__logits_scaling=3.0),
     "gemma 2, mtp 2": layout(2, "mtp", 2, model_type="GEMMA2"),
     "deepseek 2, mtp 2": layout(2, "mtp", 2, **DEEPSEEK_MEMORY[2]),
     "deepseek 3, msp 2": layout(2, "msp", 2, **DEEPSEEK_MEMORY[3]),
@@ -137,6 +140,8 @@ PIPELINES = {
     "1F1B 2, experts over 2 ranks": pipelined(
         4, 2, layers=3, **EXPERTS, model__moe_type="Dropless", parallel__expert={"size": 2}
     ),
+    "1F1B 2, one stage without a rotary embedding": pipelined(2, 2, layers=2, **SMOLLM3),
+    "1F1B 2, one stage without a rotary embedding, recomputed": pipelined(2, 2, layers=2, **SMOLLM3, **RECOMPUTED),
     "ZBH1 4": scheduled("ZBH1", pipelined(4, 4)),
     "ZBH1 2, zero 2, bf16": scheduled("ZBH1", pipelined(4, 2, **BF16)),
     "ZBH1 3, bf16, recomputed": scheduled("ZBH1", pipelined(3, 3, **RECOMPUTED, **BF16)),

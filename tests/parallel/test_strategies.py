@@ -53,6 +53,15 @@ OF_FAMILIES: dict[str, tuple[str, Case]] = {
     ),
     "glm 4, fsp 2, attention recomputed": ("glm 4", layout(2, "fsp", 2, model__checkpoint="attention")),
     "glm 4, mtp 2": ("glm 4", layout(2, "mtp", 2)),
+    "smollm 3, mtp 2, recomputed": ("smollm 3", layout(2, "mtp", 2, model__checkpoint=True)),
+    "smollm 3, msp 2, attention recomputed": ("smollm 3", layout(2, "msp", 2, model__checkpoint="attention")),
+    "smollm 3, isp 2 x 2, half recomputed": ("smollm 3", layout(4, "isp", 2, 2, model__checkpoint=0.5)),
+    "smollm 3, pipeline of 2, fsp 2": ("smollm 3", pipelined(4, 2, layers=4, mode="fsp", tensor=2)),
+    "smollm 3, pipeline of 4, ZBH1": ("smollm 3", scheduled("ZBH1", pipelined(4, 4, layers=4))),
+    "granite, mtp 2": ("granite", layout(2, "mtp", 2)),
+    "granite, msp 2, fsdp": ("granite", layout(4, "msp", 2, fsdp=True)),
+    "granite, isp 2 x 2, recomputed": ("granite", layout(4, "isp", 2, 2, model__checkpoint=True)),
+    "granite, fsp 2, pipeline of 2": ("granite", pipelined(4, 2, layers=2, mode="fsp", tensor=2)),
     "phi 3, isp 4": ("phi 3, long", layout(4, "isp", 4)),
 }
 

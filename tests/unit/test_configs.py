@@ -19,6 +19,8 @@ PUBLISHED = {
     "4B_phi3": 3_821_079_552, "14B_phi4": 14_659_507_200, "9B_glm4": 9_399_951_360, "1B_gemma3": 999_885_952,
     "2B_gemma2": 2_614_341_888, "7B_qwen2_5": 7_615_616_512, "7B_internlm2_5": 7_737_708_544,
     "8B_llama3_1": 8_030_261_248, "1B_llama3_2": 1_235_814_400,
+    "7B_mistral": 7_241_732_096, "12B_mistral_nemo": 12_247_782_400, "3B_smollm3": 3_075_098_624,
+    "8B_granite3": 8_170_835_968,
     "16B_deepseek2_lite": 15_706_484_224, "671B_deepseek3": 671_026_404_352,
 }  # fmt: skip
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if not path.stem.startswith("demo"))

@@ -7,66 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from .option import MAX_EXPERTS, MAX_SIZE, REQUIRED, PathText, Section, dtype_name, listed, option
+from .experts import MoeLayerKwargs
+from .option import KERNELS, MAX_EXPERTS, MAX_SIZE, REQUIRED, PathText, Section, dtype_name, listed, option
 
-KERNELS = "the fastest kernel for the device is chosen in one place (internevo/ops)"
 ROTARY = "rotary pairs are always half-split, as in Hugging Face's models; weights are reordered when they are converted"
-
-
-class MoeLayerKwargs(Section):
-    """Options of a layer with experts."""
-
-    capacity_factor: float | None = option(
-        None,
-        "Capacity of an expert in training: the maximum number of tokens that it takes, divided by the number that it would "
-        "take if all experts took the same. None: 1.0 for GShard.",
-        gt=0,
-        needs="model.num_experts",
-    )
-    eval_capacity_factor: float | None = option(
-        None, "The same as capacity_factor, in evaluation and generation.", gt=0, needs="model.num_experts"
-    )
-    min_capacity: int = option(
-        4, "Smallest capacity of an expert.", unit="tokens", ge=0, le=MAX_SIZE, needs="model.num_experts"
-    )
-    drop_tokens: bool = option(
-        True, "Drop tokens beyond an expert's capacity. False: with GShard, no token is dropped.", needs="model.num_experts"
-    )
-    drop_policy: Literal["position", "probs"] = option(
-        "position",
-        "Which tokens a full expert drops. position: the last in the batch. probs: those with the smallest probability.",
-        needs="model.num_experts",
-    )
-    bias_update_speed: float | None = option(
-        None,
-        "Balancing without a loss (https://arxiv.org/abs/2408.15664): each router has a bias per expert, which is added to the "
-        "probabilities for the choice of experts only. After each step it moves by this much, up if the expert had less than "
-        "the mean load, else down. The paper has 0.001. 0: the biases of a checkpoint stay as they are. None: there are none.",
-        ge=0,
-        le=1,
-        needs="model.num_experts",
-    )
-    noisy_gate_policy: Literal["Jitter", "RSample"] | None = option(
-        None, "Kind of noise in the router.", not_available="noisy routers"
-    )
-    drop_and_pad: bool = option(
-        False, "Pad the tokens of every expert to its capacity.", ignored="experts take different numbers of tokens"
-    )
-    use_rts: bool = option(True, "Drop random tokens.", ignored="drop_policy decides, so that results do not depend on chance")
-    use_fused_gating: bool = option(True, "Use a fused router.", ignored=KERNELS)
-    use_grouped_mlp: bool = option(True, "Use grouped matrix products.", ignored=KERNELS)
-    enable_fused_permute: bool = option(False, "Use a fused permutation of tokens.", ignored=KERNELS)
-    deterministic_mode: bool = option(
-        False, "Use deterministic kernels.", ignored="tokens are always gathered without atomic additions"
-    )
-    parallel_mode: Literal["tensor", "weight"] | None = option(
-        None, "InternEvo's axis over which MegaBlocks sharded experts.", ignored="experts are not sharded over that axis"
-    )
-    token_dispatch_policy: str = option(
-        "alltoall", "How tokens are sent to experts on other ranks.", ignored="an all-to-all is used"
-    )
-
-
 LINEARS = {
     "wqkv": ("q", "k", "v"), "wq": ("q",), "wk": ("k",), "wv": ("v",), "wo": ("o",),
     "w1": ("gate",), "w3": ("up",), "w2": ("down",),
@@ -165,7 +109,7 @@ class Model(Section):
     )
     mlp_bias: bool = option(False, "The MLP has biases, in families that support them.")
     tie_word_embeddings: bool | None = option(
-        None, "The head uses the embedding's weight. None: False, but True for GEMMA, GEMMA2 and GEMMA3."
+        None, "The head uses the embedding's weight. None: False, but True for GEMMA, GEMMA2, GEMMA3 and SMOLLM3."
     )
     rope_base: float = option(10000.0, "Base of the rotary embedding.", gt=0)
     rope_scaling: dict[str, Any] | None = option(
@@ -193,6 +137,16 @@ class Model(Section):
         ge=1,
         le=MAX_SIZE,
     )
+    embedding_multiplier: float = option(1.0, "Embeddings are multiplied by this (GRANITE).", gt=0)
+    attention_multiplier: float | None = option(
+        None, "The scores of attention are multiplied by this (GRANITE). None: 1 / sqrt(size of a head).", gt=0
+    )
+    residual_multiplier: float = option(
+        1.0,
+        "What attention and the MLP add to the residual stream is multiplied by this (GRANITE).",
+        gt=0,
+    )
+    logits_scaling: float = option(1.0, "Logits are divided by this (GRANITE).", gt=0)
     query_pre_attn_scalar: int | None = option(
         None,
         "n in the scores of attention, q k / sqrt(n) (GEMMA2, GEMMA3). None: the size of a head.",
@@ -208,7 +162,8 @@ class Model(Section):
     use_sliding_window: bool = option(
         False,
         "Tokens attend only to the last sliding_window tokens (QWEN2, QWEN2MOE, QWEN3, QWEN3MOE, MIXTRALMOE, "
-        "PHI3); GEMMA2: every second layer does (left out: 4096 tokens); GEMMA3: five layers of six do (left out: 512).",
+        "MISTRAL, PHI3); GEMMA2: every second layer does (left out: 4096); GEMMA3: five layers of six do (left out: 512); "
+        "SMOLLM3: layers without a rotary embedding do.",
     )
     sliding_window: int | None = option(
         None,
@@ -228,6 +183,14 @@ class Model(Section):
         "Number of layers, beginning with the first, that use full attention in spite of use_sliding_window.",
         ge=0,
         needs="model.use_sliding_window",
+    )
+    no_rope_layers: tuple[Annotated[int, Field(ge=0, le=1)], ...] | None = option(
+        None,
+        "For each layer, 1: queries and keys rotate; 0: it has no rotary embedding (SMOLLM3), as in Hugging Face's config. It "
+        "replaces no_rope_layer_interval.",
+    )
+    no_rope_layer_interval: int | None = option(
+        None, "N: every N-th layer has no rotary embedding (SMOLLM3; 4 in SmolLM3-3B). None: all have one.", ge=1, le=MAX_SIZE
     )
     use_alibi: bool = option(
         False, "Use attention with linear biases (ALiBi) in place of the rotary embedding (BAICHUAN2, 13B)."

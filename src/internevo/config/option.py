@@ -31,6 +31,8 @@ MAX_SIZE = 2**31 - 1
 
 MAX_EXPERTS = 65_536
 """The largest number of experts in a layer."""
+KERNELS = "the fastest kernel for the device is chosen in one place (internevo/ops)"
+"""Why an option that names a kernel has no effect."""
 
 
 def _path(text: str) -> str:

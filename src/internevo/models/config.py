@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple
-
-from ..config.rope import SHARE
-
-BALANCE_BIAS = "balance bias of the routers (model.moe_layer_kwargs.bias_update_speed)"
-"""The name of ``Experts.balance_bias`` in messages."""
+from typing import Any, Literal, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -166,6 +161,9 @@ class DecoderConfig:
     """The rotary embedding. None: attention with linear biases (ALiBi)."""
     window_rope: Rope | None = None
     """The rotary embedding of layers with a window, where it is another one."""
+    layers_without_rope: tuple[int, ...] = ()
+    """Numbers of the layers whose queries and keys do not rotate: their attention knows no positions but what is before a token
+    (NoPE, https://arxiv.org/abs/2305.19466)."""
     max_position_embeddings: int = 2048
     qkv_bias: bool = False
     o_bias: bool = False
@@ -181,12 +179,20 @@ class DecoderConfig:
     """The outputs of attention and of the MLP go through a norm before they are added to the residual stream."""
     scale_embedding: bool = False
     """Embeddings are multiplied by sqrt(hidden_size)."""
+    embedding_multiplier: float = 1.0
+    """Embeddings are multiplied by this, too."""
+    residual_multiplier: float = 1.0
+    """The outputs of attention and of the MLP are multiplied by this before they are added to the residual stream."""
     query_scale: float = 1.0
     """Queries are multiplied by this, besides 1 / sqrt(head_dim)."""
+    attention_multiplier: float | None = None
+    """Scores of attention are multiplied by this, and not by ``query_scale`` / sqrt(head_dim)."""
     attention_softcap: float = 0.0
     """c > 0: scores s of attention become c * tanh(s / c). 0: they stay as they are."""
     logit_softcap: float = 0.0
     """The same for the logits of the head."""
+    logits_scaling: float = 1.0
+    """Logits are divided by this."""
     norm_head: bool = False
     """Each row of the head's weight is divided by its L2 norm."""
     windows: tuple[int, ...] = ()
@@ -209,6 +215,7 @@ class DecoderConfig:
         lora = values.get("lora")
         lora = lora and Lora(**{**lora, "targets": tuple(lora["targets"])})
         windows, latent = tuple(values.get("windows", ())), values.get("latent")
+        without_rope = tuple(values.get("layers_without_rope", ()))
         return cls(
             **{
                 **values,
@@ -216,75 +223,17 @@ class DecoderConfig:
                 "window_rope": window_rope and Rope(**window_rope),
                 "experts": experts,
                 "windows": windows,
+                "layers_without_rope": without_rope,
                 "lora": lora,
                 "latent": latent and Latent(**latent),
             }
         )
 
-    def settings(self) -> dict[str, Any]:
-        """Returns the keys of a config that describe this decoder, with their values. Adapters are not among them."""
-        rope, moe, latent = self.rope, self.experts, self.latent
-        scaling = None
-        if rope and rope.kind != "default":
-            scaling = {"rope_type": rope.kind, "factor": rope.factor, **rope.options}
-        if rope and rope.share != 1.0:
-            scaling = {"rope_type": rope.kind, **(scaling or {}), SHARE: rope.share}
-        values: dict[str, Any] = {
-            "model_type": self.family,
-            "model.num_layers": self.num_layers,
-            "model.hidden_size": self.hidden_size,
-            "model.vocab_size": self.vocab_size,
-            "model.num_attention_heads": self.num_heads,
-            "model.num_kv_attention_heads": self.num_kv_heads,
-            "model.head_dim": None if latent else self.head_dim,
-            "model.q_lora_rank": latent and (latent.query_rank or None),
-            "model.kv_lora_rank": latent and latent.rank,
-            "model.qk_nope_head_dim": latent and latent.plain_dim,
-            "model.qk_rope_head_dim": latent and latent.rotary_dim,
-            "model.v_head_dim": latent and latent.value_dim,
-            "model.intermediate_size": self.intermediate_size if not moe or moe.dense_layers else None,
-            "model.layer_norm_epsilon": self.norm_eps,
-            "model.qkv_bias": self.qkv_bias,
-            "model.o_bias": self.o_bias,
-            "model.mlp_bias": self.mlp_bias,
-            "model.tie_word_embeddings": self.tie_embeddings,
-            "model.use_alibi": rope is None,
-            "model.rope_base": rope and rope.base,
-            "model.rope_scaling": scaling,
-            "model.max_position_embeddings": self.max_position_embeddings,
-            "model.sliding_window": list(self.windows) or None,
-            "model.norm_head": self.norm_head,
-            "model.add_unit_offset": self.norm_unit_offset,
-            "model.use_swiglu": self.activation == "silu",
-            "rope.interleaved (a fact of model_type)": rope is not None and rope.interleaved,
-            "qk_norm (a fact of model_type)": self.qk_norm,
-            "out_norms (a fact of model_type)": self.out_norms,
-            "window_rope (a fact of model_type)": self.window_rope and asdict(self.window_rope),
-            "model.query_pre_attn_scalar": None if self.query_scale == 1.0 else self.query_scalar,
-            "model.attn_logit_softcapping": self.attention_softcap,
-            "model.final_logit_softcapping": self.logit_softcap,
-            "scale_embedding (a fact of model_type)": self.scale_embedding,
-            "model.num_experts": moe.count if moe else 1,
-        }
-        if moe:
-            values |= {
-                "model.top_k": moe.top_k,
-                "model.moe_intermediate_size": moe.size,
-                "model.norm_topk_prob": moe.normalize,
-                "model.shared_expert_intermediate_size": moe.shared_size,
-                "model.mlp_only_layers": list(moe.dense_layers),
-                "model.moe_layer_kwargs.capacity_factor": moe.capacity_factor,
-                "model.moe_layer_kwargs.eval_capacity_factor": moe.eval_capacity_factor,
-                "model.moe_layer_kwargs.min_capacity": moe.min_capacity,
-                "model.moe_layer_kwargs.drop_policy": moe.drop_policy,
-                BALANCE_BIAS: moe.balance_bias,
-                "model.n_group": moe.groups,
-                "model.topk_group": moe.top_groups,
-                "model.routed_scaling_factor": moe.scale,
-                "scoring of experts (a fact of model_type)": moe.scoring,
-                "shared_gate (a fact of model_type)": moe.shared_gate,
-            }
-        return values
+    @property
+    def score_multiplier(self) -> float:
+        """By what the scores of attention are multiplied."""
+        given = self.attention_multiplier
+        return self.query_scale / math.sqrt(self.head_dim) if given is None else given
 
     @property
     def query_scalar(self) -> int:
@@ -304,9 +253,15 @@ class DecoderConfig:
         """Returns the number of tokens that a token attends to in a layer, including itself; 0: all."""
         return self.windows[layer] if self.windows else 0
 
-    def uses_window_rope(self, layer: int) -> bool:
-        """Whether a layer has the rotary embedding of layers with a window."""
-        return self.window_rope is not None and self.window(layer) > 0
+    def rotary(self, layer: int) -> Literal["none", "usual", "window"]:
+        """Returns which rotary embedding a layer has: none, ``rope``, or ``window_rope``."""
+        if self.rope is None or layer in self.layers_without_rope:
+            return "none"
+        return "window" if self.window_rope is not None and self.window(layer) > 0 else "usual"
+
+    def kind(self, layer: int) -> tuple[bool, int, str]:
+        """Returns what layers that cost the same have in common: whether they have experts, their window, and ``rotary``."""
+        return self.is_sparse(layer), self.window(layer), self.rotary(layer)
 
     @property
     def rotary_dim(self) -> int:

@@ -41,7 +41,7 @@ class Decoder(nn.Module):
         self.head: Head | None = None
         if stage.embeds or (stage.heads and config.tie_embeddings):
             scale = math.sqrt(size) if config.scale_embedding else 1.0
-            self.embed = Embedding(vocab, size, scale, embed_grad_scale)
+            self.embed = Embedding(vocab, size, scale * config.embedding_multiplier, embed_grad_scale)
         self.layers = nn.ModuleDict({str(number): DecoderLayer(config, number) for number in stage.layers})
         if stage.heads:
             self.norm = RMSNorm(size, config.norm_eps, config.norm_unit_offset)
@@ -115,7 +115,7 @@ class Decoder(nn.Module):
         contexts = self._contexts(tokens, positions, cu_seqlens, caches, x_BSD.dtype)
         sums = {}
         for place, (number, layer) in enumerate(self.layers.items()):
-            context = contexts[self.config.uses_window_rope(int(number))]
+            context = contexts[self.config.rotary(int(number))]
             x_BSD, routing = layer(x_BSD, context, caches[place] if caches is not None else None)
             if routing is not None:
                 sums[int(number)] = routing
@@ -128,7 +128,10 @@ class Decoder(nn.Module):
         routed = Routed(sums, losses)
         if self.norm is None or self.head is None:
             return HandedOn(x_BSD, pooled, routed)
-        out = self.head(self.norm(x_BSD[:, -1:] if last_only else x_BSD), labels, terms.smoothing)
+        x_BSD = self.norm(x_BSD[:, -1:] if last_only else x_BSD)
+        if self.config.logits_scaling != 1.0:  # here, and not in each form of the head and its loss
+            x_BSD = x_BSD / self.config.logits_scaling
+        out = self.head(x_BSD, labels, terms.smoothing)
         if labels is None:
             return out
         cross_entropy, losses = out
@@ -141,11 +144,11 @@ class Decoder(nn.Module):
         cu_seqlens: Tensor | None,
         caches: list[Cache] | None,
         dtype: torch.dtype,
-    ) -> dict[bool, Context]:
+    ) -> dict[str, Context]:
         """Computes once what the layers need: the rotary embedding of all positions, and where documents begin and end.
 
         Returns:
-            ``DecoderConfig.uses_window_rope`` -> what these layers need.
+            ``DecoderConfig.rotary`` -> what these layers need.
         """
         past = caches[0].length if caches else 0
         max_seqlen = 0
@@ -156,7 +159,7 @@ class Decoder(nn.Module):
             mark_dynamic(cu_seqlens, 0)
         rope = self.config.rope
         if rope is None:
-            return {False: Context(None, None, cu_seqlens, max_seqlen, alibi_slopes(self.config.num_heads, tokens.device))}
+            return {"none": Context(None, None, cu_seqlens, max_seqlen, alibi_slopes(self.config.num_heads, tokens.device))}
         if positions is None:
             positions = torch.arange(past, past + tokens.shape[1], device=tokens.device).expand(tokens.shape)
             if caches and (first := caches[0].first) is not None:
@@ -165,12 +168,12 @@ class Decoder(nn.Module):
                 starts = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff(), output_size=tokens.shape[1])
                 positions = positions - starts
         lengths = _lengths(positions, cu_seqlens) if rope.kind in NEED_LENGTHS else None
-        head_dim, longest, found = self.config.rotary_dim, self.config.max_position_embeddings, {}
-        for windowed in {self.config.uses_window_rope(layer) for layer in self.stage.layers}:
-            its = self.config.window_rope if windowed else rope
-            assert its is not None
-            cos, sin = tables(its, head_dim, longest, positions, lengths, dtype)
-            found[windowed] = Context(cos, sin, cu_seqlens, max_seqlen)
+        head_dim, longest = self.config.rotary_dim, self.config.max_position_embeddings
+        ropes, found = {"usual": rope, "window": self.config.window_rope}, dict[str, Context]()
+        for kind in {self.config.rotary(layer) for layer in self.stage.layers}:
+            its = ropes.get(kind)
+            cos, sin = tables(its, head_dim, longest, positions, lengths, dtype) if its else (None, None)
+            found[kind] = Context(cos, sin, cu_seqlens, max_seqlen)
         return found
 
 

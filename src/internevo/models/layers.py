@@ -25,7 +25,7 @@ from .rotary import rotate
 
 
 class Context(NamedTuple):
-    """What all layers with the same rotary embedding share in one forward pass."""
+    """What all layers with the same rotary embedding, or without one, share in one forward pass."""
 
     cos: Tensor | None
     """cos of the angles of the rotary embedding [B, S, 1, R/2]; R elements of a head rotate. None: no rotary embedding."""
@@ -184,7 +184,9 @@ class Attention(nn.Module):
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
-        self.head_dim, self.window, self.query_scale = config.head_dim, config.window(layer), config.query_scale
+        self.head_dim, self.window = config.head_dim, config.window(layer)
+        scale = config.attention_multiplier
+        self.query_scale = config.query_scale if scale is None else scale * math.sqrt(config.head_dim)
         self.softcap = config.attention_softcap
         self.kv_heads = config.num_kv_heads
         """Number of the key/value heads whose attention this rank computes; a cache has this many."""
@@ -195,7 +197,7 @@ class Attention(nn.Module):
         self.o = Linear("embed", d, "heads", heads, bias=config.o_bias)
         norm = partial(RMSNorm, config.head_dim, config.norm_eps, config.norm_unit_offset, axis="head")
         self.q_norm, self.k_norm = (norm() if config.qk_norm else None for _ in "qk")
-        self.rotates = config.rope is not None
+        self.rotates = config.rotary(layer) != "none"
         self.interleaved = config.rope is not None and config.rope.interleaved
         self.project, self.finish, self.split_heads, self.join_heads = project, finish, split_heads, join_heads
         self.own_heads = own_heads
@@ -338,8 +340,8 @@ def make_mlp(config: DecoderConfig, layer: int) -> GatedMLP | MoE:
 
 
 class DecoderLayer(nn.Module):
-    """A decoder layer: x += attention(norm(x)), and then x += mlp(norm(x)). With ``out_norms``, the
-    outputs of both go through one more norm."""
+    """A decoder layer: x += attention(norm(x)), and then x += mlp(norm(x)). With ``out_norms``, the outputs of both go through
+    one more norm; with ``residual_multiplier``, they are multiplied by it."""
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
@@ -348,12 +350,14 @@ class DecoderLayer(nn.Module):
         self.attn = LatentAttention(config, layer) if config.latent else Attention(config, layer)
         self.mlp_norm = norm()
         self.mlp = make_mlp(config, layer)
+        self.multiplier = config.residual_multiplier
         self.attn_out_norm: Callable[[Tensor], Tensor] = norm() if config.out_norms else unchanged
         self.mlp_out_norm: Callable[[Tensor], Tensor] = norm() if config.out_norms else unchanged
 
     def forward(self, x_BSD: Tensor, context: Context, cache: Cache | None = None) -> tuple[Tensor, Routing | None]:
         """Returns the new residual stream, and in a layer with experts the sums of the router."""
-        x_BSD = x_BSD + self.attn_out_norm(self.attn(self.attn_norm(x_BSD), context, cache))
+        out_BSD = self.attn_out_norm(self.attn(self.attn_norm(x_BSD), context, cache))
+        x_BSD = torch.add(x_BSD, out_BSD, alpha=self.multiplier)
         out = self.mlp(self.mlp_norm(x_BSD))
         out_BSD, routing = out if isinstance(out, tuple) else (out, None)
-        return x_BSD + self.mlp_out_norm(out_BSD), routing
+        return torch.add(x_BSD, self.mlp_out_norm(out_BSD), alpha=self.multiplier), routing

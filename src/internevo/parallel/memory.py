@@ -67,7 +67,7 @@ def tables(work: Workload) -> int:
     decoder = work.decoder
     if decoder.rope is None:
         return 4 * decoder.num_heads * len(work.on_rank)
-    number = sum(len({decoder.uses_window_rope(layer) for layer in stage.layers}) for stage in work.on_rank)
+    number = sum(len({decoder.rotary(layer) for layer in stage.layers} - {"none"}) for stage in work.on_rank)
     return number * work.element_bytes * work.tokens * decoder.rope.size(decoder.rotary_dim)
 
 

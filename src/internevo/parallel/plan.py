@@ -203,7 +203,7 @@ class _StageBytes(NamedTuple):
 
 def _like(stage: Stage, decoder: DecoderConfig) -> Stage:
     """Returns a stage that needs as much memory: the first one with as many layers, if all layers are alike."""
-    if decoder.windows or (decoder.experts is not None and decoder.experts.dense_layers):
+    if decoder.windows or decoder.layers_without_rope or (decoder.experts is not None and decoder.experts.dense_layers):
         return stage
     return replace(stage, layers=range(len(stage.layers)))
 
@@ -318,7 +318,7 @@ class _Parameter(NamedTuple):
 
 def _shape_of(decoder: DecoderConfig) -> DecoderConfig:
     """Returns the decoder without what its parameters do not depend on."""
-    return replace(decoder, rope=None, window_rope=None, windows=())
+    return replace(decoder, rope=None, window_rope=None, layers_without_rope=(), windows=())
 
 
 @lru_cache(maxsize=64)

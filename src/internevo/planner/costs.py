@@ -146,7 +146,7 @@ class CostTable:
         self.gpu, self.calibration, self.job = gpu, calibration, job
         self._totals, self._ends = cache(self._totals_of), cache(self._ends_of)
         decoder = base.work.decoder
-        kinds = [(decoder.is_sparse(number), decoder.window(number)) for number in range(decoder.num_layers)]
+        kinds = [decoder.kind(number) for number in range(decoder.num_layers)]
         self.like = [kinds.index(kind) for kind in kinds]
         """For each layer the first one of its kind."""
 

@@ -39,8 +39,8 @@ class Inside(NamedTuple):
     """Layer -> the shapes of its experts, if they are a unit of their own."""
 
 
-StageKind = tuple[tuple[tuple[bool, int], ...], bool, bool]
-"""The kinds of a stage's layers (with experts, window), and whether it has the embedding and the head."""
+StageKind = tuple[tuple[tuple[bool, int, str], ...], bool, bool]
+"""The kinds of a stage's layers (``DecoderConfig.kind``), and whether it has the embedding and the head."""
 Insides = dict[StageKind, Inside]
 
 
@@ -86,7 +86,7 @@ def count(job: Job, insides: Insides | None = None) -> Counts:
     groups, stages = groups_of(layout), list[StageCounts]()
     decoder, insides = job.work.decoder, {} if insides is None else insides
     for stage in job.stages():
-        kinds = tuple((decoder.is_sparse(number), decoder.window(number)) for number in stage.layers)
+        kinds = tuple(decoder.kind(number) for number in stage.layers)
         key = kinds, stage.embeds, stage.heads
         if key not in known:
             insides[key] = insides.get(key) or _inside(job, stage, groups)

@@ -84,7 +84,8 @@ def layer(job: Job, number: int, recomputed: bool) -> Passes:
     mlp, routers, mlp_bytes = _mlp_linears(job, number, rows, width)
     kernel, kernel_backward, scores = _attention(job, number)
     # Norms read and write D elements, the sums of the residual stream read 2 D and write D; the rotary embedding; gate * up.
-    outside = e * (10 * d * residual + 2 * (heads + kv) * work.tokens / t * (decoder.rope is not None)) + mlp_bytes + scores
+    rotated = 2 * (heads + kv) * work.tokens / t * (decoder.rotary(number) != "none")
+    outside = e * (10 * d * residual + rotated) + mlp_bytes + scores
     outside *= FUSED if job.compiled else 1.0
     count = 12.0 + (12.0 if decoder.is_sparse(number) else 3.0)
     forward = _linears([*attention, *mlp], e)._replace(attention=kernel, memory=outside, kernels=count).plus(routers)
@@ -188,11 +189,11 @@ def stage(job: Job, layers: range, heads: bool) -> Passes:
     """Returns what one micro-batch costs in a stage. Layers of one kind are counted once."""
     decoder, recomputed = job.work.decoder, job.work.recomputed
     first = 0 if isinstance(recomputed, str) else int(len(layers) * recomputed)
-    kinds: dict[tuple[bool, int, bool], list[int]] = {}
+    kinds: dict[tuple[tuple[bool, int, str], bool], list[int]] = {}
     for place, number in enumerate(layers):
-        kinds.setdefault((decoder.is_sparse(number), decoder.window(number), place < first), []).append(number)
+        kinds.setdefault((decoder.kind(number), place < first), []).append(number)
     total = Passes(Amounts(), Amounts(), Amounts(), Amounts())
-    parts = [(layer(job, numbers[0], kind[2]), len(numbers)) for kind, numbers in kinds.items()]
+    parts = [(layer(job, numbers[0], again), len(numbers)) for (_, again), numbers in kinds.items()]
     for passes, times in [*parts, *([(head(job), 1)] if heads else [])]:
         total = Passes(*(a.plus(b, times) for a, b in zip(total, passes, strict=True)))
     return total

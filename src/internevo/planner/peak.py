@@ -342,6 +342,7 @@ def _backward(work: Workload, kept: KeptActivations, kind: LayerKind, first: boo
         after = gradient - mlp + 3 * computed // work.layout.expert_zero
     weights, ended = _gathered(work, kind.sparse, matrix)
     late = again if work.recomputed != "attention" else 0
+    gathered += residual * (decoder.residual_multiplier != 1)  # the gradient of what is multiplied before it is added
     moments = [
         late + residual + gathered + hidden + computed + weights,  # the last linear of the MLP
         late + residual + 2 * hidden + stays + computed * first + weights,  # its activation

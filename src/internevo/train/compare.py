@@ -8,7 +8,8 @@ from typing import Any
 
 from ..config.run import MAY_DIFFER, LoadCkptInfo
 from ..errors import ConfigError
-from ..models.config import BALANCE_BIAS, DecoderConfig
+from ..models.config import DecoderConfig
+from ..models.settings import BALANCE_BIAS, settings
 
 MAY_BE_WANTED = (
     "Correct these keys. If a difference is wanted, start in a new run folder (ckpt.save_ckpt_folder) and name it in "
@@ -49,7 +50,7 @@ def compare_models(
 
 def differences(mine: DecoderConfig, theirs: DecoderConfig, place: str) -> Iterator[tuple[str, str]]:
     """Yields each key of a config in which two models differ, and a line that says how. ``place``: where ``theirs`` is."""
-    ours, others = mine.settings(), theirs.settings()
+    ours, others = settings(mine), settings(theirs)
     for key in {**ours, **others}:
         a, b = ours.get(key), others.get(key)
         if a != b:

@@ -25,6 +25,7 @@ from ..models.config import DecoderConfig
 from ..models.families.hf_values import read_config, what_else
 from ..models.families.registry import decoder_config, decoder_from_hf, family
 from ..models.huggingface.tokenizer import has_tokenizer
+from ..models.settings import settings
 from ..storage.hub import model_folder
 from .compare import compare_models, differences
 from .resume import TOKENIZER, Recorded
@@ -35,6 +36,7 @@ OTHER_NAMES = {
     "o_bias": ("no_bias",),
     "rope_scaling": ("use_dynamic_ntk_rope", "rope_type", "rope_scaling_factor"),
     "layer_windows": ("use_sliding_window", "sliding_window", "max_window_layers"),
+    "no_rope_layers": ("no_rope_layer_interval",),
     "sliding_window": ("use_sliding_window", "layer_windows", "max_window_layers"),
     "shared_expert_intermediate_size": ("num_shared_experts",),
     "mlp_only_layers": ("decoder_sparse_step",),
@@ -129,7 +131,7 @@ def _recorded_keys(values: dict[str, Any], record: Recorded) -> dict[str, Any]:
     """
     model, known, given = values["model"], record.values["model"], _given(values)
     try:
-        stated = decoder_config(record.values["model_type"], Model.model_validate(known)).settings()
+        stated = settings(decoder_config(record.values["model_type"], Model.model_validate(known)))
     except (KeyError, ValidationError) as error:
         wrong = [".".join(map(str, e["loc"])) for e in error.errors()] if isinstance(error, ValidationError) else [str(error)]
         raise ConfigError(
@@ -238,7 +240,7 @@ class HfModel:
             ConfigError: if there are none for some of it; the message names it.
         """
         decoder, moe = self.decoder, self.decoder.experts
-        stated = {key.removeprefix("model."): value for key, value in decoder.settings().items() if key.startswith("model.")}
+        stated = {key.removeprefix("model."): value for key, value in settings(decoder).items() if key.startswith("model.")}
         values = {key: value for key, value in stated.items() if key in Model.model_fields and value is not None}
         values |= {"intermediate_size": decoder.intermediate_size, "use_sliding_window": False}
         if decoder.rope and getattr(family(decoder.family), "PARTIAL_ROTARY", False):  # their defaults are less than 1

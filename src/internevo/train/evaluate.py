@@ -26,6 +26,7 @@ from ..inference.text import TextModel, eos_ids
 from ..models.config import DecoderConfig
 from ..models.decoder import Decoder, balance_biases
 from ..models.generate import LanguageModel, longest_text
+from ..models.settings import settings
 from ..models.source import ModelInMemory, ParameterSource, most_common_dtype
 from ..ops.precision import COMPUTE
 from ..parallel import plan
@@ -327,7 +328,7 @@ def evaluation_config(
             )
     dtype = str(most_common_dtype(source)).removeprefix("torch.")
     raw: dict[str, Any] = {"model": {"dtype": given.model.dtype if given else dtype}}
-    for key, value in source.config.settings().items():
+    for key, value in settings(source.config).items():
         section, _, name = key.partition(".")
         if section == "model" and value and not name.startswith(NOT_NEEDED):
             raw["model"][name] = value

@@ -72,6 +72,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "deepseek 2": {**LATENT, "model_type": "DEEPSEEKV2"},
     "deepseek 3": {**LATENT, "model_type": "DEEPSEEKV3", "model__q_lora_rank": 96, "model__routed_scaling_factor": 2.5},
     "experts": {**ROUTED, "model_type": "QWEN3MOE"},
+    "granite": {"model_type": "GRANITE", "model__residual_multiplier": 0.3, "model__logits_scaling": 3.0},
 }  # fmt: skip
 """Models of which one part or the other is the largest: with capped logits, latents, a normed or a tied head, experts."""
 

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from internevo.config.run import MAY_DIFFER, Ckpt, LoadCkptInfo
 from internevo.errors import ConfigError
-from internevo.models.config import BALANCE_BIAS, DecoderConfig, Experts, Latent, Rope
+from internevo.models.config import DecoderConfig, Experts, Latent, Rope
+from internevo.models.settings import BALANCE_BIAS
 from internevo.train.compare import compare_models
 from internevo.train.restore import restore
 from tests.conftest import Run, WriteConfig
@@ -38,12 +39,17 @@ CHANGES: list[tuple[DecoderConfig, dict[str, Any], str, bool]] = [
     (DENSE, {"rope": Rope(10000.0, "linear", 2.0)}, "model.rope_scaling", True),
     (DENSE, {"rope": None}, "model.use_alibi", True),
     (DENSE, {"windows": (0, 0, 7, 7)}, "model.sliding_window", True),
+    (DENSE, {"layers_without_rope": (1,)}, "model.no_rope_layers", False),
     (DENSE, {"activation": "gelu_tanh"}, "model.use_swiglu", True),
     (DENSE, {"norm_unit_offset": True}, "model.add_unit_offset", True),
     (DENSE, {"norm_head": True}, "model.norm_head", True),
     (DENSE, {"qk_norm": True}, "qk_norm", False),
     (DENSE, {"out_norms": True}, "out_norms", False),
     (DENSE, {"query_scale": 0.5}, "model.query_pre_attn_scalar", False),
+    (DENSE, {"embedding_multiplier": 9.0}, "model.embedding_multiplier", False),
+    (DENSE, {"attention_multiplier": 0.5}, "model.attention_multiplier", False),
+    (DENSE, {"residual_multiplier": 0.5}, "model.residual_multiplier", False),
+    (DENSE, {"logits_scaling": 2.0}, "model.logits_scaling", False),
     (DENSE, {"attention_softcap": 9.0}, "model.attn_logit_softcapping", False),
     (DENSE, {"logit_softcap": 9.0}, "model.final_logit_softcapping", False),
     (DENSE, {"latent": Latent(8, 0, 4, 4, 8)}, "model.head_dim", False),

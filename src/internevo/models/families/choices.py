@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ...config.model import Model, MoeLayerKwargs
+from ...config.experts import MoeLayerKwargs
+from ...config.model import Model
 from ...config.option import Section
 
 DEFAULT_VALUES: dict[str, tuple[Any, ...]] = {
@@ -16,6 +17,8 @@ DEFAULT_VALUES: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False,),
     "use_sliding_window": (False,),
     "layer_windows": (None,),
+    "no_rope_layers": (None,),
+    "no_rope_layer_interval": (None,),
     "num_experts": (1,),
     "top_k": (1,),
     "moe_type": ("GShard",),
@@ -34,6 +37,10 @@ DEFAULT_VALUES: dict[str, tuple[Any, ...]] = {
     "n_group": (1,),
     "topk_group": (1,),
     "routed_scaling_factor": (1.0,),
+    "embedding_multiplier": (1.0,),
+    "attention_multiplier": (None,),
+    "residual_multiplier": (1.0,),
+    "logits_scaling": (1.0,),
     "query_pre_attn_scalar": (None,),
     "attn_logit_softcapping": (None, 0),
     "final_logit_softcapping": (None, 0),
@@ -44,6 +51,8 @@ Allowed = Mapping[str, tuple[Any, ...] | None]
 """Option -> the values that it may have in a family, or ``ANY_VALUE``."""
 MLP_BIAS: Allowed = {"mlp_bias": ANY_VALUE}
 """For families whose MLP may have biases."""
+NO_ROPE: Allowed = dict.fromkeys(("no_rope_layers", "no_rope_layer_interval"), ANY_VALUE)
+"""For families with layers without a rotary embedding, in a config's ``model`` section and in ``config.json``."""
 SLIDING_WINDOW: Allowed = {"use_sliding_window": ANY_VALUE, "layer_windows": ANY_VALUE}
 """For families that support sliding windows."""
 HF_WINDOWS: Allowed = {"sliding_window": ANY_VALUE, "use_sliding_window": ANY_VALUE}
@@ -77,9 +86,26 @@ def problems(model: Model, family: str, allowed: Allowed | None = None) -> Itera
             yield f"model.layer_windows has {len(model.layer_windows)} numbers, and model.num_layers = {model.num_layers}"
         if model.use_sliding_window:
             yield "model.layer_windows and model.use_sliding_window both set the windows; leave one out"
+    if model.no_rope_layers is not None and len(model.no_rope_layers) != model.num_layers:
+        yield f"model.no_rope_layers has {len(model.no_rope_layers)} numbers, and model.num_layers = {model.num_layers}"
+    if model.no_rope_layers is not None and model.no_rope_layer_interval is not None:
+        yield "model.no_rope_layers and model.no_rope_layer_interval both say which layers rotate; leave one out"
     if model.no_bias and (model.qkv_bias or model.o_bias):
         yield "model.no_bias = True contradicts model.qkv_bias or model.o_bias; leave one of them out"
     yield from _rope(model)
+
+
+def no_attention_biases(model: Model, family: str) -> Iterator[str]:
+    """Yields options that give attention biases, for families that have none there."""
+    for key, value in (("no_bias", False), ("qkv_bias", True), ("o_bias", True)):
+        if getattr(model, key) is value:
+            yield f"model.{key} = {value} is not supported by model_type = {family!r}, whose attention has no biases"
+
+
+def is_own(hf: dict[str, Any], model_type: str) -> bool:
+    """Whether a Hugging Face config is of the family's own ``model_type``. One of another model, which is read under the
+    family's name (``--family``), does not have the family's defaults."""
+    return bool(hf.get("model_type", model_type) == model_type)
 
 
 def _rope(model: Model) -> Iterator[str]:

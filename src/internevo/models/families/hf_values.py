@@ -20,8 +20,10 @@ COUNTS = (
     "qk_rope_head_dim", "v_head_dim", "n_group", "topk_group",
 )  # fmt: skip
 SIZES = (
-    "max_window_layers", "sliding_window", "shared_expert_intermediate_size", "n_shared_experts", "first_k_dense_replace",
+    "max_window_layers", "sliding_window", "no_rope_layer_interval", "shared_expert_intermediate_size", "n_shared_experts",
+    "first_k_dense_replace",
 )  # fmt: skip
+MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
 FLAGS = ("attention_bias", "mlp_bias", "bias", "qkv_bias", "tie_word_embeddings", "use_sliding_window", "norm_topk_prob")
 MAY_BE_NULL = (
     "architectures",
@@ -35,6 +37,9 @@ MAY_BE_NULL = (
     "q_lora_rank",
     "n_group",
     "topk_group",
+    "no_rope_layers",
+    "no_rope_layer_interval",
+    *MULTIPLIERS,
 )
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
@@ -51,8 +56,8 @@ TYPES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (COUNTS, _is_count, "a whole number of at least 1"),
     (SIZES, partial(_is_count, least=0), "a whole number"),
     (FLAGS, lambda value: isinstance(value, bool), "true or false"),
-    (("rms_norm_eps", "rope_theta"), lambda value: is_number(value) and value > 0, "a number above 0"),
-    (("mlp_only_layers",), partial(_is_list, fits=partial(_is_count, least=0)), "a list of whole numbers"),
+    (("rms_norm_eps", "rope_theta", *MULTIPLIERS), lambda value: is_number(value) and value > 0, "a number above 0"),
+    (("mlp_only_layers", "no_rope_layers"), partial(_is_list, fits=partial(_is_count, least=0)), "a list of whole numbers"),
     (("layer_types",), partial(_is_list, fits=LAYER_TYPES.__contains__), f"a list of {' and '.join(LAYER_TYPES)}"),
     (("architectures",), partial(_is_list, fits=lambda name: isinstance(name, str)), "a list of names"),
 )

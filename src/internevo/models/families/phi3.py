@@ -30,9 +30,7 @@ LONG = ("su", "yarn", "longrope")
 def problems(model: Model) -> Iterator[str]:
     """Yields what does not fit this family in a config's ``model`` section."""
     yield from choices.problems(model, FAMILY, choices.SLIDING_WINDOW)
-    for key, value in (("no_bias", False), ("qkv_bias", True), ("o_bias", True)):
-        if getattr(model, key) is value:
-            yield f"model.{key} = {value} is not supported by model_type = {FAMILY!r}, whose attention has no biases"
+    yield from choices.no_attention_biases(model, FAMILY)
 
 
 def from_section(model: Model) -> DecoderConfig:

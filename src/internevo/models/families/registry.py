@@ -23,17 +23,20 @@ from . import (
     gemma3,
     glm,
     glm4,
+    granite,
     hf_values,
     internlm,
     internlm2,
     internlm3,
     llama,
+    mistral,
     mixtral,
     phi3,
     qwen2,
     qwen2moe,
     qwen3,
     qwen3moe,
+    smollm3,
 )
 
 MODULES = (
@@ -55,6 +58,9 @@ MODULES = (
     gemma3,
     deepseek2,
     deepseek3,
+    mistral,
+    smollm3,
+    granite,
 )
 FAMILIES: dict[str, ModuleType] = {module.FAMILY: module for module in MODULES}
 

@@ -259,11 +259,13 @@ def _shard_name(number: int, count: int) -> str:
 
 def _config_json(source: ParameterSource, config: DecoderConfig, special: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """Returns the values of ``config.json``. The model's own values override those of the folder that it was read from, and
-    these override the tokenizer's. The dtype is in ``torch_dtype``, which every version of transformers reads."""
+    these override the tokenizer's. The dtype is in ``torch_dtype``, which every version of transformers reads.
+    Without ``pad_token_id``, transformers would take the one of the architecture's published model, which may be outside of the
+    vocabulary."""
     ours = family(config.family).to_hf(config)
     kept = source.hf_config if config.family == source.config.family else {}
     kept = {key: value for key, value in kept.items() if key not in ("dtype", "torch_dtype")}
-    return {**special, **kept, **ours, "torch_dtype": str(dtype).removeprefix("torch.")}
+    return {"pad_token_id": None, **special, **kept, **ours, "torch_dtype": str(dtype).removeprefix("torch.")}
 
 
 def as_family(config: DecoderConfig, name: str) -> DecoderConfig:

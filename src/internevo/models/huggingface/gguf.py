@@ -232,6 +232,13 @@ def _shape(config: DecoderConfig, form: Form) -> dict[str, Any]:
         "attn_logit_softcapping": float(config.attention_softcap) if gemma2 else None,
         "final_logit_softcapping": float(config.logit_softcap) if gemma2 else None,
     }
+    if form.arch == "granite":
+        values |= {
+            "embedding_scale": config.embedding_multiplier,
+            "attention.scale": config.score_multiplier,
+            "residual_scale": config.residual_multiplier,
+            "logit_scale": config.logits_scaling,
+        }
     if latent is not None:
         values |= {
             "attention.head_count_kv": 1,

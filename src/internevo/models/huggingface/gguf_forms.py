@@ -34,6 +34,8 @@ class Form:
     """Whether it divides the weights of a token's experts by their sum; None: it has no experts, or either way."""
     pattern: int | None = 0
     """Every layer has a sliding window, except each N-th, for this N; 0: none has; None: all have the same, or none has."""
+    no_rope: int = 0
+    """Every N-th layer has no rotary embedding, for this N; 0: all have one."""
     large: int = 0
     """The number of layers of the model whose scores it divides by sqrt(hidden size / heads), not by sqrt(head size)."""
     tied: bool | None = None
@@ -52,6 +54,9 @@ FORMS = {
     "INTERNLM2": Form("internlm2", neighbours=True, square=True),
     "INTERNLM3": LLAMA,
     "BAICHUAN2": Form("baichuan", neighbours=True, square=True, tied=False),
+    "MISTRAL": replace(LLAMA, biases=()),
+    "SMOLLM3": Form("smollm3", neighbours=True, no_rope=4),
+    "GRANITE": Form("granite", neighbours=True),
     "MIXTRALMOE": replace(LLAMA, biases=(), normalize=True),
     "QWEN2": Form("qwen2", square=True, biases=("qkv",)),
     "QWEN3": Form("qwen3"),
@@ -137,6 +142,9 @@ def _wrong_rope(config: DecoderConfig, form: Form) -> Iterator[str]:
         yield f"it has {config.num_layers} layers, and llama.cpp uses {kind}"
     if rope is None and form.arch != "baichuan":
         yield "it has ALiBi"
+    without = list(range(form.no_rope - 1, config.num_layers, form.no_rope)) if form.no_rope else []
+    if (mine := list(config.layers_without_rope)) != without:
+        yield f"its layers {mine} have no rotary embedding, and in llama.cpp {without} have none"
     if rope is not None and rope.kind not in form.kinds:
         yield f"rotary scaling {rope.kind!r}"
     if rope is not None and rope.kind == "yarn":

@@ -26,11 +26,14 @@ CHANGES: list[dict[str, Any]] = [
     {"mlp_bias": True}, {"tie_word_embeddings": True}, {"tie_word_embeddings": False}, {"rope_base": 5.0},
     {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, {"use_dynamic_ntk_rope": True}, {"rope_scaling_factor": 3.0},
     {"rope_type": "dynamic_ntk"}, {"max_position_embeddings": 77}, {"sliding_window": 7}, {"max_window_layers": 2},
-    {"use_sliding_window": True, "sliding_window": 7}, {"use_alibi": True}, {"norm_head": True}, {"norm_head": False},
+    {"use_sliding_window": True, "sliding_window": 7}, {"use_alibi": True}, {"no_rope_layers": (1, 0, 1, 1)},
+    {"no_rope_layer_interval": 2}, {"norm_head": True}, {"norm_head": False},
     {"add_unit_offset": True}, {"add_unit_offset": False}, {"use_swiglu": True}, {"use_swiglu": False}, {"num_experts": 8},
     {"top_k": 3}, {"moe_type": "Dropless"}, {"moe_layer_kwargs": {"capacity_factor": 2.0}}, {"moe_intermediate_size": 33},
     {"num_shared_experts": 3}, {"shared_expert_intermediate_size": 12}, {"norm_topk_prob": True}, {"norm_topk_prob": False},
-    {"decoder_sparse_step": 2}, {"mlp_only_layers": (1,)}, {"query_pre_attn_scalar": 7}, {"attn_logit_softcapping": 7.0},
+    {"decoder_sparse_step": 2}, {"mlp_only_layers": (1,)}, {"embedding_multiplier": 2.0},
+    {"attention_multiplier": 0.3}, {"residual_multiplier": 0.3}, {"logits_scaling": 2.0}, {"query_pre_attn_scalar": 7},
+    {"attn_logit_softcapping": 7.0},
     {"final_logit_softcapping": 7.0}, {"q_lora_rank": 8}, {"kv_lora_rank": 8}, {"qk_nope_head_dim": 8},
     {"qk_rope_head_dim": 6}, {"v_head_dim": 8}, {"n_group": 4, "topk_group": 2}, {"topk_group": 2},
     {"routed_scaling_factor": 2.0},
@@ -76,6 +79,19 @@ def test_where_no_token_is_dropped_a_capacity_is_refused(family: str, key: str, 
 def test_layers_without_experts_must_exist() -> None:
     section = Model(**BASE["QWEN3MOE"], mlp_only_layers=(1, 4))
     assert list(registry.problems("QWEN3MOE", section)) == ["model.mlp_only_layers has 4, but the layers are 0 to 3"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"no_rope_layers": (1, 0)}, "model.no_rope_layers has 2 numbers, and model.num_layers = 4"),
+        ({"no_rope_layers": (1, 0, 1, 0), "no_rope_layer_interval": 2}, "both say which layers rotate; leave one out"),
+        ({"use_sliding_window": True, "sliding_window": 7}, "layers without a rotary embedding get the window"),
+        ({"max_window_layers": 2}, "model.max_window_layers is not supported by model_type = 'SMOLLM3'"),
+    ],
+)  # fmt: skip
+def test_layers_without_a_rotary_embedding_fit_the_model(options: dict[str, Any], message: str) -> None:
+    assert any(message in line for line in registry.problems("SMOLLM3", Model(**SHAPE, **options)))
 
 
 def test_internlm3_has_one_switch_for_o_and_the_mlp() -> None:

@@ -11,9 +11,11 @@ import transformers
 from internevo.checkpoint.open import open_source
 from internevo.config.model import Model
 from internevo.errors import UsageError
+from internevo.models.config import Rope
 from internevo.models.decoder import Decoder
 from internevo.models.families import choices, hf_values
 from internevo.models.families.registry import FAMILIES, decoder_config, decoder_from_hf
+from internevo.models.huggingface.folder import as_family
 from internevo.models.source import load_parameters
 
 from .test_options import BASE
@@ -62,6 +64,51 @@ def test_another_model_under_the_name_of_a_family_is_computed_right_or_refused(
             assert (ours.eval()(tokens) - wanted).abs().max() < 1e-5 * max(1, wanted.abs().max()), name
         loaded += 1
     assert loaded if not message else any(re.search(message, line) for line in refusals)
+
+
+def test_another_model_under_the_name_of_mistral_does_not_get_its_default_window() -> None:
+    shape = {key: value for key, value in SHAPE.items() if not key.endswith("_id")}
+    for kind, window in (("mistral", 4096), ("llama", 0)):
+        assert {decoder_from_hf({**shape, "model_type": kind}, "", "MISTRAL").window(layer) for layer in range(4)} == {window}
+
+
+def test_a_llama_under_the_name_of_smollm3_rotates_in_every_layer() -> None:
+    shape = {key: value for key, value in SHAPE.items() if not key.endswith("_id")}
+    for kind, layers, base in (("smollm3", (3,), 2e6), ("llama", (), 1e4)):
+        config = decoder_from_hf({**shape, "model_type": kind}, "", "SMOLLM3")
+        assert config.layers_without_rope == layers and config.rope == Rope(base)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"no_rope_layers": [1, 0]}, "no_rope_layers has 2 numbers, and num_hidden_layers = 4"),
+        ({"no_rope_layers": "all"}, "no_rope_layers = 'all' must be a list of whole numbers"),
+        ({"no_rope_layer_interval": -1}, "no_rope_layer_interval = -1 must be a whole number"),
+        ({"sliding_window": 3, "layer_types": ["sliding_attention"] * 4}, "layer_types has sliding_attention, and use_sliding"),
+        ({"sliding_window": 3, "model_type": "mistral"}, "sliding_window = 3 does not fit SMOLLM3"),
+    ],
+)
+def test_smollm3_refuses_what_it_cannot_mean(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        decoder_from_hf({**SHAPE, "model_type": "smollm3", **values}, "", "SMOLLM3")
+
+
+def test_a_granite_whose_multipliers_change_nothing_is_a_llama() -> None:
+    plain = Model(**BASE["GRANITE"])  # with heads of 16
+    wanted = decoder_config("LLAMA2", plain)
+    for section in (plain, Model(**BASE["GRANITE"], attention_multiplier=0.25)):
+        assert as_family(decoder_config("GRANITE", section), "LLAMA2") == wanted
+    assert as_family(wanted, "GRANITE") == decoder_config("GRANITE", plain)
+    with pytest.raises(UsageError, match=r"its residual_multiplier is 0.5, and in the folder it would be 1.0"):
+        as_family(decoder_config("GRANITE", Model(**BASE["GRANITE"], residual_multiplier=0.5)), "LLAMA2")
+
+
+def test_mistral_has_a_window_in_every_layer_or_in_none() -> None:
+    mixed = {**SHAPE, "sliding_window": 3, "layer_types": ["full_attention", "sliding_attention"] * 2}
+    with pytest.raises(UsageError, match="layer_types has layers without a window, and in MISTRAL all have one"):
+        decoder_from_hf(mixed, "", "MISTRAL")
+    assert decoder_from_hf({**mixed, "use_sliding_window": False}, "", "MISTRAL").windows == ()
 
 
 WRONG = {"use_sliding_window": True, "is_causal": False, "no_rope_layers": [1, 0], "quantization_config": {"bits": 4}}

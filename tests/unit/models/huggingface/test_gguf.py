@@ -49,7 +49,8 @@ MORE: dict[str, dict[str, Any]] = {
     "LLAMA2": {"rope_scaling": LLAMA3}, "MIXTRALMOE": {**MOE, "intermediate_size": 32},
     "QWEN3MOE": MOE, "QWEN2MOE": {**MOE, "num_shared_experts": 1}, "GEMMA3": {"num_layers": 6},
     "INTERNLM": {"num_kv_attention_heads": 4}, "INTERNLM3": {"head_dim": 32, "no_bias": False, "mlp_bias": True},
-    "BAICHUAN2": {"num_layers": 32, "num_kv_attention_heads": 4}, 
+    "BAICHUAN2": {"num_layers": 32, "num_kv_attention_heads": 4}, "SMOLLM3": {"num_layers": 5, "no_rope_layer_interval": 4},
+    "GRANITE": {"embedding_multiplier": 7.0, "attention_multiplier": 0.4, "residual_multiplier": 0.3, "logits_scaling": 3.0},
     "PHI3": {"rope_scaling": LONG, "sliding_window": 50, "use_sliding_window": True},
     "DEEPSEEKV2": LATENT, "DEEPSEEKV3": {**LATENT, "q_lora_rank": 24, "n_group": 2, "routed_scaling_factor": 2.5},
 }  # fmt: skip
@@ -127,7 +128,7 @@ def expected(folder: Path, arch: str) -> dict[str, torch.Tensor]:
     table, out = gguf.get_tensor_name_map(model, hf["num_hidden_layers"]), dict[str, torch.Tensor]()
     for name, value in found.items():
         linear = name.split(".")[-2]
-        if arch in ("llama", "internlm2", "baichuan") and linear in counts:
+        if arch in ("llama", "internlm2", "baichuan", "smollm3", "granite") and linear in counts:
             value = permuted(value, counts[linear])
         if arch.startswith("gemma") and name.endswith("norm.weight"):
             value = value + 1
@@ -190,6 +191,7 @@ VALUES: dict[str, dict[str, Any]] = {
         "attention.sliding_window": 50, "rope.dimension_count": 8, "rope.scaling.original_context_length": 64,
         "rope.scaling.attn_factor": math.sqrt(1 + math.log(2048 / 64) / math.log(64)),
     },
+    "GRANITE": {"embedding_scale": 7.0, "attention.scale": 0.4, "residual_scale": 0.3, "logit_scale": 3.0},
     "GLM": {"rope.dimension_count": 8}, "GLM4": {"rope.dimension_count": 8}, "INTERNLM3": {"rope.dimension_count": 32},
     "DEEPSEEKV2": {
         "attention.head_count_kv": 1, "attention.key_length": 24, "attention.key_length_mla": 32, "expert_gating_func": 1,
@@ -254,7 +256,7 @@ def test_transformers_reads_the_same_model(tmp_path: Path, family: str) -> None:
     model = model_of(family)
     write_gguf(ModelInMemory(model.config, model), tmp_path / "gguf")
     save_hf(model, tmp_path / "hf")  # for the shape, of which transformers does not read all from a GGUF file
-    shape = AutoConfig.from_pretrained(tmp_path / "hf", pad_token_id=0)  # Phi-3's default is outside this vocabulary
+    shape = AutoConfig.from_pretrained(tmp_path / "hf")
     theirs: Any = AutoModelForCausalLM.from_pretrained(
         tmp_path / "gguf", gguf_file="model.gguf", config=shape, attn_implementation="eager"
     )
@@ -291,6 +293,10 @@ def test_what_llama_cpp_does_not_have_is_refused_by_name(tmp_path: Path) -> None
         ("BAICHUAN2", {"rope": None}, "it has 32 layers, and llama.cpp uses ALiBi only in models of 40"),
         ("BAICHUAN2", {"tie_embeddings": True}, "its head is tied"),
         ("PHI3", {"windows": (0, 5)}, "its sliding windows"),
+        ("MISTRAL", {"windows": (5, 5)}, "its sliding windows"),
+        ("SMOLLM3", {"windows": (0, 0, 0, 5, 0)}, "its sliding windows"),
+        ("SMOLLM3", {"layers_without_rope": (1, 3)}, r"its layers \[1, 3\] have no rotary embedding, and in llama.cpp \[3\]"),
+        ("LLAMA2", {"layers_without_rope": (1,)}, r"its layers \[1\] have no rotary embedding"),
         ("DEEPSEEKV3", {"num_layers": 27}, "27 layers, by which llama.cpp takes it for a model without q_lora_rank"),
         ("DEEPSEEKV3", {"norm_eps": 1e-5}, "the norms of its latents"),
         ("DEEPSEEKV3", {"qkv_bias": True}, "it has qkv biases"),

@@ -11,14 +11,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from internevo import load_model, save_hf
 from internevo.checkpoint import Checkpoint
 from internevo.commands.convert import convert
+from internevo.config.model import Model
 from internevo.errors import UsageError
+from internevo.models.families.registry import decoder_config
 from internevo.models.huggingface.folder import HfFolder, write_hf
-from tests.conftest import Run, WriteConfig, metrics
+from tests.conftest import Run, WriteConfig, metrics, random_model
 from tests.families import CONFIGS, pair
 from tests.references import REFERENCES, random_folder
 
@@ -178,6 +188,39 @@ def test_an_internlm2_model_is_written_as_llama_for_transformers(tmp_path: Path,
     assert "GemmaForCausalLM cannot describe this model: its tie_embeddings is False" in done.stderr.replace("\n", " ") or (
         "GemmaForCausalLM cannot describe this model" in done.stderr
     )
+
+
+@pytest.mark.parametrize("family", ["SMOLLM3", "PHI3", "GLM"])
+def test_transformers_does_not_pad_with_an_id_outside_of_the_vocabulary(tmp_path: Path, family: str) -> None:
+    """Its default in these families is that of the published models."""
+    shape = {"num_layers": 1, "hidden_size": 32, "vocab_size": 97, "num_attention_heads": 4}
+    model = random_model(decoder_config(family, Model(**shape)))  # type: ignore[arg-type]
+    save_hf(model, tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert theirs.config.pad_token_id is None
+    tokens = torch.randint(0, 97, (1, 9))
+    assert (model(tokens) - theirs(tokens).logits).abs().max() < 1e-5
+
+
+def test_mistral_without_a_window_is_read_and_written_as_llama(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    shape: dict[str, Any] = dict(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, max_position_embeddings=64,
+    )  # fmt: skip
+    theirs = MistralForCausalLM(MistralConfig(**shape, sliding_window=None))
+    theirs.save_pretrained(tmp_path / "mistral")
+    convert(tmp_path / "mistral", tmp_path / "as", "hf", write_as="LLAMA2")
+    convert(tmp_path / "mistral", tmp_path / "read", "hf", family="LLAMA2")
+    tokens = torch.randint(0, 97, (1, 20))
+    for folder in ("as", "read"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+        assert type(loaded) is LlamaForCausalLM and torch.equal(loaded(tokens).logits, theirs(tokens).logits)
+    MistralForCausalLM(MistralConfig(**shape, sliding_window=4)).save_pretrained(tmp_path / "windowed")
+    with pytest.raises(UsageError, match=r"LlamaForCausalLM cannot describe this model: its windows is \(4, 4\)"):
+        convert(tmp_path / "windowed", tmp_path / "no", "hf", write_as="LLAMA2")
+    with pytest.raises(UsageError, match="sliding_window = 4 does not fit LLAMA2"):
+        convert(tmp_path / "windowed", tmp_path / "no", "hf", family="LLAMA2")
 
 
 def test_other_files_of_the_folder_are_copied(llama_folder: Path, tmp_path: Path) -> None:
