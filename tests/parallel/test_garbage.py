@@ -65,14 +65,19 @@ def test_a_step_leaves_no_tensor_in_a_reference_cycle(pool: Pool, tmp_path: Path
     assert pool.run(tensors_in_cycles, 2, path) == [[], []]
 
 
-def meshes_after(path: Path) -> int:
-    """Trains, and returns how many meshes there still are. Each has its process groups, and each of those two threads."""
+def meshes() -> list[DeviceMesh]:
+    """The meshes that there are. Each has its process groups, and each of those two threads."""
+    while gc.collect():  # freeing an object may make another one free
+        pass
+    return [found for found in gc.get_objects() if isinstance(found, DeviceMesh)]
+
+
+def meshes_of_a_run(path: Path) -> int:
+    """Trains, and returns how many meshes are left of it."""
+    before = meshes()
     train(path, [], None, launcher="torch")
-    end, left = time.monotonic() + 30, 1
-    while left and time.monotonic() < end:  # a thread that ends may hold something a moment longer
-        while gc.collect():  # freeing an object may make another one free
-            pass
-        left = sum(isinstance(found, DeviceMesh) for found in gc.get_objects())
+    end = time.monotonic() + 30
+    while (left := len(meshes()) - len(before)) and time.monotonic() < end:  # a thread that ends may hold one a moment longer
         time.sleep(0.1)
     return left
 
@@ -84,4 +89,4 @@ def test_a_run_leaves_no_process_groups(pool: Pool, tmp_path: Path, fsdp: bool) 
         "parallel__tensor": {"size": 2, "mode": "mtp"}, "parallel__zero1": {"size": -1, "fsdp": fsdp},
     }  # fmt: skip
     path = write_config(tmp_path, write_dataset(tmp_path / "data"), **changes)
-    assert pool.run_alone(meshes_after, 4, path) == [0] * 4
+    assert pool.run_alone(meshes_of_a_run, 4, path) == [0] * 4
