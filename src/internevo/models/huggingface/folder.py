@@ -26,7 +26,7 @@ from ..families.registry import decoder_from_hf, family
 from ..source import ModelInMemory, ParameterSource, most_common_dtype, write_rows
 from .naming import Naming, overlapping
 from .owned import owned_target
-from .tokenizer import copy_tokenizer, has_tokenizer, special_ids
+from .tokenizer import SPECIAL_IDS, copy_tokenizer, has_tokenizer, special_ids
 from .weights import Weights
 
 log = logging.getLogger("internevo")
@@ -260,12 +260,13 @@ def _shard_name(number: int, count: int) -> str:
 def _config_json(source: ParameterSource, config: DecoderConfig, special: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """Returns the values of ``config.json``. The model's own values override those of the folder that it was read from, and
     these override the tokenizer's. The dtype is in ``torch_dtype``, which every version of transformers reads.
-    Without ``pad_token_id``, transformers would take the one of the architecture's published model, which may be outside of the
-    vocabulary."""
+    Special ids that are not known are null: for a missing key, transformers would take the one of the architecture's published
+    model, which is another token, or outside of the vocabulary."""
     ours = family(config.family).to_hf(config)
     kept = source.hf_config if config.family == source.config.family else {}
     kept = {key: value for key, value in kept.items() if key not in ("dtype", "torch_dtype")}
-    return {"pad_token_id": None, **special, **kept, **ours, "torch_dtype": str(dtype).removeprefix("torch.")}
+    unknown = dict.fromkeys(("pad_token_id",) if kept else SPECIAL_IDS)
+    return {**unknown, **special, **kept, **ours, "torch_dtype": str(dtype).removeprefix("torch.")}
 
 
 def as_family(config: DecoderConfig, name: str) -> DecoderConfig:

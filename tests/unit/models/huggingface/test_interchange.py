@@ -26,6 +26,7 @@ from internevo.checkpoint import Checkpoint
 from internevo.commands.convert import convert
 from internevo.config.model import Model
 from internevo.errors import UsageError
+from internevo.models.config import DecoderConfig
 from internevo.models.families.registry import decoder_config
 from internevo.models.huggingface.folder import HfFolder, write_hf
 from tests.conftest import Run, WriteConfig, metrics, random_model
@@ -60,6 +61,13 @@ def test_save_hf_writes_what_transformers_reads(llama_folder: Path, tmp_path: Pa
     assert theirs.dtype == torch.bfloat16
     tokens = torch.randint(0, 300, (1, 9))
     assert (model(tokens) - theirs(tokens).logits).abs().max() < 0.04
+
+
+def test_special_ids_that_nobody_knows_are_null(tmp_path: Path) -> None:
+    """For a missing key, transformers takes that of the architecture's published model: token 1 to begin with, and 2 to end."""
+    save_hf(random_model(DecoderConfig("LLAMA2", 300, 32, 24, 4, 4, 2, 8)), tmp_path / "saved")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").config
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (None, None, None)
 
 
 class Evil:
