@@ -1,6 +1,8 @@
 """The documentation names files and config keys that exist, and each page begins with something to run."""
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,16 @@ def test_a_page_begins_with_something_to_run(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     beginning = text.split("\n## ")[0]
     assert re.search(r"^```(bash|python)$", beginning, re.M)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_shell_commands_can_be_parsed(page: Path) -> None:
+    """And none that a comment swallows: a loop whose `done` is in a comment has no end."""
+    blocks = re.findall(r"^```(?:bash|sh|shell)$\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
+    for block in blocks:
+        parsed = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True)
+        assert parsed.returncode == 0, f"{parsed.stderr}\n{block}"
 
 
 def test_the_runs_of_the_strategies_have_run_folders_of_their_own() -> None:
