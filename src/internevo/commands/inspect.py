@@ -12,6 +12,7 @@ from ..data.encoding.describe import describe_raw
 from ..data.raw.hub import METADATA_FILES
 from ..data.raw.inputs import find_files
 from ..data.tokenized.describe import describe_dataset
+from ..data.tokenized.files import meta_path
 from ..data.tokenized.index import WORK
 from ..errors import UsageError
 from ..models.families.hf_values import is_of_tokenizer
@@ -42,10 +43,10 @@ def describe(path: Path, tokenizer: Path | None = None, decode: int = 0) -> Iter
         DataError: if tokenized data is damaged; the message says which file and where.
     """
     path = model_folder(path)
-    if path.suffix == ".gguf" and path.is_file():
-        return _describe_gguf(path)
     if path.is_file():
-        return describe_raw(path, find_files([path], None, None, ()))
+        return _describe_file(path, tokenizer, decode)
+    if not path.is_dir() and path.with_name(path.name + ".bin").is_file():  # as data.train_folder names a Megatron dataset
+        return describe_dataset(path, tokenizer, decode)
     if not path.is_dir():
         raise UsageError(f"{path} does not exist")
     if (path / NAME).is_file() or (path / "state.json").is_file():
@@ -69,6 +70,18 @@ def describe(path: Path, tokenizer: Path | None = None, decode: int = 0) -> Iter
     if not raw:
         raise UsageError(f"{path} contains neither a checkpoint, a run, a Hugging Face model, a tokenizer nor data")
     return describe_raw(path, raw)
+
+
+def _describe_file(path: Path, tokenizer: Path | None, decode: int) -> Iterator[str]:
+    """Describes a file as what it belongs to."""
+    if path.suffix == ".gguf":
+        return _describe_gguf(path)
+    if path.name == "tokenizer.json" or path.suffix in (".model", ".tiktoken"):
+        return _describe_tokenizer(path)
+    tokens = path.with_suffix("") if path.suffix == ".meta" else path.with_suffix(".bin") if path.suffix == ".idx" else path
+    if tokens.suffix == ".bin" and tokens.is_file() and meta_path(tokens).is_file():
+        return describe_dataset(tokens.with_suffix(""), tokenizer, decode)
+    return describe_raw(path, find_files([path], None, None, ()))
 
 
 def _describe_checkpoint(path: Path) -> Iterator[str]:
@@ -146,4 +159,4 @@ def _describe_tokenizer(path: Path) -> Iterator[str]:
     ends = [(what, id_) for what, id_ in (("begin", tokenizer.bos_id), ("end", tokenizer.eos_id)) if id_ is not None]
     marks = [f"{what} with {tokenizer.decode([id_])!r} (id {id_})" for what, id_ in ends]
     yield f"documents {' and '.join(marks) or 'have no token at their ends'}"
-    yield f"chat template: {'yes' if templates(path) else 'no'}"
+    yield f"chat template: {'yes' if templates(path if path.is_dir() else path.parent) else 'no'}"

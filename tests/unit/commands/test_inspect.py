@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pytest
 from pyarrow import parquet
@@ -23,7 +24,7 @@ from internevo.models.huggingface.tokenizer import copy_tokenizer
 from internevo.models.source import ModelInMemory
 from internevo.text.tokenizer import load_tokenizer, train_bpe
 from tests.conftest import random_model
-from tests.unit.data.writers import write_binary
+from tests.unit.data.writers import write_binary, write_megatron
 
 
 def test_inspect_describes_a_dataset_and_names_every_broken_file(tmp_path: Path) -> None:
@@ -179,3 +180,18 @@ def test_what_comes_from_a_model_is_described_and_is_no_model(tmp_path: Path) ->
         file.write_bytes(whole[:length])
         with pytest.raises(UsageError, match=f"{file} is not a whole GGUF file"):
             list(describe(file))
+
+
+def test_a_file_is_described_as_what_it_belongs_to(tmp_path: Path) -> None:
+    """A tokenizer's file as its folder; a dataset of Megatron's by the path that training takes, and by its files."""
+    file = train_bpe(["def f(x): return x"] * 5, 280, tmp_path / "tok")
+    of_folder, of_file = list(describe(file.parent)), list(describe(file))
+    assert of_file == [of_folder[0].replace(str(file.parent), str(file)), *of_folder[1:]] and len(of_file) == 3
+    (tmp_path / "meg").mkdir()
+    write_megatron(tmp_path / "meg" / "my_text_document", [[[1, 2, 3]], [[4, 5]]], np.uint16, 8)
+    for name in ("my_text_document", "my_text_document.bin", "my_text_document.idx"):
+        lines = list(describe(tmp_path / "meg" / name, tokenizer=file, decode=1))
+        assert lines[0] == f"tokenized data {tmp_path}/meg/my_text_document: 2 documents, 5 tokens, files: 1"
+        assert any("every id is in it" in line for line in lines) and lines[-2].endswith("document 0: 3 tokens")
+    with pytest.raises(UsageError, match="does not exist"):
+        list(describe(tmp_path / "meg" / "my_text"))
