@@ -1,6 +1,7 @@
 """``internevo inspect`` on tokenized and raw data, and on what comes from a model."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from internevo.models.huggingface.peft import write_peft
 from internevo.models.huggingface.tokenizer import copy_tokenizer
 from internevo.models.source import ModelInMemory
 from internevo.text.tokenizer import load_tokenizer, train_bpe
-from tests.conftest import random_model
+from tests.conftest import random_model, run, write_config
 from tests.unit.data.writers import write_binary, write_megatron
 
 
@@ -195,3 +196,27 @@ def test_a_file_is_described_as_what_it_belongs_to(tmp_path: Path) -> None:
         assert any("every id is in it" in line for line in lines) and lines[-2].endswith("document 0: 3 tokens")
     with pytest.raises(UsageError, match="does not exist"):
         list(describe(tmp_path / "meg" / "my_text"))
+
+
+def test_runs_in_a_folder_are_listed_and_adapters_of_a_run_are_named(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    lora = {"rank": 2, "alpha": 4.0, "targets": ["q", "v"]}
+    run(
+        "train",
+        write_config(
+            tmp_path, None, "tuned", ckpt__save_ckpt_folder=str(runs / "tuned"), data__type="mocked", model__lora=lora
+        ),
+    )
+    assert "adapters (LoRA): rank 2, alpha 4, targets: q, v" in list(describe(runs / "tuned"))
+    steps = [{"step": step, "loss": loss} for step, loss in ((1, 2.5), (2, None))]
+    for name, rows in (("began", []), ("no-loss", steps), ("short", steps[:1])):
+        (runs / name).mkdir()
+        (runs / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (runs / "notes").mkdir()  # is no run
+    first, *lines = describe(runs)
+    assert first == f"4 runs in {runs}:" and len(lines) == 4
+    assert lines[0] == "  began    no step yet; 0 checkpoints" and lines[1] == "  no-loss  step 2, no loss; 0 checkpoints"
+    assert lines[2] == "  short    step 1, loss 2.5000; 0 checkpoints"
+    assert re.fullmatch(r"  tuned    step (\d) of \1, loss \d\.\d{4}; 1 checkpoint", lines[3])
+    write_binary(runs / "data" / "part.bin", [[1, 2]], None)  # data beside the runs: the folder is described as data
+    assert next(iter(describe(runs))).startswith(f"tokenized data {runs}: 1 documents")
