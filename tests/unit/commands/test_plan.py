@@ -99,6 +99,16 @@ def test_what_is_wrong_is_said(
         assert word in err
 
 
+def test_what_cannot_make_a_layout_fit_is_not_advised(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a large model on one GPU, shorter rows save a small part of what is missing; of long rows, they save enough."""
+    wide = config(tmp_path, model__hidden_size=8192, model__num_layers=400, model__num_attention_heads=64)
+    _, _, err = run(capsys, wide, "--gpus", "1", "--gpu", "h100")
+    assert "It would fit with more GPUs" in err and "seq_len" not in err and "GPUs of at least" not in err
+    rows = [f"data.seq_len={2**22}", f"model.max_position_embeddings={2**22}", "data.global_batch_size=1", "data.micro_bsz=1"]
+    _, _, err = run(capsys, config(tmp_path), "--gpus", "1", "--gpu", "h100", "--memory", "1GiB", *rows)
+    assert re.search(r"--memory \d+GiB", err) and "with a shorter data.seq_len" in err and "grad_dtype" not in err
+
+
 def test_small_numbers_are_not_zeros(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A tiny model on two GPUs: microseconds, megabytes, and a thousandth of a dollar. What is printed adds up."""
     code, text, _ = run(capsys, config(tmp_path), "--gpus", "2", "--gpu", "h100", "--tokens", "1M", "--memory", "40GiB")
