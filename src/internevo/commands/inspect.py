@@ -32,8 +32,8 @@ from ..text.tokenizer import load_tokenizer
 
 
 def describe(path: Path, tokenizer: Path | None = None, decode: int = 0) -> Iterator[str]:
-    """Yields lines of text that describe a checkpoint, a run folder, a folder of run folders, a Hugging Face model, adapters of the peft
-    library, a GGUF file, a tokenizer, tokenized data or raw data.
+    """Yields lines of text that describe a checkpoint, a run folder, a folder of run folders, a Hugging Face model, adapters of
+    the peft library, a GGUF file, a tokenizer, tokenized data or raw data.
 
     Args:
         tokenizer: for tokenized data: every id must be in its vocabulary.

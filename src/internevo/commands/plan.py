@@ -155,7 +155,8 @@ def _nothing(search: Search, gpus: int) -> str:
     return (
         f"no layout fits: {lacking:,} bytes ({lacking / GIB:.1f} GiB) are missing on each GPU. The one that needs the least,\n"
         f"  {describe(least.choice)},\n"
-        f"needs {least.memory.total / GIB:.1f} GiB on its most loaded rank ({parts}); {search.limit / GIB:.1f} GiB may be used.\n"
+        f"needs {least.memory.total / GIB:.1f} GiB on its most loaded rank ({parts}); {search.limit / GIB:.1f} GiB may be "
+        "used.\n"
         f"It would fit {', or '.join(_what_helps(least, search))}"
     )
 
