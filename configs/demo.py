@@ -49,7 +49,7 @@ ckpt = dict(
 
 monitor = dict(
     log_every=10,
-    sample_prompts=("def ", "import ", "class "),
+    sample_prompts=("def", "import", "class"),  # no space at the end: it is the beginning of the next token
     sample_every=100,
     sample_tokens=96,
 )

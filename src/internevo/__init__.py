@@ -5,7 +5,7 @@ import internevo
 
 config = internevo.load_config("configs/demo.py", ["data.total_steps=100"])
 run = internevo.train(config, on_step=lambda record: print(record.step, record.loss))
-print("".join(internevo.generate(run, "def ")))
+print("".join(internevo.generate(run, "def")))
 print(internevo.evaluate(run, "data/valid").total.perplexity)
 internevo.save_hf(internevo.load_model(run), "exported", tokenizer="data")
 ```

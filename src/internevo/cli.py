@@ -227,7 +227,7 @@ def convert(
     )
 
 
-app.command(epilog=_epilog("internevo generate runs/demo --prompt 'def ' --max-new-tokens 100 --seed 1"))(cli_models.generate)
+app.command(epilog=_epilog("internevo generate runs/demo --prompt 'def' --max-new-tokens 100 --seed 1"))(cli_models.generate)
 app.command(epilog=_epilog("internevo chat exported --system 'Answer in one sentence.'"))(cli_models.chat)
 app.command(epilog=_epilog("internevo evaluate runs/demo --data data/valid"))(cli_models.evaluate)
 

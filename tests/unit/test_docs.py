@@ -1,12 +1,18 @@
 """The documentation names files and config keys that exist, and each page begins with something to run."""
 
+import inspect
+import operator
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
+import internevo
 from internevo.config.option import Section, section_of
 from internevo.config.schema import Config
+from internevo.train import run
 from tests.conftest import ROOT
 
 PAGES = [*ROOT.glob("*.md"), *(page for page in (ROOT / "docs").rglob("*.md") if page.parent.name != "reference")]
@@ -56,6 +62,31 @@ def test_a_page_begins_with_something_to_run(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     beginning = text.split("\n## ")[0]
     assert re.search(r"^```(bash|python)$", beginning, re.M)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_shell_commands_can_be_parsed(page: Path) -> None:
+    """And none that a comment swallows: a loop whose `done` is in a comment has no end."""
+    blocks = re.findall(r"^```(?:bash|sh|shell)$\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
+    for block in blocks:
+        parsed = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True)
+        assert parsed.returncode == 0, f"{parsed.stderr}\n{block}"
+
+
+def test_the_table_of_the_python_api_is_true() -> None:
+    """Its functions are those of the package, with these parameters and results, in their order."""
+    rows = re.findall(r"^\| `([\w.]+)\((.*?)\) -> (.*?)` \|", (ROOT / "docs/api.md").read_text(encoding="utf-8"), re.M)
+    assert {name.split(".")[0] for name, *_ in rows} == set(internevo.__all__)
+    for name, text, result in rows:
+        function = run.train if name == "train" else operator.attrgetter(name)(internevo)
+        signature = inspect.signature(function)
+        parameters = {each.name: str(each.replace(annotation=each.empty)) for each in signature.parameters.values()}
+        shown = [each for each in text.split(", ") if each not in ("*", "...")]
+        assert shown == [parameter for parameter in parameters.values() if parameter in shown], name
+        required = [key for key, each in signature.parameters.items() if each.default is each.empty]
+        assert set(required) <= set(shown) and ("..." in text) == (len(shown) < len(parameters)), name
+        assert signature.return_annotation == result, name
 
 
 def test_the_runs_of_the_strategies_have_run_folders_of_their_own() -> None:

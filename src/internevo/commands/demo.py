@@ -57,7 +57,7 @@ def run(config: Path, folder: Path, steps: int | None) -> None:
     say("\n[bold]2. Training[/bold] (Ctrl-C saves and stops; the same command continues from there)")
     _internevo("train", str(config), *overrides, "--nproc", str(min(cores, 2)))
     say("\n[bold]3. Text that the model writes[/bold]")
-    _internevo("generate", str(trained), "--prompt", "def ", "--max-new-tokens", "80", "--temperature", "0.8", "--seed", "1")
+    _internevo("generate", str(trained), "--prompt", "def", "--max-new-tokens", "80", "--temperature", "0.8", "--seed", "1")
     say("\n[bold]4. Export to Hugging Face, and a comparison of the logits[/bold]")
     _internevo("convert", str(trained), str(exported), "--to", "hf", "--overwrite")
     difference = compare_with_transformers(exported)

@@ -12,6 +12,7 @@ from ..data.encoding.describe import describe_raw
 from ..data.raw.hub import METADATA_FILES
 from ..data.raw.inputs import find_files
 from ..data.tokenized.describe import describe_dataset
+from ..data.tokenized.files import meta_path
 from ..data.tokenized.index import WORK
 from ..errors import UsageError
 from ..models.families.hf_values import is_of_tokenizer
@@ -21,6 +22,8 @@ from ..models.huggingface.folder import HfFolder
 from ..models.huggingface.tokenizer import TOKENIZER_FILES, has_tokenizer
 from ..models.source import ParameterSource, dtypes
 from ..observe.metrics import usable_rows
+from ..observe.rundata import RunData
+from ..observe.units import counted
 from ..storage.hub import model_folder
 from ..storage.jsonfile import read_object
 from ..storage.tensors import TensorFile
@@ -29,8 +32,8 @@ from ..text.tokenizer import load_tokenizer
 
 
 def describe(path: Path, tokenizer: Path | None = None, decode: int = 0) -> Iterator[str]:
-    """Yields lines of text that describe a checkpoint, a run folder, a Hugging Face model, adapters of the peft library, a GGUF
-    file, a tokenizer, tokenized data or raw data.
+    """Yields lines of text that describe a checkpoint, a run folder, a folder of run folders, a Hugging Face model, adapters of
+    the peft library, a GGUF file, a tokenizer, tokenized data or raw data.
 
     Args:
         tokenizer: for tokenized data: every id must be in its vocabulary.
@@ -42,15 +45,15 @@ def describe(path: Path, tokenizer: Path | None = None, decode: int = 0) -> Iter
         DataError: if tokenized data is damaged; the message says which file and where.
     """
     path = model_folder(path)
-    if path.suffix == ".gguf" and path.is_file():
-        return _describe_gguf(path)
     if path.is_file():
-        return describe_raw(path, find_files([path], None, None, ()))
+        return _describe_file(path, tokenizer, decode)
+    if not path.is_dir() and path.with_name(path.name + ".bin").is_file():  # as data.train_folder names a Megatron dataset
+        return describe_dataset(path, tokenizer, decode)
     if not path.is_dir():
         raise UsageError(f"{path} does not exist")
     if (path / NAME).is_file() or (path / "state.json").is_file():
         return _describe_checkpoint(path)
-    if (path / "metrics.jsonl").is_file() or (path / "checkpoints").is_dir():
+    if _is_run(path):
         return _describe_run(path)
     if (path / "config.json").is_file() and not is_of_tokenizer(read_object(path / "config.json")):
         return _describe_hf(path)
@@ -58,6 +61,8 @@ def describe(path: Path, tokenizer: Path | None = None, decode: int = 0) -> Iter
         return _describe_adapters(path)
     if (path / gguf.NAME).is_file():
         return _describe_gguf(path / gguf.NAME)
+    if runs := _runs_below(path):
+        return _describe_runs(path, runs)
     if any(path.rglob("*.bin")) or (path / WORK).is_dir():
         return describe_dataset(path, tokenizer, decode)
     try:
@@ -71,11 +76,52 @@ def describe(path: Path, tokenizer: Path | None = None, decode: int = 0) -> Iter
     return describe_raw(path, raw)
 
 
+def _describe_file(path: Path, tokenizer: Path | None, decode: int) -> Iterator[str]:
+    """Describes a file as what it belongs to."""
+    if path.suffix == ".gguf":
+        return _describe_gguf(path)
+    if path.name == "tokenizer.json" or path.suffix in (".model", ".tiktoken"):
+        return _describe_tokenizer(path)
+    tokens = path.with_suffix("") if path.suffix == ".meta" else path.with_suffix(".bin") if path.suffix == ".idx" else path
+    if tokens.suffix == ".bin" and tokens.is_file() and meta_path(tokens).is_file():
+        return describe_dataset(tokens.with_suffix(""), tokenizer, decode)
+    return describe_raw(path, find_files([path], None, None, ()))
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "metrics.jsonl").is_file() or (path / "checkpoints").is_dir()
+
+
+def _runs_below(path: Path) -> list[Path]:
+    """Returns the run folders in a folder; none if it has tokenized data beside them, which is then what it is about."""
+    runs = sorted(folder for folder in path.iterdir() if folder.is_dir() and _is_run(folder))
+    beside = (file for file in path.rglob("*.bin") if not any(run in file.parents for run in runs))
+    return runs if runs and next(beside, None) is None else []
+
+
+def _describe_runs(path: Path, runs: list[Path]) -> Iterator[str]:
+    """One line for each run. ``inspect`` of the run says more, and reads its checkpoints."""
+    yield f"{counted(len(runs), 'run')} in {path}:"
+    width = max(len(run.name) for run in runs)
+    for run in runs:
+        data = RunData.read(run)
+        total, last = data.options().get("data.total_steps"), data.train[-1] if data.train else None
+        of = f" of {total:,}" if isinstance(total, int) else ""
+        step = f"step {last['step']:,}{of}, {_loss(last['loss'])}" if last else "no step yet"
+        yield f"  {run.name:{width}}  {step}; {counted(len(complete_checkpoints(run)), 'checkpoint')}"
+
+
+def _loss(value: float | None) -> str:
+    return "no loss" if value is None else f"loss {value:.4f}"
+
+
 def _describe_checkpoint(path: Path) -> Iterator[str]:
     checkpoint = Checkpoint(path)
     manifest = checkpoint.manifest
     yield f"checkpoint {path}: step {manifest.step}"
     yield f"model: {checkpoint.config.summary()}, {_dtypes(checkpoint)}"
+    if lora := checkpoint.config.lora:
+        yield f"adapters (LoRA): rank {lora.rank}, alpha {lora.alpha:g}, targets: {', '.join(lora.targets)}"
     kinds = sorted({name.split("/")[0] for name in manifest.tensors})
     size = sum(f.size for f in manifest.files.values())
     yield f"contains: {', '.join(kinds)}; {len(manifest.tensors)} tensors in {len(manifest.files)} files, {size / 1e6:,.1f} MB"
@@ -99,7 +145,7 @@ def _describe_run(path: Path) -> Iterator[str]:
         yield f"damaged: {damaged} lines of {file}, which are left out here"
     if rows:
         step, loss, tokens = (rows[-1][key] for key in ("step", "loss", "consumed_tokens"))
-        yield f"last step: {step}, {'no loss' if loss is None else f'loss {loss:.4f}'}, {tokens:,} tokens"
+        yield f"last step: {step}, {_loss(loss)}, {tokens:,} tokens"
     found = complete_checkpoints(path)
     if not found:
         yield "no complete checkpoint"
@@ -146,4 +192,4 @@ def _describe_tokenizer(path: Path) -> Iterator[str]:
     ends = [(what, id_) for what, id_ in (("begin", tokenizer.bos_id), ("end", tokenizer.eos_id)) if id_ is not None]
     marks = [f"{what} with {tokenizer.decode([id_])!r} (id {id_})" for what, id_ in ends]
     yield f"documents {' and '.join(marks) or 'have no token at their ends'}"
-    yield f"chat template: {'yes' if templates(path) else 'no'}"
+    yield f"chat template: {'yes' if templates(path if path.is_dir() else path.parent) else 'no'}"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,7 +139,6 @@ def _check_picture(path: Path) -> None:
 
 def _nothing(search: Search, gpus: int) -> str:
     """Says why no layout is there: none is legal, or none fits, and what would help."""
-    from ..planner.plan import RESERVE
     from ..planner.report import GIB, describe, memory_parts
 
     least = search.least()
@@ -151,14 +152,34 @@ def _nothing(search: Search, gpus: int) -> str:
         )
     lacking = least.memory.total - search.limit
     parts = ", ".join(f"{name} {nbytes / GIB:.1f}" for name, nbytes in memory_parts(least).items())
-    needed = least.memory.total / GIB
     return (
         f"no layout fits: {lacking:,} bytes ({lacking / GIB:.1f} GiB) are missing on each GPU. The one that needs the least,\n"
         f"  {describe(least.choice)},\n"
-        f"needs {needed:.1f} GiB on its most loaded rank ({parts}); {search.limit / GIB:.1f} GiB may be used.\n"
-        f"It would fit with more GPUs, with GPUs of at least {needed / (1 - RESERVE):.0f} GiB (--gpu), with a shorter "
-        "data.seq_len, or, if gradients are the most, with hybrid_zero_optimizer.grad_dtype = 'bfloat16'"
+        f"needs {least.memory.total / GIB:.1f} GiB on its most loaded rank ({parts}); {search.limit / GIB:.1f} GiB may be "
+        "used.\n"
+        f"It would fit {', or '.join(_what_helps(least, search))}"
     )
+
+
+def _what_helps(least: Candidate, search: Search) -> Iterator[str]:
+    """Yields what can make the layout that needs the least memory fit: not what would save less than is missing."""
+    from ..planner.hardware import GPUS
+    from ..planner.plan import RESERVE
+    from ..planner.report import GIB, memory_parts
+
+    lacking, parts = least.memory.total - search.limit, memory_parts(least)
+    large = least.memory.total / GIB / (1 - RESERVE)
+    yield "with more GPUs"
+    larger = [gpu for gpu in GPUS.values() if gpu.memory_gib >= large]
+    if least.memory.total <= search.gpu.memory_gib * GIB * (1 - RESERVE):
+        yield f"with --memory {math.ceil(least.memory.total / GIB)}GiB"
+    elif larger:
+        example = min(larger, key=lambda gpu: gpu.memory_gib).name
+        yield f"with GPUs of at least {large:.0f} GiB (for example --gpu {example})"
+    if lacking < parts["activations"] + parts["temporary buffers"]:  # what grows with the length of a row
+        yield "with a shorter data.seq_len"
+    if search.config.hybrid_zero_optimizer.grad_dtype == "float32" and lacking < parts["weights and gradients"] / 2:
+        yield "with hybrid_zero_optimizer.grad_dtype = 'bfloat16'"
 
 
 MEASURED = "Measured by internevo plan --calibrate"

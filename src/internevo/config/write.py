@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from pprint import pformat
@@ -138,13 +139,18 @@ def _toml(values: dict[str, Any]) -> str:
     lines = [f"{name} = {_inline(value)}" for name, value in single.items()]
     for name, section in values.items():
         if isinstance(section, dict):
-            inside = (f"{json.dumps(key)} = {_inline(value)}" for key, value in section.items() if value is not None)
+            inside = (f"{_key(key)} = {_inline(value)}" for key, value in section.items() if value is not None)
             lines += ["", f"[{name}]", *inside]
     return "\n".join(lines) + "\n"
 
 
+def _key(name: str) -> str:
+    """A key of TOML needs quotes only if it has other characters than these, as parts of paths have (data.min_length_dict)."""
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name)
+
+
 def _inline(value: Any) -> str:
     if isinstance(value, dict):
-        inside = (f"{json.dumps(key)} = {_inline(item)}" for key, item in value.items() if item is not None)
+        inside = (f"{_key(key)} = {_inline(item)}" for key, item in value.items() if item is not None)
         return "{" + ", ".join(inside) + "}"
     return f"[{', '.join(map(_inline, value))}]" if isinstance(value, list) else json.dumps(value)

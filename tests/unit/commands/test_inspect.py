@@ -1,10 +1,12 @@
 """``internevo inspect`` on tokenized and raw data, and on what comes from a model."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pytest
 from pyarrow import parquet
@@ -22,8 +24,8 @@ from internevo.models.huggingface.peft import write_peft
 from internevo.models.huggingface.tokenizer import copy_tokenizer
 from internevo.models.source import ModelInMemory
 from internevo.text.tokenizer import load_tokenizer, train_bpe
-from tests.conftest import random_model
-from tests.unit.data.writers import write_binary
+from tests.conftest import random_model, run, write_config
+from tests.unit.data.writers import write_binary, write_megatron
 
 
 def test_inspect_describes_a_dataset_and_names_every_broken_file(tmp_path: Path) -> None:
@@ -179,3 +181,42 @@ def test_what_comes_from_a_model_is_described_and_is_no_model(tmp_path: Path) ->
         file.write_bytes(whole[:length])
         with pytest.raises(UsageError, match=f"{file} is not a whole GGUF file"):
             list(describe(file))
+
+
+def test_a_file_is_described_as_what_it_belongs_to(tmp_path: Path) -> None:
+    """A tokenizer's file as its folder; a dataset of Megatron's by the path that training takes, and by its files."""
+    file = train_bpe(["def f(x): return x"] * 5, 280, tmp_path / "tok")
+    of_folder, of_file = list(describe(file.parent)), list(describe(file))
+    assert of_file == [of_folder[0].replace(str(file.parent), str(file)), *of_folder[1:]] and len(of_file) == 3
+    (tmp_path / "meg").mkdir()
+    write_megatron(tmp_path / "meg" / "my_text_document", [[[1, 2, 3]], [[4, 5]]], np.uint16, 8)
+    for name in ("my_text_document", "my_text_document.bin", "my_text_document.idx"):
+        lines = list(describe(tmp_path / "meg" / name, tokenizer=file, decode=1))
+        assert lines[0] == f"tokenized data {tmp_path}/meg/my_text_document: 2 documents, 5 tokens, files: 1"
+        assert any("every id is in it" in line for line in lines) and lines[-2].endswith("document 0: 3 tokens")
+    with pytest.raises(UsageError, match="does not exist"):
+        list(describe(tmp_path / "meg" / "my_text"))
+
+
+def test_runs_in_a_folder_are_listed_and_adapters_of_a_run_are_named(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    lora = {"rank": 2, "alpha": 4.0, "targets": ["q", "v"]}
+    run(
+        "train",
+        write_config(
+            tmp_path, None, "tuned", ckpt__save_ckpt_folder=str(runs / "tuned"), data__type="mocked", model__lora=lora
+        ),
+    )
+    assert "adapters (LoRA): rank 2, alpha 4, targets: q, v" in list(describe(runs / "tuned"))
+    steps = [{"step": step, "loss": loss} for step, loss in ((1, 2.5), (2, None))]
+    for name, rows in (("began", []), ("no-loss", steps), ("short", steps[:1])):
+        (runs / name).mkdir()
+        (runs / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (runs / "notes").mkdir()  # is no run
+    first, *lines = describe(runs)
+    assert first == f"4 runs in {runs}:" and len(lines) == 4
+    assert lines[0] == "  began    no step yet; 0 checkpoints" and lines[1] == "  no-loss  step 2, no loss; 0 checkpoints"
+    assert lines[2] == "  short    step 1, loss 2.5000; 0 checkpoints"
+    assert re.fullmatch(r"  tuned    step (\d) of \1, loss \d\.\d{4}; 1 checkpoint", lines[3])
+    write_binary(runs / "data" / "part.bin", [[1, 2]], None)  # data beside the runs: the folder is described as data
+    assert next(iter(describe(runs))).startswith(f"tokenized data {runs}: 1 documents")

@@ -43,6 +43,7 @@ def test_the_written_config_can_be_trained(tmp_path: Path, capsys: pytest.Captur
         assert words in text
     written = load_config(out)
     assert problems(written, 8) == [] and written.data.global_batch_size == 16
+    assert suffix != ".toml" or ("zero1 = {size = " in out.read_text() and '" = ' not in out.read_text())
     assert picture.read_text().count("<circle") >= 10
     code, _, err = run(capsys, *asked)  # its own files are replaced; JSON has no comment that would tell them
     assert code == (2 if suffix == ".json" else 0)
@@ -97,6 +98,16 @@ def test_what_is_wrong_is_said(
     assert code == 2 and out == "" and "Traceback" not in err
     for word in words:
         assert word in err
+
+
+def test_what_cannot_make_a_layout_fit_is_not_advised(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a large model on one GPU, shorter rows save a small part of what is missing; of long rows, they save enough."""
+    wide = config(tmp_path, model__hidden_size=8192, model__num_layers=400, model__num_attention_heads=64)
+    _, _, err = run(capsys, wide, "--gpus", "1", "--gpu", "h100")
+    assert "It would fit with more GPUs" in err and "seq_len" not in err and "GPUs of at least" not in err
+    rows = [f"data.seq_len={2**22}", f"model.max_position_embeddings={2**22}", "data.global_batch_size=1", "data.micro_bsz=1"]
+    _, _, err = run(capsys, config(tmp_path), "--gpus", "1", "--gpu", "h100", "--memory", "1GiB", *rows)
+    assert re.search(r"--memory \d+GiB", err) and "with a shorter data.seq_len" in err and "grad_dtype" not in err
 
 
 def test_small_numbers_are_not_zeros(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from ...errors import DataError
 from ..raw.documents import Document, read_documents
 from ..raw.inputs import split_files
 from .formats import TEXT_FIELDS, FormatName
-from .messages import CHAT_FIELDS, INSTRUCTION_FIELDS
+from .shared import CHAT_FIELDS, INSTRUCTION_FIELDS
 
 READ_BYTES = 32 << 20
 """The most bytes of files that are read; of larger data, the beginning of each file."""

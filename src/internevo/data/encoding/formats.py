@@ -28,8 +28,8 @@ from ...errors import DataError, UsageError
 from ...text.tokenizer import Tokenizer
 from ..raw.documents import Document
 from .chats import encode_chats
-from .messages import CHAT_FIELDS, CHAT_VALUES, INSTRUCTION_FIELDS, question_of
-from .shared import IdsOrError, mask, missing_field
+from .messages import CHAT_VALUES, question_of
+from .shared import CHAT_FIELDS, INSTRUCTION_FIELDS, IdsOrError, mask, missing_field
 
 FormatName = Literal["text", "alpaca", "chat"]
 TEXT_FIELDS = ("content", "text")

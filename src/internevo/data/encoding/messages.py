@@ -15,14 +15,10 @@ from typing import Any
 from ...errors import DataError
 from ...text.chat import REASONING, ChatTemplate, Messages
 from ..raw.documents import Document
-from .shared import missing_field
+from .shared import CHAT_FIELDS, INSTRUCTION_FIELDS, missing_field
 
-CHAT_FIELDS = ("messages", "conversations")
-"""The fields that are looked for in a document, in this order."""
 CHAT_VALUES = ("system", "tools", "functions", "history", "documents", "enable_thinking", "chat_template_kwargs")
 """Fields next to the messages. They are variables of the chat template; ``system`` may also be its first message."""
-INSTRUCTION_FIELDS = ("instruction", "input", "output")
-"""The fields of an instruction; the input may be empty."""
 ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant", "system": "system",
     "observation": "tool", "tool": "tool", "developer": "developer",

@@ -27,6 +27,7 @@ def describe_dataset(root: Path, tokenizer: Path | None, decode: int) -> Iterato
     """Yields lines of text that describe the tokenized data below ``root``.
 
     Args:
+        root: a folder; or the path of one ``.bin`` file without its suffix.
         tokenizer: every id must be in its vocabulary. None: the tokenizer in ``root`` or the folder above it, or else the one
             with which the data was tokenized, if it is still there.
         decode: the number of documents to show as text, with masked tokens in ⟦ ⟧.
@@ -40,8 +41,9 @@ def describe_dataset(root: Path, tokenizer: Path | None, decode: int) -> Iterato
     yield f"tokenized data {root}: {len(index):,} documents, {index.tokens:,} tokens, files: {len(index.files):,}"
     yield from _describe_types(index)
     yield from _describe_lengths(index)
-    found = load_tokenizer(tokenizer) if tokenizer else find_tokenizer(root, above=True)
-    origin = find_origin(root) if found is None else None
+    folder = root if root.is_dir() else root.parent
+    found = load_tokenizer(tokenizer) if tokenizer else find_tokenizer(folder, above=True)
+    origin = find_origin(folder) if found is None else None
     if origin is not None:
         found = origin.load()
         today = f" (today is {origin.template_date} for its template)" if origin.template_date else ""
@@ -60,7 +62,7 @@ def _check_files(root: Path) -> Iterator[str]:
     messages, files = [], list_files(root)
     for name, *_ in files:
         try:
-            TokenFile.open(root / name)
+            TokenFile.open((root if root.is_dir() else root.parent) / name)
         except DataError as error:
             messages.append(str(error))
             yield f"broken: {error}"

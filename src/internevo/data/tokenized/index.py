@@ -35,6 +35,8 @@ UNFINISHED = "unfinished.json"
 """A file in ``WORK``: how far the command has come."""
 REPLACING = "replacing.json"
 """A file in ``WORK`` while new data replaces old data."""
+RAW = "make tokenized data with `internevo tokenize` (training also reads raw data, with data.type = 'streaming')"
+"""What to do with a path that has no tokenized data."""
 
 
 @dataclass
@@ -128,7 +130,12 @@ def list_files(root: Path) -> list[tuple[str, int, int, int, int]]:
     single = root.parent / (root.name + ".bin")
     if not root.is_dir() and not single.is_file():
         _check_finished(root)
-        raise DataError(f"{root} is neither a folder of tokenized data nor the path of a .bin file without its suffix")
+        advice = ""
+        if root.suffix == ".bin":
+            advice = ": leave the suffix out"
+        elif root.is_file():
+            advice = f": {RAW}"
+        raise DataError(f"{root} is neither a folder of tokenized data nor the path of a .bin file without its suffix{advice}")
     home, paths = (root, walk_files(root)) if root.is_dir() else (root.parent, [single])
     found = []
     for path in paths:
@@ -141,7 +148,7 @@ def list_files(root: Path) -> list[tuple[str, int, int, int, int]]:
             found.append((os.path.relpath(path, home), stat.st_size, stat.st_mtime_ns, meta.st_size, meta.st_mtime_ns))
     if not found:
         _check_finished(root)
-        raise DataError(f"{root} contains no .bin file: make tokenized data with `internevo tokenize`")
+        raise DataError(f"{root} contains no .bin file: {RAW}")
     return sorted(found)
 
 

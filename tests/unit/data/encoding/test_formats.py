@@ -277,3 +277,20 @@ def test_with_other_options_a_killed_command_starts_again(tmp_path: Path) -> Non
     tokenize([tmp_path / "a.jsonl"], tmp_path / "out", tokenizer=folder, text_key="text", on_error="skip")
     index = open_index(tmp_path / "out")
     assert len(index) == 1 and np.array_equal(index.read(0)[1:-1], load_tokenizer(folder).encode("good"))
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        (
+            {"messages": [{"role": "user", "content": "a"}]},
+            r"\(it has 'messages'\); give --format chat \(in a config: data\.fo",
+        ),
+        ({"instruction": "a", "output": "b"}, "; give --format alpaca"),
+        ({"body": "a"}, "; give the field's name with --text-key"),
+    ],
+)
+def test_the_format_that_fits_is_named_where_another_was_given(tmp_path: Path, document: Any, message: str) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(document) + "\n")
+    with pytest.raises(DataError, match=message):
+        tokenize([tmp_path / "a.jsonl"], tmp_path / "out", tokenizer=folder_with(tmp_path / "tokenizer", CHATML), workers=1)

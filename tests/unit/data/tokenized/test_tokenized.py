@@ -161,8 +161,16 @@ def test_the_error_names_a_meta_that_does_not_match(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_bin_files_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="contains no .bin file"):
+    with pytest.raises(DataError, match="contains no .bin file: make tokenized data with `internevo tokenize`"):
         open_index(tmp_path)
+
+
+def test_raw_data_in_place_of_tokenized_data_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "chats.jsonl").write_text("{}")
+    with pytest.raises(DataError, match=r"nor the path .*: make .* with `internevo tokenize` .* data\.type = 'streaming'"):
+        open_index(tmp_path / "chats.jsonl")
+    with pytest.raises(DataError, match=r"without its suffix: leave the suffix out"):
+        open_index(tmp_path / "a.bin")
 
 
 def test_int32_offsets_beyond_2_gib_are_repaired(tmp_path: Path) -> None:
