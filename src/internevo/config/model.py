@@ -78,9 +78,15 @@ class Model(Section):
     )
     v_head_dim: int | None = option(None, "Width of a head's values (DEEPSEEKV2, DEEPSEEKV3).", ge=1, le=MAX_SIZE)
     mlp_ratio: float = option(
-        4.0, "The width of the MLP is int(hidden_size * mlp_ratio), rounded up to a multiple of multiple_of.", gt=0, le=MAX_SIZE
+        4.0,
+        "The width of the MLP is int(hidden_size * mlp_ratio), rounded up to a multiple of multiple_of.",
+        gt=0,
+        le=MAX_SIZE,
+        unless="model.intermediate_size",
     )
-    multiple_of: int = option(256, "The width of the MLP is rounded up to a multiple of this.", ge=1, le=MAX_SIZE)
+    multiple_of: int = option(
+        256, "The width of the MLP is rounded up to a multiple of this.", ge=1, le=MAX_SIZE, unless="model.intermediate_size"
+    )
     intermediate_size: int | None = option(
         None, "Width of the MLP. If it is set, mlp_ratio and multiple_of are not used.", ge=1, le=MAX_SIZE
     )
