@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, StrictBool, field_validator
 
 from .experts import MoeLayerKwargs
 from .option import KERNELS, MAX_EXPERTS, MAX_SIZE, REQUIRED, PathText, Section, dtype_name, listed, option
@@ -95,7 +95,7 @@ class Model(Section):
         'Dtype of the computation: "torch.float32", "torch.bfloat16", "torch.float16", or "torch.tf32" (fp32 weights and '
         "TF32 matrix products). Master weights and optimizer state are always fp32.",
     )
-    checkpoint: Annotated[float, Field(ge=0, le=1)] | Literal["attention"] = option(
+    checkpoint: StrictBool | Annotated[float, Field(ge=0, le=1)] | Literal["attention"] = option(
         0.0,
         "Recomputation of activations in the backward pass. True: all layers. False: none. A number from 0 to 1: this share of "
         'the layers, beginning with the first. "attention": only the attention, in every layer.',

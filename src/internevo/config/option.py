@@ -55,8 +55,11 @@ class Section(BaseModel):
     @field_validator("*", mode="wrap")
     @classmethod
     def _number(cls, value: Any, check: Callable[[Any], Any], info: ValidationInfo) -> Any:
-        """Python takes True for 1, and has numbers that no tensor can have."""
-        kinds = field_kinds(cls.model_fields[info.field_name or ""])
+        """Python takes True for 1, and has numbers that no tensor can have. A text stands for a list with nothing else."""
+        field = cls.model_fields[info.field_name or ""]
+        kinds = field_kinds(field)
+        if isinstance(value, str) and holds_texts(field):
+            value = [value]
         if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
             raise ValueError("must be a number")
         if isinstance(value, list | tuple) and any(isinstance(item, bool) for item in value):  # no option is a list of them
@@ -136,6 +139,13 @@ def field_kinds(field: FieldInfo) -> set[Any]:
             yield origin or annotation
 
     return set(kinds(field.annotation))
+
+
+def holds_texts(field: FieldInfo) -> bool:
+    """Whether a field is a list of texts, for which one text may stand."""
+    parts = (field.annotation, *get_args(field.annotation))
+    items = [get_args(part)[0] for part in parts if get_origin(part) in (list, tuple)]
+    return any(item is str or get_origin(item) is Literal for item in items) and str not in field_kinds(field)
 
 
 def section_of(field: FieldInfo) -> type[Section] | None:

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from .load import BOUNDS
+from .messages import BOUNDS
 from .option import Section, field_extras, section_of
 from .schema import Config
 
@@ -26,7 +26,8 @@ InternEvo's own configs: it is accepted, and the run prints a line that lists su
 A key that is *not available yet* may be in a config too, but `internevo train` refuses to start if its value needs the
 missing feature.
 No number may be infinite or NaN; 0 or `None` mean "no limit" where the table says so. (Only `ckpt.checkpoint_every` and
-`ckpt.oss_snapshot_freq` may be infinite, as in InternEvo's files: the same as 0.) `~` in a path is the home folder.
+`ckpt.oss_snapshot_freq` may be infinite, as in InternEvo's files: the same as 0.) `~` in a path is the home folder. Where
+a list of texts is meant, one text stands for a list with nothing else.
 """
 
 
