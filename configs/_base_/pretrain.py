@@ -3,7 +3,6 @@
     internevo train configs/7B_llama2.py data.train_folder=corpus/train data.valid_folder=corpus/valid
 """
 
-TOTAL_STEPS = 50000
 CHECKPOINT_EVERY = 1000
 
 data = dict(
@@ -13,13 +12,13 @@ data = dict(
     seq_len=4096,
     micro_bsz=1,
     micro_num=4,
-    total_steps=TOTAL_STEPS,
+    total_steps=50000,
     pack_sample_into_one=False,
     min_length=50,
 )
 
 adam = dict(lr=3e-4, adam_beta1=0.9, adam_beta2=0.95, adam_eps=1e-8, weight_decay=0.1)
-lr_scheduler = dict(total_steps=TOTAL_STEPS, init_steps=0, warmup_ratio=0.01, eta_min=3e-5)
+lr_scheduler = dict(init_steps=0, warmup_ratio=0.01, eta_min=3e-5)
 hybrid_zero_optimizer = dict(clip_grad_norm=1.0)
 loss = dict(label_smoothing=0)
 

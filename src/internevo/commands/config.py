@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from ..config.axes import data_size, smallest_world
 from ..config.check import missing_paths
 from ..config.load import dump, flat
-from ..config.option import notices, walk
+from ..config.notes import notes
+from ..config.option import walk
 from ..config.schema import Config
 from ..errors import ConfigError
 from ..models.families.registry import decoder_config
@@ -44,7 +45,7 @@ def show(path: Path, overrides: list[str], world_size: int | None, per_node: int
         DataError: if the tokenized data has ids outside the model's vocabulary, or cannot be read.
     """
     config = load_config(path, overrides)
-    for line in notices(config):
+    for line in notes(config):
         print(f"note: {line}", file=sys.stderr)
     record = Recorded.of(config)
     kept = record.tokenizer(config.data.tokenizer_path) if record and config.data.tokenizer_path else None

@@ -65,10 +65,13 @@ class Data(Section):
         None,
         "Folder of the training data. For streaming: the folder of a Hugging Face dataset, or its name on the Hub "
         "(owner/name). None: random data.",
+        unless="data.mixture",
     )
     mixture: list[MixturePart] | None = option(None, "Several sources and their weights, used in place of train_folder.")
     valid_folder: PathText | None = option(
-        None, "Folder of the validation data. None: no evaluation, or random data if the training data is random."
+        None,
+        "Folder of the validation data. None: no evaluation, or random data if the training data is random.",
+        needs="data.valid_every",
     )
     tokenizer_path: PathText | None = option(
         None,
@@ -78,7 +81,7 @@ class Data(Section):
     micro_bsz: int = option(
         REQUIRED, "Rows of a micro-batch, which go through the model at once.", unit="rows", ge=1, le=MAX_SIZE
     )
-    micro_num: int = option(1, "Micro-batches per step on each data rank.", ge=1, le=MAX_SIZE)
+    micro_num: int = option(1, "Micro-batches per step on each data rank.", ge=1, le=MAX_SIZE, unless="data.global_batch_size")
     global_batch_size: int | None = option(
         None,
         "Rows per step over all ranks. If it is set, micro_num is computed from it and from the number of data ranks, so that "

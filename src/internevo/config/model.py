@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, StrictBool, field_validator
 
 from .experts import MoeLayerKwargs
 from .option import KERNELS, MAX_EXPERTS, MAX_SIZE, REQUIRED, PathText, Section, dtype_name, listed, option
@@ -78,9 +78,15 @@ class Model(Section):
     )
     v_head_dim: int | None = option(None, "Width of a head's values (DEEPSEEKV2, DEEPSEEKV3).", ge=1, le=MAX_SIZE)
     mlp_ratio: float = option(
-        4.0, "The width of the MLP is int(hidden_size * mlp_ratio), rounded up to a multiple of multiple_of.", gt=0, le=MAX_SIZE
+        4.0,
+        "The width of the MLP is int(hidden_size * mlp_ratio), rounded up to a multiple of multiple_of.",
+        gt=0,
+        le=MAX_SIZE,
+        unless="model.intermediate_size",
     )
-    multiple_of: int = option(256, "The width of the MLP is rounded up to a multiple of this.", ge=1, le=MAX_SIZE)
+    multiple_of: int = option(
+        256, "The width of the MLP is rounded up to a multiple of this.", ge=1, le=MAX_SIZE, unless="model.intermediate_size"
+    )
     intermediate_size: int | None = option(
         None, "Width of the MLP. If it is set, mlp_ratio and multiple_of are not used.", ge=1, le=MAX_SIZE
     )
@@ -89,7 +95,7 @@ class Model(Section):
         'Dtype of the computation: "torch.float32", "torch.bfloat16", "torch.float16", or "torch.tf32" (fp32 weights and '
         "TF32 matrix products). Master weights and optimizer state are always fp32.",
     )
-    checkpoint: Annotated[float, Field(ge=0, le=1)] | Literal["attention"] = option(
+    checkpoint: StrictBool | Annotated[float, Field(ge=0, le=1)] | Literal["attention"] = option(
         0.0,
         "Recomputation of activations in the backward pass. True: all layers. False: none. A number from 0 to 1: this share of "
         'the layers, beginning with the first. "attention": only the attention, in every layer.',

@@ -55,8 +55,11 @@ class Section(BaseModel):
     @field_validator("*", mode="wrap")
     @classmethod
     def _number(cls, value: Any, check: Callable[[Any], Any], info: ValidationInfo) -> Any:
-        """Python takes True for 1, and has numbers that no tensor can have."""
-        kinds = field_kinds(cls.model_fields[info.field_name or ""])
+        """Python takes True for 1, and has numbers that no tensor can have. A text stands for a list with nothing else."""
+        field = cls.model_fields[info.field_name or ""]
+        kinds = field_kinds(field)
+        if isinstance(value, str) and holds_texts(field):
+            value = [value]
         if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
             raise ValueError("must be a number")
         if isinstance(value, list | tuple) and any(isinstance(item, bool) for item in value):  # no option is a list of them
@@ -76,6 +79,7 @@ def option(
     unit: str = "",
     ignored: str = "",
     needs: str = "",
+    unless: str = "",
     not_available: str = "",
     supported: tuple[Any, ...] = (),
     **bounds: Any,
@@ -89,12 +93,13 @@ def option(
         ignored: for a key of InternEvo that has no effect here: the reason. A config may set it, and a notice is printed.
         needs: another key without which this one has no effect, or "KEY=VALUE" if that must have a certain value (as Python
             writes it). If a config sets only this one, a notice is printed.
+        unless: another key that replaces this one. If a config sets both, a notice is printed.
         not_available: for an option that is not implemented yet: the name of the missing feature. A value other than the
             default and ``supported`` is valid, but training does not start with it, and the message has this name.
         supported: with ``not_available``: values that work although they are not the default.
         bounds: constraints of pydantic's ``Field`` (``ge``, ``gt``, ``le``).
     """
-    extra: dict[str, Any] = {"unit": unit, "ignored": ignored, "needs": needs, "not_available": not_available}
+    extra: dict[str, Any] = {"unit": unit, "ignored": ignored, "needs": needs, "unless": unless, "not_available": not_available}
     info: FieldInfo = Field(default, description=doc, json_schema_extra=extra, **bounds)
     info.metadata.append(SupportedValues(supported))
     return info
@@ -136,6 +141,13 @@ def field_kinds(field: FieldInfo) -> set[Any]:
     return set(kinds(field.annotation))
 
 
+def holds_texts(field: FieldInfo) -> bool:
+    """Whether a field is a list of texts, for which one text may stand."""
+    parts = (field.annotation, *get_args(field.annotation))
+    items = [get_args(part)[0] for part in parts if get_origin(part) in (list, tuple)]
+    return any(item is str or get_origin(item) is Literal for item in items) and str not in field_kinds(field)
+
+
 def section_of(field: FieldInfo) -> type[Section] | None:
     """Returns the section class of a field that holds a section or a list of sections; None for other fields."""
     options = (field.annotation, *get_args(field.annotation))
@@ -146,27 +158,45 @@ def section_of(field: FieldInfo) -> type[Section] | None:
 
 
 def field_extras(field: FieldInfo) -> dict[str, str]:
-    """Returns what ``option`` was given as ``unit``, ``ignored``, ``needs`` and ``not_available`` for a field."""
+    """Returns what ``option`` was given as ``unit``, ``ignored``, ``needs``, ``unless`` and ``not_available`` for a field."""
     extra = field.json_schema_extra
     return {k: str(v) for k, v in extra.items()} if isinstance(extra, dict) else {}
 
 
-def notices(section: Section) -> list[str]:
+def notices(section: Section, short: bool = False) -> list[str]:
     """Returns one line for each key that the user has set and that has no effect here.
+
+    Args:
+        short: keys of InternEvo that never have an effect share one line, without the reasons: its configs have many.
+    """
+    ignored, options = ignored_keys(section), {key: (field, value) for key, field, value, _ in walk(section)}
+    if short and len(ignored) > 1:
+        lines = [f"{len(ignored)} keys have no effect here (`internevo config` says why): {', '.join(ignored)}"]
+    else:
+        lines = [f"{key} has no effect here: {reason}" for key, reason in ignored.items()]
+    for key, field, value, given in walk(section):
+        needs, unless = (field_extras(field).get(name) for name in ("needs", "unless"))
+        if not given or key in ignored or _is_default(field, value):
+            continue
+        if needs and not _is_met(needs, options):
+            lines.append(f"{key} has no effect without {needs}")
+        elif unless and _is_met(unless, options):
+            lines.append(f"{key} has no effect with {unless}, which replaces it")
+    return lines
+
+
+def ignored_keys(section: Section) -> dict[str, str]:
+    """Returns key -> reason of the keys that the user has set and that never have an effect here.
 
     In the resolved config of a run all keys are set; those with their defaults are not the user's.
     """
-    options = {key: (field, value) for key, field, value, _ in walk(section)}
+    found = {key: (field, value) for key, field, value, given in walk(section) if given and field_extras(field).get("ignored")}
     whole = all(given or field_extras(field).get("ignored") for _, field, _, given in walk(section))
-    lines = []
-    for key, field, value, given in walk(section):
-        extras = field_extras(field)
-        needs = extras.get("needs")
-        if given and extras.get("ignored") and not (whole and _is_default(field, value)):
-            lines.append(f"{key} has no effect here: {extras['ignored']}")
-        elif given and needs and not _is_default(field, value) and not _is_met(needs, options):
-            lines.append(f"{key} has no effect without {needs}")
-    return lines
+    return {
+        key: field_extras(field)["ignored"]
+        for key, (field, value) in found.items()
+        if not (whole and _is_default(field, value))
+    }
 
 
 def _is_met(needs: str, options: dict[str, tuple[FieldInfo, Any]]) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from .load import BOUNDS
+from .messages import BOUNDS
 from .option import Section, field_extras, section_of
 from .schema import Config
 
@@ -22,10 +22,12 @@ internevo config configs/demo.py
 ```
 
 prints a config with all defaults. This page lists every key, section by section. A key with *no effect* is known from
-InternEvo's own configs: it is accepted, and the run prints one line that says that it does nothing here. A key that is
-*not available yet* may be in a config too, but `internevo train` refuses to start if its value needs the missing feature.
+InternEvo's own configs: it is accepted, and the run prints a line that lists such keys; `internevo config` says why of each.
+A key that is *not available yet* may be in a config too, but `internevo train` refuses to start if its value needs the
+missing feature.
 No number may be infinite or NaN; 0 or `None` mean "no limit" where the table says so. (Only `ckpt.checkpoint_every` and
-`ckpt.oss_snapshot_freq` may be infinite, as in InternEvo's files: the same as 0.) `~` in a path is the home folder.
+`ckpt.oss_snapshot_freq` may be infinite, as in InternEvo's files: the same as 0.) `~` in a path is the home folder. Where
+a list of texts is meant, one text stands for a list with nothing else.
 """
 
 
@@ -41,7 +43,7 @@ def _section(title: str, section: type[Section], path: str) -> Iterator[str]:
     fields = section.model_fields
     yield f"\n## {title}\n\n{section.__doc__}\n\n| key | type | default | meaning |\n|---|---|---|---|\n"
     for name, field in fields.items():
-        if section_of(field) is None:
+        if section_of(field) is None or field.default is None:  # a section that may be left out has a row, too
             yield f"| `{path}{name}` | {_type(field)} | {_default(field)} | {_meaning(field)} |\n"
     for name, field in fields.items():
         inner = section_of(field)
@@ -73,6 +75,8 @@ def _plain(annotation: Any) -> str:
     if kind is typing.Annotated:
         return _plain(inner[0])
     if kind is None or annotation is Ellipsis:
+        if isinstance(annotation, type) and issubclass(annotation, Section):
+            return "section"
         return "..." if annotation is Ellipsis else getattr(annotation, "__name__", str(annotation))
     return f"{kind.__name__}[{', '.join(map(_plain, inner))}]"
 
@@ -95,6 +99,8 @@ def _meaning(field: FieldInfo) -> str:
         text += f" Unit: {extras['unit']}."
     if extras.get("needs"):
         text += f" It has no effect without `{extras['needs']}`."
+    if extras.get("unless"):
+        text += f" It has no effect with `{extras['unless']}`, which replaces it."
     if extras.get("ignored"):
         text += f" *No effect: {extras['ignored']}.*"
     if extras.get("not_available"):

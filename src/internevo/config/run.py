@@ -45,11 +45,6 @@ class LoadCkptInfo(Section):
         "Every other difference is an error. Possible: " + ", ".join(MAY_DIFFER) + ".",
     )
 
-    @field_validator("may_differ", mode="before")
-    @classmethod
-    def _one(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
-
     @field_validator("may_differ")
     @classmethod
     def _keys(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -274,11 +269,6 @@ class Monitor(Section):
         "Record a timeline of the third step in trace-rankN.json.gz, which Chrome and Perfetto can show. With a pipeline, the "
         "passes and messages of its ranks are also in timeline.json, and drawn in report.html.",
     )
-
-    @field_validator("trackers", mode="before")
-    @classmethod
-    def _one(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
 
     @field_validator("trackers")
     @classmethod

@@ -35,7 +35,11 @@ class LrScheduler(Section):
     )
     init_steps: int = option(0, "Number of steps with learning rate 0 before the warm-up.", unit="steps", ge=0)
     warmup_ratio: float = option(
-        0.0, "Length of the warm-up: int(total_steps * warmup_ratio) steps, in which the learning rate rises.", ge=0, le=1
+        0.0,
+        "Length of the warm-up: int(total_steps * warmup_ratio) steps, in which the learning rate rises.",
+        ge=0,
+        le=1,
+        unless="lr_scheduler.warmup_steps",
     )
     warmup_steps: int | None = option(
         None,
@@ -44,7 +48,12 @@ class LrScheduler(Section):
         ge=0,
     )
     decay_ratio: float = option(
-        0.1, "Length of the decay of wsd: the last int(total_steps * decay_ratio) steps.", ge=0, le=1, needs=WSD
+        0.1,
+        "Length of the decay of wsd: the last int(total_steps * decay_ratio) steps.",
+        ge=0,
+        le=1,
+        needs=WSD,
+        unless="lr_scheduler.decay_steps",
     )
     decay_steps: int | None = option(
         None, "Length of the decay of wsd. None: as decay_ratio says.", unit="steps", ge=0, needs=WSD

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config import Config, notices
+from ..config import Config, notes
 from ..errors import InternEvoError, expect
 from ..observe.units import counted
 from ..parallel.launcher import PARENT, LauncherInfo, launcher_has_store, read_launcher
@@ -140,6 +140,6 @@ def say_starting(processes: int) -> None:
 
 
 def print_notices(config: Config) -> None:
-    """Prints a line for each config key that has no effect."""
-    for line in notices(config):
+    """Prints what may surprise the author of the config: keys without an effect, in short, and keys that do not go together."""
+    for line in notes(config, short=True):
         print(f"note: {line}", file=sys.stderr)
