@@ -18,10 +18,11 @@ from ..models.linear import ADAPTER_INFIX
 from ..storage.folders import clean_up, find_folders
 from ..storage.header import Spec
 from ..storage.tensors import ByteRange, TensorFile
-from .manifest import NAME, Chunk, Head, Manifest, TensorEntry
+from .manifest import CHECKPOINTS as CHECKPOINTS
+from .manifest import NAME, Chunk, Head, Manifest, TensorEntry, instead
 
-CHECKPOINTS, SNAPSHOTS, EXPORTS = "checkpoints", "snapshots", "hf"
-"""Names of folders in a run folder."""
+SNAPSHOTS, EXPORTS = "snapshots", "hf"
+"""Names of folders in a run folder, besides CHECKPOINTS."""
 NAMES = {CHECKPOINTS: "step-[0-9]+", SNAPSHOTS: "[01]", EXPORTS: "step-[0-9]+"}
 """Such a folder -> regular expression of the names of the folders in it."""
 HF_CONFIG = "hf_config.json"
@@ -46,7 +47,7 @@ class Checkpoint:
         try:
             values: dict[str, Any] = json.loads((self.folder / name).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self.folder / name} cannot be read: {error}") from error
+            raise CheckpointError(f"{self.folder / name} cannot be read: {error}; {instead(self.folder)}") from error
         return values
 
     @property
@@ -160,7 +161,7 @@ def open_file(path: Path) -> TensorFile:
     try:
         return TensorFile(path)
     except UsageError as error:
-        raise CheckpointError(f"{error}; use an earlier checkpoint") from error
+        raise CheckpointError(f"{error}; {instead(path.parent)}") from error
 
 
 def _row_ranges(chunk: Chunk, spec: Spec) -> Iterator[tuple[int, int, int]]:

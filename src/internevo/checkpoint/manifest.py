@@ -18,6 +18,8 @@ from ..storage.jsonfile import finite_json
 from ..storage.replace import replace_pieces
 
 NAME = "manifest.json"
+CHECKPOINTS = "checkpoints"
+"""The folder of the checkpoints in a run folder."""
 FORMAT = 2
 HEAD_BYTES = 1 << 16
 """The head of a manifest, which is everything before its files, has fewer bytes."""
@@ -151,7 +153,7 @@ class Manifest:
             step, run = Head.of(values)
             return cls(step, values["layout"], values["versions"], files, tensors, run)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path} is damaged: {error}") from error
+            raise CheckpointError(f"{path} is damaged: {error}; {instead(path.parent)}") from error
 
 
 def _entries(entries: Mapping[str, FileEntry | TensorEntry]) -> Iterator[str]:
@@ -207,6 +209,21 @@ def describe_file(path: Path) -> FileEntry:
     return sums.entry()
 
 
+def instead(folder: Path) -> str:
+    """Says what to do without a checkpoint that is damaged."""
+    if folder.parent.name != CHECKPOINTS:
+        return "use another copy of it, or another checkpoint"
+    earlier = [f for f in folder.parent.glob("step-*") if f.name < folder.name and (f / NAME).is_file()]
+    if not earlier:
+        return f"there is no earlier checkpoint in {folder.parent}; move {folder.name} to another place to start again"
+    newest = max(earlier)
+    snapshot = " or a later snapshot" if any(folder.parent.parent.glob(f"snapshots/*/{NAME}")) else ""
+    return (
+        f"move {folder} to another place, and the same command goes on from {newest.name}{snapshot}; or start a run in another "
+        f"folder (ckpt.save_ckpt_folder) from there (ckpt.load_ckpt_info.path={newest})"
+    )
+
+
 def verify(folder: Path, names: list[str], manifest: Manifest) -> None:
     """Compares the files ``names`` of a checkpoint with its manifest.
 
@@ -216,13 +233,13 @@ def verify(folder: Path, names: list[str], manifest: Manifest) -> None:
     for name in names:
         path, expected = folder / name, manifest.files[name]
         if not path.is_file():
-            raise CheckpointError(f"{path} is missing: the checkpoint is incomplete; use an earlier checkpoint")
+            raise CheckpointError(f"{path} is missing: the checkpoint is incomplete; {instead(folder)}")
         if path.stat().st_size != expected.size:
             raise CheckpointError(
-                f"{path} has {path.stat().st_size} bytes, and the manifest says {expected.size}; use an earlier checkpoint"
+                f"{path} has {path.stat().st_size} bytes, and the manifest says {expected.size}; {instead(folder)}"
             )
         found = describe_file(path)
         block = next((n for n, (a, b) in enumerate(itertools.zip_longest(found.crc32, expected.crc32)) if a != b), None)
         if block is not None:
             damage = f"bytes {block * BLOCK} to {min((block + 1) * BLOCK, expected.size)}"
-            raise CheckpointError(f"{path} is damaged: its checksum differs in {damage}; use an earlier checkpoint")
+            raise CheckpointError(f"{path} is damaged: its checksum differs in {damage}; {instead(folder)}")

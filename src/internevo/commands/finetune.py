@@ -37,6 +37,7 @@ from ..storage.lock import FileLock
 from ..text.chat import has_template
 from ..text.tokenizer import TEMPLATE, Tokenizer, load_tokenizer
 from ..train.config import HfModel, load_config
+from ..train.due import Due
 from ..train.folder import CONFIG, FINETUNE, LOCK
 from ..train.resume import TOKENIZER
 from .config_from_hf import describe
@@ -81,13 +82,17 @@ def finetune(options: Options, run: Path, processes: int | None) -> int:
         _prepare(options, run, processes, begun)
     else:
         say(f"going on with {run}")
-    total = load_config(run / CONFIG).data.total_steps
-    if _last_step(run) >= total:
+    config = load_config(run / CONFIG)
+    total = config.data.total_steps
+    if (step := _last_step(run)) >= total and not Due.left_over(config, step, total):
         say(f"{total:,} of {counted(total, 'step')} are done")
     elif code := train(run / CONFIG, [], processes):
         return code
     if (step := _last_step(run)) < total:
         say(f"step {step} of {total} is done, and no model is exported yet; the same command goes on")
+        return 0
+    if left := Due.left_over(config, step, total):
+        say(f"no model is exported yet, and what is left of the last step is {left}; the same command goes on")
         return 0
     with _locked(run):
         _export(options, run, step)

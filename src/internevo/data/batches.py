@@ -145,6 +145,21 @@ class TrainBatches:
     prefetch_batches: int = 2
     """How many batches ``prefetch`` makes ahead."""
 
+    @property
+    def last_step(self) -> int:
+        """The number of steps until the last batch that is trained on, skipped ones before it included; 0 if there is none."""
+        last = self.total_batches
+        while last and self._is_skipped(last - 1):
+            last -= 1
+        return last
+
+    def skipped_until(self, step: int) -> int:
+        """Returns how many of the first ``step`` batches are skipped."""
+        return sum(len(range(numbers.start, min(numbers.stop, step))) for numbers in self.skip_batches)
+
+    def _is_skipped(self, batch: int) -> bool:
+        return any(batch in numbers for numbers in self.skip_batches)
+
     def rank_rows(self, batch: int) -> list[int]:
         """Returns which rows of the global batch are this rank's, in the order of its micro-batches."""
         sizes = self.sizes
@@ -162,8 +177,8 @@ class TrainBatches:
         rows = cursor.rows
         skipped: list[str] = []
         try:
-            for batch in range(cursor.batch, self.total_batches):
-                count, skip = self.sizes.rows(batch), any(batch in numbers for numbers in self.skip_batches)
+            for batch in range(cursor.batch, self.last_step):
+                count, skip = self.sizes.rows(batch), self._is_skipped(batch)
                 found = source.next_rows(position, count, [] if skip else self.rank_rows(batch))
                 if found.count < count:
                     raise DataError(f"the training data ends in batch {batch}: train fewer steps (data.total_steps)")

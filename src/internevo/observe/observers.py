@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..config.run import Monitor
 from ..errors import InternEvoError
@@ -17,6 +17,19 @@ from .record import SaveRecord, StepRecord, TaskRecord, ValidRecord
 from .report import write_report
 from .trackers import close_trackers, make_trackers
 from .units import amount, duration, size
+
+
+class Progress(NamedTuple):
+    """How far a run has come."""
+
+    total: int
+    """The steps that the config asks for (``data.total_steps``)."""
+    since_start: int
+    """The steps since the start of the process."""
+    skipped: int
+    """How many of ``total`` are batches that the config leaves out."""
+    done: bool
+    """Whether no other step is left to train."""
 
 
 class Observers:
@@ -83,27 +96,29 @@ class Observers:
         what = f"saved step {record.step}" + (" as a snapshot" if record.snapshot else "")
         self.console.say(f"{what}: {record.folder} ({size(record.nbytes)}, {duration(record.seconds)} in the background)")
 
-    def summary(self, total_steps: int, steps: int, seconds: float, how: str) -> None:
+    def summary(self, progress: Progress, seconds: float, how: str) -> None:
         """Prints what has been trained, where it is, and how to go on. Must be called at the end, if there was no error.
 
         Args:
-            steps, seconds: number of steps since the start of the process, and the time that they took.
+            progress: how far the run has come.
+            seconds: the time that the steps since the start of the process took.
             how: how to go on from the checkpoint.
         """
         last, valid, checkpoint = self.last, self.last_valid, self.checkpoint
-        done = (last.step if last else self.last_step) >= total_steps
+        total, steps, skipped, done = progress
         self.end = "finished" if done else "stopped"
         if last is None:
             return
         self.console.close()
         since = "" if steps == last.step else f" ({steps} of them since this start)"
+        left_out = f", of which data.skip_batches left out {skipped}" if done and skipped else ""
         results = ["no loss in the last step" if math.isnan(last.loss) else f"loss {last.loss:.4f}"]
         if valid and valid.valid_loss_by_type:
             results.append(f"validation loss {valid.valid_loss:.4f} (perplexity {valid.valid_ppl:.2f}, step {valid.step})")
         if last.skipped_steps:
             results.append(f"{last.skipped_steps} steps skipped")
         lines = [
-            f"{'done' if done else 'stopped'}: {last.step} of {total_steps} steps{since}, "
+            f"{'done' if done else 'stopped'}: {total if done else last.step} of {total} steps{left_out}{since}, "
             f"{amount(last.consumed_tokens)} tokens, in {duration(seconds)}",
             f"  {', '.join(results)}",
             f"  checkpoint: {checkpoint}" if checkpoint else "  no checkpoint (ckpt.enable_save_ckpt = False)",

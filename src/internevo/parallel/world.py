@@ -6,11 +6,13 @@ import os
 import re
 import secrets
 import socket
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from types import TracebackType
 
 import torch
 import torch.distributed as dist
@@ -24,6 +26,8 @@ TIMEOUT = timedelta(minutes=30)
 """Default time-out of the collectives of training. The first ones wait for ranks that load, compile and connect. Later, the
 watchdog (``train.watchdog``) ends a run sooner if a rank does not come to a collective."""
 
+Hook = Callable[[type[BaseException], BaseException, TracebackType | None], object]
+"""Of the type of ``sys.excepthook``."""
 LOST_RANK = re.compile(r"gloo/transport/|Operation timed out!|NCCL")
 """Matches the messages of collectives that failed because of another rank."""
 
@@ -67,6 +71,7 @@ def join(info: LauncherInfo | None = None, timeout: timedelta = TIMEOUT) -> Iter
     if device.type == "cpu" and info.size > 1 and _is_local(os.environ):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store = _store(info)
+    hook = sys.excepthook
     dist.init_process_group(
         f"cpu:{on_cpu},cuda:nccl" if device.type == "cuda" else on_cpu,
         store=dist.PrefixStore("groups", store),
@@ -75,18 +80,28 @@ def join(info: LauncherInfo | None = None, timeout: timedelta = TIMEOUT) -> Iter
         timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
+    hooks = sys.excepthook, hook
     try:
         yield World(info.rank, info.size, info.local_rank, device, store)
     except Exception:
         if info.size == 1:
-            _leave()
+            _leave(*hooks)
         raise
-    _leave()
+    _leave(*hooks)
 
 
-def _leave() -> None:
+def _leave(theirs: Hook, before: Hook) -> None:
+    """Frees the process groups, and takes back PyTorch's hook, which writes "[rank0]: " before each line of
+    a traceback. (It would wrap itself in the next world.)
+
+    Args:
+        theirs: the hook of PyTorch.
+        before: the hook that was there before.
+    """
     dist.destroy_process_group()
     forget_layouts()
+    if sys.excepthook is theirs:  # not if somebody has replaced it since
+        sys.excepthook = before
 
 
 def _store(info: LauncherInfo) -> dist.Store:

@@ -98,7 +98,7 @@ def _run(
             watchdog.on_lost_store = stops.launcher_has_ended
         trainer = Trainer(config, world, stops, watchdog, lock, stated=stated)
         trainer.fit(on_step)
-    if stops.cut_off and trainer.state.step < config.data.total_steps:  # torchrun must not take this for the end of the run
+    if stops.cut_off and not trainer.is_complete:  # torchrun must not take this for the end of the run
         raise InternEvoError(
             f"the launcher of a rank has ended, so the run has stopped after step {trainer.state.step} of "
             f"{config.data.total_steps}; the same command continues it"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable
@@ -18,18 +17,15 @@ from ..checkpoint.folder import remove_leftovers, saved_checkpoints
 from ..checkpoint.saver import Saver
 from ..checkpoint.staging import stager_for
 from ..config import Config, dump, flat
-from ..data.batches import StepBatch, TrainBatches, parse_skip_batches, valid_batches
+from ..data.batches import StepBatch, TrainBatches, parse_skip_batches
 from ..data.build import checked_tokenizer
 from ..errors import InternEvoError
-from ..inference.tasks import requests_of, run_tasks
-from ..inference.text import TextModel, eos_ids
 from ..measure.probes import Probes
 from ..models.families.registry import decoder_config
-from ..models.generate import Sampling, generate
 from ..observe.background import Tracked
 from ..observe.console import Console, log, start_log
-from ..observe.observers import Observers
-from ..observe.record import StepRecord, TaskRecord, ValidRecord, memory_peak, peak_tflops
+from ..observe.observers import Observers, Progress
+from ..observe.record import StepRecord, memory_peak, peak_tflops
 from ..ops.precision import COMPUTE
 from ..parallel import gloo
 from ..parallel.world import World
@@ -38,6 +34,8 @@ from ..storage.naming import naming
 from ..text.tokenizer import Tokenizer
 from .about import axis_sizes, facts_of, title
 from .answers import note_end_of_answers
+from .between import Between
+from .due import Due, is_due
 from .folder import CONFIG, FINETUNE
 from .lr_schedule import beta2, describe, learning_rate
 from .parts import Parts
@@ -45,7 +43,7 @@ from .process import GarbageCollector, prepare, unsuited
 from .restore import restore
 from .resume import TOKENIZER, keep_tokenizer
 from .shared import Shared
-from .step import Stepper, StepResult, evaluate, formulas
+from .step import Stepper, StepResult, formulas
 from .stop import StopRequests, StopTime
 from .watchdog import Watchdog
 
@@ -74,6 +72,12 @@ class Trainer:
         self.parts.axis.masters_changed()
         self.state = self.parts.state
         self.batches = _batches(self.parts)
+        self.trains = self.state.step < self.batches.last_step
+        """Whether there is a step to train. If not, the run's record (its config, its tokenizer, ...) stays as it is."""
+        if self.trains:
+            _keep_tokenizer(config, world)
+        self.left_over = Due.left_over_on_all(config, world, self.state.step, self.batches.last_step)
+        """What is due after the last step that was trained, and was not done before the process ended."""
         self.tokenizer = _sample_tokenizer(config)
         self.exporter = Exporter(self.run, COMPUTE[config.model.dtype], log.warning)
         after = self.exporter if config.ckpt.enable_internevo2hf_ckpt else lambda folder: None
@@ -82,7 +86,7 @@ class Trainer:
         self.saver = Saver(self.run, config.ckpt, world.rank, axis_sizes(self.parts.layout), group, after, identity, stager)
         watchdog.before_end = self.saver.finish
         self.garbage = GarbageCollector()
-        self.saved_step = self.state.step
+        self.between = Between(self.parts, self.tokenizer, doing, self.garbage)
         self.asked_step = self.state.step
         """The last step in which the ranks have told each other of requests to stop. Later ones wait for the next step."""
         self.stop_time = StopTime("TORCHELASTIC_RUN_ID" in os.environ)
@@ -104,16 +108,21 @@ class Trainer:
         Args:
             on_step: is called with the record of each step. If it returns True, the run stops after the next step.
         """
-        config, data = self.config, self.config.data
+        data = self.config.data
+        if not self.trains and not self.left_over:
+            self._tell_nothing_to_train()
+            return
         observers = self._observers()
         try:
-            if data.valid_at_start and data.valid_every and not self.state.step:
-                self._evaluate(0, observers)
-            first, begin = self.state.step, time.perf_counter()
+            first = self.state.step
+            if data.valid_at_start and data.valid_every and not first:
+                self.between(0, Due(valid=True), observers)
+            self.between(first, self.left_over, observers)
+            self.left_over, begin = Due(), time.perf_counter()
             clock = begin
             for batch in self.batches.prefetch(self.state.cursor):
                 record, stop, save = self._step(batch, time.perf_counter() - clock)
-                step, last = record.step, stop or record.step == data.total_steps
+                step, last = record.step, record.step == self.batches.last_step
                 if observers:
                     observers.step(record)
                     for line in [*self.probes.lines, *self.stop_time.lines(record, self.saver.seconds, stop)]:
@@ -121,24 +130,18 @@ class Trainer:
                 self._check_progress(step)
                 if on_step is not None and on_step(record) is True:
                     self.stops.asked = self.stops.asked or "on_step"
-                self._evaluate_and_sample(step, last, stop, observers)
-                if config.ckpt.enable_save_ckpt and (_due(step, config.ckpt.checkpoint_every, last) or save):
-                    self._save(step)
-                elif config.ckpt.enable_save_ckpt and _due(step, config.ckpt.oss_snapshot_freq, False):
-                    self.saver.snapshot(step, self.parts.tensors(), self.parts.extras())
+                self._save_and_evaluate(step, last, stop, save, observers)
                 self.saver.check()
                 self._tell_saved(observers)
                 self.garbage.after_step(step)
                 if stop:
                     break
                 clock = time.perf_counter()
-            if config.ckpt.enable_save_ckpt and self.saved_step < self.state.step:
-                self._save(self.state.step)  # the last batches were skipped (data.skip_batches)
             with self._doing("finishing the checkpoint"):
                 self.saver.close()
             self._tell_saved(observers)
             if observers:
-                observers.summary(data.total_steps, self.state.step - first, time.perf_counter() - begin, self._how_to_go_on())
+                observers.summary(self._progress(first), time.perf_counter() - begin, self._how_to_go_on())
         finally:
             self.garbage.release()
             if observers:
@@ -186,64 +189,22 @@ class Trainer:
 
     # What happens between steps --------------------------------------------------------------------------------------
 
-    def _evaluate_and_sample(self, step: int, last: bool, stop: bool, observers: Observers | None) -> None:
-        """Evaluates and samples where that is due. After a request to stop, only samples are taken."""
-        monitor = self.config.monitor
-        if _due(step, self.config.data.valid_every, last and not stop):
-            self._evaluate(step, observers)
-        if _due(step, monitor.sample_every, last):
-            self._sample(step, observers)
-        if monitor.tasks and _due(step, monitor.evaluate_every, last and not stop):
-            self._evaluate_tasks(step, observers)
+    def _save_and_evaluate(self, step: int, last: bool, stop: bool, save: bool, observers: Observers | None) -> None:
+        """Begins the checkpoint that is due, and then evaluates and samples where that is due.
 
-    def _evaluate(self, step: int, observers: Observers | None) -> None:
-        valid, layout, data = self.parts.valid, self.parts.layout, self.config.data
-        if valid is None:
-            return
-        rank = layout.data_rank(self.world.rank)
-        batches = valid_batches(valid, data.micro_bsz, rank, layout.data, data.use_packed_dataset, data.valid_max_rows)
-        with self._doing("evaluating"):
-            losses = evaluate(self.parts.schedule, layout, self.world.device, batches, len(valid.types))
-        self.garbage.collect()
-        if observers:
-            by_type = losses.by_type(valid.types)
-            ppl = {name: _perplexity(loss) for name, loss in by_type.items()}
-            loss = losses.mean()
-            observers.valid(ValidRecord(step, loss, _perplexity(loss), time.time(), by_type, ppl))
-
-    def _sample(self, step: int, observers: Observers | None) -> None:
-        """Generates text after ``monitor.sample_prompts``. All ranks take part, because the weights may be sharded over all."""
-        monitor, tokenizer, parts = self.config.monitor, self.tokenizer, self.parts
-        if tokenizer is None:
-            return
-        dtype, ends = COMPUTE[self.config.model.dtype], {*tokenizer.eos, *eos_ids(tokenizer.path)}
-        for prompt in monitor.sample_prompts:
-            ids = tokenizer.with_bos(prompt)
-            sampling = Sampling(temperature=0.8, top_p=0.95)
-            with self._doing("generating samples"), parts.axis.unsharded_sequences():
-                out = generate(
-                    parts.model, ids, monitor.sample_tokens, sampling, seed=self.config.seed, eos_ids=ends,
-                    vocab_size=tokenizer.vocab_size, dtype=dtype,
-                )  # fmt: skip
-            if observers:
-                observers.sample(step, prompt, tokenizer.decode([i for i in out if i not in ends]))
-        parts.axis.after_forwards()
-
-    def _evaluate_tasks(self, step: int, observers: Observers | None) -> None:
-        """Evaluates on ``monitor.tasks``. All ranks take part."""
-        monitor, tokenizer, parts = self.config.monitor, self.tokenizer, self.parts
-        assert tokenizer is not None
-        text = TextModel(
-            parts.decoder, tokenizer, lambda: parts.model, eos_ids(tokenizer.path), COMPUTE[self.config.model.dtype],
-            parts.axis.unsharded_sequences,
-        )  # fmt: skip
-        with self._doing(f"evaluating on {', '.join(monitor.tasks)}"):
-            requests = requests_of(text, parts.layout, self.world)
-            scores = run_tasks(requests, monitor.tasks, monitor.task_folder, limit=monitor.task_limit)
-        parts.axis.after_forwards()
-        self.garbage.collect()
-        if observers:
-            observers.tasks(TaskRecord(step, scores, time.time()))
+        In this order, an evaluation that fails, or during which the process is killed, loses no step. After a request to stop,
+        nothing but the checkpoint is waited for; whoever goes on with the run does what is left over (``Due.left_over``).
+        """
+        ckpt = self.config.ckpt
+        if ckpt.enable_save_ckpt and (is_due(step, ckpt.checkpoint_every, last or stop) or save):
+            self._save(step)
+        elif ckpt.enable_save_ckpt and ckpt.oss_snapshot_freq and step % ckpt.oss_snapshot_freq == 0:
+            self.saver.snapshot(step, self.parts.tensors(), self.parts.extras())
+        due = Due.after(self.config, step, last)
+        if stop and ckpt.enable_save_ckpt:
+            self.left_over = due
+        else:
+            self.between(step, due, observers)
 
     def _check_progress(self, step: int) -> None:
         """Ends a run that has lost its folder to another process, or that has diverged."""
@@ -275,7 +236,6 @@ class Trainer:
     def _save(self, step: int) -> None:
         # While steps are skipped, no older checkpoint is deleted: they are what a run that diverges can go back to.
         self.saver.save(step, self.parts.tensors(), self.parts.extras(), keep_all=self.state.skipped_in_a_row > 0)
-        self.saved_step = step
         self.garbage.collect()
 
     def _observers(self) -> Observers | None:
@@ -284,9 +244,10 @@ class Trainer:
             for line in self.start_lines:
                 log.info(line)
             return None
-        with naming(self.run / "config.json"):
-            (self.run / "config.json").write_text(dump(self.parts.recorded), encoding="utf-8")
-        config, total = self.config, self.config.data.total_steps
+        if self.trains:
+            with naming(self.run / "config.json"):
+                (self.run / "config.json").write_text(dump(self.parts.recorded), encoding="utf-8")
+        config = self.config
         assert self.console is not None
         tracked = Tracked(self.run, config.JOB_NAME, self.state.run, self.state.step, flat(self.parts.recorded))
         observers = Observers(self.console, config.monitor, tracked, config.enable_tb)
@@ -294,18 +255,26 @@ class Trainer:
         self.exporter.warn = self.console.warn
         for line in [title(self.parts, self.state.cursor.batch), f"learning rate: {describe(config)}", *self.start_lines]:
             self.console.say(line)
-        if self.state.step >= total:
-            self.console.say(
-                f"nothing to train: step {self.state.step} is done, and data.total_steps = {total}. Give more steps, or for a "
-                "new run another ckpt.save_ckpt_folder"
-            )
-        elif config.model.compile:
+        if self.left_over:
+            self.console.say(f"step {self.state.step} was trained before; what is left of it comes first: {self.left_over}")
+        if self.trains and config.model.compile:
             self.console.say("the first step compiles the layers, which may take minutes (model.compile)")
         self.console.begin(self.state.step + 1)
         self.stops.on_signal = self._tell_signal
         if self.stops.asked:  # while the run was starting
             self._tell_signal(self.stops.asked)
         return observers
+
+    def _tell_nothing_to_train(self) -> None:
+        step, total = self.state.step, self.config.data.total_steps
+        why = f"step {step} is done, and data.total_steps = {total}" if step else "data.skip_batches leaves out every batch"
+        for line in [
+            *self.start_lines,
+            f"nothing to train: {why}. Give more steps, or for a new run another ckpt.save_ckpt_folder",
+        ]:
+            self.console.say(line) if self.console else log.info(line)
+        self.batches.source.close()
+        self.saver.close()
 
     def _doing(self, what: str) -> AbstractContextManager[Any]:
         """Shows on rank 0 what is being done."""
@@ -315,7 +284,9 @@ class Trainer:
         """Says what a signal does, as soon as it comes. Is called from another thread."""
         assert self.console is not None
         step, saves = max(self.state.step, self.asked_step) + 1, self.config.ckpt.enable_save_ckpt
-        first = [f"finishing step {step}"] if step <= self.config.data.total_steps else []
+        now = self.console.doing_now
+        first = [f"{now} to the end"] if now.startswith(("evaluating", "generating")) else []
+        first += [f"finishing step {step}"] if step <= self.batches.last_step else []
         self.console.say(f"{name}: {', then '.join([*first, *(['saving'] if saves else []), 'ending the run'])}")
 
     def _tell_saved(self, observers: Observers | None) -> None:
@@ -323,10 +294,22 @@ class Trainer:
             if observers:
                 observers.saved(record)
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether every step is trained, and nothing that is due after the last one is left over."""
+        return self.state.step >= self.batches.last_step and not self.left_over
+
+    def _progress(self, first: int) -> Progress:
+        """Returns how far the run has come. ``first``: the step after which this process began."""
+        step, total = self.state.step, self.config.data.total_steps
+        return Progress(total, step - first, self.batches.skipped_until(total), step >= self.batches.last_step)
+
     def _how_to_go_on(self) -> str:
         total = self.config.data.total_steps
-        if self.state.step < total:
+        if self.state.step < self.batches.last_step:
             return "the same command goes on from there"
+        if self.left_over:
+            return f"the same command does what is left of the last step: {self.left_over}"
         if (self.run / FINETUNE).is_file():  # ``internevo finetune`` refuses other options
             return f"more steps: internevo train {self.run / CONFIG} data.total_steps={2 * total}"
         return "the same command goes on with more steps (data.total_steps)"
@@ -341,11 +324,20 @@ def _prepare_saving(config: Config, world: World) -> None:
     if world.rank == 0:
         try:  # no step needs this, and the other ranks wait
             remove_leftovers(config.run_folder)
-            keep_tokenizer(config.run_folder, config.data.tokenizer_path)
-            note_end_of_answers(config.run_folder / TOKENIZER, config.data)
-        except (OSError, InternEvoError) as error:
-            log.warning(f"the run folder keeps no copy of the tokenizer (data.tokenizer_path), and training goes on: {error}")
+        except OSError as error:
+            log.warning(f"what a killed process has left in the run folder cannot be removed, and training goes on: {error}")
     dist.barrier()  # after it, all ranks find the same checkpoints
+
+
+def _keep_tokenizer(config: Config, world: World) -> None:
+    """Copies the tokenizer into the run folder, on rank 0."""
+    if not config.ckpt.enable_save_ckpt or world.rank:
+        return
+    try:  # no step needs this
+        keep_tokenizer(config.run_folder, config.data.tokenizer_path)
+        note_end_of_answers(config.run_folder / TOKENIZER, config.data)
+    except (OSError, InternEvoError) as error:
+        log.warning(f"the run folder keeps no copy of the tokenizer (data.tokenizer_path), and training goes on: {error}")
 
 
 def _batches(parts: Parts) -> TrainBatches:
@@ -362,11 +354,3 @@ def _sample_tokenizer(config: Config) -> Tokenizer | None:
     if not config.monitor.needs_tokenizer or not config.data.tokenizer_path:
         return None
     return checked_tokenizer(config.data.tokenizer_path, config.model.vocab_size)
-
-
-def _due(step: int, every: int, last: bool) -> bool:
-    return last or (every > 0 and step % every == 0)
-
-
-def _perplexity(loss: float) -> float:
-    return math.exp(min(loss, 700.0))

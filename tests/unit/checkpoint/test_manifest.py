@@ -22,6 +22,7 @@ from internevo.checkpoint.manifest import (
     Manifest,
     TensorEntry,
     describe_file,
+    instead,
     verify,
 )
 from internevo.errors import CheckpointError
@@ -200,3 +201,20 @@ def test_a_file_without_checksums_in_the_manifest_is_damaged(tmp_path: Path) -> 
     (tmp_path / "a").write_bytes(b"12345")
     with pytest.raises(CheckpointError, match="a is damaged: its checksum differs in bytes 0 to 5"):
         verify(tmp_path, ["a"], Manifest(1, {}, {}, {"a": FileEntry(5, [])}))
+
+
+def test_the_error_says_how_to_go_on_without_a_damaged_checkpoint(tmp_path: Path) -> None:
+    """It names the folder to move away, and the one to go on from."""
+    one, two, three = (tmp_path / "run" / "checkpoints" / f"step-0000000{step}" for step in (1, 2, 3))
+    for folder in (one, two, three):
+        folder.mkdir(parents=True)
+        SMALL.write(folder)
+    (two / NAME).unlink()  # it is not complete
+    with pytest.raises(CheckpointError) as error:
+        verify(three, ["a"], SMALL)
+    said = f"move {three} to another place, and the same command goes on from step-00000001; or start a run in another folder"
+    assert said in str(error.value) and f"ckpt.load_ckpt_info.path={one}" in str(error.value)
+    (tmp_path / "run" / "snapshots" / "0").mkdir(parents=True)
+    SMALL.write(tmp_path / "run" / "snapshots" / "0")
+    assert "goes on from step-00000001 or a later snapshot" in instead(three)
+    assert "there is no earlier checkpoint" in instead(one) and "use another copy of it" in instead(tmp_path / "converted")

@@ -13,7 +13,7 @@ from rich.console import Console as Terminal
 from internevo.config.run import Monitor
 from internevo.observe.background import Tracked
 from internevo.observe.console import Console
-from internevo.observe.observers import Observers
+from internevo.observe.observers import Observers, Progress
 from internevo.observe.record import SaveRecord, ValidRecord
 from tests.unit.observe.test_console import STEP
 
@@ -68,7 +68,7 @@ def test_the_summary(tmp_path: Path, step: int, loss: float, saved: bool, lines:
     observers.valid(ValidRecord(step, 3.0, 20.0, 1.0, {"en": 3.0}))
     if saved:
         observers.saved(SaveRecord(step, tmp_path / "new", 10, 1.0, False, 1.0))
-    observers.summary(10, step if step == 10 else 2, 65.0, "the same command goes on")
+    observers.summary(Progress(10, step if step == 10 else 2, 0, step == 10), 65.0, "the same command goes on")
     file = observers.console.terminal.file
     assert isinstance(file, io.StringIO)
     said = file.getvalue().splitlines()[-len(lines) :]

@@ -1,7 +1,9 @@
 """What a process reads from the environment of each launcher."""
 
+import contextlib
 import itertools
 import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -221,3 +223,21 @@ def test_each_start_of_the_ranks_has_keys_of_its_own() -> None:
             assert not found[0].check(["run folder"])
             found[1].set("run folder", start)
             assert {own.get("run folder").decode() for own in found} == {start}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_process_that_has_left_shows_errors_as_before(fails: bool) -> None:
+    """PyTorch's hook writes the rank before each line of a traceback, once more in each world."""
+    before = sys.excepthook
+    for _ in range(2):
+        with contextlib.suppress(UsageError), join(ALONE):
+            assert sys.excepthook is not before
+            if fails:
+                raise UsageError("an error of the run")
+        assert sys.excepthook is before
+    try:
+        with join(ALONE):
+            mine = sys.excepthook = lambda *_: None
+        assert sys.excepthook is mine  # what the program has set stays
+    finally:
+        sys.excepthook = before

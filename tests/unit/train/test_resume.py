@@ -14,7 +14,7 @@ from internevo.text.tokenizer import load_tokenizer, tokenizer_fingerprint, trai
 from internevo.train.config import load_config, local_tokenizer
 from internevo.train.resume import Recorded, keep_tokenizer
 from internevo.train.run import train
-from internevo.train.trainer import _prepare_saving
+from internevo.train.trainer import _keep_tokenizer
 from tests.conftest import tiny
 
 
@@ -66,7 +66,7 @@ def test_a_copy_that_cannot_be_made_is_a_warning(
     run.mkdir()
     config = validate(tiny(data__tokenizer_path=str(own), ckpt__save_ckpt_folder=str(run), ckpt__enable_save_ckpt=True))
     with join() as world:
-        _prepare_saving(config, world)
+        _keep_tokenizer(config, world)
     assert "keeps no copy of the tokenizer" in caplog.text and "No space left on device" in caplog.text
     assert not any(run.iterdir())
 
