@@ -150,7 +150,7 @@ def _price_stage(job: Job, counts: StageCounts, gpu: GPU, calibration: Calibrati
 
     def both(found: Iterable[Message]) -> tuple[float, float]:
         """Returns the seconds of collectives, and those during which nothing computes."""
-        times = [(seconds_of([message], gpu, calibration), _alone(message, counts)) for message in found]
+        times = [(links.seconds(*message[:4], gpu, calibration), _alone(message, counts)) for message in found]
         return sum(seconds for seconds, _ in times), sum(seconds * alone for seconds, alone in times)
 
     gathered, first = both([m for m in counts.prefetched if m.kind == "all-gather"])
