@@ -22,7 +22,7 @@ Mode = Literal["mtp", "msp", "fsp", "isp"]
 Schedule = Literal["1F1B", "ZBH1", "ZBV"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Choice:
     """All that the planner may change in a config."""
 
@@ -53,6 +53,30 @@ class Choice:
             layout.expert_inner if layout.mode == "isp" else 1, layout.fsdp, layout.zero,
             layout.expert_zero if layout.experts_apart else -1, config.model.checkpoint, config.selective_checkpoint,
         )  # fmt: skip
+
+    @property
+    def stages(self) -> tuple[int, int, Schedule]:
+        """What the stages depend on: pipeline, chunks and schedule."""
+        return self.pipeline, self.chunks, self.schedule
+
+    @property
+    def inner(self) -> int:
+        """The number of ranks over which the weights of a layer are sharded, without those of experts."""
+        return self.weight if self.mode == "isp" else self.tensor
+
+    @property
+    def expert_inner(self) -> int:
+        """The number of ranks over which each expert is sharded."""
+        return self.expert_weight if self.mode == "isp" else 1 if self.no_tp else self.tensor
+
+    def layout(self, config: Config, world: int) -> Layout:
+        """Returns ``Layout.from_config`` of the config with this layout, sooner."""
+        heads = config.model.num_kv_attention_heads or config.model.num_attention_heads
+        layout = Layout.of(
+            world, self.tensor, self.mode, self.weight, self.pipeline, self.zero, self.fsdp, heads, self.chunks, self.schedule
+        )
+        has_experts = config.model.num_experts > 1
+        return layout.with_experts(self.expert, self.expert_inner, self.expert_zero) if has_experts else layout
 
     def apply(self, config: Config, rows: int) -> Config:
         """Returns the config with this layout. Stages are divided by cost, and what isp gathers is gathered in advance.

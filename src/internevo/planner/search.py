@@ -158,11 +158,11 @@ class Search:
                 yield self.seconds(option), "layout", option
 
     def _expert_zeros(self, choice: Choice) -> Iterator[Node]:
-        job = self.job(choice)
-        experts = job.work.layout.experts.axes
+        job, insides = self.job(choice), self._inside(choice)
+        layout, experts = job.work.layout, job.work.layout.experts.axes
         for zero in divisors(experts["zero"] * experts["replicate"]):
-            changed = replace(job, work=replace(job.work, layout=replace(job.work.layout, expert_zero=zero)))
-            yield self._seconds(changed, choice), "layout", replace(choice, expert_zero=zero)
+            changed = replace(job, work=replace(job.work, layout=replace(layout, expert_zero=zero)))
+            yield self._seconds(changed, insides), "layout", replace(choice, expert_zero=zero)
 
     def _recomputed(self, choice: Choice) -> Iterator[Node]:
         """Yields the same layout with more recomputation, of a kind that is no other node's."""
@@ -180,29 +180,23 @@ class Search:
 
     def job(self, choice: Choice) -> Job:
         """Returns the step of a layout that can be trained: what ``Job.from_config`` says, sooner."""
-        config = choice.apply(self.config, self.rows)
-        layout = Layout.from_config(config, self.world)
+        layout, base, zero = choice.layout(self.config, self.world), self.base, self.config.hybrid_zero_optimizer
         work = replace(
-            self.base.work, layout=layout, tokens=config.data.seq_len * choice.micro_bsz,
-            micro_batches=self.rows // (choice.micro_bsz * layout.data), recomputed=config.model.checkpoint,
-            keeps_attention=choice.selective, rows=0 if config.data.use_packed_dataset else choice.micro_bsz,
-            prefetches=config.parallel.weight.overlap, prefetches_experts=config.parallel.expert_weight.overlap,
+            base.work, layout=layout, tokens=base.seq_len * choice.micro_bsz,
+            micro_batches=self.rows // (choice.micro_bsz * layout.data), recomputed=choice.checkpoint,
+            keeps_attention=choice.selective, rows=0 if self.config.data.use_packed_dataset else choice.micro_bsz,
+            prefetches=choice.weight > 1, prefetches_experts=choice.expert_weight > 1,
         )  # fmt: skip
-        zero = config.hybrid_zero_optimizer
         layers = tuple(len(stage.layers) for stage in self._stages(layout.stages)) if layout.pipeline > 1 else ()
-        return replace(
-            self.base, work=work, layers=layers, overlaps_gradients=layout.fsdp or zero.overlap_sync_grad,
-            overlaps_weights=layout.fsdp or zero.overlap_sync_param, prefetches=config.parallel.weight.overlap,
-            prefetches_experts=config.parallel.expert_weight.overlap,
-        )  # fmt: skip
+        overlaps = layout.fsdp or zero.overlap_sync_grad, layout.fsdp or zero.overlap_sync_param
+        return replace(base, work=work, layers=layers, overlaps_gradients=overlaps[0], overlaps_weights=overlaps[1])
 
     def seconds(self, choice: Choice) -> float:
         """Returns the predicted time of a step."""
-        return self._seconds(self.job(choice), choice)
+        return self._seconds(self.job(choice), self._inside(choice))
 
-    def _seconds(self, job: Job, choice: Choice) -> float:
-        """Returns the same of a job that differs from the choice's at most in the ranks for the optimizer state."""
-        return step.timed(counts.count(job, self._inside(choice)), self.gpu, self.calibration).step
+    def _seconds(self, job: Job, insides: counts.Insides) -> float:
+        return step.timed(counts.count(job, insides), self.gpu, self.calibration).step
 
     def _at_least(self, choice: Choice, of_experts: bool = False) -> float:
         return step.at_least(self.job(choice), self.gpu, self.calibration, self._inside(choice), of_experts=of_experts)
