@@ -144,19 +144,13 @@ def axes(config: Config, world: int) -> Iterator[Choice]:
 
 
 def weights(choice: Choice, config: Config, world: int) -> Iterator[Choice]:
-    """Yields a choice of ``axes`` with all weight and expert weight axes. Not all of them are legal."""
-    if choice.mode != "isp":
-        yield choice
-        return
-    has_experts, ranks = config.model.num_experts > 1, world // choice.pipeline
-    for weight, expert_weight in product(divisors(ranks), divisors(ranks // choice.expert) if has_experts else [1]):
-        if max(choice.tensor, weight, expert_weight) > 1:  # otherwise it is the same as mtp
-            yield replace(choice, weight=weight, expert_weight=expert_weight)
-
-
-def policies(choice: Choice, world: int) -> tuple[bool, ...]:
-    """Returns for FSDP whether it is used: both, if there are ranks to shard weights over; otherwise it is the same as ZeRO."""
-    return (False, True) if world > choice.pipeline else (False,)
+    """Yields a choice of ``axes`` with all weight and expert weight axes, with FSDP and without. Not all of them are legal."""
+    has_experts, ranks, isp = config.model.num_experts > 1, world // choice.pipeline, choice.mode == "isp"
+    experts = divisors(ranks // choice.expert) if isp and has_experts else [1]
+    for weight, expert_weight in product(divisors(ranks) if isp else [1], experts):
+        if not isp or max(choice.tensor, weight, expert_weight) > 1:  # otherwise it is the same as mtp
+            for fsdp in (False, True) if ranks > 1 else (False,):  # on one rank, FSDP is the same as ZeRO
+                yield replace(choice, weight=weight, expert_weight=expert_weight, fsdp=fsdp)
 
 
 def schedules(pipeline: int, layers: int) -> list[tuple[Schedule, int]]:

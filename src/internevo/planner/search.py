@@ -26,7 +26,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import count, product
+from itertools import count
 from typing import Literal
 
 from ..config import Config
@@ -35,7 +35,7 @@ from ..parallel.layout import Layout
 from . import counts, memory, step
 from .bounds import KINDS, Bounds
 from .calibration import Calibration
-from .choice import Choice, axes, divisors, is_legal, policies, schedules, weights
+from .choice import Choice, axes, divisors, is_legal, schedules, weights
 from .costs import NOTHING, Recomputation
 from .hardware import GPU
 from .job import Job
@@ -118,7 +118,7 @@ class Search:
     def _schedules(self, choice: Choice) -> Iterator[Node]:
         for schedule, chunks in schedules(choice.pipeline, self.decoder.num_layers):
             option = replace(choice, schedule=schedule, chunks=chunks)
-            yield self.bounds.of_schedule(option, weights_decided=False), "schedule", option
+            yield self.bounds.of_schedule(option), "schedule", option
 
     def _kinds(self, choice: Choice) -> Iterator[Node]:
         """Decides what is recomputed, unless all may fit without."""
@@ -129,12 +129,12 @@ class Search:
             if found:
                 part = found[0].checkpoint if again.what == "attention" else min(float(option.checkpoint) for option in found)
                 option = replace(choice, checkpoint=part, selective=again.keeps_attention)
-                yield self.bounds.of_schedule(option, weights_decided=False), "kind", option
+                yield self.bounds.of_schedule(option), "kind", option
 
     def _weights(self, choice: Choice) -> Iterator[Node]:
-        for option, fsdp in product(weights(choice, self.config, self.world), policies(choice, self.world)):
-            option = replace(option, fsdp=fsdp)
-            yield self.bounds.of_schedule(option), "weights", option
+        options = list(weights(choice, self.config, self.world))
+        for bound, option in zip(self.bounds.of_weights(options) if options else (), options, strict=True):
+            yield bound, "weights", option
 
     def _memory(self, choice: Choice) -> Iterator[Node]:
         if self.is_legal(choice):
@@ -215,8 +215,7 @@ class Search:
         layers recomputed, and optimizer state over as many ranks as possible; None if no layout is legal."""
         found = list[tuple[float, Choice]]()
         for _, _, choice in self._axes():
-            for option, fsdp in product(weights(choice, self.config, self.world), policies(choice, self.world)):
-                least = replace(option, fsdp=fsdp, checkpoint=1.0)
+            for least in weights(replace(choice, checkpoint=1.0), self.config, self.world):
                 found.append((self.bounds.needs(least, Recomputation("layer"))[-1], least))
         best: Candidate | None = None
         for bound, choice in sorted(found, key=lambda pair: pair[0]):

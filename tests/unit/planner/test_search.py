@@ -16,7 +16,7 @@ from internevo.parallel.orders import BACKWARD
 from internevo.planner import hardware, memory, step
 from internevo.planner.bounds import fullest, share
 from internevo.planner.calibration import Calibration
-from internevo.planner.choice import Choice, axes, divisors, in_rows, policies, schedules, weights
+from internevo.planner.choice import Choice, axes, divisors, in_rows, schedules, weights
 from internevo.planner.costs import NOTHING, Recomputation
 from internevo.planner.job import Job
 from internevo.planner.search import Candidate, Search
@@ -51,10 +51,9 @@ def everything(of: Search) -> Iterator[Choice]:
             continue
         sizes = divisors(of.rows // (of.world // (choice.pipeline * choice.tensor)))
         zeros = divisors(of.world // choice.pipeline)
-        fsdp_or_not = policies(choice, of.world)
-        options = product(weights(choice, of.config, of.world), sizes, schedules(choice.pipeline, layers), zeros, fsdp_or_not)
-        for option, size, (schedule, chunks), zero, fsdp in options:
-            option = replace(option, micro_bsz=size, schedule=schedule, chunks=chunks, zero=zero, fsdp=fsdp)
+        options = product(weights(choice, of.config, of.world), sizes, schedules(choice.pipeline, layers), zeros)
+        for option, size, (schedule, chunks), zero in options:
+            option = replace(option, micro_bsz=size, schedule=schedule, chunks=chunks, zero=zero)
             if of.is_legal(option):
                 layout = of.job(option).work.layout
                 for expert_zero in zeros if layout.experts_apart else [-1]:
@@ -93,8 +92,8 @@ def test_no_layout_is_faster_than_its_bounds(experts: bool, world: int) -> None:
         assert bounds.of_axes(replace(open_axes, micro_bsz=largest)) <= seconds
         assert bounds.of_axes(open_axes) <= seconds
         plain = replace(open_axes, fsdp=False, checkpoint=0.0)
-        assert bounds.of_schedule(plain, weights_decided=False) <= seconds
-        assert bounds.of_schedule(choice) <= seconds
+        assert bounds.of_schedule(plain) <= seconds
+        assert bounds.of_weights([choice])[0] <= seconds
         assert bounds.of_memory(choice) <= seconds
         assert step.at_least(this.job(replace(choice, zero=-1, expert_zero=-1)), GPU, Calibration(), {}) <= seconds
         if choice.expert_zero > 0:
