@@ -51,9 +51,12 @@ def everything(of: Search) -> Iterator[Choice]:
             continue
         sizes = divisors(of.rows // (of.world // (choice.pipeline * choice.tensor)))
         zeros = divisors(of.world // choice.pipeline)
-        options = product(weights(choice, of.config, of.world), sizes, schedules(choice.pipeline, layers), zeros)
-        for option, size, (schedule, chunks), zero in options:
-            option = replace(option, micro_bsz=size, schedule=schedule, chunks=chunks, zero=zero)
+        sharded = list(weights(choice, of.config, of.world))
+        plain, fsdp_or_not = [option for option in sharded if not option.fsdp], sorted({option.fsdp for option in sharded})
+        for option, size, (schedule, chunks), zero, fsdp in product(
+            plain, sizes, schedules(choice.pipeline, layers), zeros, fsdp_or_not
+        ):
+            option = replace(option, micro_bsz=size, schedule=schedule, chunks=chunks, zero=zero, fsdp=fsdp)
             if of.is_legal(option):
                 layout = of.job(option).work.layout
                 for expert_zero in zeros if layout.experts_apart else [-1]:
