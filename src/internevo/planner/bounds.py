@@ -206,10 +206,11 @@ class Bounds:
         if later is not None:
             most = np.maximum(most, later + gradients)
         gathers = choice.weight if choice.fsdp else 0
-        temporary, if_repeated, head = self._temporary(key, first.kinds, gathers, again.what)
-        temporary = max(0, temporary - head * bool(first.stages.heads.any()))  # freed before the layers' backward passes
+        plain, head = self._temporary(key, first.kinds, gathers, 0.0)
+        repeated, _ = self._temporary(key, first.kinds, gathers, again.checkpoint)
+        temporary = max(0, plain - head * bool(first.stages.heads.any()))  # freed before the layers' backward passes
         # If some layers are not recomputed, those are the last, and what they keep is freed before others are recomputed.
-        return 12 * shards + weights + most + temporary + if_repeated * (self.parts(choice, again) >= 1)
+        return 12 * shards + weights + most + temporary + (repeated - plain) * (self.parts(choice, again) >= 1)
 
     def _keeps_of(
         self, key: Key, stages: tuple[int, int, Schedule], micro_batches: int, again: Recomputation, gathers: bool
@@ -242,24 +243,21 @@ class Bounds:
         kinds = frozenset(self.table.like[layer] for layer in layers)
         return First(stages, int((division.stops - division.starts).max()), dense, routed, kinds)
 
-    def _temporary_of(self, key: Key, layers: frozenset[int], gathers: int, what: str) -> tuple[int, int, int]:
-        """Returns bytes of temporary buffers that a rank with such layers has at least; those that it has in addition if it
-        recomputes all; and what a head keeps.
+    def _temporary_of(
+        self, key: Key, layers: frozenset[int], gathers: int, recomputed: float | Literal["attention"]
+    ) -> tuple[int, int]:
+        """Returns bytes of temporary buffers that a rank with such layers has at least, and what a head keeps.
 
         Args:
             gathers: with FSDP, the ranks of the weight axis; otherwise 0.
-            what: is recomputed (``Recomputation.what``).
+            recomputed: as in ``Workload``.
         """
         work = self.job(key.choice()).work
-        work = replace(work, layout=replace(work.layout, fsdp=gathers > 0, weight=max(1, gathers)))
-
-        def least(recomputed: float | Literal["attention"]) -> int:
-            both = (replace(option, recomputed=recomputed) for option in (work, gathering(work)))
-            ones = [replace(one, stages=(Stage(range(n, n + 1), False, False),)) for one in both for n in layers]
-            return min(peak.least(one, one.kinds[0]) for one in ones)
-
-        plain = least(0.0)
-        return plain, least("attention" if what == "attention" else 1.0) - plain, peak.head(work)
+        layout = replace(work.layout, fsdp=gathers > 0, weight=max(1, gathers))
+        work = replace(work, layout=layout, recomputed=recomputed)
+        both = (work, gathering(work)) if key.mode == "isp" else (work,)
+        ones = [replace(one, stages=(Stage(range(n, n + 1), False, False),)) for one in both for n in layers]
+        return min(peak.least(one, one.kinds[0]) for one in ones), peak.head(work)
 
 
 @lru_cache(maxsize=4096)

@@ -223,7 +223,7 @@ def _keeps(job: Job, stage: Stage) -> list[float]:
     are not gathered (isp)."""
     work = replace(job.work, stages=(stage,), micro_batches=1)
     kept = _kept(work)
-    return [kept, kept - _kept(gathering(work))]
+    return [kept, kept - _kept(gathering(work)) if work.layout.mode == "isp" else 0]
 
 
 def _kept(work: Workload) -> int:
@@ -233,4 +233,4 @@ def _kept(work: Workload) -> int:
 
 def gathering(work: Workload) -> Workload:
     """Returns the same sizes if isp gathers the weights of experts, with which a rank keeps the least."""
-    return replace(work, layout=replace(work.layout, expert_inner=2)) if work.layout.mode == "isp" else work
+    return replace(work, layout=replace(work.layout, expert_inner=2))

@@ -79,13 +79,16 @@ class Counts:
     """What a stage sends to the next one."""
 
 
-def count(job: Job, insides: Insides | None = None) -> Counts:
+def count(job: Job, insides: Insides | None = None, zeros: tuple[int, int] | None = None) -> Counts:
     """Returns what a step costs. Stages with the same layers are counted once.
 
     Args:
         insides: of jobs that differ from this one only in the ranks over which optimizer state is sharded. What is missing is
             added.
+        zeros: the ranks over which the optimizer state of dense weights and of experts is sharded; None: those of the layout.
     """
+    layout = job.work.layout
+    zeros = zeros or (layout.zero, layout.expert_zero)
     stages, known = list[StageCounts](), dict[StageKind, StageCounts]()
     decoder, insides = job.work.decoder, {} if insides is None else insides
     for stage in job.stages():
@@ -93,7 +96,7 @@ def count(job: Job, insides: Insides | None = None) -> Counts:
         key = kinds, stage.embeds, stage.heads
         if key not in known:
             insides[key] = insides.get(key) or _inside(job, stage)
-            known[key] = _count_stage(job, stage, insides[key])
+            known[key] = _count_stage(job, stage, insides[key], zeros)
         stages.append(known[key])
     return Counts(job, tuple(stages), message_of(job))
 
@@ -131,14 +134,14 @@ def _inside(job: Job, stage: Stage) -> Inside:
     return Inside(flops.stage(job, stage.layers, stage.heads), waited, prefetched, units, experts, elements, {})
 
 
-def _count_stage(job: Job, stage: Stage, inside: Inside) -> StageCounts:
-    layout, prefetched = job.work.layout, inside.prefetched
-    of_dense, shard = _sharded(job, stage, inside, "zero", layout.zero)
-    of_experts, shard_of_experts = _sharded(job, stage, inside, "expert zero", layout.expert_zero)
+def _count_stage(job: Job, stage: Stage, inside: Inside, zeros: tuple[int, int]) -> StageCounts:
+    prefetched = inside.prefetched
+    of_dense, shard = _sharded(job, stage, inside, "zero", zeros[0])
+    of_experts, shard_of_experts = _sharded(job, stage, inside, "expert zero", zeros[1])
     of_data = [*of_dense, *of_experts]
     gathers = [message for message in of_data if message.kind == "all-gather"]
     reductions = [message for message in of_data if message.kind != "all-gather"]
-    if layout.fsdp:
+    if job.work.layout.fsdp:
         prefetched, gathers, reductions = [*prefetched, *of_data], [], []
     elements, shards = inside.elements, shard + shard_of_experts
     first = inside.units[0] / elements["zero"]
@@ -149,12 +152,14 @@ def _sharded(job: Job, stage: Stage, inside: Inside, axis: str, ranks: int) -> t
     """Returns the messages of the data axis and the elements of a rank's shards: of dense weights (axis "zero") or of experts
     ("expert zero"), which do not depend on the ranks over which the others are sharded."""
     if (axis, ranks) not in inside.sharded:
-        work, of_experts = replace(job.work, stages=(stage,), micro_batches=1), axis == "expert zero"
+        of_experts, layout = axis == "expert zero", job.work.layout
+        layout = replace(layout, expert_zero=ranks) if of_experts else replace(layout, zero=ranks)
+        work = replace(job.work, layout=layout, stages=(stage,), micro_batches=1)
         units = [] if of_experts else [[(elements,)] for elements in inside.units]
         experts = inside.experts if of_experts else {}
         rows = data_axis.traffic(work, units, experts, {}, stage.heads)
         _, shard = data_axis.sharded([*units, *experts.values()], ranks, of_experts)
-        inside.sharded[axis, ranks] = messages(rows, groups_of(work.layout)), shard
+        inside.sharded[axis, ranks] = messages(rows, groups_of(layout)), shard
     return inside.sharded[axis, ranks]
 
 

@@ -146,23 +146,24 @@ class Search:
 
     def _recomputations(self, choice: Choice) -> Iterator[Node]:
         for option in self._enough(choice, Recomputation.of(choice)) if choice.checkpoint else self.fitting(choice):
-            yield self._at_least(option), "recomputation", option
+            seconds = step.at_least(self.job(option), self.gpu, self.calibration, self._inside(option))
+            yield seconds, "recomputation", option
 
     def _zeros(self, choice: Choice) -> Iterator[Node]:
-        layout = self.job(choice).work.layout
+        job, insides = self.job(choice), self._inside(choice)
+        layout = job.work.layout
         for zero in divisors(layout.zero * layout.replicate):
             option = replace(choice, zero=zero)
             if layout.experts_apart:
-                yield self._at_least(option, of_experts=True), "zero", option
+                yield step.at_least(job, self.gpu, self.calibration, insides, zero), "zero", option
             else:
-                yield self.seconds(option), "layout", option
+                yield self._seconds(job, insides, (zero, layout.expert_zero)), "layout", option
 
     def _expert_zeros(self, choice: Choice) -> Iterator[Node]:
         job, insides = self.job(choice), self._inside(choice)
         layout, experts = job.work.layout, job.work.layout.experts.axes
         for zero in divisors(experts["zero"] * experts["replicate"]):
-            changed = replace(job, work=replace(job.work, layout=replace(layout, expert_zero=zero)))
-            yield self._seconds(changed, insides), "layout", replace(choice, expert_zero=zero)
+            yield self._seconds(job, insides, (layout.zero, zero)), "layout", replace(choice, expert_zero=zero)
 
     def _recomputed(self, choice: Choice) -> Iterator[Node]:
         """Yields the same layout with more recomputation, of a kind that is no other node's."""
@@ -195,11 +196,8 @@ class Search:
         """Returns the predicted time of a step."""
         return self._seconds(self.job(choice), self._inside(choice))
 
-    def _seconds(self, job: Job, insides: counts.Insides) -> float:
-        return step.timed(counts.count(job, insides), self.gpu, self.calibration).step
-
-    def _at_least(self, choice: Choice, of_experts: bool = False) -> float:
-        return step.at_least(self.job(choice), self.gpu, self.calibration, self._inside(choice), of_experts=of_experts)
+    def _seconds(self, job: Job, insides: counts.Insides, zeros: tuple[int, int] | None = None) -> float:
+        return step.timed(counts.count(job, insides, zeros), self.gpu, self.calibration).step
 
     def _inside(self, choice: Choice) -> counts.Insides:
         """Returns what is known of the layers of a choice with any ranks for the optimizer state."""

@@ -100,7 +100,7 @@ def test_no_layout_is_faster_than_its_bounds(experts: bool, world: int) -> None:
         assert bounds.of_memory(choice) <= seconds
         assert step.at_least(this.job(replace(choice, zero=-1, expert_zero=-1)), GPU, Calibration(), {}) <= seconds
         if choice.expert_zero > 0:
-            assert step.at_least(this.job(replace(choice, expert_zero=-1)), GPU, Calibration(), {}, of_experts=True) <= seconds
+            assert step.at_least(this.job(replace(choice, expert_zero=-1)), GPU, Calibration(), {}, choice.zero) <= seconds
 
 
 @pytest.mark.parametrize("world", [12, 24])
@@ -111,9 +111,7 @@ def test_padding_of_the_shards_of_experts_is_in_no_bound(world: int) -> None:
     for expert, fsdp in product((1, 2, 4), (False, True)):
         choice = Choice(expert=expert, zero=1, fsdp=fsdp)
         layout = this.job(choice).work.layout
-        bounds = [
-            step.at_least(this.job(choice), GPU, Calibration(), {}, of_experts=of_experts) for of_experts in (False, True)
-        ]
+        bounds = [step.at_least(this.job(choice), GPU, Calibration(), {}, zero) for zero in (None, choice.zero)]
         for expert_zero in divisors(world // expert) if layout.experts_apart else [-1]:
             assert max(bounds) <= this.seconds(replace(choice, expert_zero=expert_zero)) * (1 + 1e-9)
             tried += 1
