@@ -150,8 +150,11 @@ def _price_stage(job: Job, counts: StageCounts, gpu: GPU, calibration: Calibrati
 
     def both(found: Iterable[Message]) -> tuple[float, float]:
         """Returns the seconds of collectives, and those during which nothing computes."""
-        times = [(links.seconds(*message[:4], gpu, calibration), _alone(message, counts)) for message in found]
-        return sum(seconds for seconds, _ in times), sum(seconds * alone for seconds, alone in times)
+        total = alone = 0.0
+        for message in found:
+            seconds = links.seconds(*message[:4], gpu, calibration)
+            total, alone = total + seconds, alone + seconds * _alone(message, counts)
+        return total, alone
 
     gathered, first = both([m for m in counts.prefetched if m.kind == "all-gather"])
     reduced, last = both([m for m in counts.prefetched if m.kind != "all-gather"])
