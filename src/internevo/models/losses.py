@@ -44,7 +44,7 @@ class LossTerms(NamedTuple):
 
     def pools(self, config: DecoderConfig) -> bool:
         """Whether there is a load-balancing loss that depends on the routers of all layers of this model together."""
-        return self.balance != 0 and self.balance_kind == "pooled" and config.sparse_layers > 0
+        return self.balance != 0 and self.balance_kind == "pooled" and any(map(config.is_sparse, range(config.num_layers)))
 
 
 class Routed(NamedTuple):

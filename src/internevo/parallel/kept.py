@@ -9,9 +9,15 @@ from operator import le
 from typing import NamedTuple
 
 from .messages import Plan, kept
-from .orders import BACKWARD, FORWARD, WEIGHTS, Action, orders, rank_of, stages_on
+from .orders import BACKWARD, FORWARD, WEIGHTS, Action, Turn, in_turn, orders, rank_of, stages_on
 
 _orders = lru_cache(maxsize=32)(orders)
+
+
+@lru_cache(maxsize=1)
+def _turns(schedule: str, ranks: int, chunks: int, micro_batches: int) -> tuple[Turn, ...]:
+    """``in_turn`` of all orders, which takes longer than the rest: kept while one rank after the other is asked for."""
+    return tuple(in_turn(_orders(schedule, ranks, chunks, micro_batches)))
 
 
 class Kept(NamedTuple):
@@ -81,7 +87,8 @@ def _around(schedule: str, ranks: int, chunks: int, micro_batches: int, rank: in
     """Yields each pass of a rank, with what the rank keeps before and after it."""
     numbers = stages_on(rank, ranks, chunks, schedule)
     stages = [rank_of(stage, ranks, schedule) for stage in range(ranks * chunks)]
-    planned = Plan.of(rank, _orders(schedule, ranks, chunks, micro_batches), stages)
+    all_ranks = schedule, ranks, chunks, micro_batches
+    planned = Plan.of(rank, _orders(*all_ranks), stages, _turns(*all_ranks))
     forward, backward, passes = dict.fromkeys(numbers, 0), dict.fromkeys(numbers, 0), dict.fromkeys(numbers, "")
     first = dict[tuple[bool, ...], str]()
 

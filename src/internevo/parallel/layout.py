@@ -19,12 +19,12 @@ Neighbouring ranks differ in the last axis. The axes that communicate most come 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..config import Config
-from ..config.axes import expert_inner_size, expert_ranks, expert_size, inner_size
+from ..config.axes import expert_inner_size, expert_size
 from .orders import rank_of
 from .views import Groups, View
 
@@ -63,29 +63,49 @@ class Layout:
     @classmethod
     def from_config(cls, config: Config, world: int) -> Layout:
         """Takes the sizes from a config that ``train.check`` has accepted for this world size."""
-        parallel = config.parallel
-        tensor, weight, pipeline = parallel.tensor.size, parallel.weight.size, parallel.pipeline.size
-        mode = parallel.tensor.mode
-        outer = world // ((weight if mode == "isp" else tensor) * pipeline)
-        zero = parallel.zero1.size if parallel.zero1.size > 0 else outer
-        expert, expert_inner, expert_zero = _expert_sizes(config, world, zero, outer)
-        kv_heads = config.model.num_kv_attention_heads or config.model.num_attention_heads
-        kv_replicas = max(1, tensor // kv_heads) if mode != "isp" else 1
-        return cls(
-            world,
-            tensor,
-            mode,
-            weight,
-            pipeline,
-            zero,
-            parallel.zero1.fsdp,
-            kv_replicas,
-            config.model.num_chunks,
-            parallel.pipeline.mode,
-            expert=expert,
-            expert_inner=expert_inner,
-            expert_zero=expert_zero,
-        )
+        parallel, heads = config.parallel, config.model.num_kv_attention_heads or config.model.num_attention_heads
+        layout = cls.of(
+            world, parallel.tensor.size, parallel.tensor.mode, parallel.weight.size, parallel.pipeline.size,
+            parallel.zero1.size, parallel.zero1.fsdp, heads, config.model.num_chunks, parallel.pipeline.mode,
+        )  # fmt: skip
+        if config.model.num_experts == 1:
+            return layout
+        return layout.with_experts(expert_size(config, world), expert_inner_size(config), parallel.expert_zero1.size)
+
+    @classmethod
+    def of(
+        cls,
+        world: int,
+        tensor: int,
+        mode: str,
+        weight: int,
+        pipeline: int,
+        zero: int,
+        fsdp: bool,
+        kv_heads: int,
+        chunks: int,
+        schedule: str,
+    ) -> Layout:
+        """Returns the layout of a model without experts.
+
+        Args:
+            zero: if it is not positive, as many ranks as possible.
+        """
+        inner = weight if mode == "isp" else tensor
+        ranks = zero if zero > 0 else world // (inner * pipeline)
+        replicas = max(1, tensor // kv_heads) if mode != "isp" else 1
+        return cls(world, tensor, mode, weight, pipeline, ranks, fsdp, replicas, chunks, schedule, 1, inner, ranks)
+
+    def with_experts(self, expert: int, inner: int, zero: int) -> Layout:
+        """Returns the same layout of a model with experts.
+
+        Args:
+            zero: if it is not positive, as many ranks as possible, of those over which the state of dense weights is sharded.
+        """
+        rest = max(1, self.world // (self.pipeline * inner)) // expert
+        everywhere = self.zero == self.world // (self.inner * self.pipeline)
+        ranks = zero if zero > 0 else rest if everywhere else math.gcd(self.zero, rest)
+        return replace(self, expert=expert, expert_inner=inner, expert_zero=ranks)
 
     # The three views -------------------------------------------------------------------------------------------------
 
@@ -241,20 +261,6 @@ class Layout:
                 f"ranks that share the layers{f', {self.chunks} stages each' if self.chunks > 1 else ''}",
             ),
         ]
-
-
-def _expert_sizes(config: Config, world: int, zero: int, outer: int) -> tuple[int, int, int]:
-    """Returns the number of ranks that have different experts, over how many ranks each expert is sharded, and over how many
-    its optimizer state is.
-
-    Args:
-        zero, outer: ranks over which the optimizer state of dense weights is sharded, and the largest number that it can be.
-    """
-    if config.model.num_experts == 1:
-        return 1, inner_size(config), zero
-    expert, ranks, size = expert_size(config, world), expert_ranks(config, world), config.parallel.expert_zero1.size
-    rest = ranks // expert
-    return expert, expert_inner_size(config), size if size > 0 else rest if zero == outer else math.gcd(zero, rest)
 
 
 @dataclass(frozen=True)

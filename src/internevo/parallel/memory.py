@@ -16,8 +16,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 from ..models.config import Experts, Stage
 from .data_axis import Shape, expert_shard_size, shard_size
@@ -232,8 +232,7 @@ def _experts(work: Workload, kept: KeptActivations) -> int:
 # Weights and gradients -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Elements:
+class Elements(NamedTuple):
     """The numbers of elements of the parameters of a stage on one of the ranks that share it."""
 
     full: int
@@ -251,7 +250,7 @@ class Elements:
 
     def plus(self, other: Elements, times: int) -> Elements:
         """Returns the sum with ``times`` as many as another one."""
-        return Elements(*(mine + times * theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+        return Elements(*(mine + times * theirs for mine, theirs in zip(self, other, strict=True)))
 
     @classmethod
     def of(cls, work: Workload, shapes: Sequence[Shape], experts: Sequence[Shape], deferred: Sequence[Shape]) -> Elements:

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .orders import Action, Order, goes_to, needs, sends_before
+from .orders import Action, Order, Turn, goes_to, needs, sends_before
 from .spans import SEND, WAIT, Spans
 from .views import Groups
 
@@ -110,9 +110,11 @@ class Plan(NamedTuple):
     """Sender -> its results, in the order in which it sends them."""
 
     @classmethod
-    def of(cls, rank: int, orders: Sequence[Order], ranks_of_stages: Sequence[int]) -> Plan:
-        """Returns what a rank does when all ranks follow their orders."""
-        before, expected = sends_before(orders, rank), dict[int, list[Expected]]()
+    def of(
+        cls, rank: int, orders: Sequence[Order], ranks_of_stages: Sequence[int], turns: Iterable[Turn] | None = None
+    ) -> Plan:
+        """Returns what a rank does when all ranks follow their orders. (``turns``: as for ``sends_before``.)"""
+        before, expected = sends_before(orders, rank, turns), dict[int, list[Expected]]()
         for sender in {*chain(*(pair for pair in pairwise(ranks_of_stages) if rank in pair))} - {rank}:
             sent = [action for action in orders[rank] if _receiver(action, ranks_of_stages) == sender]
             number, arrived = {action: n for n, action in enumerate(sent, start=1)}, 0

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -176,7 +176,11 @@ def needs(action: Action, stages: int) -> Action | None:
     return Action(BACKWARD, stage + 1, micro_batch) if stage < stages - 1 else Action(FORWARD, stage, micro_batch)
 
 
-def in_turn(all_orders: Sequence[Order]) -> Iterator[tuple[int, Action, Action | None]]:
+Turn = tuple[int, Action, Action | None]
+"""A rank, an action, and the action that it needs."""
+
+
+def in_turn(all_orders: Sequence[Order]) -> Iterator[Turn]:
     """Yields (rank, action, the action that it needs) for all actions, in an order in which they can run.
 
     Raises:
@@ -194,11 +198,15 @@ def in_turn(all_orders: Sequence[Order]) -> Iterator[tuple[int, Action, Action |
             raise ValueError(f"the ranks wait for each other: {[actions[0] for actions in rest if actions]}")
 
 
-def sends_before(all_orders: Sequence[Order], rank: int) -> dict[Action, int]:
-    """Returns action -> how many results a rank must have sent to other ranks before they can have the result of the action."""
+def sends_before(all_orders: Sequence[Order], rank: int, turns: Iterable[Turn] | None = None) -> dict[Action, int]:
+    """Returns action -> how many results a rank must have sent to other ranks before they can have the result of the action.
+
+    Args:
+        turns: ``in_turn(all_orders)``, if it is known.
+    """
     on, sent = _ranks_of_stages(all_orders), 0
     before, latest = dict[Action, int](), [0] * len(all_orders)  # latest: that of the last action of each rank
-    for number, action, needed in in_turn(all_orders):
+    for number, action, needed in in_turn(all_orders) if turns is None else turns:
         if number == rank:
             receiver = goes_to(action, len(on))
             sent += receiver is not None and on[receiver] != rank

@@ -254,7 +254,7 @@ def _count_elements(work: Workload) -> Elements:
         total = total.plus(part, count)
     if stage.heads:
         shapes = [parameter.shape for parameter in _ends(work, stage)[-1]]
-        total = replace(total, head=Elements.of(work, shapes, (), ()).gathered)
+        total = total._replace(head=Elements.of(work, shapes, (), ()).gathered)
     return total
 
 

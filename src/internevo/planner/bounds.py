@@ -5,7 +5,7 @@ No bound is more than what ``step`` and ``memory`` say of any layout that can fo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, lru_cache
 from typing import Literal, NamedTuple
@@ -16,7 +16,7 @@ from ..models.config import Stage
 from ..parallel.orders import BACKWARD, FORWARD, interleaved, one_f_one_b
 from . import counts, links, peak, step, timing
 from .calibration import Calibration
-from .choice import Choice
+from .choice import Choice, Schedule
 from .costs import NOTHING, Costs, CostTable, Division, Key, Numbers, Recomputation, gathering, key_of, routed_parameters
 from .hardware import GPU, TERA
 from .job import Job
@@ -58,67 +58,88 @@ class Bounds:
         self.table = CostTable(base, gpu, calibration, job)
         self._divided, self._first, self._shares = cache(self._division), cache(self._first_of), cache(_shares)
         self._link, self._temporary, self._costs = cache(self._link_of), cache(self._temporary_of), cache(self._costs_of)
+        self._hops, self._keeps = cache(self._hops_of), cache(self._keeps_of)
 
     # Time ------------------------------------------------------------------------------------------------------------
 
     def of_axes(self, choice: Choice) -> float:
         """Returns a bound for layouts with these pipeline, tensor and expert axes, and micro-batches of at most this size."""
         whole = self.table.costs(key_of(choice), self.division(Choice()), NOTHING, 0.0)
-        forward, backward, weights, _ = self._passes(whole, choice, weights_decided=False)
-        everything = float((forward + backward + weights)[0])
+        forward, backward, weights, _ = self._passes(whole, [choice], weights_decided=False)
+        everything = float((forward + backward + weights)[0, 0])
         return everything * self.micro_batches(choice) / choice.pipeline + self.calibration.step
 
-    def of_schedule(self, choice: Choice, *, weights_decided: bool = True) -> float:
-        """Returns a bound for layouts of which ZeRO is not decided, nor more recomputation.
+    def of_schedule(self, choice: Choice) -> float:
+        """Returns a bound for layouts with any weight and expert weight axes (here 1), FSDP, ZeRO, and more recomputation."""
+        return self._of_schedules([choice], weights_decided=False)[0]
+
+    def of_weights(self, choices: Sequence[Choice]) -> list[float]:
+        """Returns a bound for layouts of which ZeRO and more recomputation are not decided, for each of these choices.
 
         Args:
-            weights_decided: whether the weight and expert weight axes (otherwise 1) and FSDP are.
+            choices: they differ only in the weight and expert weight axes and FSDP, so that most is computed once for all.
         """
-        ranks, number = choice.pipeline, self.micro_batches(choice)
-        forward, backward, weights, waited = self._stage_passes(choice, weights_decided=weights_decided)
-        on, passes = self.division(choice).ranks, forward + backward
-        busy, after = (np.bincount(on, values, ranks) for values in (passes + weights, waited))
+        return self._of_schedules(choices, weights_decided=True)
+
+    def _of_schedules(self, choices: Sequence[Choice], *, weights_decided: bool) -> list[float]:
+        choice = choices[0]
+        ranks, number, stages_of = choice.pipeline, self.micro_batches(choice), self.division(choice).by_rank()
+        forward, backward, weights, waited = self._stage_passes(choices, weights_decided=weights_decided)
+        passes = forward + backward
+        busy, after = ((passes + weights)[:, stages_of].sum(axis=1), waited[:, stages_of].sum(axis=1))
         # A micro-batch comes to a stage through all stages before it, and its gradients go back through them.
-        way = passes.cumsum() - passes
-        before = way if choice.schedule == "1F1B" else forward.cumsum() - forward  # gradients of weights may come last
-        longest = max((before[:ranks] + number * busy + after).max(), (way + number * passes).max())
-        return float(longest) + self.calibration.step
+        way = passes.cumsum(axis=1) - passes
+        before = way if choice.schedule == "1F1B" else forward.cumsum(axis=1) - forward  # gradients of weights may come last
+        of_ranks, of_stages = before[:, :ranks] + number * busy + after, way + number * passes
+        longest: Numbers = np.maximum(of_ranks.max(axis=1), of_stages.max(axis=1)) + self.calibration.step
+        bounds: list[float] = longest.tolist()
+        return bounds
 
     def of_memory(self, choice: Choice) -> float:
-        """Returns the same bound, closer and later: the schedule is played out."""
-        forward, backward, weights, waited = self._stage_passes(choice, weights_decided=True)
-        times: list[float] = np.stack([forward, backward, weights], axis=1).ravel().tolist()
-        hops, number = step.hops_of(counts.message_of(self.job(choice)), self.gpu, self.calibration), self.micro_batches(choice)
+        """Returns the same bound of one choice, closer and later: the schedule is played out."""
+        forward, backward, weights, waited = self._stage_passes([choice], weights_decided=True)
+        times: list[float] = np.stack([forward[0], backward[0], weights], axis=1).ravel().tolist()
+        hops, number = self._hops(key_of(choice), choice.pipeline), self.micro_batches(choice)
         passes = timing.seconds(choice.schedule, choice.pipeline, choice.chunks, number, times, hops)
-        after = np.bincount(self.division(choice).ranks, waited, choice.pipeline).max()
+        after = waited[0, self.division(choice).by_rank()].sum(axis=0).max()
         return passes + float(after) + self.calibration.step
 
-    def _stage_passes(self, choice: Choice, *, weights_decided: bool) -> tuple[Numbers, Numbers, Numbers, Numbers]:
+    def _stage_passes(self, choices: Sequence[Choice], *, weights_decided: bool) -> tuple[Numbers, Numbers, Numbers, Numbers]:
+        choice = choices[0]
         again, part = Recomputation.of(choice), 1.0 if isinstance(choice.checkpoint, str) else choice.checkpoint
-        costs = self._costs(key_of(choice), (choice.pipeline, choice.chunks, choice.schedule), again, part)
-        return self._passes(costs, choice, weights_decided=weights_decided)
+        costs = self._costs(key_of(choice), choice.stages, again, part)
+        return self._passes(costs, choices, weights_decided=weights_decided)
 
-    def _costs_of(self, key: Key, stages: tuple[int, int, str], again: Recomputation, part: float) -> Costs:
+    def _hops_of(self, key: Key, pipeline: int) -> timing.Hops:
+        message = counts.message_of(self.job(replace(key.choice(), pipeline=pipeline)))
+        return step.hops_of(message, self.gpu, self.calibration)
+
+    def _costs_of(self, key: Key, stages: tuple[int, int, Schedule], again: Recomputation, part: float) -> Costs:
         return self.table.costs(key, self._divided(*stages), again, part)
 
-    def _passes(self, costs: Costs, choice: Choice, *, weights_decided: bool) -> tuple[Numbers, Numbers, Numbers, Numbers]:
+    def _passes(
+        self, costs: Costs, choices: Sequence[Choice], *, weights_decided: bool
+    ) -> tuple[Numbers, Numbers, Numbers, Numbers]:
         """Returns the seconds of a forward pass, of a backward pass, of gradients of weights if the schedule computes them
-        apart, and at least how long each stage waits at the end of a step until its gradients are reduced."""
-        weight, experts = Group(choice.weight, 1), Group(choice.expert_weight, 1)
+        apart, and at least how long each stage waits at the end of a step until its gradients are reduced: arrays [choices,
+        stages], with one row in place of many that are the same; the third is [stages]."""
+        weight, experts = [Group(c.weight, 1) for c in choices], [Group(c.expert_weight, 1) for c in choices]
         gathered = self._seconds("all-gather", weight, costs.gathers, costs.gathered)
         gathered = gathered + self._seconds("all-gather", experts, costs.expert_gathers, costs.expert_gathered)
         reduced = self._seconds("reduce-scatter", weight, costs.reductions, costs.reduced)
         reduced = reduced + self._seconds("reduce-scatter", experts, costs.expert_reductions, costs.expert_reduced)
-        exchange = Group(choice.expert, _expert_inner(choice))
-        waited = costs.waited + self._seconds("all-to-all", exchange, costs.exchanges, costs.exchanged)
-        apart, gradients = choice.schedule != "1F1B", self._gradients(costs, choice) * (weights_decided or choice.mode != "isp")
+        exchanges = [Group(c.expert, c.expert_inner) for c in choices]
+        waited = costs.waited + self._seconds("all-to-all", exchanges, costs.exchanges, costs.exchanged)
+        apart, fsdp = choices[0].schedule != "1F1B", np.array([[c.fsdp] for c in choices])
+        known = weights_decided or choices[0].mode != "isp"
+        gradients = self._gradients(costs, choices) if known else np.zeros((1, 1))
         repeats = np.divide(costs.again, costs.forward, out=np.zeros_like(costs.again), where=costs.forward > 0)
         waited_forward = waited / (2 + repeats)
         computed = costs.inputs + costs.again + (0.0 if apart else costs.weights)
         forward = costs.forward + waited_forward + self._exposed(gathered / 2, costs.forward)
-        beside = gathered / 2 + reduced + (gradients if choice.fsdp else 0.0)
+        beside = gathered / 2 + reduced + gradients * fsdp
         backward = computed + waited - waited_forward + self._exposed(beside, computed)
-        once = self._exposed(0.0 * gradients if choice.fsdp else gradients, computed * self.base.overlaps_gradients)
+        once = self._exposed(gradients * ~fsdp, computed * self.base.overlaps_gradients)
         return forward, backward, costs.weights * apart, once
 
     def _exposed(self, communication: Numbers, computation: Numbers) -> Numbers:
@@ -126,16 +147,22 @@ class Bounds:
         hidden: Numbers = np.minimum(communication, computation)
         return communication - self.calibration.overlap * hidden
 
-    def _gradients(self, costs: Costs, choice: Choice) -> Numbers:
+    def _gradients(self, costs: Costs, choices: Sequence[Choice]) -> Numbers:
         """Returns the seconds in which all ranks with the same gradients reduce them, without latencies."""
-        ranks, inner, parts = self.world // choice.pipeline, _inner(choice), choice.expert * _expert_inner(choice)
-        dense = self._link("reduce-scatter", Group(ranks // inner, inner))[1] / inner
-        routed = self._link("reduce-scatter", Group(ranks // parts, parts))[1] / parts
+        ranks = self.world // choices[0].pipeline
+
+        def of_element(parts: int) -> float:
+            return self._link("reduce-scatter", Group(ranks // parts, parts))[1] / parts
+
+        dense = np.array([[of_element(c.inner)] for c in choices])
+        routed = np.array([[of_element(c.expert * c.expert_inner)] for c in choices])
         return (costs.dense * dense + costs.routed * routed) * self.base.work.gradient_bytes
 
-    def _seconds(self, kind: str, group: Group, count: Numbers, nbytes: Numbers) -> Numbers:
-        latency, per_byte = self._link(kind, group)
-        return count * latency + nbytes * per_byte
+    def _seconds(self, kind: str, groups: Sequence[Group], count: Numbers, nbytes: Numbers) -> Numbers:
+        if all(group.size == 1 for group in groups):
+            return np.zeros((1, 1))
+        once, per_byte = np.array([self._link(kind, group) for group in groups]).T[:, :, None]
+        return count * once + nbytes * per_byte
 
     def _link_of(self, kind: str, group: Group) -> tuple[float, float]:
         """Returns the seconds of a collective besides its bytes, and those of a byte."""
@@ -148,7 +175,7 @@ class Bounds:
 
     def division(self, choice: Choice) -> Division:
         """Returns the stages of a layout."""
-        return self._divided(choice.pipeline, choice.chunks, choice.schedule)
+        return self._divided(*choice.stages)
 
     def _division(self, pipeline: int, chunks: int, schedule: str) -> Division:
         layout = replace(self.base.work.layout, world=pipeline, pipeline=pipeline, chunks=chunks)
@@ -168,30 +195,43 @@ class Bounds:
     def needs(self, choice: Choice, again: Recomputation) -> Numbers:
         """Returns bytes that the first rank of a pipeline needs at least, whatever the ranks of the ZeRO axes: for each share
         of recomputed layers of ``parts``."""
-        first = self._first(choice.pipeline, choice.chunks, choice.schedule)
-        shares = self.parts(choice, again)
-        kept = self.table.kept(choice, first.stages, again, shares)
-        work, ranks, parts = self.base.work, self.world // choice.pipeline, choice.expert * _expert_inner(choice)
-        elements, shards = first.dense / _inner(choice) + first.routed / parts, (first.dense + first.routed) / ranks
+        key, first, number = key_of(choice), self._first(*choice.stages), self.micro_batches(choice)
+        most, later = self._keeps(key, choice.stages, number, again, choice.expert_weight > 1)
+        work, ranks, parts = self.base.work, self.world // choice.pipeline, choice.expert * choice.expert_inner
+        elements, shards = first.dense / choice.inner + first.routed / parts, (first.dense + first.routed) / ranks
         computed = 0 if work.element_bytes == 4 and ranks == 1 else work.element_bytes  # then the masters are the weights
         weights, gradients = (0.0, 4 * shards) if choice.fsdp else (computed * elements, work.gradient_bytes * elements)
         if choice.schedule != "1F1B":
             gradients = 0.0  # some are computed later
-        before, later = fullest(choice.schedule, choice.pipeline, choice.chunks, self.micro_batches(choice))
-        most: Numbers = before @ kept
         if later is not None:
-            most = np.maximum(most, later @ kept + gradients)
+            most = np.maximum(most, later + gradients)
         gathers = choice.weight if choice.fsdp else 0
-        temporary, if_repeated, head = self._temporary(key_of(choice), first.kinds, gathers, again.what)
-        temporary = max(0, temporary - head * bool(first.stages.heads.any()))  # freed before the layers' backward passes
+        plain, head = self._temporary(key, first.kinds, gathers, 0.0)
+        repeated, _ = self._temporary(key, first.kinds, gathers, again.checkpoint)
+        temporary = max(0, plain - head * bool(first.stages.heads.any()))  # freed before the layers' backward passes
         # If some layers are not recomputed, those are the last, and what they keep is freed before others are recomputed.
-        return 12 * shards + weights + most + temporary + if_repeated * (shares >= 1)
+        return 12 * shards + weights + most + temporary + (repeated - plain) * (self.parts(choice, again) >= 1)
+
+    def _keeps_of(
+        self, key: Key, stages: tuple[int, int, Schedule], micro_batches: int, again: Recomputation, gathers: bool
+    ) -> tuple[Numbers, Numbers | None]:
+        """Returns the bytes of activations that the first rank of a pipeline has at the two moments of ``fullest``, for each
+        share of recomputed layers.
+
+        Args:
+            gathers: whether isp gathers the weights of experts.
+        """
+        pipeline, chunks, schedule = stages
+        shares = self.parts(Choice(pipeline=pipeline, chunks=chunks, schedule=schedule), again)
+        kept = self.table.kept(key, self._first(*stages).stages, again, shares, gathers)
+        before, later = fullest(schedule, pipeline, chunks, micro_batches)
+        return before @ kept, None if later is None else later @ kept
 
     def parts(self, choice: Choice, again: Recomputation) -> Numbers:
         """Returns the shares of recomputed layers that make a difference, in ascending order."""
         if again.what != "layer":
             return np.array([float(again.what == "attention")])
-        return self._shares(self._first(choice.pipeline, choice.chunks, choice.schedule).largest)
+        return self._shares(self._first(*choice.stages).largest)
 
     def _first_of(self, pipeline: int, chunks: int, schedule: str) -> First:
         division, decoder = self._divided(pipeline, chunks, schedule), self.base.work.decoder
@@ -203,34 +243,21 @@ class Bounds:
         kinds = frozenset(self.table.like[layer] for layer in layers)
         return First(stages, int((division.stops - division.starts).max()), dense, routed, kinds)
 
-    def _temporary_of(self, key: Key, layers: frozenset[int], gathers: int, what: str) -> tuple[int, int, int]:
-        """Returns bytes of temporary buffers that a rank with such layers has at least; those that it has in addition if it
-        recomputes all; and what a head keeps.
+    def _temporary_of(
+        self, key: Key, layers: frozenset[int], gathers: int, recomputed: float | Literal["attention"]
+    ) -> tuple[int, int]:
+        """Returns bytes of temporary buffers that a rank with such layers has at least, and what a head keeps.
 
         Args:
             gathers: with FSDP, the ranks of the weight axis; otherwise 0.
-            what: is recomputed (``Recomputation.what``).
+            recomputed: as in ``Workload``.
         """
         work = self.job(key.choice()).work
-        work = replace(work, layout=replace(work.layout, fsdp=gathers > 0, weight=max(1, gathers)))
-
-        def least(recomputed: float | Literal["attention"]) -> int:
-            both = (replace(option, recomputed=recomputed) for option in (work, gathering(work)))
-            ones = [replace(one, stages=(Stage(range(n, n + 1), False, False),)) for one in both for n in layers]
-            return min(peak.least(one, one.kinds[0]) for one in ones)
-
-        plain = least(0.0)
-        return plain, least("attention" if what == "attention" else 1.0) - plain, peak.head(work)
-
-
-def _inner(choice: Choice) -> int:
-    """As ``Layout.inner``."""
-    return choice.weight if choice.mode == "isp" else choice.tensor
-
-
-def _expert_inner(choice: Choice) -> int:
-    """As ``Layout.expert_inner``."""
-    return choice.expert_weight if choice.mode == "isp" else 1 if choice.no_tp else choice.tensor
+        layout = replace(work.layout, fsdp=gathers > 0, weight=max(1, gathers))
+        work = replace(work, layout=layout, recomputed=recomputed)
+        both = (work, gathering(work)) if key.mode == "isp" else (work,)
+        ones = [replace(one, stages=(Stage(range(n, n + 1), False, False),)) for one in both for n in layers]
+        return min(peak.least(one, one.kinds[0]) for one in ones), peak.head(work)
 
 
 @lru_cache(maxsize=4096)

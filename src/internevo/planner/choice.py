@@ -22,7 +22,7 @@ Mode = Literal["mtp", "msp", "fsp", "isp"]
 Schedule = Literal["1F1B", "ZBH1", "ZBV"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Choice:
     """All that the planner may change in a config."""
 
@@ -53,6 +53,30 @@ class Choice:
             layout.expert_inner if layout.mode == "isp" else 1, layout.fsdp, layout.zero,
             layout.expert_zero if layout.experts_apart else -1, config.model.checkpoint, config.selective_checkpoint,
         )  # fmt: skip
+
+    @property
+    def stages(self) -> tuple[int, int, Schedule]:
+        """What the stages depend on: pipeline, chunks and schedule."""
+        return self.pipeline, self.chunks, self.schedule
+
+    @property
+    def inner(self) -> int:
+        """The number of ranks over which the weights of a layer are sharded, without those of experts."""
+        return self.weight if self.mode == "isp" else self.tensor
+
+    @property
+    def expert_inner(self) -> int:
+        """The number of ranks over which each expert is sharded."""
+        return self.expert_weight if self.mode == "isp" else 1 if self.no_tp else self.tensor
+
+    def layout(self, config: Config, world: int) -> Layout:
+        """Returns ``Layout.from_config`` of the config with this layout, sooner."""
+        heads = config.model.num_kv_attention_heads or config.model.num_attention_heads
+        layout = Layout.of(
+            world, self.tensor, self.mode, self.weight, self.pipeline, self.zero, self.fsdp, heads, self.chunks, self.schedule
+        )
+        has_experts = config.model.num_experts > 1
+        return layout.with_experts(self.expert, self.expert_inner, self.expert_zero) if has_experts else layout
 
     def apply(self, config: Config, rows: int) -> Config:
         """Returns the config with this layout. Stages are divided by cost, and what isp gathers is gathered in advance.
@@ -120,19 +144,13 @@ def axes(config: Config, world: int) -> Iterator[Choice]:
 
 
 def weights(choice: Choice, config: Config, world: int) -> Iterator[Choice]:
-    """Yields a choice of ``axes`` with all weight and expert weight axes. Not all of them are legal."""
-    if choice.mode != "isp":
-        yield choice
-        return
-    has_experts, ranks = config.model.num_experts > 1, world // choice.pipeline
-    for weight, expert_weight in product(divisors(ranks), divisors(ranks // choice.expert) if has_experts else [1]):
-        if max(choice.tensor, weight, expert_weight) > 1:  # otherwise it is the same as mtp
-            yield replace(choice, weight=weight, expert_weight=expert_weight)
-
-
-def policies(choice: Choice, world: int) -> tuple[bool, ...]:
-    """Returns for FSDP whether it is used: both, if there are ranks to shard weights over; otherwise it is the same as ZeRO."""
-    return (False, True) if world > choice.pipeline else (False,)
+    """Yields a choice of ``axes`` with all weight and expert weight axes, with FSDP and without. Not all of them are legal."""
+    has_experts, ranks, isp = config.model.num_experts > 1, world // choice.pipeline, choice.mode == "isp"
+    experts = divisors(ranks // choice.expert) if isp and has_experts else [1]
+    for weight, expert_weight in product(divisors(ranks) if isp else [1], experts):
+        if not isp or max(choice.tensor, weight, expert_weight) > 1:  # otherwise it is the same as mtp
+            for fsdp in (False, True) if ranks > 1 else (False,):  # on one rank, FSDP is the same as ZeRO
+                yield replace(choice, weight=weight, expert_weight=expert_weight, fsdp=fsdp)
 
 
 def schedules(pipeline: int, layers: int) -> list[tuple[Schedule, int]]:

@@ -26,6 +26,8 @@ from .hardware import GPU
 from .job import Job
 
 Numbers = NDArray[np.float64]
+CostsOf = Callable[[Job, Stage], list[float]]
+"""Returns what one stage costs: ``Costs``, or the bytes that it keeps, which are needed for more kinds of recomputation."""
 
 
 class Recomputation(NamedTuple):
@@ -68,6 +70,10 @@ class Division(NamedTuple):
         ]
         return cls(*np.array(rows, dtype=np.int64).T)
 
+    def by_rank(self) -> NDArray[np.int64]:
+        """Returns the numbers of the stages of each rank, in ascending order: an array [chunks, ranks]."""
+        return np.argsort(self.ranks, kind="stable").reshape(self.ranks.max() + 1, -1).T
+
     def on(self, rank: int) -> Division:
         """Returns the stages on one rank."""
         return Division(*(numbers[self.ranks == rank] for numbers in self))
@@ -105,14 +111,6 @@ class Costs(NamedTuple):
     """Parameters of layers without those of experts, before anything shards them."""
     routed: Numbers
     """Parameters of experts."""
-    kept: Numbers
-    """Bytes that a forward pass keeps for a backward pass."""
-    products: Numbers
-    """What of them is kept only if the weights of experts are not gathered (isp)."""
-
-
-KEPT = slice(-2, None)
-"""The places of the last two costs."""
 
 
 class Key(NamedTuple):
@@ -156,34 +154,34 @@ class CostTable:
         Args:
             part: the share of the layers of a stage that are recomputed.
         """
-        return Costs(*self._between(key, division, again, np.array([part]), slice(None))[:, :, 0])
+        return Costs(*self._between(self._costs, key, division, again, np.array([part]))[:, :, 0])
 
-    def kept(self, choice: Choice, division: Division, again: Recomputation, parts: Numbers) -> Numbers:
+    def kept(self, key: Key, division: Division, again: Recomputation, parts: Numbers, gathers: bool) -> Numbers:
         """Returns the bytes that a forward pass through each stage keeps, for several shares of recomputed layers: an array
-        [stages, shares]."""
-        kept, products = self._between(key_of(choice), division, again, parts, KEPT)
-        return kept - products if choice.expert_weight > 1 else kept
+        [stages, shares]. (``gathers``: whether isp gathers the weights of experts.)"""
+        kept, products = self._between(_keeps, key, division, again, parts)
+        return kept - products if gathers else kept
 
-    def _between(self, key: Key, division: Division, again: Recomputation, parts: Numbers, which: slice) -> Numbers:
+    def _between(self, of: CostsOf, key: Key, division: Division, again: Recomputation, parts: Numbers) -> Numbers:
         """Returns costs of stages: an array [costs, stages, shares of recomputed layers]."""
         starts, stops = division.starts[:, None], division.stops[:, None]
         middle = starts + ((stops - starts) * parts).astype(np.int64)
-        plain, repeated, ends = self._totals(key, NOTHING)[which], self._totals(key, again)[which], self._ends(key)[which]
+        plain, repeated = self._totals(of, key, NOTHING), self._totals(of, key, again)
         found = repeated[:, middle] - repeated[:, starts] + plain[:, stops] - plain[:, middle]
-        outside: Numbers = ends @ np.stack([division.embeds, division.heads])
+        outside: Numbers = self._ends(of, key) @ np.stack([division.embeds, division.heads])
         return found + outside[:, :, None]
 
-    def _totals_of(self, key: Key, again: Recomputation) -> Numbers:
+    def _totals_of(self, of: CostsOf, key: Key, again: Recomputation) -> Numbers:
         """Returns the costs of all layers before each layer: an array [number of costs, layers + 1]."""
         job = self.job(replace(key.choice(), checkpoint=again.checkpoint, selective=again.keeps_attention))
-        kinds = {number: self._costs(job, Stage(range(number, number + 1), False, False)) for number in set(self.like)}
+        kinds = {number: of(job, Stage(range(number, number + 1), False, False)) for number in set(self.like)}
         layers = np.array([kinds[number] for number in self.like]).T
         return np.concatenate([np.zeros((len(layers), 1)), layers.cumsum(axis=1)], axis=1)
 
-    def _ends_of(self, key: Key) -> Numbers:
+    def _ends_of(self, of: CostsOf, key: Key) -> Numbers:
         """Returns the costs of the embedding and of the head: an array [number of costs, 2]."""
         job, ends = self.job(key.choice()), (Stage(range(0), True, False), Stage(range(0), False, True))
-        return np.array([self._costs(job, stage) for stage in ends]).T
+        return np.array([of(job, stage) for stage in ends]).T
 
     def _costs(self, job: Job, stage: Stage) -> list[float]:
         work = replace(job.work, stages=(stage,), micro_batches=1)
@@ -201,11 +199,10 @@ class CostTable:
         own, others = ([*_sums(rows, "all-gather"), *_sums(rows, "reduce-scatter")] for rows in (inside, of_experts))
         routed = sum(routed_parameters(work.decoder, layer) for layer in stage.layers)
         total = sum(work.decoder.layer_parameters(layer) for layer in stage.layers)
-        kept = _kept(work)
         return [
             forward, inputs, weights, again,
             step.seconds_of([*counts.messages(waited, groups), *shared], self.gpu, self.calibration),
-            *exchanged, *own, *others, total - routed, routed, kept, kept - _kept(gathering(work)),
+            *exchanged, *own, *others, total - routed, routed,
         ]  # fmt: skip
 
 
@@ -221,6 +218,14 @@ def routed_parameters(decoder: DecoderConfig, layer: int) -> int:
     return 3 * decoder.hidden_size * e.size * e.count if e is not None and decoder.is_sparse(layer) else 0
 
 
+def _keeps(job: Job, stage: Stage) -> list[float]:
+    """Returns the bytes that a forward pass keeps for a backward pass, and what of them is kept only if the weights of experts
+    are not gathered (isp)."""
+    work = replace(job.work, stages=(stage,), micro_batches=1)
+    kept = _kept(work)
+    return [kept, kept - _kept(gathering(work)) if work.layout.mode == "isp" else 0]
+
+
 def _kept(work: Workload) -> int:
     """Returns the bytes that a forward pass keeps, without what layers share."""
     return activations(work, (isp if work.layout.mode == "isp" else tensor).memory(work)) - tables(work)
@@ -228,4 +233,4 @@ def _kept(work: Workload) -> int:
 
 def gathering(work: Workload) -> Workload:
     """Returns the same sizes if isp gathers the weights of experts, with which a rank keeps the least."""
-    return replace(work, layout=replace(work.layout, expert_inner=2)) if work.layout.mode == "isp" else work
+    return replace(work, layout=replace(work.layout, expert_inner=2))

@@ -37,6 +37,10 @@ class Inside(NamedTuple):
     """The elements of each unit of the data axis on a rank, before they are sharded."""
     experts: dict[int, list[tuple[int, int, int]]]
     """Layer -> the shapes of its experts, if they are a unit of their own."""
+    elements: dict[str, int]
+    """As in ``StageCounts``."""
+    sharded: dict[tuple[str, int], tuple[list[Message], float]]
+    """(Axis of ZeRO, its ranks) -> what sharding over them costs (``_sharded``), as far as it is known."""
 
 
 StageKind = tuple[tuple[tuple[bool, int, str], ...], bool, bool]
@@ -75,22 +79,24 @@ class Counts:
     """What a stage sends to the next one."""
 
 
-def count(job: Job, insides: Insides | None = None) -> Counts:
+def count(job: Job, insides: Insides | None = None, zeros: tuple[int, int] | None = None) -> Counts:
     """Returns what a step costs. Stages with the same layers are counted once.
 
     Args:
         insides: of jobs that differ from this one only in the ranks over which optimizer state is sharded. What is missing is
             added.
+        zeros: the ranks over which the optimizer state of dense weights and of experts is sharded; None: those of the layout.
     """
-    layout, known = job.work.layout, dict[StageKind, StageCounts]()
-    groups, stages = groups_of(layout), list[StageCounts]()
+    layout = job.work.layout
+    zeros = zeros or (layout.zero, layout.expert_zero)
+    stages, known = list[StageCounts](), dict[StageKind, StageCounts]()
     decoder, insides = job.work.decoder, {} if insides is None else insides
     for stage in job.stages():
         kinds = tuple(decoder.kind(number) for number in stage.layers)
         key = kinds, stage.embeds, stage.heads
         if key not in known:
-            insides[key] = insides.get(key) or _inside(job, stage, groups)
-            known[key] = _count_stage(job, stage, insides[key], groups)
+            insides[key] = insides.get(key) or _inside(job, stage)
+            known[key] = _count_stage(job, stage, insides[key], zeros)
         stages.append(known[key])
     return Counts(job, tuple(stages), message_of(job))
 
@@ -116,30 +122,45 @@ def groups_of(layout: Layout) -> dict[str, Group]:
     return {name: Group(view.axes[axis], view.stride(axis)) for name, (view, axis) in found.items()}
 
 
-def _inside(job: Job, stage: Stage, groups: dict[str, Group]) -> Inside:
+def _inside(job: Job, stage: Stage) -> Inside:
     waited, prefetched = list[Message](), list[Message]()
-    hides = {"weight": job.prefetches, "expert weight": job.prefetches_experts}
-    work = replace(job.work, stages=(stage,), micro_batches=1)
+    work, groups = replace(job.work, stages=(stage,), micro_batches=1), groups_of(job.work.layout)
+    hides = {"weight": work.prefetches, "expert weight": work.prefetches_experts}
     for row in of_layers(work):
         (prefetched if hides.get(row.axis) else waited).extend(messages([row], groups))
     units, experts = _units(work, stage)
-    return Inside(flops.stage(job, stage.layers, stage.heads), waited, prefetched, units, experts)
+    routed = sum(math.prod(shape) for unit in experts.values() for shape in unit)
+    elements = {"zero": sum(units), "expert zero": routed}
+    return Inside(flops.stage(job, stage.layers, stage.heads), waited, prefetched, units, experts, elements, {})
 
 
-def _count_stage(job: Job, stage: Stage, inside: Inside, groups: dict[str, Group]) -> StageCounts:
-    work, prefetched = replace(job.work, stages=(stage,), micro_batches=1), inside.prefetched
-    layout = work.layout
-    units, experts = [[(elements,)] for elements in inside.units], inside.experts
-    of_data = messages(data_axis.traffic(work, units, experts, {}, stage.heads), groups)
-    _, shard = data_axis.sharded(units, layout.zero, of_experts=False)
-    _, shard_of_experts = data_axis.sharded(list(experts.values()), layout.expert_zero, of_experts=True)
+def _count_stage(job: Job, stage: Stage, inside: Inside, zeros: tuple[int, int]) -> StageCounts:
+    prefetched = inside.prefetched
+    of_dense, shard = _sharded(job, stage, inside, "zero", zeros[0])
+    of_experts, shard_of_experts = _sharded(job, stage, inside, "expert zero", zeros[1])
+    of_data = [*of_dense, *of_experts]
     gathers = [message for message in of_data if message.kind == "all-gather"]
     reductions = [message for message in of_data if message.kind != "all-gather"]
-    if layout.fsdp:
+    if job.work.layout.fsdp:
         prefetched, gathers, reductions = [*prefetched, *of_data], [], []
-    routed = sum(math.prod(shape) for unit in experts.values() for shape in unit)
-    elements, first = {"zero": sum(inside.units), "expert zero": routed}, inside.units[0] / sum(inside.units)
-    return StageCounts(inside.passes, inside.waited, prefetched, gathers, reductions, shard + shard_of_experts, first, elements)
+    elements, shards = inside.elements, shard + shard_of_experts
+    first = inside.units[0] / elements["zero"]
+    return StageCounts(inside.passes, inside.waited, prefetched, gathers, reductions, shards, first, elements)
+
+
+def _sharded(job: Job, stage: Stage, inside: Inside, axis: str, ranks: int) -> tuple[list[Message], float]:
+    """Returns the messages of the data axis and the elements of a rank's shards: of dense weights (axis "zero") or of experts
+    ("expert zero"), which do not depend on the ranks over which the others are sharded."""
+    if (axis, ranks) not in inside.sharded:
+        of_experts, layout = axis == "expert zero", job.work.layout
+        layout = replace(layout, expert_zero=ranks) if of_experts else replace(layout, zero=ranks)
+        work = replace(job.work, layout=layout, stages=(stage,), micro_batches=1)
+        units = [] if of_experts else [[(elements,)] for elements in inside.units]
+        experts = inside.experts if of_experts else {}
+        rows = data_axis.traffic(work, units, experts, {}, stage.heads)
+        _, shard = data_axis.sharded([*units, *experts.values()], ranks, of_experts)
+        inside.sharded[axis, ranks] = messages(rows, groups_of(layout)), shard
+    return inside.sharded[axis, ranks]
 
 
 def of_layers(work: Workload) -> list[Collectives]:

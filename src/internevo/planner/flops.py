@@ -87,13 +87,11 @@ def layer(job: Job, number: int, recomputed: bool) -> Passes:
     rotated = 2 * (heads + kv) * work.tokens / t * (decoder.rotary(number) != "none")
     outside = e * (10 * d * residual + rotated) + mlp_bytes + scores
     outside *= FUSED if job.compiled else 1.0
-    count = 12.0 + (12.0 if decoder.is_sparse(number) else 3.0)
-    forward = _linears([*attention, *mlp], e)._replace(attention=kernel, memory=outside, kernels=count).plus(routers)
-    inputs = (
-        _linears([*attention, *mlp], e)._replace(attention=kernel_backward, memory=2 * outside, kernels=count).plus(routers)
-    )
+    count, linears = 12.0 + (12.0 if decoder.is_sparse(number) else 3.0), _linears([*attention, *mlp], e)
+    forward = linears._replace(attention=kernel, memory=outside, kernels=count).plus(routers)
+    inputs = linears._replace(attention=kernel_backward, memory=2 * outside, kernels=count).plus(routers)
     written = 8.0 * sum(columns_in * columns_out * times for _, columns_in, columns_out, times in (*attention, *mlp))
-    weights = _linears([*attention, *mlp], e)._replace(memory=written, kernels=count / 2).plus(routers)
+    weights = linears._replace(memory=written, kernels=count / 2).plus(routers)
     return Passes(forward, inputs, weights, _again(job, forward, attention, mlp, recomputed))
 
 

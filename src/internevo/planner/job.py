@@ -40,10 +40,6 @@ class Job:
     """Whether gradients are reduced while a backward pass runs (``overlap_sync_grad``; FSDP always does)."""
     overlaps_weights: bool = True
     """Whether weights are gathered while a pass runs (``overlap_sync_param``; FSDP always does)."""
-    prefetches: bool = False
-    """isp: whether weights are gathered while those before them are used (``parallel.weight.overlap``)."""
-    prefetches_experts: bool = False
-    """The same of the weights of experts (``parallel.expert_weight.overlap``)."""
     compiled: bool = False
     """Whether layers are compiled (``model.compile``), so that kernels which only move memory become one with others."""
     imbalance: float = 1.0
@@ -71,8 +67,6 @@ class Job:
             work, config.data.seq_len,
             overlaps_gradients=layout.fsdp or zero.overlap_sync_grad,
             overlaps_weights=layout.fsdp or zero.overlap_sync_param,
-            prefetches=config.parallel.weight.overlap,
-            prefetches_experts=config.parallel.expert_weight.overlap,
             compiled=config.model.compile,
             layers=tuple(config.parallel.pipeline.layers),
             types=max(1, len(dataset_types(config.data))),

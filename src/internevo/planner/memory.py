@@ -41,13 +41,15 @@ def most_loaded(job: Job, limit: float = math.inf) -> RankMemory:
     The fullest moment is looked for on the rank that keeps the most, and on those with the embedding and the head.
 
     Args:
-        limit: if a rank keeps more bytes than this, its fullest moment is not looked for.
+        limit: a rank that keeps more bytes than this is enough: neither other ranks nor its fullest moment are looked at.
     """
-    works = {rank: job.on_rank(rank) for rank in range(job.work.layout.pipeline)}
-    keeps = {rank: plan.memory(work) for rank, work in works.items()}
+    works, keeps = dict[int, Workload](), dict[int, Memory]()
+    for rank in range(job.work.layout.pipeline):
+        works[rank] = job.on_rank(rank)
+        keeps[rank] = plan.memory(works[rank])
+        if keeps[rank].total > limit:
+            return RankMemory(rank, keeps[rank], 0)
     most = max(keeps, key=lambda rank: keeps[rank].total)
-    if keeps[most].total > limit:
-        return RankMemory(most, keeps[most], 0)
     ranks = {most, *(rank for rank, work in works.items() if work.embeddings or work.heads)}
     return max((_of(job, works[rank], keeps[rank]) for rank in sorted(ranks)), key=lambda memory: memory.total)
 

@@ -101,7 +101,7 @@ def peak(work: Workload) -> int:
 def least(work: Workload, kind: LayerKind) -> int:
     """Returns what a backward pass through a layer without a head after it has at least, besides what passes keep."""
     kept = (isp if work.layout.mode == "isp" else tensor).memory(work)
-    return _backward(work, kept, kind, False)
+    return _backward(work, kept, kind)[0]
 
 
 def head(work: Workload) -> int:
@@ -227,7 +227,7 @@ def _layer(work: Workload, kept: KeptActivations, weights: Sequence[plan.OnRank]
         left=layer_left(work, kept, kind) if work.zero_bubble else 0,
         gradients=_full_gradient(work) * (sum(sizes) - sum(apart)),
         deferred=_full_gradient(work) * sum(apart),
-        backward=(_backward(work, kept, kind, False), _backward(work, kept, kind, True)),
+        backward=_backward(work, kept, kind),
         late=work.element_bytes * max(apart, default=0),
         unit=unit,
     )
@@ -316,12 +316,8 @@ def _travelling(work: Workload, kind: LayerKind) -> int:
     return rows * (4 if work.layout.expert > 1 else 1)
 
 
-def _backward(work: Workload, kept: KeptActivations, kind: LayerKind, first: bool) -> int:
-    """Returns what the backward pass of a layer needs at most, in addition to what it has at its beginning.
-
-    Args:
-        first: whether its weights have no gradients yet.
-    """
+def _backward(work: Workload, kept: KeptActivations, kind: LayerKind) -> tuple[int, int]:
+    """Returns what the backward pass of a layer needs at most, as ``Part.backward``."""
     decoder, e, d = work.decoder, work.element_bytes, work.decoder.hidden_size
     whole = layer_activations(replace(work, recomputed=0.0, keeps_attention=False), kept, kind._replace(recomputed=False))
     again = whole - layer_activations(work, kept, kind)
@@ -332,31 +328,36 @@ def _backward(work: Workload, kept: KeptActivations, kind: LayerKind, first: boo
     heads, kv_heads = decoder.num_heads // kept.head_ranks, max(1, decoder.num_kv_heads // kept.head_ranks)
     kernel = e * kept.attention_tokens * decoder.head_dim * (2 * heads + 2 * kv_heads)
     computed, stays = (0, hidden) if work.zero_bubble else (_full_gradient(work) * matrix, 0)
-    after = gradient if work.zero_bubble else 3 * computed * first - mlp
     rows = gradient
     if kind.sparse and decoder.experts is not None:
         rows = e * work.routed_tokens * decoder.experts.top_k * d
         gathered = 0
     apart = _is_fsdp(work) and kind.sparse and work.layout.experts_apart
-    if apart:
-        after = gradient - mlp + 3 * computed // work.layout.expert_zero
     weights, ended = _gathered(work, kind.sparse, matrix)
     late = again if work.recomputed != "attention" else 0
     gathered += residual * (decoder.residual_multiplier != 1)  # the gradient of what is multiplied before it is added
-    moments = [
-        late + residual + gathered + hidden + computed + weights,  # the last linear of the MLP
-        late + residual + 2 * hidden + stays + computed * first + weights,  # its activation
-        late + residual + 2 * rows + (stays - hidden) + (3 if first else 1) * computed + weights,  # gate and up
-        late + after + residual + norm + ended,
-        again + after + residual + gathered + kernel + ended,
-    ]
+    alike = [late + residual + gathered + hidden + computed + weights]  # the last linear of the MLP
     if apart:  # FSDP reduces them in a buffer as soon as they are complete
-        moments.append(late - mlp + residual + 6 * computed)
+        alike.append(late - mlp + residual + 6 * computed)
     if decoder.out_norms:
-        moments.append(late + norm)
+        alike.append(late + norm)
     if late and kind.sparse:
-        moments.append(late + residual + _travelling(work, kind))
-    return max(moments)
+        alike.append(late + residual + _travelling(work, kind))
+
+    def most(first: bool) -> int:
+        """``first``: whether the weights have no gradients yet."""
+        after = gradient if work.zero_bubble else 3 * computed * first - mlp
+        if apart:
+            after = gradient - mlp + 3 * computed // work.layout.expert_zero
+        return max(
+            *alike,
+            late + residual + 2 * hidden + stays + computed * first + weights,  # the activation of the MLP
+            late + residual + 2 * rows + (stays - hidden) + (3 if first else 1) * computed + weights,  # gate and up
+            late + after + residual + norm + ended,
+            again + after + residual + gathered + kernel + ended,
+        )
+
+    return most(False), most(True)
 
 
 def _gathered(work: Workload, sparse: bool, matrix: int) -> tuple[int, int]:

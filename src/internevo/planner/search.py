@@ -26,7 +26,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import count, product
+from itertools import count
 from typing import Literal
 
 from ..config import Config
@@ -35,7 +35,7 @@ from ..parallel.layout import Layout
 from . import counts, memory, step
 from .bounds import KINDS, Bounds
 from .calibration import Calibration
-from .choice import Choice, axes, divisors, is_legal, policies, schedules, weights
+from .choice import Choice, axes, divisors, is_legal, schedules, weights
 from .costs import NOTHING, Recomputation
 from .hardware import GPU
 from .job import Job
@@ -118,7 +118,7 @@ class Search:
     def _schedules(self, choice: Choice) -> Iterator[Node]:
         for schedule, chunks in schedules(choice.pipeline, self.decoder.num_layers):
             option = replace(choice, schedule=schedule, chunks=chunks)
-            yield self.bounds.of_schedule(option, weights_decided=False), "schedule", option
+            yield self.bounds.of_schedule(option), "schedule", option
 
     def _kinds(self, choice: Choice) -> Iterator[Node]:
         """Decides what is recomputed, unless all may fit without."""
@@ -129,12 +129,12 @@ class Search:
             if found:
                 part = found[0].checkpoint if again.what == "attention" else min(float(option.checkpoint) for option in found)
                 option = replace(choice, checkpoint=part, selective=again.keeps_attention)
-                yield self.bounds.of_schedule(option, weights_decided=False), "kind", option
+                yield self.bounds.of_schedule(option), "kind", option
 
     def _weights(self, choice: Choice) -> Iterator[Node]:
-        for option, fsdp in product(weights(choice, self.config, self.world), policies(choice, self.world)):
-            option = replace(option, fsdp=fsdp)
-            yield self.bounds.of_schedule(option), "weights", option
+        options = list(weights(choice, self.config, self.world))
+        for bound, option in zip(self.bounds.of_weights(options) if options else (), options, strict=True):
+            yield bound, "weights", option
 
     def _memory(self, choice: Choice) -> Iterator[Node]:
         if self.is_legal(choice):
@@ -146,23 +146,24 @@ class Search:
 
     def _recomputations(self, choice: Choice) -> Iterator[Node]:
         for option in self._enough(choice, Recomputation.of(choice)) if choice.checkpoint else self.fitting(choice):
-            yield self._at_least(option), "recomputation", option
+            seconds = step.at_least(self.job(option), self.gpu, self.calibration, self._inside(option))
+            yield seconds, "recomputation", option
 
     def _zeros(self, choice: Choice) -> Iterator[Node]:
-        layout = self.job(choice).work.layout
+        job, insides = self.job(choice), self._inside(choice)
+        layout = job.work.layout
         for zero in divisors(layout.zero * layout.replicate):
             option = replace(choice, zero=zero)
             if layout.experts_apart:
-                yield self._at_least(option, of_experts=True), "zero", option
+                yield step.at_least(job, self.gpu, self.calibration, insides, zero), "zero", option
             else:
-                yield self.seconds(option), "layout", option
+                yield self._seconds(job, insides, (zero, layout.expert_zero)), "layout", option
 
     def _expert_zeros(self, choice: Choice) -> Iterator[Node]:
-        job = self.job(choice)
-        experts = job.work.layout.experts.axes
+        job, insides = self.job(choice), self._inside(choice)
+        layout, experts = job.work.layout, job.work.layout.experts.axes
         for zero in divisors(experts["zero"] * experts["replicate"]):
-            changed = replace(job, work=replace(job.work, layout=replace(job.work.layout, expert_zero=zero)))
-            yield self._seconds(changed, choice), "layout", replace(choice, expert_zero=zero)
+            yield self._seconds(job, insides, (layout.zero, zero)), "layout", replace(choice, expert_zero=zero)
 
     def _recomputed(self, choice: Choice) -> Iterator[Node]:
         """Yields the same layout with more recomputation, of a kind that is no other node's."""
@@ -180,32 +181,23 @@ class Search:
 
     def job(self, choice: Choice) -> Job:
         """Returns the step of a layout that can be trained: what ``Job.from_config`` says, sooner."""
-        config = choice.apply(self.config, self.rows)
-        layout = Layout.from_config(config, self.world)
+        layout, base, zero = choice.layout(self.config, self.world), self.base, self.config.hybrid_zero_optimizer
         work = replace(
-            self.base.work, layout=layout, tokens=config.data.seq_len * choice.micro_bsz,
-            micro_batches=self.rows // (choice.micro_bsz * layout.data), recomputed=config.model.checkpoint,
-            keeps_attention=choice.selective, rows=0 if config.data.use_packed_dataset else choice.micro_bsz,
-            prefetches=config.parallel.weight.overlap, prefetches_experts=config.parallel.expert_weight.overlap,
+            base.work, layout=layout, tokens=base.seq_len * choice.micro_bsz,
+            micro_batches=self.rows // (choice.micro_bsz * layout.data), recomputed=choice.checkpoint,
+            keeps_attention=choice.selective, rows=0 if self.config.data.use_packed_dataset else choice.micro_bsz,
+            prefetches=choice.weight > 1, prefetches_experts=choice.expert_weight > 1,
         )  # fmt: skip
-        zero = config.hybrid_zero_optimizer
         layers = tuple(len(stage.layers) for stage in self._stages(layout.stages)) if layout.pipeline > 1 else ()
-        return replace(
-            self.base, work=work, layers=layers, overlaps_gradients=layout.fsdp or zero.overlap_sync_grad,
-            overlaps_weights=layout.fsdp or zero.overlap_sync_param, prefetches=config.parallel.weight.overlap,
-            prefetches_experts=config.parallel.expert_weight.overlap,
-        )  # fmt: skip
+        overlaps = layout.fsdp or zero.overlap_sync_grad, layout.fsdp or zero.overlap_sync_param
+        return replace(base, work=work, layers=layers, overlaps_gradients=overlaps[0], overlaps_weights=overlaps[1])
 
     def seconds(self, choice: Choice) -> float:
         """Returns the predicted time of a step."""
-        return self._seconds(self.job(choice), choice)
+        return self._seconds(self.job(choice), self._inside(choice))
 
-    def _seconds(self, job: Job, choice: Choice) -> float:
-        """Returns the same of a job that differs from the choice's at most in the ranks for the optimizer state."""
-        return step.timed(counts.count(job, self._inside(choice)), self.gpu, self.calibration).step
-
-    def _at_least(self, choice: Choice, of_experts: bool = False) -> float:
-        return step.at_least(self.job(choice), self.gpu, self.calibration, self._inside(choice), of_experts=of_experts)
+    def _seconds(self, job: Job, insides: counts.Insides, zeros: tuple[int, int] | None = None) -> float:
+        return step.timed(counts.count(job, insides, zeros), self.gpu, self.calibration).step
 
     def _inside(self, choice: Choice) -> counts.Insides:
         """Returns what is known of the layers of a choice with any ranks for the optimizer state."""
@@ -221,8 +213,7 @@ class Search:
         layers recomputed, and optimizer state over as many ranks as possible; None if no layout is legal."""
         found = list[tuple[float, Choice]]()
         for _, _, choice in self._axes():
-            for option, fsdp in product(weights(choice, self.config, self.world), policies(choice, self.world)):
-                least = replace(option, fsdp=fsdp, checkpoint=1.0)
+            for least in weights(replace(choice, checkpoint=1.0), self.config, self.world):
                 found.append((self.bounds.needs(least, Recomputation("layer"))[-1], least))
         best: Candidate | None = None
         for bound, choice in sorted(found, key=lambda pair: pair[0]):

@@ -150,8 +150,11 @@ def _price_stage(job: Job, counts: StageCounts, gpu: GPU, calibration: Calibrati
 
     def both(found: Iterable[Message]) -> tuple[float, float]:
         """Returns the seconds of collectives, and those during which nothing computes."""
-        times = [(seconds_of([message], gpu, calibration), _alone(message, counts)) for message in found]
-        return sum(seconds for seconds, _ in times), sum(seconds * alone for seconds, alone in times)
+        total = alone = 0.0
+        for message in found:
+            seconds = links.seconds(*message[:4], gpu, calibration)
+            total, alone = total + seconds, alone + seconds * _alone(message, counts)
+        return total, alone
 
     gathered, first = both([m for m in counts.prefetched if m.kind == "all-gather"])
     reduced, last = both([m for m in counts.prefetched if m.kind != "all-gather"])
@@ -192,20 +195,19 @@ NO_LATENCY = 1e-9
 """A number of collectives that have no latency."""
 
 
-def at_least(job: Job, gpu: GPU, calibration: Calibration, insides: Insides, *, of_experts: bool = False) -> float:
+def at_least(job: Job, gpu: GPU, calibration: Calibration, insides: Insides, zero: int | None = None) -> float:
     """Returns a time that no step is shorter than, whatever the ranks over which the optimizer state is sharded: gradients are
     reduced over all of them, without latencies, and nothing is gathered. (Of two reductions, one over some of the ranks and one
     over the others, each byte that leaves a rank takes at least as long.)
 
     Args:
         insides: as for ``count``.
-        of_experts: whatever the ranks for experts; those for all else are known.
+        zero: the ranks for dense weights, if only those for experts may be any.
     """
     layout, experts = job.work.layout, job.work.layout.experts.axes
-    zero = layout.zero if of_experts else layout.zero * layout.replicate
-    most = replace(layout, zero=zero, expert_zero=experts["zero"] * experts["replicate"])
-    counts = count(replace(job, work=replace(job.work, layout=most)), insides)
-    axes = ("expert zero",) if of_experts else ("zero", "expert zero")
+    most, most_of_experts = layout.zero * layout.replicate, experts["zero"] * experts["replicate"]
+    counts = count(job, insides, (most if zero is None else zero, most_of_experts))
+    axes = ("expert zero",) if zero is not None else ("zero", "expert zero")
     stages = tuple(_without_shards(stage, axes, job.work.gradient_bytes) for stage in counts.stages)
     return timed(replace(counts, stages=stages), gpu, calibration).step
 

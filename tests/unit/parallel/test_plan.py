@@ -124,7 +124,7 @@ def test_the_parameters_of_a_rank_are_those_of_its_model(number: int) -> None:
         deferred = [parameter.shape for parameter in (*dense, *routed) if parameter.deferred]
         expected = Elements.of(work, [p.shape for p in dense], [p.shape for p in routed], deferred)
         if stage.heads:
-            expected = replace(expected, head=Elements.of(work, [p.shape for p in units[-1]], [], []).gathered)
+            expected = expected._replace(head=Elements.of(work, [p.shape for p in units[-1]], [], []).gathered)
         assert plan.elements(replace(work, stages=(stage,))) == expected
 
 

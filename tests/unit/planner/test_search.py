@@ -16,7 +16,7 @@ from internevo.parallel.orders import BACKWARD
 from internevo.planner import hardware, memory, step
 from internevo.planner.bounds import fullest, share
 from internevo.planner.calibration import Calibration
-from internevo.planner.choice import Choice, axes, divisors, in_rows, policies, schedules, weights
+from internevo.planner.choice import Choice, axes, divisors, in_rows, schedules, weights
 from internevo.planner.costs import NOTHING, Recomputation
 from internevo.planner.job import Job
 from internevo.planner.search import Candidate, Search
@@ -51,9 +51,11 @@ def everything(of: Search) -> Iterator[Choice]:
             continue
         sizes = divisors(of.rows // (of.world // (choice.pipeline * choice.tensor)))
         zeros = divisors(of.world // choice.pipeline)
-        fsdp_or_not = policies(choice, of.world)
-        options = product(weights(choice, of.config, of.world), sizes, schedules(choice.pipeline, layers), zeros, fsdp_or_not)
-        for option, size, (schedule, chunks), zero, fsdp in options:
+        sharded = list(weights(choice, of.config, of.world))
+        plain, fsdp_or_not = [option for option in sharded if not option.fsdp], sorted({option.fsdp for option in sharded})
+        for option, size, (schedule, chunks), zero, fsdp in product(
+            plain, sizes, schedules(choice.pipeline, layers), zeros, fsdp_or_not
+        ):
             option = replace(option, micro_bsz=size, schedule=schedule, chunks=chunks, zero=zero, fsdp=fsdp)
             if of.is_legal(option):
                 layout = of.job(option).work.layout
@@ -93,12 +95,12 @@ def test_no_layout_is_faster_than_its_bounds(experts: bool, world: int) -> None:
         assert bounds.of_axes(replace(open_axes, micro_bsz=largest)) <= seconds
         assert bounds.of_axes(open_axes) <= seconds
         plain = replace(open_axes, fsdp=False, checkpoint=0.0)
-        assert bounds.of_schedule(plain, weights_decided=False) <= seconds
-        assert bounds.of_schedule(choice) <= seconds
+        assert bounds.of_schedule(plain) <= seconds
+        assert bounds.of_weights([choice])[0] <= seconds
         assert bounds.of_memory(choice) <= seconds
         assert step.at_least(this.job(replace(choice, zero=-1, expert_zero=-1)), GPU, Calibration(), {}) <= seconds
         if choice.expert_zero > 0:
-            assert step.at_least(this.job(replace(choice, expert_zero=-1)), GPU, Calibration(), {}, of_experts=True) <= seconds
+            assert step.at_least(this.job(replace(choice, expert_zero=-1)), GPU, Calibration(), {}, choice.zero) <= seconds
 
 
 @pytest.mark.parametrize("world", [12, 24])
@@ -109,9 +111,7 @@ def test_padding_of_the_shards_of_experts_is_in_no_bound(world: int) -> None:
     for expert, fsdp in product((1, 2, 4), (False, True)):
         choice = Choice(expert=expert, zero=1, fsdp=fsdp)
         layout = this.job(choice).work.layout
-        bounds = [
-            step.at_least(this.job(choice), GPU, Calibration(), {}, of_experts=of_experts) for of_experts in (False, True)
-        ]
+        bounds = [step.at_least(this.job(choice), GPU, Calibration(), {}, zero) for zero in (None, choice.zero)]
         for expert_zero in divisors(world // expert) if layout.experts_apart else [-1]:
             assert max(bounds) <= this.seconds(replace(choice, expert_zero=expert_zero)) * (1 + 1e-9)
             tried += 1
