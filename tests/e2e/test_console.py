@@ -30,7 +30,7 @@ def test_a_run_prints_its_own_lines_and_nothing_else(
     tmp_path: Path, config: WriteConfig, dataset: Path, processes: int, changes: dict[str, object]
 ) -> None:
     path = config(
-        "run", data__total_steps=3, data__valid_folder=str(dataset), data__valid_every=3,
+        "run", data__total_steps=3, data__valid_folder=str(dataset), data__valid_every=3, lr_scheduler__total_steps=3,
         monitor={"comm": True, "memory": True, "trace": True}, **changes,
     )  # fmt: skip
     done = run("train", path, "--nproc", processes)
@@ -49,7 +49,7 @@ def test_a_run_prints_its_own_lines_and_nothing_else(
 
 @pytest.mark.parametrize("output", ["a pipe whose reader ends", "a full disk"])
 def test_a_run_goes_on_if_its_output_cannot_be_written(tmp_path: Path, config: WriteConfig, output: str) -> None:
-    path = config("run", data__total_steps=3)
+    path = config("run", data__total_steps=3, lr_scheduler__total_steps=3)
     command = [sys.executable, "-m", "internevo", "train", str(path)]
     with open("/dev/full", "w") as full, open(tmp_path / "stderr", "w") as stderr:
         piped = subprocess.PIPE if output.startswith("a pipe") else full
