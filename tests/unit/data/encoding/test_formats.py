@@ -284,7 +284,7 @@ def test_with_other_options_a_killed_command_starts_again(tmp_path: Path) -> Non
     [
         (
             {"messages": [{"role": "user", "content": "a"}]},
-            r"\(it has 'messages'\); give --format chat \(in a config: data\.fo",
+            r"\(it has 'messages'\); give --format chat",
         ),
         ({"instruction": "a", "output": "b"}, "; give --format alpaca"),
         ({"body": "a"}, "; give the field's name with --text-key"),
