@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..config import Config
 from ..observe.metrics import usable_rows
+from ..storage.jsonfile import to_json
 
 if TYPE_CHECKING:
     from ..parallel.world import World
@@ -69,7 +70,7 @@ class Due:
     def left_over_on_all(cls, config: Config, world: World, step: int, last: int) -> Due:
         """Returns the same on every rank: what rank 0 finds in the run folder. Every rank must call it."""
         if world.rank == 0:
-            world.store.set("left over", json.dumps(asdict(cls.left_over(config, step, last))))
+            world.store.set("left over", to_json(asdict(cls.left_over(config, step, last))))
         values = json.loads(world.store.get("left over"))
         return cls(values["valid"], tuple(values["prompts"]), values["tasks"])
 
