@@ -111,7 +111,7 @@ class Bounds:
         return self._passes(costs, choices, weights_decided=weights_decided)
 
     def _hops_of(self, key: Key, pipeline: int) -> timing.Hops:
-        message = counts.message_of(self.job(replace(key.choice(), pipeline=pipeline)))
+        message = counts.message_of(self.job(key.choice()._replace(pipeline=pipeline)))
         return step.hops_of(message, self.gpu, self.calibration)
 
     def _costs_of(self, key: Key, stages: tuple[int, int, Schedule], again: Recomputation, part: float) -> Costs:
@@ -190,7 +190,7 @@ class Bounds:
         if not len(fits):
             return None
         part = float(self.parts(choice, again)[fits[0]])
-        return replace(choice, checkpoint="attention" if again.what == "attention" else part, selective=again.keeps_attention)
+        return choice._replace(checkpoint="attention" if again.what == "attention" else part, selective=again.keeps_attention)
 
     def needs(self, choice: Choice, again: Recomputation) -> Numbers:
         """Returns bytes that the first rank of a pipeline needs at least, whatever the ranks of the ZeRO axes: for each share

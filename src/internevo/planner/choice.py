@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from itertools import product
-from typing import Literal, TypeVar, get_args
+from typing import Literal, NamedTuple, TypeVar, get_args
 
 from ..config import Config
 from ..config import check as rules
@@ -22,8 +21,7 @@ Mode = Literal["mtp", "msp", "fsp", "isp"]
 Schedule = Literal["1F1B", "ZBH1", "ZBV"]
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """All that the planner may change in a config."""
 
     pipeline: int = 1
@@ -150,7 +148,7 @@ def weights(choice: Choice, config: Config, world: int) -> Iterator[Choice]:
     for weight, expert_weight in product(divisors(ranks) if isp else [1], experts):
         if not isp or max(choice.tensor, weight, expert_weight) > 1:  # otherwise it is the same as mtp
             for fsdp in (False, True) if ranks > 1 else (False,):  # on one rank, FSDP is the same as ZeRO
-                yield replace(choice, weight=weight, expert_weight=expert_weight, fsdp=fsdp)
+                yield choice._replace(weight=weight, expert_weight=expert_weight, fsdp=fsdp)
 
 
 def schedules(pipeline: int, layers: int) -> list[tuple[Schedule, int]]:

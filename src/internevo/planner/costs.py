@@ -173,7 +173,7 @@ class CostTable:
 
     def _totals_of(self, of: CostsOf, key: Key, again: Recomputation) -> Numbers:
         """Returns the costs of all layers before each layer: an array [number of costs, layers + 1]."""
-        job = self.job(replace(key.choice(), checkpoint=again.checkpoint, selective=again.keeps_attention))
+        job = self.job(key.choice()._replace(checkpoint=again.checkpoint, selective=again.keeps_attention))
         kinds = {number: of(job, Stage(range(number, number + 1), False, False)) for number in set(self.like)}
         layers = np.array([kinds[number] for number in self.like]).T
         return np.concatenate([np.zeros((len(layers), 1)), layers.cumsum(axis=1)], axis=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from ..observe.units import counted, decimals
@@ -156,9 +156,9 @@ def why(first: Candidate, second: Candidate, gpu: GPU, calibration: Calibration)
     times = f"{a.step:.{places}f} in place of {b.step:.{places}f} s, {share:.{decimals(share, 1, 1)}f}%"
     yield f"  its step takes {b.step - a.step:.{places}f} s less ({times})"
     changes = [
-        f"{field.name} {getattr(first.choice, field.name)} in place of {getattr(second.choice, field.name)}"
-        for field in fields(Choice)
-        if getattr(first.choice, field.name) != getattr(second.choice, field.name)
+        f"{name} {mine} in place of {other}"
+        for name, mine, other in zip(Choice._fields, first.choice, second.choice, strict=True)
+        if mine != other
     ]
     yield f"  the layouts differ in: {', '.join(changes) or 'nothing'}"
     now, before = ({IMBALANCE: 0.0, **time_parts(candidate, gpu, calibration)} for candidate in (first, second))
@@ -176,7 +176,7 @@ def to_dict(candidate: Candidate, gpu: GPU, calibration: Calibration, tokens: fl
     """Returns all of that as JSON values. Memory and communication are those of ``pipeline_rank``, which has the most in
     memory."""
     found: dict[str, Any] = {
-        "words": describe(candidate.choice), "layout": asdict(candidate.choice),
+        "words": describe(candidate.choice), "layout": candidate.choice._asdict(),
         "data_ranks": candidate.job.work.layout.data, "micro_batches": candidate.job.work.micro_batches,
         "layers_of_stages": _layers(candidate), "prediction": asdict(candidate.prediction),
         "pipeline_rank": candidate.memory.pipeline_rank, "memory": {**memory_parts(candidate), "total": candidate.memory.total},

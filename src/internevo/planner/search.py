@@ -107,29 +107,30 @@ class Search:
         for choice in axes(self.config, self.world):
             rows, rest = divmod(self.rows, self.world // (choice.pipeline * choice.tensor))
             if not rest and self.is_legal(choice):
-                yield self.bounds.of_axes(replace(choice, micro_bsz=rows)), "axes", choice
+                yield self.bounds.of_axes(choice._replace(micro_bsz=rows)), "axes", choice
 
     def _rows(self, choice: Choice) -> Iterator[Node]:
         for size in divisors(self.rows // (self.world // (choice.pipeline * choice.tensor))):
-            sized = replace(choice, micro_bsz=size)
+            sized = choice._replace(micro_bsz=size)
             if self._may_fit(sized):
                 yield self.bounds.of_axes(sized), "rows", sized
 
     def _schedules(self, choice: Choice) -> Iterator[Node]:
         for schedule, chunks in schedules(choice.pipeline, self.decoder.num_layers):
-            option = replace(choice, schedule=schedule, chunks=chunks)
+            option = choice._replace(schedule=schedule, chunks=chunks)
             yield self.bounds.of_schedule(option), "schedule", option
 
     def _kinds(self, choice: Choice) -> Iterator[Node]:
         """Decides what is recomputed, unless all may fit without."""
         likely = self._of_least_memory(choice)
-        plain = any(self.bounds.least(option, NOTHING) for option in likely)
-        for again in (NOTHING,) if plain else KINDS:
+        for again in (NOTHING, *KINDS):
             found = [option for option in (self.bounds.least(option, again) for option in likely) if option]
             if found:
                 part = found[0].checkpoint if again.what == "attention" else min(float(option.checkpoint) for option in found)
-                option = replace(choice, checkpoint=part, selective=again.keeps_attention)
+                option = choice._replace(checkpoint=part, selective=again.keeps_attention)
                 yield self.bounds.of_schedule(option), "kind", option
+                if again == NOTHING:
+                    return
 
     def _weights(self, choice: Choice) -> Iterator[Node]:
         options = list(weights(choice, self.config, self.world))
@@ -153,7 +154,7 @@ class Search:
         job, insides = self.job(choice), self._inside(choice)
         layout = job.work.layout
         for zero in divisors(layout.zero * layout.replicate):
-            option = replace(choice, zero=zero)
+            option = choice._replace(zero=zero)
             if layout.experts_apart:
                 yield step.at_least(job, self.gpu, self.calibration, insides, zero), "zero", option
             else:
@@ -163,7 +164,7 @@ class Search:
         job, insides = self.job(choice), self._inside(choice)
         layout, experts = job.work.layout, job.work.layout.experts.axes
         for zero in divisors(experts["zero"] * experts["replicate"]):
-            yield self._seconds(job, insides, (layout.zero, zero)), "layout", replace(choice, expert_zero=zero)
+            yield self._seconds(job, insides, (layout.zero, zero)), "layout", choice._replace(expert_zero=zero)
 
     def _recomputed(self, choice: Choice) -> Iterator[Node]:
         """Yields the same layout with more recomputation, of a kind that is no other node's."""
@@ -201,7 +202,7 @@ class Search:
 
     def _inside(self, choice: Choice) -> counts.Insides:
         """Returns what is known of the layers of a choice with any ranks for the optimizer state."""
-        return self._insides[replace(choice, zero=-1, expert_zero=-1)]
+        return self._insides[choice._replace(zero=-1, expert_zero=-1)]
 
     def predict(self, choice: Choice) -> Candidate:
         """Returns a layout with its prediction."""
@@ -213,7 +214,7 @@ class Search:
         layers recomputed, and optimizer state over as many ranks as possible; None if no layout is legal."""
         found = list[tuple[float, Choice]]()
         for _, _, choice in self._axes():
-            for least in weights(replace(choice, checkpoint=1.0), self.config, self.world):
+            for least in weights(choice._replace(checkpoint=1.0), self.config, self.world):
                 found.append((self.bounds.needs(least, Recomputation("layer"))[-1], least))
         best: Candidate | None = None
         for bound, choice in sorted(found, key=lambda pair: pair[0]):
@@ -239,14 +240,14 @@ class Search:
         if least is None or self._fits(job, least):
             return [least] if least else []
         parts = self.bounds.parts(choice, again).tolist() if again.what == "layer" else []
-        options = [replace(least, checkpoint=part) for part in parts if part > float(least.checkpoint)]
+        options = [least._replace(checkpoint=part) for part in parts if part > float(least.checkpoint)]
         place = bisect_left(options, True, key=lambda option: self._fits(job, option))
         return options[place : place + 1]
 
     def _may_fit(self, choice: Choice) -> bool:
         """Whether a layout may fit with any weight axes, schedule and recomputation."""
         options = schedules(choice.pipeline, self.decoder.num_layers)
-        sure = (replace(choice, schedule=schedule, chunks=chunks) for schedule, chunks in options)
+        sure = (choice._replace(schedule=schedule, chunks=chunks) for schedule, chunks in options)
         least = (option for scheduled in sure for option in self._of_least_memory(scheduled))
         return any(self.bounds.needs(option, Recomputation("layer"))[-1] <= self.limit for option in least)
 
@@ -254,8 +255,8 @@ class Search:
         """Returns the weight axes and FSDP of which one needs the least memory. (They need not be legal.)"""
         if choice.mode == "isp":
             ranks = self.world // choice.pipeline
-            choice = replace(choice, weight=ranks, expert_weight=max(1, ranks // choice.expert))
-        return [replace(choice, fsdp=fsdp) for fsdp in (False, True)]
+            choice = choice._replace(weight=ranks, expert_weight=max(1, ranks // choice.expert))
+        return [choice._replace(fsdp=fsdp) for fsdp in (False, True)]
 
     def _fits(self, job: Job, choice: Choice) -> bool:
         job = replace(job, work=replace(job.work, recomputed=choice.checkpoint, keeps_attention=choice.selective))

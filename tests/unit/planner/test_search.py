@@ -56,13 +56,13 @@ def everything(of: Search) -> Iterator[Choice]:
         for option, size, (schedule, chunks), zero, fsdp in product(
             plain, sizes, schedules(choice.pipeline, layers), zeros, fsdp_or_not
         ):
-            option = replace(option, micro_bsz=size, schedule=schedule, chunks=chunks, zero=zero, fsdp=fsdp)
+            option = option._replace(micro_bsz=size, schedule=schedule, chunks=chunks, zero=zero, fsdp=fsdp)
             if of.is_legal(option):
                 layout = of.job(option).work.layout
                 for expert_zero in zeros if layout.experts_apart else [-1]:
-                    option = replace(option, expert_zero=expert_zero)
+                    option = option._replace(expert_zero=expert_zero)
                     if of.is_legal(option):
-                        yield from (replace(option, checkpoint=what, selective=selective) for what, selective in again)
+                        yield from (option._replace(checkpoint=what, selective=selective) for what, selective in again)
 
 
 @pytest.mark.parametrize(
@@ -90,17 +90,17 @@ def test_no_layout_is_faster_than_its_bounds(experts: bool, world: int) -> None:
     tried, bounds = list(everything(this)), this.bounds
     for choice in tried[:: max(1, len(tried) // 400)]:
         seconds = this.seconds(choice) * (1 + 1e-9)
-        open_axes = replace(choice, weight=1, expert_weight=1)
+        open_axes = choice._replace(weight=1, expert_weight=1)
         largest = this.rows // (this.world // (choice.pipeline * choice.tensor))
-        assert bounds.of_axes(replace(open_axes, micro_bsz=largest)) <= seconds
+        assert bounds.of_axes(open_axes._replace(micro_bsz=largest)) <= seconds
         assert bounds.of_axes(open_axes) <= seconds
-        plain = replace(open_axes, fsdp=False, checkpoint=0.0)
+        plain = open_axes._replace(fsdp=False, checkpoint=0.0)
         assert bounds.of_schedule(plain) <= seconds
         assert bounds.of_weights([choice])[0] <= seconds
         assert bounds.of_memory(choice) <= seconds
-        assert step.at_least(this.job(replace(choice, zero=-1, expert_zero=-1)), GPU, Calibration(), {}) <= seconds
+        assert step.at_least(this.job(choice._replace(zero=-1, expert_zero=-1)), GPU, Calibration(), {}) <= seconds
         if choice.expert_zero > 0:
-            assert step.at_least(this.job(replace(choice, expert_zero=-1)), GPU, Calibration(), {}, choice.zero) <= seconds
+            assert step.at_least(this.job(choice._replace(expert_zero=-1)), GPU, Calibration(), {}, choice.zero) <= seconds
 
 
 @pytest.mark.parametrize("world", [12, 24])
@@ -113,7 +113,7 @@ def test_padding_of_the_shards_of_experts_is_in_no_bound(world: int) -> None:
         layout = this.job(choice).work.layout
         bounds = [step.at_least(this.job(choice), GPU, Calibration(), {}, zero) for zero in (None, choice.zero)]
         for expert_zero in divisors(world // expert) if layout.experts_apart else [-1]:
-            assert max(bounds) <= this.seconds(replace(choice, expert_zero=expert_zero)) * (1 + 1e-9)
+            assert max(bounds) <= this.seconds(choice._replace(expert_zero=expert_zero)) * (1 + 1e-9)
             tried += 1
     assert tried > 10
 
@@ -123,7 +123,7 @@ def test_no_layout_needs_less_memory_than_its_bound(experts: bool) -> None:
     this = search(config(experts), 4, 10**12)
     tried = list(everything(this))
     for choice in tried[:: max(1, len(tried) // 300)]:
-        again, job = Recomputation.of(choice), this.job(replace(choice, zero=-1, expert_zero=-1))
+        again, job = Recomputation.of(choice), this.job(choice._replace(zero=-1, expert_zero=-1))
         parts, total = this.bounds.parts(choice, again), memory.on_rank(job, 0).total
         at_most = [
             need
