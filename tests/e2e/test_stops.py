@@ -230,7 +230,7 @@ def test_a_signal_while_ranks_start_stops_after_the_first_step(
 
 
 def test_ctrl_c_twice_ends_a_run_that_is_starting(config: WriteConfig, tmp_path: Path) -> None:
-    process = start(config("early"), "--nproc", 2, start_new_session=True)
+    process = start(config("early", lr_scheduler__total_steps=8), "--nproc", 2, start_new_session=True)
     _wait_until((tmp_path / "early" / "log" / "rank-00001.stderr").exists, process)
     assert process.stdout is not None
     os.killpg(process.pid, signal.SIGINT)
