@@ -169,7 +169,7 @@ def notices(section: Section, short: bool = False) -> list[str]:
     Args:
         short: keys of InternEvo that never have an effect share one line, without the reasons: its configs have many.
     """
-    ignored, options = ignored_keys(section), {key: (field, value) for key, field, value, _ in walk(section)}
+    ignored, options = _ignored_keys(section), {key: (field, value) for key, field, value, _ in walk(section)}
     if short and len(ignored) > 1:
         lines = [f"{len(ignored)} keys have no effect here (`internevo config` says why): {', '.join(ignored)}"]
     else:
@@ -185,17 +185,17 @@ def notices(section: Section, short: bool = False) -> list[str]:
     return lines
 
 
-def ignored_keys(section: Section) -> dict[str, str]:
+def _ignored_keys(section: Section) -> dict[str, str]:
     """Returns key -> reason of the keys that the user has set and that never have an effect here.
 
     In the resolved config of a run all keys are set; those with their defaults are not the user's.
     """
-    found = {key: (field, value) for key, field, value, given in walk(section) if given and field_extras(field).get("ignored")}
-    whole = all(given or field_extras(field).get("ignored") for _, field, _, given in walk(section))
+    options = [(key, field, value, given, field_extras(field).get("ignored")) for key, field, value, given in walk(section)]
+    whole = all(given or reason for _, _, _, given, reason in options)
     return {
-        key: field_extras(field)["ignored"]
-        for key, (field, value) in found.items()
-        if not (whole and _is_default(field, value))
+        key: reason
+        for key, field, value, given, reason in options
+        if given and reason and not (whole and _is_default(field, value))
     }
 
 

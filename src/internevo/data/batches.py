@@ -149,16 +149,14 @@ class TrainBatches:
     def last_step(self) -> int:
         """The number of steps until the last batch that is trained on, skipped ones before it included; 0 if there is none."""
         last = self.total_batches
-        while last and self._is_skipped(last - 1):
-            last -= 1
+        for numbers in reversed(self.skip_batches):  # they ascend (config.check)
+            if numbers.start < last <= numbers.stop:
+                last = numbers.start
         return last
 
     def skipped_until(self, step: int) -> int:
         """Returns how many of the first ``step`` batches are skipped."""
         return sum(len(range(numbers.start, min(numbers.stop, step))) for numbers in self.skip_batches)
-
-    def _is_skipped(self, batch: int) -> bool:
-        return any(batch in numbers for numbers in self.skip_batches)
 
     def rank_rows(self, batch: int) -> list[int]:
         """Returns which rows of the global batch are this rank's, in the order of its micro-batches."""
@@ -178,7 +176,7 @@ class TrainBatches:
         skipped: list[str] = []
         try:
             for batch in range(cursor.batch, self.last_step):
-                count, skip = self.sizes.rows(batch), self._is_skipped(batch)
+                count, skip = self.sizes.rows(batch), any(batch in numbers for numbers in self.skip_batches)
                 found = source.next_rows(position, count, [] if skip else self.rank_rows(batch))
                 if found.count < count:
                     raise DataError(f"the training data ends in batch {batch}: train fewer steps (data.total_steps)")

@@ -53,9 +53,9 @@ class Due:
             last: the last step of the run. If it is before ``step``, the config is not the one that the run goes on with, and
                 nothing is left over.
         """
-        if step > last:
-            return cls()
         due, run = cls.after(config, step, step == last), config.run_folder
+        if step > last or not due:
+            return cls()
         rows = _rows(run / "metrics.jsonl", step)
         if not any("loss" in row for row in rows):
             return cls()
