@@ -132,6 +132,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """Models of families with mathematics of their own, which are not among those of random compositions."""
+
+
+def two_d(heads: int, contexts: int, head_first: bool = True) -> dict[str, Any]:
+    """Returns the changes of 2D sequence parallelism."""
+    placement = {"head_first": head_first}
+    sizes = {"enable": True, "head_size": heads, "context_size": contexts, "device_placement_strategy": placement}
+    return {"parallel__sequence_2D": sizes}
+
+
 PREFETCH: dict[str, Any] = {"overlap": True, "forward_overlap_per": "module"}
 NAMED = {
     "mtp 2": layout(2, "mtp", 2),
@@ -149,6 +158,19 @@ NAMED = {
         4, "isp", 2, 2, weights={"overlap": True}, model__checkpoint=True, selective_checkpoint=True
     ),
     "isp 4, weights over 2, zero 2 of 4": layout(8, "isp", 4, 2, zero=2, weights=PREFETCH),
+    "isp 2, context over 2": layout(2, "isp", 2, **two_d(1, 2)),
+    "isp 4, heads over 2, context over 2, recomputed": layout(4, "isp", 4, **two_d(2, 2), **RECOMPUTED),
+    "isp 4, heads over 2, context over 2 neighbours, weights over 2": layout(
+        4, "isp", 4, 2, weights=PREFETCH, **two_d(2, 2, False)
+    ),
+    "isp 8, context over 4, fsdp": layout(8, "isp", 8, fsdp=True, **two_d(2, 4)),
+    "isp 4, context over 2, attention recomputed and kept": layout(
+        4, "isp", 4, **two_d(2, 2), model__checkpoint="attention", selective_checkpoint=True
+    ),
+    "isp 4, context over 4, padded": layout(4, "isp", 4, **two_d(1, 4), **PADDED),
+    "isp 4, heads over 2, context over 2, padded, half recomputed": layout(
+        4, "isp", 4, **two_d(2, 2), **PADDED, model__checkpoint=0.5
+    ),
     "msp 2, fsdp over 2 of 4": layout(8, "msp", 2, zero=2, fsdp=True),
 }
 

@@ -10,7 +10,7 @@ import pytest
 from internevo.text.tokenizer import train_bpe
 from tests.conftest import metrics, tensors, write_config
 from tests.parallel.conftest import Runs, assert_same, assert_same_rows
-from tests.parallel.layouts import COMMON, FAMILIES, MODELS, NAMED, STEPS, Case, full_table, layout, pipelined, scheduled
+from tests.parallel.layouts import COMMON, FAMILIES, MODELS, NAMED, STEPS, Case, full_table, layout, pipelined, scheduled, two_d
 from tests.pool import Pool
 
 
@@ -35,9 +35,11 @@ OF_FAMILIES: dict[str, tuple[str, Case]] = {
         layout(2, "fsp", 2, model__checkpoint="attention", selective_checkpoint=True),
     ),
     "gemma 2, isp 2 x 2": ("gemma 2", layout(4, "isp", 2, 2)),
+    "gemma 2, isp 4, heads over 2, context over 2": ("gemma 2", layout(4, "isp", 4, **two_d(2, 2))),
     "gemma 2, mtp 2, pipeline of 2": ("gemma 2", pipelined(4, 2, layers=2, mode="mtp", tensor=2)),
     "deepseek 2, mtp 2": ("deepseek 2", layout(2, "mtp", 2)),
     "deepseek 2, isp 2 x 2": ("deepseek 2", layout(4, "isp", 2, 2, weights={"overlap": True, "forward_overlap_per": "layer"})),
+    "deepseek 2, isp 2, context over 2": ("deepseek 2", layout(2, "isp", 2, **two_d(1, 2))),
     "deepseek 3, msp 2, zero 2, recomputed": ("deepseek 3", layout(4, "msp", 2, model__checkpoint=True)),
     "deepseek 3, mtp 4, whole experts over 2": (
         "deepseek 3",
@@ -56,12 +58,17 @@ OF_FAMILIES: dict[str, tuple[str, Case]] = {
     "smollm 3, mtp 2, recomputed": ("smollm 3", layout(2, "mtp", 2, model__checkpoint=True)),
     "smollm 3, msp 2, attention recomputed": ("smollm 3", layout(2, "msp", 2, model__checkpoint="attention")),
     "smollm 3, isp 2 x 2, half recomputed": ("smollm 3", layout(4, "isp", 2, 2, model__checkpoint=0.5)),
+    "smollm 3, isp 4, context over 2, padded": (
+        "smollm 3",
+        layout(4, "isp", 4, **two_d(2, 2), data__use_packed_dataset=False),
+    ),
     "smollm 3, pipeline of 2, fsp 2": ("smollm 3", pipelined(4, 2, layers=4, mode="fsp", tensor=2)),
     "smollm 3, pipeline of 4, ZBH1": ("smollm 3", scheduled("ZBH1", pipelined(4, 4, layers=4))),
     "granite, mtp 2": ("granite", layout(2, "mtp", 2)),
     "granite, msp 2, fsdp": ("granite", layout(4, "msp", 2, fsdp=True)),
     "granite, isp 2 x 2, recomputed": ("granite", layout(4, "isp", 2, 2, model__checkpoint=True)),
     "granite, fsp 2, pipeline of 2": ("granite", pipelined(4, 2, layers=2, mode="fsp", tensor=2)),
+    "phi 3, isp 4, context over 4": ("phi 3, long", layout(4, "isp", 4, **two_d(1, 4))),
     "phi 3, isp 4": ("phi 3, long", layout(4, "isp", 4)),
 }
 

@@ -12,6 +12,18 @@ def data_size(config: Config, world_size: int) -> int:
     return max(1, world_size // (config.parallel.tensor.size * config.parallel.pipeline.size))
 
 
+def context_size(config: Config) -> int:
+    """Returns the number of ranks of a tensor group that have different queries of the same heads; 1 without 2D sequence
+    parallelism."""
+    two = config.parallel.sequence_2D
+    return two.context_size if two.enable else 1
+
+
+def head_size(config: Config) -> int:
+    """Returns the number of ranks that share the heads in attention."""
+    return config.parallel.tensor.size // context_size(config)
+
+
 def expert_inner_size(config: Config) -> int:
     """Returns the number of ranks over which each expert is sharded: those of the tensor axis, or in isp those of the expert
     weight axis."""

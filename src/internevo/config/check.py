@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from . import rope
-from .axes import data_size, expert_inner_size, expert_ranks, expert_size, inner_size
+from .axes import context_size, data_size, expert_inner_size, expert_ranks, expert_size, head_size, inner_size
 from .data import STREAMS
 from .hub import may_be_on_hub
 from .model import attention_widths
@@ -48,6 +48,7 @@ def problems(config: Config, world_size: int) -> list[str]:
         _skip,
         _pipeline,
         _sequence,
+        _sequence_2d,
         _schedule,
         _precision,
         _load,
@@ -124,10 +125,9 @@ def _heads(config: Config, world: int) -> Iterator[str]:
         yield "the size of a head (model.head_dim) must be even for the rotary embedding; change model.head_dim"
     if heads % kv:
         yield f"model.num_attention_heads = {heads} is not a multiple of model.num_kv_attention_heads = {kv}"
-    if kv % tensor.size and tensor.size % kv:
-        yield (
-            f"model.num_kv_attention_heads = {kv} and parallel.tensor.size = {tensor.size}: one must be a multiple of the other"
-        )
+    ranks, key = head_size(config), "sequence_2D.head_size" if context_size(config) > 1 else "tensor.size"
+    if ranks and kv % ranks and ranks % kv:
+        yield f"model.num_kv_attention_heads = {kv} and parallel.{key} = {ranks}: one must be a multiple of the other"
     has_mlps = any(n in model.mlp_only_layers or (n + 1) % model.decoder_sparse_step for n in range(model.num_layers))
     widths = [(model.mlp_width, "the MLP's width")] if has_mlps or model.num_experts == 1 else []
     if tensor.mode != "isp" and widths and model.mlp_width % tensor.size:
@@ -136,8 +136,9 @@ def _heads(config: Config, world: int) -> Iterator[str]:
     for size, what in (*widths, *ends, *attention_widths(model)):
         if size % config.parallel.weight.size:
             yield f"{what} = {size} is not divisible by parallel.weight.size = {config.parallel.weight.size}"
-    if heads % tensor.size:
-        yield f"model.num_attention_heads = {heads} is not divisible by parallel.tensor.size = {tensor.size}"
+    if ranks and heads % ranks:
+        more = "; parallel.sequence_2D is for more ranks than heads" if tensor.mode == "isp" and ranks > heads else ""
+        yield f"model.num_attention_heads = {heads} is not divisible by parallel.{key} = {ranks}{more}"
     if tensor.mode != "isp" and model.vocab_size % tensor.size:
         yield f"model.vocab_size = {model.vocab_size} is not divisible by parallel.tensor.size = {tensor.size}"
 
@@ -326,6 +327,24 @@ def _sequence(config: Config, world: int) -> Iterator[str]:
         yield (
             f"data.seq_len = {config.data.seq_len} is not divisible by parallel.tensor.size = {tensor.size}, "
             f"as parallel.tensor.mode = {tensor.mode!r} needs"
+        )
+
+
+def _sequence_2d(config: Config, world: int) -> Iterator[str]:
+    two, tensor = config.parallel.sequence_2D, config.parallel.tensor
+    if not two.enable:
+        return
+    if tensor.mode != "isp":
+        yield f"parallel.sequence_2D.enable = True needs parallel.tensor.mode = 'isp', not {tensor.mode!r}"
+    if two.head_size * two.context_size != tensor.size:
+        yield (
+            f"parallel.sequence_2D.head_size * context_size = {two.head_size} * {two.context_size} must be "
+            f"parallel.tensor.size = {tensor.size}"
+        )
+    if two.context_size > 1 and config.data.seq_len % (2 * two.context_size):
+        yield (
+            f"data.seq_len = {config.data.seq_len} is not divisible by 2 * parallel.sequence_2D.context_size = "
+            f"{2 * two.context_size}: a row is divided into so many chunks, of which each context rank has two"
         )
 
 

@@ -10,7 +10,8 @@ from .option import MAX_SIZE, Section, option
 
 AHEAD = "the experts of the next layer are always gathered while those of this layer are used"
 FSDP = "parallel.zero1.fsdp decides, also for experts"
-SEQUENCE_2D = "2D sequence parallelism is off"
+SEQUENCE_2D = "parallel.sequence_2D.enable"
+RING = "keys and values are gathered in one collective, and do not go around a ring"
 OVERLAP = "it would change only the speed, and this version always communicates in the same way"
 
 
@@ -142,14 +143,31 @@ class ExpertZero1(Section):
     fsdp: bool = option(False, "Shard parameters and gradients of experts too (FSDP).", ignored=FSDP)
 
 
-class Sequence2D(Section):
-    """InternEvo's two-dimensional sequence parallelism."""
+class Placement(Section):
+    """Which ranks of a tensor group are neighbours."""
 
-    enable: bool = option(False, "Use 2D sequence parallelism.", not_available="2D sequence parallelism")
-    head_size: int = option(1, "Number of ranks that the heads are divided among.", ignored=SEQUENCE_2D, ge=1)
-    context_size: int = option(1, "Number of ranks that the sequence is divided among.", ignored=SEQUENCE_2D, ge=1)
-    window_size: int = option(1, "Number of ranks in a window.", ignored=SEQUENCE_2D, ge=1)
-    device_placement_strategy: dict[str, bool] = option({}, "Order of the ranks.", ignored=SEQUENCE_2D)
+    head_first: bool = option(
+        True, "The ranks that share the heads are neighbours. False: those that share the queries are.", needs=SEQUENCE_2D
+    )
+    interleaved: bool = option(False, "Order of the ranks in a ring.", ignored=RING)
+
+
+class Sequence2D(Section):
+    """2D sequence parallelism, for more ranks than there are heads: in attention, the ranks of the tensor axis share heads and
+    queries."""
+
+    enable: bool = option(False, "Use 2D sequence parallelism. It needs parallel.tensor.mode = 'isp'.")
+    head_size: int = option(1, "Ranks that share the heads.", needs=SEQUENCE_2D, ge=1, le=MAX_SIZE)
+    context_size: int = option(
+        1,
+        "Ranks that share the queries: each has all keys and values of its heads. head_size * context_size is "
+        "parallel.tensor.size.",
+        needs=SEQUENCE_2D,
+        ge=1,
+        le=MAX_SIZE,
+    )
+    window_size: int = option(1, "Number of ranks in an inner ring.", ignored=RING, ge=1)
+    device_placement_strategy: Placement = option(Placement(), "Order of the ranks.")
 
 
 class Fsdp(Section):

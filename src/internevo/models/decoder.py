@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..ops.compiler import mark_dynamic
 from .config import DecoderConfig, Stage
-from .layers import Cache, Context, DecoderLayer, Embedding, Head, RMSNorm, alibi_slopes
+from .layers import Cache, Context, DecoderLayer, Embedding, Head, RMSNorm, alibi_slopes, all_tokens
 from .lora import add_adapters
 from .losses import HandedOn, Loss, LossTerms, Routed, add_pooled, pool, router_losses
 from .moe import MoE, Router
@@ -46,7 +46,7 @@ class Decoder(nn.Module):
         if stage.heads:
             self.norm = RMSNorm(size, config.norm_eps, config.norm_unit_offset)
             self.head = Head(vocab, size, config.norm_head, embed_grad_scale, config.logit_softcap)
-        self.pool = pool
+        self.pool, self.queries = pool, all_tokens
         self.tie()
         if config.lora is not None:
             add_adapters(self, config.lora)
@@ -167,7 +167,8 @@ class Decoder(nn.Module):
             if cu_seqlens is not None:
                 starts = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff(), output_size=tokens.shape[1])
                 positions = positions - starts
-        lengths = _lengths(positions, cu_seqlens) if rope.kind in NEED_LENGTHS else None
+        lengths = self.queries(_lengths(positions, cu_seqlens)) if rope.kind in NEED_LENGTHS else None
+        positions = self.queries(positions)
         head_dim, longest = self.config.rotary_dim, self.config.max_position_embeddings
         ropes, found = {"usual": rope, "window": self.config.window_rope}, dict[str, Context]()
         for kind in {self.config.rotary(layer) for layer in self.stage.layers}:

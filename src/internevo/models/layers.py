@@ -71,6 +71,11 @@ def join_heads(out_BSHN: Tensor) -> Tensor:
     return out_BSHN
 
 
+def all_tokens(x_BS: Tensor) -> Tensor:
+    """Selects, from one value per token, those of the tokens whose queries this rank computes; here, these are all tokens."""
+    return x_BS
+
+
 def own_heads(values: Tensor) -> Tensor:
     """Selects, from one value per head, those of the heads whose attention this rank computes; here, these are all heads."""
     return values
@@ -200,7 +205,7 @@ class Attention(nn.Module):
         self.rotates = config.rotary(layer) != "none"
         self.interleaved = config.rope is not None and config.rope.interleaved
         self.project, self.finish, self.split_heads, self.join_heads = project, finish, split_heads, join_heads
-        self.own_heads = own_heads
+        self.own_heads, self.attend = own_heads, ops.attention
 
     def forward(self, x_BSD: Tensor, context: Context, cache: Cache | None = None) -> Tensor:
         q, k, v = self.project(x_BSD, (self.q, self.k, self.v))
@@ -215,7 +220,7 @@ class Attention(nn.Module):
         if cache is not None:
             k_BSKN, v_BSKN = add_to_cache(cache, k_BSKN, v_BSKN)
         slopes_H = None if context.slopes is None else self.own_heads(context.slopes)
-        out_BSHN = ops.attention(
+        out_BSHN = self.attend(
             q_BSHN, k_BSKN, v_BSKN, context.cu_seqlens, context.max_seqlen, window=self.window, slopes_H=slopes_H,
             softcap=self.softcap, first_B=None if cache is None else cache.first,
         )  # fmt: skip
@@ -277,6 +282,7 @@ class LatentAttention(nn.Module):
         self.o = Linear("embed", d, "heads", size["o"].inputs, bias=config.o_bias)
         self.project, self.project_q, self.project_kv, self.finish = project, project, project, finish
         self.share_latents, self.split_heads, self.join_heads = share_latents, split_heads, join_heads
+        self.attend = ops.attention
 
     def forward(self, x_BSD: Tensor, context: Context, cache: Cache | None = None) -> Tensor:
         plain, rotary, value = self.latent.plain_dim, self.latent.rotary_dim, self.latent.value_dim
@@ -298,7 +304,7 @@ class LatentAttention(nn.Module):
         q_BSHN, k_BSHN = (self._rotate(x, context) for x in (q_BSHN, k_BSHN))
         if cache is not None:
             k_BSHN, v_BSHN = add_to_cache(cache, k_BSHN, v_BSHN)
-        out_BSHN = ops.attention(
+        out_BSHN = self.attend(
             q_BSHN, k_BSHN, v_BSHN, context.cu_seqlens, context.max_seqlen, window=self.window,
             first_B=None if cache is None else cache.first,
         )  # fmt: skip

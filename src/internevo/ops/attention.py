@@ -36,13 +36,14 @@ def attention(
     slopes_H: Tensor | None = None,
     softcap: float = 0.0,
     first_B: Tensor | None = None,
+    part: bool = False,
 ) -> Tensor:
     """Computes softmax(q k^T / sqrt(N) + bias) v. A token attends to itself and to earlier tokens of its row or document.
 
     Args:
         q_BSHN: queries; ``H`` is a multiple of ``K`` (grouped-query attention, https://arxiv.org/abs/2305.13245).
-        k_BSKN, v_BSKN: keys and values. Without ``cu_seqlens`` there may be more keys than queries (a KV cache); the queries
-            are then those of the last tokens.
+        k_BSKN, v_BSKN: keys and values. There may be more of them than queries (a KV cache, 2D sequence parallelism); the
+            queries are then those of the last tokens.
         cu_seqlens: for one packed row (B = 1): where its documents begin and end, int32 [documents + 1], from 0 to T.
         max_seqlen: upper bound of the length of a document; needed on CUDA with ``cu_seqlens``.
         window: number of tokens that a token attends to, including itself (https://arxiv.org/abs/2004.05150); 0: all.
@@ -52,6 +53,7 @@ def attention(
             section 2). 0: they stay as they are.
         first_B: without ``cu_seqlens``: where each row's text begins, int64 [B]. Before it is padding, which no token of the
             text attends to.
+        part: with ``cu_seqlens``: whether the keys are only the first tokens of the row.
 
     Returns:
         [B, S, H, N], in the queries' dtype.
@@ -71,8 +73,11 @@ def attention(
     if fast and not softcap:
         from torch.nn.attention.varlen import varlen_attn
 
-        out_THN = varlen_attn(  # without return_aux, it returns one tensor
-            q_BSHN[0], k_BSKN[0], v_BSKN[0], cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
+        queries, keys = q_BSHN.shape[1], k_BSKN.shape[1]
+        cu_seqlens = cu_seqlens.clamp(max=keys) if part else cu_seqlens
+        of_queries = cu_seqlens if queries == keys else (cu_seqlens - (keys - queries)).clamp(min=0)
+        out_THN = varlen_attn(  # without return_aux, it returns one tensor; causal from the last tokens, as FlashAttention 2.1
+            q_BSHN[0], k_BSKN[0], v_BSKN[0], of_queries, cu_seqlens, min(max_seqlen, queries), min(max_seqlen, keys),
             window_size=(window - 1, 0), enable_gqa=q_BSHN.shape[2] != k_BSKN.shape[2],
         )  # fmt: skip
         assert isinstance(out_THN, Tensor)

@@ -1,13 +1,14 @@
 """Causal attention of the documents in a packed row, computed one after the other in one custom operator, so that a compiled
 layer contains no loop over documents and no graph break. (One dense mask over the row takes 3.6 times as long on a CPU.)
 
-A document is computed as a whole. With a window, ALiBi or capped scores it is divided into blocks of queries, and each block
-has a mask over the keys that its queries attend to. Kept for the backward pass are q, k, v, the output, and one number per
-token and head.
+A document is computed as a whole. With a window, ALiBi or capped scores, or if only its last tokens are queries, it is divided
+into blocks of queries, and each block has a mask over the keys that its queries attend to. Kept for the backward pass are q, k,
+v, the output, and one number per token and head.
 
 PyTorch's kernels cannot cap scores, so blocks with a cap are computed by their definition (``capped``).
 
-Shapes: T tokens of the row, H query heads, K key/value heads, N head size, L tokens of a block, with padding.
+Shapes: T tokens of the row, Q queries (those of its last tokens), H query heads, K key/value heads, N head size, L tokens of a
+block, with padding.
 """
 
 from __future__ import annotations
@@ -51,24 +52,24 @@ BLOCK = 256
 """Number of queries in a block with a mask; a multiple of PAD."""
 
 
-def _heads_first(x_THN: Tensor, a: int, b: int) -> Tensor:
-    """Returns tokens ``a`` to ``b`` as [1, H, L, N], padded at the end."""
-    x_HLN = x_THN[a:b].transpose(0, 1)
+def _heads_first(x_THN: Tensor, tokens: slice) -> Tensor:
+    """Returns these tokens as [1, H, L, N], padded at the end."""
+    x_HLN = x_THN[tokens].transpose(0, 1)
     padded = x_THN.is_cuda or x_THN.dtype in (torch.float16, torch.bfloat16)
-    missing = -(b - a) % PAD if padded else 0
+    missing = -x_HLN.shape[1] % PAD if padded else 0
     return (F.pad(x_HLN, (0, 0, 0, missing)) if missing else x_HLN).unsqueeze(0)
 
 
-def _blocks(cu_seqlens: Tensor, window: int, slopes_H: Tensor | None, softcap: float) -> Iterator[tuple[int, int, int, bool]]:
-    """Yields (first key, first query, end of both, whether it is a whole document) of every block.
-
-    The number of keys before the first query is a multiple of PAD, so that queries and keys get the same padding.
-    """
-    for a, b in itertools.pairwise(cu_seqlens.tolist()):
-        if b > a and slopes_H is None and not softcap and (window == 0 or b - a <= window):
+def _blocks(
+    cu_seqlens: Tensor, q: Tensor, k: Tensor, window: int, slopes_H: Tensor | None, softcap: float
+) -> Iterator[tuple[int, int, int, bool]]:
+    """Yields (first key, first query, end of both, whether it is a whole document) of every block, as positions in the row."""
+    keys, first = k.shape[0], k.shape[0] - q.shape[0]
+    for a, b in itertools.pairwise(min(end, keys) for end in cu_seqlens.tolist()):
+        if b > a >= first and slopes_H is None and not softcap and (window == 0 or b - a <= window):
             yield a, a, b, True
-        elif b > a:
-            for query in range(a, b, BLOCK):
+        else:
+            for query in range(max(a, first), b, BLOCK):
                 skipped = max(0, query - a - window + 1) // PAD * PAD if window else 0
                 yield a + skipped, query, min(query + BLOCK, b), False
 
@@ -190,22 +191,24 @@ def document_attention(
     """Computes causal attention of each document in a packed row.
 
     Args:
-        q: [T, H, N].
+        q: [Q, H, N].
         k, v: [T, K, N].
-        cu_seqlens: int32 [documents + 1].
+        cu_seqlens: int32 [documents + 1]. What is after the last key is left out.
         window, slopes, softcap: as in ``attention``.
 
     Returns:
-        The output [T, H, N], and the log-sum-exp of the scores, fp32 [T, H], for the backward pass.
+        The output [Q, H, N], and the log-sum-exp of the scores, fp32 [Q, H], for the backward pass.
     """
+    start = k.shape[0] - q.shape[0]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    for block in _blocks(cu_seqlens, window, slopes, softcap):
+    for block in _blocks(cu_seqlens, q, k, window, slopes, softcap):
         first, a, b, _ = block
-        queries, keys, values = _heads_first(q, a, b), _heads_first(k, first, b), _heads_first(v, first, b)
+        its = slice(a - start, b - start)
+        queries, keys, values = _heads_first(q, its), _heads_first(k, slice(first, b)), _heads_first(v, slice(first, b))
         o, l = _kernel(queries, keys, values, _mask(block, queries, keys, window, slopes), softcap)
-        out[a:b] = o[0, :, : b - a].transpose(0, 1)
-        lse[a:b] = l[0, :, : b - a].transpose(0, 1)
+        out[its] = o[0, :, : b - a].transpose(0, 1)
+        lse[its] = l[0, :, : b - a].transpose(0, 1)
     return out, lse
 
 
@@ -223,17 +226,19 @@ def document_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Computes the gradients of ``document_attention`` with respect to q, k and v."""
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    start = k.shape[0] - q.shape[0]
     # With blocks of queries, a key belongs to several blocks; its gradients are added in fp32.
-    dtype = k.dtype if slopes is None and window == 0 and not softcap else torch.float32
+    dtype = k.dtype if slopes is None and window == 0 and not softcap and start == 0 else torch.float32
     dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (k, v))
-    for block in _blocks(cu_seqlens, window, slopes, softcap):
+    for block in _blocks(cu_seqlens, q, k, window, slopes, softcap):
         first, a, b, _ = block
-        g, queries, o = (_heads_first(x, a, b) for x in (grad, q, out))
-        keys, values = (_heads_first(x, first, b) for x in (k, v))
+        its = slice(a - start, b - start)
+        g, queries, o = (_heads_first(x, its) for x in (grad, q, out))
+        keys, values = (_heads_first(x, slice(first, b)) for x in (k, v))
         # The rows of the padding have zero scores and zero gradients, so any finite log-sum-exp will do.
-        l = F.pad(lse[a:b].transpose(0, 1), (0, queries.shape[2] - (b - a))).unsqueeze(0)
+        l = F.pad(lse[its].transpose(0, 1), (0, queries.shape[2] - (b - a))).unsqueeze(0)
         grads = _kernel_backward(g, queries, keys, values, o, l, _mask(block, queries, keys, window, slopes), softcap)
-        dq[a:b] = grads[0][0, :, : b - a].transpose(0, 1)
+        dq[its] = grads[0][0, :, : b - a].transpose(0, 1)
         dk[first:b] += grads[1][0, :, : b - first].transpose(0, 1)
         dv[first:b] += grads[2][0, :, : b - first].transpose(0, 1)
     return dq, dk.to(k.dtype), dv.to(v.dtype)

@@ -1,6 +1,6 @@
 """Attention with capped scores on CUDA: FlexAttention (https://arxiv.org/abs/2412.05496), which the compiler makes a kernel of.
 
-Shapes: T tokens of a packed row, H query heads, K key/value heads, N head size.
+Shapes: T tokens of a packed row (or fewer queries, of its last tokens), H query heads, K key/value heads, N head size.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ def flex_attention(q_THN: Tensor, k_TKN: Tensor, v_TKN: Tensor, cu_seqlens: Tens
 
     On a CPU it is not compiled, and has all scores in memory: this is for tests.
     """
-    tokens = torch.arange(q_THN.shape[0], device=q_THN.device)
-    document = torch.searchsorted(cu_seqlens, tokens, right=True)
+    queries, keys = q_THN.shape[0], k_TKN.shape[0]
+    document, first = torch.searchsorted(cu_seqlens, torch.arange(keys, device=q_THN.device), right=True), keys - queries
 
     def cap(score: Tensor, _row: Tensor, _head: Tensor, _query: Tensor, _key: Tensor) -> Tensor:
         return softcap * torch.tanh(score / softcap)
 
     def sees(_row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        query = query + first
         visible = (query >= key) & (document[query] == document[key])
         return visible & (query - key < window) if window else visible
 
@@ -33,8 +34,7 @@ def flex_attention(q_THN: Tensor, k_TKN: Tensor, v_TKN: Tensor, cu_seqlens: Tens
 
     if q_THN.is_cuda and not torch.compiler.is_compiling():
         attend, block_mask = _compiled()
-    length = q_THN.shape[0]
-    mask = block_mask(sees, None, None, length, length, device=q_THN.device)
+    mask = block_mask(sees, None, None, queries, keys, device=q_THN.device)
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_THN, k_TKN, v_TKN))
     out: Tensor = attend(q, k, v, score_mod=cap, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
     return out[0].transpose(0, 1)

@@ -46,6 +46,7 @@ from ..models.moe import ExpertLinear, ExpertMLPs, MoE, Routing
 from ..ops.compiler import not_compiled
 from . import gathered
 from .collectives import Group, Travel, all_gather, all_to_all, join_tokens, reduce, share_tokens, tokens_first
+from .context import TokenOrder
 from .deferred import Deferred
 from .gathered import GatheredWeights, set_prefetch_order_of_experts
 from .layout import Layout, Meshes
@@ -110,7 +111,7 @@ class ExpertParallel:
         """
         self.layout, self.overlap, self.deferred = layout, overlap, deferred
         self.mesh, tensor = meshes.experts or meshes.weights, meshes.tensor
-        self.token_group, self.size, self.rank = tensor.get_group(), tensor.size(), tensor.get_local_rank()
+        self.token_group, self.order = tensor.get_group(), TokenOrder.of(layout, tensor.get_local_rank())
         self.shard_sequence = not layout.experts_by_tensor and layout.tensor > 1
         """Whether a rank of the tensor group routes its own tokens only. It is turned off for generation."""
 
@@ -159,11 +160,12 @@ class ExpertParallel:
         if not self.shard_sequence:
             return probs_BSk, experts_BSk
         both = torch.cat([probs_BSk, experts_BSk.to(probs_BSk.dtype)], dim=-1)
-        probs, experts = all_gather(tokens_first(both), self.token_group).transpose(0, 1).chunk(2, dim=-1)
+        gathered = all_gather(tokens_first(both), self.token_group)
+        probs, experts = self.order.of_ranks(gathered).transpose(0, 1).chunk(2, dim=-1)
         return probs, experts.to(experts_BSk.dtype)
 
     def _own_tokens(self, values_BSk: Tensor) -> Tensor:
-        return values_BSk.chunk(self.size, dim=1)[self.rank] if self.shard_sequence else values_BSk
+        return self.order.own(values_BSk) if self.shard_sequence else values_BSk
 
     def _routed(self, moe: MoE, x_BSD: Tensor, meanwhile: Callable[[], Tensor | None]) -> tuple[Tensor, Tensor | None, Routing]:
         """mtp: each rank has all tokens, and routes a part of them."""

@@ -14,6 +14,8 @@ Per layer and micro-batch, with W = bytes of the layer's weights:
 | weight | 4 all-gathers, W in total                | 4 all-gathers, W in total; 4 reduce-scatters, W in total   |
 | tensor | 2 all-to-all: q, k and v; the output     | 2 all-to-all                                               |
 
+With 2D sequence parallelism (``context``), these all-to-all are over fewer ranks, and keys and values are gathered over others.
+
 The weights of q, k and v are gathered together, and so are those of gate and up, because they share an input. With ``overlap``,
 the next weights are prefetched while these are used, in the forward and in the backward pass, and gradients are
 reduce-scattered while the layer's backward pass continues. Latent attention (``models.layers.LatentAttention``) has two more
@@ -25,12 +27,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from .. import ops
 from ..config.parallel import Weight
 from ..models.config import DecoderConfig
 from ..models.decoder import Decoder
@@ -39,15 +42,16 @@ from ..models.linear import ADAPTER_INFIX, Linear
 from ..models.moe import ExpertLinear, MoE
 from . import collectives, gathered
 from .collectives import Group, exchange
+from .context import ContextParallel, TokenOrder
 from .deferred import Deferred
 from .gathered import GatheredWeights, set_prefetch_order
-from .layout import Layout
+from .layout import Layout, Meshes
 from .shards import local
 from .strategy import AppliedStrategy, Collectives, KeptActivations, Workload
 
 
 def traffic(work: Workload) -> list[Collectives]:
-    """Returns the collectives over the tensor and weight groups in the forward and backward passes of a step."""
+    """Returns the collectives over the weight and tensor groups (or head and context groups) in the passes of a step."""
     rows, decoder, layout = [], work.decoder, work.layout
     layers, d = len(work.layers), decoder.hidden_size
     shared = decoder.experts.shared_size if decoder.experts is not None else 0
@@ -59,11 +63,16 @@ def traffic(work: Workload) -> list[Collectives]:
     ends = count * decoder.vocab_size * d
     rows.append(Collectives("all-gather", "weight", 2 * gathers + count, (2 * weights + ends) * work.element_bytes))
     rows.append(Collectives("reduce-scatter", "weight", gathers + count, (weights + ends) * work.element_bytes))
-    kv_heads = decoder.num_kv_heads * max(1, layout.tensor // decoder.num_kv_heads)
+    kv_heads = decoder.num_kv_heads * max(1, layout.head // decoder.num_kv_heads)
     elements = decoder.head_dim * (decoder.num_heads + 2 * kv_heads) + decoder.value_dim * decoder.num_heads
     exchanged = work.tokens // layout.tensor * elements * work.element_bytes
-    passes = 2 * layers + work.recomputed_attentions
-    rows.append(Collectives("all-to-all", "tensor", 2 * passes, passes * exchanged))
+    again = work.recomputed_attentions
+    passes = 2 * layers + again
+    rows.append(Collectives("all-to-all", "head" if layout.context > 1 else "tensor", 2 * passes, passes * exchanged))
+    if layout.context > 1:
+        keys = 2 * work.tokens * kv_heads // layout.head * decoder.head_dim * work.element_bytes
+        rows.append(Collectives("all-gather", "context", layers + again, (layers + again) * keys))
+        rows.append(Collectives("reduce-scatter", "context", layers, layers * keys))
     return [row.times(work.micro_batches) for row in rows]
 
 
@@ -74,15 +83,17 @@ def attention_gathers(decoder: DecoderConfig) -> int:
 
 def memory(work: Workload) -> KeptActivations:
     """Returns what a layer keeps for the backward pass: this rank's tokens, except in attention. Full weights are not kept."""
-    tokens, ranks, decoder = work.tokens // work.layout.tensor, work.layout.tensor, work.decoder
+    layout, decoder = work.layout, work.decoder
+    tokens = work.tokens // layout.tensor
     return KeptActivations(
         residual_tokens=tokens,
         input_tokens=tokens,
-        attention_tokens=work.tokens,
-        head_ranks=ranks,
+        attention_tokens=work.tokens // layout.context,
+        key_tokens=work.tokens,
+        head_ranks=layout.head,
         normed_heads=tokens * (decoder.num_heads + decoder.num_kv_heads),
         mlp_tokens=tokens,
-        attention_outputs=2 if ranks > 1 else 1,  # before and after the all-to-all
+        attention_outputs=2 if layout.tensor > 1 else 1,  # of the kernel, and of all heads of this rank's tokens
         loss_tokens=tokens,
         output_tokens=tokens,
         head_rows=decoder.vocab_size,
@@ -111,19 +122,19 @@ def _is_sharded(axes: Sequence[str], name: str) -> bool:
 class InternSequenceParallel:
     """Shards the weights of a model over one group, and its sequences over another."""
 
-    def __init__(self, weights: DeviceMesh, tokens: DeviceMesh, config: Weight, deferred: Deferred | None = None) -> None:
+    def __init__(self, layout: Layout, meshes: Meshes, config: Weight, deferred: Deferred | None = None) -> None:
         """
         Args:
-            weights: the ranks that share each weight, as a mesh of one dimension.
-            tokens: the ranks that share a sequence, as a mesh of one dimension.
             config: ``parallel.weight``.
             deferred: where the gradients of weights are left, if the schedule computes them later.
         """
-        self.mesh, self.config, self.deferred = weights, config, deferred
-        self.weight_group: Group = weights.get_group()
-        self.token_group: Group = tokens.get_group()
-        self.size, self.rank = tokens.size(), tokens.get_local_rank()
-        self.shard_sequence = self.size > 1
+        self.mesh, self.config, self.deferred = meshes.weights["inner"], config, deferred
+        self.weight_group: Group = self.mesh.get_group()
+        self.head_group: Group = meshes.head.get_group()
+        self.order = TokenOrder.of(layout, meshes.tensor.get_local_rank())
+        self.heads, self.head_rank = self.order.heads, self.order.head
+        self.context = ContextParallel(self.order, meshes.context.get_group()) if meshes.context is not None else None
+        self.shard_sequence = layout.tensor > 1
         """Whether sequences are sharded. It is turned off for generation, which computes one token at a time."""
 
     def apply(self, model: Decoder) -> AppliedStrategy:
@@ -140,6 +151,8 @@ class InternSequenceParallel:
                 elif self.mesh.size() > 1:
                     partial_gradients[f"{path}.{name}"] = self.weight_group
         model.tie()
+        if self.context is not None:
+            model.queries = self._queries
         layers = [self._apply_to_layer(layer) for _, layer in model.numbered_layers()]
         set_prefetch_order(layers, self.config, attention_gathers(model.config))
         if model.embed is not None:
@@ -168,6 +181,8 @@ class InternSequenceParallel:
             attn.own_heads = self._local_heads
         attn.finish = partial(_finish, gathered_together(attn.o))
         attn.join_heads = self._join_heads
+        if self.context is not None:
+            attn.attend = partial(self._attend, self.context)
         mlp = layer.mlp.shared if isinstance(layer.mlp, MoE) else layer.mlp
         if isinstance(mlp, GatedMLP):
             mlp.project = partial(_project, gathered_together(mlp.gate, mlp.up))
@@ -180,7 +195,15 @@ class InternSequenceParallel:
 
     def _local_tokens(self, x_BS: Tensor) -> Tensor:
         """Returns this rank's tokens of every row."""
-        return x_BS.chunk(self.size, dim=1)[self.rank] if self.shard_sequence else x_BS
+        return self.order.own(x_BS) if self.shard_sequence else x_BS
+
+    def _queries(self, x_BS: Tensor) -> Tensor:
+        """Returns the tokens of every row whose queries this rank has in attention."""
+        return self.order.queries(x_BS) if self.shard_sequence else x_BS
+
+    def _attend(self, context: ContextParallel, *qkv_and_documents: Any, **options: Any) -> Tensor:
+        """Replaces ``ops.attention``."""
+        return (context.attention if self.shard_sequence else ops.attention)(*qkv_and_documents, **options)
 
     def _gather_weight(self, weight: Tensor) -> Tensor:
         """Gathers the full weight of the embedding or the head. Its gradient is reduce-scattered."""
@@ -194,39 +217,40 @@ class InternSequenceParallel:
     ) -> tuple[Tensor, Tensor]:
         """Computes the losses of this rank's tokens; those of the other tokens are 0."""
         total, mine = loss(x_BSD, weight_VD, self._local_tokens(labels_BS).contiguous(), smoothing, softcap)
-        losses = torch.zeros(labels_BS.shape, dtype=mine.dtype, device=mine.device)
-        self._local_tokens(losses).copy_(mine)
-        return total, losses
+        return total, self.order.placed(mine, labels_BS.shape[1]) if self.shard_sequence else mine
 
     def _split_heads(self, q_BSHN: Tensor, k_BSKN: Tensor, v_BSKN: Tensor, rotated: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Exchanges q, k and v in one all-to-all: all heads of this rank's tokens -> all tokens of this rank's heads.
 
         Shapes: q [B, S/t, H, N] -> [B, S, H/t, N]; k and v the same with K heads. If there are fewer key/value heads than
-        ranks, each is sent to all ranks that need it.
+        ranks, each is sent to all ranks that need it. (With c context ranks: [B, S/c, H*c/t, N].)
 
         Args:
-            rotated: whether the backward pass needs v, but not this q and k, since a rotary embedding makes others of them.
+            rotated: whether the backward pass needs none of this q and k, since a rotary embedding makes others of them.
         """
-        if not self.shard_sequence:
+        if not self.shard_sequence or self.heads == 1:
             return q_BSHN, k_BSKN, v_BSKN
-        repeats = max(1, self.size // k_BSKN.shape[2])
+        repeats = max(1, self.heads // k_BSKN.shape[2])
         k_BSKN, v_BSKN = (x.repeat_interleave(repeats, dim=2) if repeats > 1 else x for x in (k_BSKN, v_BSKN))
-        parts = [x.unflatten(2, (self.size, -1)) for x in (q_BSHN, k_BSKN, v_BSKN)]
+        parts = [x.unflatten(2, (self.heads, -1)) for x in (q_BSHN, k_BSKN, v_BSKN)]
         by_rank = torch.cat(parts, dim=3).movedim(2, 0)
-        qkv = exchange(by_rank, self.token_group).movedim(0, 1).flatten(1, 2)
+        qkv = exchange(by_rank, self.head_group).movedim(0, 1).flatten(1, 2)
         q, k, v = qkv.split([part.shape[3] for part in parts], dim=2)
-        return q, k, v.contiguous() if rotated else v  # as a view, v would keep the memory of all three
+        # What the backward pass needs must be no view, which would keep the memory of all three. (Others are gathered.)
+        if self.context is not None:
+            return q if rotated else q.contiguous(), k, v
+        return q, k, v.contiguous() if rotated else v
 
     def _join_heads(self, out_BSHN: Tensor) -> Tensor:
         """Exchanges the output of attention in one all-to-all: [B, S, H/t, N] -> [B, S/t, H, N]."""
-        if not self.shard_sequence:
+        if not self.shard_sequence or self.heads == 1:
             return out_BSHN
-        by_rank = out_BSHN.unflatten(1, (self.size, -1)).movedim(1, 0)
-        return exchange(by_rank, self.token_group).movedim(0, 2).flatten(2, 3)
+        by_rank = out_BSHN.unflatten(1, (self.heads, -1)).movedim(1, 0)
+        return exchange(by_rank, self.head_group).movedim(0, 2).flatten(2, 3)
 
     def _local_heads(self, values: Tensor) -> Tensor:
-        share = len(values) // self.size
-        return values[self.rank * share : (self.rank + 1) * share] if self.shard_sequence else values
+        share = len(values) // self.heads
+        return values[self.head_rank * share : (self.head_rank + 1) * share] if self.shard_sequence else values
 
 
 def _project(weights: GatheredWeights, x_BSD: Tensor, linears: Sequence[Linear]) -> list[Tensor]:

@@ -10,6 +10,8 @@ The world has three views, because activations, weights and experts may be shard
 | weights     | stage, replicate, zero, inner                  | inner (tensor, or weight in isp): different shards of each    |
 |             |                                                | layer; zero: different shards of the optimizer state of such  |
 |             |                                                | a shard; replicate: replicas of all that                      |
+| (attention) | stage, data, context, head                     | the tensor axis in two, with 2D sequence parallelism. head:   |
+|             |                                                | different heads; context: different queries of the same heads |
 | experts     | stage, replicate, zero, expert, inner          | expert: different experts; inner: different shards of each    |
 |             |                                                | expert; zero, replicate: as above                             |
 
@@ -24,7 +26,7 @@ from dataclasses import dataclass, replace
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..config import Config
-from ..config.axes import expert_inner_size, expert_size
+from ..config.axes import context_size, expert_inner_size, expert_size
 from .orders import rank_of
 from .views import Groups, View
 
@@ -59,6 +61,10 @@ class Layout:
     """Ranks over which each expert is sharded: those of the tensor axis, or in isp those of the expert weight axis."""
     expert_zero: int = 1
     """Ranks over which the optimizer state of an expert is sharded."""
+    context: int = 1
+    """isp: ranks of a tensor group that have different queries of the same heads (2D sequence parallelism)."""
+    head_first: bool = True
+    """Whether the ranks of a tensor group that share the heads are neighbours; otherwise those that share the queries are."""
 
     @classmethod
     def from_config(cls, config: Config, world: int) -> Layout:
@@ -68,6 +74,11 @@ class Layout:
             world, parallel.tensor.size, parallel.tensor.mode, parallel.weight.size, parallel.pipeline.size,
             parallel.zero1.size, parallel.zero1.fsdp, heads, config.model.num_chunks, parallel.pipeline.mode,
         )  # fmt: skip
+        layout = replace(
+            layout,
+            context=context_size(config),
+            head_first=parallel.sequence_2D.device_placement_strategy.head_first,
+        )
         if config.model.num_experts == 1:
             return layout
         return layout.with_experts(expert_size(config, world), expert_inner_size(config), parallel.expert_zero1.size)
@@ -115,6 +126,12 @@ class Layout:
         return View({"stage": self.pipeline, "data": self.data, "tensor": self.tensor})
 
     @property
+    def attention(self) -> View:
+        """Which heads and which queries a rank has, with 2D sequence parallelism."""
+        two = {"context": self.context, "head": self.head} if self.head_first else {"head": self.head, "context": self.context}
+        return View({"stage": self.pipeline, "data": self.data, **two})
+
+    @property
     def weights(self) -> View:
         """Which shard of the dense weights a rank has."""
         return View({"stage": self.pipeline, "replicate": self.replicate, "zero": self.zero, "inner": self.inner})
@@ -141,6 +158,11 @@ class Layout:
     def data(self) -> int:
         """The number of ranks with different rows."""
         return self.world // (self.tensor * self.pipeline)
+
+    @property
+    def head(self) -> int:
+        """The number of ranks of a tensor group that have different heads in attention."""
+        return self.tensor // self.context
 
     @property
     def stages(self) -> int:
@@ -214,6 +236,8 @@ class Layout:
             "replicate": (weights, "replicate"),
         }
         found |= {"tensor": (activations, "tensor"), "data": (activations, "data")}
+        if self.context > 1:
+            found |= {"head": (self.attention, "head"), "context": (self.attention, "context")}
         found["kv replicas"] = (self.kv_weights, "kv_replicas")
         if self.experts_apart:
             experts = self.experts
@@ -232,25 +256,30 @@ class Layout:
     def axis_of(self, kind: str, ranks: list[int]) -> str:
         """Returns the axis that a collective of a kind over ``ranks`` belongs to.
 
-        If two axes have the same groups, it is the first one (for an all-to-all, tensor or expert). If no axis has this group,
-        it is "world", which is all ranks. A message between two ranks belongs to the pipeline.
+        If two axes have the same groups, it is the first one (for an all-to-all, tensor, head or expert). If no axis has this
+        group, it is "world", which is all ranks. A message between two ranks belongs to the pipeline.
         """
         if kind == "send":
             return "pipeline"
         axes = [axis for axis, group in self.groups_of(ranks[0]).items() if group == ranks] or ["world"]
-        exchanging = [axis for axis in axes if axis in ("tensor", "expert")] if kind == "all-to-all" else []
+        exchanging = [axis for axis in axes if axis in ("tensor", "head", "expert")] if kind == "all-to-all" else []
         return [*exchanging, *axes][0]
 
     def describe(self) -> list[tuple[str, int, str]]:
         """Returns (axis, size, meaning) of every axis, for printing."""
         kind = "FSDP" if self.fsdp else "ZeRO-1.5" if self.zero > 1 else "plain data parallel"
         experts = [("expert", self.expert, "ranks that have different experts")]
+        two = (
+            ("head", self.head, "ranks that share the heads in attention"),
+            ("context", self.context, "ranks that share the queries"),
+        )
         if self.mode == "isp":
             experts.append(("expert weight", self.expert_inner, "ranks over which each expert is sharded"))
         return [
             ("world", self.world, "processes"),
             ("data", self.data, "ranks with different rows"),
             ("tensor", self.tensor, f"ranks that share the same rows ({self.mode})"),
+            *(two if self.context > 1 else ()),
             ("weight", self.weight, "ranks over which each weight is sharded (isp)"),
             ("zero", self.zero, f"ranks over which the optimizer state is sharded ({kind})"),
             ("replicate", self.replicate, "replicas of the optimizer state"),
@@ -274,6 +303,10 @@ class Meshes:
     """Dimensions: replicate, zero, heads, kv_replicas. None if no key/value head is on several ranks."""
     tensor: DeviceMesh
     """Dimension: tensor, of the activations."""
+    head: DeviceMesh
+    """The ranks of the tensor mesh with different heads in attention: all of them, or some with 2D sequence parallelism."""
+    context: DeviceMesh | None
+    """Those that have different queries of the same heads. None without 2D sequence parallelism."""
     experts: DeviceMesh | None
     """Dimensions: replicate, zero, expert, inner. None if the weights of experts are over the same ranks as the others."""
     groups: Groups
@@ -288,11 +321,17 @@ class Meshes:
         """
         groups = Groups()
         tokens = "tokens" if layout.mode == "isp" and layout.tensor > 1 else ""
+
+        def mesh(view: View, axis: str) -> DeviceMesh:
+            return DeviceMesh.from_group(groups.get(view.groups(axis), tokens), device_type)
+
         rows = "rows" if layout.expert > 1 else ""
         return cls(
             layout.weights.mesh(groups, device_type),
             layout.kv_weights.mesh(groups, device_type) if layout.kv_replicas > 1 else None,
-            DeviceMesh.from_group(groups.get(layout.activations.groups("tensor"), tokens), device_type),
+            mesh(layout.activations, "tensor"),
+            mesh(layout.attention, "head"),
+            mesh(layout.attention, "context") if layout.context > 1 else None,
             layout.experts.mesh(groups, device_type, {"expert": rows}) if layout.experts_apart else None,
             groups,
         )

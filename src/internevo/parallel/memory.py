@@ -68,7 +68,7 @@ def tables(work: Workload) -> int:
     if decoder.rope is None:
         return 4 * decoder.num_heads * len(work.on_rank)
     number = sum(len({decoder.rotary(layer) for layer in stage.layers} - {"none"}) for stage in work.on_rank)
-    return number * work.element_bytes * work.tokens * decoder.rope.size(decoder.rotary_dim)
+    return number * work.element_bytes * work.tokens // work.layout.context * decoder.rope.size(decoder.rotary_dim)
 
 
 def layer_activations(work: Workload, kept: KeptActivations, kind: LayerKind) -> int:
@@ -83,8 +83,16 @@ def layer_activations(work: Workload, kept: KeptActivations, kind: LayerKind) ->
     mlp = _experts(work, kept) if kind.sparse else _mlp(work, kept, decoder.intermediate_size)
     if work.recomputed == "attention":
         return norms + work.element_bytes * d * kept.residual_tokens + output + mlp
-    borders = 4 * (work.rows + 1) if work.rows else 0  # of rows, which a window, ALiBi or a cap makes documents
-    return norms + attention + mlp + borders * (decoder.rope is None or kind.windowed or decoder.attention_softcap > 0)
+    return norms + attention + mlp + _borders(work, kind)
+
+
+def _borders(work: Workload, kind: LayerKind) -> int:
+    """Returns the bytes that say where rows begin and end, if they are computed as documents: one after the other with 2D
+    sequence parallelism, and together with a window, ALiBi or a cap."""
+    decoder, borders = work.decoder, 4 * (work.rows + 1)
+    if work.layout.context > 1:
+        return 8 * (work.rows > 0)
+    return borders * (work.rows > 0 and (decoder.rope is None or kind.windowed or decoder.attention_softcap > 0))
 
 
 def head_activations(work: Workload, kept: KeptActivations) -> int:
@@ -159,7 +167,7 @@ def _attention(work: Workload, kept: KeptActivations) -> tuple[int, int]:
     heads, kv_heads = decoder.num_heads // ranks, _kv_heads(work, kept)
     output = e * tokens * heads * decoder.head_dim
     kernel = output + 4 * tokens * heads
-    qkv = e * tokens * (heads + 2 * kv_heads) * decoder.head_dim
+    qkv = e * (tokens * heads + 2 * kept.key_tokens * kv_heads) * decoder.head_dim
     if decoder.latent is not None:
         return kernel, _latents(work, kept) + qkv + kernel + e * tokens * heads * decoder.value_dim  # the input of o, unpadded
     inputs = e * decoder.hidden_size * kept.input_tokens

@@ -96,7 +96,7 @@ def _build_stage(
         mesh = meshes.weights["inner"]
         inner = TensorParallel(mesh, layout.mode, layout.experts_by_tensor, kv_mesh, deferred).apply(model)
     elif meshes is not None and layout.mode == "isp" and max(layout.tensor, layout.weight) > 1:
-        inner = InternSequenceParallel(meshes.weights["inner"], meshes.tensor, config.parallel.weight, deferred).apply(model)
+        inner = InternSequenceParallel(layout, meshes, config.parallel.weight, deferred).apply(model)
     if meshes is not None and decoder.experts is not None:
         inner += ExpertParallel(layout, meshes, config.parallel.expert_weight.overlap, deferred).apply(model)
     if deferred is not None:

@@ -218,7 +218,9 @@ class KeptActivations:
     input_tokens: int
     """Tokens that are kept as the input of q, k and v, and as the input of gate and up."""
     attention_tokens: int
-    """Tokens in attention."""
+    """Tokens whose queries a rank has in attention."""
+    key_tokens: int
+    """Tokens whose keys and values it has there."""
     head_ranks: int
     """Number of ranks that share the heads."""
     normed_heads: int

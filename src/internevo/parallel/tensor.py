@@ -106,6 +106,7 @@ def memory(work: Workload) -> KeptActivations:
         residual_tokens=residual_tokens,
         input_tokens=tokens if layout.mode == "msp" else residual_tokens,
         attention_tokens=tokens,
+        key_tokens=tokens,
         head_ranks=ranks,
         normed_heads=tokens * (decoder.num_heads // ranks + max(1, decoder.num_kv_heads // ranks)),
         mlp_tokens=tokens // ranks,

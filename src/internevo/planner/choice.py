@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from typing import Literal, NamedTuple, TypeVar, get_args
 
 from ..config import Config
 from ..config import check as rules
-from ..config.axes import data_size
+from ..config.axes import context_size, data_size
 from ..config.option import Section
 from ..data.batches import BatchSizes
 from ..models.families import registry
@@ -41,6 +42,8 @@ class Choice(NamedTuple):
     checkpoint: float | Literal["attention"] = 0.0
     selective: bool = False
     """Whether recomputation keeps the outputs of attention."""
+    context: int = 1
+    """Ranks of the tensor axis that share the queries (2D sequence parallelism)."""
 
     @classmethod
     def of(cls, config: Config, layout: Layout) -> Choice:
@@ -50,6 +53,7 @@ class Choice(NamedTuple):
             config.parallel.expert.no_tp, layout.expert, config.data.micro_bsz, layout.weight,
             layout.expert_inner if layout.mode == "isp" else 1, layout.fsdp, layout.zero,
             layout.expert_zero if layout.experts_apart else -1, config.model.checkpoint, config.selective_checkpoint,
+            layout.context,
         )  # fmt: skip
 
     @property
@@ -73,6 +77,9 @@ class Choice(NamedTuple):
         layout = Layout.of(
             world, self.tensor, self.mode, self.weight, self.pipeline, self.zero, self.fsdp, heads, self.chunks, self.schedule
         )
+        if self.context > 1:
+            head_first = config.parallel.sequence_2D.device_placement_strategy.head_first
+            layout = replace(layout, context=self.context, head_first=head_first)
         has_experts = config.model.num_experts > 1
         return layout.with_experts(self.expert, self.expert_inner, self.expert_zero) if has_experts else layout
 
@@ -90,6 +97,10 @@ class Choice(NamedTuple):
             "zero1": _changed(parallel.zero1, size=self.zero, fsdp=self.fsdp),
             "fsdp": _changed(parallel.fsdp, enable=self.fsdp),
         }
+        if parallel.sequence_2D.enable:
+            head, context = self.tensor // self.context, self.context
+            two = _changed(parallel.sequence_2D, enable=context > 1, head_size=head, context_size=context)
+            changed["sequence_2D"] = two
         if config.model.num_experts > 1:
             overlap = self.expert_weight > 1
             changed |= {
@@ -132,13 +143,18 @@ def divisors(number: int) -> list[int]:
 
 
 def axes(config: Config, world: int) -> Iterator[Choice]:
-    """Yields choices of the pipeline, tensor and expert axes. Not all of them are legal."""
+    """Yields choices of the pipeline, tensor and expert axes. Not all of them are legal. 2D sequence parallelism is tried only
+    if the config has it, with its number of context ranks."""
     experts, modes, has_experts = divisors(config.model.num_experts), get_args(Mode), config.model.num_experts > 1
+    context = context_size(config)
     for pipeline in divisors(world):
         for mode, size, expert in product(modes, divisors(world // pipeline), experts):
             if mode == "isp" or size > 1 or mode == modes[0]:  # otherwise all modes are the same
                 for no_tp in (False, True) if has_experts and mode != "isp" and size > 1 else (False,):
-                    yield Choice(pipeline=pipeline, mode=mode, tensor=size, no_tp=no_tp, expert=expert)
+                    choice = Choice(pipeline=pipeline, mode=mode, tensor=size, no_tp=no_tp, expert=expert)
+                    yield choice
+                    if mode == "isp" and context > 1 and size % context == 0:
+                        yield choice._replace(context=context)
 
 
 def weights(choice: Choice, config: Config, world: int) -> Iterator[Choice]:

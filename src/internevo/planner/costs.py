@@ -121,15 +121,16 @@ class Key(NamedTuple):
     no_tp: bool
     expert: int
     micro_bsz: int
+    context: int
 
     def choice(self) -> Choice:
         """Returns a layout without pipeline with such layers."""
-        return Choice(mode=self.mode, tensor=self.tensor, no_tp=self.no_tp, expert=self.expert, micro_bsz=self.micro_bsz)
+        return Choice(**self._asdict())
 
 
 def key_of(choice: Choice) -> Key:
     """Returns what the costs of a layer depend on."""
-    return Key(choice.mode, choice.tensor, choice.no_tp, choice.expert, choice.micro_bsz)
+    return Key(choice.mode, choice.tensor, choice.no_tp, choice.expert, choice.micro_bsz, choice.context)
 
 
 class CostTable:

@@ -114,6 +114,7 @@ def groups_of(layout: Layout) -> dict[str, Group]:
     """Returns where the ranks of the groups of each axis are."""
     weights, activations, experts = layout.weights, layout.activations, layout.experts
     found = {
+        "head": (layout.attention, "head"), "context": (layout.attention, "context"),
         "tensor": (activations, "tensor"), "data": (activations, "data"), "weight": (weights, "inner"),
         "zero": (weights, "zero"), "replicate": (weights, "replicate"),
         "expert": (experts, "expert"), "expert weight": (experts, "inner"),

@@ -326,7 +326,7 @@ def _backward(work: Workload, kept: KeptActivations, kind: LayerKind) -> tuple[i
     norm = residual + _norm_backward(work, kept)
     mlp, hidden, matrix = _mlp(work, kept, kind)
     heads, kv_heads = decoder.num_heads // kept.head_ranks, max(1, decoder.num_kv_heads // kept.head_ranks)
-    kernel = e * kept.attention_tokens * decoder.head_dim * (2 * heads + 2 * kv_heads)
+    kernel = 2 * e * decoder.head_dim * (kept.attention_tokens * heads + kept.key_tokens * kv_heads)
     computed, stays = (0, hidden) if work.zero_bubble else (_full_gradient(work) * matrix, 0)
     rows = gradient
     if kind.sparse and decoder.experts is not None:

@@ -35,7 +35,8 @@ def describe(choice: Choice) -> str:
         chunks = f" x {choice.chunks} chunks" if choice.chunks > 1 else ""
         words.append(f"pipeline {choice.pipeline} {choice.schedule}{chunks}")
     if choice.mode == "isp":
-        words.append(f"isp {choice.tensor} weight {choice.weight}")
+        two = f" ({choice.tensor // choice.context} heads x {choice.context} context)" if choice.context > 1 else ""
+        words.append(f"isp {choice.tensor}{two} weight {choice.weight}")
     elif choice.tensor > 1:
         words.append(f"{choice.mode} {choice.tensor}{' (experts whole)' if choice.no_tp else ''}")
     if choice.expert > 1:

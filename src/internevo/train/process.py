@@ -14,6 +14,7 @@ from warnings import filterwarnings
 import torch
 
 from ..config import Config
+from ..config.axes import head_size
 from ..errors import ConfigError
 from ..models.families.registry import decoder_config
 from ..ops import flash
@@ -105,7 +106,7 @@ def _flash_attention(config: Config) -> flash.Heads | None:
     dtype = COMPUTE[config.model.dtype]
     if config.model.flash_attention == 2 or dtype == torch.float32:
         return None
-    decoder, ranks = decoder_config(config.model_type, config.model), config.parallel.tensor.size
+    decoder, ranks = decoder_config(config.model_type, config.model), head_size(config)
     if decoder.rope is None or decoder.attention_softcap:
         return None
     return flash.Heads(

@@ -40,14 +40,37 @@ def test_attention_equals_the_definition(window: int, alibi: bool, softcap: floa
         assert (last - rows[:, -count:]).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("window", "alibi", "softcap"), [(0, False, 0.0), (7, False, 0.0), (300, True, 0.0), (0, False, 0.8)])
+@pytest.mark.parametrize("first", [0, 3, 5, 200, 405, 599])
+def test_queries_of_the_last_tokens_of_a_packed_row_are_those_of_all(
+    first: int, window: int, alibi: bool, softcap: float, dtype: torch.dtype
+) -> None:
+    """As a rank of 2D sequence parallelism has them; wherever they begin in a document."""
+    torch.manual_seed(first)
+    boundaries = torch.tensor([0, *itertools.accumulate([5, 0, 400, 1, 194])], dtype=torch.int32)
+    slopes = torch.tensor([0.5, 0.25, 0.1, 0.01]) if alibi else None
+    q, k, v, direction = (torch.randn(1, 600, heads, 8, dtype=dtype) for heads in (4, 2, 2, 4))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    direction[:, :first] = 0
+    wanted = plain_attention(q.float(), k.float(), v.float(), boundaries.tolist(), window, slopes, softcap)
+    out = ops.attention(q[:, first:], k, v, boundaries, 512, window=window, slopes_H=slopes, softcap=softcap)
+    precision = 1e-5 if dtype == torch.float32 else 2e-2
+    assert_close_to_scale(out.float(), wanted[:, first:], precision)
+    mine = torch.autograd.grad(out, (q, k, v), direction[:, first:])
+    for found, reference in zip(mine, torch.autograd.grad(wanted, (q, k, v), direction.float()), strict=True):
+        assert_close_to_scale(found.float(), reference.float(), 10 * precision if precision < 1e-2 else precision)
+
+
+@pytest.mark.parametrize("first", [0, 17, 31])
 @pytest.mark.parametrize("window", [0, 9])
-def test_flex_attention_equals_the_other_path(window: int) -> None:
+def test_flex_attention_equals_the_other_path(window: int, first: int) -> None:
     """The forward pass of what GPUs compile. (On a CPU it has no backward pass; ``test_kernels`` compares that on GPUs.)"""
     torch.manual_seed(window)
     boundaries = torch.tensor([0, 30, 31, 31, 100], dtype=torch.int32)
     q, k, v = (torch.randn(100, heads, 16) for heads in (4, 2, 2))
-    out = flex_attention(q, k, v, boundaries, window, 0.8)
-    wanted = ops.attention(q[None], k[None], v[None], boundaries, window=window, softcap=0.8)[0]
+    out = flex_attention(q[first:], k, v, boundaries, window, 0.8)
+    wanted = ops.attention(q[None], k[None], v[None], boundaries, window=window, softcap=0.8)[0, first:]
     assert_close_to_scale(out, wanted)
 
 
