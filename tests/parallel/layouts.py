@@ -248,8 +248,9 @@ def _draw(draw: random.Random) -> Composition:
     split: list[int] = []
     if stages * chunks == 2 and draw.random() < 0.3:
         split = [1, layers - 1]
+    tensor = draw.choice([*sizes[:3], *sizes[1:3]])
     layout: dict[str, Any] = {
-        "parallel__tensor": {"size": draw.choice([*sizes[:3], *sizes[1:3]]), "mode": mode},
+        "parallel__tensor": {"size": tensor, "mode": mode},
         "parallel__weight": {
             "size": draw.choice(sizes) if isp else 1, "overlap": draw.random() < 0.7,
             "forward_overlap_per": draw.choice(["module", "layer"]),
@@ -269,6 +270,9 @@ def _draw(draw: random.Random) -> Composition:
         },
         "parallel__expert_zero1": {"size": draw.choice([-1, -1, 1, 2]) if experts else -1},
     }  # fmt: skip
+    if isp and tensor > 1 and draw.random() < 0.5:
+        contexts = draw.choice([n for n in (2, 4) if tensor % n == 0])
+        layout |= two_d(tensor // contexts, contexts, draw.random() < 0.7)
     training: dict[str, Any] = {
         "model__num_layers": layers, "data__micro_bsz": 3,  # routing is by micro-batch
         "data__use_packed_dataset": draw.random() < 0.7,

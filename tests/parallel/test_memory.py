@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import run, write_config, write_dataset
-from tests.parallel.layouts import DEEPSEEK, EXPERTS, PREFETCH, RECOMPUTED, layout, pipelined, scheduled
+from tests.parallel.layouts import DEEPSEEK, EXPERTS, PADDED, PREFETCH, RECOMPUTED, layout, pipelined, scheduled, two_d
 from tests.pool import Pool
 
 SHAPE = {
@@ -48,6 +48,13 @@ CASES = {
     "half recomputed, attention kept": layout(1, model__checkpoint=0.67, selective_checkpoint=True),
     "isp 2 x 2": layout(2, "isp", 2, 2, weights={"overlap": True}),
     "isp 4 x 2": layout(4, "isp", 4, 2, weights={"overlap": True}),
+    "isp 2, context over 2": layout(2, "isp", 2, **two_d(1, 2)),
+    "isp 4, context over 2, padded, half recomputed": layout(4, "isp", 4, **two_d(2, 2), **PADDED, model__checkpoint=0.5),
+    "isp 4 x 2, context over 4, bf16, attention kept": layout(
+        4, "isp", 4, 2, **two_d(1, 4), **BF16, model__checkpoint="attention", selective_checkpoint=True
+    ),
+    "smollm 3, isp 4, context over 2": layout(4, "isp", 4, **SMOLLM3, **two_d(2, 2)),
+    "deepseek 3, isp 2, context over 2": layout(2, "isp", 2, **DEEPSEEK_MEMORY[3], **two_d(1, 2)),
     "qwen3": layout(2, "fsp", 2, model_type="QWEN3"),
     "qwen3, isp": layout(2, "isp", 2, model_type="QWEN3"),
     "gemma 3, fsp 2": layout(2, "fsp", 2, **GEMMA3),

@@ -97,6 +97,7 @@ def memory(work: Workload) -> KeptActivations:
         loss_tokens=tokens,
         output_tokens=tokens,
         head_rows=decoder.vocab_size,
+        looked_up=8 * tokens * (layout.context > 1 and layout.head % 2),  # ids of tokens in two places of a row
     )
 
 
