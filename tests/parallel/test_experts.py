@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import metrics, tensors, write_config
 from tests.parallel.conftest import Runs, assert_same
-from tests.parallel.layouts import COMMON, EXPERTS, PREFETCH, layout, pipelined, scheduled
+from tests.parallel.layouts import COMMON, EXPERTS, PREFETCH, layout, pipelined, scheduled, two_d
 from tests.pool import Pool
 
 ROWS = 3
@@ -51,6 +51,10 @@ CASES = {
     "isp 2, weights over 2, expert weights over 4": layout(4, "isp", 2, 2, weights=PREFETCH, **gathered(4)),
     "isp 2, expert weights over 2, recomputed": layout(4, "isp", 2, 1, model__checkpoint=True, **gathered(2)),
     "isp 1, weights over 4, expert weights over 2 x 2, fsdp": layout(4, "isp", 1, 4, fsdp=True, **gathered(2)),
+    "isp 4, heads over 2, context over 2": layout(4, "isp", 4, **two_d(2, 2), **gathered(2)),
+    "isp 4, context over 2 neighbours, recomputed": layout(
+        4, "isp", 4, 1, **two_d(2, 2, False), model__checkpoint=True, parallel__expert={"size": 2}
+    ),
     "isp 2, experts on 1 rank": layout(4, "isp", 2, 2, parallel__expert={"size": 1}),
     "ZBH1, 2 ranks": scheduled("ZBH1", pipelined(4, 2, layers=2)),
     "ZBV, msp 2": scheduled("ZBV", pipelined(4, 2, 2, layers=4, mode="msp", tensor=2)),

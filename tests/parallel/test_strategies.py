@@ -108,23 +108,27 @@ def test_the_full_table_trains_the_same_model_as_one_process(
 
 
 def test_a_run_continues_in_other_layouts(pool: Pool, world: Runs, tmp_path: Path) -> None:
-    """msp over 4, isp 2 x 4, FSDP over 3, one process, fsp: weights, moments and the position in the data are restored."""
+    """msp over 4, isp 2 x 4, FSDP over 3, isp with context, fsp: weights, moments and the position in the data are restored."""
     _, dataset, one = world
-    parts = [layout(4, "msp", 4), layout(4, "isp", 2, 4), layout(3, fsdp=True), layout(1), layout(2, "fsp", 2)]
+    parts = [layout(4, "msp", 4), layout(4, "isp", 2, 4), layout(3, fsdp=True)]
+    parts += [layout(4, "isp", 4, **two_d(2, 2)), layout(2, "fsp", 2)]
     for steps, (processes, changes) in enumerate(parts, start=1):
         path = write_config(tmp_path, dataset, "parts", **{**COMMON, **changes, "data__total_steps": steps})
         pool.train(path, processes)
     assert_same(tmp_path / "parts", one("llama", steps=len(parts)), len(parts))
 
 
-@pytest.mark.parametrize("name", ["mtp 2", "fsp 2, zero 2", "isp 2, weights over 2, zero 2, half recomputed"])
+COMPILED = ["mtp 2", "fsp 2, zero 2", "isp 2, weights over 2, zero 2, half recomputed", "isp 4, context over 4, padded"]
+
+
+@pytest.mark.parametrize("name", COMPILED)
 def test_compiled_layers_train_the_same_in_every_mode(pool: Pool, world: Runs, tmp_path: Path, name: str) -> None:
     _, dataset, one = world
     processes, changes = NAMED[name]
     compiled = {**COMMON, **changes, "model__compile": True, "ckpt__enable_save_ckpt": False}
     path = write_config(tmp_path, dataset, "many", **compiled)
     pool.train(path, processes, timeout=600)
-    assert_same_rows(tmp_path / "many", one("llama"), STEPS)
+    assert_same_rows(tmp_path / "many", one("llama", changes.get("data__use_packed_dataset", True)), STEPS)
 
 
 @pytest.mark.parametrize("name", ["isp 2, weights over 2, zero 2, half recomputed", "msp 2, fsdp, recomputed", "fsp 2, zero 2"])

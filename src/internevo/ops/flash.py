@@ -44,6 +44,8 @@ PACKAGES = {
 }
 LENGTHS = (1, 200, 64, 1783)
 """Lengths of the documents of the example."""
+PART = slice(150, 900)
+"""The queries of a part of the example; it begins in a document and ends in another one."""
 WINDOW = 257
 """The largest window of the example: larger ones use the same kernels, and would change nothing in documents as short."""
 SHARPNESS = 4.0
@@ -126,12 +128,15 @@ def example(heads: Heads, device: torch.device) -> tuple[Tensor, Tensor, Tensor,
 
 
 def results(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, window: int) -> dict[str, Tensor]:
-    """Computes attention of packed documents and the gradients of the sum of its squares; and, as text is generated, that of a
-    whole row, and of its last token alone with the keys in a larger buffer."""
-    longest = 1 << (max(LENGTHS) - 1).bit_length()  # as a training step rounds it
-    out = attention(q, k, v, ends, longest, window=window)
-    gradients = torch.autograd.grad(out.float().square().sum(), (q, k, v))
-    found = {"output": out.detach(), **{f"gradient of {x}": gradient for x, gradient in zip("qkv", gradients, strict=True)}}
+    """Computes attention of packed documents and the gradients of the sum of its squares, of all queries and of those of a part
+    of the row; and, as text is generated, that of a whole row, and of its last token alone with the keys in a larger buffer."""
+    longest, found = 1 << (max(LENGTHS) - 1).bit_length(), dict[str, Tensor]()  # as a training step rounds it
+    for part, queries in (("", slice(0, q.shape[1])), (" for a part of the row", PART)):
+        inputs = q[:, queries], k[:, : queries.stop], v[:, : queries.stop]
+        out = attention(*inputs, ends, longest, window=window, part=queries is PART)
+        gradients = torch.autograd.grad(out.float().square().sum(), (q, k, v))
+        found[f"output{part}"] = out.detach()
+        found |= {f"gradient of {x}{part}": gradient for x, gradient in zip("qkv", gradients, strict=True)}
     with torch.no_grad():
         keys, values = (torch.cat((x, x), dim=1)[:, : x.shape[1]] for x in (k, v))
         return {**found, "output of a whole row": attention(q, k, v), "output of one token": attention(q[:, -1:], keys, values)}

@@ -133,8 +133,6 @@ class ContextParallel:
         self, q_BSHN: Tensor, k_BSKN: Tensor, v_BSKN: Tensor, cu_seqlens: Tensor, max_seqlen: int, options: dict[str, Any]
     ) -> Tensor:
         """Computes attention of a packed row, one chunk of queries after the other."""
-        outs = list[Tensor]()
-        for chunk, queries in zip(self.order.chunks(k_BSKN.shape[1]), q_BSHN.chunk(2, dim=1), strict=True):
-            k, v = k_BSKN[:, : chunk.stop], v_BSKN[:, : chunk.stop]
-            outs.append(ops.attention(queries, k, v, cu_seqlens, max_seqlen, part=True, **options))
-        return torch.cat(outs, dim=1)
+        chunks = zip(self.order.chunks(k_BSKN.shape[1]), q_BSHN.chunk(2, dim=1), strict=True)
+        keys = [(k_BSKN[:, : chunk.stop], v_BSKN[:, : chunk.stop], queries) for chunk, queries in chunks]
+        return torch.cat([ops.attention(q, k, v, cu_seqlens, max_seqlen, part=True, **options) for k, v, q in keys], dim=1)

@@ -75,8 +75,9 @@ class Scaled(torch.autograd.Function):
 WRONG: dict[str, Callable[..., Tensor]] = {
     "its output": lambda *args, **kwargs: plain(*args, **kwargs) * 1.1,
     "its output ": lambda *args, **kwargs: plain(*args, **kwargs) * float("nan"),
-    "its output  ": lambda *args, window=0: plain(*args, window=window + 1 if window else 0),
-    "its output   ": lambda *args, window=0: plain(*args, window=0),
+    "its output  ": lambda *args, window=0, **more: plain(*args, window=window + 1 if window else 0, **more),
+    "its output   ": lambda *args, window=0, **more: plain(*args, window=0, **more),
+    "its output for a part of the row": lambda *args, **kwargs: plain(*args, **kwargs) * (1.1 if kwargs.get("part") else 1),
     "its gradient of q": lambda *args, **kwargs: Scaled.apply(plain(*args, **kwargs)),
     "its output of a whole row": lambda *args, **kwargs: plain(*args, **kwargs) * (1 if len(args) > 3 else 1.1),
     "its output of one token": lambda *args, **kwargs: plain(*args, **kwargs) * (1.1 if args[0].shape[1] == 1 else 1),

@@ -59,6 +59,7 @@ def compare(
     alibi=st.booleans(),
     packed=st.booleans(),
     softcap=st.sampled_from([0.0, 0.0, 2.0]),
+    part=st.sampled_from([None, None, (0.0, 0.5), (0.3, 0.8), (0.6, 1.0)]),
 )
 def test_attention(
     device: str,
@@ -71,12 +72,17 @@ def test_attention(
     alibi: bool,
     packed: bool,
     softcap: float,
+    part: tuple[float, float] | None,
 ) -> None:
+    """Of whole rows, of a packed row, or of ``part`` of the queries of a packed row with the keys up to them."""
     torch.manual_seed(seed)
     count, kv_count = heads
     rows, total = (1, sum(lengths)) if packed else (len(lengths), lengths[0])
     q, k, v = (torch.randn(1, rows * total, n, size) for n in (count, kv_count, kv_count))
     slopes = torch.rand(count) if alibi else None
+    queries = slice(0, rows * total)
+    if packed and part is not None:
+        queries = slice(int(part[0] * total), max(1, int(part[1] * total)))
     boundaries = list(itertools.accumulate(lengths, initial=0)) if packed else [total * row for row in range(rows + 1)]
     on_device: dict[str, Any] = {
         "window": window, "slopes_H": None if slopes is None else slopes.to(device), "softcap": softcap,
@@ -85,12 +91,13 @@ def test_attention(
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if packed:
             cu_seqlens = torch.tensor(boundaries, dtype=torch.int32, device=device)
-            return ops.attention(q, k, v, cu_seqlens, max(lengths), **on_device)
+            q, k, v = q[:, queries], k[:, : queries.stop], v[:, : queries.stop]
+            return ops.attention(q, k, v, cu_seqlens, max(lengths), part=part is not None, **on_device)
         q_rows, k_rows, v_rows = (x.view(rows, total, *x.shape[2:]) for x in (q, k, v))
         return ops.attention(q_rows, k_rows, v_rows, **on_device).reshape(q.shape)
 
     def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return plain_attention(q, k, v, boundaries, window, slopes, softcap)
+        return plain_attention(q, k, v, boundaries, window, slopes, softcap)[:, queries]
 
     compare(attention, plain, (q, k, v), device, dtype)
 
