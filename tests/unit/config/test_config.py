@@ -309,7 +309,6 @@ def test_without_a_world_size_a_config_is_checked_on_the_smallest_that_fits(chan
         {"model_type": "MIXTRALMOE", "model__num_experts": 4, "model__moe_layer_kwargs": {"noisy_gate_policy": "Jitter"}},
         {"model__norm_type": "layernorm"},
         {"fp8": {"margin": 0}},
-        {"parallel__sequence_2D": {"enable": True}},
     ],
 )
 def test_a_feature_that_is_not_available_yet_validates_but_does_not_train(changes: dict[str, Any]) -> None:
