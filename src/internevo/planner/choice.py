@@ -51,7 +51,7 @@ class Choice(NamedTuple):
         return cls(
             layout.pipeline, config.parallel.pipeline.mode, layout.chunks, config.parallel.tensor.mode, layout.tensor,
             config.parallel.expert.no_tp, layout.expert, config.data.micro_bsz, layout.weight,
-            layout.expert_inner if layout.mode == "isp" else 1, layout.fsdp, layout.zero,
+            layout.expert_inner if layout.mode == "isp" and config.model.num_experts > 1 else 1, layout.fsdp, layout.zero,
             layout.expert_zero if layout.experts_apart else -1, config.model.checkpoint, config.selective_checkpoint,
             layout.context,
         )  # fmt: skip
