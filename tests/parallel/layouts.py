@@ -39,6 +39,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "adam__lr": 2e-2,
         "adam__adam_eps": 1e-3,
     },
+    "muon": {"muon": {}},
     "internlm2, tied": {"model_type": "INTERNLM2", "model__tie_word_embeddings": True},
 }
 PADDED: dict[str, Any] = {"data__use_packed_dataset": False}

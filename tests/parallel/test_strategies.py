@@ -25,6 +25,17 @@ def test_a_strategy_trains_the_same_model_as_one_process(pool: Pool, world: Runs
     compare(pool, world, tmp_path, *NAMED[name])
 
 
+WITH_MUON = [
+    "mtp 2", "mtp 4, recomputed", "msp 2, no zero", "msp 2, fsdp, recomputed", "fsp 2, zero 2", "isp: weights over 2",
+    "isp 4, weights over 2, zero 2 of 4",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WITH_MUON)
+def test_muon_puts_whole_matrices_together(pool: Pool, world: Runs, tmp_path: Path, name: str) -> None:
+    compare(pool, world, tmp_path, *NAMED[name], model="muon")
+
+
 OF_FAMILIES: dict[str, tuple[str, Case]] = {
     "gemma 3, msp 2, fsdp, recomputed": ("gemma 3", layout(4, "msp", 2, fsdp=True, model__checkpoint=True)),
     "gemma 3, isp 2 x 2, half recomputed": ("gemma 3", layout(4, "isp", 2, 2, model__checkpoint=0.5)),

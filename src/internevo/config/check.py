@@ -37,6 +37,7 @@ def problems(config: Config, world_size: int) -> list[str]:
     """Returns one line for each contradiction inside the config, or between it and the world size."""
     rules = (
         _lora,
+        _muon,
         _heads,
         _rope,
         _axes,
@@ -111,6 +112,14 @@ def _lora(config: Config, world: int) -> Iterator[str]:
         return
     if config.model.num_experts > 1 and set(lora.targets) & {"gate", "up", "down"}:
         yield f"model.lora.targets = {lora.targets}: experts cannot have adapters; choose from q, k, v, o"
+
+
+def _muon(config: Config, world: int) -> Iterator[str]:
+    muon = config.muon
+    if muon is not None and config.model.lora is not None:
+        yield "muon does not update adapters (model.lora): leave one of them out"
+    if muon is not None and muon.lr is not None and config.adam.lr == 0:
+        yield f"muon.lr = {muon.lr} follows the schedule of adam.lr, which is 0: leave out muon.lr, or set adam.lr"
 
 
 def _heads(config: Config, world: int) -> Iterator[str]:

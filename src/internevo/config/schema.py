@@ -10,7 +10,7 @@ from .model import Model
 from .option import REQUIRED, PathText, Section, option
 from .parallel import Parallel
 from .run import Ckpt, Generation, Monitor
-from .training import Adam, Beta2Scheduler, GradScaler, HybridZeroOptimizer, Loss, LrScheduler
+from .training import Adam, Beta2Scheduler, GradScaler, HybridZeroOptimizer, Loss, LrScheduler, Muon
 
 FP32_NORM = "norms always compute in fp32, and their master weights are fp32"
 FP32_LOSS = "the loss is always computed in fp32"
@@ -28,6 +28,7 @@ class Config(Section):
     data: Data = option(REQUIRED, "The datasets and the batch size.")
     parallel: Parallel = option(Parallel(), "The sizes and strategies of all axes.")
     adam: Adam = option(REQUIRED, "The optimizer, AdamW.")
+    muon: Muon | None = option(None, "Update the matrices of the layers with Muon (muon = dict()). None: with AdamW.")
     lr_scheduler: LrScheduler = option(LrScheduler(), "The schedule of the learning rate.")
     beta2_scheduler: Beta2Scheduler | None = option(None, "The schedule of Adam's beta2. None: always adam.adam_beta2.")
     hybrid_zero_optimizer: HybridZeroOptimizer = option(

@@ -22,6 +22,21 @@ class Adam(Section):
     weight_decay: float = option(0.01, "Weight decay. It is decoupled from the gradient.", ge=0)
 
 
+class Muon(Section):
+    """Muon: the update of a matrix is its momentum, made orthogonal. The matrices of the layers are updated so, of experts
+    one by one; embedding, head, routers, norms and biases with AdamW."""
+
+    momentum: float = option(0.95, "Decay rate of the momentum.", ge=0, lt=1)
+    nesterov: bool = option(True, "Add the new gradient to the momentum once more, as Nesterov's does.")
+    steps: int = option(5, "Number of Newton-Schulz iterations.", ge=1, le=100)
+    scale: Literal["match_rms_adamw", "original"] = option(
+        "match_rms_adamw",
+        "What the learning rate of a matrix is multiplied by. match_rms_adamw: 0.2 * sqrt(max(rows, columns)), so that adam.lr "
+        "and adam.weight_decay fit both. original: sqrt(max(1, rows / columns)).",
+    )
+    lr: float | None = option(None, "Highest learning rate of the matrices; it follows the same schedule. None: adam.lr.", ge=0)
+
+
 class LrScheduler(Section):
     """The schedule of the learning rate: linear warm-up to adam.lr, then as `kind` says, to eta_min."""
 

@@ -110,7 +110,7 @@ class Profile(TorchDispatchMode):
         """
         Args:
             models: the model, or the stages of this rank, with the names of the whole model's parameters.
-            state: master weights (model/NAME) and moments (optimizer/NAME.exp_avg, ...).
+            state: master weights (model/NAME) and moments (optimizer/NAME.MOMENT).
             masters: the master weights themselves.
             copies: other copies of master weights.
         """
@@ -189,7 +189,8 @@ class Profile(TorchDispatchMode):
         kinds = {"model/": "masters", "optimizer/": "moments"}
         for name, tensor in self.state.items():
             prefix = next(prefix for prefix in kinds if name.startswith(prefix))
-            parameter = name.removeprefix(prefix).removesuffix(".exp_avg_sq").removesuffix(".exp_avg")
+            parameter = name.removeprefix(prefix)
+            parameter = parameter.rpartition(".")[0] if kinds[prefix] == "moments" else parameter
             self._add_existing(tensor, kinds[prefix], parameter)
         for name, master in self.masters.items():
             self._add_existing(master, "masters", name)

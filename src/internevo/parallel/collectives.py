@@ -87,6 +87,12 @@ def all_to_all(x: Tensor, group: Group) -> Tensor:
     return wait(functional.all_to_all_single(_as_input(x), None, None, group))
 
 
+def send_parts(x: Tensor, sent: list[int], received: list[int], group: Group) -> Tensor:
+    """Sends the first ``sent[0]`` elements of x to rank 0, and so on. Returns what this rank gets, ``received[r]`` from rank r.
+    Without autograd."""
+    return wait(functional.all_to_all_single(_as_input(x), received, sent, group))
+
+
 def tokens_first(x_BSD: Tensor) -> Tensor:
     """Returns [S, B, D], since collectives work along dimension 0. With one (packed) row it copies nothing."""
     return x_BSD.transpose(0, 1).contiguous()

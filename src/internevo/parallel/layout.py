@@ -65,6 +65,8 @@ class Layout:
     """isp: ranks of a tensor group that have different queries of the same heads (2D sequence parallelism)."""
     head_first: bool = True
     """Whether the ranks of a tensor group that share the heads are neighbours; otherwise those that share the queries are."""
+    muon: bool = False
+    """Whether the optimizer puts matrices together (``matrices.py``)."""
 
     @classmethod
     def from_config(cls, config: Config, world: int) -> Layout:
@@ -78,6 +80,7 @@ class Layout:
             layout,
             context=context_size(config),
             head_first=parallel.sequence_2D.device_placement_strategy.head_first,
+            muon=config.muon is not None,
         )
         if config.model.num_experts == 1:
             return layout
@@ -144,6 +147,18 @@ class Layout:
             "stage": self.pipeline, "replicate": replicate, "zero": self.expert_zero,
             "expert": self.expert, "inner": self.expert_inner,
         })  # fmt: skip
+
+    @property
+    def shards(self) -> View:
+        """The weights, with the ranks that together have all shards of a replica as one axis."""
+        return View({"stage": self.pipeline, "replicate": self.replicate, "shards": self.zero * self.inner})
+
+    @property
+    def expert_shards(self) -> View:
+        """The same for experts."""
+        axes = self.experts.axes
+        shards = axes["zero"] * axes["expert"] * axes["inner"]
+        return View({"stage": self.pipeline, "replicate": axes["replicate"], "shards": shards})
 
     @property
     def kv_weights(self) -> View:
@@ -245,6 +260,10 @@ class Layout:
             if self.mode == "isp":
                 found["expert weight"] = (experts, "inner")
             found |= {"expert zero": (experts, "zero"), "expert replicate": (experts, "replicate")}
+        if self.muon:
+            found["shards"] = (self.shards, "shards")
+            if self.experts_apart:
+                found["expert shards"] = (self.expert_shards, "shards")
         found["pipeline"] = (weights, "stage")
         return {name: (view, axis) for name, (view, axis) in found.items() if view.axes[axis] > 1}
 
@@ -309,6 +328,10 @@ class Meshes:
     """Those that have different queries of the same heads. None without 2D sequence parallelism."""
     experts: DeviceMesh | None
     """Dimensions: replicate, zero, expert, inner. None if the weights of experts are over the same ranks as the others."""
+    shards: DeviceMesh | None
+    """With Muon: dimensions replicate and shards, of ``Layout.shards``."""
+    expert_shards: DeviceMesh | None
+    """The same for experts, if their weights are over other ranks than the others."""
     groups: Groups
 
     @classmethod
@@ -333,5 +356,7 @@ class Meshes:
             mesh(layout.attention, "head"),
             mesh(layout.attention, "context") if layout.context > 1 else None,
             layout.experts.mesh(groups, device_type, {"expert": rows}) if layout.experts_apart else None,
+            layout.shards.mesh(groups, device_type) if layout.muon else None,
+            layout.expert_shards.mesh(groups, device_type) if layout.muon and layout.experts_apart else None,
             groups,
         )

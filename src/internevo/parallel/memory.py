@@ -253,6 +253,8 @@ class Elements(NamedTuple):
     """Of a rank's shards."""
     padded: int
     """The same with the padding: gradients are views of the buffer that a reduce-scatter has filled."""
+    matrices: int
+    """Of ``shard``, how many are in matrices that Muon updates."""
     head: int = 0
     """Of ``gathered``, how many are in the unit of the head."""
 
@@ -261,21 +263,30 @@ class Elements(NamedTuple):
         return Elements(*(mine + times * theirs for mine, theirs in zip(self, other, strict=True)))
 
     @classmethod
-    def of(cls, work: Workload, shapes: Sequence[Shape], experts: Sequence[Shape], deferred: Sequence[Shape]) -> Elements:
+    def of(
+        cls,
+        work: Workload,
+        shapes: Sequence[Shape],
+        experts: Sequence[Shape],
+        deferred: Sequence[Shape],
+        matrices: Sequence[Shape] | None = None,
+    ) -> Elements:
         """Counts them.
 
         Args:
             experts: the shapes of experts that are a unit of their own.
             deferred: the shapes of all weights whose gradients are computed apart.
+            matrices: those of ``shapes`` that Muon updates, with all experts; None: there is no Muon.
         """
         zero, expert_zero = work.layout.zero, work.layout.expert_zero
         dense = sum(shard_size(shape, zero) for shape in shapes)
         of_experts = sum(expert_shard_size(shape, expert_zero) for shape in experts)
-        shard = sum(shard_size(shape, zero, work.zero_rank) for shape in shapes)
-        shard += sum(expert_shard_size(shape, expert_zero, work.expert_zero_rank) for shape in experts)
+        shard, of_matrices = (sum(shard_size(s, zero, work.zero_rank) for s in its) for its in (shapes, matrices or ()))
+        expert_shard = sum(expert_shard_size(shape, expert_zero, work.expert_zero_rank) for shape in experts)
         full, apart = (sum(math.prod(shape) for shape in kind) for kind in ((*shapes, *experts), deferred))
         gathered = zero * dense + expert_zero * of_experts
-        return cls(full, gathered, apart if work.zero_bubble else 0, shard, dense + of_experts)
+        of_matrices += 0 if matrices is None else expert_shard
+        return cls(full, gathered, apart if work.zero_bubble else 0, shard + expert_shard, dense + of_experts, of_matrices)
 
 
 def weights_and_gradients(work: Workload, stage: Elements, passes: str) -> int:

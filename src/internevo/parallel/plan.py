@@ -21,13 +21,14 @@ from ..models.linear import Linear
 from ..models.lora import freeze_all_but_adapters
 from ..models.moe import ExpertLinear
 from ..ops.precision import COMPUTE
-from . import data_axis, expert, isp, pipeline, tensor
+from . import data_axis, expert, isp, matrices, pipeline, tensor
 from .data_axis import DataAxis, Sharded, SingleProcess, Weights
 from .deferred import Deferred
 from .expert import ExpertParallel
 from .isp import InternSequenceParallel
 from .kept import points
 from .layout import Layout, Meshes
+from .matrices import Matrix, Team
 from .memory import Elements, Memory, activations, left, weights_and_gradients
 from .messages import DOWN, Channels, pairs, rounds
 from .orders import Action
@@ -41,9 +42,17 @@ from .tensor import TensorParallel
 from .views import Groups
 
 
-def build(
-    decoder: DecoderConfig, config: Config, layout: Layout, device: torch.device, frozen: bool = False
-) -> tuple[Decoder | PipelinedModel, Weights, Schedule]:
+class Built(NamedTuple):
+    """What a rank has of a model."""
+
+    model: Decoder | PipelinedModel
+    axis: Weights
+    schedule: Schedule
+    teams: Sequence[Team]
+    """With Muon: the ranks that update matrices together with this one."""
+
+
+def build(decoder: DecoderConfig, config: Config, layout: Layout, device: torch.device, frozen: bool = False) -> Built:
     """Builds the model of a run, or this rank's stages of it, and applies all strategies. Its weights are not filled in yet.
 
     Every rank must call it.
@@ -58,7 +67,7 @@ def build(
     if meshes is None or layout.pipeline == 1:
         whole = Stage(range(decoder.num_layers))
         model, axis = _build_stage(whole, decoder, config, layout, meshes, device, frozen=frozen)
-        return model, axis, OneStage(model, axis, device)
+        return Built(model, axis, OneStage(model, axis, device), _teams(model, config, layout, meshes))
     stages = split(decoder, layout.stages, config.data.seq_len, config.parallel.pipeline.layers)
     pipelines, dtype = layout.weights.groups("stage"), COMPUTE[config.model.dtype]
     ranks_of_stages = [layout.rank_of_stage(number) for number in range(len(stages))]
@@ -71,7 +80,12 @@ def build(
             chunks.append(Chunk(number, *built, deferred))
     both = Chunks([chunk.axis for chunk in chunks], _tied_group(decoder, layout, meshes.groups, ranks_of_stages))
     sequence_ranks = layout.tensor if layout.shards_sequence else 1
-    return PipelinedModel(mode, chunks, channels), both, Pipeline(mode, chunks, both, channels, sequence_ranks)
+    pipelined, schedule = PipelinedModel(mode, chunks, channels), Pipeline(mode, chunks, both, channels, sequence_ranks)
+    return Built(pipelined, both, schedule, _teams(pipelined, config, layout, meshes))
+
+
+def _teams(model: Decoder | PipelinedModel, config: Config, layout: Layout, meshes: Meshes | None) -> Sequence[Team]:
+    return () if config.muon is None else matrices.teams(model.numbered_layers(), layout, meshes)
 
 
 def _build_stage(
@@ -158,6 +172,9 @@ def traffic(work: Workload) -> list[Collectives]:
         layers = [layer for layer in stage.layers if work.decoder.is_sparse(layer)]
         of_experts = {layer: [p.shape for p in unit] for layer, unit in zip(layers, experts, strict=False)}
         rows += data_axis.traffic(work, shapes, of_experts, partial, stage.heads)
+    if work.layout.muon:
+        its = [matrix for stage in work.on_rank for matrix in _matrices(_shape_of(work.decoder), stage)]
+        rows += matrices.traffic(its, work.layout, work.rank, work.element_bytes)
     return add_up(rows, work.layout)
 
 
@@ -170,7 +187,7 @@ def memory(work: Workload) -> Memory:
     stages = [sizes[_like(stage, work.decoder)] for stage in work.on_rank]
     message = message_bytes(work, kept)
     shards = sum(stage.elements.shard for stage in stages)
-    moments = 8 * (shards - pipeline.copied_elements(work))
+    moments = 8 * (shards - pipeline.copied_elements(work)) - 4 * sum(stage.elements.matrices for stage in stages)
     forward, backward = [stage.forward for stage in stages], [stage.backward for stage in stages]
     state = cache(lambda stage, passes: weights_and_gradients(work, stage.elements, passes))
     found = list[tuple[int, int, int, Action]]()
@@ -246,11 +263,13 @@ def _count_elements(work: Workload) -> Elements:
     sparse = sum(decoder.is_sparse(number) for number in stage.layers)
     parts = [(1, list(itertools.chain(*_ends(work, stage))))]
     parts += [(count, layer(work, kind)) for kind, count in ((True, sparse), (False, len(stage.layers) - sparse)) if count]
-    total = Elements(0, 0, 0, 0, 0)
+    total = Elements(0, 0, 0, 0, 0, 0)
     for count, parameters in parts:
         shapes = [parameter.shape for parameter in parameters if not (parameter.of_experts and layout.experts_apart)]
         experts = [parameter.shape for parameter in parameters if parameter.of_experts and layout.experts_apart]
-        part = Elements.of(work, shapes, experts, [parameter.shape for parameter in parameters if parameter.deferred])
+        deferred = [parameter.shape for parameter in parameters if parameter.deferred]
+        plain = [p.shape for p in parameters if p.matrix and not (p.of_experts and layout.experts_apart)]
+        part = Elements.of(work, shapes, experts, deferred, plain if layout.muon else None)
         total = total.plus(part, count)
     if stage.heads:
         shapes = [parameter.shape for parameter in _ends(work, stage)[-1]]
@@ -267,6 +286,8 @@ class OnRank(NamedTuple):
     deferred: bool
     """Whether a zero-bubble schedule computes its gradients apart from the backward passes."""
     of_experts: bool
+    matrix: bool
+    """Whether Muon updates it."""
 
 
 def _on_rank(work: Workload, stage: Stage) -> tuple[list[list[OnRank]], list[list[OnRank]]]:
@@ -301,9 +322,10 @@ def _placed(work: Workload, parameter: _Parameter) -> OnRank:
     layout, inner = work.layout, isp if work.layout.mode == "isp" else tensor
     shape, axes, name, kind = parameter
     if kind is ExpertLinear:
-        return OnRank(expert.shape_on_rank(shape, axes, layout), None, True, True)
+        return OnRank(expert.shape_on_rank(shape, axes, layout), None, True, True, True)
     deferred = kind is Linear and name == "weight"
-    return OnRank(inner.shape_on_rank(shape, axes, name, layout), inner.partial_axis(axes, name, layout), deferred, False)
+    local_shape, partial_axis = inner.shape_on_rank(shape, axes, name, layout), inner.partial_axis(axes, name, layout)
+    return OnRank(local_shape, partial_axis, deferred, False, deferred and matrices.is_matrix(axes))
 
 
 class _Parameter(NamedTuple):
@@ -319,6 +341,13 @@ class _Parameter(NamedTuple):
 def _shape_of(decoder: DecoderConfig) -> DecoderConfig:
     """Returns the decoder without what its parameters do not depend on."""
     return replace(decoder, rope=None, window_rope=None, layers_without_rope=(), windows=())
+
+
+@lru_cache(maxsize=64)
+def _matrices(decoder: DecoderConfig, stage: Stage) -> list[Matrix]:
+    """Returns the matrices of a stage."""
+    with torch.device("meta"):
+        return matrices.matrices(Decoder(decoder, stage).numbered_layers())
 
 
 @lru_cache(maxsize=64)

@@ -59,6 +59,8 @@ class Workload:
     """The place of this rank among those over which the optimizer state is sharded."""
     expert_zero_rank: int = 0
     """The same for experts."""
+    rank: int = 0
+    """The rank whose collectives are asked for, in the world."""
     loss: LossTerms = field(default_factory=LossTerms)
     """The weights of the terms of the loss."""
     rows: int = 0
@@ -90,6 +92,7 @@ class Workload:
             mine,
             layout.weights.coordinate(rank)["zero"],
             layout.experts.coordinate(rank)["zero"],
+            rank,
             LossTerms.from_config(config.loss),
             0 if config.data.use_packed_dataset else config.data.micro_bsz,
             config.parallel.weight.overlap,

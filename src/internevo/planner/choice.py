@@ -77,9 +77,9 @@ class Choice(NamedTuple):
         layout = Layout.of(
             world, self.tensor, self.mode, self.weight, self.pipeline, self.zero, self.fsdp, heads, self.chunks, self.schedule
         )
-        if self.context > 1:
+        if self.context > 1 or config.muon is not None:
             head_first = config.parallel.sequence_2D.device_placement_strategy.head_first
-            layout = replace(layout, context=self.context, head_first=head_first)
+            layout = replace(layout, context=self.context, head_first=head_first, muon=config.muon is not None)
         has_experts = config.model.num_experts > 1
         return layout.with_experts(self.expert, self.expert_inner, self.expert_zero) if has_experts else layout
 

@@ -354,7 +354,7 @@ def load(source: ParameterSource, config: Config, world: World) -> Loaded:
     """Loads a model on the ranks of a layout; each reads only its shards. Every rank must call it."""
     layout, decoder = Layout.from_config(config, world.size), source.config
     prepare(config, world.device)
-    model, axis, schedule = plan.build(decoder, config, layout, world.device, frozen=True)
+    model, axis, schedule, _ = plan.build(decoder, config, layout, world.device, frozen=True)
     read_shards(axis.masters, source)
     axis.masters_changed()
     if decoder.experts is not None and decoder.experts.balance_bias:

@@ -24,6 +24,7 @@ from ..models.decoder import Decoder, balance_biases
 from ..models.families.registry import decoder_config
 from ..models.losses import LossTerms
 from ..observe.console import log
+from ..ops.precision import COMPUTE
 from ..parallel import gloo, plan
 from ..parallel.data_axis import Weights
 from ..parallel.launcher import local_world_size
@@ -32,7 +33,7 @@ from ..parallel.pipeline import PipelinedModel
 from ..parallel.schedule import Schedule
 from ..parallel.turns import Doing, in_turns
 from ..parallel.world import World
-from .optimizer import Optimizer
+from .optimizer import Optimizer, Orthogonal
 from .resume import TOKENIZER
 from .scaler import LossScaler
 from .state import RunState
@@ -82,8 +83,12 @@ class Parts:
     def without_weights(cls, config: Config, world: World, layout: Layout, source: Source, valid: Rows | None) -> Parts:
         """Builds everything, but does not fill in the weights. Every rank must call it."""
         decoder = decoder_config(config.model_type, config.model)
-        model, axis, schedule = plan.build(decoder, config, layout, world.device)
-        optimizer = Optimizer(axis.masters, config.adam, axis.model_weights)
+        model, axis, schedule, teams = plan.build(decoder, config, layout, world.device)
+        orthogonal, muon, adam = None, config.muon, config.adam
+        if muon is not None:
+            share = muon.lr / adam.lr if muon.lr is not None and adam.lr else 1.0
+            orthogonal = Orthogonal(muon, teams, COMPUTE[config.model.dtype], share)
+        optimizer = Optimizer(axis.masters, adam, axis.model_weights, orthogonal)
         scaler = LossScaler.from_config(config.grad_scaler, config.model.dtype)
         sizes = BatchSizes.from_config(config.data, layout.data)
         return cls(config, world, layout, source, valid, sizes, decoder, model, axis, schedule, optimizer, scaler, RunState())
