@@ -191,6 +191,10 @@ EXPERT_MODELS: dict[str, dict[str, Any]] = {
         "model_type": "QWEN3MOE", "model__num_experts": 4, "model__top_k": 2, "model__moe_intermediate_size": 24,
         "model__moe_type": "Dropless", "model__mlp_only_layers": [0], "loss__moe_loss_coeff": 0.05,
     },
+    "muon, dropless experts": {
+        "model_type": "QWEN3MOE", "model__num_experts": 4, "model__top_k": 2, "model__moe_intermediate_size": 24,
+        "model__moe_type": "Dropless", "model__num_shared_experts": 1, "loss__moe_loss_coeff": 0.05, "muon": {},
+    },
     "eight experts": {
         "model_type": "MIXTRALMOE", "model__num_experts": 8, "model__top_k": 2,
         "model__moe_layer_kwargs": {"capacity_factor": 0.8}, "loss__moe_loss_coeff": 0.1,

@@ -19,6 +19,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "model_type": "QWEN3MOE", "model__num_experts": 4, "model__top_k": 2, "model__moe_intermediate_size": 24,
         "model__moe_type": "Dropless", "model__mlp_only_layers": [0],
     },
+    "muon": {**EXPERTS, "model__moe_type": "Dropless", "muon": {}},
     "frozen, with adapters": {
         **EXPERTS, "loss__moe_loss_coeff": 0.1, "model__lora": {"rank": 3, "alpha": 6, "targets": ["wq", "wo"]},
         "adam__lr": 2e-2, "adam__adam_eps": 1e-3,
@@ -78,9 +79,16 @@ def test_overlap_changes_no_bit(pool: Pool, world: Runs, tmp_path: Path) -> None
     assert mine.keys() == theirs.keys() and all(mine[name].equal(tensor) for name, tensor in theirs.items())
 
 
+WITH_MUON = [
+    "2 of 4 ranks", "2 of 4 ranks, zero 4, of experts 1", "2 of 4 ranks, fsdp", "1 rank", "msp 2, 2 ranks", "mtp 2",
+    "msp 2, whole experts on 2 ranks", "isp 2, weights over 2, expert weights over 4",
+    "isp 1, weights over 4, expert weights over 2 x 2, fsdp", "isp 2, experts on 1 rank",
+    "ZBH1, isp 2, expert weights over 2",
+]  # fmt: skip
 TRAINED = [
-    *zip(CASES, itertools.cycle(name for name in FAMILIES if "frozen" not in name), strict=False),
+    *zip(CASES, itertools.cycle(["capacity", "dropless, no shared expert"]), strict=False),
     *((name, family) for name in CASES for family in FAMILIES if "frozen" in family and name.startswith("ZB")),
+    *((name, "muon") for name in WITH_MUON),
 ]
 """Frozen experts matter where the gradients of weights are computed apart."""
 

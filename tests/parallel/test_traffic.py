@@ -56,6 +56,12 @@ CASES: dict[str, Any] = {
     "isp 2 x 2, attention recomputed": layout(2, "isp", 2, 2, weights=PREFETCH, model__checkpoint="attention"),
     "mtp 4, two replicas of each key/value head": layout(4, "mtp", 4),
     "msp 2, one key/value head": (*layout(2, "msp", 2), "biased, one key/value head"),
+    "muon, zero 2 of 4": (*layout(4, zero=2), "muon"),
+    "muon, plain data parallel": (*layout(4, zero=1), "muon"),
+    "muon, mtp 4, two replicas of each key/value head": (*layout(4, "mtp", 4), "muon"),
+    "muon, isp 4, weights over 2, zero 2 of 4": (*NAMED["isp 4, weights over 2, zero 2 of 4"], "muon"),
+    "muon, pipeline of 2, interleaved, zero 2": (*pipelined(4, 2, 2), "muon"),
+    "muon, fsdp 2 of 4, bf16": (*layout(4, zero=2, fsdp=True, model__dtype="bfloat16"), "muon"),
     "pipeline of 4": pipelined(4, 4),
     "pipeline of 2, interleaved, zero 2": pipelined(4, 2, 2),
     "pipeline of 3, msp 2, tied": (*pipelined(6, 3, mode="msp", tensor=2), "internlm2, tied"),
@@ -92,6 +98,8 @@ MIXED = {
 }
 """Dropless experts without a shared one, and one layer without experts."""
 EXPERTS_OVER_RANKS = {
+    "2 of 4, muon": layout(4, **EXPERTS, parallel__expert={"size": 2}, muon={}),
+    "isp 2, expert weights over 2, muon": layout(4, "isp", 2, 2, **EXPERTS, parallel__expert_weight={"size": 2}, muon={}),
     "2 of 4": layout(4, **EXPERTS, parallel__expert={"size": 2}),
     "2 of 4, fsdp, recomputed": layout(4, **EXPERTS, parallel__expert={"size": 2}, fsdp=True, model__checkpoint=True),
     # The gradients of the router's sums arrive after the experts' backward pass; the experts are not gathered again.
