@@ -94,15 +94,27 @@ def apply_override(raw: dict[str, Any], text: str) -> None:
 
 
 def parse_value(text: str) -> Any:
-    """Converts the text of an override: ``true``, ``false``, ``none``, ``null``, a Python literal, or otherwise a string."""
+    """Converts the text of an override: ``true``, ``false``, ``none``, ``null``, a Python literal (also with ``dict(...)``, as
+    config files have them), or otherwise a string."""
     words = {"true": True, "false": False, "none": None, "null": None}
     if text.lower() in words:
         return words[text.lower()]
     try:
         with warnings.catch_warnings(action="ignore"):  # of a text that resembles Python
-            return ast.literal_eval(text)
+            return ast.literal_eval(_DictCalls().visit(ast.parse(text.strip(), mode="eval")))
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
+
+
+class _DictCalls(ast.NodeTransformer):
+    """Writes ``dict(a=1)`` as ``{"a": 1}``."""
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:  # noqa: N802 (ast's name)
+        self.generic_visit(node)
+        names = [keyword.arg for keyword in node.keywords]
+        if not isinstance(node.func, ast.Name) or node.func.id != "dict" or node.args or None in names:
+            return node
+        return ast.Dict([ast.Constant(name) for name in names], [keyword.value for keyword in node.keywords])
 
 
 def flat(config: Config) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from ..models.source import ParameterSource
 from ..parallel.shards import fill_local
 from ..parallel.turns import Doing, in_turns
 from ..storage.header import Spec
+from .optimizer import MOMENTUM
 from .parts import Parts
 from .start import check_source, find_start, has_new_adapters, has_new_biases, open_adapter
 
@@ -81,6 +82,7 @@ def load_checkpoint(parts: Parts, checkpoint: Checkpoint, wanted: LoadCkptInfo) 
         tensors = {name: tensor for name, tensor in tensors.items() if ADAPTER_INFIX not in name}
     if has_new_biases(parts.decoder, checkpoint):
         tensors = {name: tensor for name, tensor in tensors.items() if name not in parts.biases()}
+    _check_optimizer(tensors, checkpoint)
     load_tensors(checkpoint, tensors)
     state = checkpoint.json("state.json")
     if wanted.has("optimizer"):
@@ -94,6 +96,19 @@ def load_checkpoint(parts: Parts, checkpoint: Checkpoint, wanted: LoadCkptInfo) 
             *_compare_batches(parts, state["global_rows"], state.get("batches")),
         ]
     return lines
+
+
+def _check_optimizer(tensors: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
+    """Refuses the moments of another optimizer."""
+    missing = [name for name in tensors if name.startswith("optimizer/") and name not in checkpoint.manifest.tensors]
+    if missing:
+        mine, theirs = ("Muon", "AdamW") if missing[0].endswith(MOMENTUM) else ("AdamW", "Muon")
+        raise CheckpointError(
+            f"{checkpoint.folder} has the moments of {theirs} for {missing[0].removeprefix('optimizer/').rpartition('.')[0]}"
+            f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}, and the config says {mine} (muon). Go on with "
+            f"{theirs}; or start a run of its own (another ckpt.save_ckpt_folder) from its weights: "
+            f'ckpt.load_ckpt_info=dict(path="{checkpoint.folder}", content=("model",))'
+        )
 
 
 def _compare_data(parts: Parts, data: str, folder: Path) -> list[str]:

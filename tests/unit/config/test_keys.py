@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from internevo.config import Config, reference, validate
 from internevo.config.axes import smallest_world
-from internevo.config.load import apply_override, dump
+from internevo.config.load import apply_override, parse_value, dump
 from internevo.config.option import PathText, Section, field_extras, field_kinds, section_of
 from internevo.errors import ConfigError
 from internevo.train.check import missing_features, problems
@@ -130,6 +130,21 @@ def test_overrides_are_read_by_the_type_of_their_key(override: str, key: str, va
     raw = tiny()
     apply_override(raw, override)
     assert getattr(validate(raw).data, key) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("dict()", {}),
+        ("dict(a=1, b=dict(c=(1, 'x')))", {"a": 1, "b": {"c": (1, "x")}}),
+        ("[dict(a=1)]", [{"a": 1}]),
+        ("dict(**x)", "dict(**x)"),
+        ("dict(1)", "dict(1)"),
+        ("print(a=1)", "print(a=1)"),
+    ],
+)
+def test_an_override_may_have_a_section_as_config_files_do(text: str, value: Any) -> None:
+    assert parse_value(text) == value
 
 
 def test_every_option_is_used_or_says_that_it_is_not() -> None:
