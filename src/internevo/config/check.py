@@ -237,9 +237,11 @@ def _expert_widths(config: Config, experts: int) -> Iterator[str]:
 def _batch(config: Config, world: int) -> Iterator[str]:
     data, ranks = config.data, data_size(config, world)
     if data.global_batch_size and data.global_batch_size % (data.micro_bsz * ranks):
+        share, rest = divmod(data.global_batch_size, ranks)
+        fitting = "" if rest else f"data.micro_bsz={math.gcd(share, data.micro_bsz)}, or "
         yield (
             f"data.global_batch_size = {data.global_batch_size} is not a multiple of data.micro_bsz * data ranks = "
-            f"{data.micro_bsz} * {ranks}; change data.global_batch_size or data.micro_bsz"
+            f"{data.micro_bsz} * {ranks}; use {fitting}a multiple of {data.micro_bsz * ranks}"
         )
     schedule = config.lr_scheduler
     if schedule.kind != "constant" and schedule.total_steps is not None and schedule.total_steps < data.total_steps:

@@ -179,7 +179,8 @@ def test_all_problems_are_reported_together() -> None:
             "data.seq_len = 31 is not divisible",
         ),
         (4, {"parallel__zero1": 3}, "does not divide the 4 ranks that hold the same part"),
-        (5, {}, "data.global_batch_size = 12 is not a multiple"),
+        (5, {}, "data.global_batch_size = 12 is not a multiple of data.micro_bsz * data ranks = 1 * 5; use a multiple of 5"),
+        (4, {"data__micro_bsz": 6}, "= 6 * 4; use data.micro_bsz=3, or a multiple of 24"),
         (2, {"parallel__weight__size": 2}, "needs parallel.tensor.mode = 'isp'"),
         (
             4,
