@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from ..checkpoint import Checkpoint
 from ..checkpoint.load import load_tensors
 from ..checkpoint.storage import KINDS
+from ..config.changes import changes
 from ..config.run import LoadCkptInfo
 from ..data.source import AT_THE_BEGINNING, Saved
-from ..errors import CheckpointError
+from ..errors import CheckpointError, UsageError
 from ..models.huggingface.folder import HfFolder
 from ..models.huggingface.peft import PeftFolder
 from ..models.linear import ADAPTER_INFIX
@@ -24,6 +25,7 @@ from ..models.source import ParameterSource
 from ..parallel.shards import fill_local
 from ..parallel.turns import Doing, in_turns
 from ..storage.header import Spec
+from ..storage.jsonfile import read_object
 from .parts import Parts
 from .start import check_source, find_start, has_new_adapters, has_new_biases, open_adapter
 
@@ -52,7 +54,17 @@ def restore(parts: Parts, run: Path, doing: Doing = nullcontext) -> list[str]:
             lines = load_checkpoint(parts, start.source, start.wanted)
             if start.resumed:
                 parts.state.run = start.source.manifest.run  # this is the same run
+                lines += _changes(parts, start.source)
         return lines if adapter is None else [*lines, *load_adapter(parts, adapter)]
+
+
+def _changes(parts: Parts, checkpoint: Checkpoint) -> list[str]:
+    """Returns lines about the keys of the config that have changed since a checkpoint was saved."""
+    try:
+        recorded = read_object(checkpoint.folder / "config.json")
+    except UsageError:
+        return []  # a checkpoint that was converted has none, and nothing depends on it
+    return [f"note: {line}" for line in changes(parts.recorded, recorded)]
 
 
 def load_adapter(parts: Parts, adapter: PeftFolder) -> list[str]:
