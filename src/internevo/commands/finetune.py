@@ -27,7 +27,6 @@ from ..data.tokenized.index import Index, open_index
 from ..errors import DataError, InternEvoError, UsageError
 from ..models.huggingface.tokenizer import copy_tokenizer, has_tokenizer
 from ..observe.metrics import usable_rows
-from ..observe.units import counted
 from ..ops.precision import DTYPES
 from ..parallel.launcher import read_launcher
 from ..storage.folders import check_target, clean_up, set_aside
@@ -40,6 +39,7 @@ from ..train.config import HfModel, load_config
 from ..train.due import Due
 from ..train.folder import CONFIG, FINETUNE, LOCK
 from ..train.resume import TOKENIZER
+from ..wording import counted
 from .config_from_hf import describe
 from .convert import convert
 from .finetune_config import DATA, MODEL, Chosen, Options, check_overrides
@@ -302,7 +302,7 @@ def _describe(index: Index, tokenizer: Tokenizer) -> None:
     say("examples; what is in ⟦ ⟧ is read, and the rest is predicted:")
     for text in decoded(index, tokenizer, EXAMPLES):
         more = len(text) - SHOWN
-        print(text if more <= 0 else f"{text[:SHOWN]} ... (and {more:,} characters more)")
+        print(text if more <= 0 else f"{text[:SHOWN]} ... (and {counted(more, 'character')} more)")
 
 
 # Result --------------------------------------------------------------------------------------------------------------

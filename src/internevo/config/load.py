@@ -18,6 +18,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..errors import ConfigError, expect, expect_texts
+from ..wording import counted
 from .files import read_file
 from .internevo import translate
 from .messages import describe, section_at
@@ -58,7 +59,7 @@ def validate(raw: dict[str, Any], source: str = "config") -> Config:
         return Config.model_validate(translate(raw))
     except ValidationError as error:
         lines = describe(error.errors())
-        raise ConfigError(f"{source}: {len(lines)} problem(s)\n" + "\n".join(f"  {line}" for line in lines)) from None
+        raise ConfigError(f"{source}: {counted(len(lines), 'problem')}\n" + "\n".join(f"  {line}" for line in lines)) from None
 
 
 # Overrides -----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..wording import counted
 from .rundata import Point, Row, RunData, points, quantile, smooth, thin
 
 COLOURS = ("#1f6fb5", "#d9722b", "#2a8c6a", "#8e5bb5", "#b8495a", "#7a6a2f", "#3fa0a8", "#5b6773")
@@ -60,7 +61,7 @@ def timeline(run: RunData) -> Figure | None:
         "save": [(e["time"], f"step {e['step']}: {e.get('seconds', 0):.1f} s") for e in run.events if e["event"] == "save"],
         "stop": [(e["time"], f"after step {e['step']}") for e in run.events if e["event"] == "stop"],
         "start": [
-            (e["time"], f"after step {e['step']}, on {e.get('processes', '?')} processes")
+            (e["time"], f"after step {e['step']}" + (f", on {counted(e['processes'], 'process')}" if "processes" in e else ""))
             for e in run.events if e["event"] == "start"
         ],
     }  # fmt: skip

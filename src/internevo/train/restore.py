@@ -26,6 +26,7 @@ from ..parallel.shards import fill_local
 from ..parallel.turns import Doing, in_turns
 from ..storage.header import Spec
 from ..storage.jsonfile import read_object
+from ..wording import counted
 from .parts import Parts
 from .start import check_source, find_start, has_new_adapters, has_new_biases, open_adapter
 
@@ -145,8 +146,8 @@ def _compare_batches(parts: Parts, old_rows: int, old: dict[str, Any] | None) ->
         keys = f"data.global_batch_size={old['global_batch_size']}"
         keys += f" data.rampup_batch_size={old['rampup_batch_size']!r}" if old["rampup_batch_size"] else ""
     return [
-        f"the global batch has {rows} rows now{_after_ramp(new)}, and had {old_rows}{_after_ramp(old)} before: no row is lost "
-        f"or repeated, but the batches differ; with {keys} they would be the same"
+        f"the global batch has {counted(rows, 'row')} now{_after_ramp(new)}, and had {old_rows}{_after_ramp(old)} before: no "
+        f"row is lost or repeated, but the batches differ; with {keys} they would be the same"
     ]
 
 

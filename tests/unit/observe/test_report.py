@@ -10,6 +10,7 @@ from internevo.commands.inspect import describe
 from internevo.errors import UsageError
 from internevo.observe.page import HEAD
 from internevo.observe.report import write_report
+from internevo.wording import counted
 
 GOOD = {"step": 1, "loss": 2.5, "consumed_tokens": 10, "tgs": 3.0, "tflops": 1.0, "memory_peak_max": 2**30, "skipped": False}
 LINES = {
@@ -34,7 +35,7 @@ def test_what_can_be_read_is_reported(tmp_path: Path, kind: str, rows: int) -> N
     assert ("damaged lines of metrics.jsonl are left out" in page) == (kind not in ("nothing", "wrong"))
     assert not rows or "<b>2.5000</b>last loss" in page
     lines = list(describe(tmp_path))
-    assert lines[0] == f"run {tmp_path}: {rows} steps"
+    assert lines[0] == f"run {tmp_path}: {counted(rows, 'step')}"
     assert any("damaged: " in line for line in lines) == (kind not in ("nothing", "wrong"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "metrics.jsonl", "report.html", "samples.jsonl"]
 

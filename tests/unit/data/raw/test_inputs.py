@@ -221,7 +221,7 @@ def test_the_error_names_a_damaged_file(tmp_path: Path, corpus: list[str], suffi
 def test_the_error_names_a_row_without_text(tmp_path: Path) -> None:
     bad = tmp_path / "bad.csv"
     bad.write_text("id,text\n1,good\n2\n")
-    with pytest.raises(DataError, match=r"bad\.csv, line 2 after byte 8: the row has 1 field\(s\), but the header has 2"):
+    with pytest.raises(DataError, match=r"bad\.csv, line 2 after byte 8: the row has 1 field, but the header has 2"):
         read(bad)
     with pytest.raises(DataError, match=r"no text under 'body' \(it has 'id', 'text'\); give the field's name with --text-key"):
         read(bad, "body")
