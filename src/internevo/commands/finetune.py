@@ -264,7 +264,6 @@ def _tokenize(options: Options, run: Path, raw: RawData, name: FormatName, token
                 dataset_type=name, valid_ratio=0.0 if part else ratio, overwrite=True, on_error=options.on_error,
                 status=status, progress=progress,
             )  # fmt: skip
-        empty = len(raw.documents) - result.documents - result.valid_documents - result.skipped
         if part == "valid":
             say(f"to evaluate on: {counted(result.documents, 'document')}, {result.tokens:,} tokens (the dataset's own)")
         else:
@@ -274,8 +273,8 @@ def _tokenize(options: Options, run: Path, raw: RawData, name: FormatName, token
                 say(f"held out, to evaluate on: {held}")
         if result.skipped:
             say(f"left out: {counted(result.skipped, 'document')} that cannot be read (see above)")
-        if part != "valid" and raw.whole and empty:
-            say(f"left out: {counted(empty, 'empty document')}")
+        if result.empty:
+            say(f"left out: {counted(result.empty, 'empty document')}")
     if not any((run / DATA / "train").rglob("*.bin")):
         raise DataError(f"there is no document to train on in {options.data}, without those that are held out (--valid-ratio)")
 

@@ -56,3 +56,5 @@ def run(
         print(f"for validation: {documents}, {tokens}")
     if result.skipped:
         print(f"left out: {counted(result.skipped, 'document')} that cannot be read (see the messages above)")
+    if result.empty:
+        print(f"left out: {counted(result.empty, 'empty document')}")

@@ -55,6 +55,8 @@ class TokenizeResult:
     skipped: int = 0
     """The number of documents that could not be read and were skipped."""
     vocab_size: int = 0
+    empty: int = 0
+    """The number of documents that were left out because there is nothing to train on in them."""
 
 
 @dataclass
@@ -319,6 +321,7 @@ class _Writers:
                 result.documents += len(chosen)
                 result.tokens += len(ids)
         result.skipped += len(encoded.skipped)
+        result.empty += encoded.empty
         self.saved.chunks += 1
         self.saved.size += encoded.size
 
