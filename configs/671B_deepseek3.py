@@ -1,5 +1,7 @@
 """DeepSeek-V3 in its published shape. Experts are over all ranks of a stage; a rank must have room for its part.
 
+Its 8 stages need a multiple of 8 processes:
+
     srun python train.py --config configs/671B_deepseek3.py --launcher slurm
 """
 

@@ -1,4 +1,4 @@
-"""InternLM-7B in its published shape, by Intern Sequence Parallel.
+"""InternLM-7B in its published shape, by Intern Sequence Parallel, on a multiple of 4 processes.
 
     torchrun --nproc-per-node 8 --shutdown-timeout 600 train.py --config configs/7B_isp_sft.py --launcher torch
 """

@@ -22,8 +22,9 @@ lr_scheduler = dict(init_steps=0, warmup_ratio=0.01, eta_min=3e-5)
 hybrid_zero_optimizer = dict(clip_grad_norm=1.0)
 loss = dict(label_smoothing=0)
 
-# ZeRO-1.5 in groups of 8: optimizer state is shared inside a node and replicated over nodes.
-parallel = dict(zero1=dict(size=8))
+# ZeRO-1.5 over all ranks, however many there are. Hundreds of GPUs are faster with a smaller size, of which each group has a
+# replica: 8 shards the optimizer state within a node of 8 GPUs. `internevo plan` finds the best.
+parallel = dict(zero1=dict(size=-1))
 
 # The run folder is runs/JOB_NAME.
 ckpt = dict(

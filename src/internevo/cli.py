@@ -17,7 +17,7 @@ import typer
 
 from .commands import cli_data, cli_models
 from .commands.arguments import PROFILING, ConfigFile, Overrides, parse_input, parse_path, parse_size, parse_tokens
-from .commands.help import App, completion_script, prepare_completion, print_version
+from .commands.help import App, Group, completion_script, prepare_completion, print_version
 from .commands.printing import describe_error, print_anything
 from .errors import InternEvoError, UsageError
 
@@ -26,6 +26,7 @@ DEBUG = "INTERNEVO_DEBUG"
 
 app = App(
     name="internevo",
+    cls=Group,
     help="Pre-train and fine-tune large language models, from a laptop to thousands of GPUs. --debug shows tracebacks.",
     no_args_is_help=True,
     add_completion=False,

@@ -129,7 +129,7 @@ def test_a_run_that_diverges_ends_and_keeps_the_last_good_checkpoint(pool: Pool,
     pool.train(path, 1, "data.total_steps=4")
     changes = ("adam.lr=1e30", "data.total_steps=20")
     done = run("train", path, *changes, code=1)
-    assert "the run has diverged: the last 5 steps, until step " in done.stderr
+    assert "the run has diverged: it has skipped 5 steps in a row, until step " in done.stderr
     assert "monitor.max_skipped_steps = 5" in done.stderr
     last = metrics(folder)[-1]["step"]
     assert [row["skipped"] for row in metrics(folder)][-6:] == [False, *[True] * 5]

@@ -1,6 +1,7 @@
 """Every ready config is valid and has its model's published number of parameters."""
 
 import json
+import re
 
 import pytest
 
@@ -23,6 +24,8 @@ PUBLISHED = {
     "8B_granite3": 8_170_835_968,
     "16B_deepseek2_lite": 15_706_484_224, "671B_deepseek3": 671_026_404_352,
 }  # fmt: skip
+MULTIPLES = {"671B_deepseek3": 8, "7B_isp_sft": 4}
+"""Of which number of processes a ready config needs a multiple, if its layout is a part of it. The others need one process."""
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if not path.stem.startswith("demo"))
 
 
@@ -37,6 +40,20 @@ def test_a_ready_config_has_the_published_size_and_goes_to_hugging_face(name: st
     written = json.loads(json.dumps(family(decoder.family).to_hf(decoder)))
     assert decoder_from_hf(written, name) == decoder
     assert family(decoder.family).names(decoder).keys() == stored_shapes(decoder).keys()
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, "demo", "demo_lora"])
+def test_a_ready_config_trains_on_a_few_processes_or_says_how_many_it_needs(name: str) -> None:
+    config, least = load_config(path := ROOT / "configs" / f"{name}.py"), MULTIPLES.get(name, 1)
+    assert least == 1 or f"a multiple of {least} processes" in path.read_text(encoding="utf-8")
+    for world in (1, 2, 4, 8):
+        wrong = problems(config, world)
+        if name.startswith("demo") and world > 2:  # its batch stays the same, so that its losses do
+            (fitting,) = re.findall(r"use (data\.micro_bsz=\d+)", "\n".join(wrong))
+            assert not problems(load_config(path, [fitting]), world)
+        else:
+            assert bool(wrong) == (world % least > 0), (world, wrong)
+            assert not wrong or f"use a multiple of {least} processes" in "\n".join(wrong)
 
 
 def test_every_ready_config_has_a_published_size() -> None:

@@ -16,7 +16,7 @@ SOURCE = Path(internevo.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 ROOMS = [
     "cli", "commands", "planner", "train", "inference", "measure", "parallel", "checkpoint", "observe", "data", "models",
-    "text", "storage", "ops", "config", "errors",
+    "text", "storage", "ops", "config", "wording", "errors",
 ]  # fmt: skip
 """From top to bottom: a room may import those below it."""
 ENTRANCES = {"__init__.py", "__main__.py"}

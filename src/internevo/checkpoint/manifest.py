@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from ..errors import CheckpointError
 from ..storage.jsonfile import finite_json
 from ..storage.replace import replace_pieces
+from ..wording import counted
 
 NAME = "manifest.json"
 CHECKPOINTS = "checkpoints"
@@ -236,7 +237,7 @@ def verify(folder: Path, names: list[str], manifest: Manifest) -> None:
             raise CheckpointError(f"{path} is missing: the checkpoint is incomplete; {instead(folder)}")
         if path.stat().st_size != expected.size:
             raise CheckpointError(
-                f"{path} has {path.stat().st_size} bytes, and the manifest says {expected.size}; {instead(folder)}"
+                f"{path} has {counted(path.stat().st_size, 'byte')}, and the manifest says {expected.size}; {instead(folder)}"
             )
         found = describe_file(path)
         block = next((n for n, (a, b) in enumerate(itertools.zip_longest(found.crc32, expected.crc32)) if a != b), None)

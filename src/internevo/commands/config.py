@@ -16,11 +16,11 @@ from ..config.option import walk
 from ..config.schema import Config
 from ..errors import ConfigError
 from ..models.families.registry import decoder_config
-from ..observe.units import counted
 from ..train.check import check_data, missing_features, problems
 from ..train.config import load_config, with_tokenizer
 from ..train.lr_schedule import describe
 from ..train.resume import Recorded
+from ..wording import counted, plural
 from .printing import wrapped
 
 if TYPE_CHECKING:  # these import PyTorch, which takes seconds and is only needed for a layout
@@ -74,7 +74,7 @@ def show(path: Path, overrides: list[str], world_size: int | None, per_node: int
 def model_line(config: Config) -> str:
     """Describes the model: its family, the number of its parameters, and its size."""
     decoder, model = decoder_config(config.model_type, config.model), config.model
-    return f"{config.JOB_NAME}: {decoder.summary()}; {model.num_layers} layers of {model.hidden_size}, {model.dtype}"
+    return f"{config.JOB_NAME}: {decoder.summary()}; {counted(model.num_layers, 'layer')} of {model.hidden_size}, {model.dtype}"
 
 
 def differences(config: Config) -> dict[str, Any]:
@@ -108,10 +108,11 @@ def layout_lines(config: Config, world_size: int, per_node: int) -> list[str]:
     micro = counted(micro_batches, "micro-batch")
     if sizes.rampup_steps:
         in_rows = [sizes.rows(0), sizes.rows(sizes.rampup_steps) - sizes.rows(0)]
-        lines.append(f"  first step  {in_rows[0]:>6}  rows; {in_rows[1]} more every {sizes.rampup_steps} steps")
+        every = counted(sizes.rampup_steps, "step")
+        lines.append(f"  first step  {in_rows[0]:>6}  {plural(in_rows[0], 'row')}; {in_rows[1]} more every {every}")
     lines.append(
-        f"  {'last step' if sizes.rampup_steps else 'step':<11} {rows:>6}  rows of {config.data.seq_len} tokens = "
-        f"{rows * config.data.seq_len:,} tokens ({micro} of {sizes.micro_bsz} on "
+        f"  {'last step' if sizes.rampup_steps else 'step':<11} {rows:>6}  {plural(rows, 'row')} of "
+        f"{config.data.seq_len} tokens = {rows * config.data.seq_len:,} tokens ({micro} of {sizes.micro_bsz} on "
         f"{f'each of {sizes.data_ranks} data ranks' if sizes.data_ranks > 1 else 'one data rank'})"
     )
     if layout.pipeline > 1:

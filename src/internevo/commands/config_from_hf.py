@@ -9,6 +9,7 @@ from ..config.write import readable
 from ..models.config import DecoderConfig
 from ..train import recipe
 from ..train.config import HfModel
+from ..wording import counted
 
 
 def from_hf(name: str) -> str:
@@ -45,13 +46,13 @@ def from_hf(name: str) -> str:
 
 def describe(decoder: DecoderConfig) -> str:
     """Describes the shape of a model in a line."""
-    heads = f"{decoder.num_heads} heads ({decoder.num_kv_heads} for keys and values)"
+    heads = f"{counted(decoder.num_heads, 'head')} ({decoder.num_kv_heads} for keys and values)"
     moe = decoder.experts
-    mlp = f"{moe.count} experts of width {moe.size}" if moe else f"MLPs of width {decoder.intermediate_size}"
+    mlp = f"{counted(moe.count, 'expert')} of width {moe.size}" if moe else f"MLPs of width {decoder.intermediate_size}"
     rope = f"rotary base {decoder.rope.base:g}" if decoder.rope else "ALiBi"
     scaling = f" ({decoder.rope.kind})" if decoder.rope and decoder.rope.kind != "default" else ""
     tied = ", tied embedding" if decoder.tie_embeddings else ""
     return (
-        f"{decoder.summary()}: {decoder.num_layers} layers of width {decoder.hidden_size}, "
+        f"{decoder.summary()}: {counted(decoder.num_layers, 'layer')} of width {decoder.hidden_size}, "
         f"{heads}, {mlp}, vocabulary {decoder.vocab_size}, {rope}{scaling}, epsilon {decoder.norm_eps:g}{tied}"
     )

@@ -27,7 +27,6 @@ from ..data.tokenized.index import Index, open_index
 from ..errors import DataError, InternEvoError, UsageError
 from ..models.huggingface.tokenizer import copy_tokenizer, has_tokenizer
 from ..observe.metrics import usable_rows
-from ..observe.units import counted
 from ..ops.precision import DTYPES
 from ..parallel.launcher import read_launcher
 from ..storage.folders import check_target, clean_up, set_aside
@@ -40,6 +39,7 @@ from ..train.config import HfModel, load_config
 from ..train.due import Due
 from ..train.folder import CONFIG, FINETUNE, LOCK
 from ..train.resume import TOKENIZER
+from ..wording import counted
 from .config_from_hf import describe
 from .convert import convert
 from .finetune_config import DATA, MODEL, Chosen, Options, check_overrides
@@ -264,7 +264,6 @@ def _tokenize(options: Options, run: Path, raw: RawData, name: FormatName, token
                 dataset_type=name, valid_ratio=0.0 if part else ratio, overwrite=True, on_error=options.on_error,
                 status=status, progress=progress,
             )  # fmt: skip
-        empty = len(raw.documents) - result.documents - result.valid_documents - result.skipped
         if part == "valid":
             say(f"to evaluate on: {counted(result.documents, 'document')}, {result.tokens:,} tokens (the dataset's own)")
         else:
@@ -274,8 +273,8 @@ def _tokenize(options: Options, run: Path, raw: RawData, name: FormatName, token
                 say(f"held out, to evaluate on: {held}")
         if result.skipped:
             say(f"left out: {counted(result.skipped, 'document')} that cannot be read (see above)")
-        if part != "valid" and raw.whole and empty:
-            say(f"left out: {counted(empty, 'empty document')}")
+        if result.empty:
+            say(f"left out: {counted(result.empty, 'empty document')}")
     if not any((run / DATA / "train").rglob("*.bin")):
         raise DataError(f"there is no document to train on in {options.data}, without those that are held out (--valid-ratio)")
 
@@ -302,7 +301,7 @@ def _describe(index: Index, tokenizer: Tokenizer) -> None:
     say("examples; what is in ⟦ ⟧ is read, and the rest is predicted:")
     for text in decoded(index, tokenizer, EXAMPLES):
         more = len(text) - SHOWN
-        print(text if more <= 0 else f"{text[:SHOWN]} ... (and {more:,} characters more)")
+        print(text if more <= 0 else f"{text[:SHOWN]} ... (and {counted(more, 'character')} more)")
 
 
 # Result --------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from ..data.rows import WholeRows
 from ..data.tokenized.index import Index
 from ..errors import ConfigError, UsageError
 from ..models.generate import longest_text
-from ..observe.units import counted
 from ..ops.precision import is_slow
 from ..parallel.world import first_device
 from ..storage.replace import replace_text
@@ -26,6 +25,7 @@ from ..train.config import HfModel
 from ..train.fit import CHECKPOINT, FSDP, fitted
 from ..train.folder import CONFIG
 from ..train.resume import TOKENIZER
+from ..wording import counted
 
 DATA, MODEL = "data", "model"
 """What is in the run folder, besides what every run writes."""

@@ -16,6 +16,7 @@ from ..errors import DataError, UsageError
 from ..inference.text import Prompt, TextModel, generate
 from ..models.generate import Sampling
 from ..text.chat import is_chat
+from ..wording import counted
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,9 @@ def note_limit(model: TextModel, prompt: Prompt, max_new_tokens: int) -> None:
     """Says so if fewer tokens can be generated than were asked for."""
     room = model.room(prompt)
     if room is not None and max_new_tokens > room:
-        print(f"note: at most {room} tokens are generated, because the model's positions end there", file=sys.stderr)
+        print(
+            f"note: the answer has at most {counted(room, 'token')}, because the model's positions end there", file=sys.stderr
+        )
 
 
 def complete_file(
@@ -120,7 +123,7 @@ def _partial(path: Path) -> Iterator[TextIO]:
     except BaseException:
         count = path.read_bytes().count(b"\n")
         if count:
-            print(f"note: {path} has the texts of the first {count} prompts", file=sys.stderr)
+            print(f"note: {path} has the texts of the first {counted(count, 'prompt')}", file=sys.stderr)
         else:
             path.unlink()
         raise

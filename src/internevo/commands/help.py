@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import typer
-from typer.core import TyperArgument, TyperCommand
+from typer.core import TyperArgument, TyperCommand, TyperGroup
 
 from .. import __version__
 
 KINDS = {"<int>": "N", "<int range>": "N", "<float>": "X", "<float range>": "X", "<str>": "TEXT", "<list[str]>": "TEXT"}
 """What typer writes for the value of an option -> what is written here."""
+LONGEST = 1000
+"""The longest sentence about a command, in characters."""
 COMPLETE = "_INTERNEVO_COMPLETE"
 """Environment variable with which a shell asks ``internevo`` for completions; typer makes it from the name of the program."""
 
@@ -25,6 +27,16 @@ class App(typer.Typer):
     def command(self, name: str | None = None, *, cls: type[TyperCommand] | None = None, **more: Any) -> Callable[[Any], Any]:
         """As typer's."""
         return super().command(name, cls=cls or Command, **more)
+
+
+class Group(TyperGroup):
+    """The program, whose help has the first sentence of each command: whole, in as many lines as it takes."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Writes the commands with what they do. (typer cuts it to one line.)"""
+        found = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, of.get_short_help_str(LONGEST)) for name, of in found if of and not of.hidden])
 
 
 class Command(TyperCommand):

@@ -23,12 +23,12 @@ from ..models.huggingface.tokenizer import TOKENIZER_FILES, has_tokenizer
 from ..models.source import ParameterSource, dtypes
 from ..observe.metrics import usable_rows
 from ..observe.rundata import RunData
-from ..observe.units import counted
 from ..storage.hub import model_folder
 from ..storage.jsonfile import read_object
 from ..storage.tensors import TensorFile
 from ..text.chat import templates
 from ..text.tokenizer import load_tokenizer
+from ..wording import counted
 
 
 def describe(path: Path, tokenizer: Path | None = None, decode: int = 0) -> Iterator[str]:
@@ -124,7 +124,8 @@ def _describe_checkpoint(path: Path) -> Iterator[str]:
         yield f"adapters (LoRA): rank {lora.rank}, alpha {lora.alpha:g}, targets: {', '.join(lora.targets)}"
     kinds = sorted({name.split("/")[0] for name in manifest.tensors})
     size = sum(f.size for f in manifest.files.values())
-    yield f"contains: {', '.join(kinds)}; {len(manifest.tensors)} tensors in {len(manifest.files)} files, {size / 1e6:,.1f} MB"
+    tensors, files = counted(len(manifest.tensors), "tensor"), counted(len(manifest.files), "file")
+    yield f"contains: {', '.join(kinds)}; {tensors} in {files}, {size / 1e6:,.1f} MB"
     axes = ", ".join(f"{axis} {n}" for axis, n in manifest.layout.items())
     yield f"written by: internevo {manifest.versions['internevo']}, torch {manifest.versions['torch']}; layout: {axes}"
     verify(path, sorted(manifest.files), manifest)
@@ -140,12 +141,12 @@ def _dtypes(source: ParameterSource) -> str:
 def _describe_run(path: Path) -> Iterator[str]:
     file = path / "metrics.jsonl"
     rows, damaged = usable_rows(file, {"loss": int | float | None, "consumed_tokens": int})
-    yield f"run {path}: {len(rows)} steps"
+    yield f"run {path}: {counted(len(rows), 'step')}"
     if damaged:
-        yield f"damaged: {damaged} lines of {file}, which are left out here"
+        yield f"damaged: {counted(damaged, 'line')} of {file}, left out here"
     if rows:
         step, loss, tokens = (rows[-1][key] for key in ("step", "loss", "consumed_tokens"))
-        yield f"last step: {step}, {_loss(loss)}, {tokens:,} tokens"
+        yield f"last step: {step}, {_loss(loss)}, {counted(tokens, 'token')}"
     found = complete_checkpoints(path)
     if not found:
         yield "no complete checkpoint"
@@ -162,7 +163,7 @@ def _describe_hf(path: Path) -> Iterator[str]:
     for disk in folder.naming.shapes:
         spec = folder.weights.spec(disk)
         read += sum(folder.weights.read(disk, row, count).numel() for row, count in spec.chunks(0, spec.rows))
-    yield f"intact: all {len(folder.naming.shapes)} tensors can be read, {read:,} values"
+    yield f"intact: all {counted(len(folder.naming.shapes), 'tensor')} can be read, {read:,} values"
 
 
 def _describe_adapters(path: Path) -> Iterator[str]:
@@ -172,7 +173,7 @@ def _describe_adapters(path: Path) -> Iterator[str]:
     named = ", ".join(map(str, targets)) if isinstance(targets, list) else targets
     yield f"rank: {values.get('r')}, alpha: {values.get('lora_alpha')}, targets: {named}"
     read = sum(file.read(name, 0, spec.rows).numel() for name, spec in file.specs.items())
-    yield f"intact: all {len(file.specs)} tensors can be read, {read:,} values"
+    yield f"intact: all {counted(len(file.specs), 'tensor')} can be read, {read:,} values"
 
 
 def _describe_gguf(path: Path) -> Iterator[str]:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..config.write import check_own, check_writable, write_config
 from ..errors import UsageError
-from ..observe.units import amount, counted
+from ..observe.units import amount
 from ..parallel.launcher import local_world_size, read_launcher
 from ..train.config import load_config
+from ..wording import counted
 from .launch import default_processes, launch
 
 if TYPE_CHECKING:  # these import PyTorch, which takes seconds
@@ -83,7 +84,10 @@ def _text(best: list[Candidate], own: Candidate | list[str], search: Search, que
         *report.table(best),
     ]
     if isinstance(own, list):
-        lines += [f"  the config's own layout cannot be trained on {search.world} GPUs:", *(f"    {line}" for line in own)]
+        lines += [
+            f"  the config's own layout cannot be trained on {counted(search.world, 'GPU')}:",
+            *(f"    {line}" for line in own),
+        ]
     else:
         fits = "" if own.memory.total <= search.limit else " (does not fit)"
         lines += [report.table([own], "own")[0] + fits]
@@ -146,8 +150,9 @@ def _nothing(search: Search, gpus: int) -> str:
         ramp = search.config.data.rampup_batch_size
         also, or_ramp = (f" (and each of the ramp-up {ramp!r})", " or data.rampup_batch_size") if ramp else ("", "")
         return (
-            f"no layout of {gpus} GPUs can have a global batch of {search.rows} rows: {search.rows}{also} must be a multiple "
-            "of the number of data ranks, which is the number of GPUs divided by those of the pipeline and tensor axes; change "
+            f"no layout of {counted(gpus, 'GPU')} can have a global batch of {counted(search.rows, 'row')}: "
+            f"{search.rows}{also} must be a multiple of the number of data ranks, which is the number of GPUs divided by those "
+            "of the pipeline and tensor axes; change "
             f"--gpus or data.global_batch_size{or_ramp}"
         )
     lacking = least.memory.total - search.limit

@@ -9,6 +9,7 @@ from ..data.encoding.encode import OnError
 from ..data.encoding.formats import FormatName
 from ..data.encoding.tokenize import tokenize
 from ..errors import UsageError
+from ..wording import counted
 from .progress import progress_bar
 
 
@@ -48,8 +49,12 @@ def run(
             text_key=text_key, pattern=pattern, exclude=exclude, dataset_type=dataset_type, valid_ratio=valid_ratio,
             workers=workers, overwrite=overwrite, status=status, progress=progress,
         )  # fmt: skip
-    print(f"{output}: {result.documents:,} documents, {result.tokens:,} tokens, vocabulary {result.vocab_size:,}")
+    documents, tokens = counted(result.documents, "document"), counted(result.tokens, "token")
+    print(f"{output}: {documents}, {tokens}, vocabulary {result.vocab_size:,}")
     if valid_ratio:
-        print(f"for validation: {result.valid_documents:,} documents, {result.valid_tokens:,} tokens")
+        documents, tokens = counted(result.valid_documents, "document"), counted(result.valid_tokens, "token")
+        print(f"for validation: {documents}, {tokens}")
     if result.skipped:
-        print(f"left out: {result.skipped:,} documents that cannot be read (see the messages above)")
+        print(f"left out: {counted(result.skipped, 'document')} that cannot be read (see the messages above)")
+    if result.empty:
+        print(f"left out: {counted(result.empty, 'empty document')}")

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..wording import counted
 from . import rope
 from .axes import context_size, data_size, expert_inner_size, expert_ranks, expert_size, head_size, inner_size
 from .data import STREAMS
@@ -162,14 +163,14 @@ def _axes(config: Config, world: int) -> Iterator[str]:
     tensor, weight, pipeline = parallel.tensor.size, parallel.weight.size, parallel.pipeline.size
     if world % (tensor * pipeline):
         yield (
-            f"{world} processes cannot be divided into groups of parallel.tensor.size * parallel.pipeline.size = "
+            f"{counted(world, 'process')} cannot be divided into groups of parallel.tensor.size * parallel.pipeline.size = "
             f"{tensor} * {pipeline}; use a multiple of {tensor * pipeline} processes"
         )
     if weight > 1 and parallel.tensor.mode != "isp":
         yield f"parallel.weight.size = {weight} needs parallel.tensor.mode = 'isp', not {parallel.tensor.mode!r}"
     if weight > 1 and world % (weight * pipeline):
         yield (
-            f"{world} processes cannot be divided into groups of parallel.weight.size * parallel.pipeline.size = "
+            f"{counted(world, 'process')} cannot be divided into groups of parallel.weight.size * parallel.pipeline.size = "
             f"{weight} * {pipeline}; use a multiple of {weight * pipeline} processes"
         )
 
@@ -179,8 +180,8 @@ def _zero(config: Config, world: int) -> Iterator[str]:
     ranks = max(1, world // (inner_size(config) * parallel.pipeline.size))
     if size > 0 and ranks % size:
         yield (
-            f"parallel.zero1.size = {size} does not divide the {ranks} ranks that hold the same part of the weights; "
-            f"use a divisor of {ranks}, or -1 for all {ranks}"
+            f"parallel.zero1.size = {size} does not divide {ranks}, the number of ranks that hold the same part of the "
+            f"weights; use a divisor of {ranks}, or -1 for all"
         )
 
 
@@ -194,8 +195,9 @@ def _experts(config: Config, world: int) -> Iterator[str]:
         return
     if world % (parallel.pipeline.size * weight):
         yield (
-            f"{world} processes cannot be divided into groups of parallel.expert_weight.size * parallel.pipeline.size = "
-            f"{weight} * {parallel.pipeline.size}; use a multiple of {weight * parallel.pipeline.size} processes"
+            f"{counted(world, 'process')} cannot be divided into groups of parallel.expert_weight.size * "
+            f"parallel.pipeline.size = {weight} * {parallel.pipeline.size}; use a multiple of "
+            f"{weight * parallel.pipeline.size} processes"
         )
         return
     size, ranks = parallel.expert.size, expert_ranks(config, world)
@@ -209,8 +211,8 @@ def _experts(config: Config, world: int) -> Iterator[str]:
     rest = ranks // expert
     if parallel.expert_zero1.size > 0 and rest % parallel.expert_zero1.size:
         yield (
-            f"parallel.expert_zero1.size = {parallel.expert_zero1.size} does not divide the {rest} ranks that have the same "
-            f"experts; use a divisor of {rest}, or -1 for all {rest}"
+            f"parallel.expert_zero1.size = {parallel.expert_zero1.size} does not divide {rest}, the number of ranks that have "
+            f"the same experts; use a divisor of {rest}, or -1 for all"
         )
     yield from _expert_widths(config, model.num_experts // expert)
     if tensor.mode == "mtp" and parallel.expert.no_tp and config.data.seq_len % tensor.size:
@@ -247,9 +249,11 @@ def _expert_widths(config: Config, experts: int) -> Iterator[str]:
 def _batch(config: Config, world: int) -> Iterator[str]:
     data, ranks = config.data, data_size(config, world)
     if data.global_batch_size and data.global_batch_size % (data.micro_bsz * ranks):
+        share, rest = divmod(data.global_batch_size, ranks)
+        fitting = "" if rest else f"data.micro_bsz={math.gcd(share, data.micro_bsz)}, or "
         yield (
             f"data.global_batch_size = {data.global_batch_size} is not a multiple of data.micro_bsz * data ranks = "
-            f"{data.micro_bsz} * {ranks}; change data.global_batch_size or data.micro_bsz"
+            f"{data.micro_bsz} * {ranks}; use {fitting}a multiple of {data.micro_bsz * ranks}"
         )
     schedule = config.lr_scheduler
     if schedule.kind != "constant" and schedule.total_steps is not None and schedule.total_steps < data.total_steps:
@@ -365,7 +369,8 @@ def _schedule(config: Config, world: int) -> Iterator[str]:
         parts = [f"lr_scheduler.init_steps = {schedule.init_steps}", f"the warm-up ({_length(schedule, 'warmup')})"]
         if schedule.kind == "wsd":
             parts.append(f"the decay ({_length(schedule, 'decay')})")
-        yield f"{', '.join(parts[:-1])} and {parts[-1]} together are longer than {total} steps; make one of them shorter"
+        those = f"{', '.join(parts[:-1])} and {parts[-1]}"
+        yield f"{those} together are longer than {counted(total, 'step')}; make one of them shorter"
     if schedule.eta_min > config.adam.lr and schedule.kind != "constant":
         yield f"lr_scheduler.eta_min = {schedule.eta_min} is greater than adam.lr = {config.adam.lr}"
 

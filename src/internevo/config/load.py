@@ -18,6 +18,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..errors import ConfigError, expect, expect_texts
+from ..wording import counted
 from .files import read_file
 from .internevo import translate
 from .messages import describe, section_at
@@ -58,7 +59,7 @@ def validate(raw: dict[str, Any], source: str = "config") -> Config:
         return Config.model_validate(translate(raw))
     except ValidationError as error:
         lines = describe(error.errors())
-        raise ConfigError(f"{source}: {len(lines)} problem(s)\n" + "\n".join(f"  {line}" for line in lines)) from None
+        raise ConfigError(f"{source}: {counted(len(lines), 'problem')}\n" + "\n".join(f"  {line}" for line in lines)) from None
 
 
 # Overrides -----------------------------------------------------------------------------------------------------------
@@ -109,7 +110,7 @@ def parse_value(text: str) -> Any:
 class _DictCalls(ast.NodeTransformer):
     """Writes ``dict(a=1)`` as ``{"a": 1}``."""
 
-    def visit_Call(self, node: ast.Call) -> ast.AST:  # noqa: N802 (ast's name)
+    def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
         names = [keyword.arg for keyword in node.keywords]
         if not isinstance(node.func, ast.Name) or node.func.id != "dict" or node.args or None in names:

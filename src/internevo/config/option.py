@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
+from ..wording import counted
+
 REQUIRED: Any = ...
 DTYPES = {
     "torch.float32": "float32",
@@ -171,7 +173,7 @@ def notices(section: Section, short: bool = False) -> list[str]:
     """
     ignored, options = _ignored_keys(section), {key: (field, value) for key, field, value, _ in walk(section)}
     if short and len(ignored) > 1:
-        lines = [f"{len(ignored)} keys have no effect here (`internevo config` says why): {', '.join(ignored)}"]
+        lines = [f"{counted(len(ignored), 'key')} have no effect here (`internevo config` says why): {', '.join(ignored)}"]
     else:
         lines = [f"{key} has no effect here: {reason}" for key, reason in ignored.items()]
     for key, field, value, given in walk(section):

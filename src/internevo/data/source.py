@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..wording import counted
 from .order import Order
 from .rows import ReadableRows, Row, Rows
 
@@ -144,7 +145,7 @@ class ShuffledRows:
         if (same := saved.find(self.shares_positions)) is not None:
             return Continued(same.position, WHERE_IT_WAS)
         if isinstance(saved.position, int):
-            return Continued(saved.position, f"after {saved.position:,} rows")
+            return Continued(saved.position, f"after {counted(saved.position, 'row')}")
         return Continued(self.start_position(), AT_THE_BEGINNING)
 
     def is_over(self, position: Position) -> bool:

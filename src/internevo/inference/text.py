@@ -25,6 +25,7 @@ from ..text.chat import Messages, is_chat
 from ..text.pieces import Pieces
 from ..text.special_tokens import model_eos_ids
 from ..text.tokenizer import Tokenizer, as_tokenizer
+from ..wording import counted
 
 
 class Prompt(NamedTuple):
@@ -134,8 +135,8 @@ class TextModel:
             )
         if longest is not None and len(prompt.ids) >= longest:
             raise UsageError(
-                f"the prompt has {len(prompt.ids)} tokens, and the model is made for texts of up to {longest}, the answer "
-                "included (max_position_embeddings and rope scaling); shorten it"
+                f"the prompt has {counted(len(prompt.ids), 'token')}, and the model is made for texts of up to {longest}, "
+                "the answer included (max_position_embeddings and rope scaling); shorten it"
             )
         return None if longest is None else longest - len(prompt.ids)
 

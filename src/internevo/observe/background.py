@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from ..storage.jsonfile import replace_json
+from ..wording import counted
 from .record import StepRecord, TaskRecord, ValidRecord
 
 End = Literal["finished", "stopped", "failed"]
@@ -226,7 +227,7 @@ class Background:
         if self.thread.is_alive():
             self.warn(f"{self.tracker.name} does not answer, and the run does not wait for it any longer")
         if lost := self.lost + len(self.waiting):
-            self.warn(f"{self.tracker.name}: {lost} entries are lost; metrics.jsonl has all of them")
+            self.warn(f"{self.tracker.name}: lost {counted(lost, 'entry')}; metrics.jsonl has all of them")
 
     def _work(self) -> None:
         started = False

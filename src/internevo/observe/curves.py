@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any
 
+from ..wording import counted
 from .rundata import Point, Row, RunData, points, quantile, smooth, thin
 
 COLOURS = ("#1f6fb5", "#d9722b", "#2a8c6a", "#8e5bb5", "#b8495a", "#7a6a2f", "#3fa0a8", "#5b6773")
@@ -35,7 +37,8 @@ def figures(runs: Sequence[RunData]) -> list[Figure]:
     ]
     drawn = [figure for figure in made if figure is not None and figure["data"]]
     for figure in drawn if several else ():  # the names of runs may be long
-        figure["layout"]["legend"] = {"orientation": "h", "x": 0, "y": -0.22, "yanchor": "top"}
+        figure["layout"]["legend"] = {"orientation": "h", "x": 0, "y": 0, "yref": "container", "yanchor": "bottom"}
+        figure["layout"]["height"] += 20 * max(0, len(runs) - 4)  # each may need a line of the legend
     return drawn
 
 
@@ -60,7 +63,7 @@ def timeline(run: RunData) -> Figure | None:
         "save": [(e["time"], f"step {e['step']}: {e.get('seconds', 0):.1f} s") for e in run.events if e["event"] == "save"],
         "stop": [(e["time"], f"after step {e['step']}") for e in run.events if e["event"] == "stop"],
         "start": [
-            (e["time"], f"after step {e['step']}, on {e.get('processes', '?')} processes")
+            (e["time"], f"after step {e['step']}" + (f", on {counted(e['processes'], 'process')}" if "processes" in e else ""))
             for e in run.events if e["event"] == "start"
         ],
     }  # fmt: skip
@@ -139,15 +142,8 @@ def _gradients(runs: Sequence[RunData]) -> Figure:
         return figure
     top = _limit(figure, seen, log=True)
     for number, run in enumerate(runs):
-        beyond = [(step, norm) for step, norm in thin(points(run.train, "grad_norm")) if norm > top]
-        if beyond:
-            colour = COLOURS[number % len(COLOURS)]
-            figure["data"].append(
-                _line([(step, top) for step, _ in beyond], "beyond the axis", colour, number)
-                | {"mode": "markers", "cliponaxis": False, "showlegend": False,
-                   "marker": {"symbol": "triangle-up", "size": 9, "color": colour},
-                   "text": [f"{norm:.4g}" for _, norm in beyond], "hovertemplate": "%{text}<extra>gradient norm</extra>"}
-            )  # fmt: skip
+        norms = points(run.train, "grad_norm")
+        figure["data"] += _beyond(norms, top, "gradient norm", COLOURS[number % len(COLOURS)], number)
     return figure
 
 
@@ -186,21 +182,36 @@ def _simple(runs: Sequence[RunData], title: str, key: str, unit: str, scale: flo
 
 
 def _times(runs: Sequence[RunData]) -> Figure:
-    """The time of a step, and how much of it was waiting for data."""
-    data, seen = list[Row](), list[float]()
-    for number, run in enumerate(runs):
-        label = f"{run.name}: " if len(runs) > 1 else ""
-        for key, name, dash in (("step_time", "step", "solid"), ("data_time", "waiting for data", "dot")):
-            if found := points(run.train, key):
-                colour = COLOURS[number % len(COLOURS)] if len(runs) > 1 else COLOURS[int(key == "data_time")]
-                line = _line(thin(found), label + name, colour, number)
-                drawn = {"line": line["line"] | {"dash": dash}, "showlegend": key == "step_time"} if len(runs) > 1 else {}
-                data.append(line | drawn)
-                seen += [value for _, value in found]
+    """The time of a step, and how much of it was waiting for data. A slow step beyond the axis is a triangle at the edge."""
+    kinds = (("step_time", "step", "solid"), ("data_time", "waiting for data", "dot"))
+    times = {key: [points(run.train, key) for run in runs] for key, *_ in kinds}
+    usual = [quantile([value for _, value in found], 0.9) for of in times.values() for found in of if found]
+    top, data = 1.2 * max(usual, default=1.0), list[Row]()
+    for (number, run), (key, name, dash) in product(enumerate(runs), kinds):
+        found, several = times[key][number], len(runs) > 1
+        if not found:
+            continue
+        colour = COLOURS[number % len(COLOURS)] if several else COLOURS[int(key == "data_time")]
+        inside = [(step, value) for step, value in found if value <= top]
+        line = _line(thin(inside), f"{run.name}: {name}" if several else name, colour, number)
+        data.append(line | ({"line": line["line"] | {"dash": dash}, "showlegend": key == "step_time"} if several else {}))
+        data += _beyond(found, top, line["name"], colour, number, " s")
     figure = _figure("Step time and data time", data, "s")
-    if seen:
-        figure["layout"]["yaxis"]["range"] = [0, 1.2 * quantile(seen, 0.97)]
+    figure["layout"]["yaxis"]["range"] = [0, top]
     return figure
+
+
+def _beyond(found: list[Point], top: float, name: str, colour: str, run: int, unit: str = "") -> list[Row]:
+    """Returns triangles at the upper edge in place of the values above it, which they tell."""
+    beyond = [(step, value) for step, value in thin(found) if value > top]
+    if not beyond:
+        return []
+    triangles = {"symbol": "triangle-up", "size": 9, "color": colour}
+    return [
+        _line([(step, top) for step, _ in beyond], "beyond the axis", colour, run)
+        | {"mode": "markers", "cliponaxis": False, "showlegend": False, "marker": triangles,
+           "text": [f"{value:.4g}{unit}" for _, value in beyond], "hovertemplate": f"%{{text}}<extra>{name}</extra>"}
+    ]  # fmt: skip
 
 
 def _experts(run: RunData) -> Figure | None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from ..config.run import Monitor
 from ..errors import InternEvoError
+from ..wording import counted
 from .background import End, Entry, Tracked
 from .console import Console
 from .metrics import JsonLines
@@ -116,9 +117,9 @@ class Observers:
         if valid and valid.valid_loss_by_type:
             results.append(f"validation loss {valid.valid_loss:.4f} (perplexity {valid.valid_ppl:.2f}, step {valid.step})")
         if last.skipped_steps:
-            results.append(f"{last.skipped_steps} steps skipped")
+            results.append(f"{counted(last.skipped_steps, 'step')} skipped")
         lines = [
-            f"{'done' if done else 'stopped'}: {total if done else last.step} of {total} steps{left_out}{since}, "
+            f"{'done' if done else 'stopped'}: {total if done else last.step:,} of {counted(total, 'step')}{left_out}{since}, "
             f"{amount(last.consumed_tokens)} tokens, in {duration(seconds)}",
             f"  {', '.join(results)}",
             f"  checkpoint: {checkpoint}" if checkpoint else "  no checkpoint (ckpt.enable_save_ckpt = False)",

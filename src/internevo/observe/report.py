@@ -13,6 +13,7 @@ from ..config.write import check_own
 from ..errors import UsageError
 from ..storage.jsonfile import read_object, to_json
 from ..storage.replace import replace_text
+from ..wording import counted
 from .curves import axes, figures, timeline
 from .memory import draw_peak, draw_timeline, peaks_table
 from .page import HEAD, SCRIPT, STYLE
@@ -34,7 +35,7 @@ def write_report(run: Path) -> Path:
         UsageError: if ``report.html`` exists and is not a report.
     """
     data = RunData.read(run)
-    note = f"<p>{data.damaged} damaged lines of metrics.jsonl are left out.</p>" if data.damaged else ""
+    note = f"<p>Left out: {counted(data.damaged, 'damaged line')} of metrics.jsonl.</p>" if data.damaged else ""
     drawn = [figure for figure in (*figures([data]), timeline(data)) if figure is not None]
     body = (
         f"{note}{_figures(data)}{_facts(data)}<h2>Training</h2>{_plots(drawn)}"
@@ -57,7 +58,7 @@ def write_comparison(runs: Sequence[Path], path: Path) -> Path:
             run.name = str(run.folder)
     drawn = figures(data)
     damaged = "".join(
-        f"<p>{r.damaged} damaged lines of {html.escape(str(r.folder))} are left out.</p>" for r in data if r.damaged
+        f"<p>Left out: {counted(r.damaged, 'damaged line')} of {html.escape(str(r.folder))}.</p>" for r in data if r.damaged
     )
     body = f"{damaged}<h2>Results</h2>{_results(data)}<h2>Training</h2>{_plots(drawn)}<h2>Configs</h2>{_differences(data)}"
     return _write(path, " · ".join(run.name for run in data), body, drawn, data)
@@ -114,7 +115,7 @@ def _facts(run: RunData) -> str:
     versions = start.get("versions")
     rows = {
         "model": start.get("model"),
-        "hardware": f"{start.get('processes')} x {start.get('device')} ({start.get('host')})" if start.get("device") else None,
+        "hardware": _hardware(start),
         "layout": start.get("layout"),
         "learning rate": start.get("learning rate"),
         "versions": ", ".join(f"{name} {of}" for name, of in versions.items()) if isinstance(versions, dict) else None,
@@ -132,6 +133,16 @@ def _facts(run: RunData) -> str:
         for name, value in rows.items() if value
     )  # fmt: skip
     return f"<dl>{cells}</dl>" if cells else ""
+
+
+def _hardware(start: Row) -> str | None:
+    """Says on what a run was: a GPU for each process, or the processor that all of them share."""
+    device, host, processes = (start.get(key) for key in ("device", "host", "processes"))
+    if not device:
+        return None
+    if "cuda" in (start.get("versions") or {}):
+        return f"{processes} x {device} ({host})"
+    return f"{device} ({host})" + (f", {counted(processes, 'process')}" if isinstance(processes, int) else "")
 
 
 def _results(runs: Sequence[RunData]) -> str:

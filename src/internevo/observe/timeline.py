@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from typing import Any
 
+from ..wording import counted
 from .marks import marks
 
 LABELS = {
@@ -56,7 +57,7 @@ def name_of(schedule: str, chunks: int) -> str:
 
 def _title(timeline: dict[str, Any]) -> str:
     name = html.escape(str(name_of(timeline["schedule"], timeline["chunks"])))
-    facts = f"{len(timeline['ranks'])} ranks, {timeline['micro_batches']:d} micro-batches"
+    facts = f"{counted(len(timeline['ranks']), 'rank')}, {counted(timeline['micro_batches'], 'micro-batch')}"
     idle = f"the ranks are idle {timeline['idle']:.1%} of the time (simulated: {timeline['idle_played']:.1%})"
     return f'<text x="{LEFT}" y="20" font-size="15"><tspan font-weight="600">{name}</tspan>, {facts}: {idle}</text>'
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from datetime import timedelta
 
+from ..wording import counted as counted  # a number with its noun has its place among the numbers, too
+
 
 def amount(number: float) -> str:
     """Returns a count in three digits: 950, 12.3k, 1.64M, 2.10B, 15.0T."""
@@ -12,12 +14,6 @@ def amount(number: float) -> str:
         if abs(number) >= 0.9995 * unit:
             return _digits(number / unit) + name
     return f"{number:.0f}"
-
-
-def counted(number: int, noun: str) -> str:
-    """Returns a number with its noun: "1 step", "2,000 steps", "3 passes"."""
-    plural = "es" if noun.endswith(("s", "ch")) else "s"
-    return f"{number:,} {noun}{plural * (number != 1)}"
 
 
 def flops(tflops: float) -> str:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from ..wording import counted
 from .header import MAX_HEADER, Spec, make_header, parse_header
 from .naming import naming
 
@@ -262,7 +263,7 @@ class ShardWriter:
         if self._error is not None:
             raise self._error
         if self._left or self._waiting:
-            raise ValueError(f"{self._shard.path} lacks {self._left} bytes, and {len(self._waiting)} files were not started")
+            raise ValueError(f"{self._shard.path} lacks {counted(self._left, 'byte')}; files not started: {len(self._waiting)}")
 
     def _work(self) -> None:
         file: Any = None

@@ -8,6 +8,7 @@ from ..models.decoder import parameter_shapes
 from ..models.linear import ADAPTER_INFIX
 from ..observe.facts import facts
 from ..parallel.layout import Layout
+from ..wording import counted
 from .lr_schedule import describe
 from .parts import Parts
 
@@ -26,7 +27,7 @@ def facts_of(parts: Parts) -> dict[str, Any]:
         "processes": world.size,
         "layout": axes or "one process",
         "parameters": decoder.parameters(),
-        "model": f"{decoder.summary()}, {model.num_layers} layers of {model.hidden_size}, {model.dtype}",
+        "model": f"{decoder.summary()}, {counted(model.num_layers, 'layer')} of {model.hidden_size}, {model.dtype}",
         "learning rate": describe(parts.config),
     }
 
@@ -43,6 +44,6 @@ def title(parts: Parts, batch: int) -> str:
     adapters = f" and {trained:,} in adapters" if parts.decoder.lora else ""
     return (
         f"{config.JOB_NAME}: {parts.decoder.summary()}{adapters}, "
-        f"{config.model.dtype}, on {world.size} x {world.device.type}; {parts.sizes.rows(batch)} rows of {config.data.seq_len} "
-        f"tokens per step; {config.run_folder}/"
+        f"{config.model.dtype}, on {world.size} x {world.device.type}; {counted(parts.sizes.rows(batch), 'row')} of "
+        f"{config.data.seq_len} tokens per step; {config.run_folder}/"
     )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from ..config import Config
 from ..config.training import Adam, Beta2Scheduler, LrScheduler
-from ..observe.units import counted
+from ..wording import counted
 
 SHAPES: dict[str, Callable[[float], float]] = {
     "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,

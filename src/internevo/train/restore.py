@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from ..checkpoint import Checkpoint
 from ..checkpoint.load import load_tensors
 from ..checkpoint.storage import KINDS
+from ..config.changes import changes
 from ..config.run import LoadCkptInfo
 from ..data.source import AT_THE_BEGINNING, Saved
-from ..errors import CheckpointError
+from ..errors import CheckpointError, UsageError
 from ..models.huggingface.folder import HfFolder
 from ..models.huggingface.peft import PeftFolder
 from ..models.linear import ADAPTER_INFIX
@@ -24,6 +25,8 @@ from ..models.source import ParameterSource
 from ..parallel.shards import fill_local
 from ..parallel.turns import Doing, in_turns
 from ..storage.header import Spec
+from ..storage.jsonfile import read_object
+from ..wording import counted
 from .optimizer import MOMENTUM
 from .parts import Parts
 from .start import check_source, find_start, has_new_adapters, has_new_biases, open_adapter
@@ -53,7 +56,17 @@ def restore(parts: Parts, run: Path, doing: Doing = nullcontext) -> list[str]:
             lines = load_checkpoint(parts, start.source, start.wanted)
             if start.resumed:
                 parts.state.run = start.source.manifest.run  # this is the same run
+                lines += _changes(parts, start.source)
         return lines if adapter is None else [*lines, *load_adapter(parts, adapter)]
+
+
+def _changes(parts: Parts, checkpoint: Checkpoint) -> list[str]:
+    """Returns lines about the keys of the config that have changed since a checkpoint was saved."""
+    try:
+        recorded = read_object(checkpoint.folder / "config.json")
+    except UsageError:
+        return []  # a checkpoint that was converted has none, and nothing depends on it
+    return [f"note: {line}" for line in changes(parts.recorded, recorded)]
 
 
 def load_adapter(parts: Parts, adapter: PeftFolder) -> list[str]:
@@ -148,8 +161,8 @@ def _compare_batches(parts: Parts, old_rows: int, old: dict[str, Any] | None) ->
         keys = f"data.global_batch_size={old['global_batch_size']}"
         keys += f" data.rampup_batch_size={old['rampup_batch_size']!r}" if old["rampup_batch_size"] else ""
     return [
-        f"the global batch has {rows} rows now{_after_ramp(new)}, and had {old_rows}{_after_ramp(old)} before: no row is lost "
-        f"or repeated, but the batches differ; with {keys} they would be the same"
+        f"the global batch has {counted(rows, 'row')} now{_after_ramp(new)}, and had {old_rows}{_after_ramp(old)} before: no "
+        f"row is lost or repeated, but the batches differ; with {keys} they would be the same"
     ]
 
 

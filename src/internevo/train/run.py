@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from ..config import Config, notes
 from ..errors import InternEvoError, expect
-from ..observe.units import counted
 from ..parallel.launcher import PARENT, LauncherInfo, launcher_has_store, read_launcher
+from ..wording import counted
 from .check import check
 from .config import local_tokenizer
 from .resume import Recorded

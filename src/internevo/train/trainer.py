@@ -32,6 +32,7 @@ from ..parallel.world import World
 from ..storage.lock import FileLock
 from ..storage.naming import naming
 from ..text.tokenizer import Tokenizer
+from ..wording import counted
 from .about import axis_sizes, facts_of, title
 from .answers import note_end_of_answers
 from .between import Between
@@ -229,8 +230,8 @@ class Trainer:
         if (self.run / FINETUNE).is_file():
             advice = "Begin again with another --output and a smaller --lr"
         raise InternEvoError(
-            f"the run has diverged: the last {row} steps, until step {step}, were skipped, because their gradients were not "
-            f"finite (monitor.max_skipped_steps = {limit}). {advice}"
+            f"the run has diverged: it has skipped {counted(row, 'step')} in a row, until step {step}, because the gradients "
+            f"were not finite (monitor.max_skipped_steps = {limit}). {advice}"
         )
 
     def _save(self, step: int) -> None:

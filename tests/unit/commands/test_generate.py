@@ -50,7 +50,7 @@ def test_a_prompt_beyond_the_models_positions_is_refused(folder: Path, capsys: p
         internevo.generate(folder, "!" * 64, max_new_tokens=5)  # before a piece is asked for
     print_text(folder, None, "!" * 61, Options(5, GREEDY))
     out, err = capsys.readouterr()
-    assert "note: at most 3 tokens are generated" in err
+    assert "note: the answer has at most 3 tokens" in err
     print_text(folder, None, "!" * 61, Options(3, GREEDY))
     assert capsys.readouterr() == (out, "") and out == "!" * 61 + text(folder, "!" * 61, 9) + "\n"
 

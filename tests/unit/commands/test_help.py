@@ -1,5 +1,6 @@
 """Help without odd brackets, the version, and completion by a real shell."""
 
+import inspect
 import platform
 import re
 import shutil
@@ -40,6 +41,25 @@ def test_what_the_brackets_said_is_still_said(capsys: pytest.CaptureFixture[str]
     assert "--output FOLDER Folder for the tokenized data. (required)" in tokenize
     assert "(default: 0.0, 0 to 1)" in tokenize and "--on-error stop|skip" in tokenize
     assert "Processes per node, for the layout. (default: 8)" in config
+
+
+@pytest.mark.usefixtures("exits_in_process")
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_no_description_is_cut(width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+
+    def joined(text: str) -> str:  # lines are broken at spaces and after hyphens
+        return re.sub(r"\s", "", text)
+
+    program = joined(printed(capsys, "--help").partition("Commands:")[2])
+    for command in cli.app.registered_commands:
+        assert command.callback is not None
+        name, doc = command.name or command.callback.__name__, command.callback.__doc__ or ""
+        sentence = re.split(r"\.\s", doc + "\n")[0]
+        assert joined(f"{name} {sentence}.") in program
+        options = joined(printed(capsys, name, "--help"))
+        for option in inspect.get_annotations(command.callback, eval_str=True).values():
+            assert all(joined(about.help or "") in options for about in getattr(option, "__metadata__", ())), name
 
 
 @pytest.mark.usefixtures("exits_in_process")

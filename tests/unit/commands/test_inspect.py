@@ -59,7 +59,7 @@ def test_inspect_describes_a_dataset_and_names_every_broken_file(tmp_path: Path)
         path = tmp_path / "train" / name / "part.bin"
         path.write_bytes(path.read_bytes()[:-4])
     seen: list[str] = []
-    with pytest.raises(DataError, match="2 of 2 files below"):
+    with pytest.raises(DataError, match="broken: 2 of 2 files below"):
         seen.extend(describe(tmp_path / "train"))
     with pytest.raises(UsageError, match="--decode needs a tokenizer"):
         write_binary(tmp_path / "a" / "b" / "part.bin", [[1]], None)
@@ -136,7 +136,7 @@ def test_raw_data_is_described_with_the_format_that_fits(tmp_path: Path) -> None
         == "fits --format text of internevo finetune; internevo tokenize needs no --format"
     )
     (tmp_path / "chats.jsonl").write_text('{"text": "a"}\n{nothing\n')
-    with pytest.raises(DataError, match=r"1 documents cannot be read; the first: .*chats.jsonl, byte 14: the line is not JSON"):
+    with pytest.raises(DataError, match=r"1 document cannot be read; the first: .*chats.jsonl, byte 14: the line is not JSON"):
         list(describe(tmp_path / "chats.jsonl"))
 
 
@@ -219,4 +219,4 @@ def test_runs_in_a_folder_are_listed_and_adapters_of_a_run_are_named(tmp_path: P
     assert lines[2] == "  short    step 1, loss 2.5000; 0 checkpoints"
     assert re.fullmatch(r"  tuned    step (\d) of \1, loss \d\.\d{4}; 1 checkpoint", lines[3])
     write_binary(runs / "data" / "part.bin", [[1, 2]], None)  # data beside the runs: the folder is described as data
-    assert next(iter(describe(runs))).startswith(f"tokenized data {runs}: 1 documents")
+    assert next(iter(describe(runs))).startswith(f"tokenized data {runs}: 1 document,")

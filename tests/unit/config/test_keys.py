@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from internevo.config import Config, reference, validate
 from internevo.config.axes import smallest_world
-from internevo.config.load import apply_override, parse_value, dump
+from internevo.config.load import apply_override, dump, parse_value
 from internevo.config.option import PathText, Section, field_extras, field_kinds, section_of
 from internevo.errors import ConfigError
 from internevo.train.check import missing_features, problems

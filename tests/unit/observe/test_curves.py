@@ -14,27 +14,32 @@ from hypothesis import strategies as st
 
 from internevo import cli
 from internevo.errors import UsageError
-from internevo.observe.report import write_comparison, write_report
+from internevo.observe.report import _hardware, write_comparison, write_report
 from internevo.observe.rundata import smooth, thin
 
 SPIKE, SKIPPED, RESUMED = 40, 50, 60
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
-def write_run(folder: Path, name: str = "a </script> run", steps: int = 100, lr: float = 0.1) -> Path:
+def write_run(
+    folder: Path, name: str = "a </script> run", steps: int = 100, lr: float = 0.1, seconds: float = 1.0, first: float = 1.0
+) -> Path:
     """A run with a spike, a skipped step and a resume."""
     folder.mkdir()
     facts = {
         "model": "LLAMA2, 5 parameters",
         "device": "a <GPU>",
         "processes": 2,
+        "host": "h",
+        "versions": {"torch": "2.13", "cuda": "13.0"},
         "command": "internevo train 'a b'",
         "parameters": 5,
     }
     rows = [
         {
             "step": step, "loss": None if step == SKIPPED else 9 / (1 + lr * step), "grad_norm": 1e9 if step == SPIKE else 0.5,
-            "lr": lr, "consumed_tokens": 10 * step, "tgs": 100.0, "tflops": 0.002, "mfu": None, "step_time": 1.0,
+            "lr": lr, "consumed_tokens": 10 * step, "tgs": 100.0, "tflops": 0.002, "mfu": None, 
+            "step_time": first if step == 1 else seconds,
             "data_time": 0.1, "memory_peak_max": 2**30, "skipped": step == SKIPPED, "time": 1000.0 + 3600 * step,
             "loss_by_type": {"en": 1.0, "cn": 2.0},
             "moe": {"load": [0.4, 0.3, 0.2, 0.1], "max_load": 1.6, "dropped": 0.0, "entropy": 1.0},
@@ -73,7 +78,7 @@ def test_the_report_shows_what_the_run_was_and_did(tmp_path: Path) -> None:
     }  # fmt: skip
     for text in (
         "LLAMA2, 5 parameters",
-        "2 x a &lt;GPU&gt;",
+        "2 x a &lt;GPU&gt; (h)",
         "internevo train &#x27;a b&#x27;",
         "100 of 200",
         "2 GFLOPS",
@@ -90,6 +95,43 @@ def test_a_spike_does_not_ruin_the_axis_of_the_norm(tmp_path: Path) -> None:
     low, high = (10**end for end in axis["range"])
     assert axis["type"] == "log" and 0.2 < low < 0.5 < high < 2 and any(low < tick < high for tick in axis["tickvals"])
     assert [(line["x"], line["text"]) for line in figure["data"] if "text" in line] == [([SPIKE], ["1e+09"])]
+
+
+def test_a_slow_step_leaves_no_frame(tmp_path: Path) -> None:
+    figure = figures(write_report(write_run(tmp_path / "run", first=60.0)).read_text())["Step time and data time"]
+    low, high = figure["layout"]["yaxis"]["range"]
+    assert (low, high) == (0, pytest.approx(1.2))
+    assert all(low <= value <= high for line in figure["data"] for value in line["y"])
+    assert [(line["x"], line["text"]) for line in figure["data"] if "text" in line] == [([1], ["60 s"])]
+
+
+def test_the_slowest_of_several_runs_has_its_place_in_the_frame(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "a", "a"), write_run(tmp_path / "b", "b", steps=5, seconds=9.0, first=9.0)]
+    drawn = figures(write_comparison(runs, tmp_path / "all.html").read_text())["Step time and data time"]
+    assert drawn["layout"]["yaxis"]["range"] == [0, pytest.approx(10.8)] and len(drawn["data"]) == 4
+
+
+def test_the_legend_of_a_comparison_is_below_the_title_of_the_axis(tmp_path: Path) -> None:
+    """It has its place at the edge of the figure; in heights of the plot area, which shrinks for it, it was on the title."""
+    runs = [write_run(tmp_path / f"run-{n}", f"a-long-name-{n}", steps=3) for n in range(6)]
+    for number in (2, 6):
+        for figure in figures(write_comparison(runs[:number], tmp_path / f"{number}.html").read_text()).values():
+            legend = figure["layout"]["legend"]
+            assert (legend["yref"], legend["y"], legend["yanchor"]) == ("container", 0, "bottom")
+            assert figure["layout"]["height"] == (320 if number < 5 else 360)
+
+
+@pytest.mark.parametrize(
+    ("processes", "versions", "said"),
+    [
+        (2, {"torch": "2.13"}, "EPYC, 2 cores (h), 2 processes"),
+        (1, None, "EPYC, 2 cores (h), 1 process"),
+        (8, {"cuda": "13.0"}, "8 x EPYC, 2 cores (h)"),
+    ],
+)
+def test_processes_on_one_processor_do_not_make_it_several(processes: int, versions: dict[str, str] | None, said: str) -> None:
+    assert _hardware({"device": "EPYC, 2 cores", "host": "h", "processes": processes, "versions": versions}) == said
+    assert _hardware({}) is None
 
 
 def test_events_are_on_the_axes(tmp_path: Path) -> None:

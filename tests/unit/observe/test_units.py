@@ -2,7 +2,7 @@
 
 import pytest
 
-from internevo.observe.units import amount, clock, counted, duration, flops, size
+from internevo.observe.units import amount, clock, duration, flops, size
 
 
 @pytest.mark.parametrize(
@@ -34,8 +34,3 @@ def test_durations_have_two_units(seconds: float, text: str) -> None:
 def test_clocks_and_sizes() -> None:
     assert [clock(200.4), clock(2 * 86_400 + 5)] == ["0:03:20", "2 days, 0:00:05"]
     assert [size(5), size(18_200_000), size(2e12)] == ["5 B", "18.2 MB", "2,000 GB"]
-
-
-def test_nouns_have_their_plurals() -> None:
-    assert [counted(n, "step") for n in (0, 1, 2000)] == ["0 steps", "1 step", "2,000 steps"]
-    assert [counted(2, noun) for noun in ("process", "pass", "micro-batch")] == ["2 processes", "2 passes", "2 micro-batches"]

@@ -161,7 +161,7 @@ def test_a_tensor_that_is_not_contiguous_is_written_by_its_elements(tmp_path: Pa
 def test_missing_rows_are_an_error_that_names_the_file(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path, {"x": Spec((4, 3), torch.float32), "y": Spec((2,), torch.float32)}, 10, file_name)
     writer.add(torch.zeros(3, 3))
-    with pytest.raises(ValueError, match=r"1-of-2\.safetensors lacks 12 bytes, and 1 files were not started"):
+    with pytest.raises(ValueError, match=r"1-of-2\.safetensors lacks 12 bytes; files not started: 1"):
         writer.close()
 
 

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from internevo.config import validate
 from internevo.config.run import MAY_DIFFER, Ckpt, LoadCkptInfo
 from internevo.errors import ConfigError
 from internevo.models.config import DecoderConfig, Experts, Latent, Rope
 from internevo.models.settings import BALANCE_BIAS
 from internevo.train.compare import compare_models
-from internevo.train.restore import restore
-from tests.conftest import Run, WriteConfig
+from internevo.train.restore import _changes, restore
+from tests.conftest import Run, WriteConfig, tiny
 
 DENSE = DecoderConfig("LLAMA2", 300, 32, 48, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=8)
 MOE = replace(DENSE, family="MIXTRALMOE", experts=Experts(4, 2, 48))
@@ -143,6 +144,22 @@ def test_a_run_is_resumed_only_with_its_own_model(tmp_path: Path, config: WriteC
     again = json.dumps({"path": str(tmp_path / "run"), "content": ["model"], "may_differ": ["rope_base"]})
     done = run("train", path, f"ckpt.load_ckpt_info={again}", "model.rope_base=7", f"ckpt.save_ckpt_folder={tmp_path / 'new'}")
     assert "note: model.rope_base = 7.0 in the config, and 10000.0 in" in done.stdout
+
+
+def test_a_run_that_goes_on_says_which_keys_have_changed(tmp_path: Path, config: WriteConfig, run: Run) -> None:
+    path = config("run", data__total_steps=1, lr_scheduler__total_steps=None)
+    assert "in the checkpoint" not in run("train", path).stdout
+    changed = ("data.total_steps=2", "adam.lr=0.5", "ckpt.keep_last=3")
+    notes = [line for line in run("train", path, *changed).stdout.splitlines() if line.startswith("note: ")]
+    assert [line.split(" = ")[0] for line in notes] == ["note: data.total_steps", "note: adam.lr"]
+
+
+def test_a_checkpoint_without_a_config_is_not_compared(tmp_path: Path) -> None:
+    parts: Any = SimpleNamespace(recorded=validate(tiny()))
+    checkpoint: Any = SimpleNamespace(folder=tmp_path)
+    assert _changes(parts, checkpoint) == []
+    (tmp_path / "config.json").write_text('{"seed": 7}')
+    assert _changes(parts, checkpoint) == ["note: seed = 1024, and was 7 in the checkpoint"]
 
 
 @pytest.mark.parametrize("ours", [True, False])

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import DataError
+from ...wording import counted
 from ..raw.documents import Document, read_documents
 from ..raw.inputs import split_files
 from .formats import TEXT_FIELDS, FormatName
@@ -124,8 +125,8 @@ def describe_raw(root: Path, files: list[tuple[str, Path]], examples: int = 3) -
     raw = RawData.read(files)
     kinds = ", ".join(sorted({kind for kind, _ in files}))
     size = sum(path.stat().st_size for _, path in files)
-    count = f"{len(raw.documents):,} documents" + ("" if raw.whole else " in the part that was read")
-    yield f"raw data {root}: {len(files):,} file{'s' * (len(files) != 1)} ({kinds}), {size / 1e6:,.1f} MB; {count}"
+    count = counted(len(raw.documents), "document") + ("" if raw.whole else " in the part that was read")
+    yield f"raw data {root}: {counted(len(files), 'file')} ({kinds}), {size / 1e6:,.1f} MB; {count}"
     yield from _describe_fields(raw)
     for document in raw.documents[:examples]:
         yield f"--- {document.where}"
@@ -135,14 +136,14 @@ def describe_raw(root: Path, files: list[tuple[str, Path]], examples: int = 3) -
         yield "no format fits: " + "; ".join(f"{known} needs {needs(known)}" for known in ("chat", "alpaca", "text"))
     else:
         fit = sum(fits(name, document) for document in raw.documents)
-        of = "" if fit == len(raw.documents) else f" for {fit:,} of {len(raw.documents):,} documents"
+        of = "" if fit == len(raw.documents) else f" for {fit:,} of {counted(len(raw.documents), 'document')}"
         notes = {
             "alpaca": " (or chat, with the tokenizer's chat template)",
             "text": " of internevo finetune; internevo tokenize needs no --format",  # which there means plain text files
         }
         yield f"fits --format {name}{notes.get(name, '')}{of}"
     if raw.errors:
-        raise DataError(f"{len(raw.errors):,} documents cannot be read; the first: {raw.errors[0]}")
+        raise DataError(f"{counted(len(raw.errors), 'document')} cannot be read; the first: {raw.errors[0]}")
 
 
 def _describe_fields(raw: RawData) -> Iterator[str]:

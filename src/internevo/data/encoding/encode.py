@@ -45,6 +45,8 @@ class Encoded:
     """The size of the chunk, in bytes of the input files."""
     skipped: list[str] = field(default_factory=list)
     """For each document that was skipped: a message that says where it is and what is wrong with it."""
+    empty: int = 0
+    """The number of documents that were left out because there is nothing to train on in them."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Encoder:
             DataError: if ``on_error`` is "stop", for the first document that cannot be read or does not have the format.
         """
         parts: list[npt.NDArray[np.int32]] = []
-        skipped: list[str] = []
+        skipped, empty = list[str](), 0
         tokenizer = cached_tokenizer(self.tokenizer)
         may_be_outside = self.vocab_size is not None and tokenizer.vocab_size > self.vocab_size
         for batch in self._batches(chunk, skipped):
@@ -78,10 +80,12 @@ class Encoder:
                     self._skip(ids, skipped)
                 elif may_be_outside and (outside := self._outside(document, ids)) is not None:
                     self._skip(outside, skipped)
-                elif len(ids):  # there is nothing to train on in an empty document
+                elif len(ids):
                     parts.append(ids)
+                else:
+                    empty += 1
         counts = np.array([len(part) for part in parts], np.int32)
-        return Encoded(np.concatenate(parts) if parts else np.empty(0, np.int32), counts, chunk.size, skipped)
+        return Encoded(np.concatenate(parts) if parts else np.empty(0, np.int32), counts, chunk.size, skipped, empty)
 
     def _batches(self, chunk: InputChunk, skipped: list[str]) -> Iterator[list[Document]]:
         """Reads documents, and yields lists of them that have about ``BATCH_CHARACTERS`` characters."""

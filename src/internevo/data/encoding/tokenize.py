@@ -25,6 +25,7 @@ from ...errors import DataError, UsageError, expect
 from ...storage.hub import model_folder
 from ...storage.jsonfile import read_object, replace_json
 from ...text.tokenizer import Tokenizer, load_tokenizer, tokenizer_fingerprint, train_bpe
+from ...wording import counted
 from ..raw.documents import read_documents
 from ..raw.inputs import find_files, split_files
 from ..tokenized.files import TokenWriter
@@ -54,6 +55,8 @@ class TokenizeResult:
     skipped: int = 0
     """The number of documents that could not be read and were skipped."""
     vocab_size: int = 0
+    empty: int = 0
+    """The number of documents that were left out because there is nothing to train on in them."""
 
 
 @dataclass
@@ -266,14 +269,14 @@ def _resume_or_start(target: Output, started: SavedProgress, overwrite: bool, st
     """
     saved = SavedProgress.read(target.work)
     if saved is not None and saved.same_command(started):
-        status(f"continuing after {saved.documents:,} documents")
+        status(f"continuing after {counted(saved.documents, 'document')}")
         return saved
     if saved is not None and saved.documents:
         changed = [f"{key} {value!r}" for key, value in saved.options.items() if value != started.options.get(key)]
         if changed and not overwrite:
             raise UsageError(
-                f"{target.folder} has {saved.documents:,} documents of a command with {', '.join(changed)} that was stopped: "
-                "give that command again to finish it, or --overwrite to start again"
+                f"{target.folder} has {counted(saved.documents, 'document')} of a command with {', '.join(changed)} "
+                "that was stopped: give that command again to finish it, or --overwrite to start again"
             )
         status(f"starting again: {'the options have' if changed else 'the input or the tokenizer has'} changed")
     shutil.rmtree(target.new, ignore_errors=True)
@@ -318,6 +321,7 @@ class _Writers:
                 result.documents += len(chosen)
                 result.tokens += len(ids)
         result.skipped += len(encoded.skipped)
+        result.empty += encoded.empty
         self.saved.chunks += 1
         self.saved.size += encoded.size
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DataError
+from ...wording import counted
 from .files import arrow_batches, open_parquet, read_input
 from .inputs import MAX_FIELD_BYTES, InputChunk, csv_delimiter
 
@@ -146,7 +147,7 @@ def _csv_rows(chunk: InputChunk, fields: Fields) -> Iterator[DocumentOrError]:
         for row in rows:
             where = f"{path}, line {rows.line_num} after byte {chunk.start}"
             if row and len(row) != len(names):
-                yield DataError(f"{where}: the row has {len(row)} field(s), but the header has {len(names)}")
+                yield DataError(f"{where}: the row has {counted(len(row), 'field')}, but the header has {len(names)}")
             elif any(_ESCAPED.search(value) for value in row):
                 yield DataError(f"{where}: the row is not UTF-8")
             elif row:

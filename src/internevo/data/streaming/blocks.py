@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain, groupby, islice
@@ -23,12 +24,14 @@ import numpy.typing as npt
 from ...config.data import TEMPLATE_DATE
 from ...errors import DataError, InternEvoError
 from ...text.tokenizer import tokenizer_fingerprint
+from ...wording import counted
 from ..encoding.encode import Encoded, EncoderPool
 from ..order import permute
 from ..raw.files import sample_content
 from ..raw.inputs import InputChunk, is_sequential, split_file, split_files
 from .exchange import Exchange, Int32Array
 
+log = logging.getLogger("internevo")
 MAX_SHARDS = 16
 """How many shards are read at a time: the documents of a block come from that many parts of the data."""
 
@@ -212,7 +215,7 @@ class BlockReader:
     def _encode_share(self, position: BlockPosition, skipped: list[str]) -> Int32Array | DataError:
         """Encodes this rank's parts of a block. Returns them as one array, or the error if they cannot be read."""
         max_chunks = max(1, _max_shards(position) // len(position.active))
-        shards, parts = self._rank_shards(position), []
+        shards, parts, empty = self._rank_shards(position), [], 0
         try:
             if self.encoded is not None:
                 counts, encoded = [1] * len(shards), self.encoded
@@ -222,10 +225,13 @@ class BlockReader:
             for (index, chunks_read), count in zip(shards, counts, strict=True):
                 results = list(islice(encoded, count))
                 skipped += [message for result in results for message in result.skipped]
+                empty += sum(result.empty for result in results)
                 ended = index not in self.open_files
                 parts.append(_ShardPart(index, chunks_read + len(results), ended, *_concatenate(results)))
         except InternEvoError as error:
             return DataError(str(error))
+        if empty:
+            log.info(f"left out of block {position.block + 1}, epoch {position.epoch + 1}: {counted(empty, 'empty document')}")
         return _to_array(parts)
 
     def _next_chunks(self, position: BlockPosition, index: int, chunks_read: int, max_chunks: int) -> list[InputChunk]:

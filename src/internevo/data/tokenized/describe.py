@@ -11,6 +11,7 @@ import numpy as np
 
 from ...errors import DataError, UsageError
 from ...text.tokenizer import Tokenizer, load_tokenizer
+from ...wording import counted
 from ..rows import tokens_and_labels
 from .files import Ids, TokenFile
 from .index import Index, list_files, open_index
@@ -38,7 +39,8 @@ def describe_dataset(root: Path, tokenizer: Path | None, decode: int) -> Iterato
     """
     yield from _check_files(root)
     index = open_index(root)
-    yield f"tokenized data {root}: {len(index):,} documents, {index.tokens:,} tokens, files: {len(index.files):,}"
+    held = f"{counted(len(index), 'document')}, {counted(index.tokens, 'token')}"
+    yield f"tokenized data {root}: {held}, files: {len(index.files):,}"
     yield from _describe_types(index)
     yield from _describe_lengths(index)
     folder = root if root.is_dir() else root.parent
@@ -67,7 +69,7 @@ def _check_files(root: Path) -> Iterator[str]:
             messages.append(str(error))
             yield f"broken: {error}"
     if messages:
-        raise DataError(f"{len(messages)} of {len(files)} files below {root} are broken")
+        raise DataError(f"broken: {len(messages):,} of {counted(len(files), 'file')} below {root}")
 
 
 def _describe_types(index: Index) -> Iterator[str]:
@@ -75,7 +77,8 @@ def _describe_types(index: Index) -> Iterator[str]:
     for number, name in enumerate(index.types):
         files = [f for f, kind in enumerate(index.file_types) if kind == number]
         chosen = [lengths[index.first[f] : index.first[f + 1]] for f in files]
-        yield f"type {name}: {sum(map(len, chosen)):,} documents, {sum(int(c.sum()) for c in chosen):,} tokens"
+        documents, tokens = sum(map(len, chosen)), sum(int(c.sum()) for c in chosen)
+        yield f"type {name}: {counted(documents, 'document')}, {counted(tokens, 'token')}"
 
 
 def _describe_lengths(index: Index) -> Iterator[str]:
@@ -129,5 +132,5 @@ def decoded(index: Index, tokenizer: Tokenizer, count: int) -> Iterator[str]:
             part = tokenizer.decode(tokens[a:b].tolist())
             text += f"⟦{part}⟧" if masked[a] else part
         note = f", {int(masked.sum()):,} of them masked" if masked.any() else ""
-        yield f"--- {index.location(document)}: {len(tokens):,} tokens{note}"
+        yield f"--- {index.location(document)}: {counted(len(tokens), 'token')}{note}"
         yield text

@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from ...errors import DataError
 from ...storage.naming import naming
+from ...wording import counted
 from .megatron import read_index
 
 MASKED_ZERO = -(2**31)
@@ -81,7 +82,7 @@ class TokenFile:
             bad = int(np.argmax(ends > size))
             raise DataError(
                 f"{self.path} is truncated: it ends at byte {size}, and document {bad} of {len(self.meta)} "
-                f"(byte {offsets[bad]}, {counts[bad]} tokens) ends after that"
+                f"(byte {offsets[bad]}, {counted(counts[bad], 'token')}) ends after that"
             )
         if self.itemsize and ends[-1] != size:
             raise DataError(
@@ -109,7 +110,7 @@ class TokenFile:
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise DataError(f'{where} is not a line {{"tokens": [...]}}: {error}') from error
         if array.shape != (count,):
-            raise DataError(f"{where} has {array.size} tokens, but its .meta says {count}")
+            raise DataError(f"{where} has {counted(array.size, 'token')}, but its .meta says {count}")
         return array[start:stop]
 
 

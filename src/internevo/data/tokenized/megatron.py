@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import DataError
+from ...wording import counted
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -42,8 +43,8 @@ def read_index(path: Path) -> tuple[npt.NDArray[np.int64], int]:
     expected = HEADER.size + 12 * sequences + 8 * boundaries
     if len(content) < expected:
         raise DataError(
-            f"{path} is truncated: it has {len(content)} bytes, but {sequences} sequences and {boundaries} document boundaries "
-            f"take {expected}"
+            f"{path} is truncated: it has {counted(len(content), 'byte')}; {counted(sequences, 'sequence')} and "
+            f"{counted(boundaries, 'document boundary')} take {expected:,}"
         )
     lengths = np.frombuffer(content, "<i4", sequences, HEADER.size).astype(np.int64)
     offsets = np.frombuffer(content, "<i8", sequences, HEADER.size + 4 * sequences)

@@ -8,6 +8,7 @@ from typing import Any
 from ...config.experts import MoeLayerKwargs
 from ...config.model import Model
 from ...config.option import Section
+from ...wording import counted
 
 DEFAULT_VALUES: dict[str, tuple[Any, ...]] = {
     "add_unit_offset": (None, False),
@@ -83,11 +84,13 @@ def problems(model: Model, family: str, allowed: Allowed | None = None) -> Itera
             yield f"model.{key} has an effect only with model.use_sliding_window = True; set it, or leave model.{key} out"
     if model.layer_windows is not None:
         if len(model.layer_windows) != model.num_layers:
-            yield f"model.layer_windows has {len(model.layer_windows)} numbers, and model.num_layers = {model.num_layers}"
+            windows = counted(len(model.layer_windows), "number")
+            yield f"model.layer_windows has {windows}, and model.num_layers = {model.num_layers}"
         if model.use_sliding_window:
             yield "model.layer_windows and model.use_sliding_window both set the windows; leave one out"
     if model.no_rope_layers is not None and len(model.no_rope_layers) != model.num_layers:
-        yield f"model.no_rope_layers has {len(model.no_rope_layers)} numbers, and model.num_layers = {model.num_layers}"
+        numbers = counted(len(model.no_rope_layers), "number")
+        yield f"model.no_rope_layers has {numbers}, and model.num_layers = {model.num_layers}"
     if model.no_rope_layers is not None and model.no_rope_layer_interval is not None:
         yield "model.no_rope_layers and model.no_rope_layer_interval both say which layers rotate; leave one out"
     if model.no_bias and (model.qkv_bias or model.o_bias):

@@ -11,6 +11,7 @@ from ...config.rope import is_number
 from ...errors import UsageError
 from ...storage.jsonfile import read_object
 from ...text.special_tokens import MODEL_KEYS
+from ...wording import counted
 from . import choices
 
 COUNTS = (
@@ -134,7 +135,7 @@ def _contradictions(hf: dict[str, Any]) -> Iterator[str]:
         yield f"head_dim = {hf['head_dim']} must be even for the rotary embedding"
     kinds, layers = hf.get("layer_types"), hf.get("num_hidden_layers")
     if kinds is not None and len(kinds) != layers:
-        yield f"layer_types has {len(kinds)} layers, and num_hidden_layers = {layers}"
+        yield f"layer_types has {counted(len(kinds), 'layer')}, and num_hidden_layers = {layers}"
     experts = hf.get("num_experts") or hf.get("num_local_experts") or hf.get("n_routed_experts")
     if experts and hf.get("num_experts_per_tok", 1) > experts:
         yield f"num_experts_per_tok = {hf['num_experts_per_tok']} is greater than the number of experts, {experts}"

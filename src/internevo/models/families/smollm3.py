@@ -8,6 +8,7 @@ from typing import Any
 
 from ...config.model import Model
 from ...errors import UsageError
+from ...wording import counted
 from ..config import DecoderConfig
 from . import choices, gemma3, llama
 from . import rope as rope_hf
@@ -60,7 +61,7 @@ def from_hf(hf: dict[str, Any]) -> DecoderConfig:
     if rotate is None:
         rotate = _every(layers, interval)
     if len(rotate) < layers:
-        raise UsageError(f"no_rope_layers has {len(rotate)} numbers, and num_hidden_layers = {layers}")
+        raise UsageError(f"no_rope_layers has {counted(len(rotate), 'number')}, and num_hidden_layers = {layers}")
     plain, rotate = replace(plain, family=FAMILY, rope=rope), rotate[:layers]
     return _with_layers(plain, rotate, *_windows(hf, rotate))
 

@@ -19,6 +19,7 @@ from ...storage.header import Spec
 from ...storage.jsonfile import write_json
 from ...storage.tensors import ByteRange, ShardWriter, joint_dtype
 from ...text.tokenizer import Tokenizer, as_tokenizer
+from ...wording import counted
 from ..config import DecoderConfig
 from ..decoder import Decoder, parameter_shapes, stored_shapes
 from ..families.hf_values import read_config
@@ -89,7 +90,7 @@ class HfFolder:
         extra = self._left_out()
         if extra:
             log.warning(
-                f"{self.folder}: {len(extra)} tensors are left out, those of the layers for multi-token prediction "
+                f"{self.folder}: left out {counted(len(extra), 'tensor')} of the layers for multi-token prediction "
                 f"(num_nextn_predict_layers = {self.hf_config.get('num_nextn_predict_layers')}; first: {extra[0]})"
             )
         for disk in self.weights.files:

@@ -221,7 +221,7 @@ def test_the_error_names_a_damaged_file(tmp_path: Path, corpus: list[str], suffi
 def test_the_error_names_a_row_without_text(tmp_path: Path) -> None:
     bad = tmp_path / "bad.csv"
     bad.write_text("id,text\n1,good\n2\n")
-    with pytest.raises(DataError, match=r"bad\.csv, line 2 after byte 8: the row has 1 field\(s\), but the header has 2"):
+    with pytest.raises(DataError, match=r"bad\.csv, line 2 after byte 8: the row has 1 field, but the header has 2"):
         read(bad)
     with pytest.raises(DataError, match=r"no text under 'body' \(it has 'id', 'text'\); give the field's name with --text-key"):
         read(bad, "body")
@@ -393,3 +393,12 @@ def test_half_a_character_is_found_in_every_format(tmp_path: Path, format: Any) 
     (tmp_path / "t" / "chat_template.jinja").write_text("{{ messages }}")
     with pytest.raises(DataError, match=r"a\.jsonl, byte 0: the text has \\ud83d"):
         tokenize([tmp_path / "a.jsonl"], tmp_path / "out", tokenizer=tokenizer, format=format)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_empty_documents_are_counted(tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs, "CHUNK_BYTES", 64)
+    tokenizer, texts = train_bpe(["some text"], 260, tmp_path / "tokenizer"), ["", "a", "", "b" * 50, "c" * 50, ""]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    result = tokenize(tmp_path / "a.jsonl", tmp_path / "out", tokenizer=tokenizer, workers=workers)
+    assert (result.documents, result.empty, result.skipped) == (3, 3, 0)

@@ -477,3 +477,19 @@ def test_a_stream_that_has_ended_goes_on_with_more_epochs(tmp_path: Path, small:
     second, later = shares(source(2), position, 100)
     assert second == pytest.approx(first, abs=1), "one more epoch"
     assert shares(source(2), later, 20)[0] == 0 and 9 <= shares(source(None), later, 20)[0] <= 11
+
+
+def test_the_log_has_the_number_of_empty_documents(
+    tmp_path: Path, tokenizer: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks.log, "propagate", True)
+    (tmp_path / "data").mkdir()
+    lines = [json.dumps({"text": text}) for text in ("", "one", "", "two", "three")]
+    (tmp_path / "data" / "a.jsonl").write_text("\n".join(lines))
+    data = Data(
+        type="streaming", train_folder=str(tmp_path / "data"), tokenizer_path=str(tokenizer), seq_len=8, micro_bsz=1,
+        global_batch_size=1, total_steps=1000, num_worker=0,
+    )  # fmt: skip
+    with caplog.at_level("INFO", "internevo"):
+        train(data, 1, Cursor(), 1)
+    assert "left out of block 1, epoch 1: 2 empty documents" in caplog.messages

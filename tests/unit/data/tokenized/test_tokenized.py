@@ -209,7 +209,7 @@ def test_the_error_names_a_damaged_megatron_index(tmp_path: Path) -> None:
     write_megatron(tmp_path / "part", [[[1, 2]], [[3]]], "<i4", 4)
     content = (tmp_path / "part.idx").read_bytes()
     for broken, message in (
-        (content[:-1], r"part\.idx is truncated: it has 81 bytes, but 2 sequences and 3 document boundaries take 82"),
+        (content[:-1], r"part\.idx is truncated: it has 81 bytes; 2 sequences and 3 document boundaries take 82"),
         (b"x" + content[1:], r"part\.idx is not the index of a Megatron dataset"),
         (content[:17] + b"\x07" + content[18:], "ids of type 7"),
         (content[:-8] + b"\x09" + content[-7:], "its document boundaries do not match its 2 sequences"),
