@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from datetime import timedelta
 
-from ..wording import counted as counted  # a number with its noun has its place among the numbers, too
-
 
 def amount(number: float) -> str:
     """Returns a count in three digits: 950, 12.3k, 1.64M, 2.10B, 15.0T."""

@@ -12,7 +12,7 @@ from ..parallel import data_axis, expert, isp, tensor
 from ..parallel.layout import Layout
 from ..parallel.strategy import Collectives, Workload
 from . import flops
-from .flops import Passes
+from .flops import Amounts, Passes
 from .job import Job
 from .links import Group
 
@@ -62,6 +62,10 @@ class StageCounts(NamedTuple):
     """ZeRO-1.5: of gradients, once per step."""
     shard: float
     """Elements of the rank's shards, which the optimizer updates."""
+    update: Amounts
+    """What Muon computes."""
+    exchanged: list[Message]
+    """What Muon sends."""
     first: float
     """The share of the first unit of the data axis in all, without experts: nothing computes before its weights are there, nor
     while its gradients are reduced."""
@@ -116,7 +120,7 @@ def groups_of(layout: Layout) -> dict[str, Group]:
     found = {
         "head": (layout.attention, "head"), "context": (layout.attention, "context"),
         "tensor": (activations, "tensor"), "data": (activations, "data"), "weight": (weights, "inner"),
-        "zero": (weights, "zero"), "replicate": (weights, "replicate"),
+        "zero": (weights, "zero"), "replicate": (weights, "replicate"), "shards": (layout.shards, "shards"),
         "expert": (experts, "expert"), "expert weight": (experts, "inner"),
         "expert zero": (experts, "zero"), "expert replicate": (experts, "replicate"),
     }  # fmt: skip
@@ -146,7 +150,19 @@ def _count_stage(job: Job, stage: Stage, inside: Inside, zeros: tuple[int, int])
         prefetched, gathers, reductions = [*prefetched, *of_data], [], []
     elements, shards = inside.elements, shard + shard_of_experts
     first = inside.units[0] / elements["zero"]
-    return StageCounts(inside.passes, inside.waited, prefetched, gathers, reductions, shards, first, elements)
+    update, exchanged = flops.update(job, stage.layers) if job.iterations else Amounts(), _exchanged(job, shards, zeros)
+    return StageCounts(
+        inside.passes, inside.waited, prefetched, gathers, reductions, shards, update, exchanged, first, elements
+    )  # fmt: skip
+
+
+def _exchanged(job: Job, shard: float, zeros: tuple[int, int]) -> list[Message]:
+    """Returns what Muon sends (``parallel.matrices``), with all weights as dense ones: parts to the ranks that compute and
+    back, and the updates of other replicas."""
+    layout = replace(job.work.layout, zero=zeros[0])
+    groups, nbytes = groups_of(layout), int(shard * job.work.element_bytes)
+    rows = [Collectives("all-to-all", "shards", 2, 2 * nbytes), Collectives("all-gather", "replicate", 1, nbytes)]
+    return messages(rows, groups) if job.iterations else []
 
 
 def _sharded(job: Job, stage: Stage, inside: Inside, axis: str, ranks: int) -> tuple[list[Message], float]:

@@ -33,7 +33,6 @@ from ..measure import peak as measure
 from ..measure.collectives import Counter
 from ..measure.memory import Meter
 from ..models.moe import MoE
-from ..observe.units import counted
 from ..parallel import plan
 from ..parallel.layout import Layout
 from ..parallel.memory import Memory
@@ -48,6 +47,7 @@ from ..train.parts import Parts
 from ..train.process import prepare
 from ..train.shared import Shared
 from ..train.step import Stepper, formulas
+from ..wording import counted
 from .job import dataset_types
 from .memory import temporary
 

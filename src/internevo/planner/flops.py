@@ -183,6 +183,21 @@ def head(job: Job) -> Passes:
     )
 
 
+def update(job: Job, layers: range) -> Amounts:
+    """Returns what Muon costs on a rank in the layers of a stage: an iteration of a matrix has two products with its longer
+    side, and one of its shorter side alone. The ranks of a stage share the matrices; one has at least the largest."""
+    decoder, e, layout, found = job.work.decoder, job.work.decoder.experts, job.work.layout, list[tuple[int, int, int]]()
+    ranks, d = layout.world // layout.pipeline, decoder.hidden_size
+    for number in layers:
+        found += [(linear.outputs, linear.inputs, 1) for linear in decoder.projections().values()]
+        sparse = e is not None and decoder.is_sparse(number)
+        widths = [(e.size, 3 * e.count), (e.shared_size, 3)] if e is not None and sparse else [(decoder.intermediate_size, 3)]
+        found += [(width, d, times) for width, times in widths if width]
+    flops = [(2.0 * min(m, n) ** 2 * (2 * max(m, n) + min(m, n)) * job.iterations, times) for m, n, times in found]
+    most = max(sum(each * times for each, times in flops) / ranks, max((each for each, _ in flops), default=0.0))
+    return Amounts(products=most, kernels=4.0 * job.iterations * max(1.0, sum(times for *_, times in found) / ranks))
+
+
 def stage(job: Job, layers: range, heads: bool) -> Passes:
     """Returns what one micro-batch costs in a stage. Layers of one kind are counted once."""
     decoder, recomputed = job.work.decoder, job.work.recomputed

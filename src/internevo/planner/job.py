@@ -53,6 +53,8 @@ class Job:
     """Number of layers of each stage. Empty: they are divided by cost."""
     types: int = 1
     """Number of dataset types, whose losses are added up apart."""
+    iterations: int = 0
+    """Of Muon; 0: AdamW updates all weights."""
 
     @classmethod
     def from_config(cls, decoder: DecoderConfig, config: Config, layout: Layout, micro_batches: int) -> Job:
@@ -70,6 +72,7 @@ class Job:
             compiled=config.model.compile,
             layers=tuple(config.parallel.pipeline.layers),
             types=max(1, len(dataset_types(config.data))),
+            iterations=config.muon.steps if config.muon is not None else 0,
         )  # fmt: skip
 
     @property

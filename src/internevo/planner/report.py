@@ -6,11 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from ..observe.units import counted, decimals
+from ..observe.units import decimals
 from ..parallel import plan
 from ..parallel.memory import Memory
 from ..parallel.strategy import Collectives, add_up
 from ..train.step import traffic as traffic_of_update
+from ..wording import counted
 from . import step
 from .calibration import Calibration
 from .choice import Choice

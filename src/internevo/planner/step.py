@@ -165,6 +165,7 @@ def _price_stage(job: Job, counts: StageCounts, gpu: GPU, calibration: Calibrati
     once = exposed(once_gathered, forward * job.overlaps_weights, calibration, once_first)
     once += exposed(once_reduced, backward * job.overlaps_gradients, calibration, once_last)
     optimizer = counts.shard * OPTIMIZER_BYTES / (gpu.memory_gb_per_s * GIGA * calibration.memory)
+    optimizer += kernels.seconds(counts.update, gpu, calibration) + seconds_of(counts.exchanged, gpu, calibration)
     return StageSeconds(
         forward + exposed_forward, backward + exposed_backward, weights if apart else 0.0,
         exposed_forward + exposed_backward, once, optimizer,

@@ -71,13 +71,14 @@ def of_a_model(work: Workload, stage: Stage) -> tuple[list[list[plan.OnRank]], l
         axes = tuple(getattr(module, "axes", ()))
         for name, parameter in module.named_parameters(recurse=False):
             if isinstance(module, ExpertLinear):
-                on_rank = plan.OnRank(expert.shape_on_rank(parameter.shape, axes, layout), None, True, True)
+                on_rank = plan.OnRank(expert.shape_on_rank(parameter.shape, axes, layout), None, True, True, True)
             else:
                 shape, partial = (
                     inner.shape_on_rank(parameter.shape, axes, name, layout),
                     inner.partial_axis(axes, name, layout),
                 )
-                on_rank = plan.OnRank(shape, partial, isinstance(module, Linear) and name == "weight", False)
+                weight = isinstance(module, Linear) and name == "weight"
+                on_rank = plan.OnRank(shape, partial, weight, False, weight and axes[0] != "one")
             found[id(parameter)] = on_rank
     bucket = None if layout.fsdp else work.bucket_elements
     joined = data_axis.units(model, bucket, lambda p: math.prod(found[id(p)].shape), layout.experts_apart)
