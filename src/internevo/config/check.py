@@ -12,11 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..wording import counted
-from . import rope
-from .axes import context_size, data_size, expert_inner_size, expert_ranks, expert_size, head_size, inner_size
+from . import divided, rope
+from .axes import data_size, expert_inner_size, expert_ranks, expert_size, inner_size
 from .data import STREAMS
 from .hub import may_be_on_hub
-from .model import attention_widths
 from .option import MAX_SIZE, unavailable
 from .schema import Config
 from .training import LrScheduler
@@ -39,7 +38,7 @@ def problems(config: Config, world_size: int) -> list[str]:
     rules = (
         _lora,
         _muon,
-        _heads,
+        divided.heads,
         _rope,
         _axes,
         _zero,
@@ -49,8 +48,8 @@ def problems(config: Config, world_size: int) -> list[str]:
         _ramp,
         _skip,
         _pipeline,
-        _sequence,
-        _sequence_2d,
+        divided.sequence,
+        divided.sequence_2d,
         _schedule,
         _precision,
         _load,
@@ -121,36 +120,6 @@ def _muon(config: Config, world: int) -> Iterator[str]:
         yield "muon does not update adapters (model.lora): leave one of them out"
     if muon is not None and muon.lr is not None and config.adam.lr == 0:
         yield f"muon.lr = {muon.lr} follows the schedule of adam.lr, which is 0: leave out muon.lr, or set adam.lr"
-
-
-def _heads(config: Config, world: int) -> Iterator[str]:
-    model, tensor = config.model, config.parallel.tensor
-    heads, kv = model.num_attention_heads, model.num_kv_attention_heads or model.num_attention_heads
-    if model.head_dim is None and model.kv_lora_rank is None and model.hidden_size % heads:
-        yield (
-            f"model.hidden_size = {model.hidden_size} is not a multiple of model.num_attention_heads = {heads}; "
-            "change one of them or give model.head_dim"
-        )
-    elif model.kv_lora_rank is None and (model.head_dim or model.hidden_size // heads) % 2:
-        yield "the size of a head (model.head_dim) must be even for the rotary embedding; change model.head_dim"
-    if heads % kv:
-        yield f"model.num_attention_heads = {heads} is not a multiple of model.num_kv_attention_heads = {kv}"
-    ranks, key = head_size(config), "sequence_2D.head_size" if context_size(config) > 1 else "tensor.size"
-    if ranks and kv % ranks and ranks % kv:
-        yield f"model.num_kv_attention_heads = {kv} and parallel.{key} = {ranks}: one must be a multiple of the other"
-    has_mlps = any(n in model.mlp_only_layers or (n + 1) % model.decoder_sparse_step for n in range(model.num_layers))
-    widths = [(model.mlp_width, "the MLP's width")] if has_mlps or model.num_experts == 1 else []
-    if tensor.mode != "isp" and widths and model.mlp_width % tensor.size:
-        yield f"the MLP's width {model.mlp_width} is not divisible by parallel.tensor.size = {tensor.size}"
-    ends = ((model.hidden_size, "model.hidden_size"), (model.vocab_size, "model.vocab_size"))
-    for size, what in (*widths, *ends, *attention_widths(model)):
-        if size % config.parallel.weight.size:
-            yield f"{what} = {size} is not divisible by parallel.weight.size = {config.parallel.weight.size}"
-    if ranks and heads % ranks:
-        more = "; parallel.sequence_2D is for more ranks than heads" if tensor.mode == "isp" and ranks > heads else ""
-        yield f"model.num_attention_heads = {heads} is not divisible by parallel.{key} = {ranks}{more}"
-    if tensor.mode != "isp" and model.vocab_size % tensor.size:
-        yield f"model.vocab_size = {model.vocab_size} is not divisible by parallel.tensor.size = {tensor.size}"
 
 
 def _rope(config: Config, world: int) -> Iterator[str]:
@@ -331,33 +300,6 @@ def _pipeline(config: Config, world: int) -> Iterator[str]:
         yield (
             f"parallel.pipeline.layers = {pipeline.layers} must be {stages} numbers, one for each of "
             f"parallel.pipeline.size * model.num_chunks stages, each at least 1, that add up to model.num_layers = {layers}"
-        )
-
-
-def _sequence(config: Config, world: int) -> Iterator[str]:
-    tensor = config.parallel.tensor
-    if tensor.mode != "mtp" and config.data.seq_len % tensor.size:
-        yield (
-            f"data.seq_len = {config.data.seq_len} is not divisible by parallel.tensor.size = {tensor.size}, "
-            f"as parallel.tensor.mode = {tensor.mode!r} needs"
-        )
-
-
-def _sequence_2d(config: Config, world: int) -> Iterator[str]:
-    two, tensor = config.parallel.sequence_2D, config.parallel.tensor
-    if not two.enable:
-        return
-    if tensor.mode != "isp":
-        yield f"parallel.sequence_2D.enable = True needs parallel.tensor.mode = 'isp', not {tensor.mode!r}"
-    if two.head_size * two.context_size != tensor.size:
-        yield (
-            f"parallel.sequence_2D.head_size * context_size = {two.head_size} * {two.context_size} must be "
-            f"parallel.tensor.size = {tensor.size}"
-        )
-    if two.context_size > 1 and config.data.seq_len % (2 * two.context_size):
-        yield (
-            f"data.seq_len = {config.data.seq_len} is not divisible by 2 * parallel.sequence_2D.context_size = "
-            f"{2 * two.context_size}: a row is divided into so many chunks, of which each context rank has two"
         )
 
 

@@ -11,7 +11,7 @@ from .option import MAX_SIZE, Section, option
 AHEAD = "the experts of the next layer are always gathered while those of this layer are used"
 FSDP = "parallel.zero1.fsdp decides, also for experts"
 SEQUENCE_2D = "parallel.sequence_2D.enable"
-RING = "keys and values are gathered in one collective, and do not go around a ring"
+RING = "no keys and values go around a ring"
 OVERLAP = "it would change only the speed, and this version always communicates in the same way"
 
 

@@ -67,9 +67,10 @@ def attention(
         return out.view(q_BSHN.shape)
     if cu_seqlens is None:
         return _rows(q_BSHN, k_BSKN, v_BSKN, window, slopes_H, softcap, first_B)
+    inputs = q_BSHN.squeeze(0), k_BSKN.squeeze(0), v_BSKN.squeeze(0)  # ``[0]`` would copy gradients
     fast = q_BSHN.is_cuda and q_BSHN.dtype in (torch.float16, torch.bfloat16) and slopes_H is None
     if fast and softcap and (torch.compiler.is_compiling() or not (_is_watched() or runs_uncompiled())):
-        return flex_attention(q_BSHN[0], k_BSKN[0], v_BSKN[0], cu_seqlens, window, softcap).unsqueeze(0)
+        return flex_attention(*inputs, cu_seqlens, window, softcap).unsqueeze(0)
     if fast and not softcap:
         from torch.nn.attention.varlen import varlen_attn
 
@@ -77,12 +78,11 @@ def attention(
         cu_seqlens = cu_seqlens.clamp(max=keys) if part else cu_seqlens
         of_queries = cu_seqlens if queries == keys else (cu_seqlens - (keys - queries)).clamp(min=0)
         out_THN = varlen_attn(  # without return_aux, it returns one tensor; causal from the last tokens, as FlashAttention 2.1
-            q_BSHN[0], k_BSKN[0], v_BSKN[0], of_queries, cu_seqlens, min(max_seqlen, queries), min(max_seqlen, keys),
+            *inputs, of_queries, cu_seqlens, min(max_seqlen, queries), min(max_seqlen, keys),
             window_size=(window - 1, 0), enable_gqa=q_BSHN.shape[2] != k_BSKN.shape[2],
         )  # fmt: skip
         assert isinstance(out_THN, Tensor)
         return out_THN.unsqueeze(0)
-    inputs = (q_BSHN[0], k_BSKN[0], v_BSKN[0])
     out_THN, _ = torch.ops.internevo.document_attention(*inputs, cu_seqlens, window, slopes_H, softcap)
     return out_THN.unsqueeze(0)
 

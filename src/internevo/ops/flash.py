@@ -42,10 +42,10 @@ PACKAGES = {
     3: Package("FA3", "build it from the folder hopper of github.com/Dao-AILab/flash-attention", (9,)),
     4: Package("FA4", "pip install 'internevo[flash4]'", (9, 10)),
 }
-LENGTHS = (1, 200, 64, 1783)
+LENGTHS = (1, 400, 64, 1200, 383)
 """Lengths of the documents of the example."""
-PART = slice(150, 900)
-"""The queries of a part of the example; it begins in a document and ends in another one."""
+PART = slice(430, 1400)
+"""The queries of a part of the example, which begins after a long document, and ends in a document before the last one."""
 WINDOW = 257
 """The largest window of the example: larger ones use the same kernels, and would change nothing in documents as short."""
 SHARPNESS = 4.0

@@ -19,13 +19,15 @@ def flex_attention(q_THN: Tensor, k_TKN: Tensor, v_TKN: Tensor, cu_seqlens: Tens
     On a CPU it is not compiled, and has all scores in memory: this is for tests.
     """
     queries, keys = q_THN.shape[0], k_TKN.shape[0]
-    document, first = torch.searchsorted(cu_seqlens, torch.arange(keys, device=q_THN.device), right=True), keys - queries
+    places = torch.arange(keys, device=q_THN.device)
+    document = torch.searchsorted(cu_seqlens, places, right=True)
+    places = places[keys - queries :]  # of the queries; as a tensor, because kernels with numbers that change may not compile
 
     def cap(score: Tensor, _row: Tensor, _head: Tensor, _query: Tensor, _key: Tensor) -> Tensor:
         return softcap * torch.tanh(score / softcap)
 
     def sees(_row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        query = query + first
+        query = places[query]
         visible = (query >= key) & (document[query] == document[key])
         return visible & (query - key < window) if window else visible
 

@@ -21,13 +21,14 @@ The gathered keys and values are kept for the backward pass, unless attention is
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from .collectives import Group, gather, tokens_first
+from .collectives import Group, all_gather, reduce_scatter, tokens_first
 from .layout import Layout
 
 
@@ -74,10 +75,7 @@ class TokenOrder(NamedTuple):
 
     def of_contexts(self, x_S: Tensor) -> Tensor:
         """Puts the tokens of all context ranks, which were gathered along dimension 0, into the order of the row."""
-        if self.contexts == 1:
-            return x_S
-        first, second = x_S.unflatten(0, (self.contexts, 2, -1)).unbind(1)
-        return torch.cat([first, second.flip(0)]).flatten(0, 1)
+        return x_S if self.contexts == 1 else _in_order(x_S.unflatten(0, (self.contexts, 2, -1)))
 
     def chunks(self, tokens: int) -> list[slice]:
         """Returns where the tokens of this context rank are in a row of ``tokens`` tokens."""
@@ -98,9 +96,51 @@ class TokenOrder(NamedTuple):
         return found
 
 
+def _in_order(x_c2S: Tensor) -> Tensor:
+    """Returns the chunks of all context ranks [contexts, 2, tokens of a chunk, ...] in the order of the row."""
+    first, second = x_c2S.unbind(1)
+    return torch.cat([*first, *second.unbind()[::-1]])
+
+
 def _take(x_BS: Tensor, spans: list[slice]) -> Tensor:
     parts = [x_BS[:, span] for span in spans]
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+
+class _GatherKeys(torch.autograd.Function):
+    """Gathers keys and values over the context ranks, for each chunk of queries those up to its end.
+
+    As one function, because autograd would fill up, add, split and reorder the gradients in a pass each.
+    """
+
+    @staticmethod
+    def forward(ctx, k: Tensor, v: Tensor, order: TokenOrder, group: Group) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
+        ctx.order, ctx.group = order, group
+        of_ranks = all_gather(torch.stack([tokens_first(x) for x in (k, v)]), group).unflatten(0, (-1, 2)).unbind(1)
+        k, v = (_in_order(x.unflatten(1, (2, -1))).transpose(0, 1) for x in of_ranks)
+        return tuple(x[:, : chunk.stop] for chunk in order.chunks(k.shape[1]) for x in (k, v))
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):  # type: ignore[no-untyped-def]
+        order: TokenOrder = ctx.order
+        contexts, here = order.contexts, order.context
+        size = grads[0].shape[1] // (here + 1)  # of a chunk
+        first, second = ([_by_chunk(x, size) for x in pair] for pair in (grads[:2], grads[2:]))
+        nothing = torch.zeros_like(second[0][0])  # for chunks after all queries of this rank
+        parts = [
+            x[place] if place < len(x) else nothing
+            for rank in range(contexts) for x in second for place in (rank, 2 * contexts - 1 - rank)
+        ]  # fmt: skip
+        whole = torch.stack(parts).unflatten(0, (contexts, 2, 2))
+        for place, x in enumerate(first):
+            whole[: here + 1, place, 0] += x
+        dk, dv = reduce_scatter(whole.flatten(2, 3).flatten(0, 1), ctx.group)
+        return dk.transpose(0, 1), dv.transpose(0, 1), None, None
+
+
+def _by_chunk(x_BSKN: Tensor, size: int) -> Tensor:
+    """Returns [chunks, tokens of a chunk, B, K, N]."""
+    return x_BSKN.unflatten(1, (-1, size)).movedim(0, 2)
 
 
 class ContextParallel:
@@ -119,20 +159,21 @@ class ContextParallel:
             q_BSHN, k_BSKN, v_BSKN: of the tokens of this context rank [B, S/c, ...].
             cu_seqlens, max_seqlen, options: as for ``ops.attention``.
         """
-        joined = self.order.of_contexts(gather(tokens_first(torch.cat([k_BSKN, v_BSKN], dim=2)), self.group)).transpose(0, 1)
-        k_BSKN, v_BSKN = joined.chunk(2, dim=2)
+        keys = _GatherKeys.apply(k_BSKN, v_BSKN, self.order, self.group)
         if cu_seqlens is not None:
-            return self._of_row(q_BSHN, k_BSKN, v_BSKN, cu_seqlens, max_seqlen, options)
+            return _of_row(q_BSHN, keys, cu_seqlens, max_seqlen, options)
         # A row without boundaries is one document: so kernels for packed rows compute it, which need no mask of all its tokens.
-        tokens = k_BSKN.shape[1]
+        tokens = self.order.contexts * k_BSKN.shape[1]
         whole = torch.arange(0, 2 * tokens, tokens, dtype=torch.int32, device=q_BSHN.device)
-        rows = zip(q_BSHN.split(1), k_BSKN.split(1), v_BSKN.split(1), strict=True)
-        return torch.cat([self._of_row(q, k, v, whole, tokens, options) for q, k, v in rows])
+        rows = zip(q_BSHN.split(1), *(x.split(1) for x in keys), strict=True)
+        return torch.cat([_of_row(q, its, whole, tokens, options) for q, *its in rows])
 
-    def _of_row(
-        self, q_BSHN: Tensor, k_BSKN: Tensor, v_BSKN: Tensor, cu_seqlens: Tensor, max_seqlen: int, options: dict[str, Any]
-    ) -> Tensor:
-        """Computes attention of a packed row, one chunk of queries after the other."""
-        chunks = zip(self.order.chunks(k_BSKN.shape[1]), q_BSHN.chunk(2, dim=1), strict=True)
-        keys = [(k_BSKN[:, : chunk.stop], v_BSKN[:, : chunk.stop], queries) for chunk, queries in chunks]
-        return torch.cat([ops.attention(q, k, v, cu_seqlens, max_seqlen, part=True, **options) for k, v, q in keys], dim=1)
+
+def _of_row(q_BSHN: Tensor, keys: Sequence[Tensor], cu_seqlens: Tensor, max_seqlen: int, options: Mapping[str, Any]) -> Tensor:
+    """Computes attention of a packed row, one chunk of queries after the other.
+
+    Args:
+        keys: the keys and values of the first chunk, and those of the second one.
+    """
+    chunks = zip(q_BSHN.chunk(2, dim=1), keys[::2], keys[1::2], strict=True)
+    return torch.cat([ops.attention(q, k, v, cu_seqlens, max_seqlen, part=True, **options) for q, k, v in chunks], dim=1)

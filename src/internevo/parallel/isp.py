@@ -202,9 +202,11 @@ class InternSequenceParallel:
         """Returns the tokens of every row whose queries this rank has in attention."""
         return self.order.queries(x_BS) if self.shard_sequence else x_BS
 
-    def _attend(self, context: ContextParallel, *qkv_and_documents: Any, **options: Any) -> Tensor:
+    def _attend(
+        self, context: ContextParallel, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, longest: int, **options: Any
+    ) -> Tensor:
         """Replaces ``ops.attention``."""
-        return (context.attention if self.shard_sequence else ops.attention)(*qkv_and_documents, **options)
+        return (context.attention if self.shard_sequence else ops.attention)(q, k, v, documents, longest, **options)
 
     def _gather_weight(self, weight: Tensor) -> Tensor:
         """Gathers the full weight of the embedding or the head. Its gradient is reduce-scattered."""

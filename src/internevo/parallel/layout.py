@@ -2,7 +2,7 @@
 
 ``Layout`` is arithmetic. ``Meshes``, at the end of this file, makes the process groups of a run from it.
 
-The world has three views, because activations, weights and experts may be sharded over different ranks:
+The world has several views, because activations, weights and experts may be sharded over different ranks:
 
 | view        | axes                                           | what the ranks along an axis have                             |
 |-------------|------------------------------------------------|---------------------------------------------------------------|
@@ -10,7 +10,7 @@ The world has three views, because activations, weights and experts may be shard
 | weights     | stage, replicate, zero, inner                  | inner (tensor, or weight in isp): different shards of each    |
 |             |                                                | layer; zero: different shards of the optimizer state of such  |
 |             |                                                | a shard; replicate: replicas of all that                      |
-| (attention) | stage, data, context, head                     | the tensor axis in two, with 2D sequence parallelism. head:   |
+| attention   | stage, data, context, head                     | the tensor axis in two, with 2D sequence parallelism. head:   |
 |             |                                                | different heads; context: different queries of the same heads |
 | experts     | stage, replicate, zero, expert, inner          | expert: different experts; inner: different shards of each    |
 |             |                                                | expert; zero, replicate: as above                             |
@@ -121,7 +121,7 @@ class Layout:
         ranks = zero if zero > 0 else rest if everywhere else math.gcd(self.zero, rest)
         return replace(self, expert=expert, expert_inner=inner, expert_zero=ranks)
 
-    # The three views -------------------------------------------------------------------------------------------------
+    # The views -------------------------------------------------------------------------------------------------
 
     @property
     def activations(self) -> View:

@@ -85,7 +85,9 @@ def layer(job: Job, number: int, recomputed: bool) -> Passes:
     kernel, kernel_backward, scores = _attention(job, number)
     # Norms read and write D elements, the sums of the residual stream read 2 D and write D; the rotary embedding; gate * up.
     rotated = 2 * (heads + kv) * work.tokens / t * (decoder.rotary(number) != "none")
-    outside = e * (10 * d * residual + rotated) + mlp_bytes + scores
+    # Context ranks copy the keys and values of all tokens: as they are gathered, in the order of the row, and their gradients.
+    gathered = 2 * 4 * work.tokens * kv / layout.head * (layout.context > 1)
+    outside = e * (10 * d * residual + rotated + gathered) + mlp_bytes + scores
     outside *= FUSED if job.compiled else 1.0
     count, linears = 12.0 + (12.0 if decoder.is_sparse(number) else 3.0), _linears([*attention, *mlp], e)
     forward = linears._replace(attention=kernel, memory=outside, kernels=count).plus(routers)

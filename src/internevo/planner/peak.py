@@ -113,7 +113,24 @@ def _forward(work: Workload, kept: KeptActivations) -> int:
     """Returns the most that a forward pass has in addition to what it keeps: in the head, or in the last layer's experts."""
     last = work.kinds[-1]
     experts = 0 if last.recomputed else _travelling(work, last) + _residual(work, kept)
-    return max(_head_forward(work, kept), experts - head_activations(work, kept)) if work.heads else experts
+    in_layer = max(experts, _gathering(work, kept, last))
+    return max(_head_forward(work, kept), in_layer - head_activations(work, kept)) if work.heads else in_layer
+
+
+def _gathering(work: Workload, kept: KeptActivations, kind: LayerKind) -> int:
+    """Returns how much more attention has than what its layer keeps at the end, while context ranks gather keys and values: its
+    input; queries, before and after the rotary embedding; this rank's own keys and values, which are copied to be sent; and all
+    keys and values twice, as they come and in the order of the row."""
+    decoder, e = work.decoder, work.element_bytes
+    if work.layout.context == 1:
+        return 0
+    heads, kv_heads = decoder.num_heads // kept.head_ranks, max(1, decoder.num_kv_heads // kept.head_ranks)
+    keys = 2 * e * decoder.head_dim * kept.key_tokens * kv_heads
+    queries = e * decoder.head_dim * kept.attention_tokens * heads
+    inputs = _residual(work, kept) + e * decoder.hidden_size * kept.input_tokens
+    own = keys // work.layout.context
+    own = 2 * own + (own // 2 if work.layout.head == 1 else 0)
+    return inputs + 2 * queries + own + 2 * keys - layer_activations(work, kept, kind)
 
 
 def _head_forward(work: Workload, kept: KeptActivations) -> int:
@@ -327,6 +344,8 @@ def _backward(work: Workload, kept: KeptActivations, kind: LayerKind) -> tuple[i
     mlp, hidden, matrix = _mlp(work, kept, kind)
     heads, kv_heads = decoder.num_heads // kept.head_ranks, max(1, decoder.num_kv_heads // kept.head_ranks)
     kernel = 2 * e * decoder.head_dim * (kept.attention_tokens * heads + kept.key_tokens * kv_heads)
+    if work.layout.context > 1:  # the last chunk of keys has gradients from both chunks of queries
+        kernel += e * decoder.head_dim * kept.key_tokens * kv_heads // work.layout.context
     computed, stays = (0, hidden) if work.zero_bubble else (_full_gradient(work) * matrix, 0)
     rows = gradient
     if kind.sparse and decoder.experts is not None:
@@ -343,6 +362,8 @@ def _backward(work: Workload, kept: KeptActivations, kind: LayerKind) -> tuple[i
         alike.append(late + norm)
     if late and kind.sparse:
         alike.append(late + residual + _travelling(work, kind))
+    if again:
+        alike.append(residual + _gathering(work, kept, kind))
 
     def most(first: bool) -> int:
         """``first``: whether the weights have no gradients yet."""
