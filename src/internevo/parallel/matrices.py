@@ -72,8 +72,8 @@ class Job(NamedTuple):
     name: str
     shape: tuple[int, ...]
     """[rows, columns] or [experts, rows, columns]."""
-    parts: tuple[Part | None, ...]
-    """Which rows and columns each rank of ``shards`` has; None: nothing of this."""
+    parts: dict[int, Part]
+    """Rank of ``shards`` -> which rows and columns it has, for those that have some."""
     replica: int
     """The position along ``replicate`` of the rank that computes it."""
     owner: int
@@ -82,27 +82,28 @@ class Job(NamedTuple):
 
     def size(self, rank: int) -> int:
         """Returns the number of elements that a rank has."""
-        part = self.parts[rank]
-        return 0 if part is None else math.prod(self.shape[:-2]) * math.prod(stop - start for start, stop in part)
+        part = self.parts.get(rank, ())
+        return math.prod(self.shape[:-2]) * math.prod(stop - start for start, stop in part) if part else 0
 
     def sends(self, rank: int) -> int:
         """Returns the number of elements that a rank sends to the owner. Of ranks with the same part, the owner does, or else
         the first one."""
-        part = self.parts[rank]
-        sender = self.owner if self.parts[self.owner] == part else self.parts.index(part)
-        return self.size(rank) if rank == sender else 0
+        part = self.parts.get(rank)
+        if part is None:
+            return 0
+        if self.parts.get(self.owner) == part:
+            return self.size(rank) if rank == self.owner else 0
+        return self.size(rank) if rank == next(other for other, its in self.parts.items() if its == part) else 0
 
     def cut(self, whole: Tensor, rank: int) -> Tensor:
         """Returns the part of a rank."""
-        part = self.parts[rank]
-        assert part is not None
-        (top, bottom), (left, right) = part
+        (top, bottom), (left, right) = self.parts[rank]
         return whole[..., top:bottom, left:right]
 
     @property
     def travels(self) -> bool:
         """Whether other ranks than the owner have a part of it."""
-        return any(part is not None for rank, part in enumerate(self.parts) if rank != self.owner)
+        return any(rank != self.owner for rank in self.parts)
 
 
 @lru_cache(maxsize=64)
@@ -116,11 +117,11 @@ def deal(weights: tuple[Matrix, ...], layout: Layout, apart: bool) -> list[Job]:
     """
     view = layout.expert_shards if apart else layout.shards
     replicas, ranks = view.axes["replicate"], view.axes["shards"]
-    units = [(matrix.name, *unit) for matrix in weights for unit in _units(_parts(matrix, layout, apart))]
+    units = [(matrix.name, *unit) for matrix in weights for unit in _units(matrix.shape, matrix.axes, layout, apart)]
     loads, jobs = {(k, g): (0, 0) for k in range(replicas) for g in range(ranks)}, list[Job]()
     for name, shape, parts in sorted(units, key=lambda unit: -_cost(unit[1])):
         everything = tuple((0, size) for size in shape[-2:])
-        those = [rank for rank, part in enumerate(parts) if part == everything] or range(ranks)
+        those = [rank for rank, part in parts.items() if part == everything] or range(ranks)
         replica, owner = min(itertools.product(range(replicas), those), key=loads.__getitem__)
         load, wave = loads[replica, owner]
         jobs.append(Job(name, shape, parts, replica, owner, wave))
@@ -132,30 +133,30 @@ def _cost(shape: Sequence[int]) -> int:
     return math.prod(shape) * min(shape[-2:])
 
 
-def _parts(matrix: Matrix, layout: Layout, apart: bool) -> list[Part]:
+def _parts(shape: tuple[int, ...], axes: tuple[str, ...], layout: Layout, apart: bool) -> list[Part]:
     """Returns which part of a weight each rank of ``shards`` has: first the experts are divided, then what the tensor mode
     divides, and then the rest by ZeRO."""
     zero, experts, inner = (layout.expert_zero, layout.expert, layout.expert_inner) if apart else (layout.zero, 1, layout.inner)
     found = list[Part]()
     for z, e, i in itertools.product(range(zero), range(experts), range(inner)):
-        part: Part = tuple((0, size) for size in matrix.shape)
+        part: Part = tuple((0, size) for size in shape)
         part = _cut(part, 0, experts, e)
-        dim, number, place = _inner(matrix, layout, part, i)
+        dim, number, place = _inner(axes, layout, part, i)
         part = part if dim is None else _cut(part, dim, number, place)
         found.append(_cut(part, shard_dim_of_experts(_sizes(part), zero) if apart else 0, zero, z))
     return found
 
 
-def _inner(matrix: Matrix, layout: Layout, part: Part, place: int) -> tuple[int | None, int, int]:
+def _inner(axes: tuple[str, ...], layout: Layout, part: Part, place: int) -> tuple[int | None, int, int]:
     """Returns the dimension that the tensor mode divides, into how many parts, and which of them a rank has."""
-    if matrix.of_experts:
+    if len(part) == 3:
         if layout.expert_inner == 1:
             return None, 1, 0
-        return expert.inner_dim(_sizes(part), matrix.axes, layout), layout.expert_inner, place
+        return expert.inner_dim(_sizes(part), axes, layout), layout.expert_inner, place
     if layout.mode == "isp":
         return 0, layout.weight, place
-    replicas = layout.kv_replicas if matrix.axes[0] == "kv_heads" else 1
-    return tensor.sharded_dim(matrix.axes, "weight"), layout.tensor // replicas, place // replicas
+    replicas = layout.kv_replicas if axes[0] == "kv_heads" else 1
+    return tensor.sharded_dim(axes, "weight"), layout.tensor // replicas, place // replicas
 
 
 def _sizes(part: Part) -> list[int]:
@@ -170,15 +171,16 @@ def _cut(part: Part, dim: int, number: int, place: int) -> Part:
     return (*part[:dim], (first, min(first + step, stop)), *part[dim + 1 :])
 
 
-def _units(parts: Sequence[Part]) -> Iterator[tuple[tuple[int, ...], tuple[Part | None, ...]]]:
-    """Yields the shape of a matrix, and which rows and columns of it each rank has; of experts, one for those of a rank."""
-    of_experts = [part[:-2] for part in parts]
-    rows, columns = (max(stop for _, stop in (part[dim] for part in parts)) for dim in (-2, -1))
-    for experts in dict.fromkeys(of_experts):
-        shape = (*(stop - start for start, stop in experts), rows, columns)
-        if 0 not in shape:
-            its = [part[-2:] if part[:-2] == experts and 0 not in _sizes(part) else None for part in parts]
-            yield shape, tuple(its)
+@lru_cache(maxsize=64)
+def _units(
+    shape: tuple[int, ...], axes: tuple[str, ...], layout: Layout, apart: bool
+) -> list[tuple[tuple[int, ...], dict[int, Part]]]:
+    """Returns the shape of a matrix, and which rows and columns of it each rank has; of experts, one for those of a rank."""
+    of_experts: dict[Part, dict[int, Part]] = {}
+    for rank, part in enumerate(_parts(shape, axes, layout, apart)):
+        if 0 not in _sizes(part):
+            of_experts.setdefault(part[:-2], {})[rank] = part[-2:]
+    return [((*_sizes(experts), *shape[-2:]), parts) for experts, parts in of_experts.items()]
 
 
 class Team:
@@ -196,29 +198,35 @@ class Team:
         self.replica, self.rank = (0, 0) if mesh is None else (mesh.get_local_rank("replicate"), mesh.get_local_rank("shards"))
         self.replicate, self.shards = (_group(mesh, axis) for axis in ("replicate", "shards"))
 
-    def run(self, directions: Mapping[str, Tensor], compute: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    def run(
+        self, direction: Callable[[str], Tensor], compute: Callable[[Tensor], Tensor], nothing: Tensor
+    ) -> Iterator[tuple[str, Tensor]]:
         """Yields the name of each weight and this rank's part of its update. Every rank must take all of them.
 
         Args:
-            directions: name -> this rank's part of what the update is computed from, all of one dtype.
+            direction: returns this rank's part of what the update of a weight is computed from. It is called once for each.
             compute: returns the update of whole matrices.
+            nothing: no elements, of the dtype and on the device of directions.
         """
         for wave in self.waves:
+            parts = {job.name: direction(job.name) for job in wave if job.size(self.rank)}
             mine = next((job for job in wave if (job.replica, job.owner) == (self.replica, self.rank)), None)
             here = [job for job in wave if job.replica == self.replica]
             if any(job.travels for job in here):
-                whole = self._gather(here, mine, directions)
-                parts = self._scatter(here, mine, None if whole is None else compute(whole), directions)
+                whole = self._gather(here, mine, parts, nothing)
+                updates = self._scatter(here, mine, nothing if whole is None else compute(whole), parts)
             else:
-                parts = {} if mine is None else {mine.name: compute(directions[mine.name])}
-            yield from (self._share(wave, parts, directions) if self.replicate is not None else parts).items()
+                updates = {} if mine is None else {mine.name: compute(parts[mine.name])}
+            yield from (updates if self.replicate is None else self._share(wave, updates, parts, nothing)).items()
 
-    def _gather(self, jobs: Sequence[Job], mine: Job | None, directions: Mapping[str, Tensor]) -> Tensor | None:
+    def _gather(self, jobs: Sequence[Job], mine: Job | None, parts: Mapping[str, Tensor], nothing: Tensor) -> Tensor | None:
         """Sends this rank's parts to the owners. Returns the matrix that this rank owns."""
         assert self.shards is not None
-        sent, received = sent_parts(jobs, self.rank), received_parts(mine, self.shards.size())
-        parts = [directions[job.name].reshape(-1) for job in jobs if job.sends(self.rank)]
-        arrived = send_parts(_joined(parts, directions), sizes(sent, self.shards.size()), received, self.shards)
+        ranks = range(self.shards.size())
+        sent = _by_owner({job.owner: job.sends(self.rank) for job in jobs}, len(ranks))
+        received = [0 if mine is None else mine.sends(rank) for rank in ranks]
+        flat = torch.cat([nothing, *(parts[job.name].reshape(-1) for job in jobs if job.sends(self.rank))])
+        arrived = send_parts(flat, sent, received, self.shards)
         if mine is None:
             return None
         whole = arrived.new_empty(mine.shape)
@@ -228,29 +236,26 @@ class Team:
                 part.copy_(values.view(part.shape))
         return whole
 
-    def _scatter(
-        self, jobs: Sequence[Job], mine: Job | None, update: Tensor | None, directions: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Sends each rank its part of the matrix that this rank owns. Returns this rank's parts."""
+    def _scatter(self, jobs: Sequence[Job], mine: Job | None, update: Tensor, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Sends each rank its part of the matrix that this rank owns. Returns this rank's parts of all."""
         assert self.shards is not None
         ranks = range(self.shards.size())
         sent = [0 if mine is None else mine.size(rank) for rank in ranks]
-        owned = [mine.cut(update, rank).reshape(-1) for rank in ranks if sent[rank]] if mine and update is not None else []
-        jobs = [job for job in jobs if job.size(self.rank)]
-        received = sizes({job.owner: job.size(self.rank) for job in jobs}, len(ranks))
-        arrived = send_parts(_joined(owned, directions), sent, received, self.shards)
-        return _split(arrived, sorted(jobs, key=lambda job: job.owner), directions)
+        owned = [mine.cut(update, rank).reshape(-1) for rank in ranks if sent[rank]] if mine is not None else [update]
+        theirs = [job for job in jobs if job.size(self.rank)]
+        received = _by_owner({job.owner: job.size(self.rank) for job in theirs}, len(ranks))
+        return _split(send_parts(torch.cat(owned), sent, received, self.shards), theirs, parts)
 
-    def _share(self, wave: Sequence[Job], parts: Mapping[str, Tensor], directions: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _share(
+        self, wave: Sequence[Job], updates: Mapping[str, Tensor], parts: Mapping[str, Tensor], nothing: Tensor
+    ) -> dict[str, Tensor]:
         """Returns this rank's parts of the matrices that all replicas have computed."""
         assert self.replicate is not None
-        space, replicas = largest(wave, self.rank), self.replicate.size()
-        flat = next(iter(directions.values())).new_zeros(space)
-        joined = _joined([part.reshape(-1) for part in parts.values()], directions)
+        flat, found = nothing.new_zeros(largest(wave, self.rank)), dict[str, Tensor]()
+        joined = torch.cat([nothing, *(update.reshape(-1) for update in updates.values())])
         flat[: joined.numel()] = joined
-        gathered, found = all_gather(flat, self.replicate).split(space), dict[str, Tensor]()
-        for replica, values in zip(range(replicas), gathered, strict=True):
-            found |= _split(values, of_replica(wave, replica, self.rank), directions)
+        for replica, values in enumerate(all_gather(flat, self.replicate).chunk(self.replicate.size()) if flat.numel() else ()):
+            found |= _split(values, of_replica(wave, replica, self.rank), parts)
         return found
 
 
@@ -272,15 +277,11 @@ def divided(weights: Sequence[Matrix], layout: Layout) -> tuple[list[Matrix], li
     return [weight for weight in weights if weight not in apart], apart
 
 
-def _joined(parts: Sequence[Tensor], like: Mapping[str, Tensor]) -> Tensor:
-    return torch.cat(list(parts)) if parts else next(iter(like.values())).new_empty(0)
-
-
 def _split(values: Tensor, jobs: Sequence[Job], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns the parts of a rank, which are one after the other in ``values``."""
-    shapes = {job.name: like[job.name].shape for job in jobs}
-    parts = values[: sum(shape.numel() for shape in shapes.values())].split([shape.numel() for shape in shapes.values()])
-    return {name: part.view(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
+    sizes = [like[job.name].numel() for job in jobs]
+    parts = values[: sum(sizes)].split(sizes)
+    return {job.name: part.view(like[job.name].shape) for job, part in zip(jobs, parts, strict=True)}
 
 
 def waves(jobs: Sequence[Job]) -> list[list[Job]]:
@@ -291,17 +292,7 @@ def waves(jobs: Sequence[Job]) -> list[list[Job]]:
     return list(found.values())
 
 
-def sent_parts(jobs: Sequence[Job], rank: int) -> dict[int, int]:
-    """Returns owner -> the number of elements that a rank sends to it."""
-    return {job.owner: job.sends(rank) for job in jobs}
-
-
-def received_parts(mine: Job | None, ranks: int) -> list[int]:
-    """Returns how many elements an owner gets from each rank."""
-    return [0 if mine is None else mine.sends(rank) for rank in range(ranks)]
-
-
-def sizes(found: Mapping[int, int], ranks: int) -> list[int]:
+def _by_owner(found: Mapping[int, int], ranks: int) -> list[int]:
     """Returns a number for each rank."""
     return [found.get(rank, 0) for rank in range(ranks)]
 
@@ -334,8 +325,8 @@ def _traffic(weights: Sequence[Matrix], layout: Layout, rank: int, apart: bool, 
             mine = next((job for job in here if job.owner == at["shards"]), None)
             exchange.count += 2
             back = 0 if mine is None else sum(mine.size(other) for other in range(view.axes["shards"]))
-            exchange.nbytes += (sum(sent_parts(here, at["shards"]).values()) + back) * element_bytes
-        if replicas > 1:
+            exchange.nbytes += (sum(job.sends(at["shards"]) for job in here) + back) * element_bytes
+        if replicas > 1 and largest(wave, at["shards"]):
             share.count += 1
             share.nbytes += replicas * largest(wave, at["shards"]) * element_bytes
     return [exchange, share]

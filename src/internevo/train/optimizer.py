@@ -46,14 +46,13 @@ class Orthogonal:
         """
         config, changes, lr = self.config, finite != 0, rates.lr * self.share
         compute = partial(muon.orthogonalized, steps=config.steps)
+
+        def direction(name: str) -> Tensor:
+            gradient, momentum = shards[name].gradient, shards[name].first
+            return muon.direction(gradient, momentum, config.momentum, config.nesterov, factor, changes).to(self.dtype)
+
         for team in self.teams:
-            directions = {
-                name: muon.direction(
-                    shards[name].gradient, shards[name].first, config.momentum, config.nesterov, factor, changes
-                ).to(self.dtype)
-                for name in team.names
-            }
-            for name, update in team.run(directions, compute):
+            for name, update in team.run(direction, compute, factor.new_empty(0, dtype=self.dtype)):
                 shard, rate = shards[name], lr * muon.scale_of(shapes[name], config.scale)
                 muon.apply(shard.master, update, rate, 1 - lr * rates.decay, changes)
                 if shard.weight is not None:

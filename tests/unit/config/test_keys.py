@@ -152,7 +152,11 @@ def test_every_option_is_used_or_says_that_it_is_not() -> None:
     import internevo
 
     source = Path(internevo.__file__).parent
-    files = [path for path in source.rglob("*.py") if path.parent.name != "config" or path.name in ("check.py", "divided.py", "internevo.py")]
+    files = [
+        path
+        for path in source.rglob("*.py")
+        if path.parent.name != "config" or path.name in ("check.py", "divided.py", "internevo.py")
+    ]
     code = (
         "\n".join(path.read_text(encoding="utf-8") for path in files)
         + (source / "config" / "model.py").read_text(encoding="utf-8").partition("def mlp_width")[2]
