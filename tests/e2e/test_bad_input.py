@@ -141,6 +141,17 @@ def test_other_data_or_another_model_is_refused_on_resume(tmp_path: Path, config
     assert "model.vocab_size = 98 in the config, and 97 in" in run("train", path, "model.vocab_size=98", code=2).stderr
 
 
+def test_the_moments_of_another_optimizer_are_refused(tmp_path: Path, config: WriteConfig) -> None:
+    path = config("changed")
+    run("train", path, "data.total_steps=2")
+    done = run("train", path, "data.total_steps=3", "muon=dict()", code=1)
+    assert "has the moments of AdamW for layers.0.attn.q.weight and" in done.stderr
+    assert "the config says Muon" in done.stderr and 'content=("model",)' in done.stderr
+    path = config("other", muon={}, ckpt__load_ckpt_info={"path": str(tmp_path / "changed"), "content": ("model",)})
+    run("train", path, "data.total_steps=2")
+    assert "has the moments of Muon for" in run("train", path, "data.total_steps=3", "muon=None", code=1).stderr
+
+
 @pytest.mark.parametrize("resumed", [True, False], ids=["own checkpoint", "other run"])
 def test_a_checkpoint_of_another_number_of_experts_is_refused_before_a_process_starts(
     tmp_path: Path, config: WriteConfig, resumed: bool
