@@ -7,6 +7,7 @@ Every measurement is a process of its own, so that each has the card's memory to
 - eager, compiled: the training step of ``internevo train`` on packed documents. A profile gives the time of kernels by
   part, and next to it the least time that the part could take on this card;
 - experts: as compiled, with 8 experts of half the MLP's width, of which each token chooses 2: as many active parameters;
+- muon: as compiled, with Muon in place of AdamW;
 - flash 3, flash 4: as compiled, with this generation of flash attention (if its package is installed);
 - plain loop: the same model in a plain PyTorch loop, compiled as a whole;
 - transformers, liger: ``LlamaForCausalLM`` with its best attention, and patched by Liger (if that is installed).
@@ -50,7 +51,7 @@ FIRST = 4
 """Number of steps before the clock starts."""
 GPU = torch.device("cuda")
 FLASH = {"flash 3": 3, "flash 4": 4}
-STEPS = ("eager", "compiled", "experts", *FLASH)
+STEPS = ("eager", "compiled", "experts", "muon", *FLASH)
 """The program's own step, in these ways."""
 PARTS = {
     "attention": ("flash", "fmha", "sdpa", "attention"),
@@ -143,6 +144,8 @@ def packed(shape: dict[str, int], name: str) -> Config:
     values["data"] |= {"fixed_random_dataset_seqlen": False, "micro_num": MICRO_BATCHES}
     if name in FLASH:
         values["model"]["flash_attention"] = FLASH[name]
+    if name == "muon":
+        values["muon"] = {}
     if name == "experts":
         values["model_type"] = "MIXTRALMOE"
         values["model"] |= {

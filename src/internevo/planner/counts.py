@@ -159,10 +159,11 @@ def _count_stage(job: Job, stage: Stage, inside: Inside, zeros: tuple[int, int])
 def _exchanged(job: Job, shard: float, zeros: tuple[int, int]) -> list[Message]:
     """Returns what Muon sends (``parallel.matrices``), with all weights as dense ones: parts to the ranks that compute and
     back, and the updates of other replicas."""
-    layout = replace(job.work.layout, zero=zeros[0])
-    groups, nbytes = groups_of(layout), int(shard * job.work.element_bytes)
+    if not job.iterations:
+        return []
+    groups, nbytes = groups_of(replace(job.work.layout, zero=zeros[0])), int(shard * job.work.element_bytes)
     rows = [Collectives("all-to-all", "shards", 2, 2 * nbytes), Collectives("all-gather", "replicate", 1, nbytes)]
-    return messages(rows, groups) if job.iterations else []
+    return messages(rows, groups)
 
 
 def _sharded(job: Job, stage: Stage, inside: Inside, axis: str, ranks: int) -> tuple[list[Message], float]:
