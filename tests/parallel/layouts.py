@@ -192,8 +192,7 @@ EXPERT_MODELS: dict[str, dict[str, Any]] = {
         "model__moe_type": "Dropless", "model__mlp_only_layers": [0], "loss__moe_loss_coeff": 0.05,
     },
     "muon, dropless experts": {
-        "model_type": "QWEN3MOE", "model__num_experts": 4, "model__top_k": 2, "model__moe_intermediate_size": 24,
-        "model__moe_type": "Dropless", "model__num_shared_experts": 1, "loss__moe_loss_coeff": 0.05, "muon": {},
+        **EXPERTS, "model__moe_type": "Dropless", "loss__moe_loss_coeff": 0.05, "muon": {}, "adam__adam_eps": 1e-3,
     },
     "eight experts": {
         "model_type": "MIXTRALMOE", "model__num_experts": 8, "model__top_k": 2,

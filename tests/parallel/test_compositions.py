@@ -10,17 +10,22 @@ from typing import Any
 
 import pytest
 
-from internevo.config import Config
+from internevo.config import Config, validate
 from internevo.models.families.registry import decoder_config
 from internevo.parallel import plan
 from internevo.parallel.layout import Layout
 from internevo.parallel.strategy import Workload, add_up
 from internevo.train import step
+from internevo.train.check import problems
 from internevo.train.config import load_config
-from tests.conftest import metrics, write_config, write_dataset
+from tests.conftest import metrics, tiny, write_config, write_dataset
 from tests.parallel.conftest import assert_same
 from tests.parallel.layouts import (
+    COMMON,
     DRAWN,
+    EXPERT_MODELS,
+    FAMILIES,
+    MODELS,
     PREFETCH,
     ROWS,
     STEPS,
@@ -32,6 +37,13 @@ from tests.parallel.layouts import (
     scheduled,
 )
 from tests.pool import DEVICE, Pool
+
+
+def test_every_model_of_the_tables_can_be_trained() -> None:
+    """Combinations that cannot be are drawn again, so that a model with a mistake would never be."""
+    for name, model in {**MODELS, **FAMILIES, **EXPERT_MODELS}.items():
+        assert not problems(validate(tiny(**{**COMMON, **model})), 1), name
+
 
 One = Callable[[Composition, int], Path]
 CHAINS = max(1, DRAWN // 10)

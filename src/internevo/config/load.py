@@ -113,7 +113,8 @@ class _DictCalls(ast.NodeTransformer):
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
         names = [keyword.arg for keyword in node.keywords]
-        if not isinstance(node.func, ast.Name) or node.func.id != "dict" or node.args or None in names:
+        is_dict = isinstance(node.func, ast.Name) and node.func.id == "dict"
+        if not is_dict or node.args or None in names or len(set(names)) < len(names):
             return node
         return ast.Dict([ast.Constant(name) for name in names], [keyword.value for keyword in node.keywords])
 

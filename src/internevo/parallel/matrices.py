@@ -1,35 +1,33 @@
-"""Whole matrices for an optimizer that needs them (Muon), of weights whose shards are on many ranks.
+"""Whole matrices for an optimizer that needs them (Muon), of weights whose shards are on many ranks: who computes what.
 
 The matrices of a stage are dealt among all ranks that have its weights: each is put together on one rank, which computes its
-update and sends each rank its part. This goes in waves, in which every rank has at most one matrix:
+update and sends each rank its part (``teams.py``). This goes in waves, in which every rank computes at most one job, which is a
+matrix or the experts of a rank:
 
 | group     | per wave                                                                                     |
 |-----------|----------------------------------------------------------------------------------------------|
 | shards    | 1 all-to-all of the parts to the ranks that compute, and 1 back, unless each has its whole   |
 | replicate | 1 all-gather: replicas compute different matrices, and each rank needs its parts of them all |
 
-``shards`` are the ranks zero x inner (for experts zero x expert x inner), which together have every weight once. The experts of
-a rank are one batch of matrices. Where a rank has whole experts, it computes those.
+``shards`` are the ranks zero x inner (for experts zero x expert x inner), which together have every weight once. If every rank
+has whole experts, each computes its own, as one batch.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from ..models.layers import DecoderLayer
 from ..models.linear import Linear
 from ..models.moe import ExpertLinear
 from . import expert, tensor
-from .collectives import Group, all_gather, send_parts
-from .layout import Layout, Meshes
+from .layout import Layout
 from .shards import shard_dim_of_experts
 from .strategy import Collectives
 
@@ -66,14 +64,24 @@ def is_matrix(axes: Sequence[str]) -> bool:
     return axes[0] != "one"
 
 
-class Job(NamedTuple):
-    """One matrix, or one batch of them, that one rank computes."""
+class Unit(NamedTuple):
+    """A weight that is one matrix, or the experts of some ranks as a batch of them."""
 
-    name: str
     shape: tuple[int, ...]
     """[rows, columns] or [experts, rows, columns]."""
     parts: dict[int, Part]
     """Rank of ``shards`` -> which rows and columns it has, for those that have some."""
+    firsts: dict[Part, int]
+    """The first rank that has a part."""
+    stays: bool
+    """Whether every rank has a whole unit of this weight, and so computes its own."""
+
+
+class Job(NamedTuple):
+    """What one rank computes in a wave."""
+
+    name: str
+    unit: Unit
     replica: int
     """The position along ``replicate`` of the rank that computes it."""
     owner: int
@@ -82,50 +90,51 @@ class Job(NamedTuple):
 
     def size(self, rank: int) -> int:
         """Returns the number of elements that a rank has."""
-        part = self.parts.get(rank, ())
-        return math.prod(self.shape[:-2]) * math.prod(stop - start for start, stop in part) if part else 0
+        part = self.unit.parts.get(rank)
+        return 0 if part is None else math.prod(self.unit.shape[:-2]) * math.prod(_sizes(part))
 
     def sends(self, rank: int) -> int:
         """Returns the number of elements that a rank sends to the owner. Of ranks with the same part, the owner does, or else
         the first one."""
-        part = self.parts.get(rank)
+        part, its = self.unit.parts.get(rank), self.unit.parts.get(self.owner)
         if part is None:
             return 0
-        if self.parts.get(self.owner) == part:
-            return self.size(rank) if rank == self.owner else 0
-        return self.size(rank) if rank == next(other for other, its in self.parts.items() if its == part) else 0
+        return self.size(rank) if rank == (self.owner if part == its else self.unit.firsts[part]) else 0
 
     def cut(self, whole: Tensor, rank: int) -> Tensor:
         """Returns the part of a rank."""
-        (top, bottom), (left, right) = self.parts[rank]
+        (top, bottom), (left, right) = self.unit.parts[rank]
         return whole[..., top:bottom, left:right]
 
     @property
     def travels(self) -> bool:
         """Whether other ranks than the owner have a part of it."""
-        return any(rank != self.owner for rank in self.parts)
+        return len(self.unit.parts) > (self.owner in self.unit.parts)
 
 
 @lru_cache(maxsize=64)
 def deal(weights: tuple[Matrix, ...], layout: Layout, apart: bool) -> list[Job]:
-    """Deals the matrices of a stage among the ranks that have its weights: the largest first, each to one of those that have
-    the least to compute.
+    """Deals the matrices of a stage among the ranks that have its weights, the largest first: each to a replica that has the
+    least to compute, and there to such a rank.
 
     Args:
         weights: those of the dense weights, or those of experts.
         apart: whether they are experts on ranks of their own.
     """
     view = layout.expert_shards if apart else layout.shards
-    replicas, ranks = view.axes["replicate"], view.axes["shards"]
-    units = [(matrix.name, *unit) for matrix in weights for unit in _units(matrix.shape, matrix.axes, layout, apart)]
-    loads, jobs = {(k, g): (0, 0) for k in range(replicas) for g in range(ranks)}, list[Job]()
-    for name, shape, parts in sorted(units, key=lambda unit: -_cost(unit[1])):
-        everything = tuple((0, size) for size in shape[-2:])
-        those = [rank for rank, part in parts.items() if part == everything] or range(ranks)
-        replica, owner = min(itertools.product(range(replicas), those), key=loads.__getitem__)
-        load, wave = loads[replica, owner]
-        jobs.append(Job(name, shape, parts, replica, owner, wave))
-        loads[replica, owner] = load + _cost(shape), wave + 1
+    replicas, ranks = range(view.axes["replicate"]), range(view.axes["shards"])
+    units = [(matrix.name, unit) for matrix in weights for unit in _units(matrix.shape, matrix.axes, layout, apart)]
+    of_ranks, of_replicas, jobs = [[(0, 0)] * len(ranks) for _ in replicas], [(0, 0)] * len(replicas), list[Job]()
+    for name, unit in sorted(units, key=lambda unit: -_cost(unit[1].shape)):
+        if unit.stays:  # the load of a replica is that of these ranks
+            replica = min(replicas, key=lambda k: (min(of_ranks[k][rank] for rank in unit.parts), of_replicas[k]))
+        else:
+            replica = min(replicas, key=of_replicas.__getitem__)
+        owner = min(unit.parts if unit.stays else ranks, key=of_ranks[replica].__getitem__)
+        jobs.append(Job(name, unit, replica, owner, of_ranks[replica][owner][1]))
+        for loads, place in ((of_ranks[replica], owner), (of_replicas, replica)):
+            load, count = loads[place]
+            loads[place] = load + _cost(unit.shape), count + 1
     return jobs
 
 
@@ -172,103 +181,74 @@ def _cut(part: Part, dim: int, number: int, place: int) -> Part:
 
 
 @lru_cache(maxsize=64)
-def _units(
-    shape: tuple[int, ...], axes: tuple[str, ...], layout: Layout, apart: bool
-) -> list[tuple[tuple[int, ...], dict[int, Part]]]:
-    """Returns the shape of a matrix, and which rows and columns of it each rank has; of experts, one for those of a rank."""
-    of_experts: dict[Part, dict[int, Part]] = {}
-    for rank, part in enumerate(_parts(shape, axes, layout, apart)):
+def _units(shape: tuple[int, ...], axes: tuple[str, ...], layout: Layout, apart: bool) -> list[Unit]:
+    """Returns a matrix; or of experts, for each rank that has other ones, these."""
+    parts, of_experts = _parts(shape, axes, layout, apart), dict[Part, dict[int, Part]]()
+    for rank, part in enumerate(parts):
         if 0 not in _sizes(part):
             of_experts.setdefault(part[:-2], {})[rank] = part[-2:]
-    return [((*_sizes(experts), *shape[-2:]), parts) for experts, parts in of_experts.items()]
+    everything = tuple((0, size) for size in shape[-2:])
+    whole = sum(part == everything for its in of_experts.values() for part in its.values())
+    return [
+        Unit((*_sizes(experts), *shape[-2:]), its, {part: rank for rank, part in reversed(its.items())}, whole == len(parts))
+        for experts, its in of_experts.items()
+    ]
 
 
-class Team:
-    """The ranks that have the dense weights of a stage, or its experts."""
+class Wave(NamedTuple):
+    """A wave as one rank sees it. Sizes are numbers of elements, one for each rank of ``shards``."""
 
-    def __init__(self, weights: Sequence[Matrix], layout: Layout, mesh: DeviceMesh | None, apart: bool) -> None:
-        """
-        Args:
-            weights: those that the team updates.
-            mesh: dimensions replicate and shards. None: this rank is alone.
-            apart: whether they are experts on ranks of their own.
-        """
-        self.names = [weight.name for weight in weights]
-        self.waves = waves(deal(tuple(weights), layout, apart))
-        self.replica, self.rank = (0, 0) if mesh is None else (mesh.get_local_rank("replicate"), mesh.get_local_rank("shards"))
-        self.replicate, self.shards = (_group(mesh, axis) for axis in ("replicate", "shards"))
+    replica: int
+    rank: int
+    """The positions of this rank along ``replicate`` and ``shards``."""
+    mine: Job | None
+    """What it computes."""
+    parts: list[Job]
+    """Of which it has a part, in all replicas."""
+    shared: list[list[Job]]
+    """The same for each replica, in the order of the owners."""
+    travels: bool
+    """Whether parts go to other ranks of its replica."""
+    given: list[Job]
+    """Of which it then sends its part, in the order of the owners."""
+    sent: list[int]
+    received: list[int]
+    """What it sends to the owners, and gets as an owner."""
+    sent_back: list[int]
+    received_back: list[int]
+    """The same for updates."""
 
-    def run(
-        self, direction: Callable[[str], Tensor], compute: Callable[[Tensor], Tensor], nothing: Tensor
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Yields the name of each weight and this rank's part of its update. Every rank must take all of them.
-
-        Args:
-            direction: returns this rank's part of what the update of a weight is computed from. It is called once for each.
-            compute: returns the update of whole matrices.
-            nothing: no elements, of the dtype and on the device of directions.
-        """
-        for wave in self.waves:
-            parts = {job.name: direction(job.name) for job in wave if job.size(self.rank)}
-            mine = next((job for job in wave if (job.replica, job.owner) == (self.replica, self.rank)), None)
-            here = [job for job in wave if job.replica == self.replica]
-            if any(job.travels for job in here):
-                whole = self._gather(here, mine, parts, nothing)
-                updates = self._scatter(here, mine, nothing if whole is None else compute(whole), parts)
-            else:
-                updates = {} if mine is None else {mine.name: compute(parts[mine.name])}
-            yield from (updates if self.replicate is None else self._share(wave, updates, parts, nothing)).items()
-
-    def _gather(self, jobs: Sequence[Job], mine: Job | None, parts: Mapping[str, Tensor], nothing: Tensor) -> Tensor | None:
-        """Sends this rank's parts to the owners. Returns the matrix that this rank owns."""
-        assert self.shards is not None
-        ranks = range(self.shards.size())
-        sent = _by_owner({job.owner: job.sends(self.rank) for job in jobs}, len(ranks))
-        received = [0 if mine is None else mine.sends(rank) for rank in ranks]
-        flat = torch.cat([nothing, *(parts[job.name].reshape(-1) for job in jobs if job.sends(self.rank))])
-        arrived = send_parts(flat, sent, received, self.shards)
-        if mine is None:
-            return None
-        whole = arrived.new_empty(mine.shape)
-        for rank, values in enumerate(arrived.split(received)):
-            if values.numel():
-                part = mine.cut(whole, rank)
-                part.copy_(values.view(part.shape))
-        return whole
-
-    def _scatter(self, jobs: Sequence[Job], mine: Job | None, update: Tensor, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Sends each rank its part of the matrix that this rank owns. Returns this rank's parts of all."""
-        assert self.shards is not None
-        ranks = range(self.shards.size())
-        sent = [0 if mine is None else mine.size(rank) for rank in ranks]
-        owned = [mine.cut(update, rank).reshape(-1) for rank in ranks if sent[rank]] if mine is not None else [update]
-        theirs = [job for job in jobs if job.size(self.rank)]
-        received = _by_owner({job.owner: job.size(self.rank) for job in theirs}, len(ranks))
-        return _split(send_parts(torch.cat(owned), sent, received, self.shards), theirs, parts)
-
-    def _share(
-        self, wave: Sequence[Job], updates: Mapping[str, Tensor], parts: Mapping[str, Tensor], nothing: Tensor
-    ) -> dict[str, Tensor]:
-        """Returns this rank's parts of the matrices that all replicas have computed."""
-        assert self.replicate is not None
-        flat, found = nothing.new_zeros(largest(wave, self.rank)), dict[str, Tensor]()
-        joined = torch.cat([nothing, *(update.reshape(-1) for update in updates.values())])
-        flat[: joined.numel()] = joined
-        for replica, values in enumerate(all_gather(flat, self.replicate).chunk(self.replicate.size()) if flat.numel() else ()):
-            found |= _split(values, of_replica(wave, replica, self.rank), parts)
-        return found
+    @property
+    def space(self) -> int:
+        """The largest number of elements that this rank has of what one replica computes."""
+        return max(sum(job.size(self.rank) for job in jobs) for jobs in self.shared)
 
 
-def _group(mesh: DeviceMesh | None, axis: str) -> Group | None:
-    return mesh[axis].get_group() if mesh is not None and mesh[axis].size() > 1 else None
+def waves(weights: Sequence[Matrix], layout: Layout, apart: bool, replica: int, rank: int) -> list[Wave]:
+    """Returns the waves as the rank at these positions along ``replicate`` and ``shards`` sees them. Other arguments as for
+    ``deal``."""
+    view = layout.expert_shards if apart else layout.shards
+    ranks, found = range(view.axes["shards"]), dict[int, list[Job]]()
+    for job in sorted(deal(tuple(weights), layout, apart), key=lambda job: (job.wave, job.replica, job.owner)):
+        found.setdefault(job.wave, []).append(job)
+    return [_wave(jobs, range(view.axes["replicate"]), ranks, replica, rank) for jobs in found.values()]
 
 
-def teams(layers: Sequence[tuple[int, DecoderLayer]], layout: Layout, meshes: Meshes | None) -> list[Team]:
-    """Makes the teams that update the matrices of layers."""
-    dense, experts = divided(matrices(layers), layout)
-    of_dense, of_experts = (None, None) if meshes is None else (meshes.shards, meshes.expert_shards)
-    found = [Team(dense, layout, of_dense, apart=False)]
-    return [*found, Team(experts, layout, of_experts, apart=True)] if experts else found
+def _wave(jobs: Sequence[Job], replicas: range, ranks: range, replica: int, rank: int) -> Wave:
+    here = {job.owner: job for job in jobs if job.replica == replica}
+    mine, parts, travels = (
+        here.get(rank),
+        [job for job in jobs if rank in job.unit.parts],
+        any(j.travels for j in here.values()),
+    )
+    return Wave(
+        replica, rank, mine, parts, [[job for job in parts if job.replica == k] for k in replicas], travels,
+        given=[job for job in here.values() if travels and job.sends(rank)],
+        sent=[here[owner].sends(rank) if owner in here else 0 for owner in ranks],
+        received=[mine.sends(other) if mine else 0 for other in ranks],
+        sent_back=[mine.size(other) if mine else 0 for other in ranks],
+        received_back=[here[owner].size(rank) if owner in here else 0 for owner in ranks],
+    )  # fmt: skip
 
 
 def divided(weights: Sequence[Matrix], layout: Layout) -> tuple[list[Matrix], list[Matrix]]:
@@ -277,56 +257,43 @@ def divided(weights: Sequence[Matrix], layout: Layout) -> tuple[list[Matrix], li
     return [weight for weight in weights if weight not in apart], apart
 
 
-def _split(values: Tensor, jobs: Sequence[Job], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the parts of a rank, which are one after the other in ``values``."""
-    sizes = [like[job.name].numel() for job in jobs]
-    parts = values[: sum(sizes)].split(sizes)
-    return {job.name: part.view(like[job.name].shape) for job, part in zip(jobs, parts, strict=True)}
-
-
-def waves(jobs: Sequence[Job]) -> list[list[Job]]:
-    """Returns the jobs of each wave, in the order of their owners."""
-    found: dict[int, list[Job]] = {}
-    for job in sorted(jobs, key=lambda job: (job.wave, job.replica, job.owner)):
-        found.setdefault(job.wave, []).append(job)
-    return list(found.values())
-
-
-def _by_owner(found: Mapping[int, int], ranks: int) -> list[int]:
-    """Returns a number for each rank."""
-    return [found.get(rank, 0) for rank in range(ranks)]
-
-
-def of_replica(wave: Sequence[Job], replica: int, rank: int) -> list[Job]:
-    """Returns the jobs of a wave that a replica computes and of which a rank has a part, in the order of ``_share``."""
-    return [job for job in wave if job.replica == replica and job.size(rank)]
-
-
-def largest(wave: Sequence[Job], rank: int) -> int:
-    """Returns the largest number of elements of a rank that a replica computes in a wave."""
-    return max(sum(job.size(rank) for job in of_replica(wave, replica, rank)) for replica in {job.replica for job in wave})
+def _waves_of(weights: Sequence[Matrix], layout: Layout, rank: int) -> list[tuple[str, list[Wave]]]:
+    """Returns the waves of the dense weights and of experts, with what the names of their axes begin with."""
+    found = list[tuple[str, list[Wave]]]()
+    for its, apart in zip(divided(weights, layout), (False, True), strict=True):
+        at = (layout.expert_shards if apart else layout.shards).coordinate(rank)
+        found.append(("expert " * apart, waves(its, layout, apart, at["replicate"], at["shards"]) if its else []))
+    return found
 
 
 def traffic(weights: Sequence[Matrix], layout: Layout, rank: int, element_bytes: int) -> list[Collectives]:
     """Returns the collectives of an update of the matrices of a stage, for one rank."""
-    dense, experts = divided(weights, layout)
-    return [
-        row for its, apart in ((dense, False), (experts, True)) for row in _traffic(its, layout, rank, apart, element_bytes)
-    ]
+    rows = list[Collectives]()
+    for prefix, its in _waves_of(weights, layout, rank):
+        exchanged = sum(sum(wave.sent) + sum(wave.sent_back) for wave in its if wave.travels)
+        rows.append(
+            Collectives("all-to-all", f"{prefix}shards", 2 * sum(wave.travels for wave in its), exchanged * element_bytes)
+        )
+        spaces = [wave.space * len(wave.shared) for wave in its if len(wave.shared) > 1 and wave.space]
+        rows.append(Collectives("all-gather", f"{prefix}replicate", len(spaces), sum(spaces) * element_bytes))
+    return rows
 
 
-def _traffic(weights: Sequence[Matrix], layout: Layout, rank: int, apart: bool, element_bytes: int) -> list[Collectives]:
-    view, prefix = (layout.expert_shards, "expert ") if apart else (layout.shards, "")
-    at, replicas = view.coordinate(rank), view.axes["replicate"]
-    exchange, share = Collectives("all-to-all", f"{prefix}shards"), Collectives("all-gather", f"{prefix}replicate")
-    for wave in waves(deal(tuple(weights), layout, apart)):
-        here = [job for job in wave if job.replica == at["replicate"]]
-        if any(job.travels for job in here):
-            mine = next((job for job in here if job.owner == at["shards"]), None)
-            exchange.count += 2
-            back = 0 if mine is None else sum(mine.size(other) for other in range(view.axes["shards"]))
-            exchange.nbytes += (sum(job.sends(at["shards"]) for job in here) + back) * element_bytes
-        if replicas > 1 and largest(wave, at["shards"]):
-            share.count += 1
-            share.nbytes += replicas * largest(wave, at["shards"]) * element_bytes
-    return [exchange, share]
+def memory(weights: Sequence[Matrix], layout: Layout, rank: int, element_bytes: int) -> int:
+    """Returns the most bytes that a rank has at a time while it updates the matrices of a stage, besides its state."""
+    its = [wave for _, found in _waves_of(weights, layout, rank) for wave in found]
+    return max((_bytes(wave, element_bytes) for wave in its), default=0)
+
+
+def _bytes(wave: Wave, element_bytes: int) -> int:
+    """Returns the most bytes that a rank has at a time in a wave."""
+    own = [job.size(wave.rank) for job in wave.parts]
+    shape = wave.mine.unit.shape if wave.mine else (0, 1)
+    whole, gets_back, replicas = math.prod(shape), sum(wave.received_back), len(wave.shared)
+    sending = sum(own) + sum(wave.sent) * wave.travels
+    iteration = 3 * whole + 2 * whole * min(shape[-2:]) // max(shape[-2:])
+    sending_back = whole + sum(wave.sent_back) + gets_back if wave.travels else 2 * whole
+    shared = (replicas + 1) * wave.space if replicas > 1 else 0
+    # A weight and its update in fp32, before and after they are added. The update is a view of all that has come.
+    adding = max(gets_back, whole, shared) + 12 * max(own, default=0) // element_bytes
+    return element_bytes * max(sending, iteration, sending_back, gets_back + shared, adding)

@@ -237,6 +237,35 @@ def _experts(work: Workload, kept: KeptActivations) -> int:
     return total + work.element_bytes * d * sum(inputs)
 
 
+# What a layer has in flight --------------------------------------------------------------------------------------------
+
+
+def travelling(work: Workload, kind: LayerKind) -> int:
+    """Returns what experts have while their rows come back from other ranks, besides what they keep: the rows before they were
+    sent, as they have arrived, the results, and those in the order in which they are sent and received."""
+    experts = work.decoder.experts
+    if experts is None or not kind.sparse:
+        return 0
+    rows = work.element_bytes * work.routed_tokens * experts.top_k * work.decoder.hidden_size
+    return rows * (4 if work.layout.expert > 1 else 1)
+
+
+def gathering(work: Workload, kept: KeptActivations, kind: LayerKind) -> int:
+    """Returns how much more attention has than what its layer keeps at the end, while context ranks gather keys and values: its
+    input; queries, before and after the rotary embedding; this rank's own keys and values, which are copied to be sent; and all
+    keys and values twice, as they come and in the order of the row."""
+    decoder, e = work.decoder, work.element_bytes
+    if work.layout.context == 1:
+        return 0
+    heads, kv_heads = decoder.num_heads // kept.head_ranks, _kv_heads(work, kept)
+    keys = 2 * e * decoder.head_dim * kept.key_tokens * kv_heads
+    queries = e * decoder.head_dim * kept.attention_tokens * heads
+    inputs = e * decoder.hidden_size * kept.residual_tokens + e * decoder.hidden_size * kept.input_tokens
+    own = keys // work.layout.context
+    own = 2 * own + (own // 2 if work.layout.head == 1 else 0)
+    return inputs + 2 * queries + own + 2 * keys - layer_activations(work, kept, kind)
+
+
 # Weights and gradients -----------------------------------------------------------------------------------------------
 
 

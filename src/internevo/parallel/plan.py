@@ -28,7 +28,7 @@ from .expert import ExpertParallel
 from .isp import InternSequenceParallel
 from .kept import points
 from .layout import Layout, Meshes
-from .matrices import Matrix, Team
+from .matrices import Matrix
 from .memory import Elements, Memory, activations, left, weights_and_gradients
 from .messages import DOWN, Channels, pairs, rounds
 from .orders import Action
@@ -38,6 +38,7 @@ from .schedule import OneStage, Schedule
 from .shards import initialize
 from .stages import split
 from .strategy import AppliedStrategy, Collectives, KeptActivations, Workload, add_up
+from .teams import Team, teams
 from .tensor import TensorParallel
 from .views import Groups
 
@@ -85,7 +86,7 @@ def build(decoder: DecoderConfig, config: Config, layout: Layout, device: torch.
 
 
 def _teams(model: Decoder | PipelinedModel, config: Config, layout: Layout, meshes: Meshes | None) -> Sequence[Team]:
-    return () if config.muon is None else matrices.teams(model.numbered_layers(), layout, meshes)
+    return () if config.muon is None else teams(model.numbered_layers(), layout, meshes)
 
 
 def _build_stage(
@@ -173,8 +174,7 @@ def traffic(work: Workload) -> list[Collectives]:
         of_experts = {layer: [p.shape for p in unit] for layer, unit in zip(layers, experts, strict=False)}
         rows += data_axis.traffic(work, shapes, of_experts, partial, stage.heads)
     if work.layout.muon:
-        its = [matrix for stage in work.on_rank for matrix in _matrices(_shape_of(work.decoder), stage)]
-        rows += matrices.traffic(its, work.layout, work.rank, work.element_bytes)
+        rows += matrices.traffic(_matrices(work), work.layout, work.rank, work.element_bytes)
     return add_up(rows, work.layout)
 
 
@@ -343,9 +343,19 @@ def _shape_of(decoder: DecoderConfig) -> DecoderConfig:
     return replace(decoder, rope=None, window_rope=None, layers_without_rope=(), windows=())
 
 
+def update_bytes(work: Workload) -> int:
+    """Returns the most bytes that Muon needs at a time, besides weights, gradients and moments; 0 without it."""
+    layout = work.layout
+    return matrices.memory(_matrices(work), layout, work.rank, work.element_bytes) if layout.muon else 0
+
+
+def _matrices(work: Workload) -> list[Matrix]:
+    """Returns the matrices on the rank."""
+    return [matrix for stage in work.on_rank for matrix in _matrices_of(_shape_of(work.decoder), stage)]
+
+
 @lru_cache(maxsize=64)
-def _matrices(decoder: DecoderConfig, stage: Stage) -> list[Matrix]:
-    """Returns the matrices of a stage."""
+def _matrices_of(decoder: DecoderConfig, stage: Stage) -> list[Matrix]:
     with torch.device("meta"):
         return matrices.matrices(Decoder(decoder, stage).numbered_layers())
 

@@ -16,6 +16,9 @@ from .flops import Amounts, Passes
 from .job import Job
 from .links import Group
 
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+"""Of a layer, which Muon updates. (Latent attention and experts have others.)"""
+
 
 class Message(NamedTuple):
     """Collectives of one kind over one group."""
@@ -150,19 +153,21 @@ def _count_stage(job: Job, stage: Stage, inside: Inside, zeros: tuple[int, int])
         prefetched, gathers, reductions = [*prefetched, *of_data], [], []
     elements, shards = inside.elements, shard + shard_of_experts
     first = inside.units[0] / elements["zero"]
-    update, exchanged = flops.update(job, stage.layers) if job.iterations else Amounts(), _exchanged(job, shards, zeros)
+    update, exchanged = flops.update(job, stage.layers) if job.iterations else Amounts(), _exchanged(job, stage, shards, zeros)
     return StageCounts(
         inside.passes, inside.waited, prefetched, gathers, reductions, shards, update, exchanged, first, elements
     )  # fmt: skip
 
 
-def _exchanged(job: Job, shard: float, zeros: tuple[int, int]) -> list[Message]:
+def _exchanged(job: Job, stage: Stage, shard: float, zeros: tuple[int, int]) -> list[Message]:
     """Returns what Muon sends (``parallel.matrices``), with all weights as dense ones: parts to the ranks that compute and
-    back, and the updates of other replicas."""
+    back, and the updates of other replicas, which are padded if these do not have the same number of matrices."""
     if not job.iterations:
         return []
-    groups, nbytes = groups_of(replace(job.work.layout, zero=zeros[0])), int(shard * job.work.element_bytes)
-    rows = [Collectives("all-to-all", "shards", 2, 2 * nbytes), Collectives("all-gather", "replicate", 1, nbytes)]
+    layout, nbytes = replace(job.work.layout, zero=zeros[0]), int(shard * job.work.element_bytes)
+    groups, share = groups_of(layout), len(stage.layers) * len(MATRICES) / layout.replicate
+    padded = int(nbytes * math.ceil(share) / share)
+    rows = [Collectives("all-to-all", "shards", 2, 2 * nbytes), Collectives("all-gather", "replicate", 1, padded)]
     return messages(rows, groups)
 
 

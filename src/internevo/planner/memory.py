@@ -14,7 +14,8 @@ from operator import mul
 
 from ..parallel import plan
 from ..parallel.kept import points
-from ..parallel.memory import Memory
+from ..parallel.memory import Memory, weights_and_gradients
+from ..parallel.orders import BACKWARD, FORWARD, WEIGHTS
 from ..parallel.strategy import Workload
 from ..train.step import sums
 from .job import Job
@@ -87,5 +88,15 @@ def _layers_kept(work: Workload) -> int:
 
 
 def temporary(work: Workload, kept: Memory) -> int:
-    """Returns how much more a rank has at its fullest moment than what it keeps after the pass that leaves the most."""
-    return max(0, peak(work) - kept.state - kept.activations)
+    """Returns how much more a rank has at its fullest moment than what it keeps after the pass that leaves the most. With Muon,
+    this may be the update of the weights."""
+    return max(0, max(peak(work), _update(work)) - kept.state - kept.activations)
+
+
+def _update(work: Workload) -> int:
+    """Returns what a rank has while Muon updates the weights, besides master weights and moments; 0 without it."""
+    if not work.layout.muon:
+        return 0
+    passes = (FORWARD + BACKWARD + WEIGHTS * work.zero_bubble) * work.micro_batches
+    elements = [plan.elements(replace(work, stages=(stage,))) for stage in work.on_rank]
+    return sum(weights_and_gradients(work, its, passes) for its in elements) + plan.update_bytes(work)

@@ -29,10 +29,12 @@ from ..parallel.kept import Within, within
 from ..parallel.memory import (
     activations,
     expert_width,
+    gathering,
     head_activations,
     layer_activations,
     layer_left,
     left,
+    travelling,
     weights_and_gradients,
 )
 from ..parallel.orders import BACKWARD, FORWARD, WEIGHTS
@@ -112,25 +114,9 @@ def head(work: Workload) -> int:
 def _forward(work: Workload, kept: KeptActivations) -> int:
     """Returns the most that a forward pass has in addition to what it keeps: in the head, or in the last layer's experts."""
     last = work.kinds[-1]
-    experts = 0 if last.recomputed else _travelling(work, last) + _residual(work, kept)
-    in_layer = max(experts, _gathering(work, kept, last))
+    experts = 0 if last.recomputed else travelling(work, last) + _residual(work, kept)
+    in_layer = max(experts, gathering(work, kept, last))
     return max(_head_forward(work, kept), in_layer - head_activations(work, kept)) if work.heads else in_layer
-
-
-def _gathering(work: Workload, kept: KeptActivations, kind: LayerKind) -> int:
-    """Returns how much more attention has than what its layer keeps at the end, while context ranks gather keys and values: its
-    input; queries, before and after the rotary embedding; this rank's own keys and values, which are copied to be sent; and all
-    keys and values twice, as they come and in the order of the row."""
-    decoder, e = work.decoder, work.element_bytes
-    if work.layout.context == 1:
-        return 0
-    heads, kv_heads = decoder.num_heads // kept.head_ranks, max(1, decoder.num_kv_heads // kept.head_ranks)
-    keys = 2 * e * decoder.head_dim * kept.key_tokens * kv_heads
-    queries = e * decoder.head_dim * kept.attention_tokens * heads
-    inputs = _residual(work, kept) + e * decoder.hidden_size * kept.input_tokens
-    own = keys // work.layout.context
-    own = 2 * own + (own // 2 if work.layout.head == 1 else 0)
-    return inputs + 2 * queries + own + 2 * keys - layer_activations(work, kept, kind)
 
 
 def _head_forward(work: Workload, kept: KeptActivations) -> int:
@@ -323,16 +309,6 @@ def _residual(work: Workload, kept: KeptActivations) -> int:
     return work.element_bytes * work.decoder.hidden_size * kept.residual_tokens
 
 
-def _travelling(work: Workload, kind: LayerKind) -> int:
-    """Returns what experts have while their rows come back from other ranks, besides what they keep: the rows before they were
-    sent, as they have arrived, the results, and those in the order in which they are sent and received."""
-    experts = work.decoder.experts
-    if experts is None or not kind.sparse:
-        return 0
-    rows = work.element_bytes * work.routed_tokens * experts.top_k * work.decoder.hidden_size
-    return rows * (4 if work.layout.expert > 1 else 1)
-
-
 def _backward(work: Workload, kept: KeptActivations, kind: LayerKind) -> tuple[int, int]:
     """Returns what the backward pass of a layer needs at most, as ``Part.backward``."""
     decoder, e, d = work.decoder, work.element_bytes, work.decoder.hidden_size
@@ -361,9 +337,9 @@ def _backward(work: Workload, kept: KeptActivations, kind: LayerKind) -> tuple[i
     if decoder.out_norms:
         alike.append(late + norm)
     if late and kind.sparse:
-        alike.append(late + residual + _travelling(work, kind))
+        alike.append(late + residual + travelling(work, kind))
     if again:
-        alike.append(residual + _gathering(work, kept, kind))
+        alike.append(residual + gathering(work, kept, kind))
 
     def most(first: bool) -> int:
         """``first``: whether the weights have no gradients yet."""

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ..config.training import Adam, Muon
 from ..ops import muon
 from ..ops.adamw import Rates, Shard, adamw
-from ..parallel.matrices import Team
 from ..parallel.shards import local
+from ..parallel.teams import Team
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's two moments, by the names that PyTorch gives them."""
@@ -28,7 +28,7 @@ class Orthogonal:
         Args:
             config: ``muon``.
             teams: the ranks that compute together.
-            dtype: in which the iterations are computed, and parts sent to other ranks.
+            dtype: in which the iterations are computed, and parts sent to other ranks. (fp16 has no room for small numbers.)
             share: of the learning rate that ``step`` gets.
         """
         self.config, self.teams, self.dtype, self.share = config, teams, dtype, share
@@ -57,6 +57,7 @@ class Orthogonal:
                 muon.apply(shard.master, update, rate, 1 - lr * rates.decay, changes)
                 if shard.weight is not None:
                     shard.weight.copy_(shard.master)
+                del update  # which keeps what its wave has gathered
 
 
 class Optimizer:

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ..checkpoint.finish import Extras
@@ -87,7 +88,8 @@ class Parts:
         orthogonal, muon, adam = None, config.muon, config.adam
         if muon is not None:
             share = muon.lr / adam.lr if muon.lr is not None and adam.lr else 1.0
-            orthogonal = Orthogonal(muon, teams, COMPUTE[config.model.dtype], share)
+            exact = COMPUTE[config.model.dtype] == torch.float32
+            orthogonal = Orthogonal(muon, teams, torch.float32 if exact else torch.bfloat16, share)
         optimizer = Optimizer(axis.masters, adam, axis.model_weights, orthogonal)
         scaler = LossScaler.from_config(config.grad_scaler, config.model.dtype)
         sizes = BatchSizes.from_config(config.data, layout.data)

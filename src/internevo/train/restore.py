@@ -113,11 +113,12 @@ def load_checkpoint(parts: Parts, checkpoint: Checkpoint, wanted: LoadCkptInfo) 
 
 def _check_optimizer(tensors: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
     """Refuses the moments of another optimizer."""
-    missing = [name for name in tensors if name.startswith("optimizer/") and name not in checkpoint.manifest.tensors]
-    if missing:
-        mine, theirs = ("Muon", "AdamW") if missing[0].endswith(MOMENTUM) else ("AdamW", "Muon")
+    absent = [name for name in tensors if name.startswith("optimizer/") and name not in checkpoint.manifest.tensors]
+    if absent:
+        mine, theirs = ("Muon", "AdamW") if absent[0].endswith(MOMENTUM) else ("AdamW", "Muon")
+        missing = list(dict.fromkeys(name.removeprefix("optimizer/").rpartition(".")[0] for name in absent))
         raise CheckpointError(
-            f"{checkpoint.folder} has the moments of {theirs} for {missing[0].removeprefix('optimizer/').rpartition('.')[0]}"
+            f"{checkpoint.folder} has the moments of {theirs} for {missing[0]}"
             f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}, and the config says {mine} (muon). Go on with "
             f"{theirs}; or start a run of its own (another ckpt.save_ckpt_folder) from its weights: "
             f'ckpt.load_ckpt_info=dict(path="{checkpoint.folder}", content=("model",))'

@@ -12,7 +12,8 @@ from internevo.models.decoder import Decoder
 from internevo.models.families.registry import decoder_config
 from internevo.ops.muon import Scale, orthogonalized
 from internevo.parallel.layout import Layout
-from internevo.parallel.matrices import Matrix, Team, deal, matrices
+from internevo.parallel.matrices import Matrix, deal, matrices, waves
+from internevo.parallel.teams import Team
 from internevo.train.check import problems
 from internevo.train.optimizer import Optimizer, Orthogonal
 from tests.conftest import tiny
@@ -129,13 +130,28 @@ def test_every_matrix_is_computed_once_from_all_its_parts(layout: Layout) -> Non
     places = [(job.replica, job.owner, job.wave) for job in jobs]
     assert len(set(places)) == len(places), "a rank has one matrix in a wave"
     for job in jobs:
-        whole = torch.zeros(job.shape, dtype=torch.int)
+        whole = torch.zeros(job.unit.shape, dtype=torch.int)
         for rank in range(layout.zero * layout.inner):
             if job.sends(rank):
                 job.cut(whole, rank).add_(1)
         assert (whole == 1).all()
-    loads = [sum(1 for job in jobs if (job.replica, job.owner) == place) for place in {(j.replica, j.owner) for j in jobs}]
+    view = layout.shards.axes
+    everywhere = list(itertools.product(range(view["replicate"]), range(view["shards"])))
+    loads = [sum((job.replica, job.owner) == place for job in jobs) for place in everywhere]
     assert max(loads) - min(loads) <= 1
+    _agree(weights, layout, False)
+
+
+def _agree(weights: tuple[Matrix, ...], layout: Layout, apart: bool) -> None:
+    """What each rank sends to another one in a wave is what that one expects."""
+    view = (layout.expert_shards if apart else layout.shards).axes
+    for replica in range(view["replicate"]):
+        of_ranks = [waves(weights, layout, apart, replica, rank) for rank in range(view["shards"])]
+        for wave in zip(*of_ranks, strict=True):
+            assert len({its.travels for its in wave}) == 1
+            for a, b in itertools.product(wave, wave):
+                assert a.sent[b.rank] == b.received[a.rank] and a.sent_back[b.rank] == b.received_back[a.rank]
+            assert all(sum(its.sent) == sum(job.size(its.rank) for job in its.given) for its in wave if its.travels)
 
 
 @pytest.mark.parametrize(
@@ -149,9 +165,27 @@ def test_what_does_not_fit_is_named(changes: dict[str, object], message: str) ->
     assert any(message in line for line in problems(validate(tiny(**changes)), 1))
 
 
+@pytest.mark.parametrize("zero", [2, 16])
+def test_experts_that_few_ranks_have_are_computed_by_all(zero: int) -> None:
+    layout = Layout(16, 1, "mtp", 1, 1, zero, False, muon=True)
+    weights = tuple(Matrix(f"{n}", (4, 8, 6), ("expert", "mlp", "embed")) for n in range(16))
+    jobs = deal(weights, layout, False)
+    assert len({(job.replica, job.owner) for job in jobs}) == 16
+    _agree(weights, layout, False)
+
+
+def test_the_overflow_of_replicas_is_shared() -> None:
+    """Each replica pads what it shares to the largest share."""
+    layout = Layout(64, 1, "mtp", 1, 1, 8, False, muon=True)
+    weights = tuple(Matrix(f"{n}", (64 * (1 + 2 * (n % 2)), 32), ("mlp", "embed")) for n in range(20))
+    spaces = [wave.space * len(wave.shared) for wave in waves(weights, layout, False, 0, 0)]
+    assert sum(spaces) <= 1.7 * sum(64 * (1 + 2 * (n % 2)) * 32 for n in range(20)) / 8
+
+
 def test_parts_of_all_ranks_make_the_whole_of_experts() -> None:
     layout = Layout(8, 1, "mtp", 1, 1, 8, False, expert=2, expert_inner=1, expert_zero=4, muon=True)
     (weight,) = weights = (Matrix("experts", (4, 8, 6), ("expert", "mlp", "embed")),)
     jobs = deal(weights, layout, True)
-    assert sum(job.shape[0] for job in jobs) == weight.shape[0] and {job.shape[1:] for job in jobs} == {(8, 6)}
-    assert sorted(itertools.chain(*(job.parts for job in jobs))) == list(range(8))
+    assert sum(job.unit.shape[0] for job in jobs) == weight.shape[0] and {job.unit.shape[1:] for job in jobs} == {(8, 6)}
+    assert sorted(itertools.chain(*(job.unit.parts for job in jobs))) == list(range(8))
+    _agree(weights, layout, True)
