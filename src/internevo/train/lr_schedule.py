@@ -52,7 +52,7 @@ def learning_rate(batch: int, total_steps: int, peak: float, schedule: LrSchedul
 
 
 def describe(config: Config) -> str:
-    """Describes the learning rate of a run in one line."""
+    """Describes the learning rate of a run in one line, and what Muon updates."""
     schedule, peak = config.lr_scheduler, config.adam.lr
     total = schedule.total_steps or config.data.total_steps
     first, warmup, decay = schedule.init_steps, schedule.warmup(total), schedule.decay(total)
@@ -64,7 +64,10 @@ def describe(config: Config) -> str:
         parts.append("then constant")
     if decay:
         parts.append(f"{schedule.decay_type} to {schedule.eta_min:g} in the last {decay:,} of {counted(total, 'step')}")
-    return ", ".join(parts)
+    if config.muon is None:
+        return ", ".join(parts)
+    own = "" if config.muon.lr is None else f", {config.muon.lr:g} in place of {peak:g}"
+    return f"{', '.join(parts)}; the matrices of the layers with Muon{own}"
 
 
 def beta2(batch: int, adam: Adam, schedule: Beta2Scheduler | None) -> float:

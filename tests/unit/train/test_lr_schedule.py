@@ -171,6 +171,12 @@ def test_a_schedule_is_described_in_one_line(changes: dict[str, object], line: s
     assert describe(validate(tiny(**{f"lr_scheduler__{key}": value for key, value in changes.items()}))) == line
 
 
+def test_muon_is_named_with_its_learning_rate() -> None:
+    said = [describe(validate(tiny(muon=muon))) for muon in ({}, {"lr": 0.05})]
+    assert said[0] == "0.01, then cosine to 0 at step 20; the matrices of the layers with Muon"
+    assert said[1] == said[0] + ", 0.05 in place of 0.01"
+
+
 @given(schedule=schedules, peak=rates)
 def test_it_is_0_rises_to_the_peak_falls_to_eta_min_and_then_stays_constant(schedule: LrScheduler, peak: float) -> None:
     first = schedule.init_steps
