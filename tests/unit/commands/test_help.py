@@ -53,6 +53,8 @@ def test_no_description_is_cut(width: int, capsys: pytest.CaptureFixture[str], m
 
     program = joined(printed(capsys, "--help").partition("Commands:")[2])
     for command in cli.app.registered_commands:
+        if command.hidden:
+            continue
         assert command.callback is not None
         name, doc = command.name or command.callback.__name__, command.callback.__doc__ or ""
         sentence = re.split(r"\.\s", doc + "\n")[0]
