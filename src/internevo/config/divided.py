@@ -23,7 +23,7 @@ def heads(config: Config, world: int) -> Iterator[str]:
     if count % kv:
         yield f"model.num_attention_heads = {count} is not a multiple of model.num_kv_attention_heads = {kv}"
     ranks, key = head_size(config), "sequence_2D.head_size" if context_size(config) > 1 else "tensor.size"
-    ranks = ranks if ranks * context_size(config) == tensor.size else 0  # otherwise ``sequence`` says what is wrong
+    ranks = ranks if ranks * context_size(config) == tensor.size else 0  # otherwise ``sequence_2d`` says what is wrong
     if ranks and kv % ranks and ranks % kv:
         yield f"model.num_kv_attention_heads = {kv} and parallel.{key} = {ranks}: one must be a multiple of the other"
     has_mlps = any(n in model.mlp_only_layers or (n + 1) % model.decoder_sparse_step for n in range(model.num_layers))
@@ -66,5 +66,5 @@ def sequence_2d(config: Config, world: int) -> Iterator[str]:
     if two.context_size > 1 and config.data.seq_len % (2 * two.context_size):
         yield (
             f"data.seq_len = {config.data.seq_len} is not divisible by 2 * parallel.sequence_2D.context_size = "
-            f"{2 * two.context_size}: a row is divided into so many chunks, of which each context rank has two"
+            f"{2 * two.context_size}: rows are divided into two chunks for each context rank"
         )

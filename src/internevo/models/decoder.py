@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..ops.compiler import mark_dynamic
 from .config import DecoderConfig, Stage
-from .layers import Cache, Context, DecoderLayer, Embedding, Head, RMSNorm, alibi_slopes, all_tokens
+from .layers import Cache, Context, DecoderLayer, Embedding, Head, RMSNorm, alibi_slopes, all_queries
 from .lora import add_adapters
 from .losses import HandedOn, Loss, LossTerms, Routed, add_pooled, pool, router_losses
 from .moe import MoE, Router
@@ -46,7 +46,7 @@ class Decoder(nn.Module):
         if stage.heads:
             self.norm = RMSNorm(size, config.norm_eps, config.norm_unit_offset)
             self.head = Head(vocab, size, config.norm_head, embed_grad_scale, config.logit_softcap)
-        self.pool, self.queries = pool, all_tokens
+        self.pool, self.queries = pool, all_queries
         self.tie()
         if config.lora is not None:
             add_adapters(self, config.lora)

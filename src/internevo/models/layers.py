@@ -71,7 +71,7 @@ def join_heads(out_BSHN: Tensor) -> Tensor:
     return out_BSHN
 
 
-def all_tokens(x_BS: Tensor) -> Tensor:
+def all_queries(x_BS: Tensor) -> Tensor:
     """Selects, from one value per token, those of the tokens whose queries this rank computes; here, these are all tokens."""
     return x_BS
 

@@ -76,12 +76,7 @@ class Layout:
             world, parallel.tensor.size, parallel.tensor.mode, parallel.weight.size, parallel.pipeline.size,
             parallel.zero1.size, parallel.zero1.fsdp, heads, config.model.num_chunks, parallel.pipeline.mode,
         )  # fmt: skip
-        layout = replace(
-            layout,
-            context=context_size(config),
-            head_first=parallel.sequence_2D.device_placement_strategy.head_first,
-            muon=config.muon is not None,
-        )
+        layout = layout.with_options(config, context_size(config))
         if config.model.num_experts == 1:
             return layout
         return layout.with_experts(expert_size(config, world), expert_inner_size(config), parallel.expert_zero1.size)
@@ -109,6 +104,11 @@ class Layout:
         ranks = zero if zero > 0 else world // (inner * pipeline)
         replicas = max(1, tensor // kv_heads) if mode != "isp" else 1
         return cls(world, tensor, mode, weight, pipeline, ranks, fsdp, replicas, chunks, schedule, 1, inner, ranks)
+
+    def with_options(self, config: Config, context: int) -> Layout:
+        """Returns the same layout with this number of context ranks, and what else a config says besides sizes."""
+        head_first = config.parallel.sequence_2D.device_placement_strategy.head_first
+        return replace(self, context=context, head_first=head_first, muon=config.muon is not None)
 
     def with_experts(self, expert: int, inner: int, zero: int) -> Layout:
         """Returns the same layout of a model with experts.

@@ -28,8 +28,9 @@ from ..models.linear import Linear
 from ..models.moe import ExpertLinear
 from . import expert, tensor
 from .layout import Layout
-from .shards import shard_dim_of_experts
+from .shards import chunk, shard_dim_of_experts
 from .strategy import Collectives
+from .views import View
 
 Part = tuple[tuple[int, int], ...]
 """(start, stop) along every dimension."""
@@ -121,7 +122,7 @@ def deal(weights: tuple[Matrix, ...], layout: Layout, apart: bool) -> list[Job]:
         weights: those of the dense weights, or those of experts.
         apart: whether they are experts on ranks of their own.
     """
-    view = layout.expert_shards if apart else layout.shards
+    view = _view(layout, apart)
     replicas, ranks = range(view.axes["replicate"]), range(view.axes["shards"])
     units = [(matrix.name, unit) for matrix in weights for unit in _units(matrix.shape, matrix.axes, layout, apart)]
     of_ranks, of_replicas, jobs = [[(0, 0)] * len(ranks) for _ in replicas], [(0, 0)] * len(replicas), list[Job]()
@@ -136,6 +137,10 @@ def deal(weights: tuple[Matrix, ...], layout: Layout, apart: bool) -> list[Job]:
             load, count = loads[place]
             loads[place] = load + _cost(unit.shape), count + 1
     return jobs
+
+
+def _view(layout: Layout, apart: bool) -> View:
+    return layout.expert_shards if apart else layout.shards
 
 
 def _cost(shape: Sequence[int]) -> int:
@@ -173,11 +178,8 @@ def _sizes(part: Part) -> list[int]:
 
 
 def _cut(part: Part, dim: int, number: int, place: int) -> Part:
-    """Divides a dimension as ``torch.chunk`` does."""
-    start, stop = part[dim]
-    step = -(-(stop - start) // number)
-    first = min(start + place * step, stop)
-    return (*part[:dim], (first, min(first + step, stop)), *part[dim + 1 :])
+    """Returns a chunk of a part along a dimension."""
+    return (*part[:dim], chunk(part[dim], number, place), *part[dim + 1 :])
 
 
 @lru_cache(maxsize=64)
@@ -227,7 +229,7 @@ class Wave(NamedTuple):
 def waves(weights: Sequence[Matrix], layout: Layout, apart: bool, replica: int, rank: int) -> list[Wave]:
     """Returns the waves as the rank at these positions along ``replicate`` and ``shards`` sees them. Other arguments as for
     ``deal``."""
-    view = layout.expert_shards if apart else layout.shards
+    view = _view(layout, apart)
     ranks, found = range(view.axes["shards"]), dict[int, list[Job]]()
     for job in sorted(deal(tuple(weights), layout, apart), key=lambda job: (job.wave, job.replica, job.owner)):
         found.setdefault(job.wave, []).append(job)
@@ -236,11 +238,8 @@ def waves(weights: Sequence[Matrix], layout: Layout, apart: bool, replica: int, 
 
 def _wave(jobs: Sequence[Job], replicas: range, ranks: range, replica: int, rank: int) -> Wave:
     here = {job.owner: job for job in jobs if job.replica == replica}
-    mine, parts, travels = (
-        here.get(rank),
-        [job for job in jobs if rank in job.unit.parts],
-        any(j.travels for j in here.values()),
-    )
+    mine, travels = here.get(rank), any(job.travels for job in here.values())
+    parts = [job for job in jobs if rank in job.unit.parts]
     return Wave(
         replica, rank, mine, parts, [[job for job in parts if job.replica == k] for k in replicas], travels,
         given=[job for job in here.values() if travels and job.sends(rank)],
@@ -253,15 +252,17 @@ def _wave(jobs: Sequence[Job], replicas: range, ranks: range, replica: int, rank
 
 def divided(weights: Sequence[Matrix], layout: Layout) -> tuple[list[Matrix], list[Matrix]]:
     """Returns the dense weights, and the experts on ranks of their own."""
-    apart = [weight for weight in weights if weight.of_experts and layout.experts_apart]
-    return [weight for weight in weights if weight not in apart], apart
+    dense, experts = list[Matrix](), list[Matrix]()
+    for weight in weights:
+        (experts if weight.of_experts and layout.experts_apart else dense).append(weight)
+    return dense, experts
 
 
 def _waves_of(weights: Sequence[Matrix], layout: Layout, rank: int) -> list[tuple[str, list[Wave]]]:
     """Returns the waves of the dense weights and of experts, with what the names of their axes begin with."""
     found = list[tuple[str, list[Wave]]]()
     for its, apart in zip(divided(weights, layout), (False, True), strict=True):
-        at = (layout.expert_shards if apart else layout.shards).coordinate(rank)
+        at = _view(layout, apart).coordinate(rank)
         found.append(("expert " * apart, waves(its, layout, apart, at["replicate"], at["shards"]) if its else []))
     return found
 

@@ -63,8 +63,13 @@ def local_box(parameter: Tensor) -> list[tuple[int, int]]:
     strided = [n for n in reversed(sharded) if n not in plain]
     for mesh_dim in plain + strided:
         dim = sharded[mesh_dim].dim
-        start, stop = box[dim]
-        step = -(-(stop - start) // mesh.size(mesh_dim))
-        first = min(start + coordinate[mesh_dim] * step, stop)
-        box[dim] = (first, min(first + step, stop))
+        box[dim] = chunk(box[dim], mesh.size(mesh_dim), coordinate[mesh_dim])
     return box
+
+
+def chunk(span: tuple[int, int], number: int, place: int) -> tuple[int, int]:
+    """Returns (start, stop) of a chunk of another (start, stop), as ``torch.chunk`` divides it; empty after the last chunk."""
+    start, stop = span
+    step = -(-(stop - start) // number)
+    first = min(start + place * step, stop)
+    return first, min(first + step, stop)

@@ -32,7 +32,8 @@ class Team:
             mesh: dimensions replicate and shards. None: this rank is alone.
             apart: whether they are experts on ranks of their own.
         """
-        self.names = [weight.name for weight in weights]
+        self.shapes = {weight.name: weight.shape for weight in weights}
+        """Name -> shape of the full weight."""
         replica, rank = (0, 0) if mesh is None else (mesh.get_local_rank("replicate"), mesh.get_local_rank("shards"))
         self.waves = waves(weights, layout, apart, replica, rank)
         self.replicate, self.shards = (_group(mesh, axis) for axis in ("replicate", "shards"))

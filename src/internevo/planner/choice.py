@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import product
 from typing import Literal, NamedTuple, TypeVar, get_args
 
@@ -78,8 +77,7 @@ class Choice(NamedTuple):
             world, self.tensor, self.mode, self.weight, self.pipeline, self.zero, self.fsdp, heads, self.chunks, self.schedule
         )
         if self.context > 1 or config.muon is not None:
-            head_first = config.parallel.sequence_2D.device_placement_strategy.head_first
-            layout = replace(layout, context=self.context, head_first=head_first, muon=config.muon is not None)
+            layout = layout.with_options(config, self.context)
         has_experts = config.model.num_experts > 1
         return layout.with_experts(self.expert, self.expert_inner, self.expert_zero) if has_experts else layout
 

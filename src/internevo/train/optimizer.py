@@ -32,17 +32,15 @@ class Orthogonal:
             share: of the learning rate that ``step`` gets.
         """
         self.config, self.teams, self.dtype, self.share = config, teams, dtype, share
-        self.names = {name for team in teams for name in team.names}
+        self.scales = {name: muon.scale_of(shape, config.scale) for team in teams for name, shape in team.shapes.items()}
+        """Name of each weight that Muon updates -> the number by which its learning rate is multiplied."""
 
-    def step(
-        self, shards: Mapping[str, Shard], rates: Rates, factor: Tensor, finite: Tensor, shapes: Mapping[str, torch.Size]
-    ) -> None:
+    def step(self, shards: Mapping[str, Shard], rates: Rates, factor: Tensor, finite: Tensor) -> None:
         """Updates this rank's shards in place; arguments as for ``adamw``.
 
         Args:
             shards: name -> shard, whose ``first`` is the momentum.
             rates: ``lr`` and ``decay`` count.
-            shapes: the shapes of the full weights.
         """
         config, changes, lr = self.config, finite != 0, rates.lr * self.share
         compute = partial(muon.orthogonalized, steps=config.steps)
@@ -53,8 +51,8 @@ class Orthogonal:
 
         for team in self.teams:
             for name, update in team.run(direction, compute, factor.new_empty(0, dtype=self.dtype)):
-                shard, rate = shards[name], lr * muon.scale_of(shapes[name], config.scale)
-                muon.apply(shard.master, update, rate, 1 - lr * rates.decay, changes)
+                shard = shards[name]
+                muon.apply(shard.master, update, lr * self.scales[name], 1 - lr * rates.decay, changes)
                 if shard.weight is not None:
                     shard.weight.copy_(shard.master)
                 del update  # which keeps what its wave has gathered
@@ -82,10 +80,10 @@ class Optimizer:
             model_weights: name -> the model's weight, of the masters that are other tensors. They are updated, too.
             orthogonal: Muon. None: AdamW updates all weights.
         """
-        self.orthogonal, by_muon = orthogonal, orthogonal.names if orthogonal is not None else ()
+        self.orthogonal, self.by_muon = orthogonal, orthogonal.scales.keys() if orthogonal is not None else ()
         self.named, self.config, self.model_weights = masters, config, model_weights or {}
         trained = {name: p for name, p in masters.items() if p.requires_grad}
-        kinds = {name: MOMENTUM if name in by_muon else MOMENTS for name in trained}
+        kinds = {name: MOMENTUM if name in self.by_muon else MOMENTS for name in trained}
         self.moments = {
             name: {kind: torch.zeros_like(p, requires_grad=False) for kind in kinds[name]} for name, p in trained.items()
         }
@@ -119,14 +117,12 @@ class Optimizer:
         shards, config = {name: self._shard(name, grad) for name, grad in self.gradients().items()}, self.config
         factor, finite = self.one if factor is None else factor, self.one if finite is None else finite
         rates = Rates(lr, config.adam_beta1, beta2, config.adam_eps, config.weight_decay, self.steps)
-        by_muon = self.orthogonal.names if self.orthogonal is not None else ()
         for decays in (True, False):
-            its = [s for name, s in shards.items() if (self.named[name].dim() >= 2) == decays and name not in by_muon]
+            its = [s for name, s in shards.items() if (self.named[name].dim() >= 2) == decays and name not in self.by_muon]
             if its:
                 adamw(its, rates if decays else rates._replace(decay=0.0), factor, finite)
         if self.orthogonal is not None:
-            shapes = {name: self.named[name].shape for name in self.orthogonal.names}
-            self.orthogonal.step(shards, rates, factor, finite, shapes)
+            self.orthogonal.step(shards, rates, factor, finite)
 
     def skipped(self) -> None:
         """Must be called if the last step has updated nothing. (This is only known later, when the device is that far.)"""
